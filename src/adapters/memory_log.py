@@ -1,0 +1,293 @@
+"""The event log in memory: nothing survives the process, and the epoch says so.
+
+Every method runs to its end without giving up the event loop, so each is atomic. A generation's events lie
+in three parallel columns (bytes, positions, ids) and a user's feed is a list of generations by position: what an
+event costs beyond its JSON is some seventy bytes.
+"""
+
+import bisect
+import hashlib
+import logging
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import datetime
+from itertools import islice
+
+from domain.errors import (
+    AlreadyStarted,
+    Conflict,
+    IdempotencyMismatch,
+    InsufficientCredit,
+    LogUnavailable,
+    NotFinished,
+    TooManyGenerations,
+)
+from domain.events import CONTINUE, NAMES, with_credit
+from domain.feed import Cursor, Feed, Logged
+from domain.ports import Append, Begun, Clock, Deliver, History, Start
+
+logger = logging.getLogger(__name__)
+
+
+class _Record:
+    """One generation."""
+
+    __slots__ = ("end_name", "ended_at", "events", "generation_id", "ids", "positions", "start", "user")
+
+    def __init__(self, user: "_User", generation_id: str, start: Start) -> None:
+        self.user = user
+        self.generation_id = generation_id
+        self.start = start
+        self.events: list[bytes] = []
+        self.positions = array("Q")
+        self.ids = array("Q")
+        self.ended_at: datetime | None = None
+        self.end_name = ""
+
+    @property
+    def end(self) -> int | None:
+        return None if self.ended_at is None else self.positions[-1]
+
+    def entry(self, index: int) -> Logged:
+        last = self.ended_at is not None and index == len(self.positions) - 1
+        return Logged(
+            self.user.user_id,
+            self.positions[index],
+            self.ids[index],
+            self.generation_id,
+            index + 1,
+            self.end_name if last else NAMES["started"] if index == 0 else CONTINUE,
+            self.events[index] if self.events else None,
+            self.positions[0],
+            self.end,
+        )
+
+    def at(self, position: int) -> Logged:
+        return self.entry(bisect.bisect_left(self.positions, position))
+
+    def history(self) -> History:
+        return History(
+            self.user.user_id,
+            self.generation_id,
+            self.start.kind,
+            self.start.order,
+            [self.entry(index) for index in range(len(self.events))],
+        )
+
+
+class _User:
+    """One user: feed, balance, idempotency keys."""
+
+    __slots__ = ("active", "base", "credit", "deleted", "feed", "floor", "floor_id", "generations", "keys", "user_id")
+
+    def __init__(self, user_id: str, zero_id: int, credit: int) -> None:
+        self.user_id = user_id
+        self.credit = credit
+        #: The generation at each position from `base` + 1 on; ``None`` where retention purged it.
+        self.feed: list[_Record | None] = []
+        self.base = 0
+        self.floor = 0
+        self.floor_id = zero_id
+        #: In order of their first positions.
+        self.generations: dict[str, _Record] = {}
+        self.active: dict[str, _Record] = {}
+        #: Deleted generations whose places the floor has not passed.
+        self.deleted: list[_Record] = []
+        self.keys: dict[str, str] = {}
+
+    @property
+    def head(self) -> int:
+        return self.base + len(self.feed)
+
+    def id_at(self, position: int) -> int | None:
+        if position == self.floor:
+            return self.floor_id
+        if not self.floor < position <= self.head:
+            return None
+        record = self.feed[position - self.base - 1]
+        return None if record is None else record.at(position).event_id
+
+    def forget(self, record: _Record) -> None:
+        """Clear the places of a record, and drop what is empty at the front."""
+        for position in record.positions:
+            if position > self.base:
+                self.feed[position - self.base - 1] = None
+        empty = next((i for i, kept in enumerate(self.feed) if kept is not None), len(self.feed))
+        del self.feed[:empty]
+        self.base += empty
+
+
+class MemoryLog:
+    """`domain.ports.EventLog` in this process's memory."""
+
+    durable = False
+
+    def __init__(self, *, epoch: str, credits: int | None, clock: Clock) -> None:
+        """`credits` is a new user's balance; ``None`` keeps no balances."""
+        self.epoch = epoch
+        self._credits = credits
+        self._clock = clock
+        self._users: dict[str, _User] = {}
+        self._records: dict[str, _Record] = {}
+        self._unfinished: dict[str, _Record] = {}
+        #: In order of their ends.
+        self._finished: dict[str, _Record] = {}
+        self._followers: list[Deliver] = []
+
+    async def append(self, entry: Append) -> Logged:
+        record = self._records.get(entry.generation_id)
+        if record is not None and entry.event_id in record.ids[entry.sequence - 1 : entry.sequence]:
+            return record.entry(entry.sequence - 1)
+        if entry.not_after is not None and self._clock() > entry.not_after:
+            raise LogUnavailable
+        user = self._users.get(entry.user_id) or self._new_user(entry.user_id)
+        start = entry.start
+        if start is not None:
+            self._check_key(user, start)
+        actual = 0 if record is None else len(record.events)
+        if entry.sequence != actual + 1 or (start is None) != (record is not None) or (record and record.ended_at):
+            raise Conflict(entry.sequence, actual)
+        if start is not None and len(user.active) >= start.max_unfinished:
+            raise TooManyGenerations
+        event = entry.event
+        if entry.credit is not None and self._credits is not None:
+            if user.credit + entry.credit < 0:
+                raise InsufficientCredit
+            event = with_credit(event, user.credit + entry.credit)
+            user.credit += entry.credit
+        # Nothing below can fail.
+        if record is None:
+            assert start is not None
+            record = _Record(user, entry.generation_id, start)
+            self._users[user.user_id] = user
+            self._records[entry.generation_id] = user.generations[entry.generation_id] = record
+            self._unfinished[entry.generation_id] = user.active[entry.generation_id] = record
+            if start.key is not None:
+                user.keys[start.key] = entry.generation_id
+        user.feed.append(record)
+        record.events.append(event)
+        record.positions.append(user.head)
+        record.ids.append(entry.event_id)
+        if entry.terminal:
+            record.ended_at, record.end_name = entry.at, entry.name
+            del self._unfinished[entry.generation_id], user.active[entry.generation_id]
+            self._finished[entry.generation_id] = record
+        logged = record.entry(actual)
+        self._deliver(logged)
+        return logged
+
+    async def begun(self, user_id: str, key: str) -> Begun | None:
+        user = self._users.get(user_id)
+        generation_id = user and user.keys.get(key)
+        if not generation_id:
+            return None
+        return Begun(generation_id, self._records[generation_id].start.fingerprint)
+
+    async def generation(self, generation_id: str) -> History | None:
+        record = self._records.get(generation_id)
+        return record.history() if record else None
+
+    async def generations(
+        self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
+    ) -> Sequence[History]:
+        user = self._users.get(user_id)
+        if user is None:
+            return []
+        records = reversed((user.active if active else user.generations).values())
+        wanted = (
+            record
+            for record in records
+            if (before is None or record.positions[0] < before) and not (active is False and record.ended_at is None)
+        )
+        return [record.history() for record in islice(wanted, limit)]
+
+    async def unfinished(self) -> Sequence[History]:
+        return [record.history() for record in self._unfinished.values()]
+
+    async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
+        return [
+            record.generation_id
+            for record in islice(self._finished.values(), limit)
+            if record.ended_at is not None and record.ended_at < moment
+        ]
+
+    async def present(self, user_id: str) -> Cursor:
+        user = self._users.get(user_id)
+        if user is None:
+            return Cursor(0, self._zero_id(user_id), 0)
+        anchor_id = user.id_at(user.head)
+        assert anchor_id is not None
+        oldest = next(iter(user.active.values()), None)
+        return Cursor(user.head, anchor_id, oldest.positions[0] - 1 if oldest else user.head)
+
+    async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
+        user = self._users.get(user_id)
+        if user is None:
+            return Feed([], 0, 0, 0, self._zero_id(user_id) if anchor == 0 else None, False)
+        entries: list[Logged] = []
+        position = max(after, user.base)
+        while position < user.head and len(entries) < limit:
+            position += 1
+            record = user.feed[position - user.base - 1]
+            if record is not None:
+                entries.append(record.at(position))
+        severed = any(record.positions[0] <= anchor < record.positions[-1] for record in user.deleted)
+        return Feed(entries, position, user.head, user.floor, user.id_at(anchor), severed)
+
+    @asynccontextmanager
+    async def follow(self, deliver: Deliver) -> AsyncIterator[None]:
+        self._followers.append(deliver)
+        try:
+            yield
+        finally:
+            self._followers.remove(deliver)
+
+    async def credit(self, user_id: str) -> int | None:
+        user = self._users.get(user_id)
+        return user.credit if user and self._credits is not None else self._credits
+
+    async def remove(self, generation_id: str, *, retention: bool) -> bool:
+        record = self._records.get(generation_id)
+        if record is None:
+            return False
+        if record.ended_at is None:
+            raise NotFinished
+        user = record.user
+        del self._records[generation_id], self._finished[generation_id], user.generations[generation_id]
+        if record.start.key is not None:
+            del user.keys[record.start.key]
+        record.events.clear()
+        record.start = replace(record.start, order=b"")
+        if retention and record.positions[-1] > user.floor:
+            user.floor, user.floor_id = record.positions[-1], record.ids[-1]
+        user.deleted.append(record)
+        passed = [kept for kept in user.deleted if kept.positions[-1] <= user.floor]
+        for kept in passed:
+            user.deleted.remove(kept)
+            user.forget(kept)
+        return True
+
+    def _check_key(self, user: _User, start: Start) -> None:
+        generation_id = user.keys.get(start.key) if start.key is not None else None
+        if generation_id is None:
+            return
+        if self._records[generation_id].start.fingerprint != start.fingerprint:
+            raise IdempotencyMismatch
+        raise AlreadyStarted(generation_id)
+
+    def _deliver(self, logged: Logged) -> None:
+        for deliver in self._followers:
+            try:
+                deliver(logged)
+            except Exception as error:
+                logger.error("a follower of the log failed: %s", type(error).__name__)
+
+    def _new_user(self, user_id: str) -> _User:
+        return _User(user_id, self._zero_id(user_id), self._credits or 0)
+
+    def _zero_id(self, user_id: str) -> int:
+        """The id at position 0 of a feed, the same whenever it is asked for, and kept nowhere."""
+        digest = hashlib.blake2b(f"{self.epoch}.{user_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) >> 1

@@ -1,0 +1,1 @@
+"""The doors: HTTP, Socket.IO, the command line, and the composition root."""

@@ -1,0 +1,102 @@
+"""A user's feed, and cursors in it.
+
+The feed is all events of all the user's generations, at positions 1, 2, 3 … A cursor is a place in it, and what
+of the past is still to come. Somebody who attaches without a past wants two things: the events so far of what still
+runs, and everything from now on. So a cursor has two places. Up to ``live`` only generations that had not ended by
+then are wanted, and of those, events up to ``seen`` have been sent; after ``live`` everything is wanted. Once the past
+has been sent both places are one, and move together.
+
+``event_id`` is the id of the event at ``live``. It recognises a cursor of another user or of another log, one
+that was made up, and a log that came back in an older state.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+_TEXT: Final = re.compile(r"([a-z0-9]{1,32})\.([0-9]{1,15})\.([0-9a-f]{1,16})\.([0-9]{1,15})", re.ASCII)
+
+
+class Logged(NamedTuple):
+    """One event in the log, at its position in its user's feed."""
+
+    user_id: str
+    position: int
+    event_id: int
+    generation_id: str
+    sequence: int
+    name: str
+    #: The event's JSON. ``None``: its generation was deleted, only the place remains.
+    event: bytes | None
+    #: The positions of its generation's first and terminal events; ``None`` while it runs.
+    first: int
+    end: int | None
+
+
+class Feed(NamedTuple):
+    """A stretch of one user's feed: one atomic read."""
+
+    #: What the log has from the place asked for on, oldest first. Purged positions may be missing.
+    entries: Sequence[Logged]
+    #: The place up to which this read has looked; the next one goes on from here.
+    upto: int
+    #: The newest position of the feed; 0 where there is none.
+    head: int
+    #: The highest position that retention has purged.
+    floor: int
+    #: The id of the event at the anchor asked for; ``None`` where the log cannot tell.
+    anchor_id: int | None
+    #: Whether a deleted generation began at or before the anchor and ended after it.
+    severed: bool
+
+
+class Cursor(NamedTuple):
+    """See the module. Immutable; `past` makes the next one."""
+
+    live: int
+    event_id: int
+    seen: int
+
+    @classmethod
+    def parse(cls, text: object, epoch: str) -> "Cursor | None":
+        """The cursor that a client gave back; ``None`` where it cannot be one of this log's."""
+        match = _TEXT.fullmatch(text) if isinstance(text, str) else None
+        if match is None or match[1] != epoch:
+            return None
+        cursor = cls(int(match[2]), int(match[3], 16), int(match[4]))
+        return cursor if cursor.seen <= cursor.live else None
+
+    def text(self, epoch: str) -> str:
+        """What clients are given: opaque to them."""
+        return f"{epoch}.{self.live}.{self.event_id:x}.{self.seen}"
+
+    def usable(self, feed: Feed) -> bool:
+        """Whether a read anchored at ``live`` shows that nothing wanted has been lost.
+
+        Retention (`floor`) counts against ``live`` only: what was purged had ended, and up to ``live``
+        what had ended by then is not wanted. A deleted generation that ended after ``live`` is wanted,
+        and its end can no longer be told.
+        """
+        return feed.anchor_id == self.event_id and self.live >= feed.floor and not feed.severed
+
+    def wants(self, entry: Logged) -> bool:
+        """Whether an entry beyond ``seen`` is to be sent."""
+        return entry.event is not None and (entry.position > self.live or entry.end is None or entry.end > self.live)
+
+    def past(self, entry: Logged) -> "Cursor":
+        """The cursor behind this entry."""
+        if entry.position > self.live:
+            return Cursor(entry.position, entry.event_id, entry.position)
+        return self._replace(seen=entry.position)
+
+    def advance(self, feed: Feed) -> "tuple[list[tuple[Logged, Cursor]], Cursor]":
+        """The wanted events of a read after ``seen``, each with the cursor behind it, and the cursor behind all."""
+        cursor, wanted = self, []
+        for entry in feed.entries:
+            # `wants` asks where the reader stood before this entry: beyond `live` every event is wanted.
+            is_wanted = cursor.wants(entry)
+            cursor = cursor.past(entry)
+            if is_wanted:
+                wanted.append((entry, cursor))
+        # Purged positions have no entry. They lie at or below the floor, and so below `live`.
+        return wanted, cursor._replace(seen=max(cursor.seen, min(feed.upto, cursor.live)))

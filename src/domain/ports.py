@@ -1,0 +1,292 @@
+"""What the domain needs of the world: one Protocol per thing, and the records that pass through it.
+
+Every adapter of a port passes the port's contract suite in ``tests/``.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple, Protocol
+
+from domain.feed import Cursor, Feed, Logged
+from domain.orders import Options
+from domain.stages import Kind
+
+# --- the event log ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the first append of a generation carries besides its event."""
+
+    kind: Kind
+    #: JSON of `domain.orders.Order`.
+    order: bytes
+    #: The caller's Idempotency-Key and the fingerprint of the whole request.
+    key: str | None
+    fingerprint: str
+    #: How many unfinished generations this user may have, this one included.
+    max_unfinished: int
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """One event on its way into the log."""
+
+    user_id: str
+    generation_id: str
+    #: The sequence this event is to get: one more than the last event in the log.
+    sequence: int
+    #: Random, below 2**63, drawn once per event. A retry carries the same one and is recognised by it.
+    event_id: int
+    #: JSON of `domain.events.Event`, without ``credit``.
+    event: bytes
+    #: The Socket.IO event that carries it.
+    name: str
+    at: datetime
+    #: The change of the user's balance: -1, 0 or 1. ``None``: the event does not show the balance.
+    credit: int | None = None
+    terminal: bool = False
+    start: Start | None = None
+    #: The log refuses the append later than this.
+    not_after: datetime | None = None
+
+
+class Lost(NamedTuple):
+    """The follower missed entries, and everybody has to read."""
+
+
+class History(NamedTuple):
+    """One generation as the log has it: one atomic read."""
+
+    user_id: str
+    generation_id: str
+    kind: Kind
+    #: JSON of `domain.orders.Order`.
+    order: bytes
+    events: Sequence[Logged]
+
+
+class Begun(NamedTuple):
+    """What an idempotency key stands for."""
+
+    generation_id: str
+    fingerprint: str
+
+
+Deliver = Callable[[Logged | Lost], None]
+
+
+class EventLog(Protocol):
+    """The one place where a generation moves, and the ledger of credits.
+
+    Every method may raise `LogUnavailable`. `append` is one atomic step over everything it checks and
+    changes: it happens whole or not at all.
+    """
+
+    @property
+    def epoch(self) -> str:
+        """Names this log's past, in ``[a-z0-9]``: it changes when the log has lost what it held."""
+
+    @property
+    def durable(self) -> bool:
+        """Whether what was appended is still there after this process."""
+
+    async def append(self, entry: Append) -> Logged:
+        """Add the event, move the balance, and note the idempotency key.
+
+        An append whose own event id already stands at its sequence has succeeded before: it returns
+        that entry and changes nothing. Checked in this order:
+
+        Raises:
+            LogUnavailable: also where it is later than `entry.not_after`.
+            AlreadyStarted, IdempotencyMismatch: the key has begun a generation before.
+            Conflict: `entry.sequence` is not the next one, or the generation has ended.
+            TooManyGenerations: the user already has `max_unfinished`.
+            InsufficientCredit: the balance would fall below zero.
+        """
+
+    async def begun(self, user_id: str, key: str) -> Begun | None:
+        """What this user began with this idempotency key."""
+
+    async def generation(self, generation_id: str) -> History | None:
+        """All events of one generation, in order of sequence."""
+
+    async def generations(
+        self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
+    ) -> Sequence[History]:
+        """This user's generations, newest first.
+
+        `active` keeps only unfinished (True) or finished (False) ones; `before`, only those whose first
+        event lies before that position.
+        """
+
+    async def unfinished(self) -> Sequence[History]:
+        """Every unfinished generation of every user, oldest first."""
+
+    async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
+        """Ids of generations that ended before `moment`, those that ended first first."""
+
+    async def present(self, user_id: str) -> Cursor:
+        """The cursor of somebody who has seen nothing and wants only what still runs, and what comes."""
+
+    async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
+        """At most `limit` entries with a position over `after`, and what tells whether `anchor` is known."""
+
+    def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
+        """Deliver every entry appended from now on, in order of position per user, or `Lost`.
+
+        `deliver` must not block. What it raises is logged and undoes nothing.
+        """
+
+    async def credit(self, user_id: str) -> int | None:
+        """The user's balance; ``None`` where this log keeps no balances."""
+
+    async def remove(self, generation_id: str, *, retention: bool) -> bool:
+        """Remove a finished generation whole: history, order, idempotency key. Return whether it was there.
+
+        `retention` raises the feed's floor to its last position; without it the positions stay known,
+        as empty places, until the floor passes them.
+
+        Raises:
+            NotFinished: it still runs.
+        """
+
+
+# --- pictures --------------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """An encoded image."""
+
+    data: bytes
+    #: ``image/png``, ``image/jpeg`` or ``image/webp``.
+    media_type: str
+
+
+class ImageStore(Protocol):
+    """Keeps pictures. A name tells which generation its picture belongs to, and cannot be guessed."""
+
+    async def save(self, generation_id: str, picture: Picture) -> str:
+        """Store the picture whole or not at all, and return its name: the id, ``-``, 128 random bits, a suffix.
+
+        Raises:
+            Failure: ``storage_failed``.
+        """
+
+    async def load(self, name: str) -> Picture | None:
+        """The picture of this name; ``None`` where there is none."""
+
+    async def discard(self, name: str) -> None:
+        """Remove one picture, if it is there."""
+
+    async def remove(self, generation_id: str) -> None:
+        """Remove all pictures of one generation."""
+
+    async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
+        """The names of all pictures stored before that moment, by generation id."""
+
+
+class ImageIntake(Protocol):
+    """Turns what a stranger sent into a picture of ours."""
+
+    async def admit(self, data: bytes) -> Picture:
+        """Decode within limits, turn by EXIF, and encode again without anything else that came along.
+
+        Raises:
+            UnsupportedImageType, ImageTooLarge, InvalidImage
+        """
+
+
+class ImageFetcher(Protocol):
+    """Fetches a user's image URL."""
+
+    async def fetch(self, url: str) -> Picture:
+        """The picture behind the URL, admitted by the intake.
+
+        Raises:
+            Failure: ``image_fetch_failed``.
+        """
+
+
+class Composer(Protocol):
+    """Lays pictures out on one sheet."""
+
+    async def compose(self, pictures: Sequence[Picture]) -> Picture:
+        """One A4 sheet with all pictures, each whole, in the order given.
+
+        Raises:
+            Failure: ``invalid_image``.
+        """
+
+
+#: How a provider tells where it stands: the fraction of its work done, a message, and a preview if it has one.
+Report = Callable[[float, str, Picture | None], Awaitable[None]]
+
+
+class ImageEditor(Protocol):
+    """The AI stage: makes a picture from the sheet and the prompt. One attempt per call; it may cost money."""
+
+    async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        """The edited picture.
+
+        Raises:
+            Failure: with one of the ``provider_`` codes.
+        """
+
+    async def generate(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        """A new picture after the sheet. Raises as `edit`."""
+
+
+class FaceSwapper(Protocol):
+    """Puts a face into a finished picture. One attempt per call; it may cost money."""
+
+    async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
+        """The picture with the face.
+
+        Raises:
+            Failure: with one of the ``provider_`` codes.
+        """
+
+
+# --- work ------------------------------------------------------------------------------------------------
+
+
+class WorkQueue(Protocol):
+    """Who works on which generation. Fair between users: nobody's many jobs delay another's first."""
+
+    @property
+    def waiting(self) -> int:
+        """How many generations nobody works on yet."""
+
+    @property
+    def held(self) -> int:
+        """How many generations are worked on."""
+
+    async def offer(self, user_id: str, generation_id: str) -> None:
+        """Put a generation in line."""
+
+    async def claim(self) -> str:
+        """Wait for the next generation in line, and hold it."""
+
+    async def release(self, generation_id: str) -> None:
+        """Let go of a generation that is held."""
+
+    async def settled(self) -> None:
+        """Wait until nothing waits and nothing is held."""
+
+
+# --- time and chance -------------------------------------------------------------------------------------
+
+Clock = Callable[[], datetime]
+
+
+class Entropy(Protocol):
+    """Where randomness comes from."""
+
+    def token(self) -> str:
+        """16 characters of ``[a-z0-9]``: over 80 random bits."""
+
+    def event_id(self) -> int:
+        """63 random bits."""

@@ -1,0 +1,237 @@
+"""Takes generations from ``started`` to their end.
+
+The machine says which stage comes next; `_STEPS` says what is done in a stage. A step returns the facts it has
+found, and these facts choose the next stage. A generation that somebody else ends (a cancel, from any
+device) is noticed by following the log: its work is aborted, and a result that comes late is dropped.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+from domain.errors import Conflict, Failure, LogUnavailable
+from domain.feed import Logged
+from domain.generation import Generation
+from domain.orders import Order
+from domain.ports import (
+    Composer,
+    EventLog,
+    FaceSwapper,
+    ImageEditor,
+    ImageFetcher,
+    ImageStore,
+    Lost,
+    Picture,
+    WorkQueue,
+)
+from domain.queries import generation_of, order_of
+from domain.recorder import Recorder
+from domain.stages import FLOWS, ceiling
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Works on at most `max_running` generations at once, each for at most `deadline` seconds."""
+
+    def __init__(
+        self,
+        *,
+        log: EventLog,
+        recorder: Recorder,
+        queue: WorkQueue,
+        images: ImageStore,
+        image_url: Callable[[str], str],
+        composer: Composer,
+        editor: ImageEditor,
+        face_swapper: FaceSwapper,
+        fetcher: ImageFetcher | None,
+        max_running: int,
+        deadline: float,
+    ) -> None:
+        self.log = log
+        self.recorder = recorder
+        self.queue = queue
+        self.images = images
+        self.image_url = image_url
+        self.composer = composer
+        self.editor = editor
+        self.face_swapper = face_swapper
+        self.fetcher = fetcher
+        self._max_running = max_running
+        self._deadline = deadline
+        self._jobs: dict[str, tuple[_Job, asyncio.Task[None]]] = {}
+
+    async def run(self) -> None:
+        """Work until cancelled; then leave every generation where it stands."""
+        async with self.log.follow(self._notice), asyncio.TaskGroup() as workers:
+            for _ in range(self._max_running):
+                workers.create_task(self._worker())
+
+    async def interrupt(self) -> None:
+        """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
+        for history in await self.log.unfinished():
+            try:
+                await self.recorder.fail(generation_of(history), Failure("interrupted"))
+            except Conflict:
+                continue
+
+    async def _worker(self) -> None:
+        while True:
+            generation_id = await self.queue.claim()
+            try:
+                await self._work(generation_id)
+            finally:
+                await self.queue.release(generation_id)
+
+    async def _work(self, generation_id: str) -> None:
+        history = await self.log.generation(generation_id)
+        if history is None:
+            return
+        job = _Job(self, generation_of(history), order_of(history))
+        # A task of its own, so that ending the generation aborts this job and not the worker.
+        task = asyncio.create_task(self._finish(job))
+        self._jobs[generation_id] = job, task
+        try:
+            await asyncio.wait([task])
+        finally:
+            del self._jobs[generation_id]
+            task.cancel()
+            await asyncio.wait([task])
+            await job.clean_up()
+
+    async def _finish(self, job: "_Job") -> None:
+        """Run the job to its end, whatever happens on the way."""
+        try:
+            failure = await self._attempt(job)
+            if failure is not None:
+                status, facts = job.generation.ending(failure)
+                await job.move(status, facts)
+        except Conflict:
+            # Somebody else ended it: their event stands, and ours was never made.
+            job.over = True
+        except LogUnavailable:
+            logger.error("generation %s: the log does not answer", job.generation.generation_id)
+
+    async def _attempt(self, job: "_Job") -> Failure | None:
+        scope = asyncio.timeout(self._deadline)
+        try:
+            async with scope:
+                await job.run()
+        except Failure as failure:
+            return failure
+        except (Conflict, LogUnavailable):
+            raise
+        except Exception as error:
+            if scope.expired():
+                return Failure("deadline_exceeded")
+            generation = job.generation
+            logger.error("generation %s: %s in %s", generation.generation_id, type(error).__name__, generation.status)
+            return Failure("internal")
+        return None
+
+    def _notice(self, entry: Logged | Lost) -> None:
+        if isinstance(entry, Lost) or entry.end != entry.position:
+            return
+        job, task = self._jobs.get(entry.generation_id, (None, None))
+        if job is not None and task is not None and not job.ending:
+            job.over = True
+            task.cancel()
+
+
+class _Job:
+    """One generation being worked on."""
+
+    def __init__(self, runner: Runner, generation: Generation, order: Order) -> None:
+        self._runner = runner
+        self.generation = generation
+        self._order = order
+        self._sheet: Picture | None = None
+        self._face: Picture | None = None
+        self._result: Picture | None = None
+        #: Pictures stored for an event that the log does not have yet.
+        self._unnamed: list[str] = []
+        #: The terminal event is on its way into the log, from here.
+        self.ending = False
+        #: The generation has ended, here or elsewhere.
+        self.over = generation.finished
+
+    async def run(self) -> None:
+        while not self.generation.finished:
+            step = _STEPS.get(self.generation.status)
+            facts = await step(self) if step else {}
+            await self.move(self.generation.onward(facts), facts)
+
+    async def move(self, status: str, facts: Mapping[str, Any]) -> None:
+        self.ending = FLOWS[self.generation.kind][status].terminal
+        self.generation = await self._runner.recorder.move(self.generation, status, **facts)
+        self._unnamed.clear()
+        self.over = self.generation.finished
+
+    async def clean_up(self) -> None:
+        """Remove what no event names, and the uploads once nobody needs them."""
+        for name in [*self._unnamed, *(self._order.images if self.over else ())]:
+            await self._runner.images.discard(name)
+
+    async def compose(self) -> dict[str, Any]:
+        pictures = [await self._stored(name) for name in self._order.images]
+        fetched = [await self._fetch(url) for url in self._order.image_urls]
+        self._face = next(iter(fetched), None)
+        self._sheet = await self._runner.composer.compose(pictures + fetched)
+        return {"composition_url": await self._keep(self._sheet)}
+
+    async def edit(self) -> dict[str, Any]:
+        order = self._order
+        sheet = self._sheet or await self._known("composition_url")
+        self._result = await self._runner.editor.edit(sheet, order.prompt, order.options, self._report)
+        return {"edited_image_url": await self._keep(self._result)}
+
+    async def generate(self) -> dict[str, Any]:
+        order = self._order
+        sheet = self._sheet or await self._known("composition_url")
+        self._result = await self._runner.editor.generate(sheet, order.prompt, order.options, self._report)
+        return {"generated_image_url": await self._keep(self._result)}
+
+    async def swap_face(self) -> dict[str, Any]:
+        face = self._face or await self._fetch(self._order.image_urls[0])
+        picture = self._result or await self._known("edited_image_url")
+        swapped = await self._runner.face_swapper.swap(picture, face, self._report)
+        return {"face_swap_url": await self._keep(swapped)}
+
+    async def _report(self, fraction: float, message: str, preview: Picture | None = None) -> None:
+        """Repeat the stage with the percentage that this fraction of it comes to, if that is higher."""
+        generation = self.generation
+        low = FLOWS[generation.kind][generation.status].progress or 0
+        high = ceiling(generation.kind, generation.status)
+        progress = min(high - 1, low + int(fraction * (high - low)))
+        if progress > generation.progress:
+            facts = {} if preview is None else {"preview_url": await self._keep(preview)}
+            await self.move(generation.status, {"progress": progress, "message": message, **facts})
+
+    async def _keep(self, picture: Picture) -> str:
+        name = await self._runner.images.save(self.generation.generation_id, picture)
+        self._unnamed.append(name)
+        return self._runner.image_url(name)
+
+    async def _known(self, field: str) -> Picture:
+        return await self._stored(self.generation.urls[field].rpartition("/")[2])
+
+    async def _stored(self, name: str) -> Picture:
+        picture = await self._runner.images.load(name)
+        if picture is None:
+            raise Failure("storage_failed")
+        return picture
+
+    async def _fetch(self, url: str) -> Picture:
+        if self._runner.fetcher is None:
+            raise Failure("image_fetch_failed")
+        return await self._runner.fetcher.fetch(url)
+
+
+_STEPS: Final[Mapping[str, Callable[[_Job], Awaitable[dict[str, Any]]]]] = {
+    "composition": _Job.compose,
+    "openai_editing": _Job.edit,
+    "ai_generation": _Job.generate,
+    "face_swap": _Job.swap_face,
+}

@@ -1,0 +1,238 @@
+"""The use cases: start, cancel, delete, and everything that is read. All of them over ports only.
+
+Whose generation it is, is asked in one place: `Workflow.history`. What is not there and what belongs to
+somebody else are the same `NotFound`.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final, Literal, NamedTuple, Protocol
+
+from pydantic import JsonValue
+from pydantic_core import to_json
+
+from domain.errors import (
+    AlreadyStarted,
+    Conflict,
+    Draining,
+    Failure,
+    IdempotencyMismatch,
+    ImageRefusal,
+    InsufficientCredit,
+    NotFound,
+    QueueFull,
+)
+from domain.events import timestamp
+from domain.feed import Cursor
+from domain.generation import Generation, Snapshot
+from domain.orders import Options, Order
+from domain.ports import Clock, Entropy, EventLog, History, ImageIntake, ImageStore, Start, WorkQueue
+from domain.queries import generation_of
+from domain.recorder import Recorder
+from domain.stages import Kind
+
+_ID_PREFIX: Final[dict[Kind, str]] = {"edit": "edit", "generate": "gen"}
+
+#: Seconds after which a start that the log has not answered must not come to life any more.
+_START_PATIENCE: Final = 5.0
+
+#: How many finished generations somebody who attaches is told of.
+RECENT: Final = 20
+
+
+class Upload(Protocol):
+    """A file that came with a request."""
+
+    async def read(self) -> bytes:
+        """The whole content, as often as asked."""
+
+
+class Wish(NamedTuple):
+    """What a user asks for; `domain.orders.Order` is what becomes of it."""
+
+    kind: Kind
+    prompt: str
+    options: Options
+    uploads: Sequence[Upload]
+    image_urls: tuple[str, ...] = ()
+    face_swap: bool = False
+    metadata: dict[str, JsonValue] | None = None
+
+
+class Limits(NamedTuple):
+    """See ``STAGECAST_MAX_WAITING``, ``STAGECAST_MAX_PER_USER`` and ``STAGECAST_RETENTION``."""
+
+    max_waiting: int
+    max_per_user: int
+    retention: timedelta
+
+
+class Page(NamedTuple):
+    """Generations, newest first, and where the next page begins; ``None`` at the end."""
+
+    generations: Sequence[Snapshot]
+    next: int | None
+
+
+class Workflow:
+    """What users can do."""
+
+    def __init__(
+        self,
+        *,
+        log: EventLog,
+        recorder: Recorder,
+        queue: WorkQueue,
+        images: ImageStore,
+        intake: ImageIntake,
+        clock: Clock,
+        entropy: Entropy,
+        limits: Limits,
+    ) -> None:
+        self.log = log
+        self._recorder = recorder
+        self._queue = queue
+        self._images = images
+        self._intake = intake
+        self._clock = clock
+        self._entropy = entropy
+        self._limits = limits
+        self._starting = 0
+        #: No new work is taken.
+        self.draining = False
+
+    async def start(self, user_id: str, wish: Wish, key: str | None = None) -> Snapshot:
+        """Accept a generation: once this returns, it is in the log. A key used again returns what it began.
+
+        Raises:
+            IdempotencyMismatch, Draining, QueueFull, TooManyGenerations, InsufficientCredit, ImageRefusal,
+            LogUnavailable: and nothing has happened.
+            Failure: ``storage_failed``, likewise.
+        """
+        fingerprint = await _fingerprint(wish)
+        if key is not None and (begun := await self.log.begun(user_id, key)) is not None:
+            if begun.fingerprint != fingerprint:
+                raise IdempotencyMismatch
+            return await self.snapshot(user_id, begun.generation_id)
+        if self.draining:
+            raise Draining
+        if self._queue.waiting + self._starting >= self._limits.max_waiting:
+            raise QueueFull
+        if await self.log.credit(user_id) == 0:
+            raise InsufficientCredit  # A courtesy, before anything is decoded; the append decides.
+        self._starting += 1
+        try:
+            # A caller that goes away stops nothing.
+            return await asyncio.shield(self._start(user_id, wish, key, fingerprint))
+        except AlreadyStarted as started:
+            return await self.snapshot(user_id, started.generation_id)
+        finally:
+            self._starting -= 1
+
+    async def _start(self, user_id: str, wish: Wish, key: str | None, fingerprint: str) -> Snapshot:
+        now = self._clock()
+        generation_id = f"{_ID_PREFIX[wish.kind]}_{int(now.timestamp() * 1000)}_{self._entropy.token()}"
+        try:
+            order = Order(
+                prompt=wish.prompt,
+                options=wish.options,
+                images=tuple([await self._admit(generation_id, *upload) for upload in enumerate(wish.uploads)]),
+                image_urls=wish.image_urls,
+                face_swap=wish.face_swap,
+                metadata=wish.metadata,
+            )
+            start = Start(wish.kind, to_json(order), key, fingerprint, self._limits.max_per_user)
+            generation = await self._recorder.begin(
+                Generation(generation_id, wish.kind, user_id, order),
+                start,
+                self._clock() + timedelta(seconds=_START_PATIENCE),
+                input_image=next(iter(wish.image_urls), None),
+            )
+        except BaseException:
+            await self._images.remove(generation_id)
+            raise
+        await self._queue.offer(user_id, generation_id)
+        return self._show(generation)
+
+    async def _admit(self, generation_id: str, index: int, upload: Upload) -> str:
+        try:
+            picture = await self._intake.admit(await upload.read())
+        except ImageRefusal as refusal:
+            refusal.index = index
+            raise
+        return await self._images.save(generation_id, picture)
+
+    async def cancel(self, user_id: str, generation_id: str) -> Literal["cancelled", "already_finished"]:
+        """End a generation, whoever works on it, unless it has ended. Raises `NotFound`."""
+        while True:
+            generation = generation_of(await self.history(user_id, generation_id))
+            if generation.finished:
+                return "already_finished"
+            try:
+                await self._recorder.fail(generation, Failure("cancelled"))
+            except Conflict:
+                continue  # It has just moved on; cancel it where it is now.
+            return "cancelled"
+
+    async def delete(self, user_id: str, generation_id: str) -> None:
+        """Remove a finished generation, its history and its pictures. Raises `NotFound`, `NotFinished`."""
+        await self.history(user_id, generation_id)
+        await self.log.remove(generation_id, retention=False)
+        await self._images.remove(generation_id)
+
+    async def history(self, user_id: str, generation_id: str) -> History:
+        """All that the log has of this user's generation. Raises `NotFound`."""
+        history = await self.log.generation(generation_id)
+        if history is None or history.user_id != user_id:
+            raise NotFound
+        return history
+
+    async def snapshot(self, user_id: str, generation_id: str) -> Snapshot:
+        """The generation as it is now. Raises `NotFound`."""
+        return self._show(generation_of(await self.history(user_id, generation_id)))
+
+    async def page(self, user_id: str, *, active: bool | None, before: int | None, limit: int) -> Page:
+        """This user's generations, newest first: at most `limit` of those that began before that position."""
+        found = await self.log.generations(user_id, active=active, before=before, limit=limit + 1)
+        shown = found[:limit]
+        more = len(found) > limit
+        following = shown[-1].events[0].position if more else None
+        return Page([self._show(generation_of(history)) for history in shown], following)
+
+    async def recent(self, user_id: str) -> Sequence[Snapshot]:
+        """Everything active and the last finished ones, newest first: what somebody who attaches is told."""
+        active = await self.log.generations(user_id, active=True, limit=1_000)
+        finished = await self.log.generations(user_id, active=False, limit=RECENT)
+        histories = sorted([*active, *finished], key=lambda history: -history.events[0].position)
+        return [self._show(generation_of(history)) for history in histories]
+
+    async def cursor(self, user_id: str, text: object) -> tuple[Cursor, bool]:
+        """Where this user goes on: the place that `text` names, or the present; and whether it was usable."""
+        given = Cursor.parse(text, self.log.epoch)
+        if given is not None:
+            feed = await self.log.feed(user_id, after=given.seen, anchor=given.live, limit=0)
+            if given.usable(feed):
+                return given, True
+        return await self.log.present(user_id), False
+
+    async def credit(self, user_id: str) -> int | None:
+        """The user's balance; ``None`` where none are kept."""
+        return await self.log.credit(user_id)
+
+    def _show(self, generation: Generation) -> Snapshot:
+        expires_at = None
+        if generation.finished:
+            ended = datetime.fromisoformat(generation.updated_at)
+            expires_at = timestamp(ended + self._limits.retention)
+        return generation.snapshot(expires_at)
+
+
+async def _fingerprint(wish: Wish) -> str:
+    """Tells one request from another: kind, fields, and the contents of its files."""
+    digest = hashlib.sha256(to_json(wish._replace(uploads=())))
+    for upload in wish.uploads:
+        data = await upload.read()
+        digest.update((await asyncio.to_thread(hashlib.sha256, data)).digest())
+    return digest.hexdigest()
