@@ -47,6 +47,11 @@ class _Record:
         self.end_name = ""
 
     @property
+    def deleted(self) -> bool:
+        """Nothing but its places is left."""
+        return not self.events
+
+    @property
     def end(self) -> int | None:
         return None if self.ended_at is None else self.positions[-1]
 
@@ -109,11 +114,13 @@ class _User:
         record = self.feed[position - self.base - 1]
         return None if record is None else record.at(position).event_id
 
-    def forget(self, record: _Record) -> None:
-        """Clear the places of a record, and drop what is empty at the front."""
-        for position in record.positions:
-            if position > self.base:
-                self.feed[position - self.base - 1] = None
+    def forget_below_floor(self) -> None:
+        """Drop deleted generations that the floor has passed, and what is empty at the front."""
+        for record in [record for record in self.deleted if record.positions[-1] <= self.floor]:
+            self.deleted.remove(record)
+            for position in record.positions:
+                if position > self.base:
+                    self.feed[position - self.base - 1] = None
         empty = next((i for i, kept in enumerate(self.feed) if kept is not None), len(self.feed))
         del self.feed[:empty]
         self.base += empty
@@ -132,7 +139,7 @@ class MemoryLog:
         self._users: dict[str, _User] = {}
         self._records: dict[str, _Record] = {}
         self._unfinished: dict[str, _Record] = {}
-        #: In order of their ends.
+        #: In order of their ends; deleted ones too, until retention would have purged them.
         self._finished: dict[str, _Record] = {}
         self._followers: list[Deliver] = []
 
@@ -249,24 +256,24 @@ class MemoryLog:
         return user.credit if user and self._credits is not None else self._credits
 
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
-        record = self._records.get(generation_id)
-        if record is None:
-            return False
-        if record.ended_at is None:
+        if generation_id in self._unfinished:
             raise NotFinished
+        record = self._finished.get(generation_id)
+        if record is None or (record.deleted and not retention):
+            return False
         user = record.user
-        del self._records[generation_id], self._finished[generation_id], user.generations[generation_id]
-        if record.start.key is not None:
-            del user.keys[record.start.key]
-        record.events.clear()
-        record.start = replace(record.start, order=b"")
+        if not record.deleted:
+            del self._records[generation_id], user.generations[generation_id]
+            if record.start.key is not None:
+                del user.keys[record.start.key]
+            record.events.clear()
+            record.start = replace(record.start, order=b"")
+            user.deleted.append(record)
         if retention and record.positions[-1] > user.floor:
             user.floor, user.floor_id = record.positions[-1], record.ids[-1]
-        user.deleted.append(record)
-        passed = [kept for kept in user.deleted if kept.positions[-1] <= user.floor]
-        for kept in passed:
-            user.deleted.remove(kept)
-            user.forget(kept)
+        if record.positions[-1] <= user.floor:
+            del self._finished[generation_id]
+        user.forget_below_floor()
         return True
 
     def _check_key(self, user: _User, start: Start) -> None:

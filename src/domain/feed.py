@@ -14,7 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-_TEXT: Final = re.compile(r"([a-z0-9]{1,32})\.([0-9]{1,15})\.([0-9a-f]{1,16})\.([0-9]{1,15})", re.ASCII)
+_PLACE: Final = "(0|[1-9][0-9]{0,14})"
+_TEXT: Final = re.compile(rf"([a-z0-9]{{1,32}})\.{_PLACE}\.(0|[1-9a-f][0-9a-f]{{0,15}})\.{_PLACE}")
 
 
 class Logged(NamedTuple):

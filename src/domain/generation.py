@@ -140,14 +140,14 @@ class Generation:
     def propose(self, status: str, at: datetime, **facts: Any) -> tuple[Event, "Generation"]:
         """The next event, and the generation as it will be once the log has taken it. Changes nothing.
 
-        `facts` are further fields of `domain.events.Event`; `progress` and `message` are the table's
-        unless given.
+        `facts` are further fields of `domain.events.Event`; `message` is the table's unless given, and
+        `progress` can only be given to a repeat.
 
         Raises:
             IllegalTransition: the machine does not allow this status now.
         """
         move = _MOVES[self.kind].get((self.status, status))
-        if move is None:
+        if move is None or ("progress" in facts and move.source != move.status):
             raise IllegalTransition(self.status, status, self.allowed)
         event = self._draft(move, timestamp(at), facts)
         after = self._copy()
@@ -169,7 +169,11 @@ class Generation:
             if move.source == self.status and move.via.guard == "face_swap_failed":
                 error = FaceSwapError(code=failure.code, message=failure.sentence)
                 return move.status, {"face_swap_error": error}
-        return FAILED, {"error": failure.sentence, "code": failure.code, "retryable": failure.retryable}
+        return FAILED, self.failing(failure)
+
+    def failing(self, failure: Failure) -> dict[str, Any]:
+        """The facts of the event that ends the generation in ``failed``."""
+        return {"error": failure.sentence, "code": failure.code, "retryable": failure.retryable}
 
     def apply(self, event: Event) -> None:
         """Take an event that the log holds: the fold's one step. It never asks whether the event was legal."""

@@ -126,7 +126,10 @@ class EventLog(Protocol):
         """Every unfinished generation of every user, oldest first."""
 
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
-        """Ids of generations that ended before `moment`, those that ended first first."""
+        """Ids of generations that ended before `moment`, those that ended first first.
+
+        Deleted ones too, of which the places are left.
+        """
 
     async def present(self, user_id: str) -> Cursor:
         """The cursor of somebody who has seen nothing and wants only what still runs, and what comes."""
@@ -146,8 +149,8 @@ class EventLog(Protocol):
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
         """Remove a finished generation whole: history, order, idempotency key. Return whether it was there.
 
-        `retention` raises the feed's floor to its last position; without it the positions stay known,
-        as empty places, until the floor passes them.
+        `retention` raises the feed's floor to its last position, which forgets its places too. Without
+        it they stay known, as empty places, until the floor passes them.
 
         Raises:
             NotFinished: it still runs.
@@ -266,6 +269,9 @@ class WorkQueue(Protocol):
 
     async def offer(self, user_id: str, generation_id: str) -> None:
         """Put a generation in line."""
+
+    async def withdraw(self, generation_id: str) -> bool:
+        """Take a generation out of the line. False: it does not wait there."""
 
     async def claim(self) -> str:
         """Wait for the next generation in line, and hold it."""

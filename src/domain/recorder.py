@@ -1,39 +1,53 @@
 """Moves generations: the machine decides, the log appends, and only then the move has happened."""
 
 import asyncio
-from datetime import datetime
+import math
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any, Final
 
-from domain.errors import Failure, LogUnavailable
+from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import encode, event_name
 from domain.generation import Generation
 from domain.ports import Append, Clock, Entropy, EventLog, Start
+from domain.queries import generation_of
 from domain.stages import FAILED
 
 #: What each Socket.IO event does to its owner's balance.
 _CREDIT: Final = {"generation_started": -1, "generation_completed": 0, "generation_failed": 1}
 
-#: Seconds between two tries of one append, growing to the last.
+#: Seconds for which one append may go unanswered, and between two tries of it, growing to the last.
+_UNANSWERED: Final = 2.0
 _PAUSES: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+#: Seconds for which a log that does not answer is asked again while somebody waits for the answer.
+ATTENTION: Final = 2.0
+
+_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class Recorder:
-    """The one writer of events."""
+    """The one writer of events. An append whose reply was lost is tried again as the same event."""
 
-    def __init__(self, log: EventLog, clock: Clock, entropy: Entropy, *, patience: float = 60) -> None:
-        """`patience` is how many seconds an unavailable log is asked again, with the same event."""
+    def __init__(self, log: EventLog, clock: Clock, entropy: Entropy, *, patience: float = math.inf) -> None:
+        """`patience`: seconds for which a log that does not answer is asked again where nobody waits."""
         self._log = log
         self._clock = clock
         self._entropy = entropy
         self._patience = patience
 
-    async def begin(self, generation: Generation, start: Start, not_after: datetime, **facts: Any) -> Generation:
-        """Append the first event, in one attempt: whoever asked is waiting. Raises as `EventLog.append`."""
-        append, after = self._prepare(generation, "started", facts, start=start, not_after=not_after)
-        await self._log.append(append)
+    async def begin(self, generation: Generation, start: Start, facts: Mapping[str, Any] = _NONE) -> Generation:
+        """Append the first event. Raises as `EventLog.append`.
+
+        After `LogUnavailable` it may be in the log, but does not come into it later than that.
+        """
+        at = self._clock()
+        append, after = self._prepare(generation, "started", facts, at, start, at + timedelta(seconds=ATTENTION))
+        await self._append(append, ATTENTION)
         return after
 
-    async def move(self, generation: Generation, status: str, **facts: Any) -> Generation:
+    async def move(self, generation: Generation, status: str, facts: Mapping[str, Any] = _NONE) -> Generation:
         """Append the next event, and return the generation as it then is.
 
         Raises:
@@ -41,35 +55,37 @@ class Recorder:
             Conflict: somebody else has moved this generation.
             LogUnavailable: the log did not answer, however often asked.
         """
-        append, after = self._prepare(generation, status, facts)
-        waited, tries = 0.0, 0
-        while True:
-            try:
-                await self._log.append(append)
-            except LogUnavailable:
-                pause = _PAUSES[min(tries, len(_PAUSES) - 1)]
-                if waited + pause > self._patience:
-                    raise
-                await asyncio.sleep(pause)
-                waited, tries = waited + pause, tries + 1
-            else:
-                return after
+        append, after = self._prepare(generation, status, facts, self._clock())
+        await self._append(append, self._patience)
+        return after
 
-    async def fail(self, generation: Generation, failure: Failure) -> Generation:
-        """End the generation in ``failed``. Raises as `move`."""
-        return await self.move(
-            generation, FAILED, error=failure.sentence, code=failure.code, retryable=failure.retryable
-        )
+    async def end(self, generation_id: str, failure: Failure) -> bool:
+        """End a generation in ``failed``, whoever works on it. False: it had ended, or is not there.
+
+        Raises:
+            LogUnavailable: the log did not answer in time.
+        """
+        while history := await self._log.generation(generation_id):
+            generation = generation_of(history)
+            if generation.finished:
+                return False
+            append, _ = self._prepare(generation, FAILED, generation.failing(failure), self._clock())
+            try:
+                await self._append(append, ATTENTION)
+            except Conflict:
+                continue  # It has just moved on; end it where it is now.
+            return True
+        return False
 
     def _prepare(
         self,
         generation: Generation,
         status: str,
-        facts: dict[str, Any],
+        facts: Mapping[str, Any],
+        at: datetime,
         start: Start | None = None,
         not_after: datetime | None = None,
     ) -> tuple[Append, Generation]:
-        at = self._clock()
         event, after = generation.propose(status, at, **facts)
         name = event_name(status)
         append = Append(
@@ -86,3 +102,18 @@ class Recorder:
             not_after=not_after,
         )
         return append, after
+
+    async def _append(self, append: Append, patience: float) -> None:
+        loop = asyncio.get_running_loop()
+        given_up, tries = loop.time() + patience, 0
+        while True:
+            try:
+                async with asyncio.timeout(_UNANSWERED):
+                    await self._log.append(append)
+                return
+            except (LogUnavailable, TimeoutError):
+                pause = _PAUSES[min(tries, len(_PAUSES) - 1)]
+                if loop.time() + pause > given_up:
+                    raise LogUnavailable from None
+            await asyncio.sleep(pause)
+            tries += 1

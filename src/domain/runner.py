@@ -6,6 +6,7 @@ device) is noticed by following the log: its work is aborted, and a result that 
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -18,6 +19,7 @@ from domain.ports import (
     Composer,
     EventLog,
     FaceSwapper,
+    History,
     ImageEditor,
     ImageFetcher,
     ImageStore,
@@ -30,6 +32,9 @@ from domain.recorder import Recorder
 from domain.stages import FLOWS, ceiling
 
 logger = logging.getLogger(__name__)
+
+#: Seconds before a log that did not answer is asked again.
+_AGAIN: Final = 0.2
 
 
 class Runner:
@@ -72,10 +77,7 @@ class Runner:
     async def interrupt(self) -> None:
         """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
         for history in await self.log.unfinished():
-            try:
-                await self.recorder.fail(generation_of(history), Failure("interrupted"))
-            except Conflict:
-                continue
+            await self.recorder.end(history.generation_id, Failure("interrupted"))
 
     async def _worker(self) -> None:
         while True:
@@ -86,7 +88,7 @@ class Runner:
                 await self.queue.release(generation_id)
 
     async def _work(self, generation_id: str) -> None:
-        history = await self.log.generation(generation_id)
+        history = await self._history(generation_id)
         if history is None:
             return
         job = _Job(self, generation_of(history), order_of(history))
@@ -97,20 +99,28 @@ class Runner:
             await asyncio.wait([task])
         finally:
             del self._jobs[generation_id]
+            job.abandon()
             task.cancel()
             await asyncio.wait([task])
             await job.clean_up()
+
+    async def _history(self, generation_id: str) -> History | None:
+        while True:
+            try:
+                return await self.log.generation(generation_id)
+            except LogUnavailable:
+                await asyncio.sleep(_AGAIN)
 
     async def _finish(self, job: "_Job") -> None:
         """Run the job to its end, whatever happens on the way."""
         try:
             failure = await self._attempt(job)
             if failure is not None:
-                status, facts = job.generation.ending(failure)
-                await job.move(status, facts)
+                await job.move(*job.generation.ending(failure))
         except Conflict:
-            # Somebody else ended it: their event stands, and ours was never made.
-            job.over = True
+            # Somebody else has moved it: that event stands, and ours was never made.
+            history = await self._history(job.generation.generation_id)
+            job.over = history is None or generation_of(history).finished
         except LogUnavailable:
             logger.error("generation %s: the log does not answer", job.generation.generation_id)
 
@@ -123,7 +133,11 @@ class Runner:
             return failure
         except (Conflict, LogUnavailable):
             raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if job.over:
+                return None
+            if job.abandoned:
+                raise
             if scope.expired():
                 return Failure("deadline_exceeded")
             generation = job.generation
@@ -156,6 +170,9 @@ class _Job:
         self.ending = False
         #: The generation has ended, here or elsewhere.
         self.over = generation.finished
+        #: The work stops here, and the generation stays where it is.
+        self.abandoned = False
+        self._recording: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         while not self.generation.finished:
@@ -164,15 +181,35 @@ class _Job:
             await self.move(self.generation.onward(facts), facts)
 
     async def move(self, status: str, facts: Mapping[str, Any]) -> None:
+        """Record the next event. A deadline that falls on it waits for it, to know where the generation stands."""
         self.ending = FLOWS[self.generation.kind][status].terminal
-        self.generation = await self._runner.recorder.move(self.generation, status, **facts)
+        self._recording = asyncio.create_task(self._record(status, facts))
+        try:
+            await asyncio.shield(self._recording)
+        except asyncio.CancelledError:
+            await asyncio.wait([self._recording])
+            if not self._recording.cancelled():
+                self._recording.result()
+            raise
+
+    async def _record(self, status: str, facts: Mapping[str, Any]) -> None:
+        self.generation = await self._runner.recorder.move(self.generation, status, facts)
         self._unnamed.clear()
         self.over = self.generation.finished
+
+    def abandon(self) -> None:
+        """Stop here, and wait for nothing."""
+        self.abandoned = True
+        if self._recording is not None:
+            self._recording.cancel()
 
     async def clean_up(self) -> None:
         """Remove what no event names, and the uploads once nobody needs them."""
         for name in [*self._unnamed, *(self._order.images if self.over else ())]:
-            await self._runner.images.discard(name)
+            try:
+                await self._runner.images.discard(name)
+            except Exception as error:
+                logger.error("a picture could not be discarded: %s", type(error).__name__)
 
     async def compose(self) -> dict[str, Any]:
         pictures = [await self._stored(name) for name in self._order.images]
@@ -204,10 +241,14 @@ class _Job:
         generation = self.generation
         low = FLOWS[generation.kind][generation.status].progress or 0
         high = ceiling(generation.kind, generation.status)
-        progress = min(high - 1, low + int(fraction * (high - low)))
+        within = min(max(0.0, fraction), 1.0)  # In this order: what is no number becomes 0.
+        progress = min(high - 1, low + int(within * (high - low)))
         if progress > generation.progress:
-            facts = {} if preview is None else {"preview_url": await self._keep(preview)}
-            await self.move(generation.status, {"progress": progress, "message": message, **facts})
+            facts: dict[str, Any] = {"progress": progress, "message": message}
+            if preview is not None:
+                with contextlib.suppress(Failure):  # A preview is not worth a paid picture.
+                    facts["preview_url"] = await self._keep(preview)
+            await self.move(generation.status, facts)
 
     async def _keep(self, picture: Picture) -> str:
         name = await self._runner.images.save(self.generation.generation_id, picture)

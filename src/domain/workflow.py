@@ -6,21 +6,21 @@ somebody else are the same `NotFound`.
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import datetime, timedelta
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import JsonValue
 from pydantic_core import to_json
 
 from domain.errors import (
     AlreadyStarted,
-    Conflict,
     Draining,
     Failure,
     IdempotencyMismatch,
     ImageRefusal,
     InsufficientCredit,
+    LogUnavailable,
     NotFound,
     QueueFull,
 )
@@ -29,14 +29,16 @@ from domain.feed import Cursor
 from domain.generation import Generation, Snapshot
 from domain.orders import Options, Order
 from domain.ports import Clock, Entropy, EventLog, History, ImageIntake, ImageStore, Start, WorkQueue
-from domain.queries import generation_of
+from domain.queries import generation_of, order_of
 from domain.recorder import Recorder
 from domain.stages import Kind
 
+_Result = TypeVar("_Result")
+
 _ID_PREFIX: Final[dict[Kind, str]] = {"edit": "edit", "generate": "gen"}
 
-#: Seconds after which a start that the log has not answered must not come to life any more.
-_START_PATIENCE: Final = 5.0
+#: Seconds before a log that did not answer is asked again.
+_AGAIN: Final = 0.2
 
 #: How many finished generations somebody who attaches is told of.
 RECENT: Final = 20
@@ -100,6 +102,7 @@ class Workflow:
         self._entropy = entropy
         self._limits = limits
         self._starting = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
         #: No new work is taken.
         self.draining = False
 
@@ -112,6 +115,8 @@ class Workflow:
             Failure: ``storage_failed``, likewise.
         """
         fingerprint = await _fingerprint(wish)
+        # A courtesy, before anything is decoded: the append decides. Read before the key, which may have taken it.
+        broke = await self.log.credit(user_id) == 0
         if key is not None and (begun := await self.log.begun(user_id, key)) is not None:
             if begun.fingerprint != fingerprint:
                 raise IdempotencyMismatch
@@ -120,16 +125,20 @@ class Workflow:
             raise Draining
         if self._queue.waiting + self._starting >= self._limits.max_waiting:
             raise QueueFull
-        if await self.log.credit(user_id) == 0:
-            raise InsufficientCredit  # A courtesy, before anything is decoded; the append decides.
+        if broke:
+            raise InsufficientCredit
         self._starting += 1
+        starting = self._spawn(self._start(user_id, wish, key, fingerprint))
+        starting.add_done_callback(self._started)
         try:
-            # A caller that goes away stops nothing.
-            return await asyncio.shield(self._start(user_id, wish, key, fingerprint))
+            return await asyncio.shield(starting)  # A caller that goes away stops nothing.
         except AlreadyStarted as started:
             return await self.snapshot(user_id, started.generation_id)
-        finally:
-            self._starting -= 1
+
+    def _started(self, starting: asyncio.Task[Snapshot]) -> None:
+        self._starting -= 1
+        if not starting.cancelled():
+            starting.exception()  # Whoever asked may be gone.
 
     async def _start(self, user_id: str, wish: Wish, key: str | None, fingerprint: str) -> Snapshot:
         now = self._clock()
@@ -144,17 +153,36 @@ class Workflow:
                 metadata=wish.metadata,
             )
             start = Start(wish.kind, to_json(order), key, fingerprint, self._limits.max_per_user)
-            generation = await self._recorder.begin(
-                Generation(generation_id, wish.kind, user_id, order),
-                start,
-                self._clock() + timedelta(seconds=_START_PATIENCE),
-                input_image=next(iter(wish.image_urls), None),
-            )
+            facts = {"input_image": order.image_urls[0]} if order.image_urls else {}
+            generation = await self._recorder.begin(Generation(generation_id, wish.kind, user_id, order), start, facts)
+        except LogUnavailable:
+            self._spawn(self._reconcile(user_id, generation_id))
+            raise
         except BaseException:
             await self._images.remove(generation_id)
             raise
         await self._queue.offer(user_id, generation_id)
         return self._show(generation)
+
+    async def _reconcile(self, user_id: str, generation_id: str) -> None:
+        """Once the log answers again: work on a start whose reply was lost, and forget one that never was."""
+        while True:
+            try:
+                begun = await self.log.generation(generation_id)
+            except LogUnavailable:
+                await asyncio.sleep(_AGAIN)
+                continue
+            if begun is None:
+                await self._images.remove(generation_id)
+            else:
+                await self._queue.offer(user_id, generation_id)
+            return
+
+    def _spawn(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _admit(self, generation_id: str, index: int, upload: Upload) -> str:
         try:
@@ -166,15 +194,13 @@ class Workflow:
 
     async def cancel(self, user_id: str, generation_id: str) -> Literal["cancelled", "already_finished"]:
         """End a generation, whoever works on it, unless it has ended. Raises `NotFound`."""
-        while True:
-            generation = generation_of(await self.history(user_id, generation_id))
-            if generation.finished:
-                return "already_finished"
-            try:
-                await self._recorder.fail(generation, Failure("cancelled"))
-            except Conflict:
-                continue  # It has just moved on; cancel it where it is now.
-            return "cancelled"
+        history = await self.history(user_id, generation_id)
+        if not await self._recorder.end(generation_id, Failure("cancelled")):
+            return "already_finished"
+        if await self._queue.withdraw(generation_id):
+            for name in order_of(history).images:
+                await self._images.discard(name)
+        return "cancelled"
 
     async def delete(self, user_id: str, generation_id: str) -> None:
         """Remove a finished generation, its history and its pictures. Raises `NotFound`, `NotFinished`."""

@@ -1,0 +1,413 @@
+"""A cursor tells exactly what is still to come, or is found unusable. Compared with a reader too simple to be wrong."""
+
+import asyncio
+from typing import NamedTuple
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from builders import LOGS, NOON, PROPERTY, OpenLog, Scribe, SteppableClock
+from domain.feed import Cursor, Feed, Logged
+from domain.generation import Generation
+from domain.ports import EventLog
+
+logs = pytest.mark.parametrize("open_log", list(LOGS.values()), ids=list(LOGS))
+
+
+def entry(
+    position: int, *, end: int | None = None, first: int = 1, event_id: int | None = None, gone: bool = False
+) -> Logged:
+    return Logged(
+        "ada",
+        position,
+        position * 10 if event_id is None else event_id,
+        "edit_1_x",
+        1,
+        "continue",
+        None if gone else b"{}",
+        first,
+        end,
+    )
+
+
+def feed(
+    *entries: Logged,
+    upto: int,
+    head: int | None = None,
+    floor: int = 0,
+    anchor_id: int | None = 0,
+    severed: bool = False,
+) -> Feed:
+    return Feed(entries, upto, upto if head is None else head, floor, anchor_id, severed)
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+cursors = st.builds(
+    lambda live, event_id, seen: Cursor(max(live, seen), event_id, min(live, seen)),
+    st.integers(0, 10**15 - 1),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 10**15 - 1),
+)
+epochs = st.from_regex(r"\A[a-z0-9]{1,32}\Z")
+
+#: Texts that look as if they could be cursors.
+near = st.from_regex(r"\A[a-z0-9]{0,3}[.]?0{0,3}[0-9]{0,17}[.]-?[0-9a-fA-F]{0,18}[.][0-9 _+٣]{0,5}\n?\Z")
+
+
+@PROPERTY
+@given(cursors, epochs)
+def test_what_was_handed_out_is_read_back_as_it_was(cursor: Cursor, epoch: str) -> None:
+    assert Cursor.parse(cursor.text(epoch), epoch) == cursor
+
+
+@PROPERTY
+@given(cursors, epochs, epochs)
+def test_a_cursor_of_another_epoch_is_none_of_ours(cursor: Cursor, epoch: str, other: str) -> None:
+    parsed = Cursor.parse(cursor.text(epoch), other)
+    assert parsed == (cursor if epoch == other else None)
+
+
+anything = st.one_of(
+    st.text(),
+    near,
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.binary(),
+    st.lists(st.text(), max_size=3),
+    st.dictionaries(st.text(), st.integers(), max_size=2),
+)
+
+
+@PROPERTY
+@given(anything)
+def test_parsing_never_raises_whatever_it_is_given(text: object) -> None:
+    parsed = Cursor.parse(text, "e1")
+    assert parsed is None or (isinstance(text, str) and text.startswith("e1."))
+
+
+@PROPERTY
+@given(cursors, st.data())
+def test_one_changed_character_is_another_cursor_or_none(cursor: Cursor, data: st.DataObject) -> None:
+    text = cursor.text("e1")
+    index = data.draw(st.integers(0, len(text) - 1))
+    changed = text[:index] + data.draw(st.characters()) + text[index + 1 :]
+    parsed = Cursor.parse(changed, "e1")
+    if _canonical(changed):
+        assert (parsed == cursor) == (changed == text)
+
+
+def _canonical(text: str) -> bool:
+    """Without zeros in front: those are tried on their own, below."""
+    return all(part == "0" or not part.startswith("0") for part in text.split("."))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ".",
+        "...",
+        "e1",
+        "e1.1.a",
+        "e1.1.a.1.1",
+        "e1.-1.a.1",
+        "e1.1.A.1",
+        "e1.1.0xa.1",
+        "e1.1.a.2",
+        "e1.1.a.1 ",
+        " e1.1.a.1",
+        "e1.1.a.1\n",
+        "e1.١.a.1",
+        "e1.1_0.a.1",
+        "e1." + "9" * 16 + ".a.1",
+        "e1.1." + "f" * 17 + ".1",
+        "E1.1.a.1",
+        "e1.1..1",
+        "e1.1.a.1\x00",
+        "\ud800",
+    ],
+)
+def test_what_was_never_handed_out_is_no_cursor(text: str) -> None:
+    assert Cursor.parse(text, "e1") is None
+
+
+@pytest.mark.parametrize("text", ["e1.01.a.1", "e1.1.0a.1", "e1.1.a.01", "e1.00.a.0"])
+def test_only_the_exact_text_is_read(text: str) -> None:
+    assert Cursor.parse(text, "e1") is None
+
+
+# --- usable, wants, advance ------------------------------------------------------------------------------
+
+
+def test_a_cursor_is_usable_where_the_id_stands_and_nothing_wanted_is_lost() -> None:
+    cursor = Cursor(5, 50, 2)
+    assert cursor.usable(feed(upto=5, anchor_id=50))
+    assert cursor.usable(feed(upto=5, anchor_id=50, floor=5))
+    assert not cursor.usable(feed(upto=9, anchor_id=50, floor=6))
+    assert not cursor.usable(feed(upto=5, anchor_id=51))
+    assert not cursor.usable(feed(upto=5, anchor_id=None))
+    assert not cursor.usable(feed(upto=5, anchor_id=50, severed=True))
+
+
+def test_retention_below_live_does_not_touch_what_was_not_seen() -> None:
+    assert Cursor(5, 50, 0).usable(feed(upto=9, anchor_id=50, floor=4))
+
+
+@pytest.mark.parametrize(
+    ("position", "end", "gone", "wanted"),
+    [
+        (3, None, False, True),
+        (3, 8, False, True),
+        (3, 5, False, False),
+        (3, 3, False, False),
+        (5, 5, False, False),
+        (6, 6, False, True),
+        (6, None, False, True),
+        (6, 7, True, False),
+        (3, None, True, False),
+    ],
+)
+def test_up_to_live_only_what_had_not_ended_by_then_is_wanted_and_after_it_everything(
+    position: int, end: int | None, gone: bool, wanted: bool
+) -> None:
+    assert Cursor(5, 50, 2).wants(entry(position, end=end, gone=gone)) is wanted
+
+
+def test_in_the_past_only_seen_moves_and_beyond_it_both_move() -> None:
+    cursor = Cursor(5, 50, 2)
+    assert cursor.past(entry(3)) == Cursor(5, 50, 3)
+    assert cursor.past(entry(5)) == Cursor(5, 50, 5)
+    assert cursor.past(entry(6)) == Cursor(6, 60, 6)
+
+
+def test_advancing_tells_each_wanted_event_with_the_cursor_behind_it() -> None:
+    cursor = Cursor(5, 50, 2)
+    read = feed(entry(3), entry(4, end=4), entry(5, end=7), entry(6, gone=True), entry(7, end=7), upto=7, anchor_id=50)
+    wanted, behind = cursor.advance(read)
+    assert [(told.position, after) for told, after in wanted] == [
+        (3, Cursor(5, 50, 3)),
+        (5, Cursor(5, 50, 5)),
+        (7, Cursor(7, 70, 7)),
+    ]
+    assert behind == Cursor(7, 70, 7)
+
+
+def test_advancing_over_purged_and_unwanted_places_still_goes_on() -> None:
+    cursor = Cursor(5, 50, 0)
+    assert cursor.advance(feed(upto=3, head=9, anchor_id=50)) == ([], Cursor(5, 50, 3))
+    assert cursor.advance(feed(entry(4, end=4), upto=4, head=9, anchor_id=50)) == ([], Cursor(5, 50, 4))
+    assert cursor.advance(feed(upto=5, head=5, anchor_id=50)) == ([], Cursor(5, 50, 5))
+
+
+def test_empty_places_beyond_live_are_passed_without_a_word() -> None:
+    assert Cursor(5, 50, 5).advance(feed(entry(6, gone=True), upto=6, anchor_id=50)) == ([], Cursor(6, 60, 6))
+
+
+@PROPERTY
+@given(cursors, st.integers(0, 10), st.integers(0, 10))
+def test_advancing_never_goes_back_and_never_beyond_what_was_read(cursor: Cursor, count: int, step: int) -> None:
+    positions = [cursor.seen + 1 + index * (step + 1) for index in range(count)]
+    upto = max(positions, default=cursor.seen)
+    _, behind = cursor.advance(feed(*map(entry, positions), upto=upto, anchor_id=cursor.event_id))
+    assert behind.seen <= behind.live
+    assert cursor.seen <= behind.seen <= max(upto, cursor.seen)
+    assert behind.live == max(cursor.live, *positions, 0)
+
+
+# --- the property: from any place, exactly what is wanted -------------------------------------------------
+
+
+class Told(NamedTuple):
+    """A cursor that was handed out, and what whoever holds it has attached at and been told so far."""
+
+    cursor: Cursor
+    attached_at: int
+    position: int
+    told: tuple[int, ...]
+
+
+class World:
+    """A log with one user, and beside it a list of everything that ever happened."""
+
+    def __init__(self, log: EventLog) -> None:
+        self.log = log
+        self.scribe = Scribe(log, SteppableClock(NOON))
+        self.running: list[Generation] = []
+        #: Position by position: whose event it was.
+        self.ids: list[str] = []
+        self.ends: dict[str, int] = {}
+        self.purged: set[str] = set()
+        self.deleted: set[str] = set()
+        self.handed_out: list[Told] = []
+        self.delivered = 0
+        self.refused = 0
+
+    async def start(self, _: int) -> None:
+        self.running.append(await self.scribe.start())
+        self.ids.append(self.running[-1].generation_id)
+
+    async def move(self, which: int) -> None:
+        if not self.running:
+            return
+        index = which % len(self.running)
+        generation = self.running.pop(index)
+        status = "failed" if which % 3 == 0 or generation.status == "composition" else "composition"
+        generation = await self.scribe.move(generation, status)
+        self.ids.append(generation.generation_id)
+        if status == "failed":
+            self.ends[generation.generation_id] = len(self.ids)
+        else:
+            self.running.insert(index, generation)
+
+    async def delete(self, which: int) -> None:
+        there = [name for name in self.ends if name not in self.purged | self.deleted]
+        if there:
+            gone = there[which % len(there)]
+            assert await self.log.remove(gone, retention=False)
+            self.deleted.add(gone)
+
+    async def purge(self, which: int) -> None:
+        """Retention takes what ended first; now and then it is behind with one."""
+        there = [name for name in self.ends if name not in self.purged | self.deleted]
+        if there:
+            gone = there[1 if which % 4 == 0 and len(there) > 1 else 0]
+            assert await self.log.remove(gone, retention=True)
+            self.purged.add(gone)
+
+    async def attach(self, _: int) -> None:
+        cursor = await self.log.present("ada")
+        self.handed_out.append(Told(cursor, len(self.ids), 0, ()))
+
+    async def read(self, which: int) -> None:
+        """One page behind some cursor, which may have been handed out long ago."""
+        if self.handed_out:
+            await self.page(self.handed_out[-1 - which % len(self.handed_out)], 1 + which % 5)
+
+    @property
+    def floor(self) -> int:
+        return max((self.ends[name] for name in self.purged), default=0)
+
+    def may_be_refused(self, holder: Told) -> bool:
+        """The declared rule: the floor has passed the cursor, or a deleted generation spans it."""
+        live = holder.cursor.live
+        spans = [(self.ids.index(name) + 1, self.ends[name]) for name in self.deleted]
+        return live < self.floor or any(first <= live < last for first, last in spans)
+
+    def wanted(self, holder: Told) -> list[int]:
+        """What is still to come: everything since attaching, and all of what ran then."""
+        gone = self.purged | self.deleted
+        return [
+            position
+            for position, name in enumerate(self.ids, 1)
+            if position > holder.position
+            and name not in gone
+            and (position > holder.attached_at or self.ends.get(name, 1 << 60) > holder.attached_at)
+        ]
+
+    async def page(self, holder: Told, limit: int) -> Told | None:
+        cursor = Cursor.parse(holder.cursor.text(self.log.epoch), self.log.epoch)
+        assert cursor == holder.cursor
+        read = await self.log.feed("ada", after=cursor.seen, anchor=cursor.live, limit=limit)
+        assert len(read.entries) <= limit
+        if not cursor.usable(read):
+            assert self.may_be_refused(holder)
+            self.refused += 1
+            return None
+        assert not self.may_be_refused(holder)
+        told, behind = cursor.advance(read)
+        positions = [logged.position for logged, _ in told]
+        expected = [position for position in self.wanted(holder) if position <= read.upto]
+        assert positions == expected
+        assert [logged.generation_id for logged, _ in told] == [self.ids[position - 1] for position in positions]
+        assert read.upto > cursor.seen or read.upto == read.head
+        self.delivered += len(told)
+        after = holder
+        for logged, handed in told:
+            after = after._replace(cursor=handed, position=logged.position, told=(*after.told, logged.position))
+            self.handed_out.append(after)
+        after = after._replace(cursor=behind, position=read.upto)
+        self.handed_out.append(after)
+        del self.handed_out[:-60]
+        return after
+
+    async def catch_up(self, holder: Told, limit: int) -> None:
+        """From any place to the head: all that was wanted, once, in order; or told that it is lost."""
+        expected = [*holder.told, *self.wanted(holder)]
+        present: Told | None = holder
+        while present is not None:
+            holder = present
+            if holder.cursor.seen >= len(self.ids):
+                assert list(holder.told) == expected
+                return
+            present = await self.page(holder, limit)
+
+
+command = st.tuples(
+    st.sampled_from(["start", "start", "move", "move", "move", "move", "attach", "read", "read", "delete", "purge"]),
+    st.integers(0, 30),
+)
+
+
+async def play(open_log: OpenLog, commands: list[tuple[str, int]], limits: list[int]) -> World:
+    async with open_log(clock=SteppableClock(NOON), credits=None) as log:
+        world = World(log)
+        await world.attach(0)
+        for name, which in commands:
+            await getattr(world, name)(which)
+        for turn, holder in enumerate(list(world.handed_out)):
+            await world.catch_up(holder, limits[turn % len(limits)])
+        attached = Told(await log.present("ada"), len(world.ids), 0, ())
+        assert not world.may_be_refused(attached)
+        await world.catch_up(attached, 1_000)
+        return world
+
+
+@logs
+@settings(PROPERTY, max_examples=250)
+@given(commands=st.lists(command, min_size=5, max_size=60), limits=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_from_any_cursor_the_wanted_events_come_once_in_order_or_it_is_reported_unusable(
+    open_log: OpenLog, commands: list[tuple[str, int]], limits: list[int]
+) -> None:
+    world = asyncio.run(play(open_log, commands, limits))
+    event(f"events told: {min(world.delivered, 40) // 10 * 10}")
+    event(f"refused: {world.refused > 0}")
+
+
+@logs
+async def test_the_property_is_not_empty(open_log: OpenLog) -> None:
+    commands = [("start", 0), ("start", 0), ("attach", 0), ("move", 1), ("read", 0), ("move", 4), ("move", 3)]
+    world = await play(open_log, [*commands, ("purge", 0), ("start", 0), ("read", 3), ("attach", 0)], [1])
+    assert world.delivered > 5
+    assert world.refused > 0
+
+
+@logs
+async def test_another_users_cursor_is_none_of_ones_own(open_log: OpenLog) -> None:
+    async with open_log(clock=SteppableClock()) as log:
+        scribe = Scribe(log)
+        for user_id in ("ada", "bob"):
+            await scribe.whole(user_id)
+        for position in range(7):
+            anchor_id = (await log.feed("ada", after=0, anchor=position, limit=0)).anchor_id
+            assert anchor_id is not None
+            cursor = Cursor(position, anchor_id, position)
+            assert cursor.usable(await log.feed("ada", after=position, anchor=position, limit=10))
+            assert not cursor.usable(await log.feed("bob", after=position, anchor=position, limit=10))
+            assert not cursor.usable(await log.feed("cy", after=position, anchor=position, limit=10))
+
+
+@logs
+async def test_a_log_that_came_back_in_an_older_state_is_recognised(open_log: OpenLog) -> None:
+    """The same epoch and the same positions, but other events: only the ids tell."""
+    async with open_log(clock=SteppableClock()) as log, open_log(clock=SteppableClock()) as older:
+        scribe, again = Scribe(log), Scribe(older)
+        await scribe.whole()
+        again.entropy.event_id()
+        await again.whole()
+        cursor = await log.present("ada")
+        assert cursor.usable(await log.feed("ada", after=cursor.seen, anchor=cursor.live, limit=0))
+        assert not cursor.usable(await older.feed("ada", after=cursor.seen, anchor=cursor.live, limit=0))
