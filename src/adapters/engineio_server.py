@@ -1,0 +1,212 @@
+"""python-engineio's server, with bounds: what waits for a client is counted, and every transport can be ended.
+
+The library keeps its own table of sockets and its own writers. What is ours: a queue that knows its size,
+answers to malformed frames, and closing that never waits for a client.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final
+
+import engineio
+from engineio import async_socket, exceptions, packet, payload
+
+#: The ASGI scope extension in which a server that lets its transports be aborted hands them over.
+TRANSPORT: Final = "stagecast.transport"
+
+#: What may wait for one client.
+MAX_EVENTS: Final = 256
+MAX_BYTES: Final = 512 * 1024
+
+#: Seconds in which something has to move while a client has not taken what waits for it.
+STALL: Final = 5.0
+
+#: Seconds a WebSocket has to say goodbye before its transport is aborted.
+_GOODBYE: Final = 1.0
+
+#: What one polling answer or one turn of the writer takes; python-engineio's client refuses more in one answer.
+_TURN: Final = 16
+
+
+class Outbox(asyncio.Queue[packet.Packet | None]):
+    """What waits for one client, counted."""
+
+    def _init(self, maxsize: int) -> None:
+        super()._init(maxsize)
+        self.bytes = 0
+        #: How many packets have been taken so far.
+        self.taken = 0
+        self.moved = asyncio.Event()
+
+    def _put(self, item: packet.Packet | None) -> None:
+        super()._put(item)
+        self.bytes += _weight(item)
+
+    def _get(self) -> packet.Packet | None:
+        item: packet.Packet | None = super()._get()
+        self.bytes -= _weight(item)
+        self.taken += 1
+        self.moved.set()
+        return item
+
+
+def _weight(item: packet.Packet | None) -> int:
+    return len(item.data) if item is not None and isinstance(item.data, str) else 0
+
+
+class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-engineio has no types
+    """One client's transport, polling or WebSocket, and what waits for it."""
+
+    queue: Outbox
+    upgrading: bool
+    upgraded: bool
+    _transport: asyncio.WriteTransport | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return bool(self.closing or self.closed)
+
+    def has_room(self, frame: packet.Packet) -> bool:
+        """Whether this frame may wait here too."""
+        return self.queue.qsize() < MAX_EVENTS and self.queue.bytes + _weight(frame) <= MAX_BYTES
+
+    def put(self, frame: packet.Packet) -> None:
+        """Queue a frame. Never waits; after the end, does nothing."""
+        if not self.gone:
+            self.queue.put_nowait(frame)
+
+    async def drained(self, *, events: int = MAX_EVENTS // 2, size: int = MAX_BYTES // 4) -> bool:
+        """Wait until no more than this waits here; False where for `STALL` seconds nothing has moved."""
+        queue = self.queue
+        while not self.gone and (queue.qsize() > events or queue.bytes > size):
+            before = self._progress()
+            queue.moved.clear()
+            try:
+                await asyncio.wait_for(queue.moved.wait(), STALL)
+            except TimeoutError:
+                if self._progress() == before:
+                    return False
+        return not self.gone
+
+    def abort(self) -> None:
+        """End the transport now, whether the client takes anything or not."""
+        self.server.spawn(self.close(wait=False, abort=True))
+        if self._transport is not None:
+            self._transport.abort()
+
+    def finish(self) -> None:
+        """Send what waits, then end the transport."""
+        self.server.spawn(self.close(wait=False))
+
+    async def close(self, wait: bool = True, abort: bool = False, reason: str | None = None) -> None:
+        """Close, without ever waiting for the client, as the library's `wait` would."""
+        await super().close(wait=False, abort=abort, reason=reason)
+        self.queue.put_nowait(None)  # Ends a pending poll, and a WebSocket's writer.
+        if abort:
+            self.server.sockets.pop(self.sid, None)
+        elif self._transport is not None:
+            asyncio.get_running_loop().call_later(_GOODBYE, self._transport.abort)
+
+    def _progress(self) -> tuple[int, int]:
+        waiting = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return self.queue.taken, waiting
+
+    async def poll(self) -> list[packet.Packet]:
+        """Wait for something to send, and take a bounded part of it."""
+        try:
+            first = await asyncio.wait_for(self.queue.get(), self.server.ping_interval + self.server.ping_timeout)
+        except TimeoutError:
+            raise exceptions.QueueEmpty from None
+        packets: list[packet.Packet] = []
+        while first is not None:
+            packets.append(first)
+            if len(packets) == _TURN or self.queue.empty():
+                return packets
+            first = self.queue.get_nowait()
+        if packets:
+            self.queue.put_nowait(None)
+        return packets
+
+    async def handle_post_request(self, environ: Mapping[str, Any]) -> None:
+        """Take a polling request. What cannot be read ends the transport."""
+        try:
+            length = int(environ.get("CONTENT_LENGTH", "0"))
+            if not 0 < length <= self.server.max_http_buffer_size:
+                raise exceptions.ContentTooLongError
+            body = await environ["wsgi.input"].read(length)
+            for received in _Payload(encoded_payload=body.decode()).packets:
+                await self.receive(received)
+        except exceptions.EngineIOError:
+            raise
+        except Exception:
+            raise exceptions.EngineIOError from None
+
+    async def _upgrade_websocket(self, environ: Mapping[str, Any]) -> Any:
+        if self.upgrading or self.upgraded:
+            return self.server._bad_request()
+        self._transport = environ["asgi.scope"].get("extensions", {}).get(TRANSPORT)
+        try:
+            return await super()._upgrade_websocket(environ)
+        except Exception:
+            return None  # A malformed frame: the handshake is over, and the transport ends below.
+        finally:
+            if self.upgraded:
+                await self.close(wait=False, abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
+            else:
+                self.upgrading = False  # Polling goes on.
+                self._transport = None
+
+
+class _Payload(payload.Payload):  # type: ignore[misc]
+    max_decode_packets = 256
+
+
+class EngineServer(engineio.AsyncServer):  # type: ignore[misc]
+    """The table of transports."""
+
+    sockets: dict[str, EngineSocket]
+    start_service_task: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run this in a task of its own."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def create_queue(self, *args: Any, **kwargs: Any) -> Outbox:
+        """Called by the library for each new socket."""
+        return Outbox()
+
+    async def _handle_connect(self, environ: Mapping[str, Any], transport: str, jsonp_index: int | None = None) -> Any:
+        if self.start_service_task:
+            self.start_service_task = False
+            self.service_task_handle = self.start_background_task(self._service_task)
+        socket = EngineSocket(self, self.generate_id())
+        self.sockets[socket.sid] = socket
+        opening = {
+            "sid": socket.sid,
+            "upgrades": self._upgrades(socket.sid, transport),
+            "pingTimeout": int(self.ping_timeout * 1000),
+            "pingInterval": int(self.ping_interval * 1000),
+            "maxPayload": self.max_http_buffer_size,
+        }
+        socket.put(packet.Packet(packet.OPEN, opening))
+        await self._trigger_event("connect", socket.sid, environ, run_async=False)
+        socket.schedule_ping()
+        if transport == "websocket":
+            try:
+                return await socket.handle_get_request(environ)
+            finally:
+                await socket.close(wait=False, abort=True)
+        socket.connected = True
+        return self._ok(await socket.poll())
+
+    async def shutdown(self) -> None:
+        """Stop watching for clients that are gone."""
+        await super().shutdown()
+        self.start_service_task = True

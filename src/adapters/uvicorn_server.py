@@ -1,0 +1,98 @@
+"""uvicorn, with two things added: leaving by the contract, and transports that can be aborted."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from adapters.engineio_server import TRANSPORT
+
+#: Called when the process is asked to leave; returns when it may. The event is set once there is no time left.
+Leave = Callable[[asyncio.Event], Awaitable[None]]
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's, which also hands its transport to the application."""
+
+    def handle_connect(self, event: Any) -> None:
+        """Called with the client's opening handshake."""
+        super().handle_connect(event)
+        if self.handshake_initiated and not self.handshake_complete:
+            extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
+            self.scope["extensions"] = extensions | {TRANSPORT: self.transport}
+
+
+class Server(uvicorn.Server):
+    """SIGTERM lets the work be finished first; SIGINT and every second signal do not wait. Both exit with 0."""
+
+    def __init__(self, app: Any, leave: Leave, ready: Callable[[], None]) -> None:
+        """`ready` is called once connections are taken."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                ws=WebSocketProtocol,
+                ws_max_size=64 * 1024,
+                ws_per_message_deflate=False,
+                ws_ping_interval=None,  # Engine.IO has pings of its own.
+                log_config=None,
+                log_level=logging.WARNING,
+                access_log=False,
+                server_header=False,
+            )
+        )
+        self._leave = leave
+        self._ready = ready
+        self._hurry = asyncio.Event()
+        self._leaving: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called once by uvicorn, within the loop."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the signal handler."""
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.leave, sig == signal.SIGINT)
+
+    def leave(self, now: bool = False) -> None:
+        """Begin to leave; `now`, or asked a second time, without waiting for work."""
+        if now or self._leaving is not None:
+            self._hurry.set()
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._depart())
+
+    async def _depart(self) -> None:
+        try:
+            await self._leave(self._hurry)
+        finally:
+            self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close what is still open. Everything that had to be said has been said: nobody is waited for long."""
+        loop = asyncio.get_running_loop()
+        timers = [loop.call_later(0.3, self._hang_up), loop.call_later(0.6, self._give_up)]
+        try:
+            await super().shutdown(sockets)
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    def _give_up(self) -> None:
+        for task in self.server_state.tasks:
+            task.cancel()
