@@ -1,0 +1,108 @@
+"""What the offline pictures are made of: chance, palettes, gradients, shapes and shadows."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+from PIL import Image, ImageDraw, ImageFilter
+
+Colour = tuple[int, int, int]
+Box = tuple[float, float, float, float]
+
+
+class Chance:
+    """Numbers that look random and follow from a text."""
+
+    def __init__(self, text: str) -> None:
+        self._bytes: Iterator[int] = iter(hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(1024))
+
+    def between(self, low: float, high: float) -> float:
+        """The next number in that range; of 65,536 possible ones."""
+        return low + (high - low) * (next(self._bytes) * 256 + next(self._bytes)) / 65_535
+
+
+class Palette:
+    """Colours that go together, around a hue that chance has drawn."""
+
+    def __init__(self, chance: Chance) -> None:
+        hue = chance.between(0, 360)
+        #: Towards a neighbour or to the other side of the wheel.
+        other = hue + (45, -45, 150, 180)[int(chance.between(0, 3.99))]
+        self.ink = oklch(0.24, 0.055, hue)
+        self.deep = oklch(0.38, 0.10, hue)
+        self.middle = oklch(0.62, 0.135, hue)
+        self.soft = oklch(0.80, 0.085, hue)
+        self.accent = oklch(0.70, 0.16, other)
+        self.glow = oklch(0.86, 0.09, other)
+        self.paper = oklch(0.975, 0.012, other)
+
+
+def oklch(lightness: float, chroma: float, hue: float) -> Colour:
+    """A colour of sRGB by how light, how strong and of which hue (in degrees) it looks."""
+    a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
+    long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    return (
+        _gamma(4.0767416621 * long - 3.3077115913 * medium + 0.2309699292 * short),
+        _gamma(-1.2684380046 * long + 2.6097574011 * medium - 0.3413193965 * short),
+        _gamma(-0.0041960863 * long - 0.7034186147 * medium + 1.7076147010 * short),
+    )
+
+
+def _gamma(linear: float) -> int:
+    linear = min(1.0, max(0.0, linear))
+    return round(255 * (12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055))
+
+
+def mesh(size: tuple[int, int], colours: list[Colour]) -> Image.Image:
+    """A gradient that flows between nine colours, given row by row."""
+    image = Image.new("RGB", (3, 3))
+    for place, colour in enumerate(colours):
+        image.putpixel((place % 3, place // 3), colour)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def mask(size: tuple[int, int], draw: Callable[[ImageDraw.ImageDraw, int], None]) -> Image.Image:
+    """What `draw` draws in 255 at a scale of its second argument, with soft edges."""
+    image = Image.new("L", (size[0] * 2, size[1] * 2))
+    draw(ImageDraw.Draw(image), 2)
+    return image.reduce(2)
+
+
+def rounded(size: tuple[int, int], box: Box, radius: float) -> Image.Image:
+    """The mask of a rectangle with round corners."""
+    return mask(size, lambda draw, k: draw.rounded_rectangle([side * k for side in box], radius * k, fill=255))
+
+
+def oval(size: tuple[int, int], box: Box, ring: float = 0) -> Image.Image:
+    """The mask of an oval, or of a ring that wide."""
+
+    def draw(draw: ImageDraw.ImageDraw, k: int) -> None:
+        draw.ellipse([side * k for side in box], fill=0 if ring else 255, outline=255, width=round(ring * k))
+
+    return mask(size, draw)
+
+
+def around(centre: tuple[float, float], radius: float) -> Box:
+    """The square that far around a point."""
+    return centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius
+
+
+def inset(box: Box, by: float) -> Box:
+    """The box, smaller on each side."""
+    return box[0] + by, box[1] + by, box[2] - by, box[3] - by
+
+
+def faded(image: Image.Image, share: float) -> Image.Image:
+    """The mask, weaker."""
+    return image.point(lambda value: value * share)
+
+
+def shadow(shape: Image.Image, softness: float, share: float, down: float) -> Image.Image:
+    """The mask of the shadow that a shape throws below itself."""
+    small = shape.reduce(4).filter(ImageFilter.GaussianBlur(softness / 4))
+    soft = faded(small, share).resize(shape.size, Image.Resampling.BICUBIC)
+    moved = Image.new("L", shape.size)
+    moved.paste(soft, (0, round(down)))
+    return moved
