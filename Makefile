@@ -1,0 +1,43 @@
+# make run: set everything up and serve on http://localhost:3000.   make test: set everything up, check and test.
+PYTHON ?= python3
+BIN := .venv/bin
+CLIENT := src/api/static/vendor/socket.io.min.js
+
+.PHONY: run test check docs bench clean
+
+run: .venv/installed $(CLIENT)
+	@exec $(BIN)/stagecast serve
+
+test: check
+	$(BIN)/pytest
+
+check: .venv/installed-dev $(CLIENT)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --show-timings > .venv/lint-imports.log || (cat .venv/lint-imports.log; exit 1)
+	$(BIN)/python docs/generate.py --check
+
+docs: .venv/installed-dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv node_modules var $(dir $(CLIENT))
+
+.venv/bin/python:
+	$(PYTHON) -m venv --upgrade-deps .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev
+	@touch $@
+
+# The official JavaScript client comes from npm where that is installed; the page asks its CDN where it is not.
+$(CLIENT): package.json
+	@if command -v npm > /dev/null; then \
+		npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts \
+		&& mkdir -p $(dir $@) && cp node_modules/socket.io-client/dist/socket.io.min.js $@; fi; \
+	test -f $@ || echo "socket.io-client is not here (no npm?): the page takes it from its CDN"

@@ -1,0 +1,201 @@
+"""The composition root: the one place that knows which adapter stands behind which port."""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import socketio
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from adapters.image_folder import ImageFolder
+from adapters.image_work import ImageThreads
+from adapters.local_editor import LocalEditor
+from adapters.local_face_swap import LocalFaceSwap
+from adapters.memory_log import MemoryLog
+from adapters.memory_queue import MemoryQueue
+from adapters.pillow_composer import PillowComposer
+from adapters.pillow_intake import PillowIntake
+from adapters.socketio_projection import Projection
+from adapters.socketio_server import PATIENCE, SocketServer
+from adapters.system import SystemEntropy, now
+from adapters.uvicorn_server import Server
+from api import generations, info, problems
+from api.perimeter import Perimeter
+from api.settings import Settings
+from api.sockets import Sockets
+from domain.errors import LogUnavailable
+from domain.housekeeping import purge, sweep
+from domain.ports import EventLog
+from domain.recorder import Recorder
+from domain.runner import Runner
+from domain.workflow import Limits, Workflow
+
+STATIC: Final = Path(__file__).parent / "static"
+
+#: Seconds that sockets have, on leaving, to take what they were sent last.
+_FLUSH: Final = 0.5
+_SWEEP_EVERY: Final = timedelta(hours=1)
+
+
+class Service:
+    """One running service: the wired parts, their tasks, and how it leaves."""
+
+    def __init__(self, settings: Settings, **overrides: Any) -> None:
+        """`overrides` replace what is wired here, by name: ``log``, ``editor``, ``face_swapper``, …"""
+        self.settings = settings
+        self.clock = overrides.get("clock", now)
+        entropy = overrides.get("entropy") or SystemEntropy()
+        self.threads = ImageThreads()
+        self.log: EventLog = overrides.get("log") or MemoryLog(
+            epoch=secrets.token_hex(8), credits=settings.credits, clock=self.clock
+        )
+        self.queue = overrides.get("queue") or MemoryQueue()
+        self.images = overrides.get("images") or ImageFolder(settings.images)
+        recorder = Recorder(self.log, self.clock, entropy)
+        self.workflow = Workflow(
+            log=self.log,
+            recorder=recorder,
+            queue=self.queue,
+            images=self.images,
+            intake=PillowIntake(self.threads),
+            clock=self.clock,
+            entropy=entropy,
+            limits=Limits(settings.max_waiting, settings.max_per_user, timedelta(seconds=settings.retention)),
+        )
+        self.runner = Runner(
+            log=self.log,
+            recorder=recorder,
+            queue=self.queue,
+            images=self.images,
+            image_url=lambda name: f"{settings.public_url}/images/{name}",
+            composer=overrides.get("composer") or PillowComposer(self.threads),
+            editor=overrides.get("editor") or LocalEditor(self.threads, settings.local_seconds),
+            face_swapper=overrides.get("face_swapper") or LocalFaceSwap(self.threads, settings.local_seconds),
+            fetcher=overrides.get("fetcher"),
+            max_running=settings.max_running,
+            deadline=settings.deadline,
+        )
+        self.projection = Projection(self.log)
+        sockets = Sockets(self.workflow, self.projection)
+        self.sockets = SocketServer(
+            greet=sockets.greet, handlers=sockets.events, patience=overrides.get("patience", PATIENCE)
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._work: asyncio.Task[None] | None = None
+        self._left = False
+
+    async def enter(self) -> None:
+        """Begin to follow the log, to work and to keep house."""
+        await sweep(self.log, self.images, stored_before=self.clock())
+        self._work = asyncio.create_task(self.runner.run())
+        self._tasks = [asyncio.create_task(self.projection.run()), asyncio.create_task(self._keep_house())]
+
+    async def leave(self, hurry: asyncio.Event) -> None:
+        """Take no new work, finish what there is within the drain or until `hurry`, and say what was left undone."""
+        if self._left:
+            return
+        self._left = True
+        self.workflow.draining = True
+        waits = [asyncio.create_task(self.queue.settled()), asyncio.create_task(hurry.wait())]
+        await asyncio.wait(waits, timeout=self.settings.drain, return_when=asyncio.FIRST_COMPLETED)
+        await _cancel(*waits, *([self._work] if self._work else []))
+        if not self.log.durable:
+            await self.runner.interrupt()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH):
+                await self.projection.settled()
+        await self.sockets.close_all()
+        await _cancel(*self._tasks)
+        await self.sockets.shutdown()
+        self.threads.close()
+
+    async def readiness(self) -> str | None:
+        """``None`` where the service can take work, else the code of the reason."""
+        if self.workflow.draining:
+            return "draining"
+        try:
+            await self.log.credit("")
+        except LogUnavailable as refusal:
+            return refusal.code
+        return None
+
+    async def _keep_house(self) -> None:
+        retention = timedelta(seconds=self.settings.retention)
+        grace = max(_SWEEP_EVERY, 2 * timedelta(seconds=self.settings.deadline))
+        pause = min(max(self.settings.retention / 10, 0.1), 60)
+        swept = self.clock()
+        while True:
+            await asyncio.sleep(pause)
+            with contextlib.suppress(LogUnavailable):
+                await purge(self.log, self.images, ended_before=self.clock() - retention)
+                if self.clock() - swept >= _SWEEP_EVERY:
+                    swept = self.clock()
+                    await sweep(self.log, self.images, stored_before=swept - grace)
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIApp]:
+    """The service, and the ASGI application that is its outside."""
+    service = Service(settings, **overrides)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.enter()
+        try:
+            yield
+        finally:
+            await service.leave(_at_once())
+
+    http = FastAPI(
+        title="Stagecast",
+        version=metadata.version("stagecast"),
+        summary=metadata.metadata("stagecast")["Summary"],
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    http.state.workflow = service.workflow
+    http.state.images = service.images
+    http.state.readiness = service.readiness
+    http.state.image_urls = "fetcher" in overrides
+    problems.install(http)
+    for router in (generations.router, info.router):
+        http.include_router(router)
+    http.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+    @http.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+    hosts = None if settings.allow_open else settings.allowed_hosts
+    everything = socketio.ASGIApp(service.sockets, other_asgi_app=http)
+    return service, Perimeter(everything, origins=settings.cors_origins, hosts=hosts)
+
+
+def create_app(settings: Settings, **overrides: Any) -> ASGIApp:
+    """The ASGI application, for any server. `create_server` also leaves by the contract."""
+    return create_service(settings, **overrides)[1]
+
+
+def create_server(settings: Settings, ready: Callable[[], None] = lambda: None, **overrides: Any) -> Server:
+    """The service on uvicorn, with SIGTERM and SIGINT handled. `ready` is called once it takes connections."""
+    service, app = create_service(settings, **overrides)
+    return Server(app, service.leave, ready)
+
+
+def _at_once() -> asyncio.Event:
+    hurry = asyncio.Event()
+    hurry.set()
+    return hurry

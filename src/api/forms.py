@@ -1,0 +1,224 @@
+"""The form that starts a generation: read within limits, validated, and turned into a `domain.workflow.Wish`.
+
+The form's models are what OpenAPI shows. FastAPI would read the whole body before anything else is asked; here it
+is read last.
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Final
+
+from fastapi import Request
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
+from pydantic.alias_generators import to_camel
+from pydantic.types import Strict
+from pydantic_core import PydanticCustomError, from_json
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.types import Message
+
+from api.problems import Invalid, InvalidField, invalid_fields
+from domain.errors import Refusal
+from domain.orders import Options
+from domain.stages import Kind
+from domain.workflow import Wish
+
+MAX_IMAGES: Final = 5
+MAX_FILE: Final = 10 * 1024 * 1024
+MAX_BODY: Final = MAX_IMAGES * MAX_FILE + 64 * 1024
+MAX_METADATA: Final = 2 * 1024
+_MAX_METADATA_DEPTH: Final = 32
+_HTTP_URL: Final = re.compile(r"https?://[^\x00-\x20\x7f/?#]+[^\x00-\x20\x7f]*", re.IGNORECASE)
+
+
+class ImageUrlsUnavailable(Refusal):
+    """Image URLs are not taken yet. Send the images as files."""
+
+    code = "image_urls_unavailable"
+
+
+def _file(value: object) -> UploadFile:
+    if not isinstance(value, UploadFile):
+        raise PydanticCustomError("file", "This must be a file")
+    return value
+
+
+def _flag(value: object) -> object:
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _urls(values: object) -> object:
+    """The field as it came: repeated, or once with a JSON array."""
+    if isinstance(values, list) and len(values) == 1 and isinstance(values[0], str) and values[0].startswith("["):
+        try:
+            return from_json(values[0])
+        except ValueError:
+            raise PydanticCustomError("json", "This must be a JSON array, or the field repeated") from None
+    return values
+
+
+def _http_url(value: str) -> str:
+    if _HTTP_URL.fullmatch(value) is None:
+        raise PydanticCustomError("url", "This must be an http or https URL")
+    return value
+
+
+def _metadata(value: object) -> object:
+    try:
+        parsed = from_json(value, allow_inf_nan=False) if isinstance(value, str) else None
+        size = len(json.dumps(parsed, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise PydanticCustomError("json", "This must be a JSON object")
+    if size > MAX_METADATA or _depth(parsed) > _MAX_METADATA_DEPTH:
+        raise PydanticCustomError("size", "This may have 2 kB as compact JSON, and 32 levels, at most")
+    return parsed
+
+
+def _depth(value: JsonValue) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
+
+
+_Images = list[Annotated[Any, BeforeValidator(_file), WithJsonSchema({"type": "string", "format": "binary"})]]
+_Url = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "uri"}), AfterValidator(_http_url)]
+
+
+class GenerateForm(Options):
+    """The fields of ``POST /generations/generate``."""
+
+    model_config = ConfigDict(alias_generator=to_camel)
+
+    prompt: Annotated[str, Field(min_length=1, max_length=4000, examples=["Make it a watercolour"])]
+    images: Annotated[
+        _Images,
+        Field(
+            default_factory=list,
+            json_schema_extra={"maxItems": MAX_IMAGES},
+            description="PNG, JPEG or WebP, each at most 10 MB and 25 megapixels; with `imageUrls` 1 to 5 in all",
+        ),
+    ]
+    image_urls: Annotated[
+        list[_Url],
+        BeforeValidator(_urls),
+        Field(
+            default_factory=list,
+            json_schema_extra={"maxItems": MAX_IMAGES},
+            description="the field repeated, or once with a JSON array",
+            examples=[["https://example.com/face.jpg"]],
+        ),
+    ]
+    metadata: Annotated[
+        dict[str, JsonValue] | None,
+        BeforeValidator(_metadata),
+        Field(description="comes back in every event; at most 2 kB of JSON", examples=[{"album": 7}]),
+    ] = None
+
+
+class EditForm(GenerateForm):
+    """The fields of ``POST /generations/edit``."""
+
+    face_swap: Annotated[
+        bool | None,
+        Strict(),
+        BeforeValidator(_flag),
+        Field(description="the first image URL is the face; default: true when there is an image URL"),
+    ] = None
+
+
+_FORMS: Final[dict[Kind, type[GenerateForm]]] = {"edit": EditForm, "generate": GenerateForm}
+
+
+def form_body(kind: Kind) -> dict[str, Any]:
+    """The form as OpenAPI shows it."""
+    schema = _FORMS[kind].model_json_schema(ref_template="#/components/schemas/{model}")
+    del schema["$defs"]  # JsonValue, which is a component anyway
+    content = {"multipart/form-data": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@asynccontextmanager
+async def read_wish(request: Request, kind: Kind) -> AsyncIterator[Wish]:
+    """What the request's form asks for; its files can be read until the end of the context.
+
+    Raises:
+        Invalid: fields are not as they have to be.
+        ImageUrlsUnavailable: images are given by URL, and the service has no fetcher.
+        HTTPException: 400, 413, 415: the body is not a form, or too large.
+    """
+    media_type, options = parse_options_header(request.headers.get("content-type"))
+    if media_type != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
+        raise HTTPException(415, "The content type must be multipart/form-data.")
+    async with _limited(request).form() as form:
+        fields: dict[str, Any] = {}
+        for name in form:
+            values = [value for value in form.getlist(name) if not _is_empty_input(value)]
+            fields[name] = values if name in ("images", "imageUrls") or len(values) != 1 else values[0]
+        try:
+            wanted = _FORMS[kind].model_validate(fields)
+        except ValidationError as error:
+            raise Invalid(*invalid_fields(error.errors())) from None
+        yield _wish(kind, wanted, urls_available=request.app.state.image_urls)
+
+
+def _wish(kind: Kind, form: GenerateForm, *, urls_available: bool) -> Wish:
+    if not 1 <= len(form.images) + len(form.image_urls) <= MAX_IMAGES:
+        raise Invalid(InvalidField(field="images", message="There must be 1 to 5 images in all, files and URLs"))
+    for index, file in enumerate(form.images):
+        if file.size > MAX_FILE:
+            raise HTTPException(413, f"images.{index}: A file may have 10 MB at most.")
+    face_swap = form.face_swap if isinstance(form, EditForm) else False
+    if face_swap and not form.image_urls:
+        raise Invalid(
+            InvalidField(field="faceSwap", message="A face swap needs an image URL: the first one is the face")
+        )
+    if form.image_urls and not urls_available:
+        raise ImageUrlsUnavailable
+    return Wish(
+        kind=kind,
+        prompt=form.prompt,
+        options=Options(**form.model_dump(include=set(Options.model_fields))),
+        uploads=[_Upload(file) for file in form.images],
+        image_urls=tuple(form.image_urls),
+        face_swap=bool(form.image_urls) if face_swap is None else face_swap,
+        metadata=form.metadata,
+    )
+
+
+class _Upload:
+    """`domain.workflow.Upload`."""
+
+    def __init__(self, file: UploadFile) -> None:
+        self._file = file
+
+    async def read(self) -> bytes:
+        await self._file.seek(0)
+        return await self._file.read()
+
+
+def _is_empty_input(value: str | UploadFile) -> bool:
+    """Whether this is what browsers send for a file input in which nothing was chosen."""
+    return isinstance(value, UploadFile) and not value.filename and not value.size
+
+
+def _limited(request: Request) -> Request:
+    """The request, whose body may not grow beyond the limit, declared or not."""
+    too_large = HTTPException(413, "The request may have 5 files of 10 MB at most.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > MAX_BODY:
+        raise too_large
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > MAX_BODY:
+            raise too_large
+        return message
+
+    return Request(request.scope, receive)

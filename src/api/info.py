@@ -1,0 +1,83 @@
+"""HTTP: everything beside the generations themselves: balance, stages, images, health."""
+
+import re
+from typing import Final
+
+from fastapi import APIRouter, Request, Response
+
+from api.auth import Caller
+from api.problems import documented, problem
+from api.schemas import STAGES, Account, Health, Stages, json_response
+from api.state import Images, UseCases
+from domain.errors import Draining, LogUnavailable, NotFound, Refusal
+
+router: Final = APIRouter()
+
+#: As `domain.ports.ImageStore.save` makes them: the generation's id, 128 random bits, a suffix.
+_NAME: Final = re.compile(r"[a-z0-9_]+-[A-Za-z0-9_-]+\.[a-z]+")
+
+_NOT_READY: Final[dict[str, type[Refusal]]] = {refusal.code: refusal for refusal in (Draining, LogUnavailable)}
+
+
+@router.get("/me", tags=["account"], response_model=Account, responses=documented("invalid_user_id", "log_unavailable"))
+async def get_me(caller: Caller, workflow: UseCases) -> Response:
+    """Who is calling, and the remaining balance."""
+    return json_response(Account(user_id=caller, credit=await workflow.credit(caller)))
+
+
+@router.get("/stages", tags=["generations"], response_model=Stages, responses=documented())
+async def get_stages() -> Response:
+    """The sequences that generations go through."""
+    return json_response(STAGES)
+
+
+@router.get(
+    "/images/{name}",
+    tags=["images"],
+    response_class=Response,
+    responses={
+        200: {
+            "description": "the image",
+            "content": {
+                media_type: {"schema": {"type": "string", "format": "binary"}}
+                for media_type in ("image/png", "image/jpeg", "image/webp")
+            },
+        },
+        **documented("not_found"),
+    },
+)
+async def get_image(name: str, images: Images) -> Response:
+    """A stored image. Whoever knows its name may see it."""
+    picture = await images.load(name) if _NAME.fullmatch(name) else None
+    if picture is None:
+        raise NoSuchImage
+    return Response(
+        picture.data,
+        media_type=picture.media_type,
+        headers={
+            "Cache-Control": "private, max-age=3600, immutable",
+            "Content-Disposition": "inline",
+            "X-Content-Type-Options": "nosniff",
+        },
+    )
+
+
+class NoSuchImage(NotFound):
+    """There is no such image."""
+
+
+@router.get("/health/live", tags=["health"], response_model=Health, responses=documented())
+async def get_live() -> Response:
+    """The process answers."""
+    return json_response(Health(status="live"))
+
+
+@router.get(
+    "/health/ready", tags=["health"], response_model=Health, responses=documented("draining", "log_unavailable")
+)
+async def get_ready(request: Request) -> Response:
+    """The service takes work."""
+    reason: str | None = await request.app.state.readiness()
+    if reason is None:
+        return json_response(Health(status="ready"))
+    return problem(reason, str(_NOT_READY[reason]()))

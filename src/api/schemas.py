@@ -1,0 +1,98 @@
+"""What HTTP answers with beside the generation itself: for OpenAPI, and for the bytes."""
+
+from typing import Annotated, Final, Literal
+
+from fastapi import Response
+from pydantic import BaseModel, Field, RootModel
+
+from domain.events import CONTINUE, Event, Wire, event_name
+from domain.generation import Snapshot
+from domain.stages import FLOWS, GUARDS, Kind, moves
+
+
+class GenerationPage(Wire):
+    """The caller's generations, newest first."""
+
+    generations: list[Snapshot]
+    next: Annotated[str | None, Field(description="where there are more: `before` of the following page")] = None
+
+
+class NamedEvent(Wire):
+    """An event, and the name of the Socket.IO event that carries it."""
+
+    event: Literal["generation_started", "continue", "generation_completed", "generation_failed"]
+    data: Event
+
+
+class EventPage(Wire):
+    """One generation's events, in order."""
+
+    generation_id: str
+    status: Annotated[str, Field(description="the generation's status now")]
+    events: list[NamedEvent]
+
+
+class CancelOutcome(Wire):
+    """What a cancel came to."""
+
+    outcome: Literal["cancelled", "already_finished"]
+
+
+class Account(Wire):
+    """Who is calling, and what they have left."""
+
+    user_id: str
+    credit: Annotated[int | None, Field(description="absent where no balances are kept")] = None
+
+
+class StageView(Wire):
+    """One stage as the table has it."""
+
+    status: str
+    progress: Annotated[int | None, Field(description="on entering; absent: as reached so far")]
+    message: Annotated[str, Field(description="on entering")]
+    event: Annotated[str, Field(description="the Socket.IO event that carries it", examples=[CONTINUE])]
+    next: Annotated[list[str], Field(description="the statuses that may follow")]
+    conditions: Annotated[dict[str, str] | None, Field(description="on which condition one may follow, by status")] = (
+        None
+    )
+    messages: Annotated[
+        dict[str, str] | None, Field(description="the message with which one follows, where it is another")
+    ] = None
+    repeats: Annotated[bool, Field(description="it may follow itself, with higher progress, while a provider works")]
+    terminal: Annotated[bool, Field(description="nothing may follow")]
+
+
+class Stages(RootModel[dict[Kind, list[StageView]]]):
+    """The declared sequences, by kind."""
+
+
+class Health(Wire):
+    """The service answers."""
+
+    status: Literal["live", "ready"]
+
+
+def _stage_view(kind: Kind, status: str) -> StageView:
+    stage = FLOWS[kind][status]
+    onward = {move.status: move.via for move in moves(kind) if move.source == status}
+    return StageView(
+        status=status,
+        progress=stage.progress,
+        message=stage.message,
+        event=event_name(status),
+        next=list(onward),
+        conditions={to: GUARDS[via.guard] for to, via in onward.items() if via.guard} or None,
+        messages={to: via.message for to, via in onward.items() if via.message} or None,
+        repeats=stage.repeats,
+        terminal=stage.terminal,
+    )
+
+
+STAGES: Final = Stages({kind: [_stage_view(kind, status) for status in flow] for kind, flow in FLOWS.items()})
+
+
+def json_response(content: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """The model's JSON, in which absent values are left out."""
+    body = content.__pydantic_serializer__.to_json(content, by_alias=True, exclude_none=True)
+    return Response(body, status, headers, "application/json")

@@ -1,0 +1,22 @@
+"""What the composition root has put into ``app.state``, for the routes."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from domain.ports import ImageStore
+from domain.workflow import Workflow
+
+
+async def _workflow(request: Request) -> Workflow:
+    workflow: Workflow = request.app.state.workflow
+    return workflow
+
+
+async def _images(request: Request) -> ImageStore:
+    images: ImageStore = request.app.state.images
+    return images
+
+
+UseCases = Annotated[Workflow, Depends(_workflow)]
+Images = Annotated[ImageStore, Depends(_images)]

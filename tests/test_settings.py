@@ -1,0 +1,137 @@
+"""Settings: where they come from, and how a wrong one is refused."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from api.settings import Settings, SettingsError, describe_settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def empty_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No `.env`, and none of our variables."""
+    monkeypatch.chdir(tmp_path)
+    for setting in describe_settings():
+        monkeypatch.delenv(setting.variable, raising=False)
+    return tmp_path
+
+
+def refusal(**overrides: object) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(overrides)
+    assert caught.value.__cause__ is None
+    return str(caught.value)
+
+
+def test_the_defaults_are_the_contracts() -> None:
+    settings = load_settings({})
+    assert (settings.host, settings.port, settings.public_url) == ("127.0.0.1", 3000, "http://localhost:3000")
+    assert (settings.log, settings.images, settings.credits) == ("memory://", Path("var/images"), 100)
+    assert (settings.retention, settings.deadline, settings.drain, settings.local_seconds) == (86400, 600, 25, 3)
+    assert (settings.max_running, settings.max_per_user, settings.max_waiting) == (8, 20, 200)
+    assert (settings.cors_origins, settings.allowed_hosts, settings.allow_open) == ((), (), False)
+
+
+def test_flags_override_the_environment_which_overrides_the_file(
+    empty_place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty_place / ".env").write_text("STAGECAST_PORT=1\nSTAGECAST_CREDITS=1\nSTAGECAST_DRAIN=1\nOPENAI_API_KEY=x\n")
+    monkeypatch.setenv("STAGECAST_PORT", "2")
+    monkeypatch.setenv("STAGECAST_CREDITS", "2")
+    settings = load_settings({"port": "3"})
+    assert (settings.port, settings.credits, settings.drain) == (3, 2, 1)
+
+
+def test_the_public_url_follows_the_port_unless_given() -> None:
+    assert load_settings({"port": 8080}).public_url == "http://localhost:8080"
+    assert load_settings({"public_url": "https://pictures.example.com/"}).public_url == "https://pictures.example.com"
+
+
+def test_balances_can_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGECAST_CREDITS", "off")
+    assert load_settings({}).credits is None
+
+
+def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGECAST_CORS_ORIGINS", "https://App.example.com, http://10.0.0.1:8080,")
+    monkeypatch.setenv("STAGECAST_ALLOWED_HOSTS", "")
+    settings = load_settings({})
+    assert settings.cors_origins == ("https://app.example.com", "http://10.0.0.1:8080")
+    assert settings.allowed_hosts == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "many"),
+        ("port", "65536"),
+        ("public_url", "ftp://localhost"),
+        ("public_url", "http://[broken"),
+        ("log", "mongodb://user:secret@host"),
+        ("credits", "-1"),
+        ("credits", "Off course"),
+        ("retention", "0"),
+        ("retention", "nan"),
+        ("cors_origins", "*"),
+        ("cors_origins", "https://app.example.com/path"),
+        ("allowed_hosts", "example.com:80"),
+        ("editor", "magic"),
+        ("face_swap", "magic"),
+        ("local_seconds", "-1"),
+        ("local_seconds", "inf"),
+        ("max_running", "0"),
+        ("max_per_user", "1.5"),
+        ("max_waiting", ""),
+        ("deadline", "0"),
+        ("drain", "soon"),
+        ("allow_open", "perhaps"),
+        ("host", ""),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_variable_and_not_the_value(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"STAGECAST_{name.upper()}", value)
+    sentence = refusal()
+    assert sentence.startswith(f"STAGECAST_{name.upper()} must be ")
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert "secret" not in sentence
+
+
+def test_an_unknown_variable_is_refused_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGECAST_PROT", "3000")
+    assert refusal() == "STAGECAST_PROT is not a setting; did you mean STAGECAST_PORT?"
+
+
+def test_an_unknown_variable_is_refused_in_the_file(empty_place: Path) -> None:
+    (empty_place / ".env").write_text("STAGECAST_ZZZZZZ=hunter2\n")
+    assert refusal() == "STAGECAST_ZZZZZZ is not a setting."
+
+
+def test_an_unreadable_file_is_refused(empty_place: Path) -> None:
+    (empty_place / ".env").write_bytes(b"STAGECAST_LOG=\xff\xfe")
+    assert refusal() == ".env must be a readable text file in UTF-8."
+
+
+def test_open_mode_listens_on_loopback_only_unless_allowed() -> None:
+    assert "--allow-open" in refusal(host="0.0.0.0")
+    assert load_settings({"host": "0.0.0.0", "allow_open": True}).host == "0.0.0.0"
+    for host in ("localhost", "127.0.0.2", "::1", "LOCALHOST"):
+        assert load_settings({"host": host}).host == host
+
+
+def test_every_setting_is_described() -> None:
+    described = {setting.variable: setting for setting in describe_settings()}
+    assert len(described) == len(Settings.model_fields)
+    assert all(setting.description.endswith(".") for setting in described.values())
+    assert described["STAGECAST_PUBLIC_URL"].default == "http://localhost:<port>"
+    assert described["STAGECAST_MAX_PER_USER"].flag == "--max-per-user"
+    assert described["STAGECAST_CORS_ORIGINS"].default == "none"
+
+
+def test_settings_do_not_change() -> None:
+    settings = load_settings({})
+    with pytest.raises(ValidationError):
+        setattr(settings, "port", 1)  # noqa: B010 - mypy knows that it cannot be assigned
