@@ -15,9 +15,18 @@ import pytest
 TESTS: Final = Path(__file__).parent
 ROOT: Final = TESTS.parent
 
+_CLIENT: Final = ROOT / "src" / "api" / "static" / "vendor" / "socket.io.min.js"
+
+#: In CI nothing is skipped: what is missing there is a failure.
+_CI: Final = "CI" in os.environ
+
 needs_node: Final = pytest.mark.skipif(
-    shutil.which("node") is None or not (ROOT / "node_modules" / "socket.io-client").is_dir(),
+    not _CI and (shutil.which("node") is None or not (ROOT / "node_modules" / "jsdom").is_dir()),
     reason="needs Node and the official socket.io-client: install Node and npm, then `make test`",
+)
+
+needs_client: Final = pytest.mark.skipif(
+    not _CI and not _CLIENT.is_file(), reason="needs the official socket.io-client: install npm, then `make test`"
 )
 
 

@@ -85,9 +85,8 @@ async def test_an_empty_sheet_is_a_sheet(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("ratio", get_args(AspectRatio))
-async def test_a_transparent_background_can_be_seen_through(kind: str, ratio: AspectRatio) -> None:
-    image = opened(await drawn(kind, options=Options(background="transparent", aspect_ratio=ratio)))
+async def test_a_transparent_background_can_be_seen_through(kind: str) -> None:
+    image = opened(await drawn(kind, options=Options(background="transparent", aspect_ratio="1:1")))
     alpha = image.getchannel("A")
     assert image.mode == "RGBA"
     assert alpha.getpixel((0, 0)) == 0
@@ -133,7 +132,7 @@ async def test_a_sheet_that_is_no_picture_is_rejected() -> None:
 
 @pytest.mark.parametrize("stage", ["edit", "generate", "swap"])
 async def test_a_stage_lasts_as_long_as_told_and_its_progress_rises(stage: str) -> None:
-    reports, seconds = Reports(), 0.6
+    reports, seconds = Reports(), 0.4
     clock = asyncio.get_running_loop().time
     begun = clock()
     if stage == "swap":
@@ -155,10 +154,13 @@ async def test_a_stage_lasts_as_long_as_told_and_its_progress_rises(stage: str) 
     assert alike(mean(preview), mean(opened(made)))
 
 
-async def test_a_report_comes_about_every_half_second() -> None:
+async def test_a_report_comes_about_every_half_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_sleep(seconds: float) -> None: ...
+
     reports = Reports()
-    await LocalEditor(THREADS, 1.5).edit(SHEET, "sunset", SQUARE, reports)
-    assert reports.fractions == [1 / 3, 2 / 3]
+    monkeypatch.setattr(asyncio, "sleep", no_sleep)
+    await LocalEditor(THREADS, 3).edit(SHEET, "sunset", SQUARE, reports)
+    assert reports.fractions == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]
 
 
 async def test_what_a_report_raises_ends_the_stage() -> None:

@@ -37,7 +37,7 @@ def reading() -> Iterator[None]:
     """
     # A filter for good: `warnings.catch_warnings` is not safe in threads. Looked at each time, since whoever
     # runs us (pytest does, for each test) may have put other filters before it.
-    if warnings.filters[0][3] != re.compile(_IN_PILLOW):
+    if [module for *_, module, _ in warnings.filters[:1]] != [re.compile(_IN_PILLOW)]:
         warnings.filterwarnings("ignore", module=_IN_PILLOW)
     try:
         yield

@@ -6,13 +6,10 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Final
 
 import socketio
 from fastapi import FastAPI
-from fastapi.responses import FileResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from adapters.image_folder import ImageFolder
@@ -27,7 +24,7 @@ from adapters.socketio_projection import Projection
 from adapters.socketio_server import PATIENCE, SocketServer
 from adapters.system import SystemEntropy, now
 from adapters.uvicorn_server import Server
-from api import generations, info, problems
+from api import generations, info, page, problems
 from api.perimeter import Perimeter
 from api.settings import Settings
 from api.sockets import Sockets
@@ -37,8 +34,6 @@ from domain.ports import EventLog
 from domain.recorder import Recorder
 from domain.runner import Runner
 from domain.workflow import Limits, Workflow
-
-STATIC: Final = Path(__file__).parent / "static"
 
 #: Seconds that sockets have, on leaving, to take what they were sent last.
 _FLUSH: Final = 0.5
@@ -173,12 +168,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
     problems.install(http)
     for router in (generations.router, info.router):
         http.include_router(router)
-    http.mount("/static", StaticFiles(directory=STATIC), name="static")
-
-    @http.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(STATIC / "index.html")
-
+    page.install(http)
     hosts = None if settings.allow_open else settings.allowed_hosts
     everything = socketio.ASGIApp(service.sockets, other_asgi_app=http)
     return service, Perimeter(everything, origins=settings.cors_origins, hosts=hosts)

@@ -46,6 +46,11 @@ def _file(value: object) -> UploadFile:
     return value
 
 
+def _text(value: object) -> object:
+    """Forms send each line break as two characters, whatever was typed."""
+    return value.replace("\r\n", "\n") if isinstance(value, str) else value
+
+
 def _flag(value: object) -> object:
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
@@ -93,7 +98,9 @@ class GenerateForm(Options):
 
     model_config = ConfigDict(alias_generator=to_camel)
 
-    prompt: Annotated[str, Field(min_length=1, max_length=4000, examples=["Make it a watercolour"])]
+    prompt: Annotated[
+        str, BeforeValidator(_text), Field(min_length=1, max_length=4000, examples=["Make it a watercolour"])
+    ]
     images: Annotated[
         _Images,
         Field(

@@ -147,7 +147,7 @@ async def _refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     if isinstance(error, ImageRefusal):
         field = InvalidField(field=f"images.{error.index}", message=str(error))
-        return problem(error.code, str(error), errors=[field.model_dump()])
+        return problem(error.code, f"{field.field}: {field.message}", errors=[field.model_dump()])
     return problem(error.code, str(error))
 
 

@@ -75,7 +75,7 @@ class Health(Wire):
 
 def _stage_view(kind: Kind, status: str) -> StageView:
     stage = FLOWS[kind][status]
-    onward = {move.status: move.via for move in moves(kind) if move.source == status}
+    onward = {move.status: move.via for move in moves(kind) if move.source == status != move.status}
     return StageView(
         status=status,
         progress=stage.progress,
