@@ -266,6 +266,10 @@ class Passing:
         await self.pass_on()
         return await self.inner.credit(user_id)
 
+    async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
+        await self.pass_on()
+        return await self.inner.grant(user_id, amount, key=key, at=at, until=until)
+
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
         await self.pass_on()
         return await self.inner.remove(generation_id, retention=retention)
@@ -341,7 +345,7 @@ class Studio:
     composer: ScriptedComposer = field(default_factory=ScriptedComposer)
     editor: ScriptedEditor = field(default_factory=ScriptedEditor)
     face_swapper: ScriptedFaceSwapper = field(default_factory=ScriptedFaceSwapper)
-    fetcher: ScriptedFetcher | None = field(default_factory=ScriptedFetcher)
+    fetcher: ScriptedFetcher = field(default_factory=ScriptedFetcher)
 
     def __post_init__(self) -> None:
         self.memory = MemoryLog(epoch="e1", credits=self.credits, clock=self.clock)

@@ -20,7 +20,8 @@ from fastapi import FastAPI
 from adapters.memory_log import MemoryLog
 from adapters.memory_queue import MemoryQueue
 from adapters.system import SystemEntropy, now
-from api import generations, info, problems
+from api import accounts, generations, info, problems
+from api.auth import Authenticator
 from api.perimeter import Perimeter
 from domain.errors import Failure, ImageTooLarge, InvalidImage, UnsupportedImageType
 from domain.ports import Picture
@@ -147,13 +148,17 @@ async def serve_api(
     app = FastAPI(title="Stagecast", redirect_slashes=False)
     problems.install(app)
     app.include_router(generations.router)
+    app.include_router(accounts.router)
     app.include_router(info.router)
     app.state.workflow = workflow
+    app.state.authenticator = Authenticator(None)
     app.state.images = images
-    app.state.image_urls = False
     app.state.readiness = readiness
     config = uvicorn.Config(
-        Perimeter(app, origins=origins, hosts=hosts), lifespan="off", log_level="warning", timeout_graceful_shutdown=1
+        Perimeter(app, open_mode=True, origins=origins, hosts=hosts),
+        lifespan="off",
+        log_level="warning",
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:

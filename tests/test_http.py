@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from api.auth import InvalidUserId, user_id
 from api.forms import MAX_BODY, MAX_FILE, MAX_METADATA
 from domain.errors import LogUnavailable
+from domain.identity import InvalidUserId, user_id
 from domain.stages import FLOWS
 from http_app import BROKEN, HUGE, PNG, Api, assert_problem, serve_api
 
@@ -86,13 +86,7 @@ async def test_metadata_is_measured_as_compact_json_in_utf_8(api_app: Api) -> No
     assert_problem(await api_app.start(fields={"metadata": json.dumps(more)}), 422, "invalid_request")
 
 
-async def test_image_urls_are_refused_while_nobody_can_fetch_them(api_app: Api) -> None:
-    for urls in ('["https://example.com/a.png"]', ["http://example.com/a.png", "http://example.com/b.png"]):
-        assert_problem(await api_app.start(fields={"imageUrls": urls}), 422, "image_urls_unavailable")
-
-
 async def test_image_urls_ask_for_a_face_swap_unless_told_otherwise(api_app: Api) -> None:
-    api_app.app.state.image_urls = True
     for urls, face_swap, wanted in (
         (["https://example.com/a.png"], None, True),
         ('["https://example.com/a.png"]', "false", False),
@@ -372,7 +366,8 @@ async def test_the_stages_are_those_of_the_table(api_app: Api) -> None:
         kind: list(flow) for kind, flow in FLOWS.items()
     }
     swap = next(stage for stage in stages["edit"] if stage["status"] == "face_swap")
-    assert swap["next"] == ["face_swap", "face_swap_completed", "completed", "failed"]
+    assert swap["next"] == ["face_swap_completed", "completed", "failed"]
+    assert swap["repeats"] is True
     assert swap["conditions"]["completed"] == "the face swap failed, the edit is kept"
     assert swap["messages"] == {"completed": "Image editing completed, but the face swap failed."}
     failed = stages["generate"][-1]
@@ -437,6 +432,7 @@ async def test_the_description_is_whole(api_app: Api) -> None:
         ("/generations/{generation_id}/events", "get"),
         ("/generations/{generation_id}/cancel", "post"),
         ("/me", "get"),
+        ("/users/{user_id}/credit", "post"),
         ("/stages", "get"),
         ("/images/{name}", "get"),
         ("/health/live", "get"),

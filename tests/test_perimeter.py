@@ -149,7 +149,7 @@ async def websocket_messages(headers: list[tuple[bytes, bytes]], extensions: dic
         sent.append(message)
 
     scope = {"type": "websocket", "scheme": "ws", "path": "/", "headers": headers, "extensions": extensions}
-    await Perimeter(accept, origins=(), hosts=())(scope, receive, send)
+    await Perimeter(accept, open_mode=True, origins=(), hosts=())(scope, receive, send)
     return sent
 
 

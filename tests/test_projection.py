@@ -14,10 +14,11 @@ from engineio.packet import Packet
 
 from adapters.memory_log import MemoryLog
 from adapters.socketio_projection import Device, Projection
-from domain.feed import Cursor, Feed, Logged
+from domain.feed import Cursor, Feed, Logged, feed_name
 from domain.ports import Append, Deliver, History, Lost, Start
 
 ROUNDS = 4_000
+FEED = feed_name("e", "u")
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 
 
@@ -132,7 +133,7 @@ async def write(log: LaggingLog, generation_id: str, length: int) -> None:
 
 async def attach(projection: Projection, reader: Reader, text: str | None) -> tuple[Device, Cursor]:
     log = projection.log
-    cursor = Cursor.parse(text, "e") or await log.present("u")
+    cursor = Cursor.parse(text, FEED) or await log.present("u")
     device = projection.attach("u", reader, cursor, resumed=text is not None, inline=False)
     await asyncio.sleep(0)
     device.start()
@@ -172,7 +173,7 @@ async def play(seed: int) -> int:
             reader = Reader(chance, room=chance.randint(2, 8))
             tasks.append(asyncio.create_task(reader.read_on()))
             device, base = await attach(projection, reader, text)
-            assert text is None or base.text("e") == text
+            assert text is None or base.text(FEED) == text
             sessions.append((reader, device, base))
             for _ in range(chance.randrange(12)):
                 await asyncio.sleep(0)
@@ -180,7 +181,7 @@ async def play(seed: int) -> int:
                 break
             device.close()
             reader.waiting.clear()  # Lost with the connection.
-            text = reader.cursors[-1] if reader.cursors else text or base.text("e")
+            text = reader.cursors[-1] if reader.cursors else text or base.text(FEED)
     await asyncio.gather(*writers)
     await log.announced.join()
     checked = 0

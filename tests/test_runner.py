@@ -91,7 +91,6 @@ async def test_a_face_swap_puts_the_first_url_into_the_edited_picture() -> None:
     assert tuple(event["status"] for event in told) == EDIT_WITH_SWAP
     assert picture_of(studio, told[-1]["faceSwapUrl"]) == b"swapped"
     assert told[0]["inputImage"] == FACE_URL
-    assert studio.fetcher is not None
     assert studio.fetcher.calls == [FACE_URL, other]
     assert studio.face_swapper.calls == [(png("edited"), png(f"<{FACE_URL}>"))]
     await studio.check()
@@ -316,13 +315,6 @@ async def test_an_upload_that_has_gone_ends_it_in_storage_failed() -> None:
     await failed_well(
         studio, await studio.workflow.snapshot("ada", begun.generation_id), "composition", "storage_failed"
     )
-
-
-async def test_without_a_fetcher_a_url_cannot_be_fetched() -> None:
-    studio = Studio(fetcher=None)
-    async with studio.open():
-        done = await studio.make(swap_wish())
-    await failed_well(studio, done, "composition", "image_fetch_failed")
 
 
 async def test_one_that_fails_does_not_disturb_its_neighbours() -> None:

@@ -14,7 +14,7 @@ from adapters.memory_log import MemoryLog
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.events import Event, encode, event_name, timestamp
-from domain.feed import Cursor
+from domain.feed import Cursor, feed_name
 from domain.orders import Order
 from domain.ports import Append, EventLog, Start
 from doubles import Hold, ScriptedEditor
@@ -67,7 +67,7 @@ async def test_authenticate_is_acknowledged_with_who_and_where_and_what(service:
         ack = await phone.authenticate("123")
         assert ack["userId"] == "123"
         assert ack["recovered"] is False
-        assert Cursor.parse(ack["cursor"], service.service.log.epoch) is not None
+        assert Cursor.parse(ack["cursor"], feed_name(service.service.log.epoch, "123")) is not None
         assert [item["generationId"] for item in ack["generations"]] == [done]
         assert ack["generations"][0] == await service.get(f"/generations/{done}", "123")
         assert set(ack) == {"ok", "userId", "cursor", "recovered", "generations"}
@@ -287,7 +287,7 @@ async def test_a_device_without_recovery_gets_one_argument_with_the_cursor_in_it
             seen.append(json.loads(text[2:]))
     await connection.close()
     assert all(len(event) == 2 for event in seen)
-    cursors = [Cursor.parse(event[1]["cursor"], service.service.log.epoch) for event in seen]
+    cursors = [Cursor.parse(event[1]["cursor"], feed_name(service.service.log.epoch, "ada")) for event in seen]
     assert [cursor and cursor.seen for cursor in cursors] == list(range(1, 7))
 
 
@@ -478,7 +478,7 @@ def test_rooms_of_the_library_are_not_to_be_used() -> None:
 
     async def nobody(*_: Any) -> Any: ...
 
-    server = SocketServer(greet=nobody, handlers={})
+    server = SocketServer(greet=nobody, handlers={}, leaves=nobody, clock=now)
     for attempt in (server.emit("x", {}, to=""), server.enter_room("sid", "user:")):
         with pytest.raises(NotImplementedError):
             asyncio.run(attempt)

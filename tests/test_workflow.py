@@ -368,19 +368,6 @@ async def test_recent_tells_all_that_runs_and_the_last_twenty_that_ended() -> No
     assert ids == sorted(ids, reverse=True)
 
 
-async def test_a_cursor_is_taken_where_it_is_usable_and_else_the_present_is_told() -> None:
-    studio = Studio()
-    async with studio.open():
-        await studio.make()
-    present, usable = await studio.workflow.cursor("ada", None)
-    assert not usable
-    text = present.text(studio.log.epoch)
-    assert await studio.workflow.cursor("ada", text) == (present, True)
-    for bad in ("", text + "1", text.replace("e1", "e2"), 7, None, {"cursor": text}):
-        assert await studio.workflow.cursor("ada", bad) == (present, False)
-    assert (await studio.workflow.cursor("bob", text))[1] is False
-
-
 async def test_where_no_balances_are_kept_nobody_is_refused() -> None:
     studio = Studio(credits=None)
     async with studio.open():

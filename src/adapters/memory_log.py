@@ -14,10 +14,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
+from typing import NamedTuple
 
 from domain.errors import (
     AlreadyStarted,
     Conflict,
+    CreditsOff,
     IdempotencyMismatch,
     InsufficientCredit,
     LogUnavailable,
@@ -126,6 +128,14 @@ class _User:
         self.base += empty
 
 
+class _Grant(NamedTuple):
+    """What an idempotency key stands for, and how long."""
+
+    amount: int
+    credit: int
+    until: datetime
+
+
 class MemoryLog:
     """`domain.ports.EventLog` in this process's memory."""
 
@@ -141,6 +151,8 @@ class MemoryLog:
         self._unfinished: dict[str, _Record] = {}
         #: In order of their ends; deleted ones too, until retention would have purged them.
         self._finished: dict[str, _Record] = {}
+        #: By user and idempotency key.
+        self._grants: dict[tuple[str, str], _Grant] = {}
         self._followers: list[Deliver] = []
 
     async def append(self, entry: Append) -> Logged:
@@ -254,6 +266,23 @@ class MemoryLog:
     async def credit(self, user_id: str) -> int | None:
         user = self._users.get(user_id)
         return user.credit if user and self._credits is not None else self._credits
+
+    async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
+        if self._credits is None:
+            raise CreditsOff
+        for known, grant in list(self._grants.items()):
+            if grant.until > at:
+                break  # They expire in the order they came.
+            del self._grants[known]
+        if key is not None and (before := self._grants.get((user_id, key))):
+            if before.amount != amount:
+                raise IdempotencyMismatch
+            return before.credit
+        user = self._users.setdefault(user_id, self._new_user(user_id))
+        user.credit = max(0, user.credit + amount)
+        if key is not None:
+            self._grants[user_id, key] = _Grant(amount, user.credit, until)
+        return user.credit
 
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
         if generation_id in self._unfinished:

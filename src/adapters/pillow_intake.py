@@ -9,6 +9,7 @@ from io import BytesIO
 from typing import Final
 
 from PIL import ExifTags, Image, ImageCms
+from PIL.JpegImagePlugin import MARKER
 
 from adapters.image_work import ImageThreads
 from adapters.pillow_codec import Unreadable, encode, load, opened, plain, reading, scratch
@@ -21,6 +22,12 @@ MAX_PIXELS: Final = 25_000_000
 #: the whole picture and as little as 64 bytes, so that ten megabytes could keep a core busy for an hour.
 _MAX_SCANNED: Final = 2_500_000_000
 _SCAN: Final = b"\xff\xda"
+
+#: Segments of a JPEG before its pixels, chunks of a PNG, and stray bytes between segments. Pillow takes each up
+#: in Python, and holds the interpreter lock meanwhile: ten megabytes of empty ones are a minute.
+_MAX_PIECES: Final = 20_000
+_MARKER: Final = re.compile(rb"\xff[^\x00\xff]")
+_START_OF_SCAN: Final = 0xFFDA
 
 _MAGIC: Final = {
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -64,6 +71,8 @@ def _admit(data: bytes) -> Picture:
     kind = next((kind for kind, magic in _MAGIC.items() if magic.match(data)), None)
     if kind is None:
         raise UnsupportedImageType if data else InvalidImage
+    if (kind == "PNG" and _shredded_png(data)) or (kind == "JPEG" and _shredded_jpeg(data)):
+        raise InvalidImage
     try:
         image = opened(data, (kind,))
     except Unreadable as unreadable:
@@ -84,6 +93,34 @@ def _admit(data: bytes) -> Picture:
             return encode(_upright(_in_srgb(still), image), quality=92, fine=kind != "JPEG")
     except Unreadable:
         raise InvalidImage from None
+
+
+def _shredded_png(data: bytes) -> bool:
+    """Whether there are too many chunks."""
+    at = 8
+    for _ in range(_MAX_PIECES):
+        if at >= len(data) or data[at + 4 : at + 8] == b"IEND":
+            return False
+        at += 12 + int.from_bytes(data[at : at + 4])
+    return True
+
+
+def _shredded_jpeg(data: bytes) -> bool:
+    """Whether there are too many segments before the first scan, or too much between them; read as Pillow does."""
+    at = 2
+    stray = 0
+    for _ in range(_MAX_PIECES):
+        found = _MARKER.search(data, at)
+        stray += (found.start() if found else len(data)) - at
+        if stray > _MAX_PIECES:
+            return True
+        marker = int.from_bytes(found[0]) if found else _START_OF_SCAN
+        if found is None or marker == _START_OF_SCAN:
+            return False
+        at = found.end()
+        if marker in MARKER and MARKER[marker][2] is not None:
+            at += max(2, int.from_bytes(data[at : at + 2]))
+    return True
 
 
 def _webp(image: Image.Image, data: bytes) -> Image.Image:

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from engineio.packet import MESSAGE, Packet
 
 from domain.errors import LogUnavailable
-from domain.feed import Cursor, Logged
+from domain.feed import Cursor, Logged, feed_name
 from domain.ports import EventLog, Lost
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class Device:
         self.user_id = user_id
         #: Whether the device goes on from a place it had reached before.
         self.resumed = resumed
+        #: The name of its feed, in the texts of its cursors.
+        self.feed = feed_name(projection.log.epoch, user_id)
         self._projection = projection
         self._outbox = outbox
         self._inline = inline
@@ -97,7 +99,7 @@ class Device:
     @property
     def cursor(self) -> str:
         """Where the device is."""
-        return self._cursor.text(self._projection.epoch)
+        return self._cursor.text(self.feed)
 
     def start(self) -> None:
         """Begin to send. What came since the device joined has not been missed."""
@@ -202,7 +204,7 @@ class Device:
                     return
 
     def _put(self, entry: Logged, behind: Cursor) -> bool:
-        frame = Frames(entry, behind.text(self._projection.epoch)).form(self._inline)
+        frame = Frames(entry, behind.text(self.feed)).form(self._inline)
         if not self._outbox.has_room(frame):
             return False
         self._outbox.put(frame)
@@ -214,7 +216,6 @@ class Projection:
 
     def __init__(self, log: EventLog) -> None:
         self.log = log
-        self.epoch = log.epoch
         #: ``user:<id>`` rooms, by user id. A room is there as long as somebody is in it.
         self.rooms: dict[str, set[Device]] = {}
 
@@ -247,7 +248,8 @@ class Projection:
             for device in self._devices():
                 device.read_again()
         elif room := self.rooms.get(entry.user_id):
-            frames = Frames(entry, Cursor(entry.position, entry.event_id, entry.position).text(self.epoch))
+            feed = next(iter(room)).feed
+            frames = Frames(entry, Cursor(entry.position, entry.event_id, entry.position).text(feed))
             for device in room:
                 device.offer(entry, frames)
 

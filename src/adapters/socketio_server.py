@@ -14,7 +14,7 @@ connections and calls the handlers:
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -25,6 +25,8 @@ from socketio import packet as wire
 from adapters.engineio_server import EngineServer, EngineSocket
 from adapters.socketio_projection import Device
 from domain.errors import LogUnavailable, Refusal
+from domain.identity import Identity, KeysUnavailable
+from domain.ports import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,14 @@ class Connection:
     outbox: EngineSocket
     #: Present once the connection is authenticated.
     device: Device | None = None
+    #: Who it has proved to be.
+    identity: Identity | None = None
     #: Whether its client can recover: see `api.sockets`.
     recovery: bool = True
+    #: The session that its client may take up again; ``None``: none.
+    pid: str | None = None
+    #: How far its client had come in a session that cannot be taken up again.
+    offset: object = None
 
     @property
     def gone(self) -> bool:
@@ -64,7 +72,16 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
 
     eio: EngineServer
 
-    def __init__(self, *, greet: Handler, handlers: Mapping[str, Handler], patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        *,
+        greet: Handler,
+        handlers: Mapping[str, Handler],
+        leaves: Callable[[Connection, bool], Coroutine[Any, Any, None]],
+        clock: Clock,
+        patience: float = PATIENCE,
+    ) -> None:
+        """`leaves` is told of each connection that ends, and whether its client said that it does not come back."""
         # The libraries log what clients sent, tracebacks included: they are not heard.
         silent = logging.getLogger(f"{__name__}.library")
         silent.setLevel(logging.CRITICAL + 1)
@@ -78,7 +95,11 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         )
         self._greet = greet
         self._handlers = handlers
+        self._clock = clock
         self._patience = patience
+        self._leaves = leaves
+        #: By the session that their clients may take up again.
+        self._by_pid: dict[str, Connection] = {}
         #: By Engine.IO session.
         self.connections: dict[str, Connection] = {}
         self._turns: dict[str, asyncio.Lock] = {}
@@ -90,9 +111,14 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
             await socket.close(wait=False)
 
     @property
+    def pids(self) -> Collection[str]:
+        """The sessions that are in use."""
+        return self._by_pid.keys()
+
+    @property
     def idle(self) -> bool:
         """Whether every table is empty."""
-        return not (self.connections or self._turns or self._deadlines or self.eio.sockets)
+        return not (self.connections or self._by_pid or self._turns or self._deadlines or self.eio.sockets)
 
     async def emit(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not available: an empty room would mean everybody. The projection sends."""
@@ -107,7 +133,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
 
     async def _handle_eio_connect(self, eio_sid: str, environ: Mapping[str, Any]) -> None:
         self._turns[eio_sid] = asyncio.Lock()
-        self._expect(eio_sid)
+        self._wait_for_somebody(eio_sid)
 
     async def _handle_eio_disconnect(self, eio_sid: str, reason: str) -> None:
         self._leave(eio_sid)
@@ -127,8 +153,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
                     case wire.EVENT:
                         await self._handle(self.connections[eio_sid], packet)
                     case wire.DISCONNECT:
-                        self._leave(eio_sid)
-                        self._expect(eio_sid)
+                        self._leave(eio_sid, for_good=True)
+                        self._wait_for_somebody(eio_sid)
                     case wire.ACK:
                         pass  # Nobody asked for one.
                     case _:
@@ -147,7 +173,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         connection = Connection(self.eio.generate_id(), self.eio.sockets[eio_sid])
         try:
             hello, then = await self._greet(connection, packet.data)
-        except LogUnavailable:
+        except (LogUnavailable, KeysUnavailable):
             raise  # Nothing is wrong with this client: it should come back, so its transport is closed.
         except Refusal as refusal:
             refused = {"message": str(refusal), "data": {"code": refusal.code}}
@@ -156,7 +182,14 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         if connection.gone:
             return  # And the greeting has attached nothing.
         self.connections[eio_sid] = connection
-        self._send(eio_sid, wire.Packet(wire.CONNECT, data={"sid": connection.sid}))
+        identity = {"sid": connection.sid}
+        if connection.pid is not None:
+            identity["pid"] = connection.pid
+            older = self._by_pid.get(connection.pid)
+            self._by_pid[connection.pid] = connection
+            if older is not None:
+                older.outbox.abort()
+        self._send(eio_sid, wire.Packet(wire.CONNECT, data=identity))
         if hello:
             connection.emit("authenticated", hello)
         then()
@@ -190,31 +223,46 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
             logger.error("the handler of %s failed: %s", name, type(error).__name__)
             return _nack("unavailable", "That did not work. Please try again.")
 
-    def _leave(self, eio_sid: str) -> None:
+    def _leave(self, eio_sid: str, *, for_good: bool = False) -> None:
         connection = self.connections.pop(eio_sid, None)
-        if connection is not None and connection.device is not None:
+        if connection is None:
+            return
+        if connection.device is not None:
             connection.device.close()
+        if connection.pid is not None and self._by_pid.get(connection.pid) is connection:
+            del self._by_pid[connection.pid]
+            self.eio.spawn(self._leaves(connection, for_good))
+
+    def _wait_for_somebody(self, eio_sid: str) -> None:
+        self._expect(eio_sid, self._patience, "authentication_required", "unauthenticated")
 
     def _settle(self, eio_sid: str, connection: Connection) -> None:
-        if connection.device is not None:
-            self._forgive(eio_sid)
+        """From being authenticated on, the deadline is the end of the proof, if it has one."""
+        if connection.identity is None:
+            return
+        self._forgive(eio_sid)
+        if connection.identity.expires_at is not None:
+            left = (connection.identity.expires_at - self._clock()).total_seconds()
+            self._expect(eio_sid, left, "authentication_expired", "token_expired")
 
-    def _expect(self, eio_sid: str) -> None:
+    def _expect(self, eio_sid: str, seconds: float, notice: str, code: str) -> None:
         self._forgive(eio_sid)
         if eio_sid in self._turns:
             loop = asyncio.get_running_loop()
-            self._deadlines[eio_sid] = loop.call_later(self._patience, self._overdue, eio_sid)
+            self._deadlines[eio_sid] = loop.call_later(seconds, self._overdue, eio_sid, notice, code)
 
     def _forgive(self, eio_sid: str) -> None:
         deadline = self._deadlines.pop(eio_sid, None)
         if deadline is not None:
             deadline.cancel()
 
-    def _overdue(self, eio_sid: str) -> None:
+    def _overdue(self, eio_sid: str, notice: str, code: str) -> None:
         del self._deadlines[eio_sid]
         connection = self.connections.get(eio_sid)
         if connection is not None:
-            connection.emit("authentication_required", {"code": "unauthenticated"})
+            if connection.device is not None:
+                connection.device.close()
+            connection.emit(notice, {"code": code})
         socket = self.eio.sockets.get(eio_sid)
         if socket is not None:
             socket.finish()

@@ -5,37 +5,39 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Final
+from urllib.parse import quote
 
-from api import logs
-from api.settings import Settings, SettingsError, describe_settings, load_settings
-
-_OK: Final = 0
-_WRONG_SETTINGS: Final = 2
-_UNAVAILABLE: Final = 3
+from api import client, logs
+from api.client import Refused, Unavailable
+from api.settings import Setting, Settings, SettingsError, describe_settings, load_settings
+from domain.identity import InvalidUserId
 
 
-class Unavailable(Exception):
-    """Something that the service needs of this machine cannot be had. Its text is one sentence."""
+class Wrong(Exception):
+    """An argument is wrong. Its text is one sentence."""
+
+
+_EXIT_CODES: Final[dict[type[Exception], int]] = {Refused: 1, Wrong: 2, SettingsError: 2, Unavailable: 3}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 where settings are wrong, 3 where the port is taken."""
-    parsed = _parser().parse_args(arguments)
-    overrides = {name: value for name, value in vars(parsed).items() if name != "run" and value is not None}
+    """Run the command line and return its exit code.
+
+    0; 1: the service refused; 2: settings or arguments are wrong; 3: the port is taken, or there is no service.
+    """
+    given = vars(_parser().parse_args(arguments))
     try:
-        parsed.run(overrides)
-    except SettingsError as error:
+        given.pop("run")(**given)
+    except tuple(_EXIT_CODES) as error:
         print(f"stagecast: {error}", file=sys.stderr)
-        return _WRONG_SETTINGS
-    except Unavailable as error:
-        print(f"stagecast: {error}", file=sys.stderr)
-        return _UNAVAILABLE
-    return _OK
+        return _EXIT_CODES[type(error)]
+    return 0
 
 
-def serve(overrides: Mapping[str, Any]) -> None:
+def serve(**overrides: Any) -> None:
     """``stagecast serve``: run the service until it is told to stop."""
     settings = load_settings(overrides)
     _make_folder(settings)
@@ -69,35 +71,109 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def _welcome(settings: Settings) -> str:
-    reach = "anybody who reaches it" if settings.allow_open else "anybody on this machine"
+    who = "anybody who reaches it" if settings.allow_open else "anybody on this machine"
+    reach = f"open mode: {who} may act for any user" if settings.open_mode else "by token"
     return (
-        f"Stagecast is ready on {settings.public_url} (open mode: {reach} may act for any user; "
+        f"Stagecast is ready on {settings.public_url} ({reach}; "
         f"editor: {settings.editor}, an offline preview; face swap: {settings.face_swap}, an offline preview)"
     )
+
+
+def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # noqa: N803 (as --help shows it)
+    """``stagecast token``: print a token that the service takes."""
+    settings = load_settings(overrides)
+    if settings.jwt_secret is None:
+        raise SettingsError("STAGECAST_JWT_SECRET must be set: tokens are made with it.")
+    from api.app import issue_token
+
+    try:
+        print(issue_token(settings, userId, service=service, ttl=timedelta(seconds=ttl)))
+    except InvalidUserId as error:
+        raise Wrong(str(error)) from None
+    except ValueError:
+        raise Wrong("--ttl must be a number of seconds over 0.") from None
+
+
+def credit(userId: str, amount: int, url: str, token: str | None) -> None:  # noqa: N803
+    """``stagecast credit``: change a user's balance on a running service, and print it."""
+    account = client.request("POST", url, f"/users/{quote(userId, safe='')}/credit", token, json={"amount": amount})
+    print(f"{account['userId']}: {account['credit']}")
+
+
+def replay(generationId: str, url: str, user: str | None, token: str | None) -> None:  # noqa: N803
+    """``stagecast replay``: print what a generation has gone through on a running service."""
+    page = client.request("GET", url, f"/generations/{quote(generationId, safe='')}/events", token, user=user)
+    for item in page["events"]:
+        event = item["data"]
+        print(f"{event['occurredAt']}  {event['progress']:3} %  {event['status']:<26} {event['message']}")
+        if "error" in event:
+            print(f"{'':34}{event['error']} ({event['code']})")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stagecast",
         description="Live progress of AI image jobs on every device of a user, with nothing missed.",
+        epilog="Each command tells more with --help.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    command = commands.add_parser(
-        "serve",
-        help="run the service",
-        description="Run the service until SIGTERM (work is finished first) or SIGINT (at once).",
-        epilog="Each setting is also an environment variable or a line in .env: --local-seconds is "
-        "STAGECAST_LOCAL_SECONDS. Flags come before variables, variables before .env.",
+
+    command = _command(commands, "serve", serve, "run the service")
+    command.description = "Run the service until SIGTERM (work is finished first) or SIGINT (at once)."
+    command.epilog = (
+        "Each setting is also an environment variable or a line in .env: --local-seconds is "
+        "STAGECAST_LOCAL_SECONDS. Flags come before variables, variables before .env."
+    )
+    for setting in describe_settings():
+        _add_setting(command, setting)
+
+    command = _command(commands, "token", token, "make a token for a user")
+    command.description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
+    command.add_argument("userId", help="whom the token names")
+    command.add_argument("--service", action="store_true", help="it may act for any user (scope stagecast:service)")
+    command.add_argument("--ttl", type=float, default=3600, metavar="SECONDS", help="how long it is good (3600)")
+    for setting in describe_settings():
+        if setting.flag.startswith("--jwt-"):
+            _add_setting(command, setting)
+
+    command = _command(commands, "credit", credit, "give a user credit")
+    command.description = "Change a user's balance on a running service, to 0 at the least, and print it."
+    command.add_argument("userId", help="whose balance")
+    command.add_argument("amount", type=int, help="how many; below 0: taken back")
+    _add_remote(command, "a service token; not needed in open mode")
+
+    command = _command(commands, "replay", replay, "print what a generation has gone through")
+    command.description = "Print the events of a generation from a running service."
+    command.add_argument("generationId", help="which one")
+    command.add_argument(
+        "--user", metavar="ID", help="whose it is: in open mode (default: demo), or by a service token"
+    )
+    _add_remote(command, "a token of its owner; not needed in open mode")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
     )
-    command.set_defaults(run=serve)
-    for setting in describe_settings():
-        text = f"{setting.description} Default: {setting.default}".replace("%", "%%")
-        if setting.flag == "--allow-open":
-            command.add_argument(setting.flag, action="store_const", const=True, help=text)
-        else:
-            command.add_argument(setting.flag, metavar="VALUE", help=text)
-    return parser
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_setting(command: argparse.ArgumentParser, setting: Setting) -> None:
+    text = f"{setting.description} Default: {setting.default}".replace("%", "%%")
+    # Not given is not there at all, so that the environment decides.
+    if setting.flag == "--allow-open":
+        command.add_argument(setting.flag, action="store_true", default=argparse.SUPPRESS, help=text)
+    else:
+        command.add_argument(setting.flag, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def _add_remote(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument("--url", default="http://localhost:3000", help="the service (http://localhost:3000)")
+    command.add_argument("--token", metavar="JWT", help=text)
 
 
 if __name__ == "__main__":

@@ -14,23 +14,28 @@ from starlette.types import ASGIApp
 
 from adapters.image_folder import ImageFolder
 from adapters.image_work import ImageThreads
+from adapters.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
 from adapters.local_editor import LocalEditor
 from adapters.local_face_swap import LocalFaceSwap
 from adapters.memory_log import MemoryLog
 from adapters.memory_queue import MemoryQueue
+from adapters.memory_sessions import MemorySessions
 from adapters.pillow_composer import PillowComposer
 from adapters.pillow_intake import PillowIntake
 from adapters.socketio_projection import Projection
 from adapters.socketio_server import PATIENCE, SocketServer
 from adapters.system import SystemEntropy, now
+from adapters.url_fetcher import UrlFetcher
 from adapters.uvicorn_server import Server
-from api import generations, info, page, problems
+from api import accounts, generations, info, page, problems
+from api.auth import Authenticator
 from api.perimeter import Perimeter
 from api.settings import Settings
 from api.sockets import Sockets
+from domain.attach import Attachments
 from domain.errors import LogUnavailable
 from domain.housekeeping import purge, sweep
-from domain.ports import EventLog
+from domain.ports import Clock, EventLog
 from domain.recorder import Recorder
 from domain.runner import Runner
 from domain.workflow import Limits, Workflow
@@ -54,13 +59,14 @@ class Service:
         )
         self.queue = overrides.get("queue") or MemoryQueue()
         self.images = overrides.get("images") or ImageFolder(settings.images)
+        intake = PillowIntake(self.threads)
         recorder = Recorder(self.log, self.clock, entropy)
         self.workflow = Workflow(
             log=self.log,
             recorder=recorder,
             queue=self.queue,
             images=self.images,
-            intake=PillowIntake(self.threads),
+            intake=intake,
             clock=self.clock,
             entropy=entropy,
             limits=Limits(settings.max_waiting, settings.max_per_user, timedelta(seconds=settings.retention)),
@@ -74,14 +80,26 @@ class Service:
             composer=overrides.get("composer") or PillowComposer(self.threads),
             editor=overrides.get("editor") or LocalEditor(self.threads, settings.local_seconds),
             face_swapper=overrides.get("face_swapper") or LocalFaceSwap(self.threads, settings.local_seconds),
-            fetcher=overrides.get("fetcher"),
+            fetcher=overrides.get("fetcher") or UrlFetcher(intake, allow=settings.fetch_allow),
             max_running=settings.max_running,
             deadline=settings.deadline,
         )
         self.projection = Projection(self.log)
-        sockets = Sockets(self.workflow, self.projection)
+        self.authenticator = Authenticator(_tokens(settings, self.clock))
+        self.sessions = MemorySessions(timedelta(seconds=settings.retention))
+        sockets = Sockets(
+            self.workflow,
+            self.projection,
+            self.authenticator,
+            Attachments(self.log, self.sessions, self.clock),
+            new_pid=lambda: entropy.token() + entropy.token(),
+        )
         self.sockets = SocketServer(
-            greet=sockets.greet, handlers=sockets.events, patience=overrides.get("patience", PATIENCE)
+            greet=sockets.greet,
+            handlers=sockets.events,
+            leaves=sockets.left,
+            clock=self.clock,
+            patience=overrides.get("patience", PATIENCE),
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._work: asyncio.Task[None] | None = None
@@ -131,9 +149,42 @@ class Service:
             await asyncio.sleep(pause)
             with contextlib.suppress(LogUnavailable):
                 await purge(self.log, self.images, ended_before=self.clock() - retention)
+                await self.sessions.touch(self.sockets.pids, at=self.clock())
                 if self.clock() - swept >= _SWEEP_EVERY:
                     swept = self.clock()
                     await sweep(self.log, self.images, stored_before=swept - grace)
+
+
+def _tokens(settings: Settings, clock: Clock) -> Tokens | None:
+    if settings.open_mode:
+        return None
+    if settings.jwks_url is not None:
+        keys: KeySource = JwksKeys(settings.jwks_url, clock=clock)
+    else:
+        assert settings.jwt_secret is not None
+        keys = SecretKey(settings.jwt_secret.get_secret_value().encode())
+    return Tokens(
+        keys,
+        clock=clock,
+        user_claim=settings.jwt_user_claim,
+        audience=settings.jwt_audience,
+        issuer=settings.jwt_issuer,
+    )
+
+
+def issue_token(settings: Settings, user_id: str, *, service: bool, ttl: timedelta) -> str:
+    """A token that a service with these settings takes. Raises `InvalidUserId`; ValueError: the ttl is none."""
+    assert settings.jwt_secret is not None
+    return issue(
+        settings.jwt_secret.get_secret_value().encode(),
+        user_id,
+        service=service,
+        ttl=ttl,
+        now=now(),
+        user_claim=settings.jwt_user_claim,
+        audience=settings.jwt_audience,
+        issuer=settings.jwt_issuer,
+    )
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:
@@ -164,14 +215,14 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
     http.state.workflow = service.workflow
     http.state.images = service.images
     http.state.readiness = service.readiness
-    http.state.image_urls = "fetcher" in overrides
+    http.state.authenticator = service.authenticator
     problems.install(http)
-    for router in (generations.router, info.router):
+    for router in (generations.router, accounts.router, info.router):
         http.include_router(router)
     page.install(http)
     hosts = None if settings.allow_open else settings.allowed_hosts
     everything = socketio.ASGIApp(service.sockets, other_asgi_app=http)
-    return service, Perimeter(everything, origins=settings.cors_origins, hosts=hosts)
+    return service, Perimeter(everything, open_mode=settings.open_mode, origins=settings.cors_origins, hosts=hosts)
 
 
 def create_app(settings: Settings, **overrides: Any) -> ASGIApp:

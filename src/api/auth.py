@@ -1,42 +1,127 @@
-"""Who is calling."""
+"""Who is calling: by token where a key is configured; in open mode, whoever they say."""
 
-import unicodedata
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, Protocol
 
-from fastapi import Depends, Header
+from fastapi import Depends, Header, Request
+from fastapi.security import HTTPBearer
 
 from domain.errors import Refusal
+from domain.identity import Identity, Unauthenticated, user_id
 
 DEFAULT_USER: Final = "demo"
 
-_MAX_LENGTH: Final = 128
+
+class Forbidden(Refusal):
+    """This needs a token with the scope stagecast:service."""
+
+    code = "forbidden"
 
 
-class InvalidUserId(Refusal):
-    """A user id is a string of 1 to 128 characters without control characters, or an integer."""
+class UserMismatch(Refusal):
+    """The token belongs to another user."""
 
-    code = "invalid_user_id"
-
-
-def user_id(value: object) -> str:
-    """The user id that a client gave, as the text it is compared and kept as. Raises `InvalidUserId`."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 4 * _MAX_LENGTH:
-        value = str(value)
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_LENGTH:
-        raise InvalidUserId
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise InvalidUserId
-    return value
+    code = "user_mismatch"
 
 
-async def _caller(
-    x_user_id: Annotated[str, Header(description="who is calling: a user id, in UTF-8")] = DEFAULT_USER,
-) -> str:
-    sent = x_user_id.encode("latin-1")  # as ASGI has decoded it
+class TokenVerifier(Protocol):
+    """Checks tokens: `adapters.jwt_tokens`."""
+
+    async def verify(self, token: str) -> Identity:
+        """Whom the token names. Raises `InvalidToken`, `TokenExpired`, `KeysUnavailable`."""
+
+
+class Authenticator:
+    """Tells who is calling."""
+
+    def __init__(self, tokens: TokenVerifier | None) -> None:
+        """Without `tokens`: open mode."""
+        self._tokens = tokens
+
+    async def of_request(self, authorization: str | None, acting_for: str | None) -> Identity:
+        """The caller of an HTTP request, by its two headers.
+
+        Raises:
+            Unauthenticated, InvalidToken, TokenExpired, KeysUnavailable
+            Forbidden: it acts for somebody, and its token does not allow that.
+            InvalidUserId: it acts for nobody there can be.
+        """
+        if self._tokens is None:
+            return Identity(DEFAULT_USER if acting_for is None else user_id(_as_sent(acting_for)), None, service=True)
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise Unauthenticated
+        identity = await self._tokens.verify(token.strip())
+        if acting_for is None:
+            return identity
+        if not identity.service:
+            raise Forbidden
+        return identity._replace(user_id=user_id(_as_sent(acting_for)))
+
+    async def of_socket(self, user: object, token: object, known: Identity | None) -> Identity:
+        """Who a socket says it is. Where it gives no token, the proof it gave before, `known`, still holds.
+
+        Raises:
+            Unauthenticated, InvalidToken, TokenExpired, KeysUnavailable
+            UserMismatch: the token is another user's.
+            InvalidUserId
+        """
+        if self._tokens is None:
+            return Identity(user_id(user), None, service=False)
+        if token is not None:
+            if not isinstance(token, str):
+                raise Unauthenticated
+            known = await self._tokens.verify(token)
+        if known is None:
+            raise Unauthenticated
+        if user is not None and user_id(user) != known.user_id:
+            raise UserMismatch
+        return known
+
+
+def _as_sent(header: str) -> str:
+    """A header as UTF-8, where it is; ASGI has decoded it as Latin-1."""
     try:
-        return user_id(sent.decode())
+        return header.encode("latin-1").decode()
     except UnicodeDecodeError:
-        return user_id(x_user_id)
+        return header
 
 
+_bearer = HTTPBearer(auto_error=False, description="A JWT. Not needed in open mode.")
+
+
+async def _identity(
+    request: Request,
+    _: Annotated[Any, Depends(_bearer)],
+    x_user_id: Annotated[
+        str | None,
+        Header(description=f"in open mode, who is calling (default: {DEFAULT_USER}); with a service token, for whom"),
+    ] = None,
+) -> Identity:
+    authenticator: Authenticator = request.app.state.authenticator
+    return await authenticator.of_request(request.headers.get("authorization"), x_user_id)
+
+
+async def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:
+    return identity.user_id
+
+
+async def _service(identity: Annotated[Identity, Depends(_identity)]) -> None:
+    if not identity.service:
+        raise Forbidden
+
+
+#: The codes of the problems that a route with a caller may end in.
+PROBLEMS: Final = (
+    "unauthenticated",
+    "invalid_token",
+    "token_expired",
+    "forbidden",
+    "invalid_user_id",
+    "unavailable",
+    "log_unavailable",
+)
+
+#: The id of the calling user.
 Caller = Annotated[str, Depends(_caller)]
+#: For `dependencies`: only a service may call.
+service_only = Depends(_service)

@@ -16,12 +16,12 @@ from pydantic.alias_generators import to_camel
 from pydantic.types import Strict
 from pydantic_core import PydanticCustomError, from_json
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Message
 
 from api.problems import Invalid, InvalidField, invalid_fields
-from domain.errors import Refusal
 from domain.orders import Options
 from domain.stages import Kind
 from domain.workflow import Wish
@@ -31,13 +31,11 @@ MAX_FILE: Final = 10 * 1024 * 1024
 MAX_BODY: Final = MAX_IMAGES * MAX_FILE + 64 * 1024
 MAX_METADATA: Final = 2 * 1024
 _MAX_METADATA_DEPTH: Final = 32
+#: A boundary has 70 characters. Reading the header's parameters takes time by the square of its length.
+_MAX_CONTENT_TYPE: Final = 1_000
+#: How many wrong fields are told. An answer is not much longer than what it answers.
+_MAX_ERRORS: Final = 20
 _HTTP_URL: Final = re.compile(r"https?://[^\x00-\x20\x7f/?#]+[^\x00-\x20\x7f]*", re.IGNORECASE)
-
-
-class ImageUrlsUnavailable(Refusal):
-    """Image URLs are not taken yet. Send the images as files."""
-
-    code = "image_urls_unavailable"
 
 
 def _file(value: object) -> UploadFile:
@@ -59,9 +57,11 @@ def _urls(values: object) -> object:
     """The field as it came: repeated, or once with a JSON array."""
     if isinstance(values, list) and len(values) == 1 and isinstance(values[0], str) and values[0].startswith("["):
         try:
-            return from_json(values[0])
+            values = from_json(values[0])
         except ValueError:
             raise PydanticCustomError("json", "This must be a JSON array, or the field repeated") from None
+    if isinstance(values, list) and len(values) > MAX_IMAGES:
+        raise PydanticCustomError("too_many", "There may be 5 at most")
     return values
 
 
@@ -154,13 +154,15 @@ async def read_wish(request: Request, kind: Kind) -> AsyncIterator[Wish]:
 
     Raises:
         Invalid: fields are not as they have to be.
-        ImageUrlsUnavailable: images are given by URL, and the service has no fetcher.
         HTTPException: 400, 413, 415: the body is not a form, or too large.
     """
-    media_type, options = parse_options_header(request.headers.get("content-type"))
+    content_type = request.headers.get("content-type", "")
+    if len(content_type) > _MAX_CONTENT_TYPE:
+        raise HTTPException(400, "The content type is too long.")
+    media_type, options = parse_options_header(content_type)
     if media_type != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise HTTPException(415, "The content type must be multipart/form-data.")
-    async with _limited(request).form() as form:
+    async with _form(request) as form:
         fields: dict[str, Any] = {}
         for name in form:
             values = [value for value in form.getlist(name) if not _is_empty_input(value)]
@@ -168,11 +170,35 @@ async def read_wish(request: Request, kind: Kind) -> AsyncIterator[Wish]:
         try:
             wanted = _FORMS[kind].model_validate(fields)
         except ValidationError as error:
-            raise Invalid(*invalid_fields(error.errors())) from None
-        yield _wish(kind, wanted, urls_available=request.app.state.image_urls)
+            raise Invalid(*invalid_fields(error.errors()[:_MAX_ERRORS])) from None
+        yield _wish(kind, wanted)
 
 
-def _wish(kind: Kind, form: GenerateForm, *, urls_available: bool) -> Wish:
+class _Parser(MultiPartParser):
+    """Starlette's, which also knows whether the form came to its end: what is left of one is another form."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+@asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[FormData]:
+    parser = _Parser(request.headers, _limited(request).stream())
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, error.message) from None
+    try:
+        if not parser.ended:
+            raise HTTPException(400, "The form is not complete.")
+        yield form
+    finally:
+        await form.close()
+
+
+def _wish(kind: Kind, form: GenerateForm) -> Wish:
     if not 1 <= len(form.images) + len(form.image_urls) <= MAX_IMAGES:
         raise Invalid(InvalidField(field="images", message="There must be 1 to 5 images in all, files and URLs"))
     for index, file in enumerate(form.images):
@@ -183,8 +209,6 @@ def _wish(kind: Kind, form: GenerateForm, *, urls_available: bool) -> Wish:
         raise Invalid(
             InvalidField(field="faceSwap", message="A face swap needs an image URL: the first one is the face")
         )
-    if form.image_urls and not urls_available:
-        raise ImageUrlsUnavailable
     return Wish(
         kind=kind,
         prompt=form.prompt,

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import AfterValidator
 from pydantic_core import to_json
 
-from api.auth import Caller
+from api.auth import PROBLEMS, Caller
 from api.forms import form_body, read_wish
 from api.problems import documented
 from api.schemas import CancelOutcome, EventPage, GenerationPage, json_response
@@ -56,19 +56,17 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
         "unsupported_media_type",
         "unsupported_image_type",
         "invalid_request",
-        "invalid_user_id",
         "invalid_image",
         "image_too_large",
-        "image_urls_unavailable",
         "idempotency_mismatch",
         "too_many_generations",
         "queue_full",
         "draining",
-        "log_unavailable",
         "storage_failed",
+        *PROBLEMS,
     ),
 }
-_ONE: Final = documented("not_found", "invalid_user_id", "log_unavailable")
+_ONE: Final = documented("not_found", *PROBLEMS)
 
 
 @router.post(
@@ -104,7 +102,7 @@ async def _start(request: Request, caller: str, workflow: Workflow, key: str | N
 @router.get(
     "/generations",
     response_model=GenerationPage,
-    responses=documented("invalid_request", "invalid_user_id", "log_unavailable"),
+    responses=documented("invalid_request", *PROBLEMS),
 )
 async def list_generations(
     caller: Caller,
@@ -129,7 +127,7 @@ async def get_generation(generation_id: GenerationId, caller: Caller, workflow: 
 @router.get(
     "/generations/{generation_id}/events",
     response_model=EventPage,
-    responses=documented("not_found", "invalid_request", "invalid_user_id", "log_unavailable"),
+    responses=documented("not_found", "invalid_request", *PROBLEMS),
 )
 async def get_events(
     generation_id: GenerationId,
@@ -163,7 +161,7 @@ async def cancel_generation(generation_id: GenerationId, caller: Caller, workflo
     "/generations/{generation_id}",
     status_code=204,
     response_class=Response,
-    responses=documented("not_found", "not_finished", "invalid_user_id", "log_unavailable"),
+    responses=documented("not_found", "not_finished", *PROBLEMS),
 )
 async def delete_generation(generation_id: GenerationId, caller: Caller, workflow: UseCases) -> Response:
     """Remove a finished generation: its history and its images are gone at once."""

@@ -1,14 +1,13 @@
-"""HTTP: everything beside the generations themselves: balance, stages, images, health."""
+"""HTTP: what needs no caller: stages, images, health."""
 
 import re
 from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
-from api.auth import Caller
 from api.problems import documented, problem
-from api.schemas import STAGES, Account, Health, Stages, json_response
-from api.state import Images, UseCases
+from api.schemas import STAGES, Health, Stages, json_response
+from api.state import Images
 from domain.errors import Draining, LogUnavailable, NotFound, Refusal
 
 router: Final = APIRouter()
@@ -17,12 +16,6 @@ router: Final = APIRouter()
 _NAME: Final = re.compile(r"[a-z0-9_]+-[A-Za-z0-9_-]+\.[a-z]+")
 
 _NOT_READY: Final[dict[str, type[Refusal]]] = {refusal.code: refusal for refusal in (Draining, LogUnavailable)}
-
-
-@router.get("/me", tags=["account"], response_model=Account, responses=documented("invalid_user_id", "log_unavailable"))
-async def get_me(caller: Caller, workflow: UseCases) -> Response:
-    """Who is calling, and the remaining balance."""
-    return json_response(Account(user_id=caller, credit=await workflow.credit(caller)))
 
 
 @router.get("/stages", tags=["generations"], response_model=Stages, responses=documented())

@@ -26,15 +26,20 @@ _SCHEMES: Final = {"ws": "http", "wss": "https"}
 class Perimeter:
     """Let in, in open mode, what comes by our name and from an allowed origin; answer CORS for all of it."""
 
-    def __init__(self, app: ASGIApp, *, origins: Collection[str], hosts: Collection[str] | None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, open_mode: bool, origins: Collection[str], hosts: Collection[str] | None
+    ) -> None:
         """Wrap `app`.
 
         Args:
             app: everything the service answers with.
-            origins: allowed besides the same origin and loopback ones; lower case.
+            open_mode: refuse foreign hosts and origins, and allow loopback origins. Without it nobody is
+                refused here: a page elsewhere has no token, and without CORS cannot read an answer.
+            origins: allowed besides the same origin; lower case.
             hosts: allowed besides loopback names; lower case, without port. ``None`` allows every one.
         """
         self._app = app
+        self._open_mode = open_mode
         self._origins = origins
         self._hosts = hosts
         cors = partial(
@@ -70,6 +75,8 @@ class Perimeter:
             await refusal(scope, receive, partial(cors.send, send=send, request_headers=headers))
 
     def _refusal(self, headers: Headers, origin_allowed: bool) -> Response | None:
+        if not self._open_mode:
+            return None
         if not self._host_allowed(headers):
             return problem("host_not_allowed", "The service does not answer to this host name.")
         if not origin_allowed:
@@ -93,7 +100,8 @@ class Perimeter:
         same = f"{_SCHEMES.get(scheme, scheme)}://{headers.get('host', '').lower()}"
         origin_scheme, _, host = origins[0].partition("://")
         name = _name(host)
-        loopback = origin_scheme in ("http", "https") and name is not None and is_loopback(name)
+        web = origin_scheme in ("http", "https") and name is not None
+        loopback = self._open_mode and web and is_loopback(name or "")
         return loopback or origins[0] == same or origins[0] in self._origins
 
 

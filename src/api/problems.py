@@ -30,18 +30,22 @@ _TEMPORARY: Final = (429, 503)
 #: Every code that an answer may carry.
 _STATUS: Final = {
     "bad_request": 400,
+    "invalid_token": 401,
+    "token_expired": 401,
+    "unauthenticated": 401,
     "insufficient_credit": 402,
+    "forbidden": 403,
     "host_not_allowed": 403,
     "origin_not_allowed": 403,
     "not_found": 404,
     "method_not_allowed": 405,
+    "credits_off": 409,
     "not_finished": 409,
     "content_too_large": 413,
     "unsupported_image_type": 415,
     "unsupported_media_type": 415,
     "idempotency_mismatch": 422,
     "image_too_large": 422,
-    "image_urls_unavailable": 422,
     "invalid_image": 422,
     "invalid_request": 422,
     "invalid_user_id": 422,
@@ -51,6 +55,7 @@ _STATUS: Final = {
     "log_unavailable": 503,
     "queue_full": 503,
     "storage_failed": 503,
+    "unavailable": 503,
 }
 
 #: What HTTP itself refuses, by status: the code, and what is said where nobody has said more.
@@ -91,8 +96,10 @@ def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None,
     """The answer that tells this problem; `extra` are further members of its JSON."""
     status = _STATUS[code]
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    retry = {"Retry-After": str(_RETRY_AFTER)} if status in _TEMPORARY else {}
-    return ProblemResponse({**content, "code": code, **extra}, status, {**retry, **(headers or {})})
+    usual = {"Retry-After": str(_RETRY_AFTER)} if status in _TEMPORARY else {}
+    if status == HTTPStatus.UNAUTHORIZED:
+        usual = {"WWW-Authenticate": "Bearer"}
+    return ProblemResponse({**content, "code": code, **extra}, status, {**usual, **(headers or {})})
 
 
 class Invalid(Exception):

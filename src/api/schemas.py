@@ -3,7 +3,7 @@
 from typing import Annotated, Final, Literal
 
 from fastapi import Response
-from pydantic import BaseModel, Field, RootModel
+from pydantic import BaseModel, Field, RootModel, StrictInt
 
 from domain.events import CONTINUE, Event, Wire, event_name
 from domain.generation import Snapshot
@@ -43,6 +43,12 @@ class Account(Wire):
 
     user_id: str
     credit: Annotated[int | None, Field(description="absent where no balances are kept")] = None
+
+
+class Grant(Wire):
+    """A change of a balance."""
+
+    amount: Annotated[StrictInt, Field(ge=-1_000_000_000, le=1_000_000_000, description="below 0: taken back")]
 
 
 class StageView(Wire):

@@ -8,11 +8,12 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -57,7 +58,15 @@ def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
-def _base_url(value: str) -> str:
+def _long_enough(value: SecretStr | None) -> SecretStr | None:
+    if value is not None and len(value.get_secret_value().encode()) < 32:
+        raise ValueError
+    return value
+
+
+def _base_url(value: str | None) -> str | None:
+    if value is None:
+        return None
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError
@@ -112,6 +121,33 @@ class Settings(BaseSettings):
         Field(description="The folder in which images are kept."),
         Allowed("the path of a folder"),
     ] = Path("./var/images")
+    jwt_secret: Annotated[
+        SecretStr | None,
+        AfterValidator(_long_enough),
+        Field(description="The secret of HS256 tokens: 32 bytes or more. Without it and a JWKS URL: open mode."),
+        Allowed("a secret of at least 32 bytes"),
+    ] = None
+    jwks_url: Annotated[
+        str | None,
+        AfterValidator(_base_url),
+        Field(description="Where the public keys of RS256 and ES256 tokens are published (JWKS)."),
+        Allowed("an http or https URL without query and fragment"),
+    ] = None
+    jwt_audience: Annotated[
+        str | None,
+        Field(min_length=1, description="The audience (aud) that tokens must be for."),
+        Allowed("a name, or unset"),
+    ] = None
+    jwt_issuer: Annotated[
+        str | None,
+        Field(min_length=1, description="The issuer (iss) that tokens must be from."),
+        Allowed("a name, or unset"),
+    ] = None
+    jwt_user_claim: Annotated[
+        str,
+        Field(min_length=1, description="The claim of a token that names the user."),
+        Allowed("the name of a claim"),
+    ] = "sub"
     credits: Annotated[
         Annotated[int, Field(ge=0)] | None,
         BeforeValidator(_off),
@@ -147,18 +183,38 @@ class Settings(BaseSettings):
     max_running: Annotated[_Count, Field(description="How many generations are worked on at once.")] = 8
     max_per_user: Annotated[_Count, Field(description="How many unfinished generations a user may have.")] = 20
     max_waiting: Annotated[_Count, Field(description="How many generations may wait in all.")] = 200
+    fetch_allow: Annotated[
+        tuple[IPv4Network | IPv6Network, ...],
+        NoDecode,
+        BeforeValidator(_list),
+        Field(description="Networks from which image URLs may be fetched although they are not public (development)."),
+        Allowed("networks such as 127.0.0.0/8, separated by commas"),
+    ] = ()
     deadline: Annotated[_SomeSeconds, Field(description="Seconds of work after which a generation is stopped.")] = 600
     drain: Annotated[
         _Seconds, Field(description="Seconds for which running work is awaited after the signal to stop.")
     ] = 25
 
+    @property
+    def open_mode(self) -> bool:
+        """Whether anybody may act for any user: no key is configured that tokens could be checked with."""
+        return self.jwt_secret is None and self.jwks_url is None
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.jwt_secret is not None and self.jwks_url is not None:
+            raise PydanticCustomError(
+                "keys", "STAGECAST_JWT_SECRET must not be set together with STAGECAST_JWKS_URL: tokens have one key."
+            )
+        return self
+
     @model_validator(mode="after")
     def _open_on_loopback_only(self) -> Self:
-        if not self.allow_open and not is_loopback(self.host.lower()):
+        if self.open_mode and not self.allow_open and not is_loopback(self.host.lower()):
             raise PydanticCustomError(
                 "open",
-                "STAGECAST_HOST must be a loopback address, since anybody may act for any user; "
-                "--allow-open listens beyond this machine all the same.",
+                "STAGECAST_HOST must be a loopback address, since anybody may act for any user without a key; "
+                "set STAGECAST_JWT_SECRET or STAGECAST_JWKS_URL, or give --allow-open.",
             )
         return self
 
@@ -217,7 +273,7 @@ def _text(default: object) -> str:
     match default:
         case bool():
             return str(default).lower()
-        case ():
+        case () | None:
             return "none"
         case _:
             return str(default)

@@ -1,14 +1,18 @@
 """What clients say over Socket.IO, and what it does."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 from pydantic.alias_generators import to_camel
 
-from api.auth import InvalidUserId, user_id
-from domain.errors import Refusal
+from api.auth import Authenticator, UserMismatch
+from domain.attach import Attachments, Beginning
+from domain.errors import LogUnavailable, Refusal
+from domain.events import timestamp
 from domain.feed import Cursor
+from domain.identity import Identity, InvalidUserId, Unauthenticated
 from domain.workflow import Workflow
 
 Answer = tuple[Mapping[str, Any], Callable[[], None]]
@@ -19,12 +23,6 @@ class BadRequest(Refusal):
     """The argument of this event is not what it should be."""
 
     code = "bad_request"
-
-
-class Unauthenticated(Refusal):
-    """Send authenticate first."""
-
-    code = "unauthenticated"
 
 
 class Device(Protocol):
@@ -51,8 +49,14 @@ class Connection(Protocol):
     """A client."""
 
     device: Any
+    #: Who it has proved to be.
+    identity: Identity | None
     #: Whether its client can recover: it then takes each event's cursor as a further argument.
     recovery: bool
+    #: The session that its client may take up again; ``None``: none.
+    pid: str | None
+    #: How far its client had come in a session that cannot be taken up again.
+    offset: object
 
     @property
     def outbox(self) -> Any:
@@ -76,6 +80,7 @@ class _Argument(BaseModel):
 
 class _Authenticate(_Argument):
     user_id: Any = None
+    token: Any = None
     cursor: Any = None
     recovery: bool = True
 
@@ -88,42 +93,91 @@ class _Subscribe(_Argument):
 class Sockets:
     """The handlers."""
 
-    def __init__(self, workflow: Workflow, projection: Projection) -> None:
+    def __init__(
+        self,
+        workflow: Workflow,
+        projection: Projection,
+        authenticator: Authenticator,
+        attachments: Attachments,
+        new_pid: Callable[[], str],
+    ) -> None:
         self._workflow = workflow
         self._projection = projection
+        self._authenticator = authenticator
+        self._attachments = attachments
+        self._new_pid = new_pid
         self.events = {
             "authenticate": self.authenticate,
             "subscribe_to_generation": self.subscribe_to_generation,
         }
 
     async def greet(self, connection: Connection, auth: Any) -> Answer:
-        """The handshake: whom it names is authenticated; one that names nobody authenticates nobody."""
-        connection.recovery = not (isinstance(auth, dict) and auth.get("recovery") is False)
+        """The handshake: whom it names is authenticated, and a session that it takes up again goes on.
+
+        Raises:
+            InvalidToken, TokenExpired: it is refused. Nothing else refuses it.
+            LogUnavailable, KeysUnavailable: nothing can be said.
+        """
+        said = auth if isinstance(auth, dict) else {}
+        connection.recovery = said.get("recovery") is not False
         try:
-            return await self.authenticate(connection, auth)
-        except BadRequest:
+            named = await self._authenticator.of_socket(said.get("userId"), said.get("token"), None)
+        except (InvalidUserId, Unauthenticated, UserMismatch):
+            named = None  # It names nobody, and authenticates nobody.
+        if connection.recovery:
+            if isinstance(said.get("pid"), str):
+                recovered = await self._attachments.recover(said["pid"], said.get("offset"), named)
+                if recovered is not None:
+                    connection.pid = said["pid"]
+                    return await self._enter(connection, *recovered, inline=False, welcome=named is not None)
+                connection.offset = said.get("offset")
+            connection.pid = self._new_pid()
+        if named is None:
             return {}, lambda: None
+        beginning = await self._begin(connection, named, said.get("cursor"), connection.recovery)
+        return await self._enter(connection, named, beginning, inline=not connection.recovery)
 
     async def authenticate(self, connection: Connection, argument: Any) -> Answer:
-        """``{userId, cursor?, recovery?}``: the socket belongs to this user, and is shown this user's feed."""
+        """``{userId, token?, cursor?, recovery?}``: the socket belongs to this user, and is shown this user's feed."""
         said = _read(_Authenticate, argument)
         try:
-            user = user_id(said.user_id)
+            identity = await self._authenticator.of_socket(said.user_id, said.token, connection.identity)
         except InvalidUserId as error:
             raise BadRequest from error
         device: Device | None = connection.device
-        if device is not None and device.user_id == user:
-            return self._welcome(device, await self._generations(user)), lambda: None
-        cursor, resumed = await self._workflow.cursor(user, said.cursor)
-        generations = await self._generations(user)
+        if device is not None and device.user_id == identity.user_id:
+            if connection.pid is not None and identity != connection.identity:
+                await self._attachments.renew(connection.pid, identity)
+            generations = await self._generations(identity.user_id)
+            connection.identity = identity
+            return self._welcome(device, identity, generations), lambda: None
+        recovery = said.recovery and connection.recovery
+        beginning = await self._begin(connection, identity, said.cursor, recovery)
+        return await self._enter(connection, identity, beginning, inline=not recovery)
+
+    async def left(self, connection: Connection, for_good: bool) -> None:
+        """A connection has ended; `for_good`: its client said that it does not come back."""
+        if connection.pid is not None and connection.identity is not None:
+            with contextlib.suppress(LogUnavailable):
+                await self._attachments.leave(connection.pid, for_good=for_good)
+
+    async def _begin(self, connection: Connection, identity: Identity, cursor: object, recovery: bool) -> Beginning:
+        text = connection.offset if cursor is None else cursor
+        return await self._attachments.begin(identity, text, connection.pid if recovery else None)
+
+    async def _enter(
+        self, connection: Connection, identity: Identity, beginning: Beginning, *, inline: bool, welcome: bool = True
+    ) -> Answer:
+        user = identity.user_id
+        generations = await self._generations(user) if welcome else []
         if connection.gone:
             return {}, lambda: None
-        if device is not None:
-            device.close()
-        inline = not (said.recovery and connection.recovery)
-        joined = self._projection.attach(user, connection.outbox, cursor, resumed=resumed, inline=inline)
-        connection.device = joined
-        return self._welcome(joined, generations), joined.start
+        if connection.device is not None:
+            connection.device.close()
+        cursor, resumed = beginning
+        device = self._projection.attach(user, connection.outbox, cursor, resumed=resumed, inline=inline)
+        connection.device, connection.identity, connection.offset = device, identity, None
+        return self._welcome(device, identity, generations) if welcome else {}, device.start
 
     async def subscribe_to_generation(self, connection: Connection, argument: Any) -> Answer:
         """``{generationId, after?}``: replay one generation to this socket."""
@@ -135,13 +189,15 @@ class Sockets:
         ack = {"ok": True, **snapshot.model_dump(by_alias=True, exclude_none=True)}
         return ack, lambda: device.replay(said.generation_id, said.after)
 
-    def _welcome(self, device: Device, generations: list[dict[str, Any]]) -> dict[str, Any]:
+    def _welcome(self, device: Device, identity: Identity, generations: list[dict[str, Any]]) -> dict[str, Any]:
+        until = {} if identity.expires_at is None else {"expiresAt": timestamp(identity.expires_at)}
         return {
             "ok": True,
             "userId": device.user_id,
             "cursor": device.cursor,
             "recovered": device.resumed,
             "generations": generations,
+            **until,
         }
 
     async def _generations(self, user: str) -> list[dict[str, Any]]:

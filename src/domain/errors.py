@@ -120,6 +120,12 @@ class InsufficientCredit(Refusal):
     code = "insufficient_credit"
 
 
+class CreditsOff(Refusal):
+    """No balances are kept here."""
+
+    code = "credits_off"
+
+
 class TooManyGenerations(Refusal):
     """You have too many unfinished generations. Wait for one to finish."""
 

@@ -6,10 +6,11 @@ runs, and everything from now on. So a cursor has two places. Up to ``live`` onl
 then are wanted, and of those, events up to ``seen`` have been sent; after ``live`` everything is wanted. Once the past
 has been sent both places are one, and move together.
 
-``event_id`` is the id of the event at ``live``. It recognises a cursor of another user or of another log, one
-that was made up, and a log that came back in an older state.
+``event_id`` is the id of the event at ``live``. It recognises a cursor that was made up, and a log that came back in an
+older state; the name of the feed, in the cursor's text, recognises one of another user or of another log.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -51,6 +52,11 @@ class Feed(NamedTuple):
     severed: bool
 
 
+def feed_name(epoch: str, user_id: str) -> str:
+    """Tells one user's feed in one log from every other, in ``[0-9a-f]``."""
+    return hashlib.blake2b(f"{epoch}.{user_id}".encode(), digest_size=6).hexdigest()
+
+
 class Cursor(NamedTuple):
     """See the module. Immutable; `past` makes the next one."""
 
@@ -59,17 +65,17 @@ class Cursor(NamedTuple):
     seen: int
 
     @classmethod
-    def parse(cls, text: object, epoch: str) -> "Cursor | None":
-        """The cursor that a client gave back; ``None`` where it cannot be one of this log's."""
+    def parse(cls, text: object, feed: str) -> "Cursor | None":
+        """The cursor that a client gave back; ``None`` where it is not one of the feed of this name."""
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
-        if match is None or match[1] != epoch:
+        if match is None or match[1] != feed:
             return None
         cursor = cls(int(match[2]), int(match[3], 16), int(match[4]))
         return cursor if cursor.seen <= cursor.live else None
 
-    def text(self, epoch: str) -> str:
+    def text(self, feed: str) -> str:
         """What clients are given: opaque to them."""
-        return f"{epoch}.{self.live}.{self.event_id:x}.{self.seen}"
+        return f"{feed}.{self.live}.{self.event_id:x}.{self.seen}"
 
     def usable(self, feed: Feed) -> bool:
         """Whether a read anchored at ``live`` shows that nothing wanted has been lost.

@@ -3,13 +3,14 @@
 Every adapter of a port passes the port's contract suite in ``tests/``.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from domain.feed import Cursor, Feed, Logged
+from domain.identity import Identity
 from domain.orders import Options
 from domain.stages import Kind
 
@@ -73,6 +74,14 @@ class Begun(NamedTuple):
 
     generation_id: str
     fingerprint: str
+
+
+class Session(NamedTuple):
+    """What a socket that comes back is restored to."""
+
+    identity: Identity
+    #: Where the session began: what a client that has seen no event yet goes on from.
+    base: Cursor
 
 
 Deliver = Callable[[Logged | Lost], None]
@@ -146,6 +155,16 @@ class EventLog(Protocol):
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` where this log keeps no balances."""
 
+    async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
+        """Change the user's balance by `amount`, to 0 at the least, and return it.
+
+        A key used again by this user before `until` returns the balance that it had brought then.
+
+        Raises:
+            IdempotencyMismatch: it was used with another amount.
+            CreditsOff: this log keeps no balances.
+        """
+
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
         """Remove a finished generation whole: history, order, idempotency key. Return whether it was there.
 
@@ -155,6 +174,22 @@ class EventLog(Protocol):
         Raises:
             NotFinished: it still runs.
         """
+
+
+class SessionStore(Protocol):
+    """Sessions by their ``pid``, kept as long as retention after they were last touched, where the log is kept."""
+
+    async def save(self, pid: str, session: Session, *, at: datetime) -> None:
+        """Keep the session, in place of an earlier one."""
+
+    async def load(self, pid: str, *, at: datetime) -> Session | None:
+        """The session of this pid, if it is still there."""
+
+    async def touch(self, pids: Collection[str], *, at: datetime) -> None:
+        """These are in use."""
+
+    async def end(self, pid: str) -> None:
+        """Forget the session."""
 
 
 # --- pictures --------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Runner:
         composer: Composer,
         editor: ImageEditor,
         face_swapper: FaceSwapper,
-        fetcher: ImageFetcher | None,
+        fetcher: ImageFetcher,
         max_running: int,
         deadline: float,
     ) -> None:
@@ -265,8 +265,6 @@ class _Job:
         return picture
 
     async def _fetch(self, url: str) -> Picture:
-        if self._runner.fetcher is None:
-            raise Failure("image_fetch_failed")
         return await self._runner.fetcher.fetch(url)
 
 

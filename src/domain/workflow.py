@@ -25,7 +25,6 @@ from domain.errors import (
     QueueFull,
 )
 from domain.events import timestamp
-from domain.feed import Cursor
 from domain.generation import Generation, Snapshot
 from domain.orders import Options, Order
 from domain.ports import Clock, Entropy, EventLog, History, ImageIntake, ImageStore, Start, WorkQueue
@@ -234,18 +233,14 @@ class Workflow:
         histories = sorted([*active, *finished], key=lambda history: -history.events[0].position)
         return [self._show(generation_of(history)) for history in histories]
 
-    async def cursor(self, user_id: str, text: object) -> tuple[Cursor, bool]:
-        """Where this user goes on: the place that `text` names, or the present; and whether it was usable."""
-        given = Cursor.parse(text, self.log.epoch)
-        if given is not None:
-            feed = await self.log.feed(user_id, after=given.seen, anchor=given.live, limit=0)
-            if given.usable(feed):
-                return given, True
-        return await self.log.present(user_id), False
-
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` where none are kept."""
         return await self.log.credit(user_id)
+
+    async def grant(self, user_id: str, amount: int, key: str | None) -> int:
+        """Give credit, or take it back. Raises `IdempotencyMismatch`, `CreditsOff`."""
+        now = self._clock()
+        return await self.log.grant(user_id, amount, key=key, at=now, until=now + self._limits.retention)
 
     def _show(self, generation: Generation) -> Snapshot:
         expires_at = None

@@ -1,0 +1,61 @@
+"""Sessions in this process's memory."""
+
+from collections import OrderedDict
+from collections.abc import Collection
+from datetime import datetime, timedelta
+from typing import Final
+
+from domain.ports import Session
+
+#: Of one user at once. Somebody who connects over and over loses the sessions that were not used for longest.
+_PER_USER: Final = 1_000
+
+
+class MemorySessions:
+    """`domain.ports.SessionStore` in memory."""
+
+    def __init__(self, retention: timedelta) -> None:
+        self._retention = retention
+        #: In order of their last touch.
+        self._sessions: OrderedDict[str, tuple[Session, datetime]] = OrderedDict()
+        self._pids: dict[str, OrderedDict[str, None]] = {}
+
+    async def save(self, pid: str, session: Session, *, at: datetime) -> None:
+        self._forget(pid)
+        self._expire(at)
+        self._sessions[pid] = session, at
+        pids = self._pids.setdefault(session.identity.user_id, OrderedDict())
+        pids[pid] = None
+        if len(pids) > _PER_USER:
+            self._forget(next(iter(pids)))
+
+    async def load(self, pid: str, *, at: datetime) -> Session | None:
+        self._expire(at)
+        session, _ = self._sessions.get(pid, (None, None))
+        return session
+
+    async def touch(self, pids: Collection[str], *, at: datetime) -> None:
+        for pid in pids:
+            if pid in self._sessions:
+                session, _ = self._sessions[pid]
+                self._sessions[pid] = session, at
+                self._sessions.move_to_end(pid)
+                self._pids[session.identity.user_id].move_to_end(pid)
+
+    async def end(self, pid: str) -> None:
+        self._forget(pid)
+
+    def _expire(self, at: datetime) -> None:
+        while self._sessions:
+            pid, (_, touched) = next(iter(self._sessions.items()))
+            if touched > at - self._retention:
+                return
+            self._forget(pid)
+
+    def _forget(self, pid: str) -> None:
+        session, _ = self._sessions.pop(pid, (None, None))
+        if session is not None:
+            pids = self._pids[session.identity.user_id]
+            del pids[pid]
+            if not pids:
+                del self._pids[session.identity.user_id]

@@ -1,0 +1,32 @@
+"""HTTP: users' balances."""
+
+from typing import Final
+
+from fastapi import APIRouter, Response
+
+from api.auth import PROBLEMS, Caller, service_only
+from api.generations import IdempotencyKey
+from api.problems import documented
+from api.schemas import Account, Grant, json_response
+from api.state import UseCases
+from domain.identity import user_id as valid_user_id
+
+router: Final = APIRouter(tags=["accounts"])
+
+
+@router.get("/me", response_model=Account, responses=documented(*PROBLEMS))
+async def get_me(caller: Caller, workflow: UseCases) -> Response:
+    """Who is calling, and the remaining balance."""
+    return json_response(Account(user_id=caller, credit=await workflow.credit(caller)))
+
+
+@router.post(
+    "/users/{user_id:path}/credit",
+    response_model=Account,
+    responses=documented("bad_request", "invalid_request", "idempotency_mismatch", "credits_off", *PROBLEMS),
+    dependencies=[service_only],
+)
+async def grant_credit(user_id: str, grant: Grant, workflow: UseCases, key: IdempotencyKey = None) -> Response:
+    """Give a user credit, or take it back, but never below 0. For services."""
+    user = valid_user_id(user_id)
+    return json_response(Account(user_id=user, credit=await workflow.grant(user, grant.amount, key)))

@@ -1,0 +1,39 @@
+"""A running service, as the command line calls it."""
+
+from typing import Any
+
+
+class Unavailable(Exception):
+    """Something that is needed cannot be had. Its text is one sentence."""
+
+
+class Refused(Exception):
+    """The service did not do it. Its text is one sentence."""
+
+
+def request(
+    method: str, url: str, path: str, token: str | None, *, user: str | None = None, json: Any = None
+) -> dict[str, Any]:
+    """The service's answer.
+
+    Raises:
+        Unavailable: no Stagecast service answers there.
+        Refused: it says no.
+    """
+    import httpx2  # Not needed, and not waited for, by --help and serve.
+
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    if user is not None:
+        headers["X-User-Id"] = user
+    nobody = Unavailable(f"no Stagecast service answers on {url}; choose another with --url.")
+    try:
+        with httpx2.Client(trust_env=False, timeout=30) as http:
+            answer = http.request(method, url.rstrip("/") + path, headers=headers, json=json)
+            content = answer.json()
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
+        raise nobody from None
+    if not isinstance(content, dict):
+        raise nobody
+    if not answer.is_success:
+        raise Refused(str(content.get("detail", f"the service answered {answer.status_code}")))
+    return content

@@ -1,0 +1,60 @@
+"""Who somebody is, and how far the proof of it goes."""
+
+import unicodedata
+from datetime import datetime
+from typing import Final, NamedTuple
+
+from domain.errors import Refusal
+
+_MAX_LENGTH: Final = 128
+
+
+class Identity(NamedTuple):
+    """Somebody who has been recognised."""
+
+    user_id: str
+    #: When its proof ends; None: never.
+    expires_at: datetime | None
+    #: Whether it may act for any user.
+    service: bool
+
+
+class Unauthenticated(Refusal):
+    """This needs a token."""
+
+    code = "unauthenticated"
+
+
+class InvalidToken(Refusal):
+    """The token is not valid."""
+
+    code = "invalid_token"
+
+
+class TokenExpired(Refusal):
+    """The token has expired."""
+
+    code = "token_expired"
+
+
+class KeysUnavailable(Refusal):
+    """Tokens cannot be checked at the moment. Please try again shortly."""
+
+    code = "unavailable"
+
+
+class InvalidUserId(Refusal):
+    """A user id is a string of 1 to 128 characters without control characters, or an integer."""
+
+    code = "invalid_user_id"
+
+
+def user_id(value: object) -> str:
+    """The user id that a client gave, as the text it is compared and kept as. Raises `InvalidUserId`."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 4 * _MAX_LENGTH:
+        value = str(value)
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_LENGTH:
+        raise InvalidUserId
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise InvalidUserId
+    return value
