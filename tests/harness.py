@@ -15,7 +15,9 @@ import websockets
 from adapters.uvicorn_server import Server
 from api.app import Service, create_service
 from api.settings import Settings
-from domain.queries import generation_of
+from domain.events import decode
+from domain.generation import Generation
+from domain.queries import order_of
 from pictures import RED, solid
 
 TERMINAL: Final = ("generation_completed", "generation_failed")
@@ -158,7 +160,9 @@ class Running:
                 assert not any(ends[:-1]), "I2"
                 history = await self.service.log.generation(generation_id)
                 assert history is not None
-                folded = generation_of(history).snapshot().model_dump(by_alias=True, exclude_none=True)
+                every = [decode(entry.event) for entry in history.events if entry.event is not None]
+                whole = Generation.fold(generation_id, history.kind, user, order_of(history), every)
+                folded = whole.snapshot().model_dump(by_alias=True, exclude_none=True)
                 snapshot.pop("expiresAt", None)
                 assert folded == snapshot, "I3"
                 kept = 0 if events[-1]["status"] == "failed" else 1

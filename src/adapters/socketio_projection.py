@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 #: Entries read from the log at a time.
 PAGE: Final = 64
 
+#: How many wishes to replay one client may have open.
+MAX_REPLAYS: Final = 1_000
+
 #: Seconds before a log that did not answer, or does not yet show what has been announced, is read again.
 _AGAIN: Final = 0.1
 
@@ -114,8 +117,11 @@ class Device:
 
     def replay(self, generation_id: str, after: int | None) -> None:
         """Send this generation's events over `after` again, or, without it, those that were never sent here."""
-        self._replays.append((generation_id, after))
-        self._pull()
+        if len(self._replays) >= MAX_REPLAYS:
+            self._outbox.abort()
+        else:
+            self._replays.append((generation_id, after))
+            self._pull()
 
     def offer(self, entry: Logged, frames: Frames) -> None:
         """Take a live event: put it, or have it read."""
@@ -154,7 +160,9 @@ class Device:
                 if self._unread or self._cursor.seen < self._head:
                     await self._read()
                 else:
-                    await self._replay(*self._replays.popleft())
+                    await self._replay(*self._replays[0])
+                    self._replays.popleft()
+                    await asyncio.sleep(0)  # Others have their turn between one client's wishes.
                 if self._closed:
                     return
             self._pulling = False  # No await since the loop's condition: nothing can have come in between.
@@ -194,13 +202,15 @@ class Device:
             end = history.events[-1].end
             if self.resumed or generation_id in self._replayed or end is None or end > self._base:
                 return
-        self._replayed.add(generation_id)
         for entry in history.events[after or 0 :]:
             if entry.position > self._cursor.seen:
                 return
+            self._replayed.add(generation_id)
             # Out of feed order, so with the newest cursor: what a client remembers never goes back.
             while not self._put(entry, self._cursor):
                 if not await self._outbox.drained():
+                    self._outbox.abort()
+                    self._closed = True
                     return
 
     def _put(self, entry: Logged, behind: Cursor) -> bool:

@@ -147,14 +147,17 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         async with turn:  # Two polling requests may arrive at once.
             try:
                 packet = _parse(data)
+                if packet.packet_type != wire.CONNECT and packet.namespace not in (None, "/"):
+                    raise ValueError
                 match packet.packet_type:
                     case wire.CONNECT:
                         await self._arrive(eio_sid, packet)
                     case wire.EVENT:
                         await self._handle(self.connections[eio_sid], packet)
                     case wire.DISCONNECT:
+                        if eio_sid not in self._deadlines or self.connections[eio_sid].identity:
+                            self._wait_for_somebody(eio_sid)
                         self._leave(eio_sid, for_good=True)
-                        self._wait_for_somebody(eio_sid)
                     case wire.ACK:
                         pass  # Nobody asked for one.
                     case _:

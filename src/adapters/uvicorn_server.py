@@ -6,19 +6,49 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from adapters.engineio_server import TRANSPORT
+
+logger = logging.getLogger(__name__)
 
 #: Called when the process is asked to leave; returns when it may. The event is set once there is no time left.
 Leave = Callable[[asyncio.Event], Awaitable[None]]
 
 
+#: What may wait to be written because the other side asked for it and does not read, in bytes.
+_MAX_UNREAD: Final = 1_000_000
+#: Of how many frames one message may be made.
+_MAX_FRAGMENTS: Final = 1_000
+
+
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's, which also hands its transport to the application."""
+    """uvicorn's, which also hands its transport to the application, and has bounds where it has none."""
+
+    def data_received(self, data: bytes) -> None:
+        """Called with what has come. Who breaks the protocol, or floods it, is hung up on."""
+        if self.transport.is_closing():
+            return
+        try:
+            super().data_received(data)
+        except Exception as error:
+            logger.warning("a WebSocket was closed: %s", type(error).__name__)
+            self.transport.abort()
+            return
+        unread = self.transport.get_write_buffer_size()
+        # An opening handshake that cannot be read would stay without an answer.
+        if self.conn.handshake_exc is not None or unread > _MAX_UNREAD or len(self.frames) > _MAX_FRAGMENTS:
+            self.transport.abort()
+
+    def send_receive_event_to_app(self) -> None:
+        """Called with a whole message."""
+        if self.curr_msg_data_type == "text":
+            b"".join(self.frames).decode()  # What is no text ends the connection, in `data_received`.
+        super().send_receive_event_to_app()
 
     def handle_connect(self, event: Any) -> None:
         """Called with the client's opening handshake."""
@@ -26,6 +56,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.handshake_initiated and not self.handshake_complete:
             extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
             self.scope["extensions"] = extensions | {TRANSPORT: self.transport}
+
+    async def send(self, message: Any) -> None:
+        """Called by the application."""
+        if self.handshake_complete and self.transport.is_closing():
+            raise ClientDisconnected
+        await super().send(message)
 
 
 class Server(uvicorn.Server):

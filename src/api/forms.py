@@ -6,7 +6,7 @@ is read last.
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final
 
@@ -175,24 +175,31 @@ async def read_wish(request: Request, kind: Kind) -> AsyncIterator[Wish]:
 
 
 class _Parser(MultiPartParser):
-    """Starlette's, which also knows whether the form came to its end: what is left of one is another form."""
+    """Starlette's, but what is left of a form that breaks off is not taken for a whole one."""
 
-    ended = False
+    _ended = False
 
     def on_end(self) -> None:
-        self.ended = True
+        self._ended = True
+
+    async def parse(self) -> FormData:
+        self.stream = self._whole(self.stream)
+        return await super().parse()
+
+    async def _whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+        if not self._ended:
+            raise MultiPartException("The form is not complete.")
 
 
 @asynccontextmanager
 async def _form(request: Request) -> AsyncIterator[FormData]:
-    parser = _Parser(request.headers, _limited(request).stream())
     try:
-        form = await parser.parse()
+        form = await _Parser(request.headers, _limited(request).stream()).parse()
     except MultiPartException as error:
         raise HTTPException(400, error.message) from None
     try:
-        if not parser.ended:
-            raise HTTPException(400, "The form is not complete.")
         yield form
     finally:
         await form.close()

@@ -24,5 +24,7 @@ def configure() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # It warns of each write to a client that has gone.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     # At WARNING it repeats what clients sent.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)

