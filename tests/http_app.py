@@ -151,7 +151,7 @@ async def serve_api(
     app.include_router(accounts.router)
     app.include_router(info.router)
     app.state.workflow = workflow
-    app.state.authenticator = Authenticator(None)
+    app.state.authenticator = Authenticator(None, now)
     app.state.images = images
     app.state.readiness = readiness
     config = uvicorn.Config(

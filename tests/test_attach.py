@@ -19,6 +19,13 @@ def attachments(studio: Studio) -> Attachments:
     return Attachments(studio.log, MemorySessions(timedelta(days=1)), studio.clock)
 
 
+async def begin(attach: Attachments, pid: str, identity: Identity = ADA) -> Cursor:
+    """A session that begins at the present."""
+    base, _ = await attach.begin(identity, None)
+    await attach.keep(pid, identity, base)
+    return base
+
+
 def text(cursor: Cursor, user: str = "ada") -> str:
     return cursor.text(feed_name("e1", user))
 
@@ -37,21 +44,22 @@ async def test_a_cursor_is_taken_where_it_is_usable_and_else_the_present_is_told
     attach = attachments(studio)
     present = Beginning(await studio.log.present("ada"), False)
     here = text(present.cursor)
-    assert await attach.begin(ADA, here, None) == (present.cursor, True)
+    assert await attach.begin(ADA, here) == (present.cursor, True)
     earlier = Cursor(2, (await studio.log.feed("ada", after=1, anchor=2, limit=1)).entries[0].event_id, 2)
-    assert await attach.begin(ADA, text(earlier), None) == (earlier, True)
+    assert await attach.begin(ADA, text(earlier)) == (earlier, True)
     for bad in ("", here + "1", here.replace(".", ".1", 1), 7, None, {"cursor": here}, text(present.cursor, "bob")):
-        assert await attach.begin(ADA, bad, None) == present
+        assert await attach.begin(ADA, bad) == present
 
 
 async def test_a_session_is_restored_at_the_offset_its_client_had_reached(studio: Studio) -> None:
     attach = attachments(studio)
-    base, _ = await attach.begin(ADA, None, "pid")
+    base = await begin(attach, "pid")
     assert await attach.recover("pid", None, None) == (ADA, (base, True))
     async with studio.open():
         await studio.make()
     after = await studio.log.present("ada")
     assert await attach.recover("pid", text(after), None) == (ADA, (after, True))
+    await attach.keep("pid", ADA, after)
     # From now on that is the base: what lies before it has been seen.
     assert await attach.recover("pid", text(base), None) == (ADA, (after, True))
 
@@ -59,7 +67,7 @@ async def test_a_session_is_restored_at_the_offset_its_client_had_reached(studio
 @pytest.mark.parametrize("offset", [None, "", 7, "e1.1.1.1"])
 async def test_an_offset_that_is_none_of_the_feeds_counts_as_the_base(studio: Studio, offset: object) -> None:
     attach = attachments(studio)
-    base, _ = await attach.begin(ADA, None, "pid")
+    base = await begin(attach, "pid")
     assert await attach.recover("pid", offset, None) == (ADA, (base, True))
     bobs = text(await studio.log.present("bob"), "bob")
     assert await attach.recover("pid", bobs, None) == (ADA, (base, True))
@@ -67,14 +75,14 @@ async def test_an_offset_that_is_none_of_the_feeds_counts_as_the_base(studio: St
 
 async def test_an_offset_of_this_feed_that_the_log_does_not_know_makes_the_session_unusable(studio: Studio) -> None:
     attach = attachments(studio)
-    base, _ = await attach.begin(ADA, None, "pid")
+    base = await begin(attach, "pid")
     assert await attach.recover("pid", text(base._replace(event_id=base.event_id + 1)), None) is None
     assert await attach.recover("pid", text(Cursor(99, 1, 99)), None) is None
 
 
 async def test_a_session_is_not_restored_for_somebody_else(studio: Studio) -> None:
     attach = attachments(studio)
-    await attach.begin(ADA, None, "pid")
+    await begin(attach, "pid")
     assert await attach.recover("pid", None, BOB) is None
     assert await attach.recover("other", None, ADA) is None
     assert await attach.recover("pid", None, ADA) is not None
@@ -84,8 +92,8 @@ async def test_a_session_ends_with_its_proof_unless_that_is_renewed() -> None:
     studio = Studio(clock=SteppableClock())
     attach = attachments(studio)
     soon = studio.clock.present + timedelta(seconds=10)
-    await attach.begin(ADA._replace(expires_at=soon), None, "pid")
-    await attach.begin(ADA._replace(expires_at=soon), None, "renewed")
+    await begin(attach, "pid", ADA._replace(expires_at=soon))
+    await begin(attach, "renewed", ADA._replace(expires_at=soon))
     await attach.renew("renewed", ADA._replace(expires_at=soon + timedelta(seconds=10)))
     studio.clock.step(10)
     assert await attach.recover("pid", None, None) is None
@@ -95,7 +103,7 @@ async def test_a_session_ends_with_its_proof_unless_that_is_renewed() -> None:
 async def test_who_leaves_for_good_is_not_expected_back(studio: Studio) -> None:
     attach = attachments(studio)
     for pid in ("cut", "over"):
-        await attach.begin(ADA, None, pid)
+        await begin(attach, pid)
     await attach.leave("cut", for_good=False)
     await attach.leave("over", for_good=True)
     assert await attach.recover("cut", None, None) is not None

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import EDIT, EDIT_WITH_SWAP, GENERATE, PROPERTY, Heard, Scribe
+from domain import recorder
 from domain.errors import FAILURE_CODES, Failure, FailureCode
 from domain.generation import Snapshot
 from domain.ports import EventLog, Picture, Report
@@ -387,8 +388,11 @@ async def test_waiting_in_line_does_not_count_against_the_deadline() -> None:
 
 
 @pytest.mark.parametrize("event", [2, 3, 4, 5, 6])
-async def test_a_deadline_that_falls_on_an_append_in_flight_ends_it_once(event: int) -> None:
+async def test_a_deadline_that_falls_on_an_append_in_flight_ends_it_once(
+    event: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The append is in the log, and its reply is on the way when the deadline comes."""
+    monkeypatch.setattr(recorder, "_UNANSWERED", 0.2)
     studio = Studio(deadline=0.05, line=lambda log: Flaky(log, ["-"] * (event - 1) + ["slow"]))
     async with studio.open():
         done = await studio.make()

@@ -274,7 +274,7 @@ class MemoryLog:
             if grant.until > at:
                 break  # They expire in the order they came.
             del self._grants[known]
-        if key is not None and (before := self._grants.get((user_id, key))):
+        if key is not None and (before := self._grants.get((user_id, key))) and before.until > at:
             if before.amount != amount:
                 raise IdempotencyMismatch
             return before.credit

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any, Final
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -24,6 +25,37 @@ Leave = Callable[[asyncio.Event], Awaitable[None]]
 _MAX_UNREAD: Final = 1_000_000
 #: Of how many frames one message may be made.
 _MAX_FRAGMENTS: Final = 1_000
+
+
+#: Of how many bytes the head of a request may be.
+_MAX_HEAD: Final = 128 * 1024
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's, with a bound on the head of a request, which its parser takes without end."""
+
+    _in_head = True
+    _head = 0
+
+    def on_message_begin(self) -> None:
+        """Called with the first byte of a request."""
+        self._in_head, self._head = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Called with the end of the head."""
+        self._in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Called with what has come."""
+        if self._in_head:
+            self._head += len(data)
+            if self._head > _MAX_HEAD:
+                self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
+                self.transport.close()
+                return
+        super().data_received(data)
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
@@ -72,6 +104,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=HttpProtocol,
                 ws=WebSocketProtocol,
                 ws_max_size=64 * 1024,
                 ws_per_message_deflate=False,

@@ -7,13 +7,13 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from urllib.parse import quote
 
 from api import client, logs
 from api.client import Refused, Unavailable
 from api.settings import Setting, Settings, SettingsError, describe_settings, load_settings
-from domain.identity import InvalidUserId
+from domain.identity import InvalidUserId, user_id
 
 
 class Wrong(Exception):
@@ -90,28 +90,53 @@ def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # 
         print(issue_token(settings, userId, service=service, ttl=timedelta(seconds=ttl)))
     except InvalidUserId as error:
         raise Wrong(str(error)) from None
-    except ValueError:
-        raise Wrong("--ttl must be a number of seconds over 0.") from None
+    except (ValueError, OverflowError):
+        raise Wrong("--ttl must be a number of seconds over 0, and not thousands of years.") from None
 
 
 def credit(userId: str, amount: int, url: str, token: str | None) -> None:  # noqa: N803
     """``stagecast credit``: change a user's balance on a running service, and print it."""
-    account = client.request("POST", url, f"/users/{quote(userId, safe='')}/credit", token, json={"amount": amount})
-    print(f"{account['userId']}: {account['credit']}")
+    try:
+        user = user_id(userId)
+    except InvalidUserId as error:
+        raise Wrong(str(error)) from None
+    account = client.request("POST", url, f"/users/{_segment(user)}/credit", token, json={"amount": amount})
+    try:
+        print(f"{account['userId']}: {account['credit']}")
+    except KeyError:
+        raise client.nobody(url) from None
 
 
 def replay(generationId: str, url: str, user: str | None, token: str | None) -> None:  # noqa: N803
     """``stagecast replay``: print what a generation has gone through on a running service."""
-    page = client.request("GET", url, f"/generations/{quote(generationId, safe='')}/events", token, user=user)
-    for item in page["events"]:
-        event = item["data"]
-        print(f"{event['occurredAt']}  {event['progress']:3} %  {event['status']:<26} {event['message']}")
-        if "error" in event:
-            print(f"{'':34}{event['error']} ({event['code']})")
+    page = client.request("GET", url, f"/generations/{_segment(generationId)}/events", token, user=user)
+    try:
+        for item in page["events"]:
+            event = item["data"]
+            print(f"{event['occurredAt']}  {event['progress']:3} %  {event['status']:<26} {event['message']}")
+            if "error" in event:
+                print(f"{'':34}{event['error']} ({event['code']})")
+    except (KeyError, TypeError, ValueError):
+        raise client.nobody(url) from None
+
+
+def _segment(text: str) -> str:
+    """One segment of a path, whatever is in the text: a dot, too, would be read as a step."""
+    return quote(text, safe="", errors="replace").replace(".", "%2E")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Does not repeat the value of what it does not know: it may be a secret, misspelt."""
+
+    def error(self, message: str) -> NoReturn:
+        known, _, unknown = message.partition(": ")
+        if known == "unrecognized arguments":
+            message = f"{known}: {' '.join(word.partition('=')[0] for word in unknown.split() if word.startswith('-'))}"
+        super().error(message)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="stagecast",
         description="Live progress of AI image jobs on every device of a user, with nothing missed.",
         epilog="Each command tells more with --help.",

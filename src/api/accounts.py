@@ -2,9 +2,10 @@
 
 from typing import Final
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from api.auth import PROBLEMS, Caller, service_only
+from api.bodies import json_body, read_json
 from api.generations import IdempotencyKey
 from api.problems import documented
 from api.schemas import Account, Grant, json_response
@@ -23,10 +24,13 @@ async def get_me(caller: Caller, workflow: UseCases) -> Response:
 @router.post(
     "/users/{user_id:path}/credit",
     response_model=Account,
-    responses=documented("bad_request", "invalid_request", "idempotency_mismatch", "credits_off", *PROBLEMS),
+    responses=documented(
+        "bad_request", "content_too_large", "invalid_request", "idempotency_mismatch", "credits_off", *PROBLEMS
+    ),
     dependencies=[service_only],
+    openapi_extra=json_body(Grant),
 )
-async def grant_credit(user_id: str, grant: Grant, workflow: UseCases, key: IdempotencyKey = None) -> Response:
+async def grant_credit(request: Request, user_id: str, workflow: UseCases, key: IdempotencyKey = None) -> Response:
     """Give a user credit, or take it back, but never below 0. For services."""
-    user = valid_user_id(user_id)
+    user, grant = valid_user_id(user_id), await read_json(request, Grant)
     return json_response(Account(user_id=user, credit=await workflow.grant(user, grant.amount, key)))

@@ -30,7 +30,7 @@ from adapters.uvicorn_server import Server
 from api import accounts, generations, info, page, problems
 from api.auth import Authenticator
 from api.perimeter import Perimeter
-from api.settings import Settings
+from api.settings import Settings, SettingsError
 from api.sockets import Sockets
 from domain.attach import Attachments
 from domain.errors import LogUnavailable
@@ -85,7 +85,7 @@ class Service:
             deadline=settings.deadline,
         )
         self.projection = Projection(self.log)
-        self.authenticator = Authenticator(_tokens(settings, self.clock))
+        self.authenticator = Authenticator(_tokens(settings, self.clock), self.clock)
         self.sessions = MemorySessions(timedelta(seconds=settings.retention))
         sockets = Sockets(
             self.workflow,
@@ -161,8 +161,7 @@ def _tokens(settings: Settings, clock: Clock) -> Tokens | None:
     if settings.jwks_url is not None:
         keys: KeySource = JwksKeys(settings.jwks_url, clock=clock)
     else:
-        assert settings.jwt_secret is not None
-        keys = SecretKey(settings.jwt_secret.get_secret_value().encode())
+        keys = SecretKey(_secret(settings))
     return Tokens(
         keys,
         clock=clock,
@@ -174,9 +173,8 @@ def _tokens(settings: Settings, clock: Clock) -> Tokens | None:
 
 def issue_token(settings: Settings, user_id: str, *, service: bool, ttl: timedelta) -> str:
     """A token that a service with these settings takes. Raises `InvalidUserId`; ValueError: the ttl is none."""
-    assert settings.jwt_secret is not None
     return issue(
-        settings.jwt_secret.get_secret_value().encode(),
+        _secret(settings),
         user_id,
         service=service,
         ttl=ttl,
@@ -185,6 +183,16 @@ def issue_token(settings: Settings, user_id: str, *, service: bool, ttl: timedel
         audience=settings.jwt_audience,
         issuer=settings.jwt_issuer,
     )
+
+
+def _secret(settings: Settings) -> bytes:
+    assert settings.jwt_secret is not None
+    secret = settings.jwt_secret.get_secret_value().encode()
+    try:
+        SecretKey(secret)
+    except ValueError:
+        raise SettingsError("STAGECAST_JWT_SECRET must be a secret, not a public key or a certificate.") from None
+    return secret
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -6,7 +6,8 @@ from fastapi import Depends, Header, Request
 from fastapi.security import HTTPBearer
 
 from domain.errors import Refusal
-from domain.identity import Identity, Unauthenticated, user_id
+from domain.identity import Identity, TokenExpired, Unauthenticated, user_id
+from domain.ports import Clock
 
 DEFAULT_USER: Final = "demo"
 
@@ -33,9 +34,10 @@ class TokenVerifier(Protocol):
 class Authenticator:
     """Tells who is calling."""
 
-    def __init__(self, tokens: TokenVerifier | None) -> None:
+    def __init__(self, tokens: TokenVerifier | None, clock: Clock) -> None:
         """Without `tokens`: open mode."""
         self._tokens = tokens
+        self._clock = clock
 
     async def of_request(self, authorization: str | None, acting_for: str | None) -> Identity:
         """The caller of an HTTP request, by its two headers.
@@ -73,6 +75,8 @@ class Authenticator:
             known = await self._tokens.verify(token)
         if known is None:
             raise Unauthenticated
+        if known.expires_at is not None and known.expires_at <= self._clock():
+            raise TokenExpired
         if user is not None and user_id(user) != known.user_id:
             raise UserMismatch
         return known

@@ -7,6 +7,11 @@ class Unavailable(Exception):
     """Something that is needed cannot be had. Its text is one sentence."""
 
 
+def nobody(url: str) -> Unavailable:
+    """What answers there, if anything does, is no Stagecast service."""
+    return Unavailable(f"no Stagecast service answers on {url}; choose another with --url.")
+
+
 class Refused(Exception):
     """The service did not do it. Its text is one sentence."""
 
@@ -22,18 +27,19 @@ def request(
     """
     import httpx2  # Not needed, and not waited for, by --help and serve.
 
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers: list[tuple[bytes, bytes]] = []
+    if token:
+        headers.append((b"Authorization", f"Bearer {token}".encode(errors="replace")))
     if user is not None:
-        headers["X-User-Id"] = user
-    nobody = Unavailable(f"no Stagecast service answers on {url}; choose another with --url.")
+        headers.append((b"X-User-Id", user.encode(errors="replace")))
     try:
         with httpx2.Client(trust_env=False, timeout=30) as http:
             answer = http.request(method, url.rstrip("/") + path, headers=headers, json=json)
             content = answer.json()
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
-        raise nobody from None
+        raise nobody(url) from None
     if not isinstance(content, dict):
-        raise nobody
+        raise nobody(url)
     if not answer.is_success:
         raise Refused(str(content.get("detail", f"the service answered {answer.status_code}")))
     return content

@@ -19,8 +19,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.types import Message
 
+from api.bodies import limited
 from api.problems import Invalid, InvalidField, invalid_fields
 from domain.orders import Options
 from domain.stages import Kind
@@ -196,7 +196,8 @@ class _Parser(MultiPartParser):
 @asynccontextmanager
 async def _form(request: Request) -> AsyncIterator[FormData]:
     try:
-        form = await _Parser(request.headers, _limited(request).stream()).parse()
+        body = limited(request, MAX_BODY, "The request may have 5 files of 10 MB at most.")
+        form = await _Parser(request.headers, body.stream()).parse()
     except MultiPartException as error:
         raise HTTPException(400, error.message) from None
     try:
@@ -241,22 +242,3 @@ class _Upload:
 def _is_empty_input(value: str | UploadFile) -> bool:
     """Whether this is what browsers send for a file input in which nothing was chosen."""
     return isinstance(value, UploadFile) and not value.filename and not value.size
-
-
-def _limited(request: Request) -> Request:
-    """The request, whose body may not grow beyond the limit, declared or not."""
-    too_large = HTTPException(413, "The request may have 5 files of 10 MB at most.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY:
-        raise too_large
-    received = 0
-
-    async def receive() -> Message:
-        nonlocal received
-        message = await request.receive()
-        received += len(message.get("body", b""))
-        if received > MAX_BODY:
-            raise too_large
-        return message
-
-    return Request(request.scope, receive)

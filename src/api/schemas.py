@@ -55,7 +55,7 @@ class StageView(Wire):
     """One stage as the table has it."""
 
     status: str
-    progress: Annotated[int | None, Field(description="on entering; absent: as reached so far")]
+    progress: Annotated[int | None, Field(description="on entering; absent: as reached so far")] = None
     message: Annotated[str, Field(description="on entering")]
     event: Annotated[str, Field(description="the Socket.IO event that carries it", examples=[CONTINUE])]
     next: Annotated[list[str], Field(description="the statuses that may follow")]

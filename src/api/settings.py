@@ -64,11 +64,16 @@ def _long_enough(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
-def _base_url(value: str | None) -> str | None:
-    if value is None:
-        return None
+def _url(value: str | None) -> str | None:
+    parts = urlsplit(value or "")
+    if value is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ValueError
+    return value
+
+
+def _base_url(value: str) -> str:
     parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if _url(value) is None or parts.query or parts.fragment:
         raise ValueError
     return value.rstrip("/")
 
@@ -129,9 +134,9 @@ class Settings(BaseSettings):
     ] = None
     jwks_url: Annotated[
         str | None,
-        AfterValidator(_base_url),
+        AfterValidator(_url),
         Field(description="Where the public keys of RS256 and ES256 tokens are published (JWKS)."),
-        Allowed("an http or https URL without query and fragment"),
+        Allowed("an http or https URL"),
     ] = None
     jwt_audience: Annotated[
         str | None,

@@ -125,17 +125,17 @@ class Sockets:
         except (InvalidUserId, Unauthenticated, UserMismatch):
             named = None  # It names nobody, and authenticates nobody.
         if connection.recovery:
-            if isinstance(said.get("pid"), str):
-                recovered = await self._attachments.recover(said["pid"], said.get("offset"), named)
-                if recovered is not None:
-                    connection.pid = said["pid"]
-                    return await self._enter(connection, *recovered, inline=False, welcome=named is not None)
-                connection.offset = said.get("offset")
+            pid, connection.offset = said.get("pid"), said.get("offset")
+            recovered = None
+            if isinstance(pid, str):
+                recovered = await self._attachments.recover(pid, connection.offset, named)
+            if recovered is not None:
+                connection.pid = pid
+                return await self._enter(connection, *recovered, recovery=True, welcome=named is not None)
             connection.pid = self._new_pid()
         if named is None:
             return {}, lambda: None
-        beginning = await self._begin(connection, named, said.get("cursor"), connection.recovery)
-        return await self._enter(connection, named, beginning, inline=not connection.recovery)
+        return await self._begin(connection, named, said.get("cursor"), recovery=connection.recovery)
 
     async def authenticate(self, connection: Connection, argument: Any) -> Answer:
         """``{userId, token?, cursor?, recovery?}``: the socket belongs to this user, and is shown this user's feed."""
@@ -145,15 +145,14 @@ class Sockets:
         except InvalidUserId as error:
             raise BadRequest from error
         device: Device | None = connection.device
-        if device is not None and device.user_id == identity.user_id:
-            if connection.pid is not None and identity != connection.identity:
-                await self._attachments.renew(connection.pid, identity)
-            generations = await self._generations(identity.user_id)
-            connection.identity = identity
-            return self._welcome(device, identity, generations), lambda: None
-        recovery = said.recovery and connection.recovery
-        beginning = await self._begin(connection, identity, said.cursor, recovery)
-        return await self._enter(connection, identity, beginning, inline=not recovery)
+        if device is None or device.user_id != identity.user_id:
+            recovery = said.recovery and connection.recovery
+            return await self._begin(connection, identity, said.cursor, recovery=recovery)
+        generations = await self._generations(identity.user_id)
+        if connection.pid is not None and identity != connection.identity:
+            await self._attachments.renew(connection.pid, identity)
+        connection.identity = identity
+        return self._welcome(device, identity, generations), lambda: None
 
     async def left(self, connection: Connection, for_good: bool) -> None:
         """A connection has ended; `for_good`: its client said that it does not come back."""
@@ -161,21 +160,27 @@ class Sockets:
             with contextlib.suppress(LogUnavailable):
                 await self._attachments.leave(connection.pid, for_good=for_good)
 
-    async def _begin(self, connection: Connection, identity: Identity, cursor: object, recovery: bool) -> Beginning:
+    async def _begin(self, connection: Connection, identity: Identity, cursor: object, *, recovery: bool) -> Answer:
         text = connection.offset if cursor is None else cursor
-        return await self._attachments.begin(identity, text, connection.pid if recovery else None)
+        beginning = await self._attachments.begin(identity, text)
+        return await self._enter(connection, identity, beginning, recovery=recovery)
 
     async def _enter(
-        self, connection: Connection, identity: Identity, beginning: Beginning, *, inline: bool, welcome: bool = True
+        self, connection: Connection, identity: Identity, beginning: Beginning, *, recovery: bool, welcome: bool = True
     ) -> Answer:
-        user = identity.user_id
+        user, (cursor, resumed) = identity.user_id, beginning
         generations = await self._generations(user) if welcome else []
+        # The session comes last: whatever fails before has changed nothing.
+        if connection.pid is not None:
+            if recovery:
+                await self._attachments.keep(connection.pid, identity, cursor)
+            else:
+                await self._attachments.leave(connection.pid, for_good=True)
         if connection.gone:
             return {}, lambda: None
         if connection.device is not None:
             connection.device.close()
-        cursor, resumed = beginning
-        device = self._projection.attach(user, connection.outbox, cursor, resumed=resumed, inline=inline)
+        device = self._projection.attach(user, connection.outbox, cursor, resumed=resumed, inline=not recovery)
         connection.device, connection.identity, connection.offset = device, identity, None
         return self._welcome(device, identity, generations) if welcome else {}, device.start
 

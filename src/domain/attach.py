@@ -27,17 +27,19 @@ class Attachments:
         self._sessions = sessions
         self._clock = clock
 
-    async def begin(self, identity: Identity, text: object, pid: str | None) -> Beginning:
-        """Begin at the cursor of this text, if it is usable, and let `pid` stand for it from now on."""
+    async def begin(self, identity: Identity, text: object) -> Beginning:
+        """Begin at the cursor of this text, if it is usable, else at the present."""
         cursor = self._parse(text, identity)
-        usable = cursor is not None and await self._usable(identity.user_id, cursor)
-        beginning = Beginning(cursor if cursor and usable else await self._log.present(identity.user_id), usable)
-        if pid is not None:
-            await self._sessions.save(pid, Session(identity, beginning.cursor), at=self._clock())
-        return beginning
+        if cursor is not None and await self._usable(identity.user_id, cursor):
+            return Beginning(cursor, True)
+        return Beginning(await self._log.present(identity.user_id), False)
+
+    async def keep(self, pid: str, identity: Identity, base: Cursor) -> None:
+        """From now on `pid` stands for this user, from this place on."""
+        await self._sessions.save(pid, Session(identity, base), at=self._clock())
 
     async def recover(self, pid: str, offset: object, named: Identity | None) -> tuple[Identity, Beginning] | None:
-        """Take up a session again; ``None`` where it cannot be.
+        """Take up a session again, to be kept from where it is; ``None`` where it cannot be.
 
         `named` is whom the client says it is now: a session of somebody else is not taken up. An `offset` that is
         none of this feed's, or older than the session's base, counts as the base.
@@ -54,7 +56,6 @@ class Attachments:
         cursor = session.base if given is None or _older(given, session.base) else given
         if not await self._usable(identity.user_id, cursor):
             return None
-        await self._sessions.save(pid, Session(identity, cursor), at=self._clock())
         return identity, Beginning(cursor, True)
 
     async def renew(self, pid: str, identity: Identity) -> None:

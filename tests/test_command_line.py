@@ -1,0 +1,429 @@
+"""The commands beside ``serve``, as an operator meets them: processes, what they print, and their exit codes."""
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import jwt
+import pytest
+from aiohttp import web
+
+from domain.errors import Failure
+from doubles import ScriptedEditor, raises
+from harness import JSON, Running, running
+from test_auth import MISSING, SECRET, SERVICE, ask, guarded, token
+
+COMMANDS: Final = ("serve", "token", "credit", "replay")
+STAGECAST: Final = (str(Path(sys.executable).with_name("stagecast")),)
+MODULE: Final = (sys.executable, "-m", "api")
+
+#: Only its length is wrong.
+TOO_SHORT: Final = "hunter2-" * 3
+
+
+class Done(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+    output: str
+    errors: str
+
+    def sentence(self, code: int) -> str:
+        """The one sentence that it ended with, and this code. It printed nothing else."""
+        assert (self.code, self.output) == (code, ""), self
+        assert re.fullmatch(r"stagecast: [^\n]+\n", self.errors), self.errors
+        return self.errors
+
+
+async def stagecast(
+    *arguments: str | bytes, folder: Path | None = None, program: tuple[str, ...] = STAGECAST, **variables: str
+) -> Done:
+    """Run a command, in a folder of its own, so that nobody's ``.env`` counts."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STAGECAST_")}
+    process = await asyncio.create_subprocess_exec(
+        *program,
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment | {"PYTHONIOENCODING": "utf-8"} | variables,
+        cwd=folder or "/",
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode is not None
+    assert b"Traceback" not in errors, errors.decode()
+    return Done(process.returncode, output.decode(), errors.decode())
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Running]:
+    async with guarded(tmp_path / "images") as service:
+        yield service
+
+
+@pytest.fixture
+async def opened(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running(tmp_path / "images") as service:
+        yield service
+
+
+@pytest.fixture
+def nowhere(unused_tcp_port: int) -> str:
+    return f"http://127.0.0.1:{unused_tcp_port}"
+
+
+# --- help ------------------------------------------------------------------------------------------------
+
+
+async def test_help_tells_every_command() -> None:
+    done = await stagecast("--help")
+    assert (done.code, done.errors) == (0, "")
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command}  +\S", done.output, re.MULTILINE), command
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("serve", ["--port", "--host", "--jwt-secret", "--jwks-url", "--credits", "--allow-open"]),
+        (
+            "token",
+            [
+                "userId",
+                "--service",
+                "--ttl",
+                *(f"--jwt-{name}" for name in ("secret", "audience", "issuer", "user-claim")),
+            ],
+        ),
+        ("credit", ["userId", "amount", "--url", "--token"]),
+        ("replay", ["generationId", "--url", "--user", "--token"]),
+    ],
+)
+async def test_help_of_a_command_tells_what_each_argument_means(command: str, arguments: list[str]) -> None:
+    done = await stagecast(command, "--help")
+    assert (done.code, done.errors) == (0, "")
+    assert done.output.startswith(f"usage: stagecast {command} ")
+    for argument in arguments:
+        # Its name, its value if it takes one, and words, on this line or on the next.
+        assert re.search(rf"^  {argument}( [A-Z]+)?\s+\w+", done.output, re.MULTILINE), argument
+
+
+async def test_help_tells_the_defaults_and_no_value_that_is_set() -> None:
+    done = await stagecast("token", "--help", STAGECAST_JWT_SECRET=SECRET, STAGECAST_JWT_AUDIENCE="somebody")
+    assert SECRET not in done.output
+    assert "somebody" not in done.output
+    assert "3600" in done.output
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("token", "--help"), ("token", "ada"), ()])
+async def test_the_module_is_the_command(arguments: tuple[str, ...]) -> None:
+    assert await stagecast(*arguments, program=MODULE) == await stagecast(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("token",),
+        ("token", "ada", "--ttl", "soon"),
+        ("credit", "ada"),
+        ("credit", "ada", "1.5"),
+        ("replay", MISSING, "--nonsense"),
+    ],
+)
+async def test_wrong_arguments_end_with_2_and_the_usage(arguments: tuple[str, ...]) -> None:
+    done = await stagecast(*arguments, STAGECAST_JWT_SECRET=SECRET)
+    assert (done.code, done.output) == (2, "")
+    assert done.errors.startswith("usage: stagecast ")
+    assert SECRET not in done.errors
+
+
+# --- token -----------------------------------------------------------------------------------------------
+
+
+async def test_a_token_is_one_line_and_the_service_takes_it(service: Running) -> None:
+    done = await stagecast("token", "ada", STAGECAST_JWT_SECRET=SECRET)
+    assert (done.code, done.errors) == (0, "")
+    assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", done.output)
+    claims = jwt.decode(done.output.strip(), SECRET, ["HS256"])
+    assert set(claims) == {"sub", "iat", "exp"}
+    assert claims["sub"] == "ada"
+    assert 3600 <= claims["exp"] - claims["iat"] <= 3601
+    assert (await ask(service, done.output.strip())).json() == {"userId": "ada", "credit": 100}
+    refused = await ask(service, done.output.strip(), headers={"X-User-Id": "ada"})
+    assert refused.json()["code"] == "forbidden"
+
+
+async def test_a_service_token_acts_for_anybody(service: Running) -> None:
+    done = await stagecast("token", "backend", "--service", "--ttl", "60", STAGECAST_JWT_SECRET=SECRET)
+    claims = jwt.decode(done.output.strip(), SECRET, ["HS256"])
+    assert claims["scope"] == "stagecast:service"
+    assert 60 <= claims["exp"] - claims["iat"] <= 61
+    answer = await ask(service, done.output.strip(), headers={"X-User-Id": "ada"})
+    assert answer.json()["userId"] == "ada"
+
+
+async def test_a_token_ends_with_its_ttl(service: Running) -> None:
+    bearer = (await stagecast("token", "ada", "--ttl", "0.1", STAGECAST_JWT_SECRET=SECRET)).output.strip()
+    async with asyncio.timeout(5):
+        while (answer := await ask(service, bearer)).status_code == 200:
+            await asyncio.sleep(0.05)
+    assert answer.json()["code"] == "token_expired"
+
+
+@pytest.mark.parametrize("user", ["123", "Zoë 😀", "a/b", "x" * 128])
+async def test_a_token_names_any_user(service: Running, user: str) -> None:
+    done = await stagecast("token", user, STAGECAST_JWT_SECRET=SECRET)
+    assert (await ask(service, done.output.strip())).json()["userId"] == user
+
+
+async def test_a_token_follows_the_settings_of_the_service(tmp_path: Path) -> None:
+    settings = {"jwt_audience": "stagecast", "jwt_issuer": "us", "jwt_user_claim": "uid"}
+    backend = token("", uid="backend", aud="stagecast", iss="us", scope="stagecast:service")
+    variables: JSON = {f"STAGECAST_{name.upper()}": value for name, value in settings.items()}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    async with guarded(tmp_path / "images", backend, **settings) as service:
+        for done in (
+            await stagecast("token", "ada", STAGECAST_JWT_SECRET=SECRET, **variables),
+            await stagecast("token", "ada", f"--jwt-secret={SECRET}", *flags),
+        ):
+            assert (await ask(service, done.output.strip())).json()["userId"] == "ada"
+        other = await stagecast("token", "ada", STAGECAST_JWT_SECRET=SECRET)
+        assert (await ask(service, other.output.strip())).json()["code"] == "invalid_token"
+
+
+async def test_the_secret_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"STAGECAST_JWT_SECRET={SECRET}\n")
+    done = await stagecast("token", "ada", folder=tmp_path)
+    assert jwt.decode(done.output.strip(), SECRET, ["HS256"])["sub"] == "ada"
+
+
+async def test_without_a_secret_there_is_no_token() -> None:
+    assert "STAGECAST_JWT_SECRET" in (await stagecast("token", "ada")).sentence(2)
+    published = await stagecast("token", "ada", STAGECAST_JWKS_URL="https://login.example/keys")
+    assert "STAGECAST_JWT_SECRET" in published.sentence(2)
+
+
+@pytest.mark.parametrize("user", ["", "x" * 129, "a\nb", b"\xff"])
+async def test_a_token_names_nobody_there_cannot_be(user: str | bytes) -> None:
+    assert "user id" in (await stagecast("token", user, STAGECAST_JWT_SECRET=SECRET)).sentence(2)
+
+
+@pytest.mark.parametrize(
+    "ttl",
+    ["0", "-1", "nan", "1e12", "inf", "-inf", "1e20"],
+)
+async def test_a_token_cannot_live_for_ever_or_not_at_all(ttl: str) -> None:
+    done = await stagecast("token", "ada", f"--ttl={ttl}", STAGECAST_JWT_SECRET=SECRET)
+    assert "--ttl" in done.sentence(2)
+
+
+# --- settings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [("serve", "--port", "0"), ("token", "ada")], ids=["serve", "token"])
+class TestAWrongSecret:
+    """Is refused, and never repeated."""
+
+    async def test_one_that_is_too_short(self, command: tuple[str, ...], tmp_path: Path) -> None:
+        (tmp_path / ".env").write_text(f"STAGECAST_JWT_SECRET={TOO_SHORT}\n")
+        for done in (
+            await stagecast(*command, folder=tmp_path),
+            await stagecast(*command, STAGECAST_JWT_SECRET=TOO_SHORT),
+            await stagecast(*command, "--jwt-secret", TOO_SHORT),
+            await stagecast(*command, STAGECAST_JWT_SECRET=""),
+        ):
+            assert "STAGECAST_JWT_SECRET must be a secret of at least 32 bytes." in done.sentence(2)
+            assert "hunter2" not in done.errors
+
+    async def test_one_beside_published_keys(self, command: tuple[str, ...]) -> None:
+        both: JSON = {"STAGECAST_JWT_SECRET": SECRET, "STAGECAST_JWKS_URL": "https://login.example/keys"}
+        done = await stagecast(*command, **both)
+        assert "STAGECAST_JWKS_URL" in done.sentence(2)
+        assert SECRET not in done.errors
+
+    async def test_one_by_a_wrong_name(self, command: tuple[str, ...], tmp_path: Path) -> None:
+        (tmp_path / ".env").write_text(f"STAGECAST_JWT_SECRTE={SECRET}\n")
+        for done in (
+            await stagecast(*command, STAGECAST_JWT_SECRTE=SECRET),
+            await stagecast(*command, folder=tmp_path),
+        ):
+            assert "STAGECAST_JWT_SECRTE is not a setting; did you mean STAGECAST_JWT_SECRET?" in done.sentence(2)
+            assert SECRET not in done.errors
+
+    async def test_one_by_a_wrong_flag(self, command: tuple[str, ...]) -> None:
+        done = await stagecast(*command, f"--jwt_secret={SECRET}")
+        assert done.code == 2
+        assert SECRET not in done.errors
+
+    async def test_one_that_is_a_public_key(self, command: tuple[str, ...], tmp_path: Path) -> None:
+        pem = f"-----BEGIN PUBLIC KEY-----\n{'A' * 64}\n-----END PUBLIC KEY-----"
+        done = await stagecast(*command, "--jwt-secret", pem, folder=tmp_path)
+        assert "STAGECAST_JWT_SECRET" in done.sentence(2)
+        assert "AAAA" not in done.errors
+
+
+# --- credit ----------------------------------------------------------------------------------------------
+
+
+async def test_credit_is_given_and_the_balance_printed(service: Running) -> None:
+    for amount, left in (("5", 105), ("-30", 75), ("-1000", 0)):
+        done = await stagecast("credit", "eve", amount, "--url", service.url, "--token", SERVICE)
+        assert done == (0, f"eve: {left}\n", "")
+    assert (await service.get("/me", "eve"))["credit"] == 0
+
+
+@pytest.mark.parametrize("user", ["a/b", "Zoë 😀", "x/credit", "%2F", "a?b#c", "-"])
+async def test_credit_is_given_to_any_user(opened: Running, user: str) -> None:
+    assert await stagecast("credit", "--url", opened.url, user, "1") == (0, f"{user}: 101\n", "")
+
+
+@pytest.mark.parametrize("user", ["..", "."])
+async def test_credit_is_given_to_users_whose_ids_look_like_paths(opened: Running, user: str) -> None:
+    assert await stagecast("credit", "--url", opened.url, user, "1") == (0, f"{user}: 101\n", "")
+
+
+async def test_the_address_may_end_in_a_slash(opened: Running) -> None:
+    assert await stagecast("credit", "eve", "1", "--url", f"{opened.url}/") == (0, "eve: 101\n", "")
+
+
+@pytest.mark.parametrize("bearer", [None, "nonsense", token("eve"), token("eve", exp=1)])
+async def test_without_a_service_token_it_is_refused_with_1(service: Running, bearer: str | None) -> None:
+    given = [] if bearer is None else ["--token", bearer]
+    refused = (await stagecast("credit", "eve", "5", "--url", service.url, *given)).sentence(1)
+    assert bearer is None or bearer not in refused
+    assert (await service.get("/me", "eve"))["credit"] == 100
+
+
+async def test_what_the_service_refuses_is_told_in_its_words(opened: Running, tmp_path: Path) -> None:
+    assert "amount" in (await stagecast("credit", "eve", "10000000000", "--url", opened.url)).sentence(1)
+    async with running(tmp_path / "other", credits=None) as service:
+        assert "balances" in (await stagecast("credit", "eve", "1", "--url", service.url)).sentence(1)
+
+
+async def test_a_user_id_that_is_no_text_is_refused(opened: Running) -> None:
+    for user in (b"\xff", "x" * 129, ""):
+        assert "user id" in (await stagecast("credit", user, "1", "--url", opened.url)).sentence(2)
+
+
+# --- replay ----------------------------------------------------------------------------------------------
+
+
+async def finished(service: Running, user: str) -> str:
+    generation_id = await service.start(user)
+    await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+    return generation_id
+
+
+async def test_replay_prints_one_line_for_each_event(service: Running) -> None:
+    generation_id = await finished(service, "ada")
+    done = await stagecast("replay", generation_id, "--url", service.url, "--token", token("ada"))
+    assert (done.code, done.errors) == (0, "")
+    lines = done.output.splitlines()
+    events = await service.events(generation_id)
+    assert len(lines) == len(events) == 6
+    for line, event in zip(lines, events, strict=True):
+        for word in (event["occurredAt"], f"{event['progress']} %", event["status"], event["message"]):
+            assert word in line
+
+
+async def test_replay_tells_why_it_failed(tmp_path: Path) -> None:
+    overrides = {"editor": ScriptedEditor(raises(Failure("provider_rejected")))}
+    async with running(tmp_path, overrides=overrides) as service:
+        generation_id = await finished(service, "ada")
+        done = await stagecast("replay", generation_id, "--url", service.url, "--user", "ada")
+        assert done.code == 0
+        assert "The image service declined this request. (provider_rejected)" in done.output.splitlines()[-1]
+
+
+async def test_a_service_token_replays_for_its_user(service: Running) -> None:
+    generation_id = await finished(service, "ada")
+    asked = ["replay", generation_id, "--url", service.url, "--token"]
+    assert len((await stagecast(*asked, SERVICE, "--user", "ada")).output.splitlines()) == 6
+    (await stagecast(*asked, SERVICE)).sentence(1)
+    (await stagecast(*asked, token("ada"), "--user", "ada")).sentence(1)
+
+
+async def test_replay_of_what_is_foreign_is_as_of_what_is_missing(service: Running) -> None:
+    generation_id = await finished(service, "ada")
+    rest = ["--url", service.url, "--token", token("bob")]
+    missing = await stagecast("replay", MISSING, *rest)
+    assert "There is no such generation." in missing.sentence(1)
+    assert await stagecast("replay", generation_id, *rest) == missing
+    (await stagecast("replay", "../../me", *rest)).sentence(1)
+
+
+async def test_replay_without_a_token_is_refused(service: Running) -> None:
+    assert "token" in (await stagecast("replay", MISSING, "--url", service.url)).sentence(1)
+
+
+async def test_in_open_mode_the_user_is_demo_unless_named(opened: Running) -> None:
+    generation_id = await finished(opened, "demo")
+    assert (await stagecast("replay", generation_id, "--url", opened.url)).code == 0
+    assert (await stagecast("replay", generation_id, "--url", opened.url, "--user", "ada")).code == 1
+
+
+async def test_replay_for_any_user(opened: Running) -> None:
+    done = await stagecast("replay", MISSING, "--url", opened.url, "--user", "Zoë")
+    assert "There is no such generation." in done.sentence(1)
+
+
+# --- a service that is not there -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [("credit", "eve", "5"), ("replay", MISSING)], ids=["credit", "replay"])
+class TestNoService:
+    """Ends with 3, and one sentence."""
+
+    async def test_at_this_address(self, command: tuple[str, ...], nowhere: str) -> None:
+        assert nowhere in (await stagecast(*command, "--url", nowhere, "--token", SERVICE)).sentence(3)
+
+    @pytest.mark.parametrize("url", ["nonsense", "ftp://localhost", "http://[::1", ""])
+    async def test_at_what_is_no_address(self, command: tuple[str, ...], url: str) -> None:
+        (await stagecast(*command, "--url", url)).sentence(3)
+
+    @pytest.mark.parametrize("answer", ["hello", "[]", "{}", '{"events": [{}]}'])
+    async def test_but_another_one(self, command: tuple[str, ...], answer: str, unused_tcp_port: int) -> None:
+        async def serve(_: web.Request) -> web.Response:
+            return web.Response(text=answer, content_type="application/json")
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", serve)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", unused_tcp_port).start()
+        try:
+            (await stagecast(*command, "--url", f"http://127.0.0.1:{unused_tcp_port}")).sentence(3)
+        finally:
+            await runner.cleanup()
+
+
+async def test_the_token_goes_to_no_proxy_and_no_other_address(service: Running, nowhere: str) -> None:
+    """Neither the environment's proxy nor a redirect gets it."""
+    done = await stagecast(
+        "credit", "eve", "1", "--url", service.url, "--token", SERVICE, HTTP_PROXY=nowhere, ALL_PROXY=nowhere
+    )
+    assert done == (0, "eve: 101\n", "")
+    heard = []
+
+    async def redirect(request: web.Request) -> web.Response:
+        heard.append(request.path)
+        return web.Response(status=307, headers={"Location": f"{service.url}{request.path}"})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", redirect)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        other = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        (await stagecast("credit", "eve", "1", "--url", other, "--token", SERVICE)).sentence(3)
+    finally:
+        await runner.cleanup()
+    assert heard == ["/users/eve/credit"]
+    assert (await service.get("/me", "eve"))["credit"] == 101

@@ -1,0 +1,120 @@
+"""The description against the running service, by Schemathesis: whatever it allows, and much that it does not, is sent.
+
+No answer is a fault, and every answer has a status, a content type, headers and a body as described.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import jsonschema_rs
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
+
+from harness import JSON, PHOTO, Running, running
+
+CHECKS: Final[list[Any]] = [
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+]
+OPERATIONS: Final = (
+    "POST /generations/edit",
+    "POST /generations/generate",
+    "GET /generations",
+    "GET /generations/{generation_id}",
+    "DELETE /generations/{generation_id}",
+    "GET /generations/{generation_id}/events",
+    "POST /generations/{generation_id}/cancel",
+    "GET /me",
+    "POST /users/{user_id}/credit",
+    "GET /stages",
+    "GET /images/{name}",
+    "GET /health/live",
+    "GET /health/ready",
+)
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running(tmp_path / "images", max_per_user=5) as service:
+        yield service
+
+
+async def description(service: Running) -> JSON:
+    return await service.get("/openapi.json")
+
+
+async def test_every_operation_is_tried(service: Running) -> None:
+    schema = schemathesis.openapi.from_dict(await description(service))
+    assert {f"{method.upper()} {path}" for path in schema for method in schema[path]} == set(OPERATIONS)
+
+
+def make_it_count(case: schemathesis.Case[Any], known: dict[str, str]) -> None:
+    """Let the request be about something that is there, and by its owner."""
+    case.headers.pop("x-user-id", None)
+    case.path_parameters |= {name: value for name, value in known.items() if name in case.path_parameters}
+    if isinstance(case.body, dict) and "images" in case.body:
+        photos: list[Any] = [PHOTO]
+        case.body["images"] = photos
+
+
+@pytest.mark.parametrize("label", OPERATIONS)
+async def test_answers_are_as_described_whatever_is_sent(service: Running, label: str) -> None:
+    schema = schemathesis.openapi.from_dict(await description(service))
+    operation = schema.find_operation_by_label(label)
+    assert operation is not None
+    described = {int(status) for status in operation.definition.raw["responses"] if status != "default"}
+    generation_id = await service.start("demo")
+    await service.service.queue.settled()
+    url = (await service.events(generation_id, "demo"))[-1]["compositionUrl"]
+    there = {"generation_id": generation_id, "name": url.rpartition("/")[2]}
+    cases = st.one_of([operation.as_strategy(generation_mode=mode) for mode in GenerationMode])
+
+    answered = set[int]()
+
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=cases, known=st.booleans())
+    def campaign(case: schemathesis.Case[Any], known: bool) -> None:
+        if known:
+            make_it_count(case, there)
+        response = case.call(base_url=service.url, timeout=20)
+        assert response.status_code < 500, response.text
+        # An address that was changed may be none, or another operation's.
+        assert response.status_code in described | {404, 405}, response.text
+        case.validate_response(response, checks=CHECKS)
+        answered.add(response.status_code)
+
+    await asyncio.to_thread(campaign)
+    assert min(answered) < 300, "nothing that was sent was right"
+
+
+def with_examples(node: Any) -> Iterator[JSON]:
+    """Every schema in the description that has examples or a default."""
+    if isinstance(node, dict):
+        if {"examples", "default"} & node.keys() and ({"type", "anyOf", "$ref", "enum"} & node.keys()):
+            yield node
+        for inner in node.values():
+            yield from with_examples(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from with_examples(inner)
+
+
+async def test_the_description_is_valid_and_so_are_its_examples(service: Running) -> None:
+    document = await description(service)
+    schemathesis.openapi.from_dict(document).validate()
+    examples = 0
+    for schema in with_examples(document):
+        validator = jsonschema_rs.Draft202012Validator({**schema, "components": document["components"]})
+        values = [*schema.get("examples", []), *([schema["default"]] if "default" in schema else [])]
+        for value in values:
+            assert validator.is_valid(value), schema
+        examples += len(schema.get("examples", []))
+    assert examples >= 4
