@@ -140,7 +140,10 @@ class Settings(BaseSettings):
     ] = None
     jwt_audience: Annotated[
         str | None,
-        Field(min_length=1, description="The audience (aud) that tokens must be for."),
+        Field(
+            min_length=1,
+            description="The audience (aud) that tokens must be for; unset: a token that names any is refused.",
+        ),
         Allowed("a name, or unset"),
     ] = None
     jwt_issuer: Annotated[
@@ -192,7 +195,7 @@ class Settings(BaseSettings):
         tuple[IPv4Network | IPv6Network, ...],
         NoDecode,
         BeforeValidator(_list),
-        Field(description="Networks from which image URLs may be fetched although they are not public (development)."),
+        Field(description="Networks from which image URLs may be fetched although not public, for development."),
         Allowed("networks such as 127.0.0.0/8, separated by commas"),
     ] = ()
     deadline: Annotated[_SomeSeconds, Field(description="Seconds of work after which a generation is stopped.")] = 600
