@@ -12,11 +12,14 @@ import httpx2
 import socketio
 import websockets
 
+from adapters.system import SystemEntropy, now
 from adapters.uvicorn_server import Server
 from api.app import Service, create_service
 from api.settings import Settings
-from domain.events import decode
+from domain.events import Event, decode, encode, event_name, timestamp
 from domain.generation import Generation
+from domain.orders import Order
+from domain.ports import Append, EventLog, Start
 from domain.queries import order_of
 from pictures import RED, solid
 
@@ -205,6 +208,30 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
         finally:
             server.leave(now=True)
             await serving
+
+
+async def flood(log: EventLog, user: str, generation_id: str, count: int, *, filler: int = 1900) -> AsyncIterator[None]:
+    """A generation of so many events, each a little larger than `filler`; after each, others get their turn."""
+    order, entropy = Order(prompt="x", metadata={"filler": "x" * filler}), SystemEntropy()
+    for sequence in range(1, count + 1):
+        end = sequence == count
+        status = "started" if sequence == 1 else "completed" if end else "openai_editing"
+        event = Event(
+            generation_id=generation_id,
+            kind="edit",
+            sequence=sequence,
+            status=status,
+            message="x",
+            progress=0 if sequence == 1 else 100 if end else 60,
+            occurred_at=timestamp(now()),
+            metadata=order.metadata,
+        )
+        start = Start("edit", order.model_dump_json().encode(), None, "", 100) if sequence == 1 else None
+        credit = {"started": -1, "completed": 0}.get(status)
+        place = user, generation_id, sequence, entropy.event_id()
+        await log.append(Append(*place, encode(event), event_name(status), now(), credit, end, start))
+        await asyncio.sleep(0)
+        yield
 
 
 async def rest_of(connection: websockets.ClientConnection) -> list[str]:

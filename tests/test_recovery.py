@@ -24,14 +24,13 @@ import websockets
 from adapters import engineio_server
 from adapters.memory_log import MemoryLog
 from adapters.system import now
-from builders import NOON, Scribe, SteppableClock, body
+from builders import Scribe, SteppableClock, body
 from domain.errors import LogUnavailable
-from domain.events import Event, encode, event_name, timestamp
+from domain.events import timestamp
 from domain.feed import Cursor, Feed, feed_name
 from domain.generation import Generation
-from domain.orders import Order
-from domain.ports import Append, History, Start
-from harness import Running, rest_of, running
+from domain.ports import History
+from harness import Running, flood, rest_of, running
 from node import Browser, Browsers, browsers, needs_node
 
 pytestmark = [needs_node, pytest.mark.asyncio(loop_scope="module")]
@@ -221,27 +220,8 @@ class Stage:
         """One generation of so many events."""
         self.scribe.count += 1
         generation_id = f"edit_1_{self.scribe.count:016d}"
-        order = Order(prompt="x", metadata={"filler": "x" * filler})
-        for sequence in range(1, count + 1):
-            end = sequence == count
-            status = "started" if sequence == 1 else "completed" if end else "openai_editing"
-            event = Event(
-                generation_id=generation_id,
-                kind="edit",
-                sequence=sequence,
-                status=status,
-                message="x",
-                progress=0 if sequence == 1 else 100 if end else 60,
-                occurred_at=timestamp(NOON),
-                metadata=order.metadata,
-            )
-            start = Start("edit", order.model_dump_json().encode(), None, "", 100) if sequence == 1 else None
-            credit = {"started": -1, "completed": 0}.get(status)
-            place = user, generation_id, sequence, self.scribe.entropy.event_id()
-            await self.service.service.log.append(
-                Append(*place, encode(event), event_name(status), now(), credit, end, start)
-            )
-            await asyncio.sleep(0)
+        async for _ in flood(self.service.service.log, user, generation_id, count, filler=filler):
+            pass
 
     async def close(self) -> None:
         """Everybody goes, nothing is left, and what was sent is as it has to be everywhere."""

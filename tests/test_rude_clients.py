@@ -151,19 +151,21 @@ async def test_a_stalled_websocket_that_says_goodbye_leaves_nothing_behind(servi
     await service.until(lambda: not service.server.server_state.tasks or service.service.sockets.idle)
 
 
+def kept() -> int:
+    """How many sockets this process still has, those of other tests' servers included."""
+    gc.collect()
+    return sum(type(thing) is EngineSocket for thing in gc.get_objects())
+
+
 async def test_sockets_that_are_gone_are_forgotten_at_once(service: Running) -> None:
+    before = kept()
     for _ in range(5):
         connection = await service.raw()
         await connection.send('40{"userId":"ada"}')
         await connection.recv()
         connection.transport.abort()
     await service.until(lambda: service.service.sockets.idle)
-
-    def kept() -> int:
-        gc.collect()
-        return sum(type(thing) is EngineSocket for thing in gc.get_objects())
-
-    await service.until(lambda: kept() == 0)
+    await service.until(lambda: kept() <= before)
 
 
 async def test_an_upgrade_that_goes_no_further_does_not_starve_the_poller(

@@ -13,12 +13,9 @@ from adapters import engineio_server
 from adapters.memory_log import MemoryLog
 from adapters.system import now
 from domain.errors import LogUnavailable
-from domain.events import Event, encode, event_name, timestamp
 from domain.feed import Cursor, feed_name
-from domain.orders import Order
-from domain.ports import Append, EventLog, Start
 from doubles import Hold, ScriptedEditor
-from harness import Running, rest_of, running
+from harness import Running, flood, rest_of, running
 
 
 @pytest.fixture
@@ -410,33 +407,6 @@ async def test_a_handshake_that_the_log_does_not_answer_closes_the_transport_and
 FLOOD = 4_000
 
 
-async def flood(log: EventLog, user: str, count: int) -> AsyncIterator[None]:
-    """As many events of 2 kB as asked for, as one generation of this user; after each, others get their turn."""
-    order = Order(prompt="x", metadata={"filler": "x" * 1900})
-    generation_id = "edit_1_0000000000000000"
-    for sequence in range(1, count + 1):
-        end = sequence == count
-        status = "started" if sequence == 1 else "completed" if end else "openai_editing"
-        event = Event(
-            generation_id=generation_id,
-            kind="edit",
-            sequence=sequence,
-            status=status,
-            message="x",
-            progress=0 if sequence == 1 else 100 if end else 60,
-            occurred_at=timestamp(now()),
-            metadata=order.metadata,
-        )
-        start = Start("edit", order.model_dump_json().encode(), None, "", 1) if sequence == 1 else None
-        credit = {"started": -1, "completed": 0}.get(status)
-        name = event_name(status)
-        await log.append(
-            Append(user, generation_id, sequence, sequence, encode(event), name, now(), credit, end, start)
-        )
-        await asyncio.sleep(0)
-        yield
-
-
 async def test_a_reader_that_takes_nothing_is_bounded_and_closed_and_slows_nobody(
     service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,7 +417,7 @@ async def test_a_reader_that_takes_nothing_is_bounded_and_closed_and_slows_nobod
     stalled.transport.pause_reading()
     [socket] = service.service.sockets.eio.sockets.values()
     async with service.phone("ada") as neighbour:
-        async for _ in flood(service.service.log, "ada", FLOOD):
+        async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
             assert socket.queue.qsize() <= engineio_server.MAX_EVENTS + 2
             assert socket.queue.bytes <= engineio_server.MAX_BYTES + 1000
         await neighbour.until_over("edit_1_0000000000000000")
@@ -461,7 +431,7 @@ async def test_a_slow_reader_that_comes_back_gets_all_it_missed(service: Running
     await slow.send('40{"userId":"ada"}')
     assert str(await slow.recv()).startswith("40")
     slow.transport.pause_reading()
-    async for _ in flood(service.service.log, "ada", FLOOD):
+    async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
         pass
     slow.transport.resume_reading()
     seen: list[int] = []

@@ -117,8 +117,10 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
 
     @property
     def idle(self) -> bool:
-        """Whether every table is empty."""
-        return not (self.connections or self._by_pid or self._turns or self._deadlines or self.eio.sockets)
+        """Whether every table is empty, and nobody is being seen off any more."""
+        return not (
+            self.connections or self._by_pid or self._turns or self._deadlines or self.eio.sockets or self.eio.tasks
+        )
 
     async def emit(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not available: an empty room would mean everybody. The projection sends."""
