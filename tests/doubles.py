@@ -274,6 +274,17 @@ class Passing:
         await self.pass_on()
         return await self.inner.remove(generation_id, retention=retention)
 
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        await self.pass_on()
+        return await self.inner.undelivered(limit)
+
+    async def delivered(self, generation_id: str) -> None:
+        await self.pass_on()
+        await self.inner.delivered(generation_id)
+
+    async def close(self) -> None:
+        await self.inner.close()
+
 
 class Flaky(Passing):
     """A log that is not available now and then.

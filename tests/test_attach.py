@@ -16,18 +16,24 @@ BOB = Identity("bob", None, service=False)
 
 
 def attachments(studio: Studio) -> Attachments:
-    return Attachments(studio.log, MemorySessions(timedelta(days=1)), studio.clock)
+    return Attachments(studio.log, MemorySessions(timedelta(days=1)), studio.clock, new_tag=lambda: "tag")
 
 
 async def begin(attach: Attachments, pid: str, identity: Identity = ADA) -> Cursor:
     """A session that begins at the present."""
-    base, _ = await attach.begin(identity, None)
-    await attach.keep(pid, identity, base)
-    return base
+    beginning = await attach.begin(identity, None)
+    await attach.keep(pid, identity, beginning)
+    return beginning.cursor
 
 
-def text(cursor: Cursor, user: str = "ada") -> str:
-    return cursor.text(feed_name("e1", user))
+async def place(attach: Attachments, pid: str, offset: object) -> Cursor | None:
+    """Where ada's session goes on; ``None`` where it does not."""
+    recovered = await attach.recover(pid, offset, None)
+    return None if recovered is None else recovered[1].cursor
+
+
+def text(cursor: Cursor, user: str = "ada", tag: str | None = None) -> str:
+    return cursor.text(feed_name("e1", user), tag)
 
 
 @pytest.fixture
@@ -42,11 +48,12 @@ async def studio() -> Studio:
 
 async def test_a_cursor_is_taken_where_it_is_usable_and_else_the_present_is_told(studio: Studio) -> None:
     attach = attachments(studio)
-    present = Beginning(await studio.log.present("ada"), False)
+    present = Beginning(await studio.log.present("ada"), False, (await studio.log.present("ada")).live, None)
     here = text(present.cursor)
-    assert await attach.begin(ADA, here) == (present.cursor, True)
+    assert await attach.begin(ADA, here) == present._replace(resumed=True)
     earlier = Cursor(2, (await studio.log.feed("ada", after=1, anchor=2, limit=1)).entries[0].event_id, 2)
-    assert await attach.begin(ADA, text(earlier)) == (earlier, True)
+    assert await attach.begin(ADA, text(earlier)) == present._replace(cursor=earlier, resumed=True)
+    assert await attach.begin(ADA, text(earlier, tag="other")) == present._replace(cursor=earlier, resumed=True)
     for bad in ("", here + "1", here.replace(".", ".1", 1), 7, None, {"cursor": here}, text(present.cursor, "bob")):
         assert await attach.begin(ADA, bad) == present
 
@@ -54,30 +61,48 @@ async def test_a_cursor_is_taken_where_it_is_usable_and_else_the_present_is_told
 async def test_a_session_is_restored_at_the_offset_its_client_had_reached(studio: Studio) -> None:
     attach = attachments(studio)
     base = await begin(attach, "pid")
-    assert await attach.recover("pid", None, None) == (ADA, (base, True))
+    assert await place(attach, "pid", None) == base
     async with studio.open():
         await studio.make()
     after = await studio.log.present("ada")
-    assert await attach.recover("pid", text(after), None) == (ADA, (after, True))
-    await attach.keep("pid", ADA, after)
+    assert await place(attach, "pid", text(after)) == after
+    recovered = await attach.recover("pid", text(after), None)
+    assert recovered is not None
+    await attach.keep("pid", *recovered)
     # From now on that is the base: what lies before it has been seen.
-    assert await attach.recover("pid", text(base), None) == (ADA, (after, True))
+    assert await place(attach, "pid", text(base)) == after
+
+
+async def test_an_offset_from_before_the_session_counts_as_the_base(studio: Studio) -> None:
+    """The session begins at a place that its client had been beyond."""
+    attach = attachments(studio)
+    head = await studio.log.present("ada")
+    entries = (await studio.log.feed("ada", after=0, anchor=0, limit=3)).entries
+    base, reached = (Cursor(entry.position, entry.event_id, entry.position) for entry in entries[:2])
+    await attach.keep("pid", ADA, await attach.begin(ADA, text(base), anew=True))
+    for before in (text(reached), text(reached, tag="another"), text(head)):
+        assert await place(attach, "pid", before) == base
+    assert await place(attach, "pid", text(reached, tag="tag")) == reached
+    async with studio.open():
+        await studio.make()
+    live = await studio.log.present("ada")
+    assert await place(attach, "pid", text(live)) == live
 
 
 @pytest.mark.parametrize("offset", [None, "", 7, "e1.1.1.1"])
 async def test_an_offset_that_is_none_of_the_feeds_counts_as_the_base(studio: Studio, offset: object) -> None:
     attach = attachments(studio)
     base = await begin(attach, "pid")
-    assert await attach.recover("pid", offset, None) == (ADA, (base, True))
+    assert await place(attach, "pid", offset) == base
     bobs = text(await studio.log.present("bob"), "bob")
-    assert await attach.recover("pid", bobs, None) == (ADA, (base, True))
+    assert await place(attach, "pid", bobs) == base
 
 
 async def test_an_offset_of_this_feed_that_the_log_does_not_know_makes_the_session_unusable(studio: Studio) -> None:
     attach = attachments(studio)
     base = await begin(attach, "pid")
-    assert await attach.recover("pid", text(base._replace(event_id=base.event_id + 1)), None) is None
-    assert await attach.recover("pid", text(Cursor(99, 1, 99)), None) is None
+    assert await place(attach, "pid", text(base._replace(event_id=base.event_id + 1))) is None
+    assert await place(attach, "pid", text(Cursor(99, 1, 99))) is None
 
 
 async def test_a_session_is_not_restored_for_somebody_else(studio: Studio) -> None:

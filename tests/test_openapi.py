@@ -32,6 +32,7 @@ OPERATIONS: Final = (
     "DELETE /generations/{generation_id}",
     "GET /generations/{generation_id}/events",
     "POST /generations/{generation_id}/cancel",
+    "GET /events",
     "GET /me",
     "POST /users/{user_id}/credit",
     "GET /stages",

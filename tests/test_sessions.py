@@ -8,7 +8,8 @@ from typing import Final
 import pytest
 
 from adapters.memory_sessions import MemorySessions
-from builders import NOON, SteppableClock
+from adapters.sqlite_sessions import SqliteSessions
+from builders import NOON, SteppableClock, temporary_database
 from domain.feed import Cursor
 from domain.identity import Identity
 from domain.ports import Session, SessionStore
@@ -22,13 +23,19 @@ async def open_memory_sessions(retention: timedelta) -> AsyncIterator[SessionSto
     yield MemorySessions(retention)
 
 
+@asynccontextmanager
+async def open_sqlite_sessions(retention: timedelta) -> AsyncIterator[SessionStore]:
+    async with temporary_database() as database:
+        yield SqliteSessions(database, retention)
+
+
 OpenSessions = Callable[[timedelta], AbstractAsyncContextManager[SessionStore]]
 #: Every adapter of the port, by name.
-STORES: Final[Mapping[str, OpenSessions]] = {"memory": open_memory_sessions}
+STORES: Final[Mapping[str, OpenSessions]] = {"memory": open_memory_sessions, "sqlite": open_sqlite_sessions}
 
 
 def session(user: str = "ada", place: int = 7) -> Session:
-    return Session(Identity(user, None, service=False), Cursor(place, 2**62 + place, place))
+    return Session(Identity(user, None, service=False), Cursor(place, 2**62 + place, place), place, "tag")
 
 
 @pytest.fixture
@@ -46,8 +53,8 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[SessionStore]:
     "kept",
     [
         session(),
-        Session(Identity("ada", NOON + timedelta(microseconds=1), service=True), Cursor(10, 0, 3)),
-        Session(Identity("Ünï 🎨 : % * {}", None, service=False), Cursor(10**15 - 1, 2**63 - 1, 0)),
+        Session(Identity("ada", NOON + timedelta(microseconds=1), service=True), Cursor(10, 0, 3), 12, None),
+        Session(Identity("Ünï 🎨 : % * {}", None, service=False), Cursor(10**15 - 1, 2**63 - 1, 0), 0, ""),
     ],
 )
 async def test_what_is_saved_is_loaded_as_it_was(store: SessionStore, kept: Session) -> None:

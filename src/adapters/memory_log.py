@@ -141,8 +141,8 @@ class MemoryLog:
 
     durable = False
 
-    def __init__(self, *, epoch: str, credits: int | None, clock: Clock) -> None:
-        """`credits` is a new user's balance; ``None`` keeps no balances."""
+    def __init__(self, *, epoch: str, credits: int | None, clock: Clock, outbox: bool = False) -> None:
+        """`credits` is a new user's balance; ``None`` keeps no balances. `outbox`: ends are kept until told."""
         self.epoch = epoch
         self._credits = credits
         self._clock = clock
@@ -153,6 +153,8 @@ class MemoryLog:
         self._finished: dict[str, _Record] = {}
         #: By user and idempotency key.
         self._grants: dict[tuple[str, str], _Grant] = {}
+        self._outbox = outbox
+        self._undelivered: dict[str, _Record] = {}
         self._followers: list[Deliver] = []
 
     async def append(self, entry: Append) -> Logged:
@@ -193,6 +195,8 @@ class MemoryLog:
             record.ended_at, record.end_name = entry.at, entry.name
             del self._unfinished[entry.generation_id], user.active[entry.generation_id]
             self._finished[entry.generation_id] = record
+            if self._outbox:
+                self._undelivered[entry.generation_id] = record
         logged = record.entry(actual)
         self._deliver(logged)
         return logged
@@ -295,6 +299,7 @@ class MemoryLog:
             del self._records[generation_id], user.generations[generation_id]
             if record.start.key is not None:
                 del user.keys[record.start.key]
+            self._undelivered.pop(generation_id, None)
             record.events.clear()
             record.start = replace(record.start, order=b"")
             user.deleted.append(record)
@@ -304,6 +309,15 @@ class MemoryLog:
             del self._finished[generation_id]
         user.forget_below_floor()
         return True
+
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        return [record.entry(len(record.events) - 1) for record in islice(self._undelivered.values(), limit)]
+
+    async def delivered(self, generation_id: str) -> None:
+        self._undelivered.pop(generation_id, None)
+
+    async def close(self) -> None:
+        """There is nothing to let go of."""
 
     def _check_key(self, user: _User, start: Start) -> None:
         generation_id = user.keys.get(start.key) if start.key is not None else None

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Collection
 
 
 class MemoryQueue:
@@ -46,6 +47,9 @@ class MemoryQueue:
                 self._lines[user_id] = line
             self._held.add(generation_id)
             return generation_id
+
+    async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
+        return [generation_id for generation_id in generation_ids if generation_id not in self._held]
 
     async def release(self, generation_id: str) -> None:
         async with self._changed:

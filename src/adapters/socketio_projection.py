@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from engineio.packet import MESSAGE, Packet
 
+from domain.attach import Beginning
 from domain.errors import LogUnavailable
 from domain.feed import Cursor, Logged, feed_name
 from domain.ports import EventLog, Lost
@@ -77,20 +78,20 @@ class Device:
     """One socket of one user. Made by `Projection.attach`."""
 
     def __init__(
-        self, projection: "Projection", user_id: str, outbox: Outbox, cursor: Cursor, *, resumed: bool, inline: bool
+        self, projection: "Projection", user_id: str, outbox: Outbox, beginning: Beginning, *, inline: bool
     ) -> None:
         self.user_id = user_id
         #: Whether the device goes on from a place it had reached before.
-        self.resumed = resumed
+        self.resumed = beginning.resumed
         #: The name of its feed, in the texts of its cursors.
         self.feed = feed_name(projection.log.epoch, user_id)
         self._projection = projection
         self._outbox = outbox
         self._inline = inline
-        self._cursor = cursor
-        self._base = cursor.live
+        self._beginning = beginning
+        self._cursor = beginning.cursor
         #: The newest position that is known of.
-        self._head = cursor.seen
+        self._head = beginning.cursor.seen
         #: The log has to be read, whatever is known of the head.
         self._unread = True
         self._pulling = True
@@ -200,7 +201,7 @@ class Device:
         if after is None:
             # What came by itself began with what still ran at the base; what had ended by then was left out.
             end = history.events[-1].end
-            if self.resumed or generation_id in self._replayed or end is None or end > self._base:
+            if self.resumed or generation_id in self._replayed or end is None or end > self._beginning.cursor.live:
                 return
         for entry in history.events[after or 0 :]:
             if entry.position > self._cursor.seen:
@@ -213,8 +214,12 @@ class Device:
                     self._closed = True
                     return
 
+    def _text(self, cursor: Cursor) -> str:
+        """What the client is told: tagged up to where the feed ended when it began, and beyond that as live."""
+        return cursor.text(self.feed, self._beginning.tag if cursor.live <= self._beginning.head else None)
+
     def _put(self, entry: Logged, behind: Cursor) -> bool:
-        frame = Frames(entry, behind.text(self.feed)).form(self._inline)
+        frame = Frames(entry, self._text(behind)).form(self._inline)
         if not self._outbox.has_room(frame):
             return False
         self._outbox.put(frame)
@@ -234,13 +239,13 @@ class Projection:
         async with self.log.follow(self.deliver):
             await asyncio.get_running_loop().create_future()
 
-    def attach(self, user_id: str, outbox: Outbox, cursor: Cursor, *, resumed: bool, inline: bool) -> Device:
+    def attach(self, user_id: str, outbox: Outbox, beginning: Beginning, *, inline: bool) -> Device:
         """A device that joins its user's room now, and sends once it is started.
 
-        `resumed`: the cursor is one that the client brought, and all up to it counts as sent. `inline`: each
-        event carries its cursor as a key instead of as a further argument.
+        Where it is resumed, all up to its cursor counts as sent. `inline`: each event carries its cursor as a
+        key instead of as a further argument.
         """
-        device = Device(self, user_id, outbox, cursor, resumed=resumed, inline=inline)
+        device = Device(self, user_id, outbox, beginning, inline=inline)
         self.rooms.setdefault(user_id, set()).add(device)
         return device
 

@@ -27,7 +27,7 @@ from adapters.socketio_server import PATIENCE, SocketServer
 from adapters.system import SystemEntropy, now
 from adapters.url_fetcher import UrlFetcher
 from adapters.uvicorn_server import Server
-from api import accounts, generations, info, page, problems
+from api import accounts, feed, generations, info, page, problems
 from api.auth import Authenticator
 from api.perimeter import Perimeter
 from api.settings import Settings, SettingsError
@@ -87,11 +87,12 @@ class Service:
         self.projection = Projection(self.log)
         self.authenticator = Authenticator(_tokens(settings, self.clock), self.clock)
         self.sessions = MemorySessions(timedelta(seconds=settings.retention))
+        self.attachments = Attachments(self.log, self.sessions, self.clock, new_tag=lambda: entropy.token()[:8])
         sockets = Sockets(
             self.workflow,
             self.projection,
             self.authenticator,
-            Attachments(self.log, self.sessions, self.clock),
+            self.attachments,
             new_pid=lambda: entropy.token() + entropy.token(),
         )
         self.sockets = SocketServer(
@@ -221,11 +222,12 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
         redirect_slashes=False,
     )
     http.state.workflow = service.workflow
+    http.state.attachments = service.attachments
     http.state.images = service.images
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
     problems.install(http)
-    for router in (generations.router, accounts.router, info.router):
+    for router in (generations.router, feed.router, accounts.router, info.router):
         http.include_router(router)
     page.install(http)
     hosts = None if settings.allow_open else settings.allowed_hosts

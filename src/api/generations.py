@@ -10,12 +10,11 @@ from pydantic_core import to_json
 from api.auth import PROBLEMS, Caller
 from api.forms import form_body, read_wish
 from api.problems import documented
-from api.schemas import CancelOutcome, EventPage, GenerationPage, json_response
+from api.schemas import CancelOutcome, EventPage, GenerationPage, json_response, named
 from api.state import UseCases
 from domain.errors import NotFound
-from domain.events import decode
-from domain.feed import Logged
 from domain.generation import Snapshot
+from domain.queries import generation_of
 from domain.stages import Kind
 from domain.workflow import Workflow
 
@@ -137,18 +136,13 @@ async def get_events(
 ) -> Response:
     """The generation's events, as they were sent live."""
     history = await workflow.history(caller, generation_id)
-    encoded = [(entry, entry.event) for entry in history.events if entry.event is not None]
-    status = decode(encoded[-1][1]).status
+    status = generation_of(history).status
     body = b'{"generationId":%b,"status":%b,"events":[%b]}' % (
         to_json(generation_id),
         to_json(status),
-        b",".join(_named(entry, event) for entry, event in encoded if entry.sequence > after),
+        named(entry for entry in history.events if entry.sequence > after),
     )
     return Response(body, media_type="application/json")
-
-
-def _named(entry: Logged, event: bytes) -> bytes:
-    return b'{"event":%b,"data":%b}' % (to_json(entry.name), event)
 
 
 @router.post("/generations/{generation_id}/cancel", response_model=CancelOutcome, responses=_ONE)

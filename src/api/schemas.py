@@ -1,11 +1,13 @@
 """What HTTP answers with beside the generation itself: for OpenAPI, and for the bytes."""
 
+from collections.abc import Iterable
 from typing import Annotated, Final, Literal
 
 from fastapi import Response
 from pydantic import BaseModel, Field, RootModel, StrictInt
 
 from domain.events import CONTINUE, Event, Wire, event_name
+from domain.feed import Logged
 from domain.generation import Snapshot
 from domain.stages import FLOWS, GUARDS, Kind, moves
 
@@ -30,6 +32,18 @@ class EventPage(Wire):
     generation_id: str
     status: Annotated[str, Field(description="the generation's status now")]
     events: list[NamedEvent]
+
+
+class FeedPage(Wire):
+    """The caller's events after a cursor, in order; where that is not usable, how things stand instead."""
+
+    recovered: Annotated[bool, Field(description="whether nothing was missed: the cursor was usable")]
+    cursor: Annotated[str, Field(description="`after` of the next request")]
+    events: Annotated[list[NamedEvent] | None, Field(description="where recovered")] = None
+    generations: Annotated[
+        list[Snapshot] | None,
+        Field(description="where not recovered: the active ones and the last 20 finished, newest first"),
+    ] = None
 
 
 class CancelOutcome(Wire):
@@ -96,6 +110,13 @@ def _stage_view(kind: Kind, status: str) -> StageView:
 
 
 STAGES: Final = Stages({kind: [_stage_view(kind, status) for status in flow] for kind, flow in FLOWS.items()})
+
+
+def named(entries: Iterable[Logged]) -> bytes:
+    """The JSON of `NamedEvent`, one after the other: the events' own bytes."""
+    return b",".join(
+        b'{"event":"%b","data":%b}' % (entry.name.encode(), entry.event) for entry in entries if entry.event
+    )
 
 
 def json_response(content: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -11,7 +11,6 @@ from api.auth import Authenticator, UserMismatch
 from domain.attach import Attachments, Beginning
 from domain.errors import LogUnavailable, Refusal
 from domain.events import timestamp
-from domain.feed import Cursor
 from domain.identity import Identity, InvalidUserId, Unauthenticated
 from domain.workflow import Workflow
 
@@ -70,7 +69,7 @@ class Connection(Protocol):
 class Projection(Protocol):
     """Shows feeds on devices."""
 
-    def attach(self, user_id: str, outbox: Any, cursor: Cursor, *, resumed: bool, inline: bool) -> Device:
+    def attach(self, user_id: str, outbox: Any, beginning: Beginning, *, inline: bool) -> Device:
         """A device at this place of this user's feed."""
 
 
@@ -162,25 +161,26 @@ class Sockets:
 
     async def _begin(self, connection: Connection, identity: Identity, cursor: object, *, recovery: bool) -> Answer:
         text = connection.offset if cursor is None else cursor
-        beginning = await self._attachments.begin(identity, text)
+        anew = connection.device is not None or None not in (connection.offset, cursor)
+        beginning = await self._attachments.begin(identity, text, anew=anew)
         return await self._enter(connection, identity, beginning, recovery=recovery)
 
     async def _enter(
         self, connection: Connection, identity: Identity, beginning: Beginning, *, recovery: bool, welcome: bool = True
     ) -> Answer:
-        user, (cursor, resumed) = identity.user_id, beginning
+        user = identity.user_id
         generations = await self._generations(user) if welcome else []
         # The session comes last: whatever fails before has changed nothing.
         if connection.pid is not None:
             if recovery:
-                await self._attachments.keep(connection.pid, identity, cursor)
+                await self._attachments.keep(connection.pid, identity, beginning)
             else:
                 await self._attachments.leave(connection.pid, for_good=True)
         if connection.gone:
             return {}, lambda: None
         if connection.device is not None:
             connection.device.close()
-        device = self._projection.attach(user, connection.outbox, cursor, resumed=resumed, inline=not recovery)
+        device = self._projection.attach(user, connection.outbox, beginning, inline=not recovery)
         connection.device, connection.identity, connection.offset = device, identity, None
         return self._welcome(device, identity, generations) if welcome else {}, device.start
 

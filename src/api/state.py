@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from domain.attach import Attachments
 from domain.ports import ImageStore
 from domain.workflow import Workflow
 
@@ -13,10 +14,16 @@ async def _workflow(request: Request) -> Workflow:
     return workflow
 
 
+async def _attachments(request: Request) -> Attachments:
+    attachments: Attachments = request.app.state.attachments
+    return attachments
+
+
 async def _images(request: Request) -> ImageStore:
     images: ImageStore = request.app.state.images
     return images
 
 
 UseCases = Annotated[Workflow, Depends(_workflow)]
+Feeds = Annotated[Attachments, Depends(_attachments)]
 Images = Annotated[ImageStore, Depends(_images)]

@@ -7,7 +7,8 @@ then are wanted, and of those, events up to ``seen`` have been sent; after ``liv
 has been sent both places are one, and move together.
 
 ``event_id`` is the id of the event at ``live``. It recognises a cursor that was made up, and a log that came back in an
-older state; the name of the feed, in the cursor's text, recognises one of another user or of another log.
+older state; the name of the feed, in the cursor's text, recognises one of another user or of another log. A tag at the
+text's end tells which session sent it.
 """
 
 import hashlib
@@ -16,7 +17,9 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 _PLACE: Final = "(0|[1-9][0-9]{0,14})"
-_TEXT: Final = re.compile(rf"([a-z0-9]{{1,32}})\.{_PLACE}\.(0|[1-9a-f][0-9a-f]{{0,15}})\.{_PLACE}")
+_TEXT: Final = re.compile(
+    rf"([a-z0-9]{{1,32}})\.{_PLACE}\.(0|[1-9a-f][0-9a-f]{{0,15}})\.{_PLACE}(?:\.([a-z0-9]{{1,32}}))?"
+)
 
 
 class Logged(NamedTuple):
@@ -57,6 +60,12 @@ def feed_name(epoch: str, user_id: str) -> str:
     return hashlib.blake2b(f"{epoch}.{user_id}".encode(), digest_size=6).hexdigest()
 
 
+def tag_of(text: object) -> str | None:
+    """The tag of the session that a cursor was sent in; ``None`` where it is none, or has none."""
+    match = _TEXT.fullmatch(text) if isinstance(text, str) else None
+    return match and match[5]
+
+
 class Cursor(NamedTuple):
     """See the module. Immutable; `past` makes the next one."""
 
@@ -73,9 +82,10 @@ class Cursor(NamedTuple):
         cursor = cls(int(match[2]), int(match[3], 16), int(match[4]))
         return cursor if cursor.seen <= cursor.live else None
 
-    def text(self, feed: str) -> str:
+    def text(self, feed: str, tag: str | None = None) -> str:
         """What clients are given: opaque to them."""
-        return f"{feed}.{self.live}.{self.event_id:x}.{self.seen}"
+        text = f"{feed}.{self.live}.{self.event_id:x}.{self.seen}"
+        return text if tag is None else f"{text}.{tag}"
 
     def usable(self, feed: Feed) -> bool:
         """Whether a read anchored at ``live`` shows that nothing wanted has been lost.

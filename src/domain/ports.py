@@ -82,6 +82,10 @@ class Session(NamedTuple):
     identity: Identity
     #: Where the session began: what a client that has seen no event yet goes on from.
     base: Cursor
+    #: The newest position of the feed when it began.
+    head: int
+    #: Marks the cursors up to there that it was sent, where its client may remember others.
+    tag: str | None
 
 
 Deliver = Callable[[Logged | Lost], None]
@@ -174,6 +178,18 @@ class EventLog(Protocol):
         Raises:
             NotFinished: it still runs.
         """
+
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        """Terminal events that are yet to be told to the webhook, those that came first first.
+
+        Always none where the log was opened without an outbox. What is removed is not told any more.
+        """
+
+    async def delivered(self, generation_id: str) -> None:
+        """The terminal event of this generation has been told."""
+
+    async def close(self) -> None:
+        """Let go of what it holds. Nothing is asked of it any more."""
 
 
 class SessionStore(Protocol):
@@ -309,7 +325,13 @@ class WorkQueue(Protocol):
         """Take a generation out of the line. False: it does not wait there."""
 
     async def claim(self) -> str:
-        """Wait for the next generation in line, and hold it."""
+        """Wait for the next generation in line, and hold it.
+
+        For ever in one process; where several share a line, for a while (a lease), unless it is renewed.
+        """
+
+    async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
+        """Hold these for another while. Return those of them that are no longer held: somebody else has them."""
 
     async def release(self, generation_id: str) -> None:
         """Let go of a generation that is held."""
