@@ -10,6 +10,7 @@ from adapters.memory_log import MemoryLog
 from adapters.memory_queue import MemoryQueue
 from builders import NOON, CountedEntropy, Heard, SteppableClock, bodies
 from domain.errors import Failure, FailureCode, InvalidImage, LogUnavailable
+from domain.external import ExternalWork
 from domain.feed import Cursor, Feed, Logged
 from domain.generation import Snapshot
 from domain.orders import Options
@@ -363,11 +364,13 @@ class Studio:
         self.log = self.line(self.memory)
         self.queue = MemoryQueue()
         self.recorder = Recorder(self.log, self.clock, self.entropy, patience=self.patience)
+        self.external = ExternalWork(self.log, self.recorder, self.clock, self.deadline)
         limits = Limits(self.max_waiting, self.max_per_user, timedelta(days=1))
         self.workflow = Workflow(
             log=self.log,
             recorder=self.recorder,
             queue=self.queue,
+            external=self.external,
             images=self.images,
             intake=TrustingIntake(),
             clock=self.clock,

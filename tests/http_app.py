@@ -24,6 +24,7 @@ from api import accounts, generations, info, problems
 from api.auth import Authenticator
 from api.perimeter import Perimeter
 from domain.errors import Failure, ImageTooLarge, InvalidImage, UnsupportedImageType
+from domain.external import ExternalWork
 from domain.ports import Picture
 from domain.recorder import Recorder
 from domain.workflow import Limits, Workflow
@@ -135,6 +136,7 @@ async def serve_api(
         log=log,
         recorder=recorder,
         queue=MemoryQueue(),
+        external=ExternalWork(log, recorder, now, 600),
         images=images,
         intake=FakeIntake(),
         clock=now,

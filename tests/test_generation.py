@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from builders import NOON, PROPERTY, facts_for, make_generation, make_order, moved_to, path_of
 from domain import generation as generation_module
-from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition
+from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition, UnfitFact
 from domain.events import Event, decode, encode, event_name, timestamp, with_credit
 from domain.generation import Generation
 from domain.stages import BEGIN, FLOWS, Kind, moves
@@ -247,13 +247,23 @@ def test_a_value_that_no_event_can_hold_changes_nothing() -> None:
     assert state(given_) == before
 
 
-@pytest.mark.parametrize("progress", [0, 19, 20, 21, 41, 99])
-def test_only_a_repeat_can_be_given_a_percentage(progress: int) -> None:
+@pytest.mark.parametrize("progress", [0, 19, 20, 21, 39, 40, 41, 99, 100])
+def test_a_stage_is_entered_with_a_percentage_of_its_own(progress: int) -> None:
     started = reach("edit", False, "started")
     before = state(started)
-    for status in ("composition", "failed"):
-        with pytest.raises(IllegalTransition):
-            started.propose(status, NOON, progress=progress)
+    if 20 <= progress < 40:
+        assert started.propose("composition", NOON, progress=progress)[0].progress == progress
+    else:
+        with pytest.raises(UnfitFact) as refused:
+            started.propose("composition", NOON, progress=progress)
+        assert (refused.value.fact, refused.value.reason) == ("progress", "This has to be from 20 to 39")
+    for status, only in (("failed", 0), ("completed", 100)):
+        last = started if status == "failed" else reach("edit", False, "openai_editing_completed")
+        if progress == only:
+            assert last.propose(status, NOON, progress=progress)[0].progress == only
+        else:
+            with pytest.raises(UnfitFact):
+                last.propose(status, NOON, progress=progress)
     assert state(started) == before
 
 

@@ -257,7 +257,7 @@ async def test_a_provider_that_was_cancelled_inside_ends_its_stage(
     await studio.check()
 
 
-@pytest.mark.parametrize("code", FAILURE_CODES)
+@pytest.mark.parametrize("code", sorted({*FAILURE_CODES} - {"cancelled"}))
 async def test_a_face_swap_that_fails_keeps_the_edit_that_was_paid_for(code: FailureCode) -> None:
     studio = Studio()
     at_swap(studio, Failure(code, "Not this face."))

@@ -27,13 +27,14 @@ from adapters.socketio_server import PATIENCE, SocketServer
 from adapters.system import SystemEntropy, now
 from adapters.url_fetcher import UrlFetcher
 from adapters.uvicorn_server import Server
-from api import accounts, feed, generations, info, page, problems
+from api import accounts, feed, generations, info, page, problems, transitions
 from api.auth import Authenticator
 from api.perimeter import Perimeter
 from api.settings import Settings, SettingsError
 from api.sockets import Sockets
 from domain.attach import Attachments
 from domain.errors import LogUnavailable
+from domain.external import ExternalWork
 from domain.housekeeping import purge, sweep
 from domain.ports import Clock, EventLog
 from domain.recorder import Recorder
@@ -61,10 +62,12 @@ class Service:
         self.images = overrides.get("images") or ImageFolder(settings.images)
         intake = PillowIntake(self.threads)
         recorder = Recorder(self.log, self.clock, entropy)
+        self.external = ExternalWork(self.log, recorder, self.clock, settings.deadline)
         self.workflow = Workflow(
             log=self.log,
             recorder=recorder,
             queue=self.queue,
+            external=self.external,
             images=self.images,
             intake=intake,
             clock=self.clock,
@@ -108,9 +111,11 @@ class Service:
 
     async def enter(self) -> None:
         """Begin to follow the log, to work and to keep house."""
+        await self.runner.resume()
         await sweep(self.log, self.images, stored_before=self.clock())
         self._work = asyncio.create_task(self.runner.run())
-        self._tasks = [asyncio.create_task(self.projection.run()), asyncio.create_task(self._keep_house())]
+        tasks = self.projection.run(), self.external.run(), self._keep_house()
+        self._tasks = [asyncio.create_task(task) for task in tasks]
 
     async def leave(self, hurry: asyncio.Event) -> None:
         """Take no new work, finish what there is within the drain or until `hurry`, and say what was left undone."""
@@ -227,7 +232,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
     problems.install(http)
-    for router in (generations.router, feed.router, accounts.router, info.router):
+    for router in (generations.router, transitions.router, feed.router, accounts.router, info.router):
         http.include_router(router)
     page.install(http)
     hosts = None if settings.allow_open else settings.allowed_hosts

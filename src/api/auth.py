@@ -110,6 +110,11 @@ async def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:
 
 
 async def _service(identity: Annotated[Identity, Depends(_identity)]) -> None:
+    require_service(identity)
+
+
+def require_service(identity: Identity) -> None:
+    """Raises `Forbidden` unless this caller may act for others."""
     if not identity.service:
         raise Forbidden
 
@@ -125,6 +130,8 @@ PROBLEMS: Final = (
     "log_unavailable",
 )
 
+#: The caller, whole.
+Identified = Annotated[Identity, Depends(_identity)]
 #: The id of the calling user.
 Caller = Annotated[str, Depends(_caller)]
 #: For `dependencies`: only a service may call.

@@ -50,4 +50,5 @@ async def read_json(request: Request, model: type[Model]) -> Model:
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
     """The body as OpenAPI shows it."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # What a body is made of is part of an answer too, and so a component anyway.
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

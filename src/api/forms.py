@@ -90,7 +90,8 @@ def _depth(value: JsonValue) -> int:
 
 
 _Images = list[Annotated[Any, BeforeValidator(_file), WithJsonSchema({"type": "string", "format": "binary"})]]
-_Url = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "uri"}), AfterValidator(_http_url)]
+#: An http or https URL.
+HttpUrl = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "uri"}), AfterValidator(_http_url)]
 
 
 class GenerateForm(Options):
@@ -110,7 +111,7 @@ class GenerateForm(Options):
         ),
     ]
     image_urls: Annotated[
-        list[_Url],
+        list[HttpUrl],
         BeforeValidator(_urls),
         Field(
             default_factory=list,
@@ -149,8 +150,10 @@ def form_body(kind: Kind) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def read_wish(request: Request, kind: Kind) -> AsyncIterator[Wish]:
+async def read_wish(request: Request, kind: Kind, *, external: bool) -> AsyncIterator[Wish]:
     """What the request's form asks for; its files can be read until the end of the context.
+
+    `external`: the caller's own pipeline does the work, and may have the images already.
 
     Raises:
         Invalid: fields are not as they have to be.
@@ -171,7 +174,7 @@ async def read_wish(request: Request, kind: Kind) -> AsyncIterator[Wish]:
             wanted = _FORMS[kind].model_validate(fields)
         except ValidationError as error:
             raise Invalid(*invalid_fields(error.errors()[:_MAX_ERRORS])) from None
-        yield _wish(kind, wanted)
+        yield _wish(kind, wanted, external)
 
 
 class _Parser(MultiPartParser):
@@ -206,9 +209,11 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
         await form.close()
 
 
-def _wish(kind: Kind, form: GenerateForm) -> Wish:
-    if not 1 <= len(form.images) + len(form.image_urls) <= MAX_IMAGES:
-        raise Invalid(InvalidField(field="images", message="There must be 1 to 5 images in all, files and URLs"))
+def _wish(kind: Kind, form: GenerateForm, external: bool) -> Wish:
+    least = 0 if external else 1
+    if not least <= len(form.images) + len(form.image_urls) <= MAX_IMAGES:
+        message = f"There must be {least} to {MAX_IMAGES} images in all, files and URLs"
+        raise Invalid(InvalidField(field="images", message=message))
     for index, file in enumerate(form.images):
         if file.size > MAX_FILE:
             raise HTTPException(413, f"images.{index}: A file may have 10 MB at most.")
@@ -225,6 +230,7 @@ def _wish(kind: Kind, form: GenerateForm) -> Wish:
         image_urls=tuple(form.image_urls),
         face_swap=bool(form.image_urls) if face_swap is None else face_swap,
         metadata=form.metadata,
+        external=external,
     )
 
 

@@ -7,13 +7,14 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import AfterValidator
 from pydantic_core import to_json
 
-from api.auth import PROBLEMS, Caller
+from api.auth import PROBLEMS, Caller, Identified, require_service
 from api.forms import form_body, read_wish
 from api.problems import documented
 from api.schemas import CancelOutcome, EventPage, GenerationPage, json_response, named
 from api.state import UseCases
 from domain.errors import NotFound
 from domain.generation import Snapshot
+from domain.identity import Identity
 from domain.queries import generation_of
 from domain.stages import Kind
 from domain.workflow import Workflow
@@ -42,6 +43,10 @@ IdempotencyKey = Annotated[
     ),
 ]
 
+Runner = Annotated[
+    Literal["external"] | None,
+    Query(description="for services: a pipeline of your own does the work, and reports it by `/transitions`"),
+]
 
 _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     202: {
@@ -75,9 +80,11 @@ _ONE: Final = documented("not_found", *PROBLEMS)
     responses=_ACCEPTED,
     openapi_extra=form_body("edit"),
 )
-async def start_edit(request: Request, caller: Caller, workflow: UseCases, key: IdempotencyKey = None) -> Response:
+async def start_edit(
+    request: Request, identity: Identified, workflow: UseCases, key: IdempotencyKey = None, runner: Runner = None
+) -> Response:
     """Start an edit: the images are laid out on one sheet, edited, and given a face where that is asked for."""
-    return await _start(request, caller, workflow, key, "edit")
+    return await _start(request, identity, workflow, key, runner, "edit")
 
 
 @router.post(
@@ -87,14 +94,20 @@ async def start_edit(request: Request, caller: Caller, workflow: UseCases, key: 
     responses=_ACCEPTED,
     openapi_extra=form_body("generate"),
 )
-async def start_generate(request: Request, caller: Caller, workflow: UseCases, key: IdempotencyKey = None) -> Response:
+async def start_generate(
+    request: Request, identity: Identified, workflow: UseCases, key: IdempotencyKey = None, runner: Runner = None
+) -> Response:
     """Start a generation: the images are laid out on one sheet, and a new one is made after it."""
-    return await _start(request, caller, workflow, key, "generate")
+    return await _start(request, identity, workflow, key, runner, "generate")
 
 
-async def _start(request: Request, caller: str, workflow: Workflow, key: str | None, kind: Kind) -> Response:
-    async with read_wish(request, kind) as wish:
-        snapshot = await workflow.start(caller, wish, key)
+async def _start(
+    request: Request, identity: Identity, workflow: Workflow, key: str | None, runner: str | None, kind: Kind
+) -> Response:
+    if runner is not None:
+        require_service(identity)
+    async with read_wish(request, kind, external=runner is not None) as wish:
+        snapshot = await workflow.start(identity.user_id, wish, key)
     return json_response(snapshot, 202, {"Location": f"/generations/{snapshot.generation_id}"})
 
 

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Final
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
+from pydantic.alias_generators import to_camel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from domain.errors import Failure, ImageRefusal, Refusal
+from domain.errors import Failure, IllegalTransition, ImageRefusal, Refusal, UnfitFact
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,10 @@ _STATUS: Final = {
     "origin_not_allowed": 403,
     "not_found": 404,
     "method_not_allowed": 405,
+    "conflict": 409,
     "credits_off": 409,
+    "illegal_transition": 409,
+    "not_external": 409,
     "not_finished": 409,
     "content_too_large": 413,
     "unsupported_image_type": 415,
@@ -84,6 +88,9 @@ class Problem(BaseModel):
     detail: Annotated[str, Field(description="a sentence for people")]
     code: Annotated[str, Field(description="stable, for programs", examples=["not_found"])]
     errors: Annotated[list[InvalidField], Field(description="the fields that were refused")] = []
+    allowed: Annotated[
+        list[str], Field(description="of `illegal_transition`: the statuses that may follow the present one")
+    ] = []
 
 
 class ProblemResponse(JSONResponse):
@@ -150,11 +157,15 @@ def _schemas() -> dict[str, Any]:
     return {**schema.pop("$defs"), "Problem": schema}
 
 
-async def _refusal(_: Request, error: Exception) -> Response:
+async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     if isinstance(error, ImageRefusal):
         field = InvalidField(field=f"images.{error.index}", message=str(error))
         return problem(error.code, f"{field.field}: {field.message}", errors=[field.model_dump()])
+    if isinstance(error, UnfitFact):
+        return await _invalid(request, Invalid(InvalidField(field=to_camel(error.fact), message=error.reason)))
+    if isinstance(error, IllegalTransition):
+        return problem(error.code, str(error), allowed=error.allowed)
     return problem(error.code, str(error))
 
 

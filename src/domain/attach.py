@@ -5,8 +5,8 @@ comes back (connection state recovery: ``pid`` and ``offset`` in the handshake, 
 
 The official client keeps the last cursor it saw whatever becomes of its socket, and says it as the offset although
 the socket may since have begun anew, at an earlier place. Then a cursor up to where the feed ended when the session
-began carries the session's tag; what lies beyond, the same for all devices, can only have been sent since. An offset that
-is neither has not been reached in this session.
+began carries the session's tag; what lies beyond, the same for all devices, can only have been sent since. An offset
+that is neither has not been reached in this session.
 """
 
 from collections.abc import Callable, Sequence

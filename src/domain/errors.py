@@ -85,6 +85,24 @@ class IllegalTransition(Refusal):
         self.allowed = allowed
 
 
+class UnfitFact(IllegalTransition):
+    """This status may follow, but not with this."""
+
+    code = "invalid_request"
+
+    def __init__(self, present: str, proposed: str, allowed: tuple[str, ...], fact: str, reason: str) -> None:
+        super().__init__(present, proposed, allowed)
+        #: Which fact, by its name in `domain.events.Event`, and what is wrong with it, for people.
+        self.fact = fact
+        self.reason = reason
+
+
+class NotExternal(Refusal):
+    """The service does the work of this generation itself."""
+
+    code = "not_external"
+
+
 class Conflict(Refusal):
     """The generation has moved on in the meantime."""
 

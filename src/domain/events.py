@@ -38,7 +38,7 @@ class FaceSwapError(Wire):
     """Why a generation completed without the face swap that was asked for."""
 
     code: FailureCode
-    message: str
+    message: Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class Event(Wire):

@@ -7,7 +7,7 @@ from typing import Any, Final, Self
 from pydantic import JsonValue
 from transitions import Machine, MachineError
 
-from domain.errors import Failure, FailureCode, IllegalTransition
+from domain.errors import Failure, FailureCode, IllegalTransition, UnfitFact
 from domain.events import URL_FIELDS, Event, FaceSwapError, Wire, event_name, timestamp
 from domain.orders import Order
 from domain.stages import BEGIN, FAILED, FLOWS, Kind, Move, ceiling, moves
@@ -33,13 +33,37 @@ _MOVES: Final[Mapping[Kind, Mapping[tuple[str, str], Move]]] = {
     kind: {(move.source, move.status): move for move in moves(kind)} for kind in FLOWS
 }
 
-#: Which facts an event may carry, by the Socket.IO event that carries it; the others stay behind.
+#: Which facts known so far an event carries, by the Socket.IO event that carries it; the others stay behind.
 _KNOWN: Final = {
     "generation_started": ("input_image",),
     "continue": ("composition_url", "preview_url", "edited_image_url", "face_swap_url"),
     "generation_completed": ("composition_url", "edited_image_url", "generated_image_url", "face_swap_url"),
     "generation_failed": (),
 }
+
+#: What else an event may bring.
+_BRINGS: Final[Mapping[str, tuple[str, ...]]] = {
+    "generation_completed": ("face_swap_error",),
+    "generation_failed": ("error", "code"),
+}
+_ONLY: Final[Mapping[str, Kind]] = {
+    "edited_image_url": "edit",
+    "face_swap_url": "edit",
+    "face_swap_error": "edit",
+    "generated_image_url": "generate",
+}
+#: Which fact a guard asks for, and what it has to be.
+_ASKED: Final = {
+    "face_swap_made": ("face_swap_url", "This brings the picture with the face"),
+    "face_swap_failed": ("face_swap_error", "This says why there is no picture with the face"),
+    "progress_rises": ("progress", "This has to rise, and to stay below that of the next stage"),
+}
+
+
+def facts_of(kind: Kind, status: str) -> tuple[str, ...]:
+    """Which facts an event of this status may bring, by their names in `domain.events.Event`."""
+    name = event_name(status)
+    return tuple(fact for fact in (*_KNOWN[name], *_BRINGS.get(name, ())) if _ONLY.get(fact, kind) == kind)
 
 
 class Snapshot(Wire):
@@ -140,15 +164,16 @@ class Generation:
     def propose(self, status: str, at: datetime, **facts: Any) -> tuple[Event, "Generation"]:
         """The next event, and the generation as it will be once the log has taken it. Changes nothing.
 
-        `facts` are further fields of `domain.events.Event`; `message` is the table's unless given, and
-        `progress` can only be given to a repeat.
+        `facts` are further fields of `domain.events.Event`; `message` and `progress` are the table's unless given.
 
         Raises:
             IllegalTransition: the machine does not allow this status now.
+            UnfitFact: it does not allow it with these facts.
         """
         move = _MOVES[self.kind].get((self.status, status))
-        if move is None or ("progress" in facts and move.source != move.status):
+        if move is None:
             raise IllegalTransition(self.status, status, self.allowed)
+        self._check_progress(move, facts)
         event = self._draft(move, timestamp(at), facts)
         after = self._copy()
         try:
@@ -156,6 +181,8 @@ class Generation:
         except MachineError:
             moved = False
         if not moved:
+            if move.via.guard in _ASKED:
+                raise UnfitFact(self.status, status, self.allowed, *_ASKED[move.via.guard])
             raise IllegalTransition(self.status, status, self.allowed)
         after.apply(event)
         return event, after
@@ -163,9 +190,11 @@ class Generation:
     def ending(self, failure: Failure) -> tuple[str, dict[str, Any]]:
         """How the generation ends now that its present stage has failed: the status, and its event's facts.
 
-        Where the table lets the generation survive the failure of this stage, it does.
+        Where the table lets the generation survive the failure of this stage, it does, unless its owner cancelled it.
         """
         for move in _MOVES[self.kind].values():
+            if failure.code == "cancelled":
+                break
             if move.source == self.status and move.via.guard == "face_swap_failed":
                 error = FaceSwapError(code=failure.code, message=failure.sentence)
                 return move.status, {"face_swap_error": error}
@@ -243,6 +272,17 @@ class Generation:
             return True
         check: Callable[[Event | None], bool] = getattr(self, guard)
         return check(event)
+
+    def _check_progress(self, move: Move, facts: Mapping[str, Any]) -> None:
+        """Whoever says how far a stage has come on entering it stays within the stage. (A repeat has its guard.)"""
+        if "progress" not in facts or move.source == move.status:
+            return
+        stage = FLOWS[self.kind][move.status]
+        low = self.progress if stage.progress is None else stage.progress
+        high = low if stage.terminal else ceiling(self.kind, move.status) - 1
+        if not low <= facts["progress"] <= high:
+            reason = f"This has to be {low}" if low == high else f"This has to be from {low} to {high}"
+            raise UnfitFact(self.status, move.status, self.allowed, "progress", reason)
 
     def _draft(self, move: Move, occurred_at: str, facts: Mapping[str, Any]) -> Event:
         stage = FLOWS[self.kind][move.status]

@@ -34,3 +34,5 @@ class Order(BaseModel):
     image_urls: tuple[str, ...] = ()
     face_swap: bool = False
     metadata: dict[str, JsonValue] | None = None
+    #: The work is done by a pipeline of the user's own, which reports it.
+    external: bool = False

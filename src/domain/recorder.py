@@ -3,16 +3,17 @@
 import asyncio
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import encode, event_name
+from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports import Append, Clock, Entropy, EventLog, Start
 from domain.queries import generation_of
-from domain.stages import FAILED
 
 #: What each Socket.IO event does to its owner's balance.
 _CREDIT: Final = {"generation_started": -1, "generation_completed": 0, "generation_failed": 1}
@@ -59,8 +60,13 @@ class Recorder:
         await self._append(append, self._patience)
         return after
 
+    async def report(self, generation: Generation, status: str, facts: Mapping[str, Any], event_id: int) -> Logged:
+        """Append the next event as `event_id`, for somebody who waits for the answer. Raises as `move`."""
+        append, _ = self._prepare(generation, status, facts, self._clock())
+        return await self._append(replace(append, event_id=event_id), ATTENTION)
+
     async def end(self, generation_id: str, failure: Failure) -> bool:
-        """End a generation in ``failed``, whoever works on it. False: it had ended, or is not there.
+        """End a generation with this failure, whoever works on it. False: it had ended, or is not there.
 
         Raises:
             LogUnavailable: the log did not answer in time.
@@ -69,7 +75,7 @@ class Recorder:
             generation = generation_of(history)
             if generation.finished:
                 return False
-            append, _ = self._prepare(generation, FAILED, generation.failing(failure), self._clock())
+            append, _ = self._prepare(generation, *generation.ending(failure), self._clock())
             try:
                 await self._append(append, ATTENTION)
             except Conflict:
@@ -103,14 +109,13 @@ class Recorder:
         )
         return append, after
 
-    async def _append(self, append: Append, patience: float) -> None:
+    async def _append(self, append: Append, patience: float) -> Logged:
         loop = asyncio.get_running_loop()
         given_up, tries = loop.time() + patience, 0
         while True:
             try:
                 async with asyncio.timeout(_UNANSWERED):
-                    await self._log.append(append)
-                return
+                    return await self._log.append(append)
             except (LogUnavailable, TimeoutError):
                 pause = _PAUSES[min(tries, len(_PAUSES) - 1)]
                 if loop.time() + pause > given_up:

@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
 from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
+from domain.events import decode
 from domain.feed import Logged
-from domain.generation import Generation
-from domain.orders import Order
 from domain.ports import (
     Composer,
     EventLog,
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds before a log that did not answer is asked again.
 _AGAIN: Final = 0.2
+
+#: Seconds after which it is said again who holds what is worked on.
+_RENEW: Final = 2.0
 
 
 class Runner:
@@ -71,13 +74,35 @@ class Runner:
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
         async with self.log.follow(self._notice), asyncio.TaskGroup() as workers:
+            workers.create_task(self._hold())
             for _ in range(self._max_running):
                 workers.create_task(self._worker())
+
+    async def resume(self) -> None:
+        """Take up what another process has left unfinished, or end it where its stage may have been paid for."""
+        for history in await self.log.unfinished():
+            generation = generation_of(history)
+            if order_of(history).external:
+                continue
+            if FLOWS[generation.kind][generation.status].repeats:
+                await self.recorder.end(history.generation_id, Failure("interrupted"))
+            else:
+                await self.queue.offer(history.user_id, history.generation_id)
 
     async def interrupt(self) -> None:
         """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
         for history in await self.log.unfinished():
             await self.recorder.end(history.generation_id, Failure("interrupted"))
+
+    async def _hold(self) -> None:
+        """Keep hold of what is worked on. What somebody else has taken over is left to them."""
+        while True:
+            await asyncio.sleep(_RENEW)
+            for generation_id in await self.queue.renew(list(self._jobs)):
+                if generation_id in self._jobs:
+                    job, task = self._jobs[generation_id]
+                    job.abandon()
+                    task.cancel()
 
     async def _worker(self) -> None:
         while True:
@@ -91,7 +116,7 @@ class Runner:
         history = await self._history(generation_id)
         if history is None:
             return
-        job = _Job(self, generation_of(history), order_of(history))
+        job = _Job(self, history)
         # A task of its own, so that ending the generation aborts this job and not the worker.
         task = asyncio.create_task(self._finish(job))
         self._jobs[generation_id] = job, task
@@ -125,7 +150,7 @@ class Runner:
             logger.error("generation %s: the log does not answer", job.generation.generation_id)
 
     async def _attempt(self, job: "_Job") -> Failure | None:
-        scope = asyncio.timeout(self._deadline)
+        scope = asyncio.timeout(self._deadline - job.worked)
         try:
             async with scope:
                 await job.run()
@@ -157,10 +182,12 @@ class Runner:
 class _Job:
     """One generation being worked on."""
 
-    def __init__(self, runner: Runner, generation: Generation, order: Order) -> None:
+    def __init__(self, runner: Runner, history: History) -> None:
         self._runner = runner
-        self.generation = generation
-        self._order = order
+        self.generation = generation_of(history)
+        #: Seconds for which somebody had worked on it before.
+        self.worked = _worked(history)
+        self._order = order_of(history)
         self._sheet: Picture | None = None
         self._face: Picture | None = None
         self._result: Picture | None = None
@@ -169,7 +196,7 @@ class _Job:
         #: The terminal event is on its way into the log, from here.
         self.ending = False
         #: The generation has ended, here or elsewhere.
-        self.over = generation.finished
+        self.over = self.generation.finished
         #: The work stops here, and the generation stays where it is.
         self.abandoned = False
         self._recording: asyncio.Task[None] | None = None
@@ -266,6 +293,16 @@ class _Job:
 
     async def _fetch(self, url: str) -> Picture:
         return await self._runner.fetcher.fetch(url)
+
+
+def _worked(history: History) -> float:
+    """Seconds of work that the log tells of: from leaving ``started`` to the last event."""
+    times = [
+        datetime.fromisoformat(decode(entry.event).occurred_at)
+        for entry in (*history.events[1:2], history.events[-1])
+        if entry.event is not None
+    ]
+    return (times[1] - times[0]).total_seconds() if len(times) == 2 else 0.0
 
 
 _STEPS: Final[Mapping[str, Callable[[_Job], Awaitable[dict[str, Any]]]]] = {

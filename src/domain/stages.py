@@ -54,7 +54,8 @@ class Stage:
     progress: int | None
     message: str
     next: Mapping[str, Via] = field(default_factory=dict)
-    #: A provider works in this stage, and may report progress by repeating it.
+    #: A provider works in this stage. It may report progress by repeating it, and it may want to be paid, so that
+    #: nobody does the stage's work a second time unasked.
     repeats: bool = False
 
     @property

@@ -6,7 +6,7 @@ somebody else are the same `NotFound`.
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
@@ -25,6 +25,8 @@ from domain.errors import (
     QueueFull,
 )
 from domain.events import timestamp
+from domain.external import ExternalWork
+from domain.feed import Logged
 from domain.generation import Generation, Snapshot
 from domain.orders import Options, Order
 from domain.ports import Clock, Entropy, EventLog, History, ImageIntake, ImageStore, Start, WorkQueue
@@ -60,6 +62,8 @@ class Wish(NamedTuple):
     image_urls: tuple[str, ...] = ()
     face_swap: bool = False
     metadata: dict[str, JsonValue] | None = None
+    #: The user's own pipeline does the work.
+    external: bool = False
 
 
 class Limits(NamedTuple):
@@ -86,6 +90,7 @@ class Workflow:
         log: EventLog,
         recorder: Recorder,
         queue: WorkQueue,
+        external: ExternalWork,
         images: ImageStore,
         intake: ImageIntake,
         clock: Clock,
@@ -95,6 +100,7 @@ class Workflow:
         self.log = log
         self._recorder = recorder
         self._queue = queue
+        self._external = external
         self._images = images
         self._intake = intake
         self._clock = clock
@@ -122,7 +128,7 @@ class Workflow:
             return await self.snapshot(user_id, begun.generation_id)
         if self.draining:
             raise Draining
-        if self._queue.waiting + self._starting >= self._limits.max_waiting:
+        if not wish.external and self._queue.waiting + self._starting >= self._limits.max_waiting:
             raise QueueFull
         if broke:
             raise InsufficientCredit
@@ -150,20 +156,27 @@ class Workflow:
                 image_urls=wish.image_urls,
                 face_swap=wish.face_swap,
                 metadata=wish.metadata,
+                external=wish.external,
             )
             start = Start(wish.kind, to_json(order), key, fingerprint, self._limits.max_per_user)
             facts = {"input_image": order.image_urls[0]} if order.image_urls else {}
             generation = await self._recorder.begin(Generation(generation_id, wish.kind, user_id, order), start, facts)
         except LogUnavailable:
-            self._spawn(self._reconcile(user_id, generation_id))
+            self._spawn(self._reconcile(generation_id))
             raise
         except BaseException:
             await self._images.remove(generation_id)
             raise
-        await self._queue.offer(user_id, generation_id)
+        await self._hand_out(generation, order)
         return self._show(generation)
 
-    async def _reconcile(self, user_id: str, generation_id: str) -> None:
+    async def _hand_out(self, generation: Generation, order: Order) -> None:
+        if order.external:
+            self._external.watch(generation)
+        else:
+            await self._queue.offer(generation.user_id, generation.generation_id)
+
+    async def _reconcile(self, generation_id: str) -> None:
         """Once the log answers again: work on a start whose reply was lost, and forget one that never was."""
         while True:
             try:
@@ -174,7 +187,7 @@ class Workflow:
             if begun is None:
                 await self._images.remove(generation_id)
             else:
-                await self._queue.offer(user_id, generation_id)
+                await self._hand_out(generation_of(begun), order_of(begun))
             return
 
     def _spawn(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
@@ -200,6 +213,20 @@ class Workflow:
             for name in order_of(history).images:
                 await self._images.discard(name)
         return "cancelled"
+
+    async def report(
+        self,
+        user_id: str,
+        generation_id: str,
+        status: str,
+        facts: Mapping[str, Any],
+        *,
+        content: bytes,
+        sequence: int | None = None,
+    ) -> Logged:
+        """Move on what the user's own pipeline works on. Raises `NotFound`, and as `ExternalWork.report`."""
+        history = await self.history(user_id, generation_id)
+        return await self._external.report(history, status, facts, content=content, sequence=sequence)
 
     async def delete(self, user_id: str, generation_id: str) -> None:
         """Remove a finished generation, its history and its pictures. Raises `NotFound`, `NotFinished`."""
