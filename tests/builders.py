@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, Protocol
 
 from hypothesis import HealthCheck, settings
@@ -14,6 +16,8 @@ from pydantic import JsonValue
 from pydantic_core import to_json
 
 from adapters.memory_log import MemoryLog
+from adapters.sqlite_database import Database
+from adapters.sqlite_log import SqliteLog
 from domain.events import encode, event_name
 from domain.feed import Logged
 from domain.generation import Generation
@@ -27,6 +31,9 @@ PROPERTY: Final = settings(
 )
 
 NOON: Final = datetime(2026, 11, 22, 12, 0, 0, 123_000, tzinfo=UTC)
+
+#: A folder that costs no disk, where there is one; ``None``: wherever temporary files go.
+IN_MEMORY: Final = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 #: The stages of each flow when nothing fails.
 EDIT: Final = (
@@ -206,17 +213,38 @@ class OpenLog(Protocol):
     """Opens an empty log: what a contract suite is parametrised by."""
 
     def __call__(
-        self, *, clock: Clock, credits: int | None = 100, epoch: str = "e1"
+        self, *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
     ) -> AbstractAsyncContextManager[EventLog]: ...
 
 
 @asynccontextmanager
-async def open_memory_log(*, clock: Clock, credits: int | None = 100, epoch: str = "e1") -> AsyncIterator[EventLog]:
-    yield MemoryLog(epoch=epoch, credits=credits, clock=clock)
+async def open_memory_log(
+    *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
+) -> AsyncIterator[EventLog]:
+    yield MemoryLog(epoch=epoch, credits=credits, clock=clock, outbox=outbox)
+
+
+@asynccontextmanager
+async def temporary_database(epoch: str = "e1") -> AsyncIterator[Database]:
+    """A new one."""
+    with TemporaryDirectory(dir=IN_MEMORY) as folder:
+        database = Database(Path(folder, "log.db"), epoch=epoch)
+        try:
+            yield database
+        finally:
+            await database.close()
+
+
+@asynccontextmanager
+async def open_sqlite_log(
+    *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
+) -> AsyncIterator[EventLog]:
+    async with temporary_database(epoch) as database:
+        yield SqliteLog(database, credits=credits, clock=clock, outbox=outbox)
 
 
 #: Every adapter of `domain.ports.EventLog`, by name. A new one is tried by all suites once it is here.
-LOGS: Final[Mapping[str, OpenLog]] = {"memory": open_memory_log}
+LOGS: Final[Mapping[str, OpenLog]] = {"memory": open_memory_log, "sqlite": open_sqlite_log}
 
 
 class Heard:

@@ -34,9 +34,9 @@ class Opener:
         self._stack = stack
         self.clock = clock
 
-    async def __call__(self, *, credits: int | None = 100, epoch: str = "e1") -> Scribe:
-        log = await self._stack.enter_async_context(self._factory(clock=self.clock, credits=credits, epoch=epoch))
-        return Scribe(log, self.clock)
+    async def __call__(self, *, credits: int | None = 100, epoch: str = "e1", outbox: bool = False) -> Scribe:
+        opened = self._factory(clock=self.clock, credits=credits, epoch=epoch, outbox=outbox)
+        return Scribe(await self._stack.enter_async_context(opened), self.clock)
 
 
 @pytest.fixture(params=list(LOGS))
@@ -713,6 +713,61 @@ async def test_the_present_of_a_user_with_nothing_running_is_the_head(scribe: Sc
     assert await usable(log, "ada", await log.present("ada"))
 
 
+# --- what is yet to be told ------------------------------------------------------------------------------
+
+
+async def test_ends_are_kept_in_their_order_until_they_have_been_told(opener: Opener) -> None:
+    scribe = await opener(outbox=True)
+    log = scribe.log
+    slow = await scribe.start("ada")
+    quick = await scribe.whole("bob", face_swap=True)
+    slow = await scribe.move(slow, "failed")
+    last = await scribe.short("ada")
+    await scribe.start("ada")
+    ends = []
+    for generation in (quick, slow, last):
+        history = await log.generation(generation.generation_id)
+        assert history is not None
+        ends.append(history.events[-1])
+    assert list(await log.undelivered(10)) == ends
+    assert list(await log.undelivered(2)) == ends[:2]
+    assert list(await log.undelivered(0)) == []
+    await log.delivered(slow.generation_id)
+    assert list(await log.undelivered(10)) == [ends[0], ends[2]]
+    for generation in (quick, slow, last):
+        await log.delivered(generation.generation_id)
+    assert list(await log.undelivered(10)) == []
+    assert (await log.generation(last.generation_id)) is not None
+
+
+async def test_an_end_that_was_told_is_not_to_be_told_again_because_its_append_is_tried_again(opener: Opener) -> None:
+    scribe = await opener(outbox=True)
+    append, generation = scribe.prepare(await scribe.start(), "failed")
+    await scribe.log.append(append)
+    await scribe.log.append(append)
+    assert len(await scribe.log.undelivered(10)) == 1
+    await scribe.log.delivered(generation.generation_id)
+    await scribe.log.append(append)
+    assert list(await scribe.log.undelivered(10)) == []
+
+
+@pytest.mark.parametrize("retention", [True, False])
+async def test_what_is_removed_is_not_told_any_more(opener: Opener, retention: bool) -> None:
+    scribe = await opener(outbox=True)
+    gone, kept = await scribe.short(), await scribe.short()
+    assert await scribe.log.remove(gone.generation_id, retention=retention)
+    assert [entry.generation_id for entry in await scribe.log.undelivered(10)] == [kept.generation_id]
+    await scribe.log.delivered(gone.generation_id)
+    await scribe.log.delivered("edit_1_unknown")
+    assert [entry.generation_id for entry in await scribe.log.undelivered(10)] == [kept.generation_id]
+
+
+async def test_without_an_outbox_nothing_is_to_be_told(scribe: Scribe, log: EventLog) -> None:
+    generation = await scribe.short()
+    assert list(await log.undelivered(10)) == []
+    await log.delivered(generation.generation_id)
+
+
 # --- removal ---------------------------------------------------------------------------------------------
 
 retentions = pytest.mark.parametrize("retention", [True, False])
@@ -739,6 +794,26 @@ async def test_what_was_removed_answers_as_one_that_never_was(scribe: Scribe, lo
 @retentions
 async def test_what_never_was_cannot_be_removed(log: EventLog, retention: bool) -> None:
     assert await log.remove("edit_1_unknown", retention=retention) is False
+
+
+@pytest.mark.parametrize("strange", ["", "edit_1_\ud800", "a\x00b", "'; DROP TABLE users; --", "%", "x" * 60_000])
+async def test_any_text_may_be_asked_for(scribe: Scribe, log: EventLog, strange: str) -> None:
+    await scribe.short()
+    before = await image(log, "ada")
+    assert await log.generation(strange) is None
+    assert await log.remove(strange, retention=False) is False
+    assert await image(log, "ada") == before
+
+
+@pytest.mark.parametrize("user_id", ["'", '"; --', "Ünï 🎨 : % * {}", "ADA", "ada ", "e\u0301", "1" * 128])
+async def test_a_user_may_have_any_name_and_none_is_taken_for_another(
+    scribe: Scribe, log: EventLog, user_id: str
+) -> None:
+    await scribe.short("ada", key="k")
+    running = await scribe.start(user_id, key="k")
+    assert [entry.user_id for entry in (await whole_feed(log, user_id)).entries] == [user_id]
+    assert [history.generation_id for history in await log.generations(user_id, limit=10)] == [running.generation_id]
+    assert (await log.credit("ada"), await log.credit(user_id)) == (100, 99)
 
 
 @retentions

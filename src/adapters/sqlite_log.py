@@ -1,0 +1,396 @@
+"""The event log in a file: what it has answered survives this process, however that ends.
+
+An append that has returned was synced before (see `adapters.sqlite_database`). One that was given up while it waited,
+or whose process was killed, may have been made or not: trying it again tells, by its event id.
+"""
+
+import hashlib
+import json
+import logging
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Final, NamedTuple
+
+from adapters.sqlite_database import Database, is_text, microseconds
+from domain.errors import (
+    AlreadyStarted,
+    Conflict,
+    CreditsOff,
+    IdempotencyMismatch,
+    InsufficientCredit,
+    LogUnavailable,
+    NotFinished,
+    TooManyGenerations,
+)
+from domain.events import with_credit
+from domain.feed import Cursor, Feed, Logged
+from domain.ports import Append, Begun, Clock, Deliver, History, Start
+
+logger = logging.getLogger(__name__)
+
+#: A position beyond every other.
+_BEYOND: Final = 2**63 - 1
+
+#: Entries as they are read: the columns are the fields of `domain.feed.Logged`.
+_ENTRIES: Final = """
+    SELECT users.user_id, events.position, events.event_id, generations.generation_id, events.sequence, events.name,
+        events.event, generations.first_position, generations.end_position
+    FROM events
+    JOIN generations ON generations.id = events.generation
+    JOIN users ON users.id = events.user
+"""
+
+#: What an append is checked against: the user and the generation as they are, each NULL where there is none.
+_STATE: Final = """
+    SELECT users.id, users.head, users.credit, generations.id, generations.first_position, generations.end_position,
+        generations.reserved, generations.deleted,
+        (SELECT max(sequence) FROM events WHERE generation = generations.id)
+    FROM (SELECT 1)
+    LEFT JOIN users ON users.user_id = ?
+    LEFT JOIN generations ON generations.generation_id = ?
+"""
+
+#: A feed as it lies around an anchor.
+_FEED: Final = """
+    SELECT id, head, floor, floor_id,
+        (SELECT event_id FROM events WHERE user = users.id AND position = :anchor),
+        EXISTS (
+            SELECT 1 FROM generations
+            WHERE user = users.id AND deleted = 1 AND end_position > :anchor AND first_position <= :anchor
+        )
+    FROM users WHERE user_id = :user_id
+"""
+
+_PRESENT: Final = """
+    SELECT head, floor, floor_id,
+        (SELECT event_id FROM events WHERE user = users.id AND position = head),
+        (SELECT min(first_position) FROM generations WHERE user = users.id AND end_position IS NULL)
+    FROM users WHERE user_id = ?
+"""
+
+#: Generations without their events.
+_GENERATIONS: Final = """
+    SELECT generations.id, users.user_id, generation_id, kind, order_json
+    FROM generations JOIN users ON users.id = generations.user
+"""
+_OF_USER: Final = f"""{_GENERATIONS}
+    WHERE users.user_id = ? AND deleted = 0 AND first_position < ? {{}} ORDER BY first_position DESC LIMIT ?
+"""
+_LISTS: Final = {
+    None: _OF_USER.format(""),
+    True: _OF_USER.format("AND end_position IS NULL"),
+    False: _OF_USER.format("AND end_position IS NOT NULL"),
+}
+
+
+class _Appended(NamedTuple):
+    """What an append has come to."""
+
+    entry: Logged
+    #: False: it had been made before.
+    new: bool
+
+
+class SqliteLog:
+    """`domain.ports.EventLog` in a file, for one server."""
+
+    durable = True
+
+    def __init__(self, database: Database, *, credits: int | None, clock: Clock, outbox: bool = False) -> None:
+        """`credits` is a new user's balance; ``None`` keeps no balances. `outbox`: ends are kept until told.
+
+        The clock is read on the thread that writes.
+        """
+        self.epoch = database.epoch
+        self._database = database
+        self._credits = credits
+        self._clock = clock
+        self._outbox = outbox
+        self._followers: list[Deliver] = []
+
+    async def append(self, entry: Append) -> Logged:
+        appended = await self._database.write(lambda connection: self._append(connection, entry), self._deliver)
+        return appended.entry
+
+    async def begun(self, user_id: str, key: str) -> Begun | None:
+        row = await self._database.read(
+            lambda connection: connection.execute(
+                "SELECT generation_id, fingerprint FROM generations"
+                " WHERE user = (SELECT id FROM users WHERE user_id = ?) AND idempotency_key = ?",
+                (user_id, key),
+            ).fetchone()
+        )
+        return row and Begun(*row)
+
+    async def generation(self, generation_id: str) -> History | None:
+        def read(connection: sqlite3.Connection) -> Sequence[History]:
+            where = "WHERE generation_id = ? AND deleted = 0"
+            return _histories(connection, connection.execute(f"{_GENERATIONS} {where}", (generation_id,)))
+
+        return next(iter(await self._database.read(read)), None) if is_text(generation_id) else None
+
+    async def generations(
+        self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
+    ) -> Sequence[History]:
+        parameters = (user_id, _BEYOND if before is None else min(before, _BEYOND), limit)
+        return await self._database.read(
+            lambda connection: _histories(connection, connection.execute(_LISTS[active], parameters))
+        )
+
+    async def unfinished(self) -> Sequence[History]:
+        # The plus keeps SQLite from reading the whole table for the sake of the order.
+        where = "WHERE end_position IS NULL ORDER BY +generations.id"
+        return await self._database.read(
+            lambda connection: _histories(connection, connection.execute(f"{_GENERATIONS} {where}"))
+        )
+
+    async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
+        return await self._database.read(
+            lambda connection: [
+                generation_id
+                for (generation_id,) in connection.execute(
+                    "SELECT generation_id FROM generations WHERE ended_at < ? ORDER BY ended_at, end_event LIMIT ?",
+                    (microseconds(moment), limit),
+                )
+            ]
+        )
+
+    async def present(self, user_id: str) -> Cursor:
+        row = await self._database.read(lambda connection: connection.execute(_PRESENT, (user_id,)).fetchone())
+        if row is None:
+            return Cursor(0, self._zero_id(user_id), 0)
+        head, floor, floor_id, head_id, oldest = row
+        return Cursor(head, floor_id if head == floor else head_id, head if oldest is None else oldest - 1)
+
+    async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
+        def read(connection: sqlite3.Connection) -> Feed:
+            row = connection.execute(_FEED, {"user_id": user_id, "anchor": anchor}).fetchone()
+            if row is None:
+                return Feed([], 0, 0, 0, self._zero_id(user_id) if anchor == 0 else None, False)
+            user, head, floor, floor_id, id_there, severed = row
+            where = "WHERE events.user = ? AND events.position > ? ORDER BY events.position LIMIT ?"
+            rows = connection.execute(f"{_ENTRIES} {where}", (user, after, limit)) if limit else ()
+            entries = [Logged._make(row) for row in rows]
+            upto = max(after, head) if len(entries) < limit else entries[-1].position if entries else after
+            anchor_id = floor_id if anchor == floor else id_there if anchor > floor else None
+            return Feed(entries, upto, head, floor, anchor_id, bool(severed))
+
+        return await self._database.read(read)
+
+    @asynccontextmanager
+    async def follow(self, deliver: Deliver) -> AsyncIterator[None]:
+        self._followers.append(deliver)
+        try:
+            yield
+        finally:
+            self._followers.remove(deliver)
+
+    async def credit(self, user_id: str) -> int | None:
+        row = await self._database.read(
+            lambda connection: connection.execute("SELECT credit FROM users WHERE user_id = ?", (user_id,)).fetchone()
+        )
+        kept: int | None = row and row[0]
+        return self._credits if kept is None or self._credits is None else kept
+
+    async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
+        credits = self._credits
+        if credits is None:
+            raise CreditsOff
+
+        def grant(connection: sqlite3.Connection) -> int:
+            connection.execute("DELETE FROM grants WHERE until <= ?", (microseconds(at),))
+            row = connection.execute("SELECT id, credit FROM users WHERE user_id = ?", (user_id,)).fetchone()
+            user, kept = row or (None, None)
+            before = connection.execute(
+                "SELECT amount, credit FROM grants WHERE user = ? AND idempotency_key = ?", (user, key)
+            ).fetchone()
+            if before is not None:
+                if before[0] != amount:
+                    raise IdempotencyMismatch
+                return int(before[1])
+            credit = max(0, (credits if kept is None else kept) + amount)
+            if user is None:
+                user = self._insert_user(connection, user_id, 0, credit)
+            else:
+                connection.execute("UPDATE users SET credit = ? WHERE id = ?", (credit, user))
+            if key is not None:
+                connection.execute(
+                    "INSERT INTO grants (user, idempotency_key, amount, credit, until) VALUES (?, ?, ?, ?, ?)",
+                    (user, key, amount, credit, microseconds(until)),
+                )
+            return credit
+
+        return await self._database.write(grant)
+
+    async def remove(self, generation_id: str, *, retention: bool) -> bool:
+        return is_text(generation_id) and await self._database.write(
+            lambda connection: _remove(connection, generation_id, retention)
+        )
+
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        if not self._outbox:
+            return []
+        where = "WHERE undelivered = 1 AND events.id = end_event ORDER BY end_event LIMIT ?"
+        return await self._database.read(
+            lambda connection: [Logged._make(row) for row in connection.execute(f"{_ENTRIES} {where}", (limit,))]
+        )
+
+    async def delivered(self, generation_id: str) -> None:
+        await self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE generations SET undelivered = 0 WHERE generation_id = ? AND undelivered = 1", (generation_id,)
+            )
+        )
+
+    async def close(self) -> None:
+        """Close the file. Everything that was asked for before has been done."""
+        await self._database.close()
+
+    def _append(self, connection: sqlite3.Connection, entry: Append) -> _Appended:
+        user, head, credit, generation, first, end, reserved, deleted, last = connection.execute(
+            _STATE, (entry.user_id, entry.generation_id)
+        ).fetchone()
+        start = entry.start
+        actual = 0 if deleted or last is None else last
+        if entry.sequence <= actual:
+            where = "WHERE events.generation = ? AND events.sequence = ? AND events.event_id = ?"
+            parameters = (generation, entry.sequence, entry.event_id)
+            if row := connection.execute(f"{_ENTRIES} {where}", parameters).fetchone():
+                return _Appended(Logged._make(row), new=False)
+        if entry.not_after is not None and self._clock() > entry.not_after:
+            raise LogUnavailable
+        if start is not None and start.key is not None:
+            _check_key(connection, user, start.key, start.fingerprint)
+        # Of one that was deleted the places are left: it is not there, and its id is taken.
+        if entry.sequence != actual + 1 or (start is None) != (generation is not None) or end is not None:
+            raise Conflict(entry.sequence, actual)
+        if start is not None and _active(connection, user) >= start.max_unfinished:
+            raise TooManyGenerations
+        # Where balances were not kept at its start, nothing was reserved, and nothing is given back.
+        if start is not None:
+            reserved = self._credits is not None
+        credit = self._credits if credit is None else credit
+        event = entry.event
+        if entry.credit is not None and credit is not None:
+            credit += entry.credit if reserved else 0
+            if credit < 0:
+                raise InsufficientCredit
+            if self._credits is not None:
+                event = with_credit(event, credit)
+        position = (head or 0) + 1
+        if user is None:
+            user = self._insert_user(connection, entry.user_id, position, credit)
+        else:
+            connection.execute("UPDATE users SET head = ?, credit = ? WHERE id = ?", (position, credit, user))
+        if start is not None:
+            first, generation = position, _insert_generation(connection, entry, start, user, position, reserved)
+        inserted = connection.execute(
+            "INSERT INTO events (user, position, generation, sequence, event_id, name, event)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (user, position, generation, entry.sequence, entry.event_id, entry.name, event),
+        )
+        if entry.terminal:
+            end = position
+            connection.execute(
+                "UPDATE generations SET end_position = ?, ended_at = ?, end_event = ?, undelivered = ? WHERE id = ?",
+                (position, microseconds(entry.at), inserted.lastrowid, self._outbox, generation),
+            )
+        logged = Logged(
+            entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence, entry.name, event, first, end
+        )
+        return _Appended(logged, new=True)
+
+    def _insert_user(self, connection: sqlite3.Connection, user_id: str, head: int, credit: int | None) -> int:
+        inserted = connection.execute(
+            "INSERT INTO users (user_id, credit, head, floor, floor_id) VALUES (?, ?, ?, 0, ?)",
+            (user_id, credit, head, self._zero_id(user_id)),
+        )
+        assert inserted.lastrowid is not None
+        return inserted.lastrowid
+
+    def _deliver(self, appended: _Appended) -> None:
+        for deliver in self._followers if appended.new else ():
+            try:
+                deliver(appended.entry)
+            except Exception as error:
+                logger.error("a follower of the log failed: %s", type(error).__name__)
+
+    def _zero_id(self, user_id: str) -> int:
+        """The id at position 0 of a feed, the same whenever it is asked for."""
+        digest = hashlib.blake2b(f"{self.epoch}.{user_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) >> 1
+
+
+def _histories(connection: sqlite3.Connection, generations: sqlite3.Cursor) -> list[History]:
+    """These generations (`_GENERATIONS`) with their events, which are read all at once."""
+    rows = generations.fetchall()
+    events: dict[str, list[Logged]] = {generation_id: [] for _, _, generation_id, _, _ in rows}
+    where = "WHERE events.generation IN (SELECT value FROM json_each(?)) ORDER BY events.generation, events.sequence"
+    for row in connection.execute(f"{_ENTRIES} {where}", (json.dumps([row[0] for row in rows]),)) if rows else ():
+        entry = Logged._make(row)
+        events[entry.generation_id].append(entry)
+    return [
+        History(user_id, generation_id, kind, order, events[generation_id])
+        for _, user_id, generation_id, kind, order in rows
+    ]
+
+
+def _check_key(connection: sqlite3.Connection, user: int | None, key: str, fingerprint: str) -> None:
+    row = connection.execute(
+        "SELECT generation_id, fingerprint FROM generations WHERE user = ? AND idempotency_key = ?", (user, key)
+    ).fetchone()
+    if row is not None:
+        if row[1] != fingerprint:
+            raise IdempotencyMismatch
+        raise AlreadyStarted(row[0])
+
+
+def _active(connection: sqlite3.Connection, user: int | None) -> int:
+    """How many unfinished generations the user has."""
+    (count,) = connection.execute(
+        "SELECT count(*) FROM generations WHERE user = ? AND end_position IS NULL", (user,)
+    ).fetchone()
+    return int(count)
+
+
+def _insert_generation(
+    connection: sqlite3.Connection, entry: Append, start: Start, user: int, first: int, reserved: bool
+) -> int | None:
+    return connection.execute(
+        "INSERT INTO generations (generation_id, user, kind, order_json, idempotency_key, fingerprint, reserved,"
+        " first_position) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (entry.generation_id, user, start.kind, start.order, start.key, start.fingerprint, reserved, first),
+    ).lastrowid
+
+
+def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool) -> bool:
+    row = connection.execute(
+        "SELECT generations.id, user, end_position, deleted, floor"
+        " FROM generations JOIN users ON users.id = user WHERE generation_id = ?",
+        (generation_id,),
+    ).fetchone()
+    if row is None:
+        return False
+    generation, user, end, deleted, floor = row
+    if end is None:
+        raise NotFinished
+    if deleted and not retention:
+        return False
+    if retention and end > floor:
+        floor = end
+        connection.execute(
+            "UPDATE users SET floor = ?, floor_id = (SELECT event_id FROM events WHERE user = ? AND position = ?)"
+            " WHERE id = ?",
+            (end, user, end, user),
+        )
+    connection.execute("UPDATE events SET event = NULL WHERE generation = ?", (generation,))
+    connection.execute(
+        "UPDATE generations SET deleted = 1, order_json = x'', idempotency_key = NULL, fingerprint = '',"
+        " undelivered = 0 WHERE id = ?",
+        (generation,),
+    )
+    # With their places, by the foreign key.
+    connection.execute("DELETE FROM generations WHERE user = ? AND deleted = 1 AND end_position <= ?", (user, floor))
+    return True
