@@ -1,0 +1,18 @@
+"""How long another server asks to be left alone."""
+
+import math
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+
+def retry_after(header: str) -> float | None:
+    """Seconds from now by this ``Retry-After``, which holds them or a date; ``None`` where it says neither."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            at = parsedate_to_datetime(header)
+        except ValueError:
+            return None
+        seconds = (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return max(0.0, seconds) if math.isfinite(seconds) else None
