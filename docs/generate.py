@@ -79,8 +79,8 @@ def settings_table() -> str:
         "| flag | variable | default | |",
         "| --- | --- | --- | --- |",
         *(
-            f"| `{setting.flag}` | `{setting.variable}` | {setting.default} | {setting.description} |"
-            for setting in describe_settings()
+            f"| {f'`{flag}`' if flag else ''} | `{variable}` | {default} | {description} |"
+            for flag, variable, default, description in describe_settings()
         ),
         "",
     ]

@@ -1,10 +1,15 @@
 """Fixtures that more than one test file uses."""
 
+import os
 from collections.abc import AsyncIterator
 
 import pytest
 
 from http_app import Api, serve_api
+
+# Nothing here is paid for, whatever keys lie about: neither in this process nor in those that it starts.
+for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
+    os.environ.pop(_key, None)
 
 
 @pytest.fixture

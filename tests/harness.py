@@ -190,7 +190,8 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
     """A service that is checked, once its clients are gone, and then stopped."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        chosen = {"local_seconds": 0, "images": images, "port": port, **settings}
+        offline = {"editor": "local", "face_swap": "local", "local_seconds": 0}
+        chosen = {**offline, "images": images, "port": port, **settings}
         service, app = create_service(Settings(_env_file=None, **chosen), **(overrides or {}))
         ready = asyncio.Event()
         server = Server(app, service.leave, ready.set)

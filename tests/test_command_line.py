@@ -17,7 +17,7 @@ from doubles import ScriptedEditor, raises
 from harness import JSON, Running, running
 from test_auth import MISSING, SECRET, SERVICE, ask, guarded, token
 
-COMMANDS: Final = ("serve", "token", "credit", "replay")
+COMMANDS: Final = ("serve", "demo", "token", "credit", "replay")
 STAGECAST: Final = (str(Path(sys.executable).with_name("stagecast")),)
 MODULE: Final = (sys.executable, "-m", "api")
 

@@ -135,3 +135,55 @@ def test_settings_do_not_change() -> None:
     settings = load_settings({})
     with pytest.raises(ValidationError):
         setattr(settings, "port", 1)  # noqa: B010 - mypy knows that it cannot be assigned
+
+
+def test_the_log_is_in_memory_or_in_a_file() -> None:
+    assert load_settings({}).log_file is None
+    assert load_settings({"log": "sqlite:///var/log.db"}).log_file == Path("var/log.db")
+    assert load_settings({"log": "sqlite:////srv/log.db"}).log_file == Path("/srv/log.db")
+    for log in ("sqlite://", "sqlite:///", "sqlite:path", "postgres://x", "memory", ""):
+        assert refusal(log=log).startswith("STAGECAST_LOG must be ")
+
+
+@pytest.mark.parametrize(
+    ("field", "key", "provider"),
+    [("editor", "OPENAI_API_KEY", "openai"), ("face_swap", "REPLICATE_API_TOKEN", "replicate")],
+)
+def test_a_provider_is_used_where_there_is_a_key_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, field: str, key: str, provider: str
+) -> None:
+    assert getattr(load_settings({}), field) == "local"
+    assert refusal(**{field: provider}) == f"{key} must be set where STAGECAST_{field.upper()} is {provider}."
+    monkeypatch.setenv(key, "")
+    assert getattr(load_settings({}), field) == "local"
+    monkeypatch.setenv(key, "a-key")
+    assert getattr(load_settings({}), field) == provider
+    assert getattr(load_settings({field: "local"}), field) == "local"
+    assert "a-key" not in repr(load_settings({}))
+    monkeypatch.delenv(key)
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text(f"{key}=a-key\nANOTHER=1\n")
+    assert getattr(load_settings({}), field) == provider
+
+
+def test_without_its_extra_a_provider_is_not_chosen_and_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    monkeypatch.setattr("api.settings.find_spec", lambda name: None)
+    assert load_settings({}).editor == "local"
+    assert refusal(editor="openai") == (
+        "STAGECAST_EDITOR must be local unless the extra openai is installed: stagecast[openai]."
+    )
+
+
+def test_keys_are_no_flags() -> None:
+    secret = {setting.variable for setting in describe_settings() if setting.flag is None}
+    assert secret == {"OPENAI_API_KEY", "OPENAI_BASE_URL", "REPLICATE_API_TOKEN"}
+
+
+def test_a_webhook_secret_is_as_the_scheme_has_it() -> None:
+    good = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+    secret = load_settings({"webhook_secret": good}).webhook_secret
+    assert secret is not None
+    assert secret.get_secret_value() == good
+    for bad in ("whsec_", "whsec_AAAA", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_not base 64 not base 64 not ba", ""):
+        assert refusal(webhook_secret=bad).startswith("STAGECAST_WEBHOOK_SECRET must be ")

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final, NoReturn
 from urllib.parse import quote
 
@@ -51,6 +52,18 @@ def serve(**overrides: Any) -> None:
     server.run(sockets=[listener])
 
 
+def demo(folder: Path, **overrides: Any) -> None:
+    """``stagecast demo``: watch one edit, from the first event to the picture."""
+    try:
+        from api.demo import demo_settings, run
+
+        settings = demo_settings(overrides)
+        with _listen(settings) as listener:
+            run(settings, listener, folder)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
 def _make_folder(settings: Settings) -> None:
     try:
         settings.images.mkdir(parents=True, exist_ok=True)
@@ -73,10 +86,10 @@ def _listen(settings: Settings) -> socket.socket:
 def _welcome(settings: Settings) -> str:
     who = "anybody who reaches it" if settings.allow_open else "anybody on this machine"
     reach = f"open mode: {who} may act for any user" if settings.open_mode else "by token"
-    return (
-        f"Stagecast is ready on {settings.public_url} ({reach}; "
-        f"editor: {settings.editor}, an offline preview; face swap: {settings.face_swap}, an offline preview)"
+    editor, face_swap = (
+        "local, an offline preview" if name == "local" else name for name in (settings.editor, settings.face_swap)
     )
+    return f"Stagecast is ready on {settings.public_url} ({reach}; editor: {editor}; face swap: {face_swap})"
 
 
 def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # noqa: N803 (as --help shows it)
@@ -152,13 +165,26 @@ def _parser() -> argparse.ArgumentParser:
     for setting in describe_settings():
         _add_setting(command, setting)
 
+    command = _command(commands, "demo", demo, "watch one edit, to see that all works")
+    command.description = (
+        "Run one edit of sample pictures on a service of its own, over HTTP and Socket.IO, and leave the picture in a "
+        "folder. Nothing leaves this machine, unless another editor or face swap is asked for."
+    )
+    command.add_argument(
+        "--folder", type=Path, default=Path("var/demo"), metavar="PATH", help="where the pictures are put (var/demo)"
+    )
+    own = {"--port": "any free one", "--editor": "local", "--face-swap": "local"}
+    for setting in describe_settings():
+        if setting.flag in {*own, "--local-seconds"}:
+            _add_setting(command, setting._replace(default=own.get(setting.flag, setting.default)))
+
     command = _command(commands, "token", token, "make a token for a user")
     command.description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
     command.add_argument("userId", help="whom the token names")
     command.add_argument("--service", action="store_true", help="it may act for any user (scope stagecast:service)")
     command.add_argument("--ttl", type=float, default=3600, metavar="SECONDS", help="how long it is good (3600)")
     for setting in describe_settings():
-        if setting.flag.startswith("--jwt-"):
+        if setting.variable.startswith("STAGECAST_JWT_"):
             _add_setting(command, setting)
 
     command = _command(commands, "credit", credit, "give a user credit")
@@ -188,6 +214,8 @@ def _command(commands: Any, name: str, run: Callable[..., None], text: str) -> a
 
 
 def _add_setting(command: argparse.ArgumentParser, setting: Setting) -> None:
+    if setting.flag is None:
+        return  # Whoever gives a key as an argument shows it to everybody on the machine.
     text = f"{setting.description} Default: {setting.default}".replace("%", "%%")
     # Not given is not there at all, so that the environment decides.
     if setting.flag == "--allow-open":

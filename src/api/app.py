@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import secrets
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
@@ -12,6 +13,7 @@ import socketio
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from adapters import openai_editor, replicate_face_swap
 from adapters.image_folder import ImageFolder
 from adapters.image_work import ImageThreads
 from adapters.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
@@ -20,15 +22,22 @@ from adapters.local_face_swap import LocalFaceSwap
 from adapters.memory_log import MemoryLog
 from adapters.memory_queue import MemoryQueue
 from adapters.memory_sessions import MemorySessions
+from adapters.openai_editor import OpenAIEditor
 from adapters.pillow_composer import PillowComposer
 from adapters.pillow_intake import PillowIntake
+from adapters.replicate_face_swap import ReplicateFaceSwap
 from adapters.socketio_projection import Projection
 from adapters.socketio_server import PATIENCE, SocketServer
+from adapters.sqlite_database import Database, LogRefused
+from adapters.sqlite_log import SqliteLog
+from adapters.sqlite_sessions import SqliteSessions
 from adapters.system import SystemEntropy, now
 from adapters.url_fetcher import UrlFetcher
 from adapters.uvicorn_server import Server
+from adapters.webhook_sender import WebhookSender
 from api import accounts, feed, generations, info, page, problems, transitions
 from api.auth import Authenticator
+from api.client import Unavailable
 from api.perimeter import Perimeter
 from api.settings import Settings, SettingsError
 from api.sockets import Sockets
@@ -36,13 +45,16 @@ from domain.attach import Attachments
 from domain.errors import LogUnavailable
 from domain.external import ExternalWork
 from domain.housekeeping import purge, sweep
-from domain.ports import Clock, EventLog
+from domain.ports import Clock, EventLog, FaceSwapper, ImageEditor, ImageIntake, SessionStore
 from domain.recorder import Recorder
 from domain.runner import Runner
+from domain.webhooks import Webhooks
 from domain.workflow import Limits, Workflow
 
-#: Seconds that sockets have, on leaving, to take what they were sent last.
+#: Seconds that sockets have, on leaving, to take what they were sent last, and the webhook.
 _FLUSH: Final = 0.5
+#: Seconds that a provider has for one picture, with all waits.
+_PROVIDER: Final = 300
 _SWEEP_EVERY: Final = timedelta(hours=1)
 
 
@@ -55,9 +67,7 @@ class Service:
         self.clock = overrides.get("clock", now)
         entropy = overrides.get("entropy") or SystemEntropy()
         self.threads = ImageThreads()
-        self.log: EventLog = overrides.get("log") or MemoryLog(
-            epoch=secrets.token_hex(8), credits=settings.credits, clock=self.clock
-        )
+        self.log, self.sessions = _log(settings, self.clock, overrides.get("log"))
         self.queue = overrides.get("queue") or MemoryQueue()
         self.images = overrides.get("images") or ImageFolder(settings.images)
         intake = PillowIntake(self.threads)
@@ -81,15 +91,15 @@ class Service:
             images=self.images,
             image_url=lambda name: f"{settings.public_url}/images/{name}",
             composer=overrides.get("composer") or PillowComposer(self.threads),
-            editor=overrides.get("editor") or LocalEditor(self.threads, settings.local_seconds),
-            face_swapper=overrides.get("face_swapper") or LocalFaceSwap(self.threads, settings.local_seconds),
+            editor=overrides.get("editor") or _editor(settings, self.threads),
+            face_swapper=overrides.get("face_swapper") or _face_swapper(settings, self.threads, intake),
             fetcher=overrides.get("fetcher") or UrlFetcher(intake, allow=settings.fetch_allow),
             max_running=settings.max_running,
             deadline=settings.deadline,
         )
         self.projection = Projection(self.log)
+        self.webhooks = _webhooks(settings, self.log, self.clock)
         self.authenticator = Authenticator(_tokens(settings, self.clock), self.clock)
-        self.sessions = MemorySessions(timedelta(seconds=settings.retention))
         self.attachments = Attachments(self.log, self.sessions, self.clock, new_tag=lambda: entropy.token()[:8])
         sockets = Sockets(
             self.workflow,
@@ -114,7 +124,9 @@ class Service:
         await self.runner.resume()
         await sweep(self.log, self.images, stored_before=self.clock())
         self._work = asyncio.create_task(self.runner.run())
-        tasks = self.projection.run(), self.external.run(), self._keep_house()
+        tasks = [self.projection.run(), self.external.run(), self._keep_house()]
+        if self.webhooks is not None:
+            tasks.append(self.webhooks.run())
         self._tasks = [asyncio.create_task(task) for task in tasks]
 
     async def leave(self, hurry: asyncio.Event) -> None:
@@ -131,9 +143,12 @@ class Service:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH):
                 await self.projection.settled()
+                if self.webhooks is not None:
+                    await self.webhooks.settled()
         await self.sockets.close_all()
         await _cancel(*self._tasks)
         await self.sockets.shutdown()
+        await self.log.close()
         self.threads.close()
 
     async def readiness(self) -> str | None:
@@ -159,6 +174,68 @@ class Service:
                 if self.clock() - swept >= _SWEEP_EVERY:
                     swept = self.clock()
                     await sweep(self.log, self.images, stored_before=swept - grace)
+
+
+def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventLog, SessionStore]:
+    """The log, if it is not given, and beside it the sessions.
+
+    Raises:
+        Unavailable: the file cannot be the log.
+    """
+    retention, epoch = timedelta(seconds=settings.retention), secrets.token_hex(8)
+    outbox = settings.webhook_url is not None
+    if log is not None or settings.log_file is None:
+        memory = MemoryLog(epoch=epoch, credits=settings.credits, clock=clock, outbox=outbox)
+        return log or memory, MemorySessions(retention)
+    try:
+        database = Database(settings.log_file, epoch=epoch)
+    except LogRefused as refused:
+        raise Unavailable(str(refused)) from None
+    durable = SqliteLog(database, credits=settings.credits, clock=clock, outbox=outbox)
+    return durable, SqliteSessions(database, retention)
+
+
+def _editor(settings: Settings, threads: ImageThreads) -> ImageEditor:
+    if settings.editor == "local":
+        return LocalEditor(threads, settings.local_seconds)
+    assert settings.openai_api_key is not None
+    try:
+        return OpenAIEditor(
+            threads,
+            api_key=settings.openai_api_key.get_secret_value(),
+            base_url=settings.openai_base_url,
+            model=settings.openai_model or openai_editor.DEFAULT_MODEL,
+            deadline=_provider_deadline(settings),
+        )
+    except ValueError:
+        raise SettingsError("OPENAI_API_KEY must be a key: letters, digits and signs without spaces.") from None
+
+
+def _face_swapper(settings: Settings, threads: ImageThreads, intake: ImageIntake) -> FaceSwapper:
+    if settings.face_swap == "local":
+        return LocalFaceSwap(threads, settings.local_seconds)
+    assert settings.replicate_api_token is not None
+    try:
+        return ReplicateFaceSwap(
+            intake,
+            settings.replicate_api_token.get_secret_value(),
+            settings.replicate_model or replicate_face_swap.DEFAULT_MODEL,
+            deadline=_provider_deadline(settings),
+        )
+    except ValueError:
+        raise SettingsError("STAGECAST_REPLICATE_MODEL must be owner/name or owner/name:version.") from None
+
+
+def _webhooks(settings: Settings, log: EventLog, clock: Clock) -> Webhooks | None:
+    if settings.webhook_url is None:
+        return None
+    secret = None if settings.webhook_secret is None else settings.webhook_secret.get_secret_value()
+    return Webhooks(log, WebhookSender(settings.webhook_url, secret, clock=clock), random.random)
+
+
+def _provider_deadline(settings: Settings) -> float:
+    """Sooner than the generation's, so that a provider that takes too long is named as the reason."""
+    return min(_PROVIDER, 0.9 * settings.deadline)
 
 
 def _tokens(settings: Settings, clock: Clock) -> Tokens | None:

@@ -4,10 +4,12 @@ Each field says in one place what it means and what it may be; ``--help``, the d
 wrong value are made from that.
 """
 
+import base64
 import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self
@@ -78,18 +80,57 @@ def _base_url(value: str) -> str:
     return value.rstrip("/")
 
 
+_SQLITE: Final = "sqlite:///"
+_COMPUTED: Final = {
+    "public_url": "http://localhost:<port>",
+    "editor": "openai or local",
+    "face_swap": "replicate or local",
+}
 _CENTURY: Final = 3_155_760_000
 _Seconds = Annotated[float, Field(ge=0, le=_CENTURY), Allowed("a number of seconds, 0 or more")]
 _SomeSeconds = Annotated[float, Field(gt=0, le=_CENTURY), Allowed("a number of seconds over 0")]
 _Count = Annotated[int, Field(ge=1), Allowed("a whole number, 1 or more")]
-_Local = Annotated[Literal["local"], Allowed('"local"')]
+_Name = Annotated[str, Field(min_length=1), Allowed("a name")]
+
+
+def _no_key(value: object) -> object:
+    """A variable that is set to nothing says nothing."""
+    return None if value == "" else value
+
+
+def _log(value: str) -> str:
+    if value != "memory://" and not (value.startswith(_SQLITE) and value.removeprefix(_SQLITE)):
+        raise ValueError
+    return value
+
+
+def _webhook_secret(value: SecretStr | None) -> SecretStr | None:
+    if value is not None:
+        kind, _, encoded = value.get_secret_value().partition("_")
+        padded = encoded.rstrip("=") + "=" * (-len(encoded.rstrip("=")) % 4)
+        if kind != "whsec" or not 24 <= len(base64.b64decode(padded, validate=True)) <= 64:
+            raise ValueError
+    return value
+
+
+def _editor(known: dict[str, Any]) -> str:
+    return "openai" if known.get("openai_api_key") and find_spec("openai") else "local"
+
+
+def _face_swap(known: dict[str, Any]) -> str:
+    return "replicate" if known.get("replicate_api_token") else "local"
 
 
 class Settings(BaseSettings):
     """How one service is set up. Make it with `load_settings`."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", dotenv_filtering="match_prefix", extra="forbid", frozen=True
+        env_prefix=PREFIX,
+        env_file=".env",
+        dotenv_filtering="match_prefix",
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
     )
 
     host: Annotated[
@@ -117,9 +158,10 @@ class Settings(BaseSettings):
         Allowed("an http or https URL without query and fragment"),
     ]
     log: Annotated[
-        Literal["memory://"],
-        Field(description="Where the event log is kept."),
-        Allowed('"memory://"'),
+        str,
+        AfterValidator(_log),
+        Field(description="Where the event log is kept: in memory, or for good in a file, sqlite:///path."),
+        Allowed('"memory://" or "sqlite:///" and the path of a file'),
     ] = "memory://"
     images: Annotated[
         Path,
@@ -157,10 +199,10 @@ class Settings(BaseSettings):
         Allowed("the name of a claim"),
     ] = "sub"
     credits: Annotated[
-        Annotated[int, Field(ge=0)] | None,
+        Annotated[int, Field(ge=0, le=1_000_000_000_000)] | None,
         BeforeValidator(_off),
         Field(description='A new user\'s balance; "off" keeps no balances.'),
-        Allowed('a whole number, 0 or more, or "off"'),
+        Allowed('a whole number from 0 to a million million, or "off"'),
     ] = 100
     retention: Annotated[
         _SomeSeconds,
@@ -182,8 +224,51 @@ class Settings(BaseSettings):
         Field(description="Further host names by which the service may be called, separated by commas."),
         Allowed("host names without ports, separated by commas"),
     ] = ()
-    editor: Annotated[_Local, Field(description="Which editor makes the pictures.")] = "local"
-    face_swap: Annotated[_Local, Field(description="Which face swapper is used.")] = "local"
+    openai_api_key: Annotated[
+        SecretStr | None,
+        BeforeValidator(_no_key),
+        Field(validation_alias="OPENAI_API_KEY", description="The key of OpenAI's API."),
+        Allowed("a key"),
+    ] = None
+    openai_base_url: Annotated[
+        str | None,
+        BeforeValidator(_no_key),
+        AfterValidator(_url),
+        Field(validation_alias="OPENAI_BASE_URL", description="Another place where OpenAI's API is spoken."),
+        Allowed("an http or https URL"),
+    ] = None
+    openai_model: Annotated[
+        _Name | None, Field(description="OpenAI's model; by default one that is good and quick."), Allowed("a name")
+    ] = None
+    editor: Annotated[
+        Literal["local", "openai"],
+        Field(
+            default_factory=_editor,
+            description="Which editor makes the pictures: openai where OPENAI_API_KEY is set and the extra installed, "
+            "else local, an offline preview, unless told.",
+        ),
+        Allowed('"local" or "openai"'),
+    ]
+    replicate_api_token: Annotated[
+        SecretStr | None,
+        BeforeValidator(_no_key),
+        Field(validation_alias="REPLICATE_API_TOKEN", description="The token of Replicate's API."),
+        Allowed("a token"),
+    ] = None
+    replicate_model: Annotated[
+        _Name | None,
+        Field(description="Replicate's model, as owner/name:version."),
+        Allowed("owner/name or owner/name:version"),
+    ] = None
+    face_swap: Annotated[
+        Literal["local", "replicate"],
+        Field(
+            default_factory=_face_swap,
+            description="Which face swapper is used: replicate where REPLICATE_API_TOKEN is set, else local, an "
+            "offline preview, unless told.",
+        ),
+        Allowed('"local" or "replicate"'),
+    ]
     local_seconds: Annotated[
         _Seconds,
         Field(description="Seconds that the offline AI stages last at least, to be watched; 0: no wait, no repeats."),
@@ -202,11 +287,40 @@ class Settings(BaseSettings):
     drain: Annotated[
         _Seconds, Field(description="Seconds for which running work is awaited after the signal to stop.")
     ] = 25
+    webhook_url: Annotated[
+        str | None,
+        AfterValidator(_url),
+        Field(description="Where the end of every generation is told, by the Standard Webhooks scheme."),
+        Allowed("an http or https URL"),
+    ] = None
+    webhook_secret: Annotated[
+        SecretStr | None,
+        AfterValidator(_webhook_secret),
+        Field(description="What webhooks are signed with: whsec_ and 24 to 64 random bytes in base64."),
+        Allowed("whsec_ and 24 to 64 bytes in base64"),
+    ] = None
 
     @property
     def open_mode(self) -> bool:
         """Whether anybody may act for any user: no key is configured that tokens could be checked with."""
         return self.jwt_secret is None and self.jwks_url is None
+
+    @property
+    def log_file(self) -> Path | None:
+        """The file of the log; ``None``: it is kept in memory."""
+        return Path(self.log.removeprefix(_SQLITE)) if self.log.startswith(_SQLITE) else None
+
+    @model_validator(mode="after")
+    def _provided(self) -> Self:
+        if self.editor == "openai" and find_spec("openai") is None:
+            raise PydanticCustomError(
+                "extra", "STAGECAST_EDITOR must be local unless the extra openai is installed: stagecast[openai]."
+            )
+        if self.editor == "openai" and self.openai_api_key is None:
+            raise PydanticCustomError("key", "OPENAI_API_KEY must be set where STAGECAST_EDITOR is openai.")
+        if self.face_swap == "replicate" and self.replicate_api_token is None:
+            raise PydanticCustomError("key", "REPLICATE_API_TOKEN must be set where STAGECAST_FACE_SWAP is replicate.")
+        return self
 
     @model_validator(mode="after")
     def _one_key(self) -> Self:
@@ -230,7 +344,8 @@ class Settings(BaseSettings):
 class Setting(NamedTuple):
     """One setting as told to people."""
 
-    flag: str
+    #: None for a secret of somebody else's, under the name that they gave it.
+    flag: str | None
     variable: str
     default: str
     description: str
@@ -239,8 +354,9 @@ class Setting(NamedTuple):
 def describe_settings() -> Iterator[Setting]:
     """Every setting, in the order of the fields: for ``--help`` and the docs."""
     for name, field in Settings.model_fields.items():
-        default = "http://localhost:<port>" if name == "public_url" else _text(field.default)
-        yield Setting(f"--{name.replace('_', '-')}", _variable(name), default, field.description or "")
+        default = _COMPUTED.get(name) or _text(field.default)
+        flag = None if field.validation_alias else f"--{name.replace('_', '-')}"
+        yield Setting(flag, _variable(name), default, field.description or "")
 
 
 def load_settings(overrides: Mapping[str, Any]) -> Settings:
@@ -249,8 +365,9 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: a value is wrong, or a variable with our prefix is unknown.
     """
+    known = {_variable(name) for name in Settings.model_fields}
     for variable in os.environ:
-        if variable.upper().startswith(PREFIX) and variable[len(PREFIX) :].lower() not in Settings.model_fields:
+        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
             _refuse_unknown(variable.upper())
     try:
         return Settings(**overrides)
@@ -260,9 +377,10 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
         raise SettingsError(".env must be a readable text file in UTF-8.") from None
     if not first["loc"]:
         raise SettingsError(first["msg"])
-    name = str(first["loc"][0])
-    if name not in Settings.model_fields:
-        _refuse_unknown(_variable(name))
+    given = str(first["loc"][0])
+    name = next((name for name in Settings.model_fields if given in (name, _variable(name))), None)
+    if name is None:
+        _refuse_unknown(_variable(given))
     allowed = next(item for item in Settings.model_fields[name].metadata if isinstance(item, Allowed))
     raise SettingsError(f"{_variable(name)} must be {allowed.text}.")
 
@@ -274,7 +392,9 @@ def _refuse_unknown(variable: str) -> NoReturn:
 
 
 def _variable(name: str) -> str:
-    return f"{PREFIX}{name.upper()}"
+    field = Settings.model_fields.get(name)
+    alias = field and field.validation_alias
+    return alias if isinstance(alias, str) else f"{PREFIX}{name.upper()}"
 
 
 def _text(default: object) -> str:

@@ -1,0 +1,157 @@
+"""The service with paid providers behind it, which run here: what a person sees, and what is paid for."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.pillow_intake import PillowIntake
+from adapters.replicate_face_swap import ReplicateFaceSwap
+from api.app import create_service
+from api.settings import Settings
+from domain.ports import Picture
+from harness import JSON, Running, running
+from openai_server import KEY, OpenAIServer, error, openai_server
+from pictures import RED, THREADS, opened, solid
+from provider_faults import Answer, drip, hang, head, raw, reset, then
+from replicate_server import TOKEN, Replicate
+
+INTAKE = PillowIntake(THREADS)
+FACE = solid(RED, (120, 160), "PNG")
+
+
+@pytest.fixture
+async def openai() -> AsyncIterator[OpenAIServer]:
+    async with openai_server() as server:
+        yield server
+
+
+@asynccontextmanager
+async def with_openai(images: Path, openai: OpenAIServer, **rest: Any) -> AsyncIterator[Running]:
+    key = {"openai_api_key": KEY, "openai_base_url": openai.base_url, "editor": "openai"}
+    async with running(images, **{**key, **rest}) as service:
+        yield service
+
+
+async def made(service: Running, kind: str = "edit") -> list[JSON]:
+    """The events of one generation, as its owner's phone has been sent them."""
+    async with service.phone("ada") as phone:
+        generation_id = await service.start(kind=kind)
+        await phone.until_over(generation_id)
+        assert phone.of(generation_id) == await service.events(generation_id)
+        assert KEY not in str(phone.events)
+        return phone.of(generation_id)
+
+
+@pytest.mark.parametrize(("kind", "result"), [("edit", "editedImageUrl"), ("generate", "generatedImageUrl")])
+async def test_the_picture_takes_shape_on_the_phone(
+    tmp_path: Path, openai: OpenAIServer, kind: str, result: str
+) -> None:
+    async with with_openai(tmp_path, openai) as service:
+        events = await made(service, kind)
+        previews = [event["previewUrl"] for event in events if "previewUrl" in event and event["status"] != "completed"]
+        assert len(set(previews)) == 2
+        progress = [event["progress"] for event in events]
+        assert progress == sorted(set(progress))
+        for url in (previews[0], events[-1][result]):
+            answer = await service.http.get(f"/images/{url.rpartition('/')[2]}")
+            assert answer.headers["content-type"].startswith("image/")
+        assert opened(Picture(answer.content, answer.headers["content-type"])).size == (1024, 1536)
+    assert len(openai.calls) == 1
+
+
+async def test_a_busy_provider_is_waited_for_in_sight(tmp_path: Path, openai: OpenAIServer) -> None:
+    openai.answer(error(429, "rate_limit_exceeded", "rate_limit_exceeded", retry_after="0"), openai.draw)
+    async with with_openai(tmp_path, openai) as service:
+        events = await made(service)
+    assert events[-1]["status"] == "completed"
+    [wait] = [event for event in events if event["message"].startswith("The image service is busy; trying again in")]
+    assert (wait["status"], 60 < wait["progress"] < 80) == ("openai_editing", True)
+    assert len(openai.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (error(500, "server_error", None), "provider_unavailable"),
+        (error(400, "image_generation_user_error", "moderation_blocked"), "provider_rejected"),
+        (error(401, "invalid_request_error", "invalid_api_key"), "provider_rejected"),
+        (raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"), "provider_unavailable"),
+        (reset, "provider_unavailable"),
+        (hang, "provider_timeout"),
+        (then(raw(head(length=100_000)), drip(b" ")), "provider_timeout"),
+    ],
+    ids=["500", "refused", "key", "html", "reset", "hang", "drip"],
+)
+async def test_whatever_a_provider_does_ends_within_the_deadline_and_is_paid_for_once_at_most(
+    tmp_path: Path, openai: OpenAIServer, answer: Answer, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    openai.answer(answer)
+    deadline = 2.0 if code == "provider_timeout" else 20
+    async with with_openai(tmp_path, openai, deadline=deadline) as service:
+        failed = (await made(service))[-1]
+        # On a slow machine all of the generation's time may be over before the provider's part of it is.
+        codes = {code, "deadline_exceeded"} if code == "provider_timeout" else {code}
+        assert (failed["status"], failed["failedStage"]) == ("failed", "openai_editing")
+        assert failed["code"] in codes
+        assert failed["credit"] == 100
+    assert len(openai.calls) == 1
+    assert KEY not in caplog.text
+
+
+async def test_a_cancel_hangs_up_on_the_provider_and_leaves_its_neighbour_alone(
+    tmp_path: Path, openai: OpenAIServer
+) -> None:
+    openai.answer(hang, openai.draw)
+    async with with_openai(tmp_path, openai) as service, service.phone("ada") as phone:
+        doomed = await service.start()
+        await openai.origin.reached.wait()
+        neighbour = await service.start()
+        answer = await service.http.post(f"/generations/{doomed}/cancel", headers={"X-User-Id": "ada"})
+        assert answer.json() == {"outcome": "cancelled"}
+        async with asyncio.timeout(10):
+            await openai.origin.left.wait()
+        await phone.until_over(doomed, neighbour)
+        assert phone.of(doomed)[-1]["code"] == "cancelled"
+        assert phone.of(neighbour)[-1]["status"] == "completed"
+        again = await service.http.post(f"/generations/{doomed}/cancel", headers={"X-User-Id": "ada"})
+        assert again.json() == {"outcome": "already_finished"}
+    assert len(openai.calls) == 2
+
+
+class _Faces:
+    """`domain.ports.ImageFetcher` of one face."""
+
+    async def fetch(self, url: str) -> Any:
+        return FACE
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["made", "failed"])
+async def test_a_face_swap_that_fails_does_not_waste_the_edit(
+    tmp_path: Path, openai: OpenAIServer, broken: bool
+) -> None:
+    async with Replicate(picture=FACE.data).serving() as replicate:
+        if broken:
+            replicate.statuses = ["failed"]
+        swapper = ReplicateFaceSwap(INTAKE, TOKEN, base_url=replicate.url, deadline=20, pace=0.01)
+        overrides = {"face_swapper": swapper, "fetcher": _Faces()}
+        async with with_openai(tmp_path, openai, overrides=overrides) as service, service.phone("ada") as phone:
+            generation_id = await service.start(imageUrls="https://example.com/face.jpg")
+            await phone.until_over(generation_id)
+            last = phone.of(generation_id)[-1]
+        assert (last["status"], last["credit"]) == ("completed", 99)
+        assert ("faceSwapUrl" in last, "faceSwapError" in last) == (not broken, broken)
+        if broken:
+            assert last["message"] == "Image editing completed, but the face swap failed."
+            assert last["faceSwapError"]["code"] == "provider_unavailable"
+        assert (len(openai.calls), replicate.count("create")) == (1, 1)
+
+
+def test_keys_choose_the_providers(tmp_path: Path) -> None:
+    settings = Settings(_env_file=None, images=tmp_path, openai_api_key=KEY, replicate_api_token=TOKEN)
+    service, _ = create_service(settings)
+    assert type(service.runner.editor).__name__ == "OpenAIEditor"
+    assert type(service.runner.face_swapper).__name__ == "ReplicateFaceSwap"
