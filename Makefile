@@ -1,6 +1,7 @@
 # make run: set everything up and serve on http://localhost:3000.   make test: set everything up, check and test.
 PYTHON ?= python3
 BIN := .venv/bin
+NPM := npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts
 CLIENT := src/api/static/vendor/socket.io.min.js
 
 .PHONY: run test check docs bench clean
@@ -14,7 +15,7 @@ run: .venv/installed $(CLIENT)
 test: check
 	$(BIN)/pytest
 
-check: .venv/installed-dev $(CLIENT)
+check: .venv/installed-dev $(CLIENT) node_modules/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -38,9 +39,13 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev
 	@touch $@
 
+# What the tests of the clients need besides. Without npm they are skipped, and say so.
+node_modules/installed-dev: package.json $(CLIENT)
+	@mkdir -p $(dir $@) && if command -v npm > /dev/null; then $(NPM); fi && touch $@
+
 # The official JavaScript client comes from npm where that is installed; the page asks its CDN where it is not.
 $(CLIENT): package.json
 	@if command -v npm > /dev/null; then \
-		npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts \
+		$(NPM) --omit=dev \
 		&& mkdir -p $(dir $@) && cp node_modules/socket.io-client/dist/socket.io.min.js $@; fi; \
 	test -f $@ || echo "socket.io-client is not here (no npm?): the page takes it from its CDN"
