@@ -1300,3 +1300,25 @@ async def test_what_is_taken_back_while_credits_are_reserved_is_refunded_on_top(
     left = await log.credit("ada")
     assert left is not None
     assert 0 <= left <= 2
+
+
+async def test_a_start_that_is_tried_again_after_its_generation_was_deleted_is_refused(log: EventLog) -> None:
+    scribe = Scribe(log)
+    append, generation = scribe.prepare_start()
+    await log.append(append)
+    await scribe.move(generation, "failed")
+    await log.remove(generation.generation_id, retention=False)
+    with pytest.raises(Conflict):
+        await log.append(append)
+    assert await log.credit("ada") == 100
+
+
+async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: EventLog) -> None:
+    scribe = Scribe(log)
+    deleted, purged = await scribe.short(), await scribe.short()
+    await log.remove(deleted.generation_id, retention=False)
+    later = scribe.clock.step(10)
+    assert await log.finished_before(later, 10) == [deleted.generation_id, purged.generation_id]
+    assert await log.remove(purged.generation_id, retention=True)
+    assert await log.finished_before(later, 10) == []
+    assert not await log.remove(deleted.generation_id, retention=True)

@@ -63,6 +63,12 @@ async def test_what_is_saved_is_loaded_as_it_was(store: SessionStore, kept: Sess
     assert await store.load("pid", at=NOON) == kept  # Loading it does not use it up.
 
 
+async def test_what_has_expired_is_not_brought_back_by_a_touch(store: SessionStore) -> None:
+    await store.save("pid", session(), at=NOON)
+    await store.touch(["pid"], at=NOON + RETENTION)
+    assert await store.load("pid", at=NOON + RETENTION) is None
+
+
 @pytest.mark.parametrize("pid", ["never", "", "x" * 60_000, "a\x00b", "*", "p%d", "PID", "\ud800"])
 async def test_a_pid_that_never_was_has_no_session_and_can_be_touched_and_ended(store: SessionStore, pid: str) -> None:
     await store.save("pid", session(), at=NOON)

@@ -116,9 +116,10 @@ class _User:
         record = self.feed[position - self.base - 1]
         return None if record is None else record.at(position).event_id
 
-    def forget_below_floor(self) -> None:
-        """Drop deleted generations that the floor has passed, and what is empty at the front."""
-        for record in [record for record in self.deleted if record.positions[-1] <= self.floor]:
+    def forget_below_floor(self) -> list[_Record]:
+        """Drop deleted generations that the floor has passed, and what is empty at the front. Return the former."""
+        passed = [record for record in self.deleted if record.positions[-1] <= self.floor]
+        for record in passed:
             self.deleted.remove(record)
             for position in record.positions:
                 if position > self.base:
@@ -126,6 +127,7 @@ class _User:
         empty = next((i for i, kept in enumerate(self.feed) if kept is not None), len(self.feed))
         del self.feed[:empty]
         self.base += empty
+        return passed
 
 
 class _Grant(NamedTuple):
@@ -168,7 +170,8 @@ class MemoryLog:
         if start is not None:
             self._check_key(user, start)
         actual = 0 if record is None else len(record.events)
-        if entry.sequence != actual + 1 or (start is None) != (record is not None) or (record and record.ended_at):
+        known = record or self._finished.get(entry.generation_id)
+        if entry.sequence != actual + 1 or (start is None) != (known is not None) or (known and known.ended_at):
             raise Conflict(entry.sequence, actual)
         if start is not None and len(user.active) >= start.max_unfinished:
             raise TooManyGenerations
@@ -305,9 +308,8 @@ class MemoryLog:
             user.deleted.append(record)
         if retention and record.positions[-1] > user.floor:
             user.floor, user.floor_id = record.positions[-1], record.ids[-1]
-        if record.positions[-1] <= user.floor:
-            del self._finished[generation_id]
-        user.forget_below_floor()
+        for passed in user.forget_below_floor():
+            del self._finished[passed.generation_id]
         return True
 
     async def undelivered(self, limit: int) -> Sequence[Logged]:

@@ -35,6 +35,7 @@ class MemorySessions:
         return session
 
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
+        self._expire(at)
         for pid in pids:
             if pid in self._sessions:
                 session, _ = self._sessions[pid]
