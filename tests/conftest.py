@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -16,3 +17,9 @@ for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
 async def api_app() -> AsyncIterator[Api]:
     async with serve_api() as api:
         yield api
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def log_setting(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where the log is: what goes by it is tried on every log."""
+    return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/log.db"

@@ -11,8 +11,8 @@ from harness import JSON, Running, running
 
 
 @pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Running]:
-    async with running(tmp_path / "images") as service:
+async def service(tmp_path: Path, log_setting: str) -> AsyncIterator[Running]:
+    async with running(tmp_path / "images", log=log_setting) as service:
         yield service
 
 

@@ -10,9 +10,11 @@ from node import needs_node, seed
 pytestmark = needs_node
 
 
-async def test_the_seeds_snippet_shows_every_stage_on_both_devices_and_none_to_others(tmp_path: Path) -> None:
+async def test_the_seeds_snippet_shows_every_stage_on_both_devices_and_none_to_others(
+    tmp_path: Path, log_setting: str
+) -> None:
     async with (
-        running(tmp_path) as service,
+        running(tmp_path, log=log_setting) as service,
         seed(service.url, 123) as phone,
         seed(service.url, 123) as laptop,
         seed(service.url, 7) as stranger,
@@ -31,9 +33,9 @@ async def test_the_seeds_snippet_shows_every_stage_on_both_devices_and_none_to_o
         assert bars[-1] == []
 
 
-async def test_the_seeds_snippet_that_comes_late_shows_the_bar_where_it_is(tmp_path: Path) -> None:
+async def test_the_seeds_snippet_that_comes_late_shows_the_bar_where_it_is(tmp_path: Path, log_setting: str) -> None:
     hold = Hold()
-    async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}) as service:
+    async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(hold)}) as service:
         generation_id = await service.start("123")
         await hold.reached.wait()
         async with seed(service.url, 123) as phone:
@@ -43,8 +45,8 @@ async def test_the_seeds_snippet_that_comes_late_shows_the_bar_where_it_is(tmp_p
             assert phone.data == await service.events(generation_id, "123")
 
 
-async def test_every_event_carries_its_cursor_as_a_last_string_argument(tmp_path: Path) -> None:
-    async with running(tmp_path) as service, seed(service.url, 123) as phone:
+async def test_every_event_carries_its_cursor_as_a_last_string_argument(tmp_path: Path, log_setting: str) -> None:
+    async with running(tmp_path, log=log_setting) as service, seed(service.url, 123) as phone:
         await service.until(lambda: "123" in service.service.projection.rooms)
         await asyncio.gather(service.start("123"), service.start("123", "generate", images=3))
         await phone.until(lambda: len(phone.named("generation_completed")) == 2)

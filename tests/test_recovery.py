@@ -264,10 +264,11 @@ def _has_ended(client: Browser, generation: Generation) -> bool:
     )
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def theatre(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["memory", "sqlite"])
+async def theatre(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
     images: Path = tmp_path_factory.mktemp("images")
-    async with running(images) as service, AsyncExitStack() as listening, browsers() as everybody:
+    log = "memory://" if request.param == "memory" else f"sqlite:///{images}/log.db"
+    async with running(images, log=log) as service, AsyncExitStack() as listening, browsers() as everybody:
         stage = Stage(service, everybody, Scribe(service.service.log, SteppableClock(now())), listening)
         yield stage
         await stage.close()

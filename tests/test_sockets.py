@@ -19,8 +19,8 @@ from harness import Running, flood, rest_of, running
 
 
 @pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Running]:
-    async with running(tmp_path) as service:
+async def service(tmp_path: Path, log_setting: str) -> AsyncIterator[Running]:
+    async with running(tmp_path, log=log_setting) as service:
         yield service
 
 
@@ -116,8 +116,8 @@ class TestWithWorkHeldUp:
         return Hold()
 
     @pytest.fixture
-    async def service(self, tmp_path: Path, hold: Hold) -> AsyncIterator[Running]:
-        async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}) as service:
+    async def service(self, tmp_path: Path, log_setting: str, hold: Hold) -> AsyncIterator[Running]:
+        async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(hold)}) as service:
             yield service
 
     async def test_a_late_device_gets_what_was_and_then_what_comes(self, service: Running, hold: Hold) -> None:
@@ -426,7 +426,10 @@ async def test_a_reader_that_takes_nothing_is_bounded_and_closed_and_slows_nobod
     stalled.transport.abort()
 
 
-async def test_a_slow_reader_that_comes_back_gets_all_it_missed(service: Running) -> None:
+async def test_a_slow_reader_that_comes_back_gets_all_it_missed(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engineio_server, "STALL", 60)  # To write it all takes a while.
     slow = await service.raw()
     await slow.send('40{"userId":"ada"}')
     assert str(await slow.recv()).startswith("40")

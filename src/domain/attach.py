@@ -44,6 +44,8 @@ class Attachments:
         self._sessions = sessions
         self._clock = clock
         self._new_tag = new_tag
+        #: Sessions that are being ended. Their clients may be faster than the store.
+        self._ending: set[str] = set()
 
     async def begin(self, identity: Identity, text: object, *, anew: bool = False) -> Beginning:
         """Begin at the cursor of this text, if it is usable, else at the present.
@@ -87,7 +89,7 @@ class Attachments:
         `named` is whom the client says it is now: a session of somebody else is not taken up. An `offset` that is
         none of this feed's, older than the session's base, or not reached in this session, counts as the base.
         """
-        session = await self._sessions.load(pid, at=self._clock())
+        session = None if pid in self._ending else await self._sessions.load(pid, at=self._clock())
         if session is None or not self._good(session.identity):
             return None
         identity = session.identity
@@ -115,7 +117,11 @@ class Attachments:
     async def leave(self, pid: str, *, for_good: bool) -> None:
         """The session's socket is gone; `for_good`: its client said that it does not come back."""
         if for_good:
-            await self._sessions.end(pid)
+            self._ending.add(pid)
+            try:
+                await self._sessions.end(pid)
+            finally:
+                self._ending.discard(pid)
         else:
             await self._sessions.touch([pid], at=self._clock())
 
