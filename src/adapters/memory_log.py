@@ -6,7 +6,6 @@ event costs beyond its JSON is some seventy bytes.
 """
 
 import bisect
-import hashlib
 import logging
 from array import array
 from collections.abc import AsyncIterator, Sequence
@@ -27,7 +26,7 @@ from domain.errors import (
     TooManyGenerations,
 )
 from domain.events import CONTINUE, NAMES, with_credit
-from domain.feed import Cursor, Feed, Logged
+from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.ports import Append, Begun, Clock, Deliver, History, Start
 
 logger = logging.getLogger(__name__)
@@ -242,7 +241,7 @@ class MemoryLog:
     async def present(self, user_id: str) -> Cursor:
         user = self._users.get(user_id)
         if user is None:
-            return Cursor(0, self._zero_id(user_id), 0)
+            return Cursor(0, zero_id(self.epoch, user_id), 0)
         anchor_id = user.id_at(user.head)
         assert anchor_id is not None
         oldest = next(iter(user.active.values()), None)
@@ -251,7 +250,7 @@ class MemoryLog:
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
         user = self._users.get(user_id)
         if user is None:
-            return Feed([], 0, 0, 0, self._zero_id(user_id) if anchor == 0 else None, False)
+            return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, False)
         entries: list[Logged] = []
         position = max(after, user.base)
         while position < user.head and len(entries) < limit:
@@ -337,9 +336,4 @@ class MemoryLog:
                 logger.error("a follower of the log failed: %s", type(error).__name__)
 
     def _new_user(self, user_id: str) -> _User:
-        return _User(user_id, self._zero_id(user_id), self._credits or 0)
-
-    def _zero_id(self, user_id: str) -> int:
-        """The id at position 0 of a feed, the same whenever it is asked for, and kept nowhere."""
-        digest = hashlib.blake2b(f"{self.epoch}.{user_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest) >> 1
+        return _User(user_id, zero_id(self.epoch, user_id), self._credits or 0)

@@ -11,12 +11,11 @@ import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Final, TypeVar
 
 import httpx2
 
+from adapters.retry_after import retry_after
 from domain.errors import Failure
 from domain.ports import Report
 
@@ -88,7 +87,7 @@ def _waiting(failure: Failure, seconds: float) -> str:
 
 def answered(status: int, headers: Mapping[str, str]) -> Failure | Declined:
     """What an answer that is no success comes to. `headers`: found in any case, or in lower case."""
-    after = _retry_after(headers.get("retry-after", ""))
+    after = retry_after(headers.get("retry-after", ""))
     if status == 429:
         return Declined(Failure("provider_rate_limited"), after=after)
     if status == 503 and after is not None:
@@ -105,19 +104,6 @@ def broken(error: BaseException | None) -> Failure | Declined:
     if isinstance(error, httpx2.ConnectError):
         return Declined(Failure("provider_unavailable"))
     return Failure("provider_timeout" if isinstance(error, httpx2.TimeoutException) else "provider_unavailable")
-
-
-def _retry_after(text: str) -> float | None:
-    """Seconds from now; the header holds them, or a date."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            at = parsedate_to_datetime(text)
-        except ValueError:
-            return None
-        seconds = (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def tell_operator(provider: str, what: object, words: object = "", *, request_id: str | None, secret: str) -> None:

@@ -4,7 +4,6 @@ An append that has returned was synced before (see `adapters.sqlite_database`). 
 or whose process was killed, may have been made or not: trying it again tells, by its event id.
 """
 
-import hashlib
 import json
 import logging
 import sqlite3
@@ -25,7 +24,7 @@ from domain.errors import (
     TooManyGenerations,
 )
 from domain.events import with_credit
-from domain.feed import Cursor, Feed, Logged
+from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.ports import Append, Begun, Clock, Deliver, History, Start
 
 logger = logging.getLogger(__name__)
@@ -160,7 +159,7 @@ class SqliteLog:
     async def present(self, user_id: str) -> Cursor:
         row = await self._database.read(lambda connection: connection.execute(_PRESENT, (user_id,)).fetchone())
         if row is None:
-            return Cursor(0, self._zero_id(user_id), 0)
+            return Cursor(0, zero_id(self.epoch, user_id), 0)
         head, floor, floor_id, head_id, oldest = row
         return Cursor(head, floor_id if head == floor else head_id, head if oldest is None else oldest - 1)
 
@@ -168,7 +167,7 @@ class SqliteLog:
         def read(connection: sqlite3.Connection) -> Feed:
             row = connection.execute(_FEED, {"user_id": user_id, "anchor": anchor}).fetchone()
             if row is None:
-                return Feed([], 0, 0, 0, self._zero_id(user_id) if anchor == 0 else None, False)
+                return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, False)
             user, head, floor, floor_id, id_there, severed = row
             where = "WHERE events.user = ? AND events.position > ? ORDER BY events.position LIMIT ?"
             rows = connection.execute(f"{_ENTRIES} {where}", (user, after, limit)) if limit else ()
@@ -305,7 +304,7 @@ class SqliteLog:
     def _insert_user(self, connection: sqlite3.Connection, user_id: str, head: int, credit: int | None) -> int:
         inserted = connection.execute(
             "INSERT INTO users (user_id, credit, head, floor, floor_id) VALUES (?, ?, ?, 0, ?)",
-            (user_id, credit, head, self._zero_id(user_id)),
+            (user_id, credit, head, zero_id(self.epoch, user_id)),
         )
         assert inserted.lastrowid is not None
         return inserted.lastrowid
@@ -316,11 +315,6 @@ class SqliteLog:
                 deliver(appended.entry)
             except Exception as error:
                 logger.error("a follower of the log failed: %s", type(error).__name__)
-
-    def _zero_id(self, user_id: str) -> int:
-        """The id at position 0 of a feed, the same whenever it is asked for."""
-        digest = hashlib.blake2b(f"{self.epoch}.{user_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest) >> 1
 
 
 def _histories(connection: sqlite3.Connection, generations: sqlite3.Cursor) -> list[History]:

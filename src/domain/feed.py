@@ -60,6 +60,11 @@ def feed_name(epoch: str, user_id: str) -> str:
     return hashlib.blake2b(f"{epoch}.{user_id}".encode(), digest_size=6).hexdigest()
 
 
+def zero_id(epoch: str, user_id: str) -> int:
+    """The event id at position 0 of a feed, where there is no event: the same whenever it is asked for."""
+    return int.from_bytes(hashlib.blake2b(f"{epoch}.{user_id}".encode(), digest_size=8).digest()) >> 1
+
+
 def tag_of(text: object) -> str | None:
     """The tag of the session that a cursor was sent in; ``None`` where it is none, or has none."""
     match = _TEXT.fullmatch(text) if isinstance(text, str) else None
