@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from node import ROOT, needs_node
 from provider_faults import Answer, Flood, Origin, Request, closed_port, drip, hang, head, listening, raw, reset, then
 from provider_faults import whole as answer_with
 
-SECRET: Final = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+SECRET: Final = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
 #: Trusts nobody; to read the system's certificates takes a while.
 WARY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -232,15 +231,16 @@ async def test_what_is_not_taken_is_posted_again_until_it_is(
     clock = iter(range(1_000))
     begun = now()
     sender = sender_to(receiver.origin, clock=lambda: begun + timedelta(seconds=next(clock)), timeout=0.3)
-    generation, attempts = await Scribe(memory).short(), len(trouble) + 1
+    generation = await Scribe(memory).short()
     receiver.plans[generation.generation_id] = list(trouble)
     async with working(webhooks_for(memory, sender)):
         await all_told(memory)
     posts = receiver.origin.requests
-    assert len(posts) == attempts
+    # On a slow day an answer that says it was taken may come too late, as it would from a slow receiver.
+    assert len(posts) == len(trouble) + len(receiver.taken)
     assert len({(post.headers["webhook-id"], post.body) for post in posts}) == 1
-    assert len({post.headers["webhook-timestamp"] for post in posts}) == attempts
-    assert len({post.headers["webhook-signature"] for post in posts}) == attempts
+    assert len({post.headers["webhook-timestamp"] for post in posts}) == len(posts)
+    assert len({post.headers["webhook-signature"] for post in posts}) == len(posts)
     for post in posts:
         Webhook(SECRET).verify(post.body, dict(post.headers))
 
@@ -381,10 +381,9 @@ async def test_what_is_never_taken_however_much_of_it_leaves_room_for_the_rest(
     async with working(webhooks):
         await webhooks.settled()
         others = [await scribe.short() for _ in range(30)]
-        await until(lambda: len(receiver.taken) == 30)
-        # And it is posted again all the same.
-        await until(lambda: all(len(receiver.posts(each)) > 1 for each in poison[:4]))
-    assert sorted(receiver.ids) == [each.generation_id for each in others]
+        await until(lambda: {*receiver.ids} == {each.generation_id for each in others})
+        # And all of it is posted again all the same.
+        await until(lambda: all(len(receiver.posts(each)) > 1 for each in poison))
 
 
 async def test_only_a_few_are_posted_at_once(memory: EventLog) -> None:

@@ -142,9 +142,8 @@ class Service:
             await self.runner.interrupt()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH):
-                await self.projection.settled()
-                if self.webhooks is not None:
-                    await self.webhooks.settled()
+                told = [self.projection.settled()] + ([self.webhooks.settled()] if self.webhooks else [])
+                await asyncio.gather(*told)
         await self.sockets.close_all()
         await _cancel(*self._tasks)
         await self.sockets.shutdown()
@@ -230,7 +229,11 @@ def _webhooks(settings: Settings, log: EventLog, clock: Clock) -> Webhooks | Non
     if settings.webhook_url is None:
         return None
     secret = None if settings.webhook_secret is None else settings.webhook_secret.get_secret_value()
-    return Webhooks(log, WebhookSender(settings.webhook_url, secret, clock=clock), random.random)
+    try:
+        sender = WebhookSender(settings.webhook_url, secret, clock=clock)
+    except ValueError:
+        raise SettingsError("STAGECAST_WEBHOOK_URL must be an http or https URL.") from None
+    return Webhooks(log, sender, random.random)
 
 
 def _provider_deadline(settings: Settings) -> float:

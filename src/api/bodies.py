@@ -42,7 +42,7 @@ async def read_json(request: Request, model: type[Model]) -> Model:
     """
     body = await limited(request, _MAX_JSON, "The request may have 64 kB at most.").body()
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body, by_alias=True, by_name=False)
     except ValidationError as error:
         raise Invalid(*invalid_fields(error.errors())) from None
 

@@ -22,6 +22,13 @@ from domain.stages import FAILED
 #: Seconds between two looks at who has been silent for too long, at most.
 _LOOK: Final = 1.0
 
+#: A face swap is made or fails, and that is told where it comes out.
+_OF_A_SWAP: Final = {
+    ("face_swap", "face_swap_completed"): {"face_swap_url"},
+    ("face_swap_completed", "completed"): {"face_swap_url"},
+    ("face_swap", "completed"): {"face_swap_error"},
+}
+
 
 class ExternalWork:
     """Takes reports, and ends what has not been reported on for `deadline` seconds."""
@@ -99,8 +106,10 @@ class ExternalWork:
 def _check(generation: Generation, status: str, facts: Mapping[str, Any]) -> None:
     if status not in generation.allowed:
         raise IllegalTransition(generation.status, status, generation.allowed)
+    may = {"message", "progress", *facts_of(generation.kind, status)} - {"face_swap_url", "face_swap_error"}
+    may |= _OF_A_SWAP.get((generation.status, status), set())
     for name in facts:
-        if name not in ("message", "progress", *facts_of(generation.kind, status)):
+        if name not in may:
             raise UnfitFact(generation.status, status, generation.allowed, name, f"This is not told with {status}")
 
 

@@ -7,6 +7,7 @@ due again. So a restart loses nothing where the log is durable, and what is remo
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
@@ -64,7 +65,7 @@ class _Failed(NamedTuple):
 
 
 class Webhooks:
-    """Posts every terminal event until it is taken, the oldest first, a few at once."""
+    """Posts every terminal event until it is taken: the oldest first, a few at once."""
 
     def __init__(
         self,
@@ -125,7 +126,8 @@ class Webhooks:
         if known <= self._failed.keys() and not self._woken.is_set():
             self._settled.set()
         now, due = clock(), None
-        for entry in entries:
+        # First what has waited longest to be posted again, as far as there is room for that, and then what is new.
+        for entry in sorted(entries, key=self._due):
             failed = self._failed.get(entry.generation_id)
             if entry.generation_id in under_way:
                 continue
@@ -135,6 +137,10 @@ class Webhooks:
                 self._under_way[entry.generation_id] = failed is not None
                 posts.create_task(self._deliver(entry, 1 if failed is None else failed.attempts + 1))
         return due
+
+    def _due(self, entry: Logged) -> float:
+        failed = self._failed.get(entry.generation_id)
+        return math.inf if failed is None else failed.due
 
     def _has_room(self, *, again: bool) -> bool:
         if again and sum(self._under_way.values()) >= _AGAIN_PARALLEL:
