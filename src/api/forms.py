@@ -5,6 +5,7 @@ is read last.
 """
 
 import json
+import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,9 +23,12 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from api.bodies import limited
 from api.problems import Invalid, InvalidField, invalid_fields
+from domain.errors import Failure
 from domain.orders import Options
 from domain.stages import Kind
 from domain.workflow import Wish
+
+logger = logging.getLogger(__name__)
 
 MAX_IMAGES: Final = 5
 MAX_FILE: Final = 10 * 1024 * 1024
@@ -158,6 +162,7 @@ async def read_wish(request: Request, kind: Kind, *, external: bool) -> AsyncIte
     Raises:
         Invalid: fields are not as they have to be.
         HTTPException: 400, 413, 415: the body is not a form, or too large.
+        Failure: ``storage_failed``: there is no room for it.
     """
     content_type = request.headers.get("content-type", "")
     if len(content_type) > _MAX_CONTENT_TYPE:
@@ -203,6 +208,9 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
         form = await _Parser(request.headers, body.stream()).parse()
     except MultiPartException as error:
         raise HTTPException(400, error.message) from None
+    except OSError as error:  # Large files are put on the disk while they come.
+        logger.error("an upload cannot be kept: %s", error.strerror)
+        raise Failure("storage_failed") from None
     try:
         yield form
     finally:
