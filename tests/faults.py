@@ -1,0 +1,448 @@
+"""Faults on the wire: a TCP proxy that breaks its lines, and bare clients that misbehave and come by the thousand."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import random
+import resource
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Literal, NamedTuple, TypeVar
+
+T = TypeVar("T")
+JSON = dict[str, Any]
+
+#: ``reset``: RST to both ends. ``close``: both ends are closed in order. ``half_open``: nothing passes any more, and
+#: nobody is told. ``stall``: nothing is read any more, so that what is sent piles up.
+Kind = Literal["reset", "close", "half_open", "stall"]
+#: Towards the server, or towards the client.
+Way = Literal["up", "down"]
+
+#: A frame's mask, which changes nothing.
+_MASK: Final = bytes(4)
+_TEXT, _BINARY, _CLOSE = 1, 2, 8
+_EVENTS: Final = (b'42["continue",', b'42["generation_')
+
+
+class NoRoom(Exception):
+    """This machine does not allow as many open files as are needed."""
+
+
+def allow_sockets(count: int | None) -> None:
+    """Let this process open so many sockets; ``None``: as many as it may. Raises `NoRoom`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = hard if count is None else count + 200
+    if resource.RLIM_INFINITY not in (needed, hard) and needed > hard:
+        raise NoRoom(f"{needed} open files are needed, and the hard limit (ulimit -Hn) is {hard}")
+    if soft != resource.RLIM_INFINITY and (needed == resource.RLIM_INFINITY or needed > soft):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def reset(transport: asyncio.BaseTransport) -> None:
+    """End a connection by RST."""
+    assert isinstance(transport, asyncio.WriteTransport)
+    if not transport.is_closing():
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+# --- the proxy ---------------------------------------------------------------------------------------------
+
+
+class Fault(NamedTuple):
+    """What befalls a line once so many bytes have passed in one direction."""
+
+    kind: Kind
+    way: Way = "down"
+    after: int = 0
+
+
+class _Line:
+    """One client's connection, and the one to the server that goes with it."""
+
+    def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter, fault: Fault | None) -> None:
+        self.ends = client, server
+        self.fault = fault
+        self.passed: dict[Way, int] = {"up": 0, "down": 0}
+        self.deaf = False
+        self.flows = asyncio.Event()
+        self.flows.set()
+
+    def strike(self, kind: Kind) -> None:
+        match kind:
+            case "reset":
+                for end in self.ends:
+                    reset(end.transport)
+            case "close":
+                for end in self.ends:
+                    end.close()
+            case "half_open":
+                self.deaf = True
+            case "stall":
+                self.flows.clear()
+
+
+class Proxy:
+    """Passes TCP on to a server on this machine, and breaks its lines when it is told to."""
+
+    port: int
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._lines: set[_Line] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: What befalls the next lines, one each.
+        self.plan: deque[Fault] = deque()
+        #: Seconds that what passes is held up, at random up to this.
+        self.jitter = 0.0
+        #: How many lines were struck so far.
+        self.struck = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, target: int) -> AsyncIterator["Proxy"]:
+        proxy = cls(target)
+        server = await asyncio.start_server(proxy._accept, "127.0.0.1", 0, backlog=1024)
+        proxy.port = server.sockets[0].getsockname()[1]
+        try:
+            yield proxy
+        finally:
+            server.close()
+            for task in proxy._tasks:
+                task.cancel()
+            await asyncio.gather(*proxy._tasks, return_exceptions=True)
+            for line in proxy._lines:
+                line.strike("reset")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def strike(self, kind: Kind) -> None:
+        """Break every line there is. Those that come later are whole."""
+        for line in list(self._lines):
+            self._strike(line, kind)
+
+    def resume(self) -> None:
+        """Let what is stalled flow on."""
+        for line in self._lines:
+            line.flows.set()
+
+    def _strike(self, line: _Line, kind: Kind) -> None:
+        self.struck += 1
+        line.strike(kind)
+
+    async def _accept(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        accepting = asyncio.current_task()
+        assert accepting is not None
+        self._tasks.add(accepting)
+        fault = self.plan.popleft() if self.plan else None
+        try:
+            from_server, server = await asyncio.open_connection("127.0.0.1", self._target)
+            line = _Line(client, server, fault)
+            self._lines.add(line)
+            try:
+                await asyncio.gather(
+                    self._pump(line, "up", from_client, server), self._pump(line, "down", from_server, client)
+                )
+            finally:
+                self._lines.discard(line)
+                line.strike("close")
+        except OSError:
+            reset(client.transport)
+        except asyncio.CancelledError:
+            reset(client.transport)
+        finally:
+            self._tasks.discard(accepting)
+
+    async def _pump(self, line: _Line, way: Way, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(65_536):
+                await line.flows.wait()
+                if self.jitter:
+                    await asyncio.sleep(random.uniform(0, self.jitter))
+                fault, struck = line.fault, False
+                if fault is not None and fault.way == way:
+                    data = data[: fault.after - line.passed[way]]
+                    struck = line.passed[way] + len(data) >= fault.after
+                line.passed[way] += len(data)
+                if not line.deaf:
+                    target.write(data)
+                    await target.drain()
+                if fault is not None and struck:
+                    line.fault = None
+                    self._strike(line, fault.kind)
+        if not line.deaf:
+            target.close()
+
+
+# --- the bare client ---------------------------------------------------------------------------------------
+
+
+class Told(NamedTuple):
+    """One event, as it came."""
+
+    text: bytes
+    #: By `time.monotonic_ns`.
+    at: int
+
+
+#: What texts say, by text: many clients are sent the same bytes.
+_parsed: dict[bytes, list[Any]] = {}
+
+
+def parse(text: bytes) -> list[Any]:
+    """Name, event, cursor."""
+    if text not in _parsed:
+        if len(_parsed) > 20_000:
+            _parsed.clear()
+        _parsed[text] = json.loads(text[2:])
+    return _parsed[text]
+
+
+def _is_end(event: JSON, generation_id: str) -> bool:
+    return event["generationId"] == generation_id and event["status"] in ("completed", "failed")
+
+
+def frame(data: bytes | str, *, opcode: int | None = None, final: bool = True) -> bytes:
+    """A client's WebSocket frame."""
+    if opcode is None:
+        opcode = _TEXT if isinstance(data, str) else _BINARY
+    if isinstance(data, str):
+        data = data.encode()
+    size = len(data)
+    if size < 126:
+        head = bytes([0x80 | size])
+    elif size < 65_536:
+        head = b"\xfe" + size.to_bytes(2)
+    else:
+        head = b"\xff" + size.to_bytes(8)
+    return bytes([final << 7 | opcode]) + head + _MASK + data
+
+
+class Wire(asyncio.Protocol):
+    """One WebSocket that speaks Engine.IO and Socket.IO by hand. It answers pings by itself.
+
+    `told` may be handed from a wire to the one that takes its place: all that the device was ever told.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, told: list[Told] | None = None) -> None:
+        self.told: list[Told] = [] if told is None else told
+        #: Every other event: name and data.
+        self.notices: list[tuple[str, JSON]] = []
+        self.acks: dict[int, Any] = {}
+        #: How many events had come before each ack.
+        self.marks: dict[int, int] = {}
+        #: The id of its transport.
+        self.sid = ""
+        #: How many bytes have come.
+        self.taken = 0
+        #: Whether it has stood what it was used for.
+        self.survived = False
+        #: What the packets CONNECT and CONNECT_ERROR brought.
+        self.hello: JSON | None = None
+        self.refused: JSON | None = None
+        #: A DISCONNECT came, after which official clients stay away.
+        self.sent_away = False
+        self.gone = asyncio.Event()
+        self.user = ""
+        self._buffer = bytearray()
+        self._upgraded = False
+        self._news = asyncio.Event()
+        self._calls = 0
+
+    @classmethod
+    async def open(cls, port: int, *, told: list[Told] | None = None, narrow: bool = False, query: str = "") -> "Wire":
+        """A WebSocket. `narrow`: with the segments and the buffer of a phone, so that little is on its way."""
+        sock = socket.socket()
+        sock.setblocking(False)
+        if narrow:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_400)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+        loop = asyncio.get_running_loop()
+        wire = cls(told)
+        try:
+            await loop.sock_connect(sock, ("127.0.0.1", port))
+            wire.transport, _ = await loop.create_connection(lambda: wire, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        wire.transport.write(
+            f"GET /socket.io/?EIO=4&transport=websocket{query} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}\r\n\r\n".encode()
+        )
+        await wire.until(lambda: wire._upgraded)
+        return wire
+
+    # what it does
+
+    def send(self, *frames: str | bytes) -> None:
+        """Text, or binary."""
+        self.write(*(frame(each) for each in frames))
+
+    def write(self, *data: bytes) -> None:
+        """Bytes as they are."""
+        if not self.transport.is_closing():
+            self.transport.write(b"".join(data))
+
+    async def connect(self, **auth: Any) -> JSON:
+        """Send CONNECT with this `auth` and wait for the answer; where it names somebody, for `authenticated` too."""
+        self.send("40" + (json.dumps(auth) if auth else ""))
+        await self.until(lambda: self.hello is not None or self.refused is not None)
+        assert self.hello is not None, self.refused
+        if "userId" in auth or "token" in auth:
+            await self.until(lambda: bool(self.notices))
+            self.user = self.notices[0][1]["userId"]
+            return self.notices[0][1]
+        return self.hello
+
+    async def call(self, name: str, *arguments: Any) -> JSON:
+        """Send an event and return its ack."""
+        number = self.ask(name, *arguments)
+        await self.until_asked(number)
+        ack = self.acks[number]
+        assert isinstance(ack, dict)
+        return ack
+
+    def ask(self, name: str, *arguments: Any) -> int:
+        """Send an event, and return the number of its ack."""
+        self._calls += 1
+        self.send(f"42{self._calls}{json.dumps([name, *arguments])}")
+        return self._calls
+
+    def abort(self) -> None:
+        """Hang up, by RST."""
+        reset(self.transport)
+
+    async def until(self, holds: Callable[[], bool], seconds: float = 60) -> None:
+        """Wait until something holds of what has come. Raises ConnectionResetError where it no longer can."""
+        async with asyncio.timeout(seconds):
+            while not holds():
+                if self.gone.is_set():
+                    raise ConnectionResetError("the server has hung up")
+                self._news.clear()
+                await self._news.wait()
+
+    async def until_asked(self, number: int) -> None:
+        """Wait for the ack of this number."""
+        await self.until(lambda: number in self.acks)
+
+    async def until_told(self, count: int, seconds: float = 60) -> None:
+        """Wait until it was told so many events in all."""
+        await self.until(lambda: len(self.told) >= count, seconds)
+
+    async def until_end_of(self, generation_id: str) -> None:
+        """Wait until the last thing that it was told is the end of this generation."""
+        await self.until(lambda: bool(self.told) and _is_end(parse(self.told[-1].text)[1], generation_id))
+
+    async def until_gone(self, seconds: float = 60) -> None:
+        async with asyncio.timeout(seconds):
+            await self.gone.wait()
+
+    # what it has been told
+
+    @property
+    def events(self) -> list[JSON]:
+        """The events of generations, in order."""
+        return [parse(each.text)[1] for each in self.told]
+
+    def cursor_after(self, count: int) -> str:
+        """The cursor that came with the event of this number, from 1 on."""
+        return str(parse(self.told[count - 1].text)[2])
+
+    @property
+    def pid(self) -> str:
+        """The session that it may take up again."""
+        assert self.hello is not None
+        return str(self.hello["pid"])
+
+    @property
+    def offset(self) -> JSON:
+        """What the official client says when it comes back: its session, and how far it had come."""
+        last = {"offset": self.cursor_after(len(self.told))} if self.told else {}
+        return {"pid": self.pid, **last}
+
+    # what comes
+
+    def data_received(self, data: bytes) -> None:
+        self.taken += len(data)
+        buffer = self._buffer
+        buffer += data
+        if not self._upgraded:
+            head, end, _ = buffer.partition(b"\r\n\r\n")
+            if not end:
+                return
+            if b" 101 " not in head.split(b"\r\n", 1)[0]:
+                self.transport.abort()
+                return
+            self._upgraded = True
+            del buffer[: len(head) + 4]
+        at = 0
+        while len(buffer) >= at + 2:
+            size, start = buffer[at + 1], at + 2
+            if size > 125:
+                start += 2 if size == 126 else 8
+                if len(buffer) < start:
+                    break
+                size = int.from_bytes(buffer[at + 2 : start])
+            if len(buffer) < start + size:
+                break
+            self._take(buffer[at] & 15, bytes(buffer[start : start + size]))
+            at = start + size
+        del buffer[:at]
+        self._news.set()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.gone.set()
+        self._news.set()
+
+    def _take(self, opcode: int, data: bytes) -> None:
+        if opcode == _CLOSE:
+            self.write(frame(data, opcode=_CLOSE))
+        elif data.startswith(_EVENTS):
+            self.told.append(Told(data, time.monotonic_ns()))
+        elif data == b"2":
+            self.send("3")
+        elif data.startswith(b"0"):
+            self.sid = json.loads(data[1:])["sid"]
+        elif data.startswith(b"40"):
+            self.hello = json.loads(data[2:])
+        elif data.startswith(b"41"):
+            self.sent_away = True
+        elif data.startswith(b"42"):
+            name, notice = json.loads(data[2:])
+            self.notices.append((name, notice))
+        elif data.startswith(b"43"):
+            number, _, ack = data[2:].partition(b"[")
+            self.acks[int(number)] = json.loads(ack[:-1] or b"null")
+            self.marks[int(number)] = len(self.told)
+        elif data.startswith(b"44"):
+            refused = data[2:] if data[2:3] == b"{" else data.partition(b",")[2]  # Behind a namespace.
+            self.refused = json.loads(refused)
+
+
+async def together(make: Callable[[int], Awaitable[T]], count: int, *, at_once: int = 64) -> list[T]:
+    """What `make` makes of 0, 1, 2 …, so many of them at a time."""
+    turns = asyncio.Semaphore(at_once)
+
+    async def one(number: int) -> T:
+        async with turns:
+            return await make(number)
+
+    return await asyncio.gather(*(one(number) for number in range(count)))
+
+
+async def hang_up(wires: Sequence[Wire]) -> None:
+    """All of them, at once and without a word."""
+    for wire in wires:
+        wire.abort()
+    await asyncio.gather(*(wire.until_gone() for wire in wires))

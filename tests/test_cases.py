@@ -1,0 +1,46 @@
+"""Every case of `cases`, in its quick form."""
+
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from case_server import Process
+from cases import CASES, Case, attempt
+from harness import running
+from node import needs_node
+
+#: The service's process tells its memory as Linux does.
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory: needs Linux's /proc"),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def process() -> AsyncIterator[Process]:
+    async with Process.start() as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{number}: {case.run.__name__}", marks=needs_node if number == 8 else ())
+        for number, case in CASES.items()
+    ],
+)
+async def test_what_is_promised_holds(case: Case, process: Process, tmp_path: Path) -> None:
+    outcome = await attempt(case, "quick", tmp_path, process)
+    assert outcome.failures == [], outcome.figures
+
+
+async def test_what_is_written_goes_out_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as service:
+        await service.http.get("/health/live")
+        [connection] = service.server.server_state.connections
+        assert connection.transport is not None
+        client = connection.transport.get_extra_info("socket")
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
