@@ -1,81 +1,109 @@
-"""The page, in a real browser."""
+"""The page over HTTP, and once in a real browser with everything real behind it."""
 
+import base64
+import hashlib
+import re
 from pathlib import Path
 
-from playwright.async_api import Page, expect
+import httpx2
+import pytest
+from playwright.async_api import expect
 
-from browser import chromium, needs_chromium
-from doubles import Hold, ScriptedEditor
+from api.page import CDN, FOLDER, policy, render
+from browser import chromium, needs_chromium, tabs
 from harness import running
 from node import needs_client
-from pictures import RED, solid
+from test_auth import guarded
 
-pytestmark = [needs_chromium, needs_client]
+INDEX = (FOLDER / "index.html").read_text("utf-8")
 
 
-class Watched:
-    """A page, and what it complained of or asked others for."""
+def directives(text: str) -> dict[str, list[str]]:
+    return {name: sources for name, *sources in (part.split() for part in text.split("; "))}
 
-    def __init__(self, page: Page, url: str) -> None:
-        self.page = page
-        self.complaints: list[str] = []
-        page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith((url, url.replace("http", "ws"), "data:", "blob:"))
-                else self.complaints.append(request.url)
-            ),
+
+async def test_the_page_may_load_its_own_files_and_nothing_else(tmp_path: Path) -> None:
+    async with running(tmp_path) as service:
+        answer = await service.http.get("/")
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cache-control"] == "no-cache"
+        allowed = directives(answer.headers["content-security-policy"])
+        assert allowed["default-src"] == allowed["base-uri"] == allowed["form-action"] == ["'none'"]
+        assert allowed["frame-ancestors"] == ["'none'"]
+        assert allowed["style-src"] == ["'self'"]
+        assert allowed["img-src"] == ["'self'", "blob:"]
+        own = f"127.0.0.1:{service.port}"
+        assert allowed["connect-src"] == ["'self'", f"ws://{own}", f"wss://{own}"]
+        assert allowed["require-trusted-types-for"] == ["'script'"]
+        assert "unsafe" not in answer.headers["content-security-policy"]
+        for path in re.findall(r'(?:src|href)="(/[^"]+)"', answer.text):
+            file = await service.http.get(path)
+            assert file.status_code == 200, path
+            assert path == "/docs" or file.headers["x-content-type-options"] == "nosniff"
+
+
+def test_nothing_in_the_page_is_a_script_or_a_style() -> None:
+    assert not re.search(r"\sstyle=|\son[a-z]+=|javascript:", INDEX)
+    assert not re.search(r"<style|<script(?![^>]*\ssrc=)", INDEX)
+    for file in FOLDER.glob("*.js"):
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(", file.read_text("utf-8")
         )
 
 
-async def test_one_click_starts_an_edit_and_both_tabs_show_it_live_and_done(tmp_path: Path) -> None:
-    hold = Hold()
-    editor = ScriptedEditor(hold)
-    editor.result = solid(RED, (200, 300), "JPEG")
-    async with running(tmp_path, overrides={"editor": editor}) as service, chromium() as browser:
-        context = await browser.new_context()
-        tabs = [Watched(await context.new_page(), service.url) for _ in range(2)]
-        for tab in tabs:
-            await tab.page.goto(service.url)
-            await expect(tab.page.locator("#connection")).to_have_attribute("data-state", "live")
-        first = tabs[0].page
-        await first.bring_to_front()  # A browser puts off what a hidden page draws.
-        await first.click("#samples")
-        await expect(first.locator("#thumbnails li")).to_have_count(3)
-        await first.fill("#prompt", "<img src=x onerror=alert(1)> a red hat")
-        await first.click("#start")
-        await hold.reached.wait()
-        for tab in tabs:
-            bar = tab.page.locator("#active [role=progressbar]")
-            await expect(bar).to_have_attribute("aria-valuenow", "60")
-            await expect(tab.page.locator("#active")).to_contain_text("<img src=x onerror=alert(1)> a red hat")
-            await expect(tab.page.locator("#active")).to_contain_text("OpenAI image editing started...")
-        hold.let_go.set()
-        for tab in tabs:
-            await expect(tab.page.locator("#active [role=progressbar]")).to_have_count(0)
-            picture = tab.page.locator("#finished img")
-            await expect(picture).to_have_js_property("naturalWidth", 200)
-            await expect(tab.page.locator("#credit")).to_have_text("99 credits")
-            assert tab.complaints == []
+def test_a_service_without_the_client_has_it_taken_from_its_cdn_and_one_with_it_has_not() -> None:
+    own = render(INDEX, guarded=False, own_client=True)
+    assert own == INDEX
+    assert CDN not in policy("x", own_client=True)
+    assert directives(policy("x", own_client=False))["script-src"] == ["'self'", CDN]
+    foreign = render(INDEX, guarded=False, own_client=False)
+    assert "/static/vendor/" not in foreign
+    assert f'<template id="client"><script src="{CDN}" integrity="sha384-' in foreign
 
 
-async def test_cancel_in_one_tab_is_seen_in_the_other_and_gives_the_credit_back(tmp_path: Path) -> None:
-    hold = Hold()
-    async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}) as service, chromium() as browser:
-        context = await browser.new_context()
-        first, second = [await context.new_page() for _ in range(2)]
-        for page in (first, second):
-            await page.goto(service.url)
-        await first.bring_to_front()  # A browser puts off what a hidden page draws.
-        await first.click("#samples")
-        await expect(first.locator("#thumbnails li")).to_have_count(3)
-        await first.fill("#prompt", "a red hat")
-        await first.click("#start")
-        await hold.reached.wait()
-        await second.get_by_role("button", name="Cancel").click()
-        for page in (first, second):
-            await expect(page.locator("#finished")).to_contain_text("Cancelled")
-            await expect(page.locator("#credit")).to_have_text("100 credits")
+@needs_client
+def test_the_client_of_the_cdn_has_to_be_the_one_that_npm_brings() -> None:
+    client = (FOLDER / "vendor" / "socket.io.min.js").read_bytes()
+    digest = base64.b64encode(hashlib.sha384(client).digest()).decode()
+    assert f'integrity="sha384-{digest}"' in render(INDEX, guarded=False, own_client=False)
+
+
+def test_the_page_offers_a_face_where_the_service_can_fetch_one() -> None:
+    assert 'data-face=""' in render(INDEX, guarded=False, own_client=True)
+    face = "http://localhost:3000/static/samples/face.webp?a=1&b=2"
+    assert f'data-face="{face.replace("&", "&amp;")}"' in render(INDEX, guarded=False, own_client=True, face=face)
+
+
+@pytest.mark.parametrize("host", ["localhost:3000", "a-b.example.com", "[::1]:3000"])
+def test_the_sockets_of_the_pages_own_host_are_its_own(host: str) -> None:
+    assert directives(policy(host, own_client=True))["connect-src"] == ["'self'", f"ws://{host}", f"wss://{host}"]
+
+
+@pytest.mark.parametrize("host", ["", "x; script-src *", "a b", "x,y", "*", "*.example.com", "é.example.com"])
+def test_a_host_that_is_none_allows_nothing(host: str) -> None:
+    assert directives(policy(host, own_client=True))["connect-src"] == ["'self'"]
+
+
+async def test_the_page_knows_whether_callers_need_a_token(tmp_path: Path) -> None:
+    async with running(tmp_path / "open") as service:
+        assert 'data-callers="anybody"' in (await service.http.get("/")).text
+    async with guarded(tmp_path / "guarded") as service, httpx2.AsyncClient(base_url=service.url) as stranger:
+        assert 'data-callers="token"' in (await stranger.get("/")).text
+
+
+@needs_chromium
+@needs_client
+async def test_one_click_on_the_samples_makes_a_real_picture(tmp_path: Path) -> None:
+    async with running(tmp_path) as service, chromium() as browser, tabs(browser, service.url) as [tab]:
+        await tab["#try-samples"].click()
+        face = await tab["html"].get_attribute("data-face")
+        await expect(tab["#tray li"]).to_have_count(4 if face else 3)
+        await expect(tab["#prompt"]).not_to_have_value("")
+        await tab["#start"].click()
+        await tab.shows("completed")
+        await expect(tab["#after"]).to_have_js_property("naturalWidth", 1024)
+        await expect(tab["#before"]).to_have_js_property("naturalWidth", 2480)
+        await expect(tab["#history .tile"]).to_have_count(1)
+        await expect(tab["#credit"]).to_have_text("99 credits")

@@ -1,30 +1,115 @@
 """The web page, and the files it is made of."""
 
+import re
+from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-_FOLDER: Final = Path(__file__).parent / "static"
+from api.auth import Authenticator
+from domain.identity import Unauthenticated
+
+#: `index.html`, and everything it is made of.
+FOLDER: Final = Path(__file__).parent / "static"
+
+#: The official Socket.IO client: npm brings it, `make run` puts it here, and a wheel may have it.
+_CLIENT: Final = "vendor/socket.io.min.js"
+
+#: Where browsers get it that was not brought: one file, which has to be the one that we know.
+CDN: Final = "https://cdn.socket.io/4.8.3/socket.io.min.js"
+_INTEGRITY: Final = "sha384-kzavj5fiMwLKzzD1f8S7TeoVIEi7uKHvbTA3ueZkrzYq75pNQUiUi6Dy98Q3fxb0"
+
+#: What `index.html` says of itself, and what is said instead where that does not hold.
+_OWN_CLIENT: Final = f'<script src="/static/{_CLIENT}" defer></script>'
+_CDN_CLIENT: Final = (
+    f'<template id="client"><script src="{CDN}" integrity="{_INTEGRITY}" crossorigin="anonymous"></script></template>'
+)
+_OPEN: Final = 'data-callers="anybody"'
+_GUARDED: Final = 'data-callers="token"'
+_NO_FACE: Final = 'data-face=""'
 
 #: An update of the service is an update of the page: browsers ask each time, and mostly hear that nothing has changed.
-_ASK: Final = {"Cache-Control": "no-cache"}
+_FILES: Final = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+
+_HOST: Final = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 
 
 class _Files(StaticFiles):
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
-        response.headers.update(_ASK)
+        response.headers.update(_FILES)
         return response
 
 
-async def _page(_: Request) -> Response:
-    return FileResponse(_FOLDER / "index.html", headers=_ASK)
+def render(page: str, *, guarded: bool, own_client: bool, face: str | None = None) -> str:
+    """The page as this service serves it.
+
+    Args:
+        page: the text of ``index.html``.
+        guarded: callers need a token.
+        own_client: the service has the official Socket.IO client.
+        face: the URL of a sample face that the service can fetch.
+    """
+    for wanted, written, instead in (
+        (guarded, _OPEN, _GUARDED),
+        (not own_client, _OWN_CLIENT, _CDN_CLIENT),
+        (face, _NO_FACE, f'data-face="{escape(face or "")}"'),
+    ):
+        if wanted:
+            page = page.replace(written, instead, 1)
+    return page
 
 
-def install(app: FastAPI) -> None:
-    """Serve the page at ``/``, and its files below ``/static``."""
-    app.add_route("/", _page, include_in_schema=False)
-    app.mount("/static", _Files(directory=_FOLDER), name="static")
+def policy(host: str, *, own_client: bool) -> str:
+    """The page's Content-Security-Policy.
+
+    Pictures come from ``/images`` of the page's own origin, by whatever name the public URL calls it; `blob:` are those
+    that the user has chosen. Nothing is ever made a script, or HTML, from text: Trusted Types see to it.
+    """
+    # Some browsers do not yet know that an origin's WebSockets belong to it.
+    sockets = f" ws://{host} wss://{host}" if _HOST.fullmatch(host) else ""
+    return "; ".join((
+        "default-src 'none'",
+        f"script-src 'self'{'' if own_client else f' {CDN}'}",
+        "style-src 'self'",
+        "img-src 'self' blob:",
+        f"connect-src 'self'{sockets}",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ))  # fmt: skip
+
+
+def install(app: FastAPI, public_url: str | None = None) -> None:
+    """Serve the page at ``/``, and its files below ``/static``.
+
+    `public_url`: where the service can fetch its own files from; without it the page offers no sample face.
+    """
+    face = None if public_url is None else f"{public_url}/static/samples/face.webp"
+
+    async def page(request: Request) -> Response:
+        own_client = (FOLDER / _CLIENT).is_file()
+        guarded = await _guarded(request.app.state.authenticator)
+        text = render((FOLDER / "index.html").read_text("utf-8"), guarded=guarded, own_client=own_client, face=face)
+        security = {
+            "Content-Security-Policy": policy(request.headers.get("host", ""), own_client=own_client),
+            "Referrer-Policy": "no-referrer",
+        }
+        return HTMLResponse(text, headers={**_FILES, **security})
+
+    app.add_route("/", page, include_in_schema=False)
+    app.mount("/static", _Files(directory=FOLDER), name="static")
+
+
+async def _guarded(authenticator: Authenticator) -> bool:
+    """Whether somebody who says nothing is nobody."""
+    try:
+        await authenticator.of_request(None, None)
+    except Unauthenticated:
+        return True
+    return False

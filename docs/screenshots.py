@@ -1,0 +1,174 @@
+"""Takes the README's pictures of the page: ``python docs/screenshots.py``, with Chromium installed.
+
+The service is real, and so are the edits: some short ones, so that there is a history, and a long one that two devices
+watch. Only the date is made up, so that the pictures do not change with each run more than they have to.
+"""
+
+import asyncio
+import shutil
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final, Literal
+
+import httpx2
+from PIL import Image
+from playwright.async_api import Browser, Page, async_playwright, expect
+
+from adapters.image_work import ImageThreads
+from adapters.local_editor import LocalEditor
+from adapters.local_face_swap import LocalFaceSwap
+from adapters.system import now
+from api.app import create_server
+from api.settings import Settings
+from domain.orders import Options
+from domain.ports import Picture, Report
+
+Scheme = Literal["light", "dark"]
+
+FOLDER: Final = Path(__file__).resolve().parent / "images"
+_SAMPLES: Final = Path(__file__).resolve().parent.parent / "src" / "api" / "static" / "samples"
+
+_BEGIN: Final = datetime(2026, 11, 22, 17, 30, tzinfo=UTC)
+_USER: Final = "ada"
+_PROMPT: Final = "A portrait with this hat, by the lake at dusk"
+_EARLIER: Final = (
+    ("A quiet evening, printed in two colours", "2:3", ("lake",)),
+    ("The hat in the colours of autumn", "1:1", ("hat",)),
+    ("Both of them on one poster", "2:3", ("portrait", "face")),
+    ("A postcard of the lake and the hat", "3:2", ("lake", "hat")),
+)
+#: How long the watched edit takes in each of its two slow stages, in seconds.
+_SLOW: Final = 2.0
+
+#: Width, height and pixels per point.
+_DEVICES: Final = {"desktop": (1280, 940, 1.5), "phone": (390, 780, 1.5)}
+_SCHEMES: Final[tuple[Scheme, ...]] = ("light", "dark")
+
+#: Bytes that a picture may have.
+_LIMIT: Final = 150_000
+
+
+class _Editor:
+    """`domain.ports.ImageEditor`: the offline one, slow enough to be watched where it is watched."""
+
+    def __init__(self, threads: ImageThreads) -> None:
+        self._quick, self._slow = LocalEditor(threads, 0), LocalEditor(threads, _SLOW)
+
+    async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        editor = self._slow if prompt == _PROMPT else self._quick
+        return await editor.edit(sheet, prompt, options, report)
+
+    generate = edit
+
+
+@asynccontextmanager
+async def _service(images: Path, ahead: timedelta) -> AsyncIterator[str]:
+    """A service whose clock is so much ahead of ours. Yields its address."""
+    threads = ImageThreads()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        settings = Settings(_env_file=None, images=images, public_url=url, fetch_allow="127.0.0.1/32")
+        ready = asyncio.Event()
+        overrides = {"editor": _Editor(threads), "face_swapper": LocalFaceSwap(threads, _SLOW)}
+        server = create_server(settings, ready.set, clock=lambda: now() + ahead, **overrides)
+        serving = asyncio.create_task(server.serve([listener]))
+        await ready.wait()
+        try:
+            yield url
+        finally:
+            server.leave(now=True)
+            await serving
+            threads.close()
+
+
+async def _make_a_history(url: str) -> None:
+    async with httpx2.AsyncClient(base_url=url, headers={"X-User-Id": _USER}, timeout=60) as http:
+        for prompt, shape, names in _EARLIER:
+            files = [("images", (name, (_SAMPLES / f"{name}.webp").read_bytes(), "image/webp")) for name in names]
+            fields = {"prompt": prompt, "aspectRatio": shape, "metadata": f'{{"title": "{prompt}"}}'}
+            answer = await http.post("/generations/edit", files=files, data=fields)
+            answer.raise_for_status()
+
+
+async def _open(browser: Browser, url: str, ahead: timedelta, device: str, scheme: Scheme) -> Page:
+    width, height, scale = _DEVICES[device]
+    context = await browser.new_context(
+        viewport={"width": width, "height": height},
+        device_scale_factor=scale,
+        color_scheme=scheme,
+        reduced_motion="reduce",
+        locale="en-GB",
+        timezone_id="UTC",
+    )
+    await context.add_init_script(f"sessionStorage['stagecast.user'] ??= '{_USER}'")
+    await context.add_init_script(
+        f"""globalThis.Date = class extends Date {{
+          constructor(...parts) {{ parts.length ? super(...parts) : super(Date.now()); }}
+          static now() {{ return super.now() + {ahead / timedelta(milliseconds=1)}; }}
+        }}"""
+    )
+    page = await context.new_page()
+    await page.goto(url)
+    await expect(page.locator("body")).to_have_attribute("data-connection", "live")
+    return page
+
+
+async def _take(page: Page, name: str) -> None:
+    await page.evaluate("scrollTo(0, 0)")
+    await page.mouse.move(0, 0)
+    await page.wait_for_load_state("networkidle")
+    image = Image.open(BytesIO(await page.screenshot()))
+    for quality in (88, 80, 70, 60):
+        image.convert("RGB").save(FOLDER / f"{name}.webp", quality=quality, method=6)
+        if (FOLDER / f"{name}.webp").stat().st_size <= _LIMIT:
+            return
+    raise SystemExit(f"{name}.webp is too large.")
+
+
+async def _shoot(browser: Browser, scheme: Scheme) -> None:
+    """One edit, started on the desktop; the phone shows it at work, the desktop what has become of it."""
+    ahead = _BEGIN - now()
+    with TemporaryDirectory() as images:
+        async with _service(Path(images), ahead) as url:
+            await _make_a_history(url)
+            phone = await _open(browser, url, ahead, "phone", scheme)
+            desktop = await _open(browser, url, ahead, "desktop", scheme)
+            await expect(desktop.locator("#history .tile")).to_have_count(len(_EARLIER), timeout=30_000)
+            await desktop.click("#samples")
+            await expect(desktop.locator("#tray li")).to_have_count(3)
+            await desktop.fill("#url", f"{url}/static/samples/face.webp")
+            await desktop.click("#add-url")
+            await desktop.fill("#prompt", _PROMPT)
+            await desktop.click("#start")
+            # The preview comes half-way through the stage.
+            await expect(phone.locator("#pictures a")).to_have_count(1, timeout=30_000)
+            await expect(phone.locator("#after")).not_to_have_class("sheet", timeout=30_000)
+            await _take(phone, f"phone-{scheme}")
+            await expect(desktop.locator("#stage")).to_have_attribute("data-state", "completed", timeout=60_000)
+            await desktop.locator("#wipe").fill("42")
+            await desktop.locator("#stage-title").focus()
+            await _take(desktop, f"desktop-{scheme}")
+            await phone.context.close()
+            await desktop.context.close()
+
+
+async def main() -> None:
+    """Write every picture."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    FOLDER.mkdir(exist_ok=True)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        )
+        for scheme in _SCHEMES:
+            await _shoot(browser, scheme)
+        await browser.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,264 @@
+"""The page in a real browser: when the network, the service or the token lets it down."""
+
+import asyncio
+import re
+import shutil
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, Route, expect
+
+from adapters.memory_log import MemoryLog
+from adapters.system import now
+from adapters.uvicorn_server import Server
+from api.app import create_service
+from api.page import CDN, FOLDER
+from api.settings import Settings
+from browser import Tab, chromium, needs_axe, needs_chromium, serious_faults, tabs
+from doubles import Hold
+from harness import Running, running
+from node import needs_client
+from test_auth import guarded, token
+from test_page_story import PromptedEditor, QuickComposer, logged
+
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+
+EDITOR = PromptedEditor()
+
+#: What a browser says by itself where the network fails.
+NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|CONNECTION_REFUSED|CONNECTION_RESET|EMPTY_RESPONSE|FAILED|NETWORK_CHANGED)"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    async with chromium() as browser:
+        yield browser
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    overrides = {"editor": EDITOR, "composer": QuickComposer()}
+    async with running(tmp_path_factory.mktemp("images"), overrides=overrides) as service:
+        yield service
+
+
+async def started(tab: Tab, prompt: str) -> Hold:
+    """Start this, and wait until it is at work."""
+    hold = EDITOR.hold(prompt)
+    await tab.start(prompt)
+    await hold.reached.wait()
+    await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
+    return hold
+
+
+async def test_who_cuts_the_connection_misses_nothing_and_is_told_what_came_meanwhile(
+    browser: Browser, service: Running
+) -> None:
+    async with tabs(browser, service.url, 2, user="ada") as [away, there]:
+        hold = await started(away, "a far hat")
+        await away["#cut"].click()
+        await away.is_connected("offline")
+        await expect(away["#notice"]).to_contain_text("You have cut this tab’s live connection.")
+        hold.let_go.set()
+        await there.shows("completed", "a far hat")
+        await away.shows("active", "a far hat")
+        await expect(away["#bar"]).to_have_attribute("aria-valuenow", "60")
+        await away.page.get_by_role("button", name="Restore it").click()
+        await away.shows("completed", "a far hat")
+        await expect(away["#notice"]).to_contain_text("Back: 2 events you missed.")
+        await expect(away["#timeline .late"]).to_have_count(2)
+        assert await away.timeline() == await there.timeline() == await logged(service, "ada")
+        await away.page.get_by_role("button", name="Dismiss").click()
+        await expect(away["#notice"]).to_be_empty()
+
+
+async def test_who_loses_the_network_misses_nothing_and_can_start_again_at_once(
+    browser: Browser, service: Running
+) -> None:
+    async with tabs(browser, service.url, user="ben", forgive=NETWORK) as [tab]:
+        hold = await started(tab, "a lone hat")
+        await tab.page.context.set_offline(True)
+        await tab.is_connected("offline")
+        await expect(tab["#notice"]).to_contain_text("Offline.")
+        async with service.phone("ben") as phone:
+            [generation] = (await service.get("/generations", "ben"))["generations"]
+            hold.let_go.set()
+            await phone.until_over(generation["generationId"])
+        await tab.shows("active")
+        await tab.page.context.set_offline(False)
+        await tab.shows("completed", "a lone hat")
+        await expect(tab["#notice"]).to_contain_text("Back: 2 events you missed.")
+        assert await tab.timeline() == await logged(service, "ben")
+
+
+async def test_without_the_socket_io_client_the_page_polls_and_says_so(browser: Browser, service: Running) -> None:
+    async with tabs(browser, service.url, user="cem", forgive=NETWORK, at_once=False) as [tab]:
+        await tab.page.route("**/vendor/socket.io.min.js", lambda route: route.abort("failed"))
+        await tab.goto()
+        await tab.is_connected("polling")
+        await expect(tab["#notice"]).to_contain_text("The Socket.IO client could not be loaded")
+        hold = await started(tab, "a polled hat")
+        hold.let_go.set()
+        await tab.shows("completed", "a polled hat")
+        assert await tab.timeline() == await logged(service, "cem")
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+async def test_a_service_without_the_client_has_it_taken_from_the_cdn_or_is_polled(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool
+) -> None:
+    async def client(route: Route) -> None:
+        if reachable:
+            path = FOLDER / "vendor" / "socket.io.min.js"
+            await route.fulfill(path=path, headers={"Access-Control-Allow-Origin": "*"}, content_type="text/javascript")
+        else:
+            await route.abort("failed")
+
+    shutil.copytree(FOLDER, tmp_path / "static", ignore=shutil.ignore_patterns("vendor"))
+    monkeypatch.setattr("api.page.FOLDER", tmp_path / "static")
+    async with (
+        running(tmp_path / "images") as service,
+        tabs(browser, service.url, forgive=f"{NETWORK}|^{re.escape(CDN)}$", at_once=False) as [tab],
+    ):
+        await tab.page.route(CDN, client)
+        await tab.goto()
+        await tab.is_connected("live" if reachable else "polling")
+
+
+async def test_a_user_that_the_service_does_not_accept_is_told_so(browser: Browser, service: Running) -> None:
+    async with tabs(browser, service.url, user="a\u0085b", at_once=False) as [tab]:
+        await tab.goto()
+        await tab.is_connected("refused")
+        await expect(tab["#notice"]).to_contain_text("The service does not accept this user.")
+
+
+# ---- Tokens --------------------------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    overrides = {"editor": EDITOR, "composer": QuickComposer()}
+    async with guarded(tmp_path_factory.mktemp("images"), overrides=overrides) as service:
+        yield service
+
+
+@needs_axe
+async def test_where_a_key_is_configured_one_signs_in_by_token_in_this_tab_only(
+    browser: Browser, keyed: Running
+) -> None:
+    async with tabs(browser, keyed.url, 2, at_once=False) as [other, tab]:
+        await tab.goto()
+        await expect(tab["#work"]).to_be_hidden()
+        assert await serious_faults(tab.page) == []
+        for wrong, why in (
+            ("no token at all", "This is not a token."),
+            (token(secret="another secret, which is long enough"), "The service does not accept this token."),
+            (token(exp=1), "This token has expired."),
+        ):
+            await tab["#token"].fill(wrong)
+            await tab["#token"].press("Enter")
+            await expect(tab["#token-problem"]).to_have_text(why)
+        await tab["#token"].fill(f"  Bearer {token('ada')}\n")
+        await tab["#token"].press("Enter")
+        await tab.is_connected()
+        await expect(tab["#user-button"]).to_have_text("ada")
+        await tab.start("a secret hat")
+        await tab.shows("completed", "a secret hat")
+        await tab.page.reload()
+        await tab.shows("completed", "a secret hat")
+        assert await tab.page.evaluate("localStorage.length") == 0
+        await other.page.bring_to_front()
+        await other.goto()
+        await expect(other["#sign-in"]).to_be_visible()
+        await other["#token"].fill(token("bob"))
+        await other["#token"].press("Enter")
+        await other.shows("empty")
+        await tab.page.bring_to_front()
+        await tab["#user-button"].click()
+        await tab["#sign-out"].click()
+        await expect(tab["#sign-in"]).to_be_visible()
+        await tab.page.reload()
+        await expect(tab["#sign-in"]).to_be_visible()
+        await expect(tab["#stage-title"]).to_be_empty()
+
+
+async def test_who_is_signed_out_by_an_old_token_signs_in_anew_and_goes_on(browser: Browser, keyed: Running) -> None:
+    async with tabs(browser, keyed.url, at_once=False) as [tab]:
+        await tab.goto()
+        await tab["#token"].fill(token("eva", exp=now().timestamp() + 2))
+        await tab["#token"].press("Enter")
+        await tab.is_connected()
+        await expect(tab["#token-problem"]).to_have_text("This token has expired.", timeout=15_000)
+        await tab["#token"].fill(token("eva"))
+        await tab["#token"].press("Enter")
+        await tab.is_connected()
+        await tab.start("a fresh hat")
+        await tab.shows("completed", "a fresh hat")
+
+
+# ---- The service goes, and comes back ------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def serving(images: Path, port: int = 0, **overrides: Any) -> AsyncIterator[int]:
+    """A service on this port, or on a free one, which leaves at once in the end."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        port = listener.getsockname()[1]
+        settings = Settings(_env_file=None, port=port, images=images)
+        service, app = create_service(settings, editor=EDITOR, composer=QuickComposer(), **overrides)
+        ready = asyncio.Event()
+        server = Server(app, service.leave, ready.set)
+        task = asyncio.create_task(server.serve([listener]))
+        await ready.wait()
+        try:
+            yield port
+        finally:
+            server.leave(now=True)
+            await task
+
+
+async def try_now(tab: Tab) -> None:
+    """Press the button that comes back at once, unless the page has come back by itself."""
+    await tab.page.evaluate(
+        "() => [...document.querySelectorAll('#notice button')].find((it) => it.textContent === 'Try now')?.click()"
+    )
+
+
+async def test_a_service_that_comes_back_without_the_past_is_shown_as_it_is(browser: Browser, tmp_path: Path) -> None:
+    async with AsyncExitStack() as first:
+        port = await first.enter_async_context(serving(tmp_path / "first"))
+        async with tabs(browser, f"http://127.0.0.1:{port}", user="fay", forgive=NETWORK) as [tab]:
+            await started(tab, "a doomed hat")
+            await first.aclose()
+            await tab.shows("failed", "a doomed hat")
+            await expect(tab["#outcome"]).to_contain_text("The service stopped while working on this.")
+            await tab.is_connected("offline")
+            async with serving(tmp_path / "second", port):
+                await try_now(tab)
+                await expect(tab["#notice"]).to_contain_text("The service no longer has the past")
+                await tab.shows("empty")
+                await tab.start("a new hat")
+                await tab.shows("completed", "a new hat")
+
+
+async def test_a_service_that_comes_back_with_its_log_has_everything(browser: Browser, tmp_path: Path) -> None:
+    log = MemoryLog(epoch="e", credits=100, clock=now)
+    async with AsyncExitStack() as first:
+        port = await first.enter_async_context(serving(tmp_path, log=log))
+        async with tabs(browser, f"http://127.0.0.1:{port}", user="gus", forgive=NETWORK) as [tab]:
+            await tab.start("a kept hat")
+            await tab.shows("completed")
+            await first.aclose()
+            await tab.is_connected("offline")
+            async with serving(tmp_path, port, log=log):
+                await try_now(tab)
+                await expect(tab["#notice"]).to_contain_text("Back. You missed nothing.")
+                await tab.shows("completed", "a kept hat")
+                await tab.start("a second hat")
+                await tab.shows("completed", "a second hat")
+                await expect(tab["#history .tile"]).to_have_count(2)
