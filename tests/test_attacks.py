@@ -249,6 +249,13 @@ def tiny(*chunks: tuple[bytes, bytes]) -> bytes:
     return raw_png((4, 4), 8, 2, ROWS, *chunks)
 
 
+def full_of(name: bytes, body: bytes) -> bytes:
+    """A small PNG with 9 MB of this chunk before its pixels."""
+    small = tiny((name, body))
+    chunk = small[small.index(name) - 4 :][: len(body) + 12]
+    return small.replace(chunk, chunk * (9_000_000 // len(chunk)))
+
+
 def segment(marker: int, body: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
 
@@ -282,9 +289,11 @@ def _bombs() -> Iterator[tuple[str, str, bytes]]:
     invalid, large = "422 invalid_image", "422 image_too_large"
     yield "169 megapixels in 100 bytes", large, raw_png((13_000, 13_000), 1, 0, b"")
     yield "four terapixels", large, raw_png((2**21, 2**21), 8, 2, b"")
-    yield "pixels that never end", "202", raw_png((4, 4), 8, 2, bytes(50_000_000))
-    yield "ICC of 50 MB", invalid, tiny((b"iCCP", b"x\0\0" + zlib.compress(bytes(50_000_000))))
-    yield "zTXt of 50 MB", invalid, tiny((b"zTXt", b"x\0\0" + zlib.compress(bytes(50_000_000))))
+    fifty = bytes(50_000_000)
+    yield "pixels that never end", "202", raw_png((4, 4), 8, 2, fifty)
+    packed = zlib.compress(fifty)
+    yield "ICC of 50 MB", invalid, tiny((b"iCCP", b"x\0\0" + packed))
+    yield "zTXt of 50 MB", invalid, tiny((b"zTXt", b"x\0\0" + packed))
     text = b"x\0\1\0\0\0" + zlib.compress(bytes(1_000_000))
     yield "a hundred iTXt of 1 MB", invalid, tiny(*[(b"iTXt", text)] * 100)
     entries = b"".join(struct.pack(">HHLL", tag, 7, 4_000_000, 8) for tag in range(5_000))
@@ -300,8 +309,8 @@ def _bombs() -> Iterator[tuple[str, str, bytes]]:
         ("stray bytes", b"\xff\0a"),
     ):
         yield f"9 MB of {name}", invalid, JPEG[:2] + each * (9_000_000 // len(each)) + JPEG[2:]
-    yield "9 MB of chunks", invalid, tiny(*[(b"prVt", b"")] * 750_000)
-    yield "9 MB of empty texts", invalid, tiny(*[(b"tEXt", b"k\0")] * 640_000)
+    yield "9 MB of chunks", invalid, full_of(b"prVt", b"")
+    yield "9 MB of empty texts", invalid, full_of(b"tEXt", b"k\0")
     yield "a WebP that says it is huge", large, webp_that_says(16_383, 16_383)
     yield "an animated WebP that says it is huge", large, webp_with_canvas(16_383, 16_383)
 
@@ -319,12 +328,13 @@ def _other_types() -> Iterator[tuple[str, bytes]]:
     yield "zeroes", bytes(100)
 
 
-@pytest.mark.parametrize("kind", ["edit", "generate"])
-async def test_bombs_are_refused_or_harmless(siege: Siege, kind: str) -> None:
+async def test_bombs_are_refused_or_harmless(siege: Siege) -> None:
     table: Table = {}
     for name, expected, data in _bombs():
-        attack = siege.outcome(form(PROMPT, part("images", data, b"a.png")), kind=kind)
-        table[name] = expected, attack
+        body = form(PROMPT, part("images", data, b"a.png"))
+        table[name] = expected, siege.outcome(body)
+        if len(data) < MEGABYTE:
+            table[f"{name}, to generate"] = expected, siege.outcome(body, kind="generate")
     await siege.aftermath(accepted=await expect(table))
 
 
@@ -338,18 +348,16 @@ async def test_other_types_are_refused_whatever_they_are_called(siege: Siege) ->
     await siege.aftermath()
 
 
-@pytest.mark.parametrize(
-    ("name", "content_type"),
-    [(b"a.svg", b"image/svg+xml"), (b"a.html", b"text/html"), (b"a.php\0.jpg", b"x"), (b"a", b"image/png\0")],
-)
-async def test_a_picture_is_what_its_bytes_are(siege: Siege, name: bytes, content_type: bytes) -> None:
-    file = part("images", JPEG, name, b"Content-Type: " + content_type)
-    answer = await siege.send(form(PROMPT, file))
-    assert answer.status_code == 202, answer.text
-    for picture in await served(siege, answer.json()["generationId"]):
-        assert picture.headers["content-type"] in ("image/png", "image/jpeg", "image/webp")
-        assert picture.headers["x-content-type-options"] == "nosniff"
-    await siege.aftermath(accepted=1)
+async def test_a_picture_is_what_its_bytes_are(siege: Siege) -> None:
+    names = (b"a.svg", b"image/svg+xml"), (b"a.html", b"text/html"), (b"a.php\0.jpg", b"x"), (b"a", b"image/png\0")
+    for name, content_type in names:
+        file = part("images", JPEG, name, b"Content-Type: " + content_type)
+        answer = await siege.send(form(PROMPT, file))
+        assert answer.status_code == 202, answer.text
+        for picture in await served(siege, answer.json()["generationId"]):
+            assert picture.headers["content-type"] in ("image/png", "image/jpeg", "image/webp")
+            assert picture.headers["x-content-type-options"] == "nosniff"
+    await siege.aftermath(accepted=len(names))
 
 
 async def served(siege: Siege, generation_id: str) -> list[httpx2.Response]:
@@ -384,8 +392,11 @@ async def test_nothing_that_came_along_with_the_pixels_is_ever_served(siege: Sie
     for name, data in _polyglots():
         answer = await siege.send(form(PROMPT, part("images", data, b"a")))
         assert answer.status_code == 202, name
-        stored = [path.read_bytes() for path in siege.images.rglob("*.[jpw]*") if path.is_file()]
-        for content in [picture.content for picture in await served(siege, answer.json()["generationId"])] + stored:
+        generation_id = answer.json()["generationId"]
+        shown = [picture.content for picture in await served(siege, generation_id)]
+        stored = [path.read_bytes() for path in (siege.images / generation_id).iterdir()]
+        assert len(stored) >= len(shown)
+        for content in shown + stored:
             for trace in (b"SECRET", b"Exif", b"GPS", b"PK\x03\x04", b"<script", b"acTL", b"ANIM"):
                 assert trace not in content, name
             with Image.open(BytesIO(content)) as image:
@@ -686,11 +697,11 @@ async def test_who_has_no_token_is_refused_before_the_body_is_read(
     await locked.aftermath()
 
 
-@pytest.mark.parametrize("credential", ["Bearer x", "Bearer " + "a" * 60_000, "Basic YTpi", "Bearer \xff", "bearer"])
-async def test_a_wrong_token_is_no_token(locked: Siege, credential: str) -> None:
-    async with locked.connect() as wire:
-        await wire.head(f"Content-Length: {100 * MEGABYTE}", f"Authorization: {credential}", user=None)
-        assert (await wire.answer()).startswith("401 ")
+async def test_a_wrong_token_is_no_token(locked: Siege) -> None:
+    for credential in ("Bearer x", "Bearer " + "a" * 60_000, "Basic YTpi", "Bearer \xff", "bearer"):
+        async with locked.connect() as wire:
+            await wire.head(f"Content-Length: {100 * MEGABYTE}", f"Authorization: {credential}", user=None)
+            assert (await wire.answer()).startswith("401 "), credential[:20]
     await locked.aftermath()
 
 
@@ -701,14 +712,14 @@ async def test_100_mb_with_a_token_are_refused_by_their_length(locked: Siege) ->
     await locked.aftermath()
 
 
-@pytest.mark.parametrize("line", [b"X-A: " + b"a" * 60_000, b"X-A: a\r\n" * 7_000])
-async def test_a_head_without_end_is_refused(locked: Siege, line: bytes) -> None:
-    async with locked.connect() as wire:
-        await wire.send(b"GET /me HTTP/1.1\r\nHost: localhost\r\n")
-        for _ in range(20):
-            await wire.send(line)
-        answer = await asyncio.wait_for(wire.reader.read(12), 1)
-        assert answer in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431")
+async def test_a_head_without_end_is_refused(locked: Siege) -> None:
+    for line in (b"X-A: " + b"a" * 60_000, b"X-A: a\r\n" * 7_000):
+        async with locked.connect() as wire:
+            await wire.send(b"GET /me HTTP/1.1\r\nHost: localhost\r\n")
+            for _ in range(20):
+                await wire.send(line)
+            answer = await asyncio.wait_for(wire.reader.read(12), 1)
+            assert answer in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431")
     await locked.aftermath()
 
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import httpx2
 import jwt
 import pytest
+import pytest_asyncio
 import websockets
 
 from adapters.memory_log import MemoryLog
@@ -24,6 +25,8 @@ from doubles import Hold, ScriptedEditor
 from harness import JSON, Running, rest_of, running
 from http_app import assert_problem
 from test_jwt_tokens import Issuer, PrivateKey, ec_key, jwk, rsa_key, running_issuer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECRET: Final = "correct-horse-battery-staple-0123456789"
 MISSING: Final = "edit_1763829000123_k3v9x2ab4c6d8e0f"
@@ -53,10 +56,27 @@ async def guarded(images: Path, service_token: str = SERVICE, **rest: Any) -> As
         yield service
 
 
-@pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Running]:
-    async with guarded(tmp_path) as service:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    async with guarded(tmp_path_factory.mktemp("images")) as service:
         yield service
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def service(shared: Running) -> AsyncIterator[Running]:
+    """The service of all these tests. Each leaves it idle."""
+    yield shared
+    await shared.until(lambda: shared.service.sockets.idle and not shared.service.projection.rooms)
+    await shared.service.queue.settled()
+
+
+_numbers: Final = itertools.count()
+
+
+@pytest.fixture
+def eve() -> str:
+    """A user whom no other test knows."""
+    return f"eve-{next(_numbers)}"
 
 
 async def ask(service: Running, bearer: str | None, path: str = "/me", method: str = "GET", **rest: Any) -> Any:
@@ -176,9 +196,9 @@ async def test_another_scheme_or_none_is_no_token(service: Running, header: str)
 
 
 @pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER   "])
-async def test_the_scheme_knows_no_case(service: Running, scheme: str) -> None:
-    answer = await service.http.get("/me", headers={"Authorization": f"{scheme}{token()}"})
-    assert answer.json() == {"userId": "ada", "credit": 100}
+async def test_the_scheme_knows_no_case(service: Running, scheme: str, eve: str) -> None:
+    answer = await service.http.get("/me", headers={"Authorization": f"{scheme}{token(eve)}"})
+    assert answer.json() == {"userId": eve, "credit": 100}
 
 
 BAD: Final = {
@@ -290,23 +310,23 @@ async def test_without_the_scope_nobody_acts_for_anybody_not_even_for_themselves
         assert_problem(answer, 403, "forbidden")
 
 
-async def test_a_service_acts_for_a_user_on_every_route(service: Running) -> None:
-    backend: JSON = {"headers": {"X-User-Id": "ada"}}
+async def test_a_service_acts_for_a_user_on_every_route(service: Running, eve: str) -> None:
+    backend: JSON = {"headers": {"X-User-Id": eve}}
     for method, path in await guarded_operations(service):
         assert (await ask(service, SERVICE, path, method, **backend)).status_code not in (401, 403, 500)
-    generation_id = await service.start("ada")
+    generation_id = await service.start(eve)
     one = f"/generations/{generation_id}"
     await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
     for path in ("/me", "/generations", one, f"{one}/events"):
         theirs = await ask(service, SERVICE, path, **backend)
-        assert theirs.content == (await ask(service, token("ada"), path)).content
+        assert theirs.content == (await ask(service, token(eve), path)).content
     assert_problem(await ask(service, SERVICE, one), 404, "not_found")
     assert_problem(await ask(service, SERVICE, one, headers={"X-User-Id": "bob"}), 404, "not_found")
     assert (await ask(service, SERVICE, "/me")).json()["userId"] == "backend"
     cancelled = await ask(service, SERVICE, f"{one}/cancel", "POST", **backend)
     assert cancelled.json() == {"outcome": "already_finished"}
     assert (await ask(service, SERVICE, one, "DELETE", **backend)).status_code == 204
-    assert_problem(await ask(service, token("ada"), one), 404, "not_found")
+    assert_problem(await ask(service, token(eve), one), 404, "not_found")
 
 
 async def test_a_service_cannot_act_for_nobody(service: Running) -> None:
@@ -330,41 +350,41 @@ async def balance(service: Running, user: str) -> object:
     return answer.json().get("credit")
 
 
-async def test_only_a_service_grants(service: Running) -> None:
+async def test_only_a_service_grants(service: Running, eve: str) -> None:
     for bearer, status, code in (
         (None, 401, "unauthenticated"),
         (EXPIRED, 401, "token_expired"),
-        (token("eve"), 403, "forbidden"),
+        (token(eve), 403, "forbidden"),
         (token("bob", scope="stagecast"), 403, "forbidden"),
     ):
-        assert_problem(await grant(service, "eve", bearer=bearer), status, code)
-    assert await balance(service, "eve") == 100
+        assert_problem(await grant(service, eve, bearer=bearer), status, code)
+    assert await balance(service, eve) == 100
 
 
-async def test_credit_is_given_and_taken_back_but_never_below_0(service: Running) -> None:
+async def test_credit_is_given_and_taken_back_but_never_below_0(service: Running, eve: str) -> None:
     for amount, left in ((5, 105), (-30, 75), (0, 75), (-1_000_000_000, 0), (-1, 0), (1, 1)):
-        answer = await grant(service, "eve", amount)
-        assert (answer.status_code, answer.json()) == (200, {"userId": "eve", "credit": left})
-        assert await balance(service, "eve") == left
-    assert await balance(service, "bob") == 100
+        answer = await grant(service, eve, amount)
+        assert (answer.status_code, answer.json()) == (200, {"userId": eve, "credit": left})
+        assert await balance(service, eve) == left
+    assert await balance(service, f"not {eve}") == 100
 
 
-async def test_who_has_nothing_left_starts_again_once_something_was_granted(service: Running) -> None:
-    await grant(service, "eve", -100)
-    assert_problem(await service.post("eve", "edit"), 402, "insufficient_credit")
-    await grant(service, "eve", 1)
-    assert (await service.post("eve", "edit")).status_code == 202
-    assert await balance(service, "eve") == 0
+async def test_who_has_nothing_left_starts_again_once_something_was_granted(service: Running, eve: str) -> None:
+    await grant(service, eve, -100)
+    assert_problem(await service.post(eve, "edit"), 402, "insufficient_credit")
+    await grant(service, eve, 1)
+    assert (await service.post(eve, "edit")).status_code == 202
+    assert await balance(service, eve) == 0
 
 
-async def test_a_grant_with_a_key_happens_once_and_answers_the_same(service: Running) -> None:
-    first = await grant(service, "eve", 5, key="k")
-    await grant(service, "eve", 1)
-    again = await asyncio.gather(*(grant(service, "eve", 5, key="k") for _ in range(5)))
+async def test_a_grant_with_a_key_happens_once_and_answers_the_same(service: Running, eve: str) -> None:
+    first = await grant(service, eve, 5, key="k")
+    await grant(service, eve, 1)
+    again = await asyncio.gather(*(grant(service, eve, 5, key="k") for _ in range(5)))
     assert {answer.content for answer in again} == {first.content}
-    assert_problem(await grant(service, "eve", 6, key="k"), 422, "idempotency_mismatch")
-    assert await balance(service, "eve") == 106
-    assert (await grant(service, "bob", 6, key="k")).json()["credit"] == 106
+    assert_problem(await grant(service, eve, 6, key="k"), 422, "idempotency_mismatch")
+    assert await balance(service, eve) == 106
+    assert (await grant(service, f"not {eve}", 6, key="k")).json()["credit"] == 106
 
 
 async def test_a_key_is_remembered_for_the_retention_time(tmp_path: Path) -> None:
@@ -398,10 +418,10 @@ async def test_nobody_can_be_granted_to_whom_there_cannot_be(service: Running, u
 
 
 @pytest.mark.parametrize("amount", [None, "5", 1.5, True, [], 10**10, -(10**10)])
-async def test_an_amount_is_a_whole_number_within_bounds(service: Running, amount: object) -> None:
-    problem = assert_problem(await grant(service, "eve", amount), 422, "invalid_request")
+async def test_an_amount_is_a_whole_number_within_bounds(service: Running, amount: object, eve: str) -> None:
+    problem = assert_problem(await grant(service, eve, amount), 422, "invalid_request")
     assert [error["field"] for error in problem["errors"]] == ["amount"]
-    assert await balance(service, "eve") == 100
+    assert await balance(service, eve) == 100
 
 
 async def test_in_open_mode_every_caller_may_grant(tmp_path: Path) -> None:
@@ -418,7 +438,7 @@ EVIL: Final = "https://evil.example"
 APP: Final = "https://app.example.com"
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def public(tmp_path: Path) -> AsyncIterator[Running]:
     async with guarded(tmp_path, cors_origins=(APP,)) as service:
         yield service
@@ -459,7 +479,7 @@ async def test_with_a_key_preflights_need_no_token(public: Running) -> None:
 # --- published keys --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def issuer() -> AsyncIterator[Issuer]:
     async with running_issuer(jwk(rsa_key("ours"), kid="rsa"), jwk(ec_key("ours"), kid="ec")) as issuer:
         yield issuer
@@ -470,7 +490,7 @@ def clock() -> SteppableClock:
     return SteppableClock()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def published(tmp_path: Path, issuer: Issuer, clock: SteppableClock) -> AsyncIterator[Running]:
     """A service that takes the tokens of an issuer."""
     backend = by(ec_key("ours"), "ec", "backend", scope="stagecast:service")
@@ -680,7 +700,7 @@ class TestWithTokensThatEnd:
     def hold(self) -> Hold:
         return Hold()
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def service(self, tmp_path: Path, hold: Hold) -> AsyncIterator[Running]:
         overrides = {"editor": ScriptedEditor(hold), "clock": SteppableClock()}
         async with guarded(tmp_path, overrides=overrides) as service:
@@ -805,12 +825,12 @@ class TestOneUserAfterTheOther:
     def log(self) -> GatedLog:
         return GatedLog()
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def service(self, tmp_path: Path, hold: Hold, log: GatedLog) -> AsyncIterator[Running]:
         async with guarded(tmp_path, overrides={"editor": ScriptedEditor(hold), "log": log}) as service:
             yield service
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def ids(self, service: Running) -> dict[str, str]:
         """A generation of each user, which is worked on."""
         ids = {user: await service.start(user) for user in ("ada", "bob")}

@@ -8,12 +8,14 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+import pytest_asyncio
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from starlette.routing import Mount
@@ -22,6 +24,8 @@ from doubles import Hold, ScriptedEditor
 from harness import JSON, PHOTO, Running, running
 from http_app import assert_problem
 from test_auth import MISSING, SERVICE, Wire, ask, guarded, token, wire
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 USERS: Final = ("ada", "bob")
 BROKEN: Final = "nonsense"
@@ -38,6 +42,8 @@ class One(NamedTuple):
     #: Further ways to ask, each of which shows no difference either.
     queries: tuple[str, ...] = ("",)
     body: JSON | None = None
+    #: Whoever has a token of their own is refused with 403, whatever they ask about.
+    services: bool = False
 
 
 #: Routes that show a user's own things and no other's.
@@ -55,8 +61,8 @@ ROUTES: Final[dict[tuple[str, str], One | str]] = {
     ("GET", f"{_ONE}/events"): One(200, 200, ("", "?after=1", "?after=999", "?after=-1", "?after=x")),
     ("POST", f"{_ONE}/cancel"): One(200, 200),
     ("DELETE", _ONE): One(409, 204),
-    # Named by the contract, and tried as soon as it is there. None of these here is external: 409.
-    ("POST", f"{_ONE}/transitions"): One(409, 409, body={"status": "composition"}),
+    # None of these here is external: 409.
+    ("POST", f"{_ONE}/transitions"): One(409, 409, body={"status": "composition"}, services=True),
     ("GET", "/events"): OWN,
     ("GET", "/generations"): OWN,
     ("GET", "/me"): OWN,
@@ -125,6 +131,10 @@ class World:
         self.deleted = dict[str, str]()
         self.cursors = dict[str, str]()
 
+    def refuses(self, kind: One) -> bool:
+        """Whether a route is not for those who ask here."""
+        return kind.services and self._tokens == "own"
+
     async def call(self, user: str, path: str, method: str = "GET", **rest: Any) -> httpx2.Response:
         """The answer to this user, who proves it in the way that is tried."""
         headers = rest.pop("headers", {})
@@ -175,17 +185,18 @@ class World:
         return [self.running[user], self.finished[user], self.deleted[user], f"secret of {user}", f'"{user}"']
 
 
-@pytest.fixture(params=["open", "own", "service"])
-async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    """In open mode, by tokens of the users' own, and by a service that acts for them."""
+#: In open mode, by tokens of the users' own, and by a service that acts for them.
+TOKENS: Final = ("open", "own", "service")
+
+
+@asynccontextmanager
+async def filled_world(images: Path, tokens: str) -> AsyncIterator[World]:
     hold = Hold()
     overrides = {"editor": ScriptedEditor(hold)}
-    opened = (
-        running(tmp_path, overrides=overrides) if request.param == "open" else guarded(tmp_path, overrides=overrides)
-    )
+    opened = running(images, overrides=overrides) if tokens == "open" else guarded(images, overrides=overrides)
     async with opened as service:
-        world = World(service, hold, tokens=request.param)
-        if request.param == "open":
+        world = World(service, hold, tokens=tokens)
+        if tokens == "open":
             service.http.headers["Authorization"] = "none"  # `ask` takes it away.
         await world.fill()
         yield world
@@ -193,8 +204,23 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         await worked_off(service)
 
 
-#: For what does not depend on how somebody proves who they are.
-OWN_TOKENS: Final = pytest.mark.parametrize("world", ["own"], indirect=True)
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=TOKENS)
+async def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """One that all its tests leave as it is."""
+    async with filled_world(tmp_path_factory.mktemp("images"), request.param) as world:
+        yield world
+
+
+@pytest_asyncio.fixture(loop_scope="module", params=TOKENS)
+async def own_world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    """One that its test may change."""
+    async with filled_world(tmp_path, request.param) as world:
+        yield world
+
+
+def own_tokens(world: str) -> pytest.MarkDecorator:
+    """For what does not depend on how somebody proves who they are."""
+    return pytest.mark.parametrize(world, ["own"], indirect=True)
 
 
 def shown(answer: httpx2.Response) -> tuple[int, bytes, dict[str, str]]:
@@ -230,7 +256,8 @@ async def test_what_is_foreign_answers_as_what_is_missing(world: World) -> None:
                     await asked(world, me, method, template, generation_id, query, kind.body)
                     for generation_id in (*missing, *foreign)
                 ]
-                assert answers[0].status_code in ((404,) if "?after=-1" != query != "?after=x" else (422, 404))
+                expected = (404,) if "?after=-1" != query != "?after=x" else (422, 404)
+                assert answers[0].status_code in ((403,) if world.refuses(kind) else expected)
                 assert [shown(answer) for answer in answers] == [shown(answers[0])] * len(answers), (method, template)
         assert (await world.state(me), await world.state(other)) == before
 
@@ -242,26 +269,27 @@ async def asked(
     return await world.call(user, template.replace("{generation_id}", generation_id) + query, method, **rest)
 
 
-async def test_what_is_ones_own_answers(world: World) -> None:
+async def test_what_is_ones_own_answers(own_world: World) -> None:
     """Otherwise nothing above would have been shown."""
-    there = routes_of(world.service)
+    there = routes_of(own_world.service)
     for user in USERS:
         # What ends a generation comes last.
         ending = ("GET", "POST", "DELETE")
         for (method, template), kind in sorted(ROUTES.items(), key=lambda item: ending.index(item[0][0])):
             if isinstance(kind, One) and (method, template) in there and not template.endswith("cancel"):
                 for generation_id, status in (
-                    (world.running[user], kind.running),
-                    (world.finished[user], kind.finished),
+                    (own_world.running[user], kind.running),
+                    (own_world.finished[user], kind.finished),
                 ):
-                    answer = await asked(world, user, method, template, generation_id, "", kind.body)
-                    assert answer.status_code == status, (method, template)
-        cancelled = await world.call(user, f"/generations/{world.running[user]}/cancel", "POST")
+                    answer = await asked(own_world, user, method, template, generation_id, "", kind.body)
+                    expected = 403 if own_world.refuses(kind) else status
+                    assert answer.status_code == expected, (method, template)
+        cancelled = await own_world.call(user, f"/generations/{own_world.running[user]}/cancel", "POST")
         assert cancelled.json() == {"outcome": "cancelled"}
-        await world.give_back(user)
+        await own_world.give_back(user)
 
 
-@OWN_TOKENS
+@own_tokens("world")
 async def test_no_header_makes_a_difference(world: World) -> None:
     for headers in (
         {"Accept": "text/html"},
@@ -293,11 +321,11 @@ async def test_no_route_shows_anything_of_somebody_else(world: World) -> None:
         assert world.running[me] in (await world.call(me, "/generations")).text
 
 
-@OWN_TOKENS
-async def test_an_idempotency_key_tells_nothing_of_another_user(world: World) -> None:
+@own_tokens("own_world")
+async def test_an_idempotency_key_tells_nothing_of_another_user(own_world: World) -> None:
     files = [("images", ("a.jpg", PHOTO, "image/jpeg")), ("prompt", (None, b"a red hat"))]
     started = [
-        await world.call(user, "/generations/edit", "POST", files=files, headers={"Idempotency-Key": "the same"})
+        await own_world.call(user, "/generations/edit", "POST", files=files, headers={"Idempotency-Key": "the same"})
         for user in USERS
     ]
     assert [answer.status_code for answer in started] == [202, 202]
@@ -305,7 +333,7 @@ async def test_an_idempotency_key_tells_nothing_of_another_user(world: World) ->
     assert [answer.json()["userId"] for answer in started] == list(USERS)
 
 
-@OWN_TOKENS
+@own_tokens("world")
 async def test_a_wrong_id_of_any_shape_is_as_missing(world: World) -> None:
     expected = shown(await world.call("ada", f"/generations/{MISSING}"))
     theirs = world.running["bob"]
@@ -369,7 +397,7 @@ async def images_of(world: World, user: str) -> list[str]:
     return [urlsplit(generation[key]).path for key in ("compositionUrl", "editedImageUrl")]
 
 
-@OWN_TOKENS
+@own_tokens("world")
 async def test_names_of_images_hold_128_random_bits(world: World) -> None:
     paths = [path for user in USERS for path in await images_of(world, user)]
     random = []
@@ -381,7 +409,7 @@ async def test_names_of_images_hold_128_random_bits(world: World) -> None:
     assert len(set(random)) == len(random) == 4
 
 
-@OWN_TOKENS
+@own_tokens("world")
 async def test_who_knows_the_generation_does_not_know_its_images(world: World) -> None:
     [path, _] = await images_of(world, "bob")
     stem, _, suffix = path.rpartition("-")
@@ -458,13 +486,13 @@ async def test_no_path_leads_out_of_the_folder_of_images(tmp_path: Path) -> None
             assert str(tmp_path).encode() not in answer
 
 
-@OWN_TOKENS
-async def test_with_a_generation_its_images_go(world: World) -> None:
-    paths = await images_of(world, "bob")
-    assert [(await world.call("ada", path)).status_code for path in paths] == [200, 200]
-    await world.call("bob", f"/generations/{world.finished['bob']}", "DELETE")
+@own_tokens("own_world")
+async def test_with_a_generation_its_images_go(own_world: World) -> None:
+    paths = await images_of(own_world, "bob")
+    assert [(await own_world.call("ada", path)).status_code for path in paths] == [200, 200]
+    await own_world.call("bob", f"/generations/{own_world.finished['bob']}", "DELETE")
     for path in paths:
-        assert_problem(await world.call("bob", path), 404, "not_found")
+        assert_problem(await own_world.call("bob", path), 404, "not_found")
 
 
 # --- live: I5 --------------------------------------------------------------------------------------------

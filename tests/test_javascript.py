@@ -32,6 +32,13 @@ async def test_the_seeds_snippet_shows_every_stage_on_both_devices_and_none_to_o
         assert [bar["message"] for [bar] in bars[:-1]] == [event["message"] for event in history[:-1]]
         assert bars[-1] == []
 
+        # Every event carries its cursor as a last, string argument.
+        await asyncio.gather(service.start("123"), service.start("123", "generate", images=3))
+        await phone.until(lambda: len(phone.named("generation_completed")) == 3)
+        further = [line["further"] for line in phone.lines if "data" in line]
+        assert all(len(each) == 1 and isinstance(each[0], str) for each in further)
+        assert len({each[0] for each in further}) == len(further) == 6 + 11
+
 
 async def test_the_seeds_snippet_that_comes_late_shows_the_bar_where_it_is(tmp_path: Path, log_setting: str) -> None:
     hold = Hold()
@@ -43,13 +50,3 @@ async def test_the_seeds_snippet_that_comes_late_shows_the_bar_where_it_is(tmp_p
             hold.let_go.set()
             await phone.until(lambda: bool(phone.named("generation_completed")))
             assert phone.data == await service.events(generation_id, "123")
-
-
-async def test_every_event_carries_its_cursor_as_a_last_string_argument(tmp_path: Path, log_setting: str) -> None:
-    async with running(tmp_path, log=log_setting) as service, seed(service.url, 123) as phone:
-        await service.until(lambda: "123" in service.service.projection.rooms)
-        await asyncio.gather(service.start("123"), service.start("123", "generate", images=3))
-        await phone.until(lambda: len(phone.named("generation_completed")) == 2)
-        further = [line["further"] for line in phone.lines if "data" in line]
-        assert all(len(each) == 1 and isinstance(each[0], str) for each in further)
-        assert len({each[0] for each in further}) == len(further) == 11

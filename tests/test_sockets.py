@@ -3,11 +3,14 @@
 import asyncio
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
+import websockets
 
 from adapters import engineio_server
 from adapters.memory_log import MemoryLog
@@ -17,9 +20,28 @@ from domain.feed import Cursor, feed_name
 from doubles import Hold, ScriptedEditor
 from harness import Running, flood, rest_of, running
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
-async def service(tmp_path: Path, log_setting: str) -> AsyncIterator[Running]:
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["memory", "sqlite"])
+async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Running]:
+    folder: Path = tmp_path_factory.mktemp("service")
+    log = "memory://" if request.param == "memory" else f"sqlite:///{folder}/log.db"
+    async with running(folder / "images", log=log) as service:
+        yield service
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def service(shared: Running) -> AsyncIterator[Running]:
+    """The service of all these tests. Each leaves it idle."""
+    yield shared
+    await shared.until(lambda: shared.service.sockets.idle and not shared.service.projection.rooms)
+    await shared.service.queue.settled()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own_service(tmp_path: Path, log_setting: str) -> AsyncIterator[Running]:
+    """A service that nobody else has used."""
     async with running(tmp_path, log=log_setting) as service:
         yield service
 
@@ -115,10 +137,11 @@ class TestWithWorkHeldUp:
     def hold(self) -> Hold:
         return Hold()
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def service(self, tmp_path: Path, log_setting: str, hold: Hold) -> AsyncIterator[Running]:
         async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(hold)}) as service:
             yield service
+            await service.service.queue.settled()
 
     async def test_a_late_device_gets_what_was_and_then_what_comes(self, service: Running, hold: Hold) -> None:
         generation_id = await service.start("ada")
@@ -264,9 +287,9 @@ async def test_the_wrong_number_of_arguments_is_a_bad_request(service: Running) 
 @pytest.mark.parametrize(
     "hello",
     [
-        pytest.param(['40{"userId":"ada","recovery":false}'], id="in the handshake that authenticates"),
-        pytest.param(['40{"recovery":false}', '42["authenticate",{"userId":"ada"}]'], id="in the handshake"),
-        pytest.param(["40", '42["authenticate",{"userId":"ada","recovery":false}]'], id="in authenticate"),
+        pytest.param(['40{"userId":"eve-1","recovery":false}'], id="in the handshake that authenticates"),
+        pytest.param(['40{"recovery":false}', '42["authenticate",{"userId":"eve-2"}]'], id="in the handshake"),
+        pytest.param(["40", '42["authenticate",{"userId":"eve-3","recovery":false}]'], id="in authenticate"),
     ],
 )
 async def test_a_device_without_recovery_gets_one_argument_with_the_cursor_in_it(
@@ -275,8 +298,9 @@ async def test_a_device_without_recovery_gets_one_argument_with_the_cursor_in_it
     connection = await service.raw()
     for frame in hello:
         await connection.send(frame)
-    await service.until(lambda: "ada" in service.service.projection.rooms)
-    await service.start("ada")
+    await service.until(lambda: bool(service.service.projection.rooms))
+    [user] = service.service.projection.rooms
+    await service.start(user)
     seen: list[Any] = []
     while not seen or seen[-1][0] != "generation_completed":
         text = str(await connection.recv())
@@ -284,7 +308,7 @@ async def test_a_device_without_recovery_gets_one_argument_with_the_cursor_in_it
             seen.append(json.loads(text[2:]))
     await connection.close()
     assert all(len(event) == 2 for event in seen)
-    cursors = [Cursor.parse(event[1]["cursor"], feed_name(service.service.log.epoch, "ada")) for event in seen]
+    cursors = [Cursor.parse(event[1]["cursor"], feed_name(service.service.log.epoch, user)) for event in seen]
     assert [cursor and cursor.seen for cursor in cursors] == list(range(1, 7))
 
 
@@ -403,39 +427,53 @@ async def test_a_handshake_that_the_log_does_not_answer_closes_the_transport_and
         assert not [frame for frame in await rest_of(connection) if frame.startswith("4")]
 
 
-#: Of 2 kB each: more than what the kernel takes for a reader that does not read.
-FLOOD = 4_000
+#: Of 2 kB each: more than what the kernel takes for a reader that does not read, and what may wait in the service.
+FLOOD = 1_000
+
+
+async def reluctant(service: Running) -> websockets.ClientConnection:
+    """The one device of ada's, which has stopped to read, and for which the kernel takes little."""
+    line = socket.socket()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
+    line.connect(("127.0.0.1", service.port))
+    address = f"ws://127.0.0.1:{service.port}/socket.io/?EIO=4&transport=websocket"
+    connection = await websockets.connect(address, sock=line, compression=None)
+    assert str(await connection.recv()).startswith("0{")
+    for each in service.server.server_state.connections:
+        each.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
+    await connection.send('40{"userId":"ada"}')
+    assert str(await connection.recv()).startswith("40")
+    connection.transport.pause_reading()
+    return connection
 
 
 async def test_a_reader_that_takes_nothing_is_bounded_and_closed_and_slows_nobody(
-    service: Running, monkeypatch: pytest.MonkeyPatch
+    own_service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    service = own_service
     monkeypatch.setattr(engineio_server, "STALL", 1.0)
-    stalled = await service.raw()
-    await stalled.send('40{"userId":"ada"}')
-    assert str(await stalled.recv()).startswith("40")
-    stalled.transport.pause_reading()
-    [socket] = service.service.sockets.eio.sockets.values()
+    stalled = await reluctant(service)
+    [waiting] = service.service.sockets.eio.sockets.values()
     async with service.phone("ada") as neighbour:
         async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
-            assert socket.queue.qsize() <= engineio_server.MAX_EVENTS + 2
-            assert socket.queue.bytes <= engineio_server.MAX_BYTES + 1000
+            assert waiting.queue.qsize() <= engineio_server.MAX_EVENTS + 2
+            assert waiting.queue.bytes <= engineio_server.MAX_BYTES + 1000
         await neighbour.until_over("edit_1_0000000000000000")
         assert neighbour.sequences("edit_1_0000000000000000") == list(range(1, FLOOD + 1))
-        await service.until(lambda: socket.gone)
+        await service.until(lambda: waiting.gone)
     stalled.transport.abort()
 
 
 async def test_a_slow_reader_that_comes_back_gets_all_it_missed(
-    service: Running, monkeypatch: pytest.MonkeyPatch
+    own_service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engineio_server, "STALL", 60)  # To write it all takes a while.
-    slow = await service.raw()
-    await slow.send('40{"userId":"ada"}')
-    assert str(await slow.recv()).startswith("40")
-    slow.transport.pause_reading()
+    service = own_service
+    monkeypatch.setattr(engineio_server, "STALL", 60.0)
+    slow = await reluctant(service)
+    [waiting] = service.service.sockets.eio.sockets.values()
     async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
         pass
+    assert waiting.queue.qsize() > engineio_server.MAX_EVENTS // 4, "the kernel has taken it all"
     slow.transport.resume_reading()
     seen: list[int] = []
     while len(seen) < FLOOD:
@@ -446,7 +484,7 @@ async def test_a_slow_reader_that_comes_back_gets_all_it_missed(
     await slow.close()
 
 
-def test_rooms_of_the_library_are_not_to_be_used() -> None:
+async def test_rooms_of_the_library_are_not_to_be_used() -> None:
     from adapters.socketio_server import SocketServer
 
     async def nobody(*_: Any) -> Any: ...
@@ -454,7 +492,7 @@ def test_rooms_of_the_library_are_not_to_be_used() -> None:
     server = SocketServer(greet=nobody, handlers={}, leaves=nobody, clock=now)
     for attempt in (server.emit("x", {}, to=""), server.enter_room("sid", "user:")):
         with pytest.raises(NotImplementedError):
-            asyncio.run(attempt)
+            await attempt
     assert logging.getLogger("socketio.server").handlers == []
 
 
