@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 import websockets
 
-from adapters import engineio_server
+from adapters import engineio_server, uvicorn_server
 from adapters.engineio_server import MAX_BYTES, MAX_EVENTS, EngineSocket
 from adapters.memory_log import MemoryLog
 from adapters.system import now
@@ -310,3 +310,29 @@ async def test_many_polls_of_one_client_all_end_when_the_service_leaves(tmp_path
         answers = await asyncio.gather(*polls, return_exceptions=True)
         assert all(isinstance(answer, httpx2.Response) for answer in answers)
         await service.until(lambda: service.server.should_exit)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX: "])
+async def test_who_connects_and_does_not_say_what_for_is_hung_up_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr(uvicorn_server, "HEAD_PATIENCE", 0.05)
+    async with running(tmp_path) as service:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(said)
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        writer.close()
+
+
+async def test_who_has_said_it_may_take_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(tmp_path) as service, service.phone("ada") as phone:
+        monkeypatch.setattr(uvicorn_server, "HEAD_PATIENCE", 0.05)
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(b"POST /generations/edit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+        await asyncio.sleep(0.2)
+        writer.write(b"123456789")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 415")
+        writer.close()
+        await phone.authenticate("ada")

@@ -27,15 +27,17 @@ _MAX_UNREAD: Final = 1_000_000
 _MAX_FRAGMENTS: Final = 1_000
 
 
-#: Of how many bytes the head of a request may be.
+#: Of how many bytes the head of a request may be, and in how many seconds it has to be there.
 _MAX_HEAD: Final = 128 * 1024
+HEAD_PATIENCE = 20.0
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's, with a bound on the head of a request, which its parser takes without end."""
+    """uvicorn's, with bounds on the head of a request, which its parser takes without end: of size, and of time."""
 
     _in_head = True
     _head = 0
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Called with a new connection."""
@@ -43,16 +45,32 @@ class HttpProtocol(HttpToolsProtocol):
         # written in two pieces waits for the other side to acknowledge the first, which it delays by 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called when the connection has ended."""
+        self._stop_waiting()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         """Called with the first byte of a request."""
         self._in_head, self._head = True, 0
+        self._await_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Called with the end of the head."""
         self._in_head = False
+        self._stop_waiting()
         super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._stop_waiting()
+        self._patience = self.loop.call_later(HEAD_PATIENCE, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Called with what has come."""

@@ -26,6 +26,7 @@ from adapters.openai_editor import OpenAIEditor
 from adapters.pillow_composer import PillowComposer
 from adapters.pillow_intake import PillowIntake
 from adapters.replicate_face_swap import ReplicateFaceSwap
+from adapters.sample_fetcher import SampleFetcher
 from adapters.socketio_projection import Projection
 from adapters.socketio_server import PATIENCE, SocketServer
 from adapters.sqlite_database import Database, LogRefused
@@ -45,7 +46,7 @@ from domain.attach import Attachments
 from domain.errors import LogUnavailable
 from domain.external import ExternalWork
 from domain.housekeeping import purge, sweep
-from domain.ports import Clock, EventLog, FaceSwapper, ImageEditor, ImageIntake, SessionStore
+from domain.ports import Clock, EventLog, FaceSwapper, ImageEditor, ImageFetcher, ImageIntake, SessionStore
 from domain.recorder import Recorder
 from domain.runner import Runner
 from domain.webhooks import Webhooks
@@ -93,7 +94,7 @@ class Service:
             composer=overrides.get("composer") or PillowComposer(self.threads),
             editor=overrides.get("editor") or _editor(settings, self.threads),
             face_swapper=overrides.get("face_swapper") or _face_swapper(settings, self.threads, intake),
-            fetcher=overrides.get("fetcher") or UrlFetcher(intake, allow=settings.fetch_allow),
+            fetcher=overrides.get("fetcher") or _fetcher(settings, intake),
             max_running=settings.max_running,
             deadline=settings.deadline,
         )
@@ -192,6 +193,11 @@ def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventL
         raise Unavailable(str(refused)) from None
     durable = SqliteLog(database, credits=settings.credits, clock=clock, outbox=outbox)
     return durable, SqliteSessions(database, retention)
+
+
+def _fetcher(settings: Settings, intake: ImageIntake) -> ImageFetcher:
+    web = UrlFetcher(intake, allow=settings.fetch_allow)
+    return SampleFetcher(intake, web, base=f"{settings.public_url}/static/samples", folder=page.FOLDER / "samples")
 
 
 def _editor(settings: Settings, threads: ImageThreads) -> ImageEditor:
@@ -314,7 +320,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
     problems.install(http)
     for router in (generations.router, transitions.router, feed.router, accounts.router, info.router):
         http.include_router(router)
-    page.install(http)
+    page.install(http, settings.public_url)
     hosts = None if settings.allow_open else settings.allowed_hosts
     everything = socketio.ASGIApp(service.sockets, other_asgi_app=http)
     return service, Perimeter(everything, open_mode=settings.open_mode, origins=settings.cors_origins, hosts=hosts)

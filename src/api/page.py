@@ -44,19 +44,19 @@ class _Files(StaticFiles):
         return response
 
 
-def render(page: str, *, guarded: bool, own_client: bool, face: str | None = None) -> str:
+def render(page: str, *, guarded: bool, own_client: bool, face: str = "") -> str:
     """The page as this service serves it.
 
     Args:
         page: the text of ``index.html``.
         guarded: callers need a token.
         own_client: the service has the official Socket.IO client.
-        face: the URL of a sample face that the service can fetch.
+        face: the URL of a sample face.
     """
     for wanted, written, instead in (
         (guarded, _OPEN, _GUARDED),
         (not own_client, _OWN_CLIENT, _CDN_CLIENT),
-        (face, _NO_FACE, f'data-face="{escape(face or "")}"'),
+        (True, _NO_FACE, f'data-face="{escape(face)}"'),
     ):
         if wanted:
             page = page.replace(written, instead, 1)
@@ -85,12 +85,9 @@ def policy(host: str, *, own_client: bool) -> str:
     ))  # fmt: skip
 
 
-def install(app: FastAPI, public_url: str | None = None) -> None:
-    """Serve the page at ``/``, and its files below ``/static``.
-
-    `public_url`: where the service can fetch its own files from; without it the page offers no sample face.
-    """
-    face = None if public_url is None else f"{public_url}/static/samples/face.webp"
+def install(app: FastAPI, public_url: str) -> None:
+    """Serve the page at ``/``, and its files below ``/static``. The sample face is named by its public URL."""
+    face = f"{public_url}/static/samples/face.webp"
 
     async def page(request: Request) -> Response:
         own_client = (FOLDER / _CLIENT).is_file()
