@@ -10,13 +10,17 @@ from typing import Any, Final
 
 import jsonschema_rs
 import pytest
+import pytest_asyncio
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
+from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 from harness import JSON, PHOTO, Running, running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHECKS: Final[list[Any]] = [
     checks.status_code_conformance,
@@ -43,18 +47,24 @@ OPERATIONS: Final = (
 )
 
 
-@pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Running]:
-    async with running(tmp_path / "images", max_per_user=5) as service:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    images: Path = tmp_path_factory.mktemp("images")
+    async with running(images, credits=1_000, max_per_user=5) as service:
         yield service
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def description(service: Running) -> JSON:
     return await service.get("/openapi.json")
 
 
-async def test_every_operation_is_tried(service: Running) -> None:
-    schema = schemathesis.openapi.from_dict(await description(service))
+@pytest.fixture(scope="module")
+def schema(description: JSON) -> OpenApiSchema:
+    return schemathesis.openapi.from_dict(description)
+
+
+async def test_every_operation_is_tried(schema: OpenApiSchema) -> None:
     assert {f"{method.upper()} {path}" for path in schema for method in schema[path]} == set(OPERATIONS)
 
 
@@ -68,8 +78,7 @@ def make_it_count(case: schemathesis.Case[Any], known: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("label", OPERATIONS)
-async def test_answers_are_as_described_whatever_is_sent(service: Running, label: str) -> None:
-    schema = schemathesis.openapi.from_dict(await description(service))
+async def test_answers_are_as_described_whatever_is_sent(service: Running, schema: OpenApiSchema, label: str) -> None:
     operation = schema.find_operation_by_label(label)
     assert operation is not None
     described = {int(status) for status in operation.definition.raw["responses"] if status != "default"}
@@ -112,14 +121,13 @@ def with_examples(node: Any) -> Iterator[JSON]:
             yield from with_examples(inner)
 
 
-async def test_the_description_is_valid_and_so_are_its_examples(service: Running) -> None:
-    document = await description(service)
-    schemathesis.openapi.from_dict(document).validate()
+async def test_the_description_is_valid_and_so_are_its_examples(description: JSON, schema: OpenApiSchema) -> None:
+    schema.validate()
     examples = 0
-    for schema in with_examples(document):
-        validator = jsonschema_rs.Draft202012Validator({**schema, "components": document["components"]})
-        values = [*schema.get("examples", []), *([schema["default"]] if "default" in schema else [])]
+    for each in with_examples(description):
+        validator = jsonschema_rs.Draft202012Validator({**each, "components": description["components"]})
+        values = [*each.get("examples", []), *([each["default"]] if "default" in each else [])]
         for value in values:
-            assert validator.is_valid(value), schema
-        examples += len(schema.get("examples", []))
+            assert validator.is_valid(value), each
+        examples += len(each.get("examples", []))
     assert examples >= 4

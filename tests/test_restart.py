@@ -1,5 +1,6 @@
 """A service with a durable log is started again: what was promised is there, and the work goes on."""
 
+import asyncio
 import json
 import resource
 import signal
@@ -256,3 +257,23 @@ async def test_an_upload_that_finds_no_room_is_refused_like_every_start_without_
         resource.prlimit(life.pid.result(), resource.RLIMIT_FSIZE, (100_000, -1))
         answer = await caller.once("POST", "/generations/edit", "ada", files=parts("x", bytes(2_000_000)))
         assert (answer.status_code, answer.json()["code"]) == (503, "storage_failed")
+
+
+async def test_a_start_without_room_for_the_log_ends_what_was_left_once_there_is_room(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path / "service")
+    async with deployment.serving(local_seconds=60) as life, Caller.open(deployment.url) as caller:
+        left = await start(caller)
+        while (await caller.get(f"/generations/{left}", f"{USER}"))["status"] != "openai_editing":
+            await asyncio.sleep(0.01)
+        life.send(signal.SIGKILL)
+        await life.ended()
+    # The file can be opened, and nothing can be added to it.
+    deployment.prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, -1))"
+    async with deployment.serving() as life, Caller.open(deployment.url) as caller:
+        refused = await caller.once("POST", "/generations/edit?runner=external", f"{USER}", files=parts("x"))
+        assert (refused.status_code, refused.json()["code"]) == (503, "log_unavailable")
+        resource.prlimit(life.pid.result(), resource.RLIMIT_FSIZE, (-1, -1))
+        while (ended := await caller.get(f"/generations/{left}", f"{USER}"))["status"] != "failed":
+            await asyncio.sleep(0.01)
+        assert ended["code"] == "interrupted"
+        assert not any("Traceback" in line for line in life.lines)

@@ -54,7 +54,7 @@ def test_the_wheel_has_the_three_packages_and_serves_the_page(tmp_path: Path) ->
 
     stagecast = tmp_path / "clean" / "bin" / "stagecast"
     assert "run the service" in run(stagecast, "--help", cwd=tmp_path)
-    assert "edited.jpg" in run(stagecast, "demo", "--local-seconds", "0", cwd=tmp_path)
+    assert "face-swapped.jpg" in run(stagecast, "demo", "--local-seconds", "0", cwd=tmp_path)
     command: list[str | Path] = [stagecast, "serve", "--port", "0"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -70,9 +70,13 @@ class Runner:
         self._max_running = max_running
         self._deadline = deadline
         self._jobs: dict[str, tuple[_Job, asyncio.Task[None]]] = {}
+        #: What another process may have paid for.
+        self._interrupted: list[str] = []
 
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
+        while not await self._end_interrupted():
+            await asyncio.sleep(_AGAIN)
         async with self.log.follow(self._notice), asyncio.TaskGroup() as workers:
             workers.create_task(self._hold())
             for _ in range(self._max_running):
@@ -85,9 +89,20 @@ class Runner:
             if order_of(history).external:
                 continue
             if FLOWS[generation.kind][generation.status].repeats:
-                await self.recorder.end(history.generation_id, Failure("interrupted"))
+                self._interrupted.append(history.generation_id)
             else:
                 await self.queue.offer(history.user_id, history.generation_id)
+
+        await self._end_interrupted()  # What cannot be ended now is ended before anything else is done.
+
+    async def _end_interrupted(self) -> bool:
+        try:
+            while self._interrupted:
+                await self.recorder.end(self._interrupted[0], Failure("interrupted"))
+                del self._interrupted[0]
+        except LogUnavailable:
+            return False
+        return True
 
     async def interrupt(self) -> None:
         """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
