@@ -75,8 +75,7 @@ class Runner:
 
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
-        while not await self._end_interrupted():
-            await asyncio.sleep(_AGAIN)
+        await self._end_interrupted(patient=True)
         async with self.log.follow(self._notice), asyncio.TaskGroup() as workers:
             workers.create_task(self._hold())
             for _ in range(self._max_running):
@@ -93,16 +92,19 @@ class Runner:
             else:
                 await self.queue.offer(history.user_id, history.generation_id)
 
-        await self._end_interrupted()  # What cannot be ended now is ended before anything else is done.
+        # What cannot be ended now is ended before anything else is done.
+        await self._end_interrupted(patient=False)
 
-    async def _end_interrupted(self) -> bool:
-        try:
-            while self._interrupted:
+    async def _end_interrupted(self, *, patient: bool) -> None:
+        while self._interrupted:
+            try:
                 await self.recorder.end(self._interrupted[0], Failure("interrupted"))
+            except LogUnavailable:
+                if not patient:
+                    return
+                await asyncio.sleep(_AGAIN)
+            else:
                 del self._interrupted[0]
-        except LogUnavailable:
-            return False
-        return True
 
     async def interrupt(self) -> None:
         """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
