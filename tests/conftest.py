@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from http_app import Api, serve_api
 
@@ -13,8 +14,15 @@ for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
     os.environ.pop(_key, None)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def api_app() -> AsyncIterator[Api]:
+    async with serve_api() as api:
+        yield api
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_api() -> AsyncIterator[Api]:
+    """One that every test leaves as it is."""
     async with serve_api() as api:
         yield api
 

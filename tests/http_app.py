@@ -169,7 +169,7 @@ async def serve_api(
         try:
             while not server.started:
                 await asyncio.sleep(0.005)
-            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, verify=False) as client:
                 yield Api(client, port, app, log, recorder, workflow, images)
         finally:
             server.should_exit = True

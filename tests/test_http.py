@@ -13,6 +13,8 @@ from domain.identity import InvalidUserId, user_id
 from domain.stages import FLOWS
 from http_app import BROKEN, HUGE, PNG, Api, assert_problem, serve_api
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 MISSING = "edit_1763829000123_k3v9x2ab4c6d8e0f"
 
 
@@ -65,15 +67,15 @@ async def test_a_start_is_accepted_with_its_location_and_the_generation(api_app:
         ("Idempotency-Key", "edit", {"headers": {"Idempotency-Key": "a\tb"}}),
     ],
 )
-async def test_a_wrong_field_is_refused_by_name(api_app: Api, field: str, kind: str, rest: dict[str, Any]) -> None:
-    problem = assert_problem(await api_app.start(kind, **rest), 422, "invalid_request")
+async def test_a_wrong_field_is_refused_by_name(shared_api: Api, field: str, kind: str, rest: dict[str, Any]) -> None:
+    problem = assert_problem(await shared_api.start(kind, **rest), 422, "invalid_request")
     assert [error["field"] for error in problem["errors"]] == [field]
     assert problem["detail"].startswith(f"{field}: ")
-    assert (await api_app.client.get("/me")).json()["credit"] == 100
+    assert (await shared_api.client.get("/me")).json()["credit"] == 100
 
 
-async def test_what_was_sent_is_not_sent_back(api_app: Api) -> None:
-    answer = await api_app.start(fields={"quality": "hunter2", "metadata": "hunter2", "imageUrls": "hunter2"})
+async def test_what_was_sent_is_not_sent_back(shared_api: Api) -> None:
+    answer = await shared_api.start(fields={"quality": "hunter2", "metadata": "hunter2", "imageUrls": "hunter2"})
     assert_problem(answer, 422, "invalid_request")
     assert "hunter2" not in answer.text
 
@@ -104,10 +106,12 @@ async def test_image_urls_ask_for_a_face_swap_unless_told_otherwise(api_app: Api
     ("picture", "status", "code"),
     [(b"GIF89a", 415, "unsupported_image_type"), (BROKEN, 422, "invalid_image"), (HUGE, 422, "image_too_large")],
 )
-async def test_a_refused_image_is_named_and_nothing_stays(api_app: Api, picture: bytes, status: int, code: str) -> None:
-    problem = assert_problem(await api_app.start(pictures=[PNG, picture]), status, code)
+async def test_a_refused_image_is_named_and_nothing_stays(
+    shared_api: Api, picture: bytes, status: int, code: str
+) -> None:
+    problem = assert_problem(await shared_api.start(pictures=[PNG, picture]), status, code)
     assert problem["errors"][0]["field"] == "images.1"
-    assert api_app.images.kept == {}
+    assert shared_api.images.kept == {}
 
 
 async def test_a_file_may_have_10_mb(api_app: Api) -> None:
@@ -116,8 +120,8 @@ async def test_a_file_may_have_10_mb(api_app: Api) -> None:
     assert_problem(await api_app.start(pictures=[most + b"x"]), 413, "content_too_large")
 
 
-async def test_a_body_that_declares_too_much_is_refused_before_it_is_sent(api_app: Api) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", api_app.port)
+async def test_a_body_that_declares_too_much_is_refused_before_it_is_sent(shared_api: Api) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", shared_api.port)
     head = "POST /generations/edit HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     writer.write(f"{head}Content-Length: {MAX_BODY + 1}\r\n\r\n".encode())
     assert b" 413 " in await asyncio.wait_for(reader.readline(), 5)
@@ -126,28 +130,30 @@ async def test_a_body_that_declares_too_much_is_refused_before_it_is_sent(api_ap
     await writer.wait_closed()
 
 
-async def test_a_body_that_declares_nothing_is_refused_once_it_is_too_large(api_app: Api) -> None:
+async def test_a_body_that_declares_nothing_is_refused_once_it_is_too_large(shared_api: Api) -> None:
     async def endless() -> AsyncIterator[bytes]:
         yield b'--B\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
         for _ in range(MAX_BODY // 65536 + 2):
             yield bytes(65536)
 
     headers = {"Content-Type": "multipart/form-data; boundary=B"}
-    answer = await api_app.client.post("/generations/edit", content=endless(), headers=headers)
+    answer = await shared_api.client.post("/generations/edit", content=endless(), headers=headers)
     assert_problem(answer, 413, "content_too_large")
 
 
 @pytest.mark.parametrize(
     "content_type", ["application/json", "text/plain", "multipart/form-data; boundary=B; charset=unicode_escape", ""]
 )
-async def test_only_a_multipart_form_in_utf_8_is_read(api_app: Api, content_type: str) -> None:
-    answer = await api_app.client.post("/generations/edit", content=b"{}", headers={"Content-Type": content_type})
+async def test_only_a_multipart_form_in_utf_8_is_read(shared_api: Api, content_type: str) -> None:
+    answer = await shared_api.client.post("/generations/edit", content=b"{}", headers={"Content-Type": content_type})
     assert_problem(answer, 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=B"])
-async def test_a_malformed_form_is_refused(api_app: Api, content_type: str) -> None:
-    answer = await api_app.client.post("/generations/edit", content=b"nonsense", headers={"Content-Type": content_type})
+async def test_a_malformed_form_is_refused(shared_api: Api, content_type: str) -> None:
+    answer = await shared_api.client.post(
+        "/generations/edit", content=b"nonsense", headers={"Content-Type": content_type}
+    )
     assert_problem(answer, 400, "bad_request")
 
 
@@ -315,8 +321,8 @@ async def test_pages_follow_one_another_newest_first(api_app: Api) -> None:
 @pytest.mark.parametrize(
     "query", ["limit=0", "limit=101", "limit=x", "before=0", "before=%00", "status=all", "before=1e9"]
 )
-async def test_a_wrong_query_is_refused_by_name(api_app: Api, query: str) -> None:
-    problem = assert_problem(await api_app.client.get(f"/generations?{query}"), 422, "invalid_request")
+async def test_a_wrong_query_is_refused_by_name(shared_api: Api, query: str) -> None:
+    problem = assert_problem(await shared_api.client.get(f"/generations?{query}"), 422, "invalid_request")
     assert problem["errors"][0]["field"] == query.partition("=")[0]
 
 
@@ -360,8 +366,8 @@ async def test_an_image_is_answered_as_what_it_is_and_nothing_else(api_app: Api)
         assert_problem(await api_app.client.get(f"/images/{other}"), 404, "not_found")
 
 
-async def test_the_stages_are_those_of_the_table(api_app: Api) -> None:
-    stages = (await api_app.client.get("/stages")).json()
+async def test_the_stages_are_those_of_the_table(shared_api: Api) -> None:
+    stages = (await shared_api.client.get("/stages")).json()
     assert {kind: [stage["status"] for stage in flow] for kind, flow in stages.items()} == {
         kind: list(flow) for kind, flow in FLOWS.items()
     }
@@ -375,53 +381,53 @@ async def test_the_stages_are_those_of_the_table(api_app: Api) -> None:
     assert (failed["event"], failed["next"], failed["terminal"]) == ("generation_failed", [], True)
 
 
-async def test_an_unknown_address_and_a_wrong_method_are_problems(api_app: Api) -> None:
-    assert_problem(await api_app.client.get("/nowhere"), 404, "not_found")
+async def test_an_unknown_address_and_a_wrong_method_are_problems(shared_api: Api) -> None:
+    assert_problem(await shared_api.client.get("/nowhere"), 404, "not_found")
     for path, allowed in (
         (f"/generations/{MISSING}", {"GET", "DELETE"}),
         ("/me", {"GET"}),
         ("/generations/edit", {"POST"}),
     ):
-        answer = await api_app.client.put(path)
+        answer = await shared_api.client.put(path)
         assert_problem(answer, 405, "method_not_allowed")
         assert set(answer.headers["allow"].split(", ")) == allowed
 
 
 @pytest.mark.parametrize("value", ["ada", "x" * 128, "Zoë 😀", "0"])
-def test_a_user_id_is_kept_as_text(value: str) -> None:
+async def test_a_user_id_is_kept_as_text(value: str) -> None:
     assert user_id(value) == value
 
 
-def test_an_integer_and_its_text_are_one_user() -> None:
+async def test_an_integer_and_its_text_are_one_user() -> None:
     assert user_id(123) == user_id("123")
 
 
 @pytest.mark.parametrize("value", ["", "x" * 129, "a\nb", "\x00", "\x85", "\ud800", True, 1.0, None, [], 10**200])
-def test_what_is_no_user_id_is_refused(value: object) -> None:
+async def test_what_is_no_user_id_is_refused(value: object) -> None:
     with pytest.raises(InvalidUserId):
         user_id(value)
 
 
-def test_an_endless_integer_is_no_user_id() -> None:
+async def test_an_endless_integer_is_no_user_id() -> None:
     with pytest.raises(InvalidUserId):
         user_id(1 << 99_999)
 
 
-async def test_the_header_names_the_user_in_utf_8(api_app: Api) -> None:
+async def test_the_header_names_the_user_in_utf_8(shared_api: Api) -> None:
     for sent, known in (("Zoë".encode(), "Zoë"), (b"Zo\xeb", "Zoë"), (b"123", "123")):
-        answer = await api_app.client.get("/me", headers=[(b"X-User-Id", sent)])
+        answer = await shared_api.client.get("/me", headers=[(b"X-User-Id", sent)])
         assert answer.json()["userId"] == known
     for wrong in (b"", b"x" * 129):
-        answer = await api_app.client.get("/me", headers=[(b"X-User-Id", wrong)])
+        answer = await shared_api.client.get("/me", headers=[(b"X-User-Id", wrong)])
         assert_problem(answer, 422, "invalid_user_id")
 
 
 # --- the description ---------------------------------------------------------------------------------------
 
 
-async def test_the_description_is_whole(api_app: Api) -> None:
-    document = (await api_app.client.get("/openapi.json")).json()
-    assert (await api_app.client.get("/docs")).status_code == 200
+async def test_the_description_is_whole(shared_api: Api) -> None:
+    document = (await shared_api.client.get("/openapi.json")).json()
+    assert (await shared_api.client.get("/docs")).status_code == 200
     operations = {(path, method) for path, methods in document["paths"].items() for method in methods}
     assert operations == {
         ("/generations/edit", "post"),

@@ -8,7 +8,7 @@ import json
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -397,6 +397,28 @@ def jwk(key: PrivateKey, **members: Any) -> dict[str, Any]:
         else ECAlgorithm.to_jwk(key.public_key(), as_dict=True)
     )
     return {name: value for name, value in {**entry, **members}.items() if value is not None}
+
+
+def certificate_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """That this is the key of localhost, as its owner says."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    return (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, datetime(2020, 1, 1), datetime(2100, 1, 1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Only one is trusted: to read those of the system takes 50 ms, for each set of keys."""
+    pem = tmp_path_factory.mktemp("authorities") / "authority.pem"
+    pem.write_bytes(certificate_of(ec_key("authority")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(pem))
+        yield
 
 
 def by_key(key: PrivateKey, kid: str | None = None, **others: Any) -> str:
@@ -916,16 +938,10 @@ async def test_an_address_that_is_none_gives_no_keys(clock: SteppableClock, url:
 
 
 async def test_an_issuer_has_to_prove_its_name_by_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key, name = ec_key("tls"), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), 1, datetime(2020, 1, 1), datetime(2100, 1, 1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
+    key = ec_key("tls")
     pem = tmp_path / "issuer.pem"
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    pem.write_bytes(certificate.public_bytes(Encoding.PEM) + private)
+    pem.write_bytes(certificate_of(key) + private)
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(pem)
 

@@ -9,17 +9,19 @@ from api.loopback import is_loopback
 from api.perimeter import Perimeter
 from http_app import Api, assert_problem, serve_api
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 APP = "https://app.example.com"
 EVIL = "https://evil.example"
 
 
 @pytest.mark.parametrize("host", ["localhost", "a.localhost", "127.0.0.1", "127.9.9.9", "::1"])
-def test_loopback_names(host: str) -> None:
+async def test_loopback_names(host: str) -> None:
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["", "example.com", "localhost.evil.com", "notlocalhost", "10.0.0.1", "0.0.0.0", "::"])
-def test_other_names(host: str) -> None:
+async def test_other_names(host: str) -> None:
     assert not is_loopback(host)
 
 
@@ -28,8 +30,8 @@ def test_other_names(host: str) -> None:
     ["http://localhost", "http://localhost:5173", "https://x.localhost:1", "http://127.4.5.6:9", "http://[::1]:8080"],
 )
 @pytest.mark.parametrize("path", ["/me", "/nowhere", "/generations/x", "/generations?limit=0"])
-async def test_success_and_errors_carry_exactly_one_cors_header(api_app: Api, origin: str, path: str) -> None:
-    answer = await api_app.client.get(path, headers={"Origin": origin})
+async def test_success_and_errors_carry_exactly_one_cors_header(shared_api: Api, origin: str, path: str) -> None:
+    answer = await shared_api.client.get(path, headers={"Origin": origin})
     assert answer.headers.get_list("access-control-allow-origin") == [origin]
     assert answer.headers["vary"] == "Origin"
     exposed = {name.strip() for name in answer.headers["access-control-expose-headers"].split(",")}
@@ -37,13 +39,13 @@ async def test_success_and_errors_carry_exactly_one_cors_header(api_app: Api, or
 
 
 async def test_a_fault_of_ours_carries_the_cors_header_too(
-    api_app: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    shared_api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def break_down(*_: object) -> None:
         raise RuntimeError("the secret")
 
-    monkeypatch.setattr(api_app.workflow, "credit", break_down)
-    answer = await api_app.client.get("/me", headers={"Origin": "http://localhost"})
+    monkeypatch.setattr(shared_api.workflow, "credit", break_down)
+    answer = await shared_api.client.get("/me", headers={"Origin": "http://localhost"})
     assert_problem(answer, 500, "internal")
     assert answer.headers.get_list("access-control-allow-origin") == ["http://localhost"]
     assert "secret" not in answer.text
@@ -51,8 +53,8 @@ async def test_a_fault_of_ours_carries_the_cors_header_too(
     assert "Traceback" not in caplog.text
 
 
-async def test_a_preflight_is_answered_with_one_header_and_what_is_allowed(api_app: Api) -> None:
-    answer = await api_app.client.options(
+async def test_a_preflight_is_answered_with_one_header_and_what_is_allowed(shared_api: Api) -> None:
+    answer = await shared_api.client.options(
         "/generations/edit",
         headers={
             "Origin": "http://localhost:5173",
@@ -87,9 +89,9 @@ async def test_the_same_origin_and_configured_origins_are_allowed() -> None:
         "http://",
     ],
 )
-async def test_another_origin_is_refused_without_a_cors_header(api_app: Api, origin: str) -> None:
+async def test_another_origin_is_refused_without_a_cors_header(shared_api: Api, origin: str) -> None:
     for method, headers in (("GET", {}), ("OPTIONS", {"Access-Control-Request-Method": "POST"})):
-        answer = await api_app.client.request(method, "/me", headers={"Origin": origin, **headers})
+        answer = await shared_api.client.request(method, "/me", headers={"Origin": origin, **headers})
         assert_problem(answer, 403, "origin_not_allowed")
         assert "access-control-allow-origin" not in answer.headers
         assert answer.headers["vary"] == "Origin"
@@ -98,25 +100,25 @@ async def test_another_origin_is_refused_without_a_cors_header(api_app: Api, ori
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:3000", "localhost.evil.example", "10.0.0.1", "[::2]", "@"]
 )
-async def test_a_host_that_is_not_ours_is_refused(api_app: Api, host: str) -> None:
-    assert_problem(await api_app.client.get("/me", headers={"Host": host}), 403, "host_not_allowed")
+async def test_a_host_that_is_not_ours_is_refused(shared_api: Api, host: str) -> None:
+    assert_problem(await shared_api.client.get("/me", headers={"Host": host}), 403, "host_not_allowed")
 
 
 @pytest.mark.parametrize("host", ["LOCALHOST", "localhost:1", "127.0.0.1:99999", "[::1]:3000", "[::1]", "a.localhost"])
-async def test_a_loopback_host_is_ours_whatever_its_port_and_case(api_app: Api, host: str) -> None:
-    assert (await api_app.client.get("/me", headers={"Host": host})).status_code == 200
+async def test_a_loopback_host_is_ours_whatever_its_port_and_case(shared_api: Api, host: str) -> None:
+    assert (await shared_api.client.get("/me", headers={"Host": host})).status_code == 200
 
 
-async def test_a_request_without_a_host_or_with_two_is_refused(api_app: Api) -> None:
-    missing = await api_app.raw(b"GET /me HTTP/1.0")
+async def test_a_request_without_a_host_or_with_two_is_refused(shared_api: Api) -> None:
+    missing = await shared_api.raw(b"GET /me HTTP/1.0")
     assert b" 403 " in missing.splitlines()[0]
-    double = await api_app.raw(b"GET /me HTTP/1.1", b"Host: localhost", b"Host: evil.example", b"Connection: close")
+    double = await shared_api.raw(b"GET /me HTTP/1.1", b"Host: localhost", b"Host: evil.example", b"Connection: close")
     assert b" 403 " in double.splitlines()[0]
 
 
-async def test_a_refused_host_is_still_readable_for_an_allowed_origin(api_app: Api) -> None:
+async def test_a_refused_host_is_still_readable_for_an_allowed_origin(shared_api: Api) -> None:
     headers = {"Host": "evil.example", "Origin": "http://localhost:5173"}
-    answer = await api_app.client.get("/me", headers=headers)
+    answer = await shared_api.client.get("/me", headers=headers)
     assert_problem(answer, 403, "host_not_allowed")
     assert answer.headers.get_list("access-control-allow-origin") == ["http://localhost:5173"]
 
@@ -127,8 +129,8 @@ async def test_allow_open_answers_to_every_host_but_not_to_every_origin() -> Non
         assert_problem(await api.client.get("/me", headers={"Origin": EVIL}), 403, "origin_not_allowed")
 
 
-async def test_the_refusal_comes_before_the_body(api_app: Api) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", api_app.port)
+async def test_the_refusal_comes_before_the_body(shared_api: Api) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", shared_api.port)
     writer.write(b"POST /generations/edit HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 1000000\r\n\r\n")
     assert b" 403 " in await asyncio.wait_for(reader.readline(), 5)
     writer.close()
