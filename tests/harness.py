@@ -13,6 +13,7 @@ import socketio
 import websockets
 
 from adapters.system import SystemEntropy, now
+from adapters.trust import authorities
 from adapters.uvicorn_server import Server
 from api.app import Service, create_service
 from api.settings import Settings
@@ -201,7 +202,7 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
             if serving.done():
                 serving.result()
             url = f"http://127.0.0.1:{port}"
-            async with httpx2.AsyncClient(base_url=url, timeout=20) as http:
+            async with httpx2.AsyncClient(base_url=url, timeout=20, verify=authorities()) as http:
                 service_running = Running(url, port, service, server, http)
                 yield service_running
                 if not server.should_exit:

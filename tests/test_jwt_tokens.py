@@ -8,7 +8,7 @@ import json
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from adapters.jwt_tokens import JwksKeys, SecretKey, Tokens, issue
+from adapters.trust import authorities
 from builders import NOON, PROPERTY, SteppableClock
 from domain.errors import Refusal
 from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
@@ -409,16 +410,6 @@ def certificate_of(key: ec.EllipticCurvePrivateKey) -> bytes:
         .sign(key, hashes.SHA256())
         .public_bytes(Encoding.PEM)
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Only one is trusted: to read those of the system takes 50 ms, for each set of keys."""
-    pem = tmp_path_factory.mktemp("authorities") / "authority.pem"
-    pem.write_bytes(certificate_of(ec_key("authority")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SSL_CERT_FILE", str(pem))
-        yield
 
 
 def by_key(key: PrivateKey, kid: str | None = None, **others: Any) -> str:
@@ -953,9 +944,10 @@ async def test_an_issuer_has_to_prove_its_name_by_tls(tmp_path: Path, monkeypatc
         with pytest.raises(KeysUnavailable):
             await Tokens(JwksKeys(proven, clock=clock), clock=clock).verify(token)
         monkeypatch.setenv("SSL_CERT_FILE", str(pem))
-        assert await Tokens(JwksKeys(proven, clock=clock), clock=clock).verify(token)
+        anew = authorities.__wrapped__()
+        assert await Tokens(JwksKeys(proven, clock=clock, trust=anew), clock=clock).verify(token)
         with pytest.raises(KeysUnavailable):
-            await Tokens(JwksKeys(unproven, clock=clock), clock=clock).verify(token)
+            await Tokens(JwksKeys(unproven, clock=clock, trust=anew), clock=clock).verify(token)
     finally:
         await issuer.close()
 

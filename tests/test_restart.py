@@ -226,11 +226,12 @@ async def test_a_pipeline_of_ones_own_goes_on_reporting_and_its_last_report_is_r
 
 async def test_a_pipeline_that_is_silent_after_a_restart_too_is_given_up(tmp_path: Path, log: str) -> None:
     async with running(tmp_path / "images", log=log) as first:
+        beginning = (await first.get("/events", "ada"))["cursor"]
         answer = await first.http.post(
             "/generations/edit?runner=external", files=parts("x"), headers={"X-User-Id": "ada"}
         )
     async with running(tmp_path / "images", log=log, deadline=0.1) as again:
-        wire = await attach(again)
+        wire = await attach(again, cursor=beginning)
         end = await ended(wire, answer.json()["generationId"])
         assert (end["code"], end["credit"]) == ("deadline_exceeded", 100)
         await hang_up([wire])

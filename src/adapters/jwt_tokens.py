@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import math
+import ssl
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
@@ -12,6 +13,7 @@ import httpx2
 import jwt
 from jwt.types import Options
 
+from adapters.trust import authorities
 from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
 from domain.identity import user_id as valid_user_id
 from domain.ports import Clock
@@ -182,11 +184,10 @@ class SecretKey:
 class JwksKeys:
     """An issuer's public keys for RS256 and ES256, by their address (http or https). Redirects are not followed."""
 
-    def __init__(self, url: str, *, clock: Clock, timeout: float = 5) -> None:
-        """One fetch takes at most `timeout` seconds."""
+    def __init__(self, url: str, *, clock: Clock, timeout: float = 5, trust: ssl.SSLContext | None = None) -> None:
+        """One fetch takes at most `timeout` seconds. Proxies of the environment are not used."""
         self._url, self._clock, self._timeout = url, clock, timeout
-        # Made once, since that takes 50 ms. Proxies of the environment are not used; a private CA (SSL_CERT_FILE) is.
-        self._ssl = httpx2.create_ssl_context()
+        self._trust = trust or authorities()
         self._keys: list[jwt.PyJWK] = []
         self._fetched: datetime | None = None
         #: The last fetch for an unknown key id while the keys were fresh.
@@ -242,7 +243,7 @@ class JwksKeys:
             self._searched = self._clock()
 
     async def _fetch(self) -> bytes:
-        client = httpx2.AsyncClient(trust_env=False, timeout=self._timeout, verify=self._ssl)
+        client = httpx2.AsyncClient(trust_env=False, timeout=self._timeout, verify=self._trust)
         # Not compressed, so that the limit counts what is kept.
         async with client, client.stream("GET", self._url, headers={"Accept-Encoding": "identity"}) as answer:
             if answer.status_code != 200:

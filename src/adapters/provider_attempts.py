@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import httpx2
 
 from adapters.retry_after import retry_after
+from adapters.trust import authorities
 from domain.errors import Failure
 from domain.ports import Report
 
@@ -129,7 +130,7 @@ def provider_client(timeout: float, trust: ssl.SSLContext | None = None) -> http
         headers={"Accept-Encoding": "identity"},
         timeout=httpx2.Timeout(timeout, connect=min(timeout, 10)),
         limits=httpx2.Limits(max_keepalive_connections=0),
-        verify=trust or httpx2.create_ssl_context(),
+        verify=trust or authorities(),
         follow_redirects=False,
         event_hooks={"response": [_bound]},
     )

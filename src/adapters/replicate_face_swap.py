@@ -19,6 +19,7 @@ import httpx2
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from adapters.provider_attempts import Declined, answered, attempt, broken, tell_operator
+from adapters.trust import authorities
 from domain.errors import Failure, ImageRefusal
 from domain.ports import ImageIntake, Picture, Report
 
@@ -132,7 +133,7 @@ class ReplicateFaceSwap:
         self.grace = grace
         self.pace = pace
         self._output_hosts = output_hosts
-        self._trust = trust or httpx2.create_ssl_context()
+        self._trust = trust or authorities()
         self._swaps: set[asyncio.Task[Picture]] = set()
 
     async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:

@@ -18,6 +18,7 @@ from typing import Any, Final
 import httpcore2
 import httpx2
 
+from adapters.trust import authorities
 from domain.errors import Failure, ImageRefusal
 from domain.ports import ImageIntake, Picture
 
@@ -110,7 +111,7 @@ class UrlFetcher:
         self._intake = intake
         self._allow = allow
         self._resolve = resolve
-        self._trust = trust or httpx2.create_ssl_context(trust_env=False)
+        self._trust = trust or authorities()
         self._deadline = deadline
         self._timeouts = {"connect": connect_timeout}
 

@@ -11,6 +11,7 @@ from typing import Final
 import httpx2
 
 from adapters.retry_after import retry_after
+from adapters.trust import authorities
 from domain.ports import Clock
 from domain.webhooks import NotDelivered
 
@@ -45,7 +46,7 @@ class WebhookSender:
         self._key = None if secret is None else base64.b64decode(secret.removeprefix("whsec_"), validate=True)
         self._clock = clock
         self._timeout = timeout
-        self._trust = trust or httpx2.create_ssl_context(trust_env=False)
+        self._trust = trust or authorities()
 
     async def post(self, message_id: str, body: bytes) -> None:
         headers = {**self._headers, **self._told(message_id, body)}
