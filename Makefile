@@ -6,6 +6,9 @@ CLIENT := src/api/static/vendor/socket.io.min.js
 
 .PHONY: run test check docs bench clean
 
+# Compiled once: the second time is fast.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Whatever keys lie about in the environment: nothing is paid for here unless these say so.
 run: export STAGECAST_EDITOR ?= local
 run: export STAGECAST_FACE_SWAP ?= local

@@ -264,7 +264,7 @@ class Heard:
 
     async def until(self, heard: Callable[[list[Logged]], bool]) -> list[Logged]:
         """Wait until what was told is as it should be; a log may tell a little later than it answers."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while not heard(self.entries):
                 self._news.clear()
                 await self._news.wait()

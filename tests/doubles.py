@@ -420,7 +420,7 @@ class Studio:
         assert self._running is not None
         settled = asyncio.create_task(self.queue.settled())
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await asyncio.wait([settled, self._running], return_when=asyncio.FIRST_COMPLETED)
             assert not self._running.done(), "the runner has died"
         finally:

@@ -25,7 +25,8 @@ from domain.queries import order_of
 from pictures import RED, solid
 
 TERMINAL: Final = ("generation_completed", "generation_failed")
-PHOTO: Final = solid(RED, (64, 48), "JPEG").data
+#: Tall and thin, so that little of the sheet has to be drawn.
+PHOTO: Final = solid(RED, (16, 400), "JPEG").data
 JSON = dict[str, Any]
 
 

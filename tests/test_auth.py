@@ -238,7 +238,7 @@ async def first_line(service: Running, *lines: str) -> str:
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     try:
         writer.write("\r\n".join([*lines, "Host: localhost", "", ""]).encode())
-        return (await asyncio.wait_for(reader.readline(), 3)).decode()
+        return (await asyncio.wait_for(reader.readline(), 20)).decode()
     finally:
         writer.close()
         await writer.wait_closed()

@@ -17,7 +17,7 @@ async def queue(request: pytest.FixtureRequest) -> WorkQueue:
 
 
 async def claim(queue: WorkQueue) -> str:
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         return await queue.claim()
 
 
@@ -65,7 +65,7 @@ async def test_a_claim_waits_until_something_is_offered(queue: WorkQueue) -> Non
     await turns()
     assert not waiting.done()
     await queue.offer("ada", "a1")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         assert await waiting == "a1"
     assert (queue.waiting, queue.held) == (0, 1)
 
@@ -75,7 +75,7 @@ async def test_each_generation_goes_to_one_claim(queue: WorkQueue) -> None:
     await turns()
     for number in range(10):
         await queue.offer(f"user{number % 3}", f"g{number}")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         assert {await claimed for claimed in claims} == {f"g{number}" for number in range(10)}
     assert (queue.waiting, queue.held) == (0, 10)
 
@@ -139,12 +139,12 @@ async def test_withdrawing_the_last_one_settles_the_line(queue: WorkQueue) -> No
     await turns()
     assert not settled.done()
     assert await queue.withdraw("a1")
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         await settled
 
 
 async def test_settled_waits_for_what_waits_and_for_what_is_held(queue: WorkQueue) -> None:
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         await queue.settled()
     await queue.offer("ada", "a1")
     await queue.offer("bob", "b1")
@@ -158,7 +158,7 @@ async def test_settled_waits_for_what_waits_and_for_what_is_held(queue: WorkQueu
     await turns()
     assert not settled.done()
     await queue.release(two)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         await settled
 
 

@@ -1,6 +1,5 @@
 """What one process has left unfinished, the next takes up again, or ends."""
 
-import asyncio
 from collections.abc import Collection
 from datetime import timedelta
 
@@ -100,16 +99,12 @@ async def test_what_a_pipeline_of_the_users_own_works_on_is_left_to_it() -> None
 
 
 class Taken(MemoryQueue):
-    """A line shared with another process, which has taken over whatever is asked for."""
+    """A line shared with another process, which takes everything over at some time."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = asyncio.Event()
+    taken = False
 
     async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
-        if generation_ids:
-            self.asked.set()
-        return generation_ids
+        return generation_ids if self.taken else ()
 
 
 async def test_what_somebody_else_has_taken_over_is_let_go_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +115,7 @@ async def test_what_somebody_else_has_taken_over_is_let_go_without_a_word(monkey
     async with studio.open():
         begun = await studio.start()
         await hold.reached.wait()
-        await queue.asked.wait()
+        queue.taken = True
         await studio.settled()
         assert hold.aborted.is_set()
     assert (await studio.statuses(begun))[-1] == "openai_editing"

@@ -428,7 +428,7 @@ async def test_a_cancel_aborts_the_work_and_a_late_result_is_dropped(stage: str,
         await hold.reached.wait()
         assert await studio.cancel(begun) == "cancelled"
         assert await studio.cancel(begun) == "already_finished"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await hold.aborted.wait()
         await studio.settled()
     told = (await studio.events(begun))[-1]
@@ -550,7 +550,7 @@ class Busy(ScriptedEditor):
         self.now -= 1
 
     async def reached(self, count: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while self.now < count:
                 self.news.clear()
                 await self.news.wait()

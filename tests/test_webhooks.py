@@ -611,8 +611,8 @@ async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: Eve
     generation = await Scribe(memory).short()
     receiver.always[generation.generation_id] = hang
     async with working(webhooks_for(memory, sender_to(receiver.origin))):
-        await asyncio.wait_for(receiver.origin.reached.wait(), 5)
-    await asyncio.wait_for(receiver.origin.left.wait(), 5)
+        await asyncio.wait_for(receiver.origin.reached.wait(), 20)
+    await asyncio.wait_for(receiver.origin.left.wait(), 20)
     assert ids(await memory.undelivered(1)) == [generation.generation_id]
 
 

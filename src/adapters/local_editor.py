@@ -6,7 +6,7 @@ from typing import Final
 from PIL import Image, ImageChops, ImageOps
 
 from adapters.image_work import ImageThreads
-from adapters.local_art import Box, Chance, Colour, Palette, around, faded, inset, mesh, oval, rounded, shadow
+from adapters.local_art import Box, Chance, Colour, Palette, disc, faded, inset, mesh, rounded, shadow, tint
 from adapters.local_pace import Pace
 from adapters.local_type import letters, write
 from adapters.pillow_codec import decoded, encode, opened
@@ -46,16 +46,14 @@ def _edited(sheet: Picture, prompt: str, options: Options) -> Picture:
     else:
         art, caption = (left, top, right, bottom - 244), (left, bottom - 196, right, bottom)
 
-    page = Image.new("RGBA", size)
-    if options.background != "transparent":
-        page.paste(_backdrop(size, palette))
+    page = Image.new("RGBA", size) if options.background == "transparent" else _backdrop(size, palette)
     shape = rounded(size, panel, 40)
-    page.paste(palette.ink, mask=shadow(shape, softness=30, share=0.5, down=16))
-    page.paste(palette.paper, mask=shape)
+    tint(page, palette.ink, shadow(shape, softness=30, share=0.5, down=16))
+    tint(page, palette.paper, shape)
     picture = _graded(_fitted(sheet, art), palette)
     page.paste(picture, _centred(picture, art))
     _caption(page, prompt, caption, palette.accent, palette.deep, palette.ink)
-    return encode(page if options.background == "transparent" else page.convert("RGB"), fine=True)
+    return encode(page, fine=True)
 
 
 def _generated(sheet: Picture, prompt: str, options: Options) -> Picture:
@@ -68,18 +66,18 @@ def _generated(sheet: Picture, prompt: str, options: Options) -> Picture:
     for colour in (palette.accent, palette.deep, palette.glow, palette.soft):
         centre = chance.between(0, size[0]), chance.between(0, size[1])
         radius = chance.between(0.12, 0.42) * min(size)
-        page.paste(colour, mask=faded(oval(size, around(centre, radius)), chance.between(0.45, 0.9)))
-        page.paste(palette.paper, mask=faded(oval(size, around(centre, radius * 1.22), ring=3), 0.6))
+        disc(page, colour, centre, radius, share=chance.between(0.45, 0.9))
+        disc(page, palette.paper, centre, radius * 1.22, share=0.6, ring=3)
     # Darker where the type stands.
     dusk = Image.linear_gradient("L")
-    page.paste(palette.ink, mask=faded((dusk.rotate(90) if wide else dusk).resize(size), 0.85))
+    tint(page, palette.ink, faded((dusk.rotate(90) if wide else dusk).resize(size), 0.85))
 
     art = (80, 80, 840, size[1] - 80) if wide else (120, 110, size[0] - 120, round(size[1] * 0.66))
     card = _card(_fitted(sheet, inset(art, 60)), chance.between(2, 6) * (1 if chance.between(-1, 1) > 0 else -1))
     place = _centred(card, art)
     throws = Image.new("L", size)
     throws.paste(card.getchannel("A"), place)
-    page.paste(palette.ink, mask=shadow(throws, softness=36, share=0.7, down=22))
+    tint(page, palette.ink, shadow(throws, softness=36, share=0.7, down=22))
     page.paste(card, place, card)
     left, top, right, bottom = inset((0, 0, *size), 84)
     caption = (900, top, right, bottom) if wide else (left, size[1] * 0.74, right, bottom)
@@ -119,7 +117,7 @@ def _graded(image: Image.Image, palette: Palette) -> Image.Image:
 def _card(image: Image.Image, degrees: float) -> Image.Image:
     """The image with a white border, turned."""
     card = ImageOps.expand(image, 26, "white").convert("RGBA")
-    return ImageOps.expand(card, 2, (0, 0, 0, 0)).rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+    return ImageOps.expand(card, 2, (0, 0, 0, 0)).rotate(degrees, Image.Resampling.BILINEAR, expand=True)
 
 
 def _caption(page: Image.Image, prompt: str, box: Box, dot: Colour, label: Colour, text: Colour) -> None:
@@ -128,7 +126,7 @@ def _caption(page: Image.Image, prompt: str, box: Box, dot: Colour, label: Colou
     words = letters(prompt) or _NO_LETTERS
     top = write(page, words, (left, top + 54, right, bottom), text, (64, 54, 46, 38, 32, 27)) - 22
     write(page, LABEL, (left + 32, top - 32, right, top), label, (24,))
-    page.paste(dot, mask=oval(page.size, around((left + 9, top - 17), 9)))
+    disc(page, dot, (left + 9, top - 17), 9)
 
 
 def _centred(image: Image.Image, box: Box) -> tuple[int, int]:
