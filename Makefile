@@ -4,9 +4,10 @@ BIN := .venv/bin
 NPM := npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts
 CLIENT := src/api/static/vendor/socket.io.min.js
 
-.PHONY: run test check docs bench clean
+.PHONY: run test check style types arrows documents collection docs clean
 
-# Compiled once: the second time is fast.
+# Two of the checks at a time. What is compiled is kept, so that the second time is fast.
+MAKEFLAGS += --jobs=2
 unexport PYTHONDONTWRITEBYTECODE
 
 # Whatever keys lie about in the environment: nothing is paid for here unless these say so.
@@ -18,12 +19,26 @@ run: .venv/installed $(CLIENT)
 test: check
 	$(BIN)/pytest
 
-check: .venv/installed-dev $(CLIENT) node_modules/installed-dev
+check: types style arrows documents collection
+
+style types arrows documents collection: .venv/installed-dev $(CLIENT) node_modules/installed-dev
+
+style:
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types:
 	$(BIN)/mypy
+
+arrows:
 	$(BIN)/lint-imports --no-cache --show-timings > .venv/lint-imports.log || (cat .venv/lint-imports.log; exit 1)
+
+documents:
 	$(BIN)/python docs/generate.py --check
+
+# Every test can be read; and it is compiled here, once, instead of by each of those who run them.
+collection:
+	$(BIN)/pytest --collect-only --quiet --numprocesses 0 > .venv/collection.log || (cat .venv/collection.log; exit 1)
 
 docs: .venv/installed-dev
 	$(BIN)/python docs/generate.py

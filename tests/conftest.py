@@ -3,6 +3,7 @@
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 import pytest_asyncio
@@ -12,6 +13,14 @@ from http_app import Api, serve_api
 # Nothing here is paid for, whatever keys lie about: neither in this process nor in those that it starts.
 for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
     os.environ.pop(_key, None)
+
+
+#: What takes long begins first, so that no worker is left alone with it in the end.
+_FIRST: Final = ("test_wheel", "test_cases", "test_page_story", "test_page_connection", "test_recovery")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in _FIRST)
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -369,7 +369,7 @@ async def play(open_log: OpenLog, commands: list[tuple[str, int]], limits: list[
 
 
 @logs
-@settings(PROPERTY, max_examples=250)
+@settings(PROPERTY, max_examples=150)
 @given(commands=st.lists(command, min_size=5, max_size=60), limits=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 def test_from_any_cursor_the_wanted_events_come_once_in_order_or_it_is_reported_unusable(
     open_log: OpenLog, commands: list[tuple[str, int]], limits: list[int]

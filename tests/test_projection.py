@@ -18,7 +18,7 @@ from domain.attach import Beginning
 from domain.feed import Cursor, Feed, Logged, feed_name
 from domain.ports import Append, Deliver, History, Lost, Start
 
-ROUNDS = 4_000
+ROUNDS = 2_500
 FEED = feed_name("e", "u")
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 

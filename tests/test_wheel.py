@@ -40,10 +40,10 @@ def test_the_wheel_has_the_three_packages_and_serves_the_page(tmp_path: Path) ->
         wheel.name.split("-py3")[0] + ".dist-info",
     }
 
-    run(sys.executable, "-m", "venv", tmp_path / "clean", cwd=tmp_path)
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "clean", cwd=tmp_path)
     python = tmp_path / "clean" / "bin" / "python"
-    constraints = ROOT / "constraints.txt"
-    run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel, cwd=tmp_path)
+    install = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile")
+    run(*install, "--constraint", ROOT / "constraints.txt", wheel, cwd=tmp_path)
     where = run(
         python,
         "-c",
