@@ -93,7 +93,7 @@ async def test_answers_are_as_described_whatever_is_sent(service: Running, schem
 
     answered = set[int]()
 
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(case=cases, known=st.booleans())
     def campaign(case: schemathesis.Case[Any], known: bool) -> None:
         if known:
