@@ -1,6 +1,7 @@
 """A cursor tells exactly what is still to come, or is found unusable. Compared with a reader too simple to be wrong."""
 
 import asyncio
+from collections.abc import Collection
 from typing import NamedTuple
 
 import pytest
@@ -37,7 +38,7 @@ def feed(
     head: int | None = None,
     floor: int = 0,
     anchor_id: int | None = 0,
-    severed: bool = False,
+    severed: Collection[int] = (),
 ) -> Feed:
     return Feed(entries, upto, upto if head is None else head, floor, anchor_id, severed)
 
@@ -45,10 +46,11 @@ def feed(
 # --- text ------------------------------------------------------------------------------------------------
 
 cursors = st.builds(
-    lambda live, event_id, seen: Cursor(max(live, seen), event_id, min(live, seen)),
+    lambda live, event_id, seen, untold: Cursor(max(live, seen), event_id, min(live, seen), tuple(untold)),
     st.integers(0, 10**15 - 1),
     st.integers(0, 2**63 - 1),
     st.integers(0, 10**15 - 1),
+    st.lists(st.integers(1, 10**15 - 1), max_size=3),
 )
 epochs = st.from_regex(r"\A[a-z0-9]{1,32}\Z")
 
@@ -102,7 +104,7 @@ def test_one_changed_character_is_another_cursor_or_none(cursor: Cursor, data: s
 
 def _canonical(text: str) -> bool:
     """Without zeros in front: those are tried on their own, below."""
-    return all(part == "0" or not part.startswith("0") for part in text.split("."))
+    return all(part == "0" or not part.startswith("0") for part in text.replace("-", ".").split("."))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,10 @@ def _canonical(text: str) -> bool:
         "e1.1.a",
         "e1.1.a.1.",
         "e1.1.a.1.A",
+        "e1.1.a.1-",
+        "e1.1.a.1-0",
+        "e1.1.a.1-01",
+        "e1.1.a.1" + 101 * "-1",
         "e1.1.a.1.a.a",
         "e1.-1.a.1",
         "e1.1.A.1",
@@ -152,7 +158,25 @@ def test_a_cursor_is_usable_where_the_id_stands_and_nothing_wanted_is_lost() -> 
     assert not cursor.usable(feed(upto=9, anchor_id=50, floor=6))
     assert not cursor.usable(feed(upto=5, anchor_id=51))
     assert not cursor.usable(feed(upto=5, anchor_id=None))
-    assert not cursor.usable(feed(upto=5, anchor_id=50, severed=True))
+    assert not cursor.usable(feed(upto=5, anchor_id=50, severed=[3]))
+
+
+def test_who_never_heard_of_what_was_deleted_goes_on() -> None:
+    cursor = Cursor(5, 50, 5, (2, 3))
+    assert cursor.usable(feed(upto=5, anchor_id=50, severed=[3]))
+    assert cursor.usable(feed(upto=5, anchor_id=50, severed=[3, 2]))
+    assert not cursor.usable(feed(upto=5, anchor_id=50, severed=[2, 3, 4]))
+
+
+def test_what_was_deleted_is_remembered_from_its_first_place_to_its_last() -> None:
+    places = [entry(2, first=2, end=5, gone=True), entry(3, first=3), entry(4, first=4, end=6, gone=True)]
+    cursor = Cursor(1, 10, 1)
+    untold = []
+    for each in (*places, entry(5, first=2, end=5, gone=True), entry(6, first=4, end=6, gone=True)):
+        cursor = cursor.past(each)
+        untold.append(cursor.untold)
+    assert untold == [(2,), (2,), (2, 4), (4,), ()]
+    assert Cursor(2, 20, 2).past(entry(3, first=2, end=5, gone=True)).untold == ()
 
 
 def test_retention_below_live_does_not_touch_what_was_not_seen() -> None:
@@ -294,10 +318,12 @@ class World:
         return max((self.ends[name] for name in self.purged), default=0)
 
     def may_be_refused(self, holder: Told) -> bool:
-        """The declared rule: the floor has passed the cursor, or a deleted generation spans it."""
+        """The floor has passed the cursor, or it lies in a deleted generation of which the holder knows."""
         live = holder.cursor.live
         spans = [(self.ids.index(name) + 1, self.ends[name]) for name in self.deleted]
-        return live < self.floor or any(first <= live < last for first, last in spans)
+        return live < self.floor or any(
+            first <= live < last and (first <= holder.attached_at or first in holder.told) for first, last in spans
+        )
 
     def wanted(self, holder: Told) -> list[int]:
         """What is still to come: everything since attaching, and all of what ran then."""

@@ -603,7 +603,7 @@ async def test_refused_and_repeated_appends_are_not_heard(scribe: Scribe, log: E
 
 async def test_an_unknown_user_has_an_empty_feed(log: EventLog) -> None:
     feed = await log.feed("nobody", after=0, anchor=0, limit=10)
-    assert (list(feed.entries), feed.upto, feed.head, feed.floor, feed.severed) == ([], 0, 0, 0, False)
+    assert (list(feed.entries), feed.upto, feed.head, feed.floor, [*feed.severed]) == ([], 0, 0, 0, [])
     assert feed.anchor_id is not None
     assert (await log.feed("nobody", after=0, anchor=1, limit=10)).anchor_id is None
 
@@ -639,7 +639,7 @@ async def test_the_anchor_of_every_position_is_the_id_of_its_event(scribe: Scrib
     await scribe.whole()
     for entry in (await whole_feed(log)).entries:
         feed = await log.feed("ada", after=0, anchor=entry.position, limit=0)
-        assert (feed.anchor_id, feed.severed) == (entry.event_id, False)
+        assert (feed.anchor_id, [*feed.severed]) == (entry.event_id, [])
     for beyond in (7, 8, 1_000_000):
         assert (await log.feed("ada", after=0, anchor=beyond, limit=0)).anchor_id is None
 
@@ -892,7 +892,7 @@ async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
     # Whoever attaches anew, and whoever was at the head, goes on without a hole.
     at_head = Cursor(6, every[-1].event_id, 6)
     attached = await log.present("ada")
-    assert (attached.live, attached.seen, attached.event_id) == at_head[:1] + at_head[2:] + at_head[1:2]
+    assert attached == at_head
     following = await scribe.whole()
     for cursor in (at_head, attached):
         for limit in (1, 2, 100):
@@ -963,8 +963,8 @@ async def test_severed_is_told_from_the_first_event_on_and_before_the_last(scrib
     gone = await scribe.move(await scribe.start(), "composition", "failed")
     await scribe.short()
     assert await log.remove(gone.generation_id, retention=False)
-    severed = [(await log.feed("ada", after=0, anchor=anchor, limit=0)).severed for anchor in range(8)]
-    assert severed == [False, False, False, True, True, False, False, False]
+    severed = [[*(await log.feed("ada", after=0, anchor=anchor, limit=0)).severed] for anchor in range(8)]
+    assert severed == [[], [], [], [3], [3], [], [], []]
 
 
 async def test_one_deleted_before_it_was_seen_at_all_is_skipped(scribe: Scribe, log: EventLog) -> None:
@@ -983,7 +983,7 @@ async def test_places_left_by_delete_go_once_the_floor_has_passed_them(scribe: S
     assert await log.remove(deleted.generation_id, retention=False)
     assert await log.remove(purged.generation_id, retention=True)
     feed = await whole_feed(log)
-    assert (list(feed.entries), feed.upto, feed.head, feed.floor, feed.severed) == ([], 4, 4, 4, False)
+    assert (list(feed.entries), feed.upto, feed.head, feed.floor, [*feed.severed]) == ([], 4, 4, 4, [])
     assert not (await log.feed("ada", after=0, anchor=1, limit=0)).severed
 
 
@@ -992,7 +992,7 @@ async def test_deleting_below_the_floor_leaves_no_places(scribe: Scribe, log: Ev
     assert await log.remove(high.generation_id, retention=True)
     assert await log.remove(low.generation_id, retention=False)
     feed = await whole_feed(log)
-    assert (list(feed.entries), feed.floor, feed.head, feed.severed) == ([], 4, 4, False)
+    assert (list(feed.entries), feed.floor, feed.head, [*feed.severed]) == ([], 4, 4, [])
 
 
 async def test_two_users_do_not_share_a_floor(scribe: Scribe, log: EventLog) -> None:

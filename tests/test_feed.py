@@ -108,6 +108,25 @@ async def test_a_cursor_that_is_not_usable_says_so_and_brings_a_good_one(service
         assert (await poll(service, page["cursor"])) == {"recovered": True, "cursor": page["cursor"], "events": []}
 
 
+@pytest.mark.parametrize("limit", [1, 2, 5])
+async def test_who_never_heard_of_what_was_deleted_reads_past_it(service: Running, scribe: Scribe, limit: int) -> None:
+    """Wherever a page ends; over Socket.IO as well. Who was told that it began has to look anew."""
+    empty = (await service.get("/events"))["cursor"]
+    gone, kept = await scribe.start(), await scribe.start()
+    knowing = (await poll(service, empty, 1))["cursor"]
+    await scribe.finish(kept)
+    await scribe.move(gone, "failed")
+    await service.service.log.remove(gone.generation_id, retention=False)
+    cursor = (await poll(service, empty, 1))["cursor"]
+    events, _ = await read_on(service, empty, limit)
+    assert [data for _, data in events] == await service.events(kept.generation_id)
+    async with service.phone() as phone:
+        assert (await phone.authenticate("ada", cursor=cursor))["recovered"] is True
+        await phone.until_over(kept.generation_id)
+        assert phone.sequences(kept.generation_id) == [2, 3, 4, 5, 6]
+    assert (await poll(service, knowing))["recovered"] is False
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x"])
 async def test_a_page_has_1_to_1000_events(service: Running, query: str) -> None:
     answer = await service.http.get(f"/events?{query}")

@@ -278,8 +278,13 @@ class LogMachine(RuleBasedStateMachine):
         places = self.places[user_id]
         self.page(user_id, places[max(0, len(places) - 1 - back)], limit)
 
-    def unusable(self, user_id: str, live: int) -> bool:
-        return live < self.floor[user_id] or any(first <= live < last for first, last in self.severing[user_id])
+    def unusable(self, user_id: str, place: Place) -> bool:
+        """The floor has passed the place, or it lies in a deleted generation of which the reader knows."""
+        live = place.cursor.live
+        return live < self.floor[user_id] or any(
+            first <= live < last and (first <= place.attached_at or first in place.told)
+            for first, last in self.severing[user_id]
+        )
 
     def wanted(self, user_id: str, place: Place) -> list[tuple[int, str, int]]:
         return sorted(
@@ -295,7 +300,7 @@ class LogMachine(RuleBasedStateMachine):
         assert cursor is not None
         feed = self.run(self.log.feed(user_id, after=cursor.seen, anchor=cursor.live, limit=limit))
         assert (feed.head, feed.floor) == (self.head[user_id], self.floor[user_id])
-        assert cursor.usable(feed) is not self.unusable(user_id, cursor.live)
+        assert cursor.usable(feed) is not self.unusable(user_id, place)
         if not cursor.usable(feed):
             note(f"{cursor} is lost")
             return None

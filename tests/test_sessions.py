@@ -53,7 +53,7 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[SessionStore]:
     "kept",
     [
         session(),
-        Session(Identity("ada", NOON + timedelta(microseconds=1), service=True), Cursor(10, 0, 3), 12, None),
+        Session(Identity("ada", NOON + timedelta(microseconds=1), service=True), Cursor(10, 0, 10, (7, 9)), 12, None),
         Session(Identity("Ünï 🎨 : % * {}", None, service=False), Cursor(10**15 - 1, 2**63 - 1, 0), 0, ""),
     ],
 )

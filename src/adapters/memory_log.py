@@ -250,7 +250,7 @@ class MemoryLog:
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
         user = self._users.get(user_id)
         if user is None:
-            return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, False)
+            return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, ())
         entries: list[Logged] = []
         position = max(after, user.base)
         while position < user.head and len(entries) < limit:
@@ -258,7 +258,8 @@ class MemoryLog:
             record = user.feed[position - user.base - 1]
             if record is not None:
                 entries.append(record.at(position))
-        severed = any(record.positions[0] <= anchor < record.positions[-1] for record in user.deleted)
+        spans = [(record.positions[0], record.positions[-1]) for record in user.deleted]
+        severed = [first for first, last in spans if first <= anchor < last]
         return Feed(entries, position, user.head, user.floor, user.id_at(anchor), severed)
 
     @asynccontextmanager

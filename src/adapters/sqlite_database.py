@@ -120,6 +120,9 @@ SCHEMA: Final[tuple[str, ...]] = (
     CREATE INDEX sessions_of_user ON sessions (user_id, touched_at);
     CREATE INDEX expiring_sessions ON sessions (touched_at);
     """,
+    """
+    ALTER TABLE sessions ADD COLUMN untold TEXT NOT NULL DEFAULT '[]';  -- in JSON
+    """,
 )
 
 

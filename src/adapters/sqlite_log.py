@@ -55,8 +55,8 @@ _STATE: Final = """
 _FEED: Final = """
     SELECT id, head, floor, floor_id,
         (SELECT event_id FROM events WHERE user = users.id AND position = :anchor),
-        EXISTS (
-            SELECT 1 FROM generations
+        (
+            SELECT json_group_array(first_position) FROM generations
             WHERE user = users.id AND deleted = 1 AND end_position > :anchor AND first_position <= :anchor
         )
     FROM users WHERE user_id = :user_id
@@ -167,14 +167,14 @@ class SqliteLog:
         def read(connection: sqlite3.Connection) -> Feed:
             row = connection.execute(_FEED, {"user_id": user_id, "anchor": anchor}).fetchone()
             if row is None:
-                return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, False)
+                return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, ())
             user, head, floor, floor_id, id_there, severed = row
             where = "WHERE events.user = ? AND events.position > ? ORDER BY events.position LIMIT ?"
             rows = connection.execute(f"{_ENTRIES} {where}", (user, after, limit)) if limit else ()
             entries = [Logged._make(row) for row in rows]
             upto = max(after, head) if len(entries) < limit else entries[-1].position if entries else after
             anchor_id = floor_id if anchor == floor else id_there if anchor > floor else None
-            return Feed(entries, upto, head, floor, anchor_id, bool(severed))
+            return Feed(entries, upto, head, floor, anchor_id, json.loads(severed))
 
         return await self._database.read(read)
 

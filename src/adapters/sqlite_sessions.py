@@ -1,5 +1,6 @@
 """Sessions in the file of the durable log."""
 
+import json
 import sqlite3
 from collections.abc import Collection
 from datetime import datetime, timedelta
@@ -25,8 +26,9 @@ class SqliteSessions:
         self._retention = retention
 
     async def save(self, pid: str, session: Session, *, at: datetime) -> None:
-        (user_id, expires_at, service), base = session.identity, session.base
+        user_id, expires_at, service = session.identity
         expires = None if expires_at is None else microseconds(expires_at)
+        base = (*session.base[:3], json.dumps(session.base.untold))
         row = (pid, user_id, expires, service, *base, session.head, session.tag, microseconds(at))
 
         def save(connection: sqlite3.Connection) -> None:
@@ -35,8 +37,9 @@ class SqliteSessions:
                 (self._expired(at), _EXPIRED),
             )
             connection.execute(
-                "REPLACE INTO sessions (pid, user_id, expires_at, service, live, event_id, seen, head, tag, touched_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "REPLACE INTO sessions"
+                " (pid, user_id, expires_at, service, live, event_id, seen, untold, head, tag, touched_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
             connection.execute(
@@ -52,16 +55,16 @@ class SqliteSessions:
             return None
         row = await self._database.read(
             lambda connection: connection.execute(
-                "SELECT user_id, expires_at, service, live, event_id, seen, head, tag"
+                "SELECT user_id, expires_at, service, live, event_id, seen, untold, head, tag"
                 " FROM sessions WHERE pid = ? AND touched_at > ?",
                 (pid, self._expired(at)),
             ).fetchone()
         )
         if row is None:
             return None
-        user_id, expires, service, live, event_id, seen, head, tag = row
+        user_id, expires, service, live, event_id, seen, untold, head, tag = row
         identity = Identity(user_id, None if expires is None else moment(expires), service=bool(service))
-        return Session(identity, Cursor(live, event_id, seen), head, tag)
+        return Session(identity, Cursor(live, event_id, seen, tuple(json.loads(untold))), head, tag)
 
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
         touched, expired = microseconds(at), self._expired(at)

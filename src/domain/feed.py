@@ -9,16 +9,20 @@ has been sent both places are one, and move together.
 ``event_id`` is the id of the event at ``live``. It recognises a cursor that was made up, and a log that came back in an
 older state; the name of the feed, in the cursor's text, recognises one of another user or of another log. A tag at the
 text's end tells which session sent it.
+
+A generation may be deleted. Who was told that it runs cannot be told any more that it ended, and has to look anew; who
+comes to its first event only after that never hears of it, and goes on. ``untold`` tells the one from the other.
 """
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final, NamedTuple
 
 _PLACE: Final = "(0|[1-9][0-9]{0,14})"
+_UNTOLD: Final = "((?:-[1-9][0-9]{0,14}){0,100})"
 _TEXT: Final = re.compile(
-    rf"([a-z0-9]{{1,32}})\.{_PLACE}\.(0|[1-9a-f][0-9a-f]{{0,15}})\.{_PLACE}(?:\.([a-z0-9]{{1,32}}))?"
+    rf"([a-z0-9]{{1,32}})\.{_PLACE}\.(0|[1-9a-f][0-9a-f]{{0,15}})\.{_PLACE}{_UNTOLD}(?:\.([a-z0-9]{{1,32}}))?"
 )
 
 
@@ -51,8 +55,8 @@ class Feed(NamedTuple):
     floor: int
     #: The id of the event at the anchor asked for; ``None`` where the log cannot tell.
     anchor_id: int | None
-    #: Whether a deleted generation began at or before the anchor and ended after it.
-    severed: bool
+    #: The first positions of deleted generations that began at or before the anchor and ended after it.
+    severed: Collection[int]
 
 
 def feed_name(epoch: str, user_id: str) -> str:
@@ -68,7 +72,7 @@ def zero_id(epoch: str, user_id: str) -> int:
 def tag_of(text: object) -> str | None:
     """The tag of the session that a cursor was sent in; ``None`` where it is none, or has none."""
     match = _TEXT.fullmatch(text) if isinstance(text, str) else None
-    return match and match[5]
+    return match and match[6]
 
 
 class Cursor(NamedTuple):
@@ -77,6 +81,8 @@ class Cursor(NamedTuple):
     live: int
     event_id: int
     seen: int
+    #: The first positions of generations that span ``live``, and were deleted when the reader came there.
+    untold: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: object, feed: str) -> "Cursor | None":
@@ -84,22 +90,23 @@ class Cursor(NamedTuple):
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None or match[1] != feed:
             return None
-        cursor = cls(int(match[2]), int(match[3], 16), int(match[4]))
+        untold = tuple(map(int, match[5].split("-")[1:]))
+        cursor = cls(int(match[2]), int(match[3], 16), int(match[4]), untold)
         return cursor if cursor.seen <= cursor.live else None
 
     def text(self, feed: str, tag: str | None = None) -> str:
         """What clients are given: opaque to them."""
-        text = f"{feed}.{self.live}.{self.event_id:x}.{self.seen}"
+        text = "-".join((f"{feed}.{self.live}.{self.event_id:x}.{self.seen}", *map(str, self.untold)))
         return text if tag is None else f"{text}.{tag}"
 
     def usable(self, feed: Feed) -> bool:
         """Whether a read anchored at ``live`` shows that nothing wanted has been lost.
 
         Retention (`floor`) counts against ``live`` only: what was purged had ended, and up to ``live``
-        what had ended by then is not wanted. A deleted generation that ended after ``live`` is wanted,
-        and its end can no longer be told.
+        what had ended by then is not wanted. A deleted generation that ended after ``live`` is wanted
+        where the reader knows of it, and its end can no longer be told.
         """
-        return feed.anchor_id == self.event_id and self.live >= feed.floor and not feed.severed
+        return feed.anchor_id == self.event_id and self.live >= feed.floor and set(self.untold).issuperset(feed.severed)
 
     def wants(self, entry: Logged) -> bool:
         """Whether an entry beyond ``seen`` is to be sent."""
@@ -107,9 +114,14 @@ class Cursor(NamedTuple):
 
     def past(self, entry: Logged) -> "Cursor":
         """The cursor behind this entry."""
-        if entry.position > self.live:
-            return Cursor(entry.position, entry.event_id, entry.position)
-        return self._replace(seen=entry.position)
+        if entry.position <= self.live:
+            return self._replace(seen=entry.position)
+        untold = self.untold
+        if entry.event is None and entry.position == entry.first:
+            untold = (*untold, entry.first)
+        if entry.position == entry.end:
+            untold = tuple(first for first in untold if first != entry.first)
+        return Cursor(entry.position, entry.event_id, entry.position, untold)
 
     def advance(self, feed: Feed) -> "tuple[list[tuple[Logged, Cursor]], Cursor]":
         """The wanted events of a read after ``seen``, each with the cursor behind it, and the cursor behind all."""
