@@ -176,7 +176,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close what is still open. Everything that had to be said has been said: nobody is waited for long."""
         loop = asyncio.get_running_loop()
-        timers = [loop.call_later(0.3, self._hang_up), loop.call_later(0.6, self._give_up)]
+        timers = [loop.call_later(0.15, self._hang_up), loop.call_later(0.3, self._give_up)]
         try:
             await super().shutdown(sockets)
         finally:

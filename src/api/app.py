@@ -53,7 +53,7 @@ from domain.webhooks import Webhooks
 from domain.workflow import Limits, Workflow
 
 #: Seconds that sockets have, on leaving, to take what they were sent last, and the webhook.
-_FLUSH: Final = 0.5
+_FLUSH: Final = 0.3
 #: Seconds that a provider has for one picture, with all waits.
 _PROVIDER: Final = 300
 _SWEEP_EVERY: Final = timedelta(hours=1)
