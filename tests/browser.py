@@ -93,11 +93,11 @@ class Tab:
         await self.page.goto(f"{self.url}/", wait_until="domcontentloaded")
 
     async def is_connected(self, state: str = "live") -> None:
-        await expect(self["body"]).to_have_attribute("data-connection", state, timeout=15_000)
+        await expect(self["body"]).to_have_attribute("data-connection", state, timeout=30_000)
 
     async def shows(self, state: State, title: str | None = None) -> None:
         """Wait until what is looked at is so, and called so."""
-        await expect(self["#stage"]).to_have_attribute("data-state", state, timeout=15_000)
+        await expect(self["#stage"]).to_have_attribute("data-state", state, timeout=30_000)
         if title is not None:
             await expect(self["#stage-title"]).to_have_text(title)
 
@@ -112,7 +112,7 @@ class Tab:
     async def settled(self) -> None:
         """Wait until a socket that there is has left polling: that of a tab which then goes is missed at once."""
         if await self["body"].get_attribute("data-connection") == "live":
-            await asyncio.wait_for(self._upgraded.wait(), 15)
+            await asyncio.wait_for(self._upgraded.wait(), 30)
 
     async def timeline(self) -> list[str]:
         """When the events happened that are shown."""
@@ -134,7 +134,7 @@ async def tabs(
     """Tabs of one browser, live as this user; where one of them complained, that is an error in the end."""
     context: BrowserContext = await browser.new_context(**{"locale": "en-GB", "reduced_motion": "reduce", **options})
     try:
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(30_000)
         if user is not None:
             await context.add_init_script(f"sessionStorage['stagecast.user'] ??= {json.dumps(user)}")
         every = [Tab(await context.new_page(), url, forgive) for _ in range(count)]

@@ -35,7 +35,7 @@ async def process() -> AsyncIterator[Process]:
 )
 async def test_what_is_promised_holds(case: Case, process: Process, tmp_path: Path) -> None:
     outcome = await attempt(case, "quick", tmp_path, process)
-    assert outcome.failures == [], outcome.figures
+    assert not outcome.failures, "\n".join([*outcome.failures, str(outcome.figures)])
 
 
 async def test_what_is_written_goes_out_at_once(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ async def test_who_is_signed_out_by_an_old_token_signs_in_anew_and_goes_on(brows
         await tab["#token"].fill(token("eva", exp=now().timestamp() + 2))
         await tab["#token"].press("Enter")
         await tab.is_connected()
-        await expect(tab["#token-problem"]).to_have_text("This token has expired.", timeout=15_000)
+        await expect(tab["#token-problem"]).to_have_text("This token has expired.", timeout=30_000)
         await tab["#token"].fill(token("eva"))
         await tab["#token"].press("Enter")
         await tab.is_connected()
