@@ -31,7 +31,7 @@ from api import logs
 from api.app import Service, create_service
 from api.settings import load_settings
 from faults import JSON, Wire, allow_sockets
-from harness import PHOTO, Phone, Running, flood
+from harness import PHOTO, Phone, Reader, Running, flood
 
 #: Seconds between two looks at the clock of the event loop.
 _LOOK: Final = 0.02
@@ -146,7 +146,7 @@ class Process:
 
 
 @dataclass
-class Served:
+class Served(Reader):
     """A service in another process."""
 
     process: Process
@@ -201,27 +201,8 @@ class Served:
         self.owners[generation_id] = user
         return generation_id
 
-    async def get(self, path: str, user: str) -> JSON:
-        answer = await self.http.get(path, headers={"X-User-Id": user})
-        assert answer.status_code == 200, answer.text
-        body = answer.json()
-        assert isinstance(body, dict)
-        return body
-
-    async def events(self, generation_id: str, user: str) -> list[JSON]:
-        """The history, by HTTP."""
-        return [item["data"] for item in (await self.get(f"/generations/{generation_id}/events", user))["events"]]
-
-    async def feed(self, user: str, cursor: str) -> list[JSON]:
-        """All that has come after this cursor, by HTTP."""
-        events: list[JSON] = []
-        while True:
-            page = await self.get(f"/events?after={cursor}&limit=1000", user)
-            assert page["recovered"] is True
-            if not page["events"]:
-                return events
-            events += [item["data"] for item in page["events"]]
-            cursor = page["cursor"]
+    async def look(self, path: str, user: str) -> httpx2.Response:
+        return await self.http.get(path, headers={"X-User-Id": user})
 
     async def figures(self, *, afresh: bool = False) -> Figures:
         """See `Figures`. `afresh`: garbage is collected first, and from here on the maxima are taken anew."""

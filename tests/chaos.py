@@ -47,7 +47,7 @@ from domain.recorder import Recorder
 from domain.stages import FLOWS
 from doubles import Hold, Passing, ScriptedEditor
 from faults import JSON, Wire, hang_up, parse, together
-from harness import PHOTO, running
+from harness import PHOTO, Reader, running
 from node import Browser, Browsers, browsers
 from openai_server import KEY, OpenAIServer, completed, openai_server, partial, stream
 from openai_server import picture as drawing
@@ -253,7 +253,7 @@ def _free_port() -> int:
             return port
 
 
-class Caller:
+class Caller(Reader):
     """Calls a service by HTTP, again and again until it answers, as its clients are told to."""
 
     def __init__(self, http: httpx2.AsyncClient) -> None:
@@ -282,16 +282,8 @@ class Caller:
                 self.unanswered += 1
                 await asyncio.sleep(0.05)
 
-    async def get(self, path: str, user: str) -> JSON:
-        answer = await self.ask("GET", path, user)
-        assert answer.status_code == 200, answer.text
-        body = answer.json()
-        assert isinstance(body, dict)
-        return body
-
-    async def events(self, generation_id: str, user: str) -> list[JSON]:
-        """The history."""
-        return [item["data"] for item in (await self.get(f"/generations/{generation_id}/events", user))["events"]]
+    async def look(self, path: str, user: str) -> httpx2.Response:
+        return await self.ask("GET", path, user)
 
     async def generations(self, user: str, **which: str) -> list[JSON]:
         """All of this user's; `which`: those with this status."""
@@ -303,17 +295,6 @@ class Caller:
             if "next" not in page:
                 return found
             before = {"before": page["next"]}
-
-    async def feed(self, user: str, cursor: str) -> list[JSON]:
-        """All that has come after this cursor, which has to be usable."""
-        events = list[JSON]()
-        while True:
-            page = await self.get(f"/events?after={cursor}&limit=1000", user)
-            assert page["recovered"] is True, "a cursor was lost"
-            if not page["events"]:
-                return events
-            events += [item["data"] for item in page["events"]]
-            cursor = page["cursor"]
 
 
 @asynccontextmanager

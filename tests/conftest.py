@@ -7,7 +7,9 @@ from typing import Final
 
 import pytest
 import pytest_asyncio
+from playwright.async_api import Browser
 
+from browser import chromium
 from http_app import Api, serve_api
 
 # Nothing here is paid for, whatever keys lie about: neither in this process nor in those that it starts.
@@ -21,6 +23,12 @@ _FIRST: Final = ("test_wheel", "test_cases", "test_page_story", "test_page_conne
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in _FIRST)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    async with chromium() as browser:
+        yield browser
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -84,8 +85,38 @@ class Phone:
         )
 
 
+class Reader(ABC):
+    """Reads what a user may see of a service, by HTTP."""
+
+    @abstractmethod
+    async def look(self, path: str, user: str) -> httpx2.Response:
+        """The answer to GET."""
+
+    async def get(self, path: str, user: str = "ada") -> JSON:
+        answer = await self.look(path, user)
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        assert isinstance(body, dict)
+        return body
+
+    async def events(self, generation_id: str, user: str = "ada") -> list[JSON]:
+        """The history."""
+        return [item["data"] for item in (await self.get(f"/generations/{generation_id}/events", user))["events"]]
+
+    async def feed(self, user: str, cursor: str) -> list[JSON]:
+        """All that has come after this cursor, which has to be usable."""
+        events = list[JSON]()
+        while True:
+            page = await self.get(f"/events?after={cursor}&limit=1000", user)
+            assert page["recovered"] is True, "a cursor was lost"
+            if not page["events"]:
+                return events
+            events += [item["data"] for item in page["events"]]
+            cursor = page["cursor"]
+
+
 @dataclass
-class Running:
+class Running(Reader):
     """A service behind a real server."""
 
     url: str
@@ -126,16 +157,8 @@ class Running:
         headers = {"X-User-Id": user} | ({"Idempotency-Key": key} if key else {})
         return await self.http.post(f"/generations/{kind}", files=parts, headers=headers)
 
-    async def get(self, path: str, user: str = "ada") -> JSON:
-        answer = await self.http.get(path, headers={"X-User-Id": user})
-        assert answer.status_code == 200, answer.text
-        body = answer.json()
-        assert isinstance(body, dict)
-        return body
-
-    async def events(self, generation_id: str, user: str = "ada") -> list[JSON]:
-        """The history, by HTTP."""
-        return [item["data"] for item in (await self.get(f"/generations/{generation_id}/events", user))["events"]]
+    async def look(self, path: str, user: str) -> httpx2.Response:
+        return await self.http.get(path, headers={"X-User-Id": user})
 
     async def raw(self, query: str = "") -> websockets.ClientConnection:
         """A bare WebSocket that speaks Engine.IO itself. The OPEN packet has been read."""
@@ -150,6 +173,10 @@ class Running:
         async with asyncio.timeout(20):
             while not holds():
                 await asyncio.sleep(0.01)
+
+    async def until_nobody_is_here(self) -> None:
+        """Wait until no socket is left, nor anything kept for one."""
+        await self.until(lambda: self.service.sockets.idle and not self.service.projection.rooms)
 
     async def check_invariants(self) -> None:
         """I1 to I6 and I8 of the reliability promises: of what is in the log, and of what each device was sent."""
@@ -184,7 +211,7 @@ class Running:
                 got = phone.of(generation_id)
                 first = got[0]["sequence"] - 1
                 assert got == events[first : first + len(got)], "I4"
-        await self.until(lambda: self.service.sockets.idle and not self.service.projection.rooms)
+        await self.until_nobody_is_here()
 
 
 @asynccontextmanager

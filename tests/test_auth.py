@@ -66,7 +66,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runn
 async def service(shared: Running) -> AsyncIterator[Running]:
     """The service of all these tests. Each leaves it idle."""
     yield shared
-    await shared.until(lambda: shared.service.sockets.idle and not shared.service.projection.rooms)
+    await shared.until_nobody_is_here()
     await shared.service.queue.settled()
 
 
@@ -896,7 +896,7 @@ class TestOneUserAfterTheOther:
             await bare.say("authenticate", {"token": token(slow)})
             await log.asked[slow].wait()
         gate.set()
-        await service.until(lambda: service.service.sockets.idle and not service.service.projection.rooms)
+        await service.until_nobody_is_here()
 
     async def settle(self, service: Running, bare: Wire) -> None:
         """Wait until everything is over, and has been sent."""

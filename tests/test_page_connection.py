@@ -19,7 +19,7 @@ from adapters.uvicorn_server import Server
 from api.app import create_service
 from api.page import CDN, FOLDER
 from api.settings import Settings
-from browser import Tab, chromium, needs_axe, needs_chromium, serious_faults, tabs
+from browser import Tab, needs_axe, needs_chromium, serious_faults, tabs
 from doubles import Hold
 from harness import Running, running
 from node import needs_client
@@ -32,12 +32,6 @@ EDITOR = PromptedEditor()
 
 #: What a browser says by itself where the network fails.
 NETWORK = r"net::ERR_(INTERNET_DISCONNECTED|CONNECTION_REFUSED|CONNECTION_RESET|EMPTY_RESPONSE|FAILED|NETWORK_CHANGED)"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as browser:
-        yield browser
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -11,7 +11,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, FilePayload, Route, expect
 
 from api.page import FOLDER, render
-from browser import PHOTO, Tab, chromium, needs_axe, needs_chromium, serious_faults, tabs
+from browser import PHOTO, Tab, needs_axe, needs_chromium, serious_faults, tabs
 from domain.orders import Options
 from domain.ports import Picture, Report
 from doubles import Act, Hold, ScriptedFaceSwapper, fails, reports
@@ -55,12 +55,6 @@ class QuickComposer:
 
 
 EDITOR = PromptedEditor()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    async with chromium() as browser:
-        yield browser
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -230,9 +230,7 @@ class Stage:
             await self._lines.pop().end()
         for left in list(self.service.service.sockets.eio.sockets.values()):
             left.abort()  # Those whose clients have gone without a word.
-        await self.service.until(
-            lambda: self.service.service.sockets.idle and not self.service.service.projection.rooms
-        )
+        await self.service.until_nobody_is_here()
         for browser in everybody:
             check(browser)
 

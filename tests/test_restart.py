@@ -49,12 +49,6 @@ async def ended(wire: Wire, generation_id: str) -> JSON:
     return ends()[0]
 
 
-async def feed(service: Running, cursor: str, user: str = "ada") -> list[JSON]:
-    page = await service.get(f"/events?after={cursor}&limit=1000", user)
-    assert page["recovered"] is True
-    return [each["data"] for each in page["events"]]
-
-
 @needs_node
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 async def test_the_seeds_client_sees_the_service_die_and_come_back_and_misses_nothing(
@@ -122,7 +116,7 @@ async def test_sessions_cursors_keys_balances_grants_and_images_are_there_after_
         assert (await again.http.get(f"/images/{url.rpartition('/')[2]}")).content == picture
         assert not stray.exists()
         for place, cursor in enumerate(cursors):
-            assert await feed(again, cursor) == wire.events[place:]
+            assert await again.feed("ada", cursor) == wire.events[place:]
         answer = await again.post("ada", "edit", key="k", metadata=json.dumps({"album": 7}))
         assert (answer.status_code, answer.headers["location"]) == (202, f"/generations/{done}")
         assert (await again.post("ada", "edit", key="k")).json()["code"] == "idempotency_mismatch"

@@ -35,7 +35,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
 async def service(shared: Running) -> AsyncIterator[Running]:
     """The service of all these tests. Each leaves it idle."""
     yield shared
-    await shared.until(lambda: shared.service.sockets.idle and not shared.service.projection.rooms)
+    await shared.until_nobody_is_here()
     await shared.service.queue.settled()
 
 
