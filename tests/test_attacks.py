@@ -430,10 +430,10 @@ async def test_file_names_name_nothing(siege: Siege, tmp_path: Path) -> None:
     table: Table = {name: ("202", attack) for name, attack in attacks.items()}
     table["10 kB"] = "400 bad_request", siege.outcome(form(PROMPT, part("images", PHOTO, b"a" * 10_000)))
     accepted = await expect(table)
+    await siege.aftermath(accepted=accepted)
     assert names_in(tmp_path) == ["images", "temp"]
     for path in siege.images.rglob("*"):
         assert re.fullmatch(r"[a-z0-9_]+(-[0-9a-f]{32}\.(png|jpg|webp))?", path.name), path
-    await siege.aftermath(accepted=accepted)
 
 
 async def test_line_breaks_in_a_part_reach_no_header(siege: Siege) -> None:
