@@ -108,8 +108,9 @@ class ImageFolder:
 def _create(part: Path) -> IO[bytes]:
     """The new file, its folder made where it is missing or is removed, having been empty, in between."""
     for _ in range(10):
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+        # Either error can come of it: `mkdir` looks a second time at what it has found there.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            part.parent.mkdir(parents=True, exist_ok=True)
             return part.open("xb")
     raise FileNotFoundError(part)
 
