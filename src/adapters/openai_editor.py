@@ -59,6 +59,9 @@ _ANEW: Final = (
 
 #: The shorter side that a picture has at least, in pixels.
 _MIN_SIDE: Final = 64
+#: The most that is read of one answer, in bytes. Three pictures of 1.5 megapixels that could not be compressed, with
+#: transparency, in base64, are 26 MB.
+MAX_ANSWER: Final = 32 * 1024 * 1024
 #: The longer side of a preview, in pixels.
 _PREVIEW: Final = 768
 
@@ -118,7 +121,7 @@ class OpenAIEditor:
     def _connect(self) -> "AsyncImages":
         from openai import AsyncOpenAI
 
-        http = provider_client(self._deadline, self._trust)
+        http = provider_client(self._deadline, MAX_ANSWER, self._trust)
         client = AsyncOpenAI(
             api_key=self._api_key, base_url=self._base_url, timeout=http.timeout, max_retries=0, http_client=http
         )

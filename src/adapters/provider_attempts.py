@@ -24,10 +24,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: The most that is read of one answer, in bytes. Three pictures of 1.5 megapixels that could not be compressed, with
-#: transparency, in base64, are 26 MB.
-MAX_ANSWER: Final = 32 * 1024 * 1024
-
 #: For what the user cannot help: a wrong key, an account without money, a model that is not there.
 MISCONFIGURED: Final = "The image service does not work with this server's settings. Please tell whoever runs it."
 
@@ -119,45 +115,56 @@ def _without_keys(text: str, secret: str) -> str:
     return _KEYS.sub("[key]", text[: _MAX_WORDS * 2])
 
 
-def provider_client(timeout: float, trust: ssl.SSLContext | None = None) -> httpx2.AsyncClient:
-    """Calls with this client have `timeout` seconds for each step, and read answers up to `MAX_ANSWER`.
+def provider_client(
+    timeout: float,
+    limit: int,
+    trust: ssl.SSLContext | None = None,
+    *,
+    base_url: httpx2.URL | str = "",
+    headers: Mapping[str, str] | None = None,
+) -> httpx2.AsyncClient:
+    """Calls with this client have `timeout` seconds for each step, and read answers up to `limit` bytes.
+
+    An answer that is larger, or compressed, is a `httpx2.DecodingError`.
 
     Every call has a connection of its own: one kept from earlier may break just when a paid request is on it, and
     nobody would know whether it arrived. Redirects are not followed, or the call would be made twice. The
     environment has a say in the way out (proxies, certificates), and in nothing else.
     """
+
+    async def bound(response: httpx2.Response) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            # A few bytes could become many, and it was not asked for.
+            raise httpx2.DecodingError("compressed")
+        if int(response.headers.get("content-length", 0)) > limit:
+            raise httpx2.DecodingError(f"larger than {limit} bytes")
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
+        response.stream = _Bounded(response.stream, limit)
+
     return httpx2.AsyncClient(
-        headers={"Accept-Encoding": "identity"},
+        base_url=base_url,
+        headers={"Accept-Encoding": "identity", **(headers or {})},
         timeout=httpx2.Timeout(timeout, connect=min(timeout, 10)),
         limits=httpx2.Limits(max_keepalive_connections=0),
         verify=trust or authorities(),
         follow_redirects=False,
-        event_hooks={"response": [_bound]},
+        event_hooks={"response": [bound]},
     )
 
 
-async def _bound(response: httpx2.Response) -> None:
-    if response.headers.get("content-encoding", "identity") != "identity":
-        # A few bytes could become many, and it was not asked for.
-        raise httpx2.DecodingError("compressed")
-    if int(response.headers.get("content-length", 0)) > MAX_ANSWER:
-        raise httpx2.ReadError("too large")
-    assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = _Bounded(response.stream)
-
-
 class _Bounded(httpx2.AsyncByteStream):
-    """A body of `MAX_ANSWER` bytes at most; more of it is not read."""
+    """A body of `limit` bytes at most; more of it is not read."""
 
-    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+    def __init__(self, stream: httpx2.AsyncByteStream, limit: int) -> None:
         self._stream = stream
+        self._limit = limit
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        left = MAX_ANSWER
+        left = self._limit
         async for piece in self._stream:
             left -= len(piece)
             if left < 0:
-                raise httpx2.ReadError("too large")
+                raise httpx2.DecodingError(f"larger than {self._limit} bytes")
             yield piece
 
     async def aclose(self) -> None:

@@ -18,8 +18,7 @@ from typing import Annotated, Any, Final, NamedTuple, TypeVar
 import httpx2
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
-from adapters.provider_attempts import Declined, answered, attempt, broken, tell_operator
-from adapters.trust import authorities
+from adapters.provider_attempts import Declined, answered, attempt, broken, provider_client, tell_operator
 from domain.errors import Failure, ImageRefusal
 from domain.ports import ImageIntake, Picture, Report
 
@@ -133,7 +132,7 @@ class ReplicateFaceSwap:
         self.grace = grace
         self.pace = pace
         self._output_hosts = output_hosts
-        self._trust = trust or authorities()
+        self.trust = trust
         self._swaps: set[asyncio.Task[Picture]] = set()
 
     async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
@@ -149,21 +148,9 @@ class ReplicateFaceSwap:
             raise
 
     async def _swapped(self, picture: Picture, face: Picture, report: Report) -> Picture:
-        async with self.client({"Authorization": f"Bearer {self.token}"}) as api:
+        headers = {"Authorization": f"Bearer {self.token}"}
+        async with provider_client(_STEP, _MAX_ANSWER, self.trust, base_url=self.base, headers=headers) as api:
             return await _Swap(self, api, report).run(picture, face)
-
-    def client(self, headers: dict[str, str] | None = None) -> httpx2.AsyncClient:
-        """A client with a new connection for each request: one kept from earlier may break with a paid one on it.
-
-        As for every provider, the environment has a say in the way out (proxies, certificates).
-        """
-        return httpx2.AsyncClient(
-            base_url=self.base,
-            headers={"Accept-Encoding": "identity", **(headers or {})},
-            timeout=httpx2.Timeout(_STEP, connect=10),
-            limits=httpx2.Limits(max_keepalive_connections=0),
-            verify=self._trust,
-        )
 
     def may_download(self, url: httpx2.URL) -> bool:
         """Whether an output may be there."""
@@ -286,7 +273,7 @@ class _Swap:
             with suppress(ValueError):
                 return base64.b64decode(output.partition(";base64,")[2])
             return b""
-        async with self._swapper.client() as web:
+        async with provider_client(_STEP, MAX_OUTPUT, self._swapper.trust) as web:
             url = httpx2.URL()
             for _ in range(1 + _MAX_REDIRECTS):
                 try:
@@ -308,11 +295,14 @@ class _Swap:
             async with web.stream("GET", url) as response:
                 if response.has_redirect_location:
                     return str(response.headers["location"])
-                body = await self._body(response, MAX_OUTPUT)
+                body = await response.aread()
         except httpx2.HTTPError as error:
-            self._tell("the output could not be fetched", type(error).__name__)
+            self._tell(f"the output could not be fetched: {type(error).__name__}", error)
             failed = broken(error)
-            raise (failed if isinstance(failed, Declined) else Declined(failed)) from None
+            if isinstance(failed, Failure) and isinstance(error, httpx2.TransportError):
+                # To ask again costs nothing, and may bring another answer.
+                failed = Declined(failed)
+            raise failed from None
         if response.status_code == 200:
             return body
         self._tell(f"the output was answered with {response.status_code}")
@@ -332,9 +322,9 @@ class _Swap:
         what = f"{method} {path}"
         try:
             async with self._api.stream(method, path, **content) as response:
-                body = await self._body(response, _MAX_ANSWER)
+                body = await response.aread()
         except httpx2.HTTPError as error:
-            self._tell(f"{what} brought no answer", type(error).__name__)
+            self._tell(f"{what} brought no answer: {type(error).__name__}", error)
             raise broken(error) from None
         words, request_id = body.decode(errors="replace"), response.headers.get("cf-ray")
         if not response.is_success:
@@ -345,18 +335,6 @@ class _Swap:
         except ValidationError:
             self._tell(f"{what} was answered with something else", words, request_id)
             raise Failure("provider_unavailable") from None
-
-    async def _body(self, response: httpx2.Response, limit: int) -> bytes:
-        body = bytearray()
-        if int(response.headers.get("content-length", 0)) <= limit:
-            async for piece in response.aiter_raw():
-                body += piece
-                if len(body) > limit:
-                    break
-            else:
-                return bytes(body)
-        self._tell(f"an answer was larger than {limit} bytes")
-        raise Failure("provider_unavailable")
 
     def _tell(self, what: str, words: object = "", request_id: str | None = None) -> None:
         tell_operator("Replicate", what, words, request_id=request_id, secret=self._swapper.token)
