@@ -37,7 +37,7 @@ export async function until({ client, events, states }, holds) {
     const listener = () => holds() && done(resolve);
     const stop = ["change", "event", "state", "caughtUp"].map((name) => client.on(name, listener));
     const why = () => new Error(`never held: ${holds}\n${states} ${events.map(({ status }) => status)}`);
-    const timer = setTimeout(() => done(() => reject(why())), 10_000);
+    const timer = setTimeout(() => done(() => reject(why())), 30_000);
     function done(end) {
       clearTimeout(timer);
       stop.forEach((off) => off());
@@ -84,7 +84,8 @@ export function tokenOf(sub, { seconds = 3600, key = secret, ...claims } = {}) {
 
 /** A network between client and service, in which `link` can be cut, closed and led elsewhere. */
 export async function tunnel(target) {
-  const pairs = new Set();
+  const ends = new Set();
+  let falling = 0;
   const link = {
     target,
     closed: false,
@@ -92,8 +93,11 @@ export async function tunnel(target) {
     blocks: (_head) => false,
     /** Whether the connection breaks in place of the answer, by the first bytes of what is asked. */
     swallows: (_head) => false,
+    /** All connections fall, also those that have begun and were not seen yet: these come in the loop's next turn. */
     cut() {
-      for (const pair of pairs) pair.forEach((end) => end.destroy());
+      falling++;
+      for (const end of ends) end.destroy();
+      setImmediate(() => setImmediate(() => falling--));
     },
     close() {
       link.cut();
@@ -102,15 +106,17 @@ export async function tunnel(target) {
   };
   const server = net.createServer((near) => {
     near.on("error", () => {});
-    if (link.closed) return near.destroy();
+    if (link.closed || falling) return near.destroy();
+    ends.add(near);
+    near.on("close", () => ends.delete(near));
     near.once("data", (head) => {
       if (link.blocks(String(head))) return near.destroy();
       const { hostname, port } = new URL(link.target);
       const far = net.connect(Number(port), hostname);
-      const pair = [near, far];
-      pairs.add(pair);
+      ends.add(far);
       far.on("error", () => {});
-      for (const end of pair) end.on("close", () => (pairs.delete(pair), pair.forEach((each) => each.destroy())));
+      far.on("close", () => (ends.delete(far), near.destroy()));
+      near.on("close", () => far.destroy());
       let swallowed = false;
       const ask = (bytes) => {
         swallowed ||= link.swallows(String(bytes));

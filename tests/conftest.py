@@ -1,8 +1,8 @@
 """Fixtures that more than one test file uses."""
 
 import os
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import pytest
@@ -10,6 +10,7 @@ import pytest_asyncio
 from playwright.async_api import Browser
 
 from browser import chromium
+from builders import IN_MEMORY
 from http_app import Api, serve_api
 
 # Nothing here is paid for, whatever keys lie about: neither in this process nor in those that it starts.
@@ -45,6 +46,7 @@ async def shared_api() -> AsyncIterator[Api]:
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-def log_setting(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where the log is: what goes by it is tried on every log."""
-    return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path}/log.db"
+def log_setting(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the log is: what goes by it is tried on every log, and no test waits for the disk."""
+    with TemporaryDirectory(dir=IN_MEMORY) as folder:
+        yield "memory://" if request.param == "memory" else f"sqlite:///{folder}/log.db"

@@ -1,6 +1,10 @@
-"""Small real implementations of the ports, which do what a test says, and a studio where all work together."""
+"""Small real implementations of the ports, which do what a test says, and a studio where all work together.
+
+And the time of the event loop, which passes when a test says so: `pass_time`.
+"""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,6 +30,23 @@ FACE_URL = "http://pictures.test/face.png"
 
 #: One thing that a provider does while it works.
 Act = Callable[[Report], Awaitable[None]]
+
+
+async def pass_time(seconds: float) -> None:
+    """Let so much time pass on the event loop's clock, in next to none of the world's.
+
+    So a test need not be short of time for something to come too late. It passes in steps, in each of which what is
+    on its way arrives, and who waits for the next piece of something waits anew.
+    """
+    for _ in range(4):
+        _put_forward(seconds / 4)
+        await asyncio.sleep(0.01)
+
+
+def _put_forward(seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    loop.time = lambda: time() + seconds  # type: ignore[method-assign]
 
 
 def png(text: str) -> Picture:
@@ -300,6 +321,8 @@ class Flaky(Passing):
         self.appends = list(appends)
         self.reads = reads
         self.tries = 0
+        #: A slow one has been made.
+        self.stuck = asyncio.Event()
 
     async def append(self, entry: Append) -> Logged:
         self.tries += 1
@@ -310,6 +333,7 @@ class Flaky(Passing):
         if trouble == "after":
             raise LogUnavailable
         if trouble == "slow":
+            self.stuck.set()
             await asyncio.Event().wait()
         return logged
 
@@ -347,8 +371,8 @@ class Studio:
     max_running: int = 2
     max_waiting: int = 100
     max_per_user: int = 20
-    deadline: float = 20
-    patience: float = 5
+    deadline: float = 60
+    patience: float = math.inf
     #: What stands between the domain and the log.
     line: Callable[[EventLog], EventLog] = lambda log: log
     clock: SteppableClock = field(default_factory=lambda: SteppableClock(NOON))
@@ -420,7 +444,7 @@ class Studio:
         assert self._running is not None
         settled = asyncio.create_task(self.queue.settled())
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await asyncio.wait([settled, self._running], return_when=asyncio.FIRST_COMPLETED)
             assert not self._running.done(), "the runner has died"
         finally:

@@ -21,14 +21,19 @@ from api.settings import Settings
 from domain.events import Event, decode, encode, event_name, timestamp
 from domain.generation import Generation
 from domain.orders import Order
-from domain.ports import Append, EventLog, Start
+from domain.ports import Append, EventLog, History, Start
 from domain.queries import order_of
 from pictures import RED, solid
 
+JSON = dict[str, Any]
+
 TERMINAL: Final = ("generation_completed", "generation_failed")
+#: Seconds after which what is waited for counts as hung.
+HUNG: Final = 30
+#: Options of a bare WebSocket: its pings are Engine.IO's.
+BARE: Final[JSON] = {"compression": None, "ping_interval": None, "open_timeout": HUNG}
 #: Tall and thin, so that little of the sheet has to be drawn.
 PHOTO: Final = solid(RED, (16, 400), "JPEG").data
-JSON = dict[str, Any]
 
 
 @dataclass
@@ -55,11 +60,11 @@ class Phone:
 
     async def until(self, happened: Callable[[], bool]) -> None:
         async with self._changed:
-            await asyncio.wait_for(self._changed.wait_for(happened), 20)
+            await asyncio.wait_for(self._changed.wait_for(happened), HUNG)
 
     async def call(self, name: str, *arguments: Any) -> JSON:
         """Send an event and return its ack."""
-        ack = await self.client.call(name, arguments if len(arguments) != 1 else arguments[0], timeout=10)
+        ack = await self.client.call(name, arguments if len(arguments) != 1 else arguments[0], timeout=HUNG)
         assert isinstance(ack, dict)
         return ack
 
@@ -131,10 +136,10 @@ class Running(Reader):
         self, user: str | None = None, *, transports: Sequence[str] = (), **auth: Any
     ) -> AsyncIterator[Phone]:
         """A device; with `user`, one that has authenticated by event."""
-        client = socketio.AsyncClient(reconnection=False)
+        client = socketio.AsyncClient(reconnection=False, request_timeout=HUNG)
         phone = Phone(self.url, client)
         client.on("*", phone.take)
-        await client.connect(self.url, auth=auth or None, transports=list(transports) or None, wait_timeout=10)
+        await client.connect(self.url, auth=auth or None, transports=list(transports) or None, wait_timeout=HUNG)
         self.phones.append(phone)
         try:
             if user is not None:
@@ -163,45 +168,60 @@ class Running(Reader):
     async def raw(self, query: str = "") -> websockets.ClientConnection:
         """A bare WebSocket that speaks Engine.IO itself. The OPEN packet has been read."""
         connection = await websockets.connect(
-            f"ws://127.0.0.1:{self.port}/socket.io/?EIO=4&transport=websocket{query}", compression=None
+            f"ws://127.0.0.1:{self.port}/socket.io/?EIO=4&transport=websocket{query}", **BARE
         )
         assert str(await connection.recv()).startswith("0{")
         return connection
 
-    async def until(self, holds: Callable[[], bool]) -> None:
+    async def until(self, holds: Callable[[], bool], seconds: float = HUNG) -> None:
         """Wait until something holds of the service's own tables, which tell nobody when they change."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(seconds):
             while not holds():
                 await asyncio.sleep(0.01)
 
     async def until_nobody_is_here(self) -> None:
-        """Wait until no socket is left, nor anything kept for one."""
-        await self.until(lambda: self.service.sockets.idle and not self.service.projection.rooms)
+        """Wait until no socket is left, nor anything kept for one.
+
+        Whose program was killed while it polled is missed only by two pings, which takes 47 seconds.
+        """
+        await self.until(lambda: self.service.sockets.idle and not self.service.projection.rooms, 60)
+
+    async def _moment(self, user: str) -> tuple[list[tuple[JSON, list[JSON], History]], int | None]:
+        """The user's generations, each as told, event by event and in the log, and the balance: all of one moment."""
+        log = self.service.log
+        while True:
+            head = (await log.feed(user, after=0, anchor=0, limit=0)).head
+            generations = []
+            for snapshot in (await self.get("/generations?limit=100", user))["generations"]:
+                generation_id = snapshot["generationId"]
+                events = await self.events(generation_id, user)
+                history = await log.generation(generation_id)
+                assert history is not None
+                generations.append((snapshot, events, history))
+            balance = (await self.get("/me", user)).get("credit")
+            if head == (await log.feed(user, after=0, anchor=0, limit=0)).head:
+                return generations, balance
 
     async def check_invariants(self) -> None:
         """I1 to I6 and I8 of the reliability promises: of what is in the log, and of what each device was sent."""
         histories = {}
-        credit = dict[str, int]()
         for user in {phone.user for phone in self.phones if phone.user} | {"ada"}:
-            for snapshot in (await self.get("/generations?limit=100", user))["generations"]:
+            generations, balance = await self._moment(user)
+            spent = 0
+            for snapshot, events, history in generations:
                 generation_id = snapshot["generationId"]
-                events = await self.events(generation_id, user)
                 histories[generation_id] = user, events
                 assert [event["sequence"] for event in events] == list(range(1, len(events) + 1)), "I1"
                 ends = [event["status"] in ("completed", "failed") for event in events]
                 assert not any(ends[:-1]), "I2"
-                history = await self.service.log.generation(generation_id)
-                assert history is not None
                 every = [decode(entry.event) for entry in history.events if entry.event is not None]
                 whole = Generation.fold(generation_id, history.kind, user, order_of(history), every)
                 folded = whole.snapshot().model_dump(by_alias=True, exclude_none=True)
                 snapshot.pop("expiresAt", None)
                 assert folded == snapshot, "I3"
-                kept = 0 if events[-1]["status"] == "failed" else 1
-                credit[user] = credit.get(user, 0) + kept
-        for user, spent in credit.items():
-            if self.service.settings.credits is not None:
-                assert (await self.get("/me", user))["credit"] == self.service.settings.credits - spent, "I6"
+                spent += events[-1]["status"] != "failed"
+            if generations and self.service.settings.credits is not None:
+                assert balance == self.service.settings.credits - spent, "I6"
         for phone in self.phones:
             for generation_id in {data["generationId"] for _, data in phone.events}:
                 if generation_id not in histories:
@@ -230,7 +250,9 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
             if serving.done():
                 serving.result()
             url = f"http://127.0.0.1:{port}"
-            async with httpx2.AsyncClient(base_url=url, timeout=20, verify=authorities()) as http:
+            # What is idle is let go long before the server does so, which would fall together with a request.
+            limits = httpx2.Limits(keepalive_expiry=1)
+            async with httpx2.AsyncClient(base_url=url, timeout=HUNG, limits=limits, verify=authorities()) as http:
                 service_running = Running(url, port, service, server, http)
                 yield service_running
                 if not server.should_exit:
@@ -267,7 +289,7 @@ async def flood(log: EventLog, user: str, generation_id: str, count: int, *, fil
 async def rest_of(connection: websockets.ClientConnection) -> list[str]:
     """Every frame until the other side closes, which it has to do soon."""
     frames: list[str] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HUNG):
         while True:
             try:
                 frames.append(str(await connection.recv()))

@@ -45,7 +45,7 @@ class Script:
 
     async def until(self, happened: Callable[[], bool]) -> None:
         async with self._changed:
-            await asyncio.wait_for(self._changed.wait_for(happened), 20)
+            await asyncio.wait_for(self._changed.wait_for(happened), 40)
 
     def named(self, event: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["event"] == event]

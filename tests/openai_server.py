@@ -109,8 +109,11 @@ def _form(request: Request) -> tuple[dict[str, str], dict[str, Part]]:
 def error(
     status: int, kind: str | None, code: str | None, message: str = "Something was wrong.", **headers: str
 ) -> Answer:
-    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return as_json(body, status, x_request_id=REQUEST_ID, **headers)
+    return as_json(error_body(kind, code, message), status, x_request_id=REQUEST_ID, **headers)
+
+
+def error_body(kind: str | None, code: str | None, message: str = "Something was wrong.") -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def picture(size: str, colour: tuple[int, int, int] = ORANGE) -> bytes:

@@ -5,8 +5,8 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -105,12 +105,14 @@ async def listening(origin: Origin, port: int = 0) -> AsyncIterator[Origin]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def closed_port() -> int:
-    """A port at which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """A port at which nobody listens. Nobody else is given it meanwhile; who is told of it may listen there."""
+    with socket.socket() as held:
+        # As who listens there sets it, too, or it could not.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 # --- answers ---------------------------------------------------------------------------------------------

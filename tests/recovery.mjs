@@ -43,7 +43,10 @@ const commands = {
     socket.io.engine?.transport.ws?.terminate();
     for (const line of Object.values(agent.sockets).flat()) line.destroy();
   },
-  pause: ({ id }) => sockets.get(id).socket.io.engine.transport.ws.pause(),
+  pause({ id }) {
+    sockets.get(id).socket.io.engine.transport.ws.pause();
+    print({ id, on: "paused" });
+  },
   resume: ({ id }) => sockets.get(id).socket.io.engine.transport.ws.resume(),
   // It is no longer of interest.
   forget({ id }) {

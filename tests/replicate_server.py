@@ -67,11 +67,9 @@ class Replicate:
     seen: list[Seen] = field(default_factory=list)
     uploads: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    polled: asyncio.Event = field(default_factory=asyncio.Event)
-    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     #: What is `held` waits for this.
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def origin(self) -> str:
@@ -90,6 +88,12 @@ class Replicate:
 
     def count(self, what: str) -> int:
         return len(self.asked(what))
+
+    async def until_asked(self, what: str, times: int = 1) -> None:
+        """Wait until so many requests of this kind have come in all."""
+        while self.count(what) < times:
+            self._news.clear()
+            await self._news.wait()
 
     # --- the API
 
@@ -115,7 +119,6 @@ class Replicate:
         ident = request.match_info["id"]
         if ident not in self.predictions:
             return problem(404, "The requested resource could not be found.")
-        self.polled.set()
         return web.json_response(self.tell(ident))
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
@@ -123,7 +126,6 @@ class Replicate:
         if ident not in self.predictions:
             return problem(404, "The requested resource could not be found.")
         self.statuses = ("canceled",)
-        self.cancelled.set()
         return web.json_response(self.tell(ident))
 
     async def upload(self, request: web.Request) -> web.StreamResponse:
@@ -163,7 +165,7 @@ class Replicate:
     def _route(self, what: str, handler: Answer) -> Answer:
         async def serve(request: web.Request) -> web.StreamResponse:
             self.seen.append(Seen(what, request.path, request.headers, await request.read()))
-            self.arrived.set()
+            self._news.set()
             act = next(self.acts[what], None)
             if act is not None:
                 return await act(request)

@@ -72,8 +72,9 @@ class ShyLog(MemoryLog):
 @asynccontextmanager
 async def world(folder: Path) -> AsyncIterator[JSON]:
     """Three services, and what the tests in Node have to know of them."""
+    # Whatever waits at a gate, there is somebody left to let it go.
     rest: list[dict[str, Any]] = [
-        {"overrides": {"editor": GatedEditor(), "composer": ScriptedComposer()}} for _ in range(3)
+        {"overrides": {"editor": GatedEditor(), "composer": ScriptedComposer()}, "max_running": 50} for _ in range(3)
     ]
     rest[1]["overrides"]["log"] = ShyLog()
     async with (
@@ -99,7 +100,7 @@ async def node_test(*names: str, world: JSON) -> None:
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        said, _ = await asyncio.wait_for(process.communicate(), 50)
+        said, _ = await asyncio.wait_for(process.communicate(), 100)
     finally:
         if process.returncode is None:
             process.kill()
@@ -166,6 +167,8 @@ async def test_the_plain_page_shows_an_edit_live_from_an_origin_of_its_own(tmp_p
             await expect(page.locator("progress")).to_have_js_property("value", 70)
             await service.start("demo", "generate", prompt="let go it")
             await expect(page.locator("li").nth(1)).to_contain_text("Image editing completed successfully!")
+            # Now there is no other button that cancels.
+            await expect(page.locator("li").nth(0)).to_contain_text("Image generation completed successfully!")
             await page.fill("[name=prompt]", "wait for ever")
             await page.click("text=Start")
             await page.click("text=Cancel")

@@ -185,6 +185,23 @@ async def test_the_folder_of_a_generation_goes_with_its_last_picture(tmp_path: P
     assert not (tmp_path / ID).exists()
 
 
+async def test_a_folder_that_goes_while_it_is_looked_at_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another thread discards its last picture just after mkdir has found the folder there."""
+    store = ImageFolder(tmp_path)
+    (tmp_path / ID).mkdir()
+    is_dir = Path.is_dir
+
+    def go_first(path: Path) -> bool:
+        monkeypatch.undo()
+        path.rmdir()
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", go_first)
+    assert await store.load(await store.save(ID, PNG)) == PNG
+
+
 async def test_the_sweep_removes_what_dead_writers_left_and_nothing_of_others(tmp_path: Path) -> None:
     store = ImageFolder(tmp_path)
     name = await store.save(ID, PNG)

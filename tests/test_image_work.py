@@ -41,10 +41,14 @@ async def test_no_more_runs_at_once_than_allowed() -> None:
 
 async def test_there_are_never_more_threads_than_cores() -> None:
     threads = ImageThreads(1000)
-    barrier = threading.Barrier(len(os.sched_getaffinity(0)) + 1)
+    cores = len(os.sched_getaffinity(0))
+    barrier = threading.Barrier(cores + 1)
     waiting = [asyncio.ensure_future(threads.run(barrier.wait)) for _ in range(barrier.parties)]
+    while barrier.n_waiting < cores and not any(each.done() for each in waiting):
+        await asyncio.sleep(0.005)
+    # One more would open it.
     await asyncio.sleep(0.1)
-    assert barrier.n_waiting == barrier.parties - 1
+    assert barrier.n_waiting == cores
     barrier.abort()
     await asyncio.gather(*waiting, return_exceptions=True)
     threads.close()

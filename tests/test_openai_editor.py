@@ -10,19 +10,20 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from itertools import cycle, islice, product
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, get_args
 
+import jsonschema_rs
 import openai
 import pytest
 from openai.types import ImageModel
-from openai.types.image_edit_params import ImageEditParamsNonStreaming, ImageEditParamsStreaming
 from PIL import Image
 
+import openai_description
 from adapters.openai_editor import DEFAULT_MODEL, OpenAIEditor
 from domain.errors import Failure, FailureCode
 from domain.orders import AspectRatio, Background, InputFidelity, Options, Quality
 from domain.ports import Picture
-from doubles import Studio, wish
+from doubles import Studio, pass_time, wish
 from openai_server import (
     KEY,
     REQUEST_ID,
@@ -32,6 +33,7 @@ from openai_server import (
     completed,
     data_of,
     error,
+    error_body,
     event,
     in_base64,
     openai_server,
@@ -63,6 +65,9 @@ SKETCH: Final = picture("1024x1536", BLUE)
 
 SIZES: Final = {"2:3": (1024, 1536), "1:1": (1024, 1024), "3:2": (1536, 1024)}
 
+#: Seconds for a picture.
+DEADLINE: Final = 60
+
 #: Quickly made.
 NOBODY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -87,7 +92,9 @@ async def server() -> AsyncIterator[OpenAIServer]:
         yield server
 
 
-def editor_at(base_url: str, model: str = DEFAULT_MODEL, *, deadline: float = 20, api_key: str = KEY) -> OpenAIEditor:
+def editor_at(
+    base_url: str, model: str = DEFAULT_MODEL, *, deadline: float = DEADLINE, api_key: str = KEY
+) -> OpenAIEditor:
     return OpenAIEditor(
         THREADS, api_key=api_key, base_url=base_url, model=model, deadline=deadline, backoff=0.01, trust=NOBODY
     )
@@ -98,11 +105,14 @@ class Reports:
         self.fractions: list[float] = []
         self.messages: list[str] = []
         self.previews: list[Picture | None] = []
+        #: Something has been reported.
+        self.told = asyncio.Event()
 
     async def __call__(self, fraction: float, message: str, preview: Picture | None = None) -> None:
         self.fractions.append(fraction)
         self.messages.append(message)
         self.previews.append(preview)
+        self.told.set()
 
 
 async def edited(server: OpenAIServer, reports: Reports | None = None, model: str = DEFAULT_MODEL) -> Picture:
@@ -200,36 +210,21 @@ RETIRED: Final = {"gpt-image-1", "dall-e-2", "dall-e-3"}
 CURRENT: Final = sorted({*get_args(ImageModel)} - RETIRED)
 
 
-def values(hint: Any) -> set[object]:
-    """All that the literals in a type allow."""
-    if get_origin(hint) is Literal:
-        return {*get_args(hint)}
-    return set().union(*map(values, get_args(hint)))
-
-
 def conforms(call: Call) -> None:
-    """Check a form against OpenAI's description of the endpoint, as far as `openai.types` holds it.
+    """Check a form against what OpenAI publishes of the endpoint.
 
-    The SDK is generated from OpenAI's published OpenAPI document, which is not ours to copy. Its `TypedDict` of the
-    endpoint's parameters has every field's name, which of them are required, their types, and as literals the values
-    that they can have; for ``size`` and ``model`` these are named beside any text, and here they alone will do.
+    Of a text that may be any, as a size, only those that are named there will do; and of models those of the SDK.
     """
-    streams = call.fields.get("stream") == "true"
-    described = ImageEditParamsStreaming if streams else ImageEditParamsNonStreaming
-    hints = get_type_hints(described)
-    assert {*call.fields, *call.files} <= hints.keys()
-    assert described.__required_keys__ <= {*call.fields, *call.files}
     assert {*call.files} == {"image"}
+    form: dict[str, Any] = {**call.fields, "image": call.files["image"].name}
+    assert form.keys() <= openai_description.FORM["properties"].keys()
     for name, text in call.fields.items():
-        if allowed := values(hints[name]):
-            assert (text if name != "stream" else text == "true") in allowed, f"{name}={text}"
-        elif int in get_args(hints[name]):
-            assert text.isdecimal(), f"{name}={text}"
-        else:
-            assert hints[name] is str, name
-    # What the notes beside the types say.
+        if openai_description.FORM["properties"][name]["type"] != "string":
+            form[name] = json.loads(text)
+    jsonschema_rs.validate(openai_description.FORM, form)
+    assert call.fields["model"] in get_args(ImageModel)
+    # What its prose says.
     assert 1 <= len(call.fields["prompt"]) <= 32_000
-    assert int(call.fields.get("partial_images", 0)) <= 3
     assert call.fields.get("background") != "transparent" or call.fields["output_format"] in ("png", "webp")
     assert call.files["image"].media_type in ("image/png", "image/webp", "image/jpeg")
 
@@ -258,11 +253,26 @@ async def test_everything_sent_is_as_openai_describes_it(server: OpenAIServer, m
 async def test_a_form_that_openai_does_not_describe_is_noticed(server: OpenAIServer) -> None:
     await edited(server)
     [call] = server.calls
-    for wrong in ({"size": "1000x1000"}, {"style": "vivid"}, {"model": "gpt-9"}, {"partial_images": "many"}):
+    for wrong in ({"size": "1000x1000"}, {"quality": "best"}, {"partial_images": "4"}, {"stream": "1"}):
+        with pytest.raises(jsonschema_rs.ValidationError):
+            conforms(call._replace(fields={**call.fields, **wrong}))
+    for wrong in ({"style": "vivid"}, {"model": "gpt-9"}):
         with pytest.raises(AssertionError):
             conforms(call._replace(fields={**call.fields, **wrong}))
     with pytest.raises(AssertionError):
         conforms(call._replace(files={}))
+
+
+def test_what_these_tests_answer_is_as_openai_describes_it() -> None:
+    jsonschema_rs.validate(openai_description.ANSWER, data_of(in_base64(RESULT)))
+    for sent in (partial(0, SKETCH), completed(RESULT)):
+        data = json.loads(sent.partition(b"\ndata: ")[2])
+        jsonschema_rs.validate(openai_description.EVENT, data)
+        with pytest.raises(jsonschema_rs.ValidationError):
+            jsonschema_rs.validate(openai_description.EVENT, {**data, "b64_json": None})
+    jsonschema_rs.validate(
+        openai_description.ERROR, error_body("image_generation_user_error", "moderation_blocked")["error"]
+    )
 
 
 def test_the_default_model_is_a_current_one() -> None:
@@ -285,9 +295,10 @@ async def test_no_account_comes_from_the_environment(server: OpenAIServer, monke
     other = "sk-somebody-elses"
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET"):
         monkeypatch.setenv(f"OPENAI_{name}", other)
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{closed_port()}/v1")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {other}\nX-Account: {other}\nX-Plain: yes")
-    await edited(server)
+    with closed_port() as port:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
+        await edited(server)
     headers = server.calls[0].headers
     assert headers["authorization"] == f"Bearer {KEY}"
     assert other not in str(headers)
@@ -299,7 +310,7 @@ async def test_without_a_base_url_it_is_openais_whatever_the_environment_says(
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     monkeypatch.setenv("HTTPS_PROXY", server.origin.address)
-    await failing(OpenAIEditor(THREADS, api_key=KEY, deadline=20, trust=NOBODY))
+    await failing(OpenAIEditor(THREADS, api_key=KEY, deadline=DEADLINE, trust=NOBODY))
     [request] = server.origin.requests
     assert (request.method, request.target) == ("CONNECT", "api.openai.com:443")
 
@@ -437,22 +448,23 @@ async def test_a_service_that_stays_busy_is_given_up_after_four_calls(
 
 
 async def test_a_wait_that_goes_beyond_the_deadline_is_not_begun(server: OpenAIServer) -> None:
-    server.answer(error(429, "requests", "rate_limit_exceeded", retry_after="20"))
+    server.answer(error(429, "requests", "rate_limit_exceeded", retry_after="59"))
     reports = Reports()
-    failure = await failing(editor_at(server.base_url, deadline=10), reports)
+    failure = await failing(editor_at(server.base_url, deadline=50), reports)
     assert (failure.code, len(server.calls), reports.messages) == ("provider_rate_limited", 1, [])
 
 
 async def test_where_nobody_listens_it_is_tried_again_and_then_given_up() -> None:
     reports = Reports()
-    failure = await failing(editor_at(f"http://127.0.0.1:{closed_port()}/v1"), reports)
+    with closed_port() as port:
+        failure = await failing(editor_at(f"http://127.0.0.1:{port}/v1"), reports)
     assert (failure.code, failure.retryable, len(reports.messages)) == ("provider_unavailable", True, 3)
 
 
 async def test_a_service_that_comes_up_meanwhile_gets_one_call() -> None:
-    port = closed_port()
     servers: list[OpenAIServer] = []
     async with contextlib.AsyncExitStack() as stack:
+        port = stack.enter_context(closed_port())
 
         async def report(fraction: float, message: str, preview: Picture | None) -> None:
             if not servers:
@@ -465,11 +477,18 @@ async def test_a_service_that_comes_up_meanwhile_gets_one_call() -> None:
 # --- failed, and not asked again -------------------------------------------------------------------------
 
 
-async def once(server: OpenAIServer, *answers: Answer, deadline: float = 20, model: str = DEFAULT_MODEL) -> Failure:
-    """What this answer comes to, after one call that may have been paid for, and with nothing shown of it."""
-    server.answer(*answers)
+async def once(server: OpenAIServer, answer: Answer, *, too_late: bool = False) -> Failure:
+    """What this answer comes to, after one call that may have been paid for, and with nothing shown of it.
+
+    `too_late`: the time for a picture is over while it goes on.
+    """
+    server.answer(answer)
     reports = Reports()
-    failure = await failing(editor_at(server.base_url, model, deadline=deadline), reports)
+    call = asyncio.create_task(failing(editor_at(server.base_url), reports))
+    if too_late:
+        await server.origin.reached.wait()
+        await pass_time(DEADLINE)
+    failure = await call
     assert len(server.calls) == 1
     assert reports.messages == []
     return failure
@@ -666,20 +685,20 @@ async def test_a_stream_that_breaks_off_after_a_preview_has_brought_nothing(
 async def test_of_an_endless_answer_not_more_is_read_than_a_picture_can_have(
     server: OpenAIServer, start: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.provider_attempts.MAX_ANSWER", 4 * MEGABYTE)
+    monkeypatch.setattr("adapters.openai_editor.MAX_ANSWER", 4 * MEGABYTE)
     flood = Flood(100, start)
     failure = await once(server, flood)
     assert failure.code == "provider_unavailable"
     await server.origin.left.wait()
     # What lies between us, in the buffers of both sides, is not held by us.
-    assert flood.taken < 20
+    assert flood.taken < 60
 
 
 async def test_a_hundred_megabytes_are_not_taken(server: OpenAIServer) -> None:
-    flood = Flood(100, STREAM + b"data: ")
+    flood = Flood(200, STREAM + b"data: ")
     assert (await once(server, flood)).code == "provider_unavailable"
     await server.origin.left.wait()
-    assert flood.taken < 50
+    assert flood.taken < 100
 
 
 @pytest.mark.parametrize(
@@ -694,7 +713,7 @@ async def test_a_hundred_megabytes_are_not_taken(server: OpenAIServer) -> None:
     ids=["silence", "a head", "a stream", "a body", "a long head"],
 )
 async def test_who_hangs_or_drips_is_left_at_the_deadline(server: OpenAIServer, answer: Answer) -> None:
-    failure = await once(server, answer, deadline=0.5)
+    failure = await once(server, answer, too_late=True)
     assert (failure.code, failure.retryable) == ("provider_timeout", True)
     await server.origin.left.wait()
 
@@ -702,7 +721,12 @@ async def test_who_hangs_or_drips_is_left_at_the_deadline(server: OpenAIServer, 
 async def test_a_call_that_is_given_up_leaves_its_request_id_for_the_bill(
     server: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await once(server, then(raw(STREAM), hang), deadline=0.5)
+    server.answer(then(stream(partial(0, SKETCH)), hang))
+    reports = Reports()
+    call = asyncio.create_task(failing(editor_at(server.base_url), reports))
+    await reports.told.wait()
+    await pass_time(DEADLINE)
+    assert (await call).code == "provider_timeout"
     assert warnings_of(caplog) == [f"OpenAI: 'gave up waiting' (request '{REQUEST_ID}'): ''"]
 
 
@@ -729,7 +753,7 @@ async def test_cancelling_one_does_not_touch_its_neighbour(server: OpenAIServer)
     editor = editor_at(server.base_url)
     one, other = [asyncio.create_task(editor.edit(SHEET, PROMPT, Options(), Reports())) for _ in range(2)]
     while len(server.calls) < 2:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.005)
     one.cancel()
     await server.origin.left.wait()
     let_go.set()

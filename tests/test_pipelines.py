@@ -103,7 +103,7 @@ async def execute(folder: Path, language: str, text: str, user: str, url: str, *
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             printed, complaints = await process.communicate()
     finally:
         if process.returncode is None:

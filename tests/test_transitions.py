@@ -16,6 +16,7 @@ import pytest_asyncio
 from adapters.memory_log import MemoryLog
 from adapters.system import now
 from builders import SteppableClock
+from domain import recorder
 from doubles import Flaky, Hold, ScriptedEditor
 from harness import JSON, Phone, Running, running
 from http_app import assert_problem
@@ -160,6 +161,13 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
     folder = tmp_path_factory.mktemp("service")
     async with running(folder / "images", log=f"sqlite:///{folder / 'log.db'}") as running_service:
         yield running_service
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk of a busy machine has all the time it needs, before anybody is told that the log does not answer."""
+    monkeypatch.setattr(recorder, "ATTENTION", 60)
+    monkeypatch.setattr(recorder, "_UNANSWERED", 60)
 
 
 async def credit(service: Running, user: str) -> int:
@@ -373,13 +381,16 @@ async def test_after_a_restart_the_same_is_still_the_same_and_who_falls_silent_i
         await going.told("failed")
 
 
-async def test_where_the_log_lost_the_reply_it_is_one_event_all_the_same(tmp_path: Path) -> None:
+async def test_where_the_log_lost_the_reply_it_is_one_event_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = Flaky(MemoryLog(epoch="e1", credits=100, clock=now))
     async with running(tmp_path, overrides={"log": log}) as service:
         pipeline = await begin(service, user="ada")
         log.appends = ["after"]
         assert (await pipeline.told("composition"))["sequence"] == 2
         # It is in the log, but whoever told it hears nothing of that.
+        monkeypatch.setattr(recorder, "ATTENTION", 0.2)
         log.appends = ["after", *["before"] * 50]
         assert_problem(await pipeline.tell("composition_completed", compositionUrl=SHEET), 503, "log_unavailable")
         log.appends.clear()
