@@ -140,9 +140,7 @@ async def _shoot(browser: Browser, scheme: Scheme) -> None:
             desktop = await _open(browser, url, ahead, "desktop", scheme)
             await expect(desktop.locator("#history .tile")).to_have_count(len(_EARLIER), timeout=30_000)
             await desktop.click("#samples")
-            await expect(desktop.locator("#tray li")).to_have_count(3)
-            await desktop.fill("#url", f"{url}/static/samples/face.webp")
-            await desktop.click("#add-url")
+            await expect(desktop.locator("#tray li")).to_have_count(4)
             await desktop.fill("#prompt", _PROMPT)
             await desktop.click("#start")
             # The preview comes half-way through the stage.
