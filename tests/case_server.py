@@ -94,6 +94,7 @@ class Process:
 
     async def ask(self, do: str, **rest: Any) -> JSON:
         """Have the process do something, and return what it answers. Raises AssertionError where it fails."""
+        assert not self._listening[0].done(), "the service's process has ended"
         self._refs += 1
         answer: asyncio.Future[JSON] = asyncio.get_running_loop().create_future()
         self._answers[self._refs] = answer
@@ -113,16 +114,18 @@ class Process:
     async def serve(self, images: Path, *, inside: JSON | None = None, **settings: Any) -> AsyncIterator["Served"]:
         """A service in this process, with its images in this folder. It is stopped at once in the end.
 
-        `inside` is what is no setting: `patience`, `stall` and `ping` (two numbers), all in seconds.
+        `inside` is what is no setting: `patience` and `ping` (two numbers), all in seconds.
         """
         chosen = {"images": str(images), "local_seconds": 0, **settings}
         port = (await self.ask("serve", settings=chosen, inside=inside or {}))["port"]
         secret = settings.get("jwt_secret")
         headers = {} if secret is None else {"Authorization": f"Bearer {_token(secret, 'operator', service=True)}"}
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as http:
-            yield Served(self, port, http, images, secret)
-        if self._process.returncode is None:
-            await self.ask("stop")
+            try:
+                yield Served(self, port, http, images, secret)
+            finally:
+                if self._process.returncode is None:
+                    await self.ask("stop")
 
     async def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -219,6 +222,10 @@ class Served(Reader):
                 await asyncio.sleep(0.02)
             return figures
 
+    async def stall(self, seconds: float = engineio_server.STALL) -> None:
+        """From now on, who takes nothing for so long is cut; by default, as long as the service has by itself."""
+        await self.process.ask("stall", seconds=seconds)
+
     async def worked(self) -> None:
         """Wait until no generation waits or is worked on."""
         await self.process.ask("worked")
@@ -249,7 +256,7 @@ class _Host:
         return self.running
 
     async def serve(self, settings: JSON, inside: JSON) -> JSON:
-        engineio_server.STALL = inside.get("stall", 5.0)  # type: ignore[misc]
+        await self.stall()
         listener = socket.create_server(("127.0.0.1", settings.get("port", 0)), backlog=2_048)
         port = listener.getsockname()[1]
         service, app = create_service(
@@ -313,6 +320,10 @@ class _Host:
 
     async def sids(self) -> JSON:
         return {"sids": list(self.here.service.sockets.eio.sockets)}
+
+    async def stall(self, seconds: float = engineio_server.STALL) -> JSON:
+        engineio_server.STALL = seconds  # type: ignore[misc]
+        return {}
 
     async def worked(self) -> JSON:
         await self.here.service.queue.settled()

@@ -30,6 +30,10 @@ _TEXT, _BINARY, _CLOSE = 1, 2, 8
 _EVENTS: Final = (b'42["continue",', b'42["generation_')
 
 
+class Refused(Exception):
+    """CONNECT was answered with CONNECT_ERROR: its message, and its code."""
+
+
 class NoRoom(Exception):
     """This machine does not allow as many open files as are needed."""
 
@@ -295,10 +299,16 @@ class Wire(asyncio.Protocol):
             self.transport.write(b"".join(data))
 
     async def connect(self, **auth: Any) -> JSON:
-        """Send CONNECT with this `auth` and wait for the answer; where it names somebody, for `authenticated` too."""
+        """Send CONNECT with this `auth` and wait for the answer; where it names somebody, for `authenticated` too.
+
+        Raises:
+            Refused, ConnectionResetError
+        """
         self.send("40" + (json.dumps(auth) if auth else ""))
         await self.until(lambda: self.hello is not None or self.refused is not None)
-        assert self.hello is not None, self.refused
+        if self.hello is None:
+            refused = self.refused or {}
+            raise Refused(refused.get("message"), refused.get("data", {}).get("code"))
         if "userId" in auth or "token" in auth:
             await self.until(lambda: bool(self.notices))
             self.user = self.notices[0][1]["userId"]

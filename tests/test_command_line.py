@@ -8,8 +8,9 @@ import contextlib
 import itertools
 import os
 import re
+import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -68,7 +69,7 @@ async def stagecast(
         env=environment(variables),
         cwd=folder or "/",
     )
-    output, errors = await asyncio.wait_for(child.communicate(), 30)
+    output, errors = await asyncio.wait_for(child.communicate(), 60)
     assert child.returncode is not None
     assert b"Traceback" not in errors, errors.decode()
     return Done(child.returncode, output.decode(), errors.decode())
@@ -90,7 +91,7 @@ async def run_main(*arguments: str | bytes, folder: Path | None = None, **variab
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
-        code = await asyncio.wait_for(asyncio.to_thread(run), 30)
+        code = await asyncio.wait_for(asyncio.to_thread(run), 60)
     for stream in (output, errors):
         stream.seek(0)
     return Done(code, output.read(), errors.read())
@@ -121,8 +122,11 @@ def eve() -> str:
 
 
 @pytest.fixture
-def nowhere(unused_tcp_port: int) -> str:
-    return f"http://127.0.0.1:{unused_tcp_port}"
+def nowhere() -> Iterator[str]:
+    """Where nobody listens. The port is kept, so that no other process comes to listen there."""
+    with socket.socket() as kept:
+        kept.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{kept.getsockname()[1]}"
 
 
 # --- help ------------------------------------------------------------------------------------------------
@@ -433,6 +437,20 @@ async def test_replay_for_any_user(opened: Running) -> None:
 # --- a service that is not there -------------------------------------------------------------------------
 
 
+@contextlib.asynccontextmanager
+async def another(serve: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """The address of a web server that is none of ours."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", serve)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
 @pytest.mark.parametrize("command", [("credit", "eve", "5"), ("replay", MISSING)], ids=["credit", "replay"])
 class TestNoService:
     """Ends with 3, and one sentence."""
@@ -445,19 +463,12 @@ class TestNoService:
         (await run_main(*command, "--url", url)).sentence(3)
 
     @pytest.mark.parametrize("answer", ["hello", "[]", "{}", '{"events": [{}]}'])
-    async def test_but_another_one(self, command: tuple[str, ...], answer: str, unused_tcp_port: int) -> None:
+    async def test_but_another_one(self, command: tuple[str, ...], answer: str) -> None:
         async def serve(_: web.Request) -> web.Response:
             return web.Response(text=answer, content_type="application/json")
 
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", serve)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", unused_tcp_port).start()
-        try:
-            (await run_main(*command, "--url", f"http://127.0.0.1:{unused_tcp_port}")).sentence(3)
-        finally:
-            await runner.cleanup()
+        async with another(serve) as url:
+            (await run_main(*command, "--url", url)).sentence(3)
 
 
 async def test_the_token_goes_to_no_proxy_and_no_other_address(service: Running, nowhere: str, eve: str) -> None:
@@ -472,16 +483,7 @@ async def test_the_token_goes_to_no_proxy_and_no_other_address(service: Running,
         heard.append(request.path)
         return web.Response(status=307, headers={"Location": f"{service.url}{request.path}"})
 
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", redirect)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        other = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    async with another(redirect) as other:
         (await run_main("credit", eve, "1", "--url", other, "--token", SERVICE)).sentence(3)
-    finally:
-        await runner.cleanup()
     assert heard == [f"/users/{eve}/credit"]
     assert (await service.get("/me", eve))["credit"] == 101

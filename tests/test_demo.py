@@ -116,12 +116,12 @@ class Terminal:
         self.written = ""
 
     async def until(self, text: str) -> None:
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(60):
             while text not in self.written:
                 await self._read()
 
     async def ended(self) -> int:
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(60):
             while await self._read():
                 pass
             return await self.process.wait()
@@ -251,5 +251,5 @@ async def test_where_nobody_reads_on_it_ends(tmp_path: Path) -> None:
     )
     os.close(writing)
     os.close(reading)
-    _, errors = await asyncio.wait_for(process.communicate(), 40)
+    _, errors = await asyncio.wait_for(process.communicate(), 60)
     assert (process.returncode, errors.decode()) == (1, "stagecast: nobody reads on.\n")

@@ -66,12 +66,14 @@ async def test_the_service_removes_what_a_killed_one_left_and_what_retention_end
 
 async def test_a_service_keeps_what_still_runs(tmp_path: Path) -> None:
     hold = Hold()
-    async with running(tmp_path, retention=0.3, overrides={"editor": ScriptedEditor(hold)}) as service:
+    editor = ScriptedEditor(hold)
+    async with running(tmp_path, retention=0.3, overrides={"editor": editor}) as service:
         generation_id = await service.start("ada")
-        await hold.reached.wait()
         done = await service.start("bob")
+        # Both wait there, and no picture of either is on its way to the disk.
+        await service.until(lambda: len(editor.calls) == 2)
         await service.http.post(f"/generations/{done}/cancel", headers={"X-User-Id": "bob"})
         await service.until(lambda: not (tmp_path / done).exists())
         assert (await service.get(f"/generations/{generation_id}"))["status"] == "openai_editing"
         hold.let_go.set()
-        await service.until(lambda: service.service.queue.held == 0)
+        await service.until(lambda: not any(tmp_path.iterdir()))

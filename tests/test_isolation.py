@@ -433,7 +433,7 @@ async def raw(service: Running, path: str) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     try:
         writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(reader.read(), 30)
     finally:
         writer.close()
         await writer.wait_closed()

@@ -35,6 +35,8 @@ from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailab
 SECRET = b"correct-horse-battery-staple-0123456789"
 NOW = NOON.timestamp()
 LATER = int(NOW) + 60
+#: Seconds that an issuer has, where how long it takes is not what is tried.
+PATIENT = 30
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -428,6 +430,7 @@ class Issuer:
         app = web.Application()
         app.router.add_get("/{path:.*}", self._serve)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self._kept: socket.socket | None = None
 
     @property
     def url(self) -> str:
@@ -463,17 +466,27 @@ class Issuer:
     async def start(self, tls: ssl.SSLContext | None = None) -> None:
         if self._runner.server is None:
             await self._runner.setup()
+        self._give_up_port()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=tls)
         await site.start()
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """Refuse connections."""
+        """Refuse connections. The port is kept, so that nobody else comes to listen there."""
         for site in list(self._runner.sites):
             await site.stop()
+        self._kept = socket.socket()
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind(("127.0.0.1", self.port))
 
     async def close(self) -> None:
+        self._give_up_port()
         await self._runner.cleanup()
+
+    def _give_up_port(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
@@ -511,9 +524,9 @@ def tokens(issuer: Issuer, clock: SteppableClock) -> Tokens:
     return issuer_tokens(issuer, clock)
 
 
-def issuer_tokens(issuer: Issuer, clock: SteppableClock | None = None, **options: Any) -> Tokens:
+def issuer_tokens(issuer: Issuer, clock: SteppableClock | None = None, timeout: float = PATIENT) -> Tokens:
     clock = clock or SteppableClock()
-    return Tokens(JwksKeys(issuer.url, clock=clock, **options), clock=clock)
+    return Tokens(JwksKeys(issuer.url, clock=clock, timeout=timeout), clock=clock)
 
 
 def lasting(key: PrivateKey, kid: str | None = None) -> str:
@@ -902,7 +915,7 @@ async def test_an_answer_that_never_ends_is_not_waited_for(issuer: Issuer) -> No
 
     for answer in (drip, issuer.waits() and issuer.answer):
         issuer.answer = answer
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             with pytest.raises(KeysUnavailable):
                 await issuer_tokens(issuer, timeout=0.2).verify(by_key(ec_key("ours"), "ec-1"))
 
@@ -945,7 +958,7 @@ async def test_an_issuer_has_to_prove_its_name_by_tls(tmp_path: Path, monkeypatc
             await Tokens(JwksKeys(proven, clock=clock), clock=clock).verify(token)
         monkeypatch.setenv("SSL_CERT_FILE", str(pem))
         anew = authorities.__wrapped__()
-        assert await Tokens(JwksKeys(proven, clock=clock, trust=anew), clock=clock).verify(token)
+        assert await Tokens(JwksKeys(proven, clock=clock, timeout=PATIENT, trust=anew), clock=clock).verify(token)
         with pytest.raises(KeysUnavailable):
             await Tokens(JwksKeys(unproven, clock=clock, trust=anew), clock=clock).verify(token)
     finally:
@@ -1102,7 +1115,7 @@ async def test_neither_secrets_nor_tokens_are_told(issuer: Issuer, caplog: pytes
         (Tokens(secret, clock=clock), good),
         (Tokens(secret, clock=clock), good[:-3]),
         (Tokens(secret, clock=clock), by_secret(claims(exp=1))),
-        (Tokens(JwksKeys(address, clock=clock), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
+        (Tokens(JwksKeys(address, clock=clock, timeout=PATIENT), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
         (Tokens(JwksKeys(address.replace("http", "ftp"), clock=clock), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
     ):
         with pytest.raises(Refusal) as refusal:

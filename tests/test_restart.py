@@ -1,9 +1,11 @@
 """A service with a durable log is started again: what was promised is there, and the work goes on."""
 
 import asyncio
+import contextlib
 import json
 import resource
 import signal
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -257,12 +259,17 @@ async def test_an_upload_that_finds_no_room_is_refused_like_every_start_without_
 async def test_a_start_without_room_for_the_log_ends_what_was_left_once_there_is_room(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path / "service")
     async with deployment.serving(local_seconds=60) as life, Caller.open(deployment.url) as caller:
-        left = await start(caller)
-        while (await caller.get(f"/generations/{left}", f"{USER}"))["status"] != "openai_editing":
-            await asyncio.sleep(0.01)
-        life.send(signal.SIGKILL)
-        await life.ended()
+        with contextlib.closing(sqlite3.connect(f"{deployment.log.as_uri()}?mode=ro", uri=True)) as stranger:
+            # Somebody who reads keeps the write-ahead log from being emptied, however long this takes.
+            stranger.execute("BEGIN")
+            stranger.execute("SELECT count(*) FROM events").fetchall()
+            left = await start(caller)
+            while (await caller.get(f"/generations/{left}", f"{USER}"))["status"] != "openai_editing":
+                await asyncio.sleep(0.01)
+            life.send(signal.SIGKILL)
+            await life.ended()
     # The file can be opened, and nothing can be added to it.
+    assert deployment.log.with_name("log.db-wal").stat().st_size > 40_000
     deployment.prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, -1))"
     async with deployment.serving() as life, Caller.open(deployment.url) as caller:
         refused = await caller.once("POST", "/generations/edit?runner=external", f"{USER}", files=parts("x"))

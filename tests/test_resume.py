@@ -71,10 +71,10 @@ async def test_what_is_free_is_repeated_and_what_may_have_been_paid_for_is_not(s
 
 
 async def test_the_deadline_counts_the_work_that_was_done_before_and_not_the_time_in_between() -> None:
-    studio = Studio(deadline=20)
+    studio = Studio(deadline=600)
     ok, late = [await studio.start() for _ in range(2)]
     scribe = Scribe(studio.memory, studio.clock, studio.entropy)
-    for begun, worked in ((ok, 19), (late, 20)):
+    for begun, worked in ((ok, 540), (late, 600)):
         history = await studio.memory.generation(begun.generation_id)
         assert history is not None
         composing = await scribe.move(generation_of(history), "composition")

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 
+from adapters import sqlite_database
 from adapters.batch_thread import BatchThread
 from adapters.sqlite_database import SCHEMA, Database, LogRefused
 from adapters.sqlite_log import SqliteLog
@@ -58,6 +59,12 @@ async def opened(
 
 def rows(query: str) -> Callable[[sqlite3.Connection], list[Any]]:
     return lambda connection: connection.execute(query).fetchall()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes wait for a stranger for as long as a test may hold the file on a machine that is slow."""
+    monkeypatch.setattr(sqlite_database, "_PATIENCE", 60)
 
 
 @contextmanager
@@ -390,6 +397,7 @@ async def test_a_log_of_a_newer_version_is_refused_and_left_as_it_was(path: Path
 # --- a disk that is slow, or full ------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("patient")
 async def test_reads_and_the_event_loop_go_on_while_a_write_waits_for_the_disk(path: Path) -> None:
     async with opened(path) as here:
         generation = await here.scribe.start()
@@ -402,6 +410,7 @@ async def test_reads_and_the_event_loop_go_on_while_a_write_waits_for_the_disk(p
         assert (await waiting).position == 2
 
 
+@pytest.mark.usefixtures("patient")
 async def test_what_waited_for_the_disk_shares_one_transaction(path: Path) -> None:
     """One commit, and so one wait for the disk, for many who append at the same time."""
     async with opened(path) as here:
@@ -415,6 +424,7 @@ async def test_what_waited_for_the_disk_shares_one_transaction(path: Path) -> No
         assert sum(statement.strip().startswith("INSERT INTO events") for statement in done) == 100
 
 
+@pytest.mark.usefixtures("patient")
 async def test_one_refusal_among_many_undoes_nothing_of_the_others(path: Path) -> None:
     heard = Heard()
     async with opened(path, credits=1) as here, here.log.follow(heard):
@@ -432,6 +442,7 @@ async def test_one_refusal_among_many_undoes_nothing_of_the_others(path: Path) -
         assert heard.entries == [results[0], results[2], results[4]]
 
 
+@pytest.mark.usefixtures("patient")
 async def test_an_operation_that_breaks_off_has_changed_nothing(path: Path) -> None:
     def break_off(connection: sqlite3.Connection) -> None:
         connection.execute("UPDATE users SET credit = 0")
@@ -530,8 +541,12 @@ def file_limit(size: int) -> Iterator[None]:
 
 @asynccontextmanager
 async def no_room_for_bytes(here: Opened, path: Path) -> AsyncIterator[None]:
-    with file_limit(path.with_name(f"{path.name}-wal").stat().st_size + 1_000):
-        yield
+    with closing(sqlite3.connect(path, isolation_level=None)) as stranger:
+        # Somebody who reads keeps the write-ahead log from being emptied, which would make room.
+        stranger.execute("BEGIN")
+        stranger.execute("SELECT count(*) FROM events").fetchall()
+        with file_limit(path.with_name(f"{path.name}-wal").stat().st_size + 1_000):
+            yield
 
 
 @asynccontextmanager

@@ -12,10 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
-def run(*command: str | Path, cwd: Path, timeout: float = 170) -> str:
+def run(*command: str | Path, cwd: Path, timeout: float = 570) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("STAGECAST_", "PYTHON"))}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-2_000:]
@@ -60,7 +60,7 @@ def test_the_wheel_has_the_three_packages_and_serves_the_page(tmp_path: Path) ->
         assert process.stdout is not None
         url = process.stdout.readline().split(" on ")[1].split()[0]
         for path, kind in (("/", "text/html"), ("/static/app.js", "text/javascript"), ("/stages", "application/json")):
-            answer = httpx2.get(url + path)
+            answer = httpx2.get(url + path, timeout=60)
             assert answer.status_code == 200
             assert answer.headers["content-type"].startswith(kind)
         process.terminate()
