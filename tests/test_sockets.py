@@ -125,12 +125,20 @@ async def test_the_handshake_can_say_who_it_is_and_is_answered_by_the_first_even
         await phone.until_over(generation_id)
 
 
-@pytest.mark.parametrize("auth", [{"x": 1}, {"userId": ""}])
+@pytest.mark.parametrize("auth", [{"x": 1}, {"userId": None}, {"token": "t"}])
 async def test_a_handshake_that_names_nobody_connects_and_authenticates_nobody(service: Running, auth: Any) -> None:
     async with service.phone(**auth) as phone:
         nack = await phone.call("subscribe_to_generation", {"generationId": "edit_1_x"})
         assert nack["code"] == "unauthenticated"
         assert phone.notices == []
+
+
+async def test_a_handshake_that_names_somebody_who_cannot_be_is_told_so(service: Running) -> None:
+    async with service.phone(userId="") as phone:
+        await phone.until(lambda: bool(phone.notices))
+        [(name, answer)] = phone.notices
+        assert (name, answer["ok"], answer["code"]) == ("authenticated", False, "bad_request")
+        assert (await phone.call("authenticate", {"userId": "ada"}))["ok"]
 
 
 class TestWithWorkHeldUp:
@@ -448,15 +456,13 @@ FLOOD = 1_000
 
 
 async def reluctant(service: Running) -> websockets.ClientConnection:
-    """The one device of ada's, which has stopped to read, and for which the kernel takes little."""
+    """The one device of ada's, which has stopped to read."""
     line = socket.socket()
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
     line.connect(("127.0.0.1", service.port))
     address = f"ws://127.0.0.1:{service.port}/socket.io/?EIO=4&transport=websocket"
     connection = await websockets.connect(address, sock=line, **BARE)
     assert str(await connection.recv()).startswith("0{")
-    for each in service.server.server_state.connections:
-        each.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
     await connection.send('40{"userId":"ada"}')
     assert str(await connection.recv()).startswith("40")
     connection.transport.pause_reading()
@@ -477,7 +483,6 @@ async def test_a_reader_that_takes_nothing_is_bounded_and_closed_and_slows_nobod
         await neighbour.until_over("edit_1_0000000000000000")
         assert neighbour.sequences("edit_1_0000000000000000") == list(range(1, FLOOD + 1))
         monkeypatch.setattr(engineio_server, "STALL", 0.3)
-        waiting.queue.moved.set()  # From here on it is waited for that something moves.
         await service.until(lambda: waiting.gone)
     stalled.transport.abort()
 

@@ -5,6 +5,7 @@ answers to malformed frames, and closing that never waits for a client.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import urllib.parse
@@ -31,13 +32,13 @@ MAX_BYTES: Final = 512 * 1024
 #: Seconds in which something has to move while a client has not taken what waits for it.
 STALL: Final = 5.0
 
-#: Seconds between two looks for clients that have not answered their ping.
-_WATCH_EVERY: Final = 2.0
+#: Seconds between two looks for clients that have not answered their ping, or take nothing.
+_WATCH_EVERY: Final = 0.5
 
 #: Seconds in which an upgrade has to be done: meanwhile nothing is sent to the client.
 _PROBE: Final = 5.0
 
-#: Seconds a WebSocket has to say goodbye before its transport is aborted.
+#: Seconds a client has to take what it is sent last: a WebSocket's transport is aborted then.
 _GOODBYE: Final = 1.0
 
 #: What one polling answer or one turn of the writer takes; python-engineio's client refuses more in one answer.
@@ -79,6 +80,14 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
     last_ping: float | None
     _transport: asyncio.WriteTransport | None = None
     _ping: asyncio.TimerHandle | None = None
+    #: What had been taken by the last look, and for how many seconds it has been that.
+    _progress = (0, 0)
+    _still = 0.0
+
+    def __init__(self, server: "EngineServer", sid: str) -> None:
+        super().__init__(server, sid)
+        #: A polling client has taken all there was, and asks for more.
+        self._asked = asyncio.Event()
 
     @property
     def gone(self) -> bool:
@@ -121,17 +130,28 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
         self.put(packet.Packet(packet.PING))
 
     async def drained(self, *, events: int = MAX_EVENTS // 2, size: int = MAX_BYTES // 4) -> bool:
-        """Wait until no more than this waits here; False where for `STALL` seconds nothing has moved."""
+        """Wait until no more than this waits here; False where the transport ends first."""
         queue = self.queue
         while not self.gone and (queue.qsize() > events or queue.bytes > size):
-            before = self._progress()
             queue.moved.clear()
-            try:
-                await asyncio.wait_for(queue.moved.wait(), STALL)
-            except TimeoutError:
-                if self._progress() == before:
-                    return False
+            await queue.moved.wait()
         return not self.gone
+
+    def look(self, seconds: float) -> None:
+        """Called every so many seconds. Who has taken nothing of what waits for it, for `STALL` of them, is cut off.
+
+        Counted are not the seconds of a clock: where this process stood still, so did what it sends.
+        """
+        unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        progress = self.queue.taken, unsent
+        waits = unsent or self.queue.qsize() > MAX_EVENTS // 2 or self.queue.bytes > MAX_BYTES // 4
+        if not waits or self.upgrading or progress != self._progress:
+            self._still = 0.0
+        else:
+            self._still += seconds
+        self._progress = progress
+        if self._still >= STALL:
+            self.abort()
 
     def abort(self) -> None:
         """End the transport now, whether the client takes anything or not."""
@@ -141,7 +161,15 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
 
     def finish(self) -> None:
         """Send what waits, then end the transport."""
-        self.server.spawn(self.close(wait=False))
+        self._asked.clear()
+        self.server.spawn(self._finish(polled=not self.upgraded and not self.queue.empty()))
+
+    async def _finish(self, polled: bool) -> None:
+        if polled:
+            # Of one answer the JavaScript client minds a CLOSE before what came ahead of it, and loses that.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), _GOODBYE)
+        await self.close(wait=False)
 
     async def close(self, wait: bool = True, abort: bool = False, reason: str | None = None) -> None:
         """Close, without ever waiting for the client, as the library's `wait` would."""
@@ -153,15 +181,14 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
                 self.queue.get_nowait()
             self.server.sockets.pop(self.sid, None)
         self.queue.put_nowait(None)  # Ends a pending poll, and a WebSocket's writer.
+        self.queue.moved.set()
         if self._transport is not None:
             asyncio.get_running_loop().call_later(_GOODBYE, self._transport.abort)
 
-    def _progress(self) -> tuple[int, int]:
-        waiting = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        return self.queue.taken, waiting
-
     async def poll(self) -> list[packet.Packet]:
         """Wait for something to send, and take a bounded part of it."""
+        if self.queue.empty():
+            self._asked.set()
         try:
             first = await asyncio.wait_for(self.queue.get(), self.server.ping_interval + self.server.ping_timeout)
         except TimeoutError:
@@ -287,7 +314,10 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]
             self._watching = None
 
     async def _watch(self) -> None:
-        """Close what has not answered its ping in time. (The library's own task would hold on to what is gone.)"""
+        """Close what has not answered its ping in time, or takes nothing.
+
+        (The library's own task would hold on to what is gone.)
+        """
         while True:
             await asyncio.sleep(_WATCH_EVERY)
             for sid in list(self.sockets):
@@ -295,5 +325,6 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]
                 if socket is not None and socket.closed:
                     del self.sockets[sid]
                 elif socket is not None and not socket.closing:
+                    socket.look(_WATCH_EVERY)
                     await socket.check_ping_timeout()
                 del socket

@@ -44,7 +44,7 @@ class Outbox(Protocol):
         """Queue a frame, without waiting."""
 
     async def drained(self, *, events: int = ..., size: int = ...) -> bool:
-        """Wait until the client has taken most of it; False where it takes nothing."""
+        """Wait until the client has taken most of it; False where it is gone."""
 
     def abort(self) -> None:
         """End the transport."""
@@ -156,7 +156,6 @@ class Device:
         try:
             while self._unread or self._cursor.seen < self._head or self._replays:
                 if not await self._outbox.drained():
-                    self._outbox.abort()
                     return
                 if self._unread or self._cursor.seen < self._head:
                     await self._read()
@@ -210,7 +209,6 @@ class Device:
             # Out of feed order, so with the newest cursor: what a client remembers never goes back.
             while not self._put(entry, self._cursor):
                 if not await self._outbox.drained():
-                    self._outbox.abort()
                     self._closed = True
                     return
 

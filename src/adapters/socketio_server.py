@@ -199,6 +199,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
             connection.emit("authenticated", hello)
         then()
         self._settle(eio_sid, connection)
+        if connection.identity is None and eio_sid not in self._deadlines:
+            # Its time ran out while it came.
+            self._overdue(eio_sid, "authentication_required", "unauthenticated")
 
     async def _handle(self, connection: Connection, packet: wire.Packet) -> None:
         match packet.data:
@@ -262,7 +265,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
             deadline.cancel()
 
     def _overdue(self, eio_sid: str, notice: str, code: str) -> None:
-        del self._deadlines[eio_sid]
+        self._forgive(eio_sid)
         connection = self.connections.get(eio_sid)
         if connection is not None:
             if connection.device is not None:

@@ -23,6 +23,8 @@ Leave = Callable[[asyncio.Event], Awaitable[None]]
 
 #: What may wait to be written because the other side asked for it and does not read, in bytes.
 _MAX_UNREAD: Final = 1_000_000
+#: What the kernel takes of a WebSocket's frames beyond what it has on the way to the other side, in bytes.
+_MAX_UNSENT: Final = 16 * 1024
 #: Of how many frames one message may be made.
 _MAX_FRAGMENTS: Final = 1_000
 
@@ -110,6 +112,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def handle_connect(self, event: Any) -> None:
         """Called with the client's opening handshake."""
         super().handle_connect(event)
+        # The kernel would take megabytes for who does not read, and after that take nothing for many seconds from who
+        # reads slowly: neither could be told from the other.
+        self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT)
         if self.handshake_initiated and not self.handshake_complete:
             extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
             self.scope["extensions"] = extensions | {TRANSPORT: self.transport}
@@ -175,19 +180,18 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close what is still open. Everything that had to be said has been said: nobody is waited for long."""
-        loop = asyncio.get_running_loop()
-        timers = [loop.call_later(0.15, self._hang_up), loop.call_later(0.3, self._give_up)]
+        ending = asyncio.create_task(self._end())
         try:
             await super().shutdown(sockets)
         finally:
-            for timer in timers:
-                timer.cancel()
+            ending.cancel()
 
-    def _hang_up(self) -> None:
+    async def _end(self) -> None:
+        await asyncio.sleep(0.15)
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
                 connection.transport.abort()
-
-    def _give_up(self) -> None:
+        # In turns, so that who was hung up on has heard of it, however late it is.
+        await asyncio.sleep(0.15)
         for task in self.server_state.tasks:
             task.cancel()
