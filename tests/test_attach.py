@@ -28,7 +28,7 @@ async def begin(attach: Attachments, pid: str, identity: Identity = ADA) -> Curs
 
 async def place(attach: Attachments, pid: str, offset: object) -> Cursor | None:
     """Where ada's session goes on; ``None`` where it does not."""
-    recovered = await attach.recover(pid, offset, None)
+    recovered = await attach.recover(pid, offset)
     return None if recovered is None else recovered[1].cursor
 
 
@@ -66,7 +66,7 @@ async def test_a_session_is_restored_at_the_offset_its_client_had_reached(studio
         await studio.make()
     after = await studio.log.present("ada")
     assert await place(attach, "pid", text(after)) == after
-    recovered = await attach.recover("pid", text(after), None)
+    recovered = await attach.recover("pid", text(after))
     assert recovered is not None
     await attach.keep("pid", *recovered)
     # From now on that is the base: what lies before it has been seen.
@@ -108,9 +108,11 @@ async def test_an_offset_of_this_feed_that_the_log_does_not_know_makes_the_sessi
 async def test_a_session_is_not_restored_for_somebody_else(studio: Studio) -> None:
     attach = attachments(studio)
     await begin(attach, "pid")
-    assert await attach.recover("pid", None, BOB) is None
-    assert await attach.recover("other", None, ADA) is None
-    assert await attach.recover("pid", None, ADA) is not None
+    assert await attach.recover("pid", None, "bob") is None
+    assert await attach.recover("pid", None, None, BOB) is None
+    assert await attach.recover("other", None, "ada", ADA) is None
+    assert await attach.recover("pid", None, "ada") is not None
+    assert await attach.recover("pid", None, "ada", ADA) is not None
 
 
 async def test_a_session_ends_with_its_proof_unless_that_is_renewed() -> None:
@@ -121,8 +123,8 @@ async def test_a_session_ends_with_its_proof_unless_that_is_renewed() -> None:
     await begin(attach, "renewed", ADA._replace(expires_at=soon))
     await attach.renew("renewed", ADA._replace(expires_at=soon + timedelta(seconds=10)))
     studio.clock.step(10)
-    assert await attach.recover("pid", None, None) is None
-    assert await attach.recover("renewed", None, None) is not None
+    assert await attach.recover("pid", None) is None
+    assert await attach.recover("renewed", None) is not None
 
 
 async def test_who_leaves_for_good_is_not_expected_back(studio: Studio) -> None:
@@ -131,5 +133,5 @@ async def test_who_leaves_for_good_is_not_expected_back(studio: Studio) -> None:
         await begin(attach, pid)
     await attach.leave("cut", for_good=False)
     await attach.leave("over", for_good=True)
-    assert await attach.recover("cut", None, None) is not None
-    assert await attach.recover("over", None, None) is None
+    assert await attach.recover("cut", None) is not None
+    assert await attach.recover("over", None) is None

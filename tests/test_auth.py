@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -16,6 +17,8 @@ import pytest
 import pytest_asyncio
 import websockets
 
+from adapters import engineio_server
+from adapters.jwt_tokens import JwksKeys
 from adapters.memory_log import MemoryLog
 from adapters.system import now
 from builders import NOON, SteppableClock
@@ -98,7 +101,7 @@ class Wire:
         self._numbers = itertools.count()
 
     async def next(self) -> str:
-        frame = str(await asyncio.wait_for(self.connection.recv(), 20))
+        frame = str(await asyncio.wait_for(self.connection.recv(), 30))
         self.frames.append(frame)
         return frame
 
@@ -238,7 +241,7 @@ async def first_line(service: Running, *lines: str) -> str:
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     try:
         writer.write("\r\n".join([*lines, "Host: localhost", "", ""]).encode())
-        return (await asyncio.wait_for(reader.readline(), 20)).decode()
+        return (await asyncio.wait_for(reader.readline(), 30)).decode()
     finally:
         writer.close()
         await writer.wait_closed()
@@ -444,6 +447,13 @@ async def public(tmp_path: Path) -> AsyncIterator[Running]:
         yield service
 
 
+async def test_browsers_may_call_from_where_the_service_is_known_in_public(tmp_path: Path) -> None:
+    async with guarded(tmp_path, public_url="https://Pictures.example/stage") as service:
+        for origin, allowed in (("https://pictures.example", True), ("http://pictures.example", False)):
+            answer = await ask(service, token(), headers={"Origin": origin})
+            assert ("access-control-allow-origin" in answer.headers) is allowed
+
+
 async def test_with_a_key_no_host_and_no_origin_is_refused(public: Running) -> None:
     for headers in ({"Host": "pictures.example"}, {"Origin": EVIL}, {"Origin": "null"}, {"Host": "x", "Origin": EVIL}):
         answer = await ask(public, token(), headers=headers)
@@ -491,8 +501,11 @@ def clock() -> SteppableClock:
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def published(tmp_path: Path, issuer: Issuer, clock: SteppableClock) -> AsyncIterator[Running]:
-    """A service that takes the tokens of an issuer."""
+async def published(
+    tmp_path: Path, issuer: Issuer, clock: SteppableClock, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Running]:
+    """A service that takes the tokens of an issuer, which it gives more time than others do."""
+    monkeypatch.setattr("api.app.JwksKeys", partial(JwksKeys, timeout=30))
     backend = by(ec_key("ours"), "ec", "backend", scope="stagecast:service")
     async with guarded(tmp_path, backend, jwks_url=issuer.url, overrides={"clock": clock}) as service:
         yield service
@@ -559,10 +572,20 @@ async def test_a_token_in_the_handshake_authenticates(service: Running, user: JS
         await bare.until_over(generation_id)
 
 
-@pytest.mark.parametrize(("bad", "code"), [("nonsense", "invalid_token"), ("", "invalid_token"), BAD["over"]])
-@pytest.mark.parametrize("user", [{}, {"userId": "ada"}])
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [
+        ("nonsense", "invalid_token"),
+        ("", "invalid_token"),
+        (7, "invalid_token"),
+        ([token("ada")], "invalid_token"),
+        ({"token": token("ada")}, "invalid_token"),
+        BAD["over"],
+    ],
+)
+@pytest.mark.parametrize("user", [{}, {"userId": "ada"}, {"userId": True}])
 async def test_a_bad_token_refuses_the_connection_and_says_why(
-    service: Running, bad: str, code: str, user: JSON
+    service: Running, bad: object, code: str, user: JSON
 ) -> None:
     async with wire(service, hello=False) as bare:
         answer = await bare.hello({"token": bad, **user})
@@ -582,13 +605,7 @@ async def test_a_bad_token_refuses_the_connection_and_says_why(
         {},
         {"userId": "ada"},
         {"userId": "ada", "token": None},
-        {"userId": "bob", "token": token("ada")},
-        {"userId": "", "token": token("ada")},
-        {"userId": True, "token": token("ada")},
-        {"userId": {}, "token": token("ada")},
-        {"token": 7},
-        {"token": [token("ada")]},
-        {"token": {"token": token("ada")}},
+        {"userId": True},
         {"junk": "x"},
         [],
         "ada",
@@ -601,6 +618,21 @@ async def test_nothing_else_refuses_the_connection_and_nobody_is_authenticated(s
         nack = await bare.call("subscribe_to_generation", {"generationId": MISSING})
         assert nack["code"] == "unauthenticated"
         assert bare.events() == []
+        assert service.service.projection.rooms == {}
+        assert (await bare.authenticate(token=token("ada")))["userId"] == "ada"
+
+
+@pytest.mark.parametrize(
+    ("user", "code"), [("bob", "user_mismatch"), ("", "bad_request"), (True, "bad_request"), ({}, "bad_request")]
+)
+async def test_a_handshake_that_names_another_user_than_its_token_is_told_so_first_and_nobody_is_authenticated(
+    service: Running, user: object, code: str
+) -> None:
+    async with wire(service, {"userId": user, "token": token("ada")}) as bare:
+        nack = await bare.call("subscribe_to_generation", {"generationId": MISSING})
+        assert nack["code"] == "unauthenticated"
+        [(name, answer)] = bare.events()
+        assert (name, answer["ok"], answer["code"], set(answer)) == ("authenticated", False, code, {*nack})
         assert service.service.projection.rooms == {}
         assert (await bare.authenticate(token=token("ada")))["userId"] == "ada"
 
@@ -625,7 +657,7 @@ async def test_the_token_decides_who_it_is(service: Running, sub: object, argume
         ({}, "unauthenticated"),
         ({"userId": "ada"}, "unauthenticated"),
         ({"userId": "ada", "token": None}, "unauthenticated"),
-        ({"userId": "ada", "token": 7}, "unauthenticated"),
+        ({"userId": "ada", "token": 7}, "invalid_token"),
         ({"userId": "ada", "token": "nonsense"}, "invalid_token"),
         ({"userId": "ada", "token": EXPIRED}, "token_expired"),
         ({"userId": "bob", "token": token("ada")}, "user_mismatch"),
@@ -652,7 +684,7 @@ async def test_who_proves_nothing_is_refused_by_code_and_stays_nobody(
         ({"userId": "ada", "token": token("bob")}, "user_mismatch"),
         ({"userId": "bob", "token": "nonsense"}, "invalid_token"),
         ({"token": token("bob", exp=1)}, "token_expired"),
-        ({"token": 7}, "unauthenticated"),
+        ({"token": 7}, "invalid_token"),
         ({"userId": ""}, "bad_request"),
     ],
 )
@@ -689,8 +721,25 @@ async def test_what_a_socket_was_does_not_outlive_its_disconnect(service: Runnin
 SHORT: Final = 0.4
 
 
-def short(sub: str = "ada") -> str:
-    return token(sub, exp=NOON.timestamp() + SHORT)
+def short(sub: str = "ada", seconds: float = SHORT) -> str:
+    return token(sub, exp=NOON.timestamp() + seconds)
+
+
+@asynccontextmanager
+async def soon_over(service: Running, *asked: JSON) -> AsyncIterator[tuple[Wire, list[JSON], float]]:
+    """A client whose token ends in so many seconds, and the acks of what it has authenticated with before that.
+
+    Where the machine was too slow for it, it tries once more, with more time.
+    """
+    for seconds in (SHORT, 10 * SHORT):
+        async with wire(service, {"token": short(seconds=seconds)}) as bare:
+            try:
+                acks = [await bare.authenticate(**argument) for argument in asked]
+            except websockets.ConnectionClosed:
+                continue
+            yield bare, acks, seconds
+            return
+    pytest.fail("the transport was closed before the acks came")
 
 
 class TestWithTokensThatEnd:
@@ -708,8 +757,8 @@ class TestWithTokensThatEnd:
 
     @pytest.mark.parametrize("door", ["handshake", "authenticate"])
     async def test_at_its_end_the_client_is_told_and_the_transport_closed(self, service: Running, door: str) -> None:
+        begun = asyncio.get_running_loop().time()
         async with wire(service, {"token": short()} if door == "handshake" else None) as bare:
-            begun = asyncio.get_running_loop().time()
             if door == "authenticate":
                 ack = await bare.authenticate(token=short())
                 assert ack["expiresAt"] == timestamp(datetime.fromtimestamp(NOON.timestamp() + SHORT, NOON.tzinfo))
@@ -718,26 +767,33 @@ class TestWithTokensThatEnd:
             assert bare.frames[-2:] == ['42["authentication_expired",{"code":"token_expired"}]', "1"]
             assert service.service.projection.rooms == {}
 
-    async def test_so_it_is_over_polling(self, service: Running) -> None:
+    async def test_so_it_is_over_polling_where_the_end_comes_in_an_answer_of_its_own(
+        self, service: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engineio_server, "_GOODBYE", 60.0)  # The next poll is awaited for so long.
         address = "/socket.io/?EIO=4&transport=polling"
-        opened = await service.http.get(address)
-        address += "&sid=" + json.loads(opened.text[1:])["sid"]
-        await service.http.post(address, content=f"40{json.dumps({'token': short()})}")
-        text = ""
-        while "authentication_expired" not in text:
-            answer = await service.http.get(address)
-            assert answer.status_code == 200
-            text += answer.text
-        assert text.endswith('42["authentication_expired",{"code":"token_expired"}]\x1e1')
+        for seconds in (SHORT, 10 * SHORT):
+            opened = await service.http.get(address)
+            client = f"{address}&sid={json.loads(opened.text[1:])['sid']}"
+            await service.http.post(client, content=f"40{json.dumps({'token': short(seconds=seconds)})}")
+            text = ""
+            while "authentication_expired" not in text and (answer := await service.http.get(client)).is_success:
+                text += answer.text
+            if answer.is_success:
+                break  # Else the machine was so slow that it fell between two polls.
+        assert text.endswith('42["authentication_expired",{"code":"token_expired"}]')
         assert "\x1e41" not in text
-        assert (await service.http.get(address)).status_code == 400
+        assert (await service.http.get(client)).text == "1"
+        assert (await service.http.get(client)).status_code == 400
 
     async def test_nothing_follows_the_notice_and_the_rest_comes_with_a_fresh_token(
         self, service: Running, hold: Hold
     ) -> None:
         generation_id = await service.start("ada")
         await hold.reached.wait()
-        async with wire(service, {"token": short()}) as bare:
+        async with wire(service, {"token": token()}) as bare:
+            await bare.until(generation_id, 4)
+            await bare.authenticate(token=short())
             await bare.closed()
             assert bare.sequences(generation_id) == [1, 2, 3, 4]
             assert bare.events()[-1][0] == "authentication_expired"
@@ -752,28 +808,28 @@ class TestWithTokensThatEnd:
     ) -> None:
         generation_id = await service.start("ada")
         await hold.reached.wait()
-        async with wire(service, {"token": short()}) as bare:
-            await bare.until(generation_id, 4)
-            ack = await bare.authenticate(token=token())
+        async with soon_over(service, {"token": token()}) as (bare, [ack], seconds):
             assert ack["expiresAt"] == timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo))
-            await asyncio.sleep(SHORT + 0.2)  # What is awaited is that nothing happens.
+            await asyncio.sleep(seconds + 0.2)  # What is awaited is that nothing happens.
             hold.let_go.set()
             await bare.until_over(generation_id)
             assert bare.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
     async def test_an_ack_without_a_fresh_token_does_not_put_it_off(self, service: Running) -> None:
-        async with wire(service, {"token": short()}) as bare:
-            assert (await bare.authenticate(userId="ada"))["ok"] is True
-            assert (await bare.authenticate(token="nonsense"))["ok"] is False
+        async with soon_over(service, {"userId": "ada"}, {"token": "nonsense"}) as (bare, acks, _):
+            assert [ack["ok"] for ack in acks] == [True, False]
             await bare.closed()
             assert bare.events()[-1] == ["authentication_expired", {"code": "token_expired"}]
 
     async def test_the_end_that_counts_is_the_present_users(self, service: Running, hold: Hold) -> None:
         generation_id = await service.start("bob")
         await hold.reached.wait()
-        async with wire(service, {"token": short("ada")}) as stays, wire(service, {"token": token("ada")}) as goes:
-            assert (await stays.authenticate(token=token("bob")))["userId"] == "bob"
-            assert (await goes.authenticate(token=short("bob")))["userId"] == "bob"
+        async with (
+            soon_over(service, {"token": token("bob")}) as (stays, [ack], seconds),
+            wire(service, {"token": token("ada")}) as goes,
+        ):
+            assert ack["userId"] == "bob"
+            assert (await goes.authenticate(token=short("bob", seconds)))["userId"] == "bob"
             await goes.closed()
             assert goes.events()[-1] == ["authentication_expired", {"code": "token_expired"}]
             hold.let_go.set()

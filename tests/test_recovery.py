@@ -224,12 +224,6 @@ class Stage:
         async for _ in flood(self.service.service.log, user, generation_id, count, filler=filler):
             pass
 
-    def narrow(self) -> None:
-        """The kernel takes little for those who connect from now on."""
-        for server in self.service.server.servers:
-            for listener in server.sockets:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 128 * 1024)
-
     async def close(self) -> None:
         """Everybody goes, nothing is left, and what was sent is as it has to be everywhere."""
         everybody = await self.browsers.forget_all()
@@ -1054,12 +1048,13 @@ async def test_with_a_key_a_pid_is_good_until_its_token_ends(
         await stage.complete("eve", *clients)
 
 
-async def test_a_socket_closed_at_the_end_of_its_token_goes_on_with_a_fresh_one(
-    theatre: Stage, tmp_path: Path, clock: SteppableClock
+@both_ways
+async def test_a_socket_closed_at_the_end_of_its_token_is_told_and_goes_on_with_a_fresh_one(
+    theatre: Stage, tmp_path: Path, clock: SteppableClock, way: str
 ) -> None:
     async with keyed(theatre, tmp_path, clock) as stage:
         await stage.scribe.start("eve")
-        client = stage.open(None, first={"token": token(clock, "eve", 1 / 60)}, **WAITS)
+        client = stage.open(None, way, first={"token": token(clock, "eve", 1 / 60)}, **WAITS)
         await client.ack()
         assert await client.disconnected() == "transport close"
         assert client.notices == [["authentication_expired", {"code": "token_expired"}]]
@@ -1080,6 +1075,9 @@ async def test_a_handshake_whose_token_names_another_user_does_not_take_the_pid_
         async with wire(stage, pid=pid, token=token(clock, "bob", 60)) as client:
             assert client.pid != pid
             assert (await client.next())[1]["userId"] == "bob"
+        for given in ({"userId": "bob"}, {"userId": ""}, {"userId": "bob", "token": token(clock, "eve", 60)}):
+            async with wire(stage, pid=pid, **given) as client:
+                assert client.pid != pid
         async with wire(stage, pid=pid, token=token(clock, "eve", 30)) as client:
             assert client.pid == pid
             name, hello = await client.next()
@@ -1170,7 +1168,6 @@ async def test_a_slow_reader_recovers_thousands_of_events_and_is_never_cut_while
     line.fall()
     await client.disconnected()
     await stage.pour(user, count, filler=1_500)
-    stage.narrow()  # Else it moves by so much at a time that on a slow machine a stall lies in between.
     line.pace = count * 500
     began = asyncio.get_running_loop().time()
     client.do("connect")
@@ -1182,7 +1179,6 @@ async def test_a_slow_reader_recovers_thousands_of_events_and_is_never_cut_while
 
 async def test_a_reader_that_stops_is_closed_and_recovers_later(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engineio_server, "STALL", 0.5)
-    stage.narrow()
     user = stage.user()
     client = stage.open(user)
     await client.ack()

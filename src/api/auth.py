@@ -6,7 +6,7 @@ from fastapi import Depends, Header, Request
 from fastapi.security import HTTPBearer
 
 from domain.errors import Refusal
-from domain.identity import Identity, TokenExpired, Unauthenticated, user_id
+from domain.identity import Identity, InvalidToken, TokenExpired, Unauthenticated, user_id
 from domain.ports import Clock
 
 DEFAULT_USER: Final = "demo"
@@ -71,7 +71,7 @@ class Authenticator:
             return Identity(user_id(user), None, service=False)
         if token is not None:
             if not isinstance(token, str):
-                raise Unauthenticated
+                raise InvalidToken
             known = await self._tokens.verify(token)
         if known is None:
             raise Unauthenticated

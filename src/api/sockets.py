@@ -4,14 +4,14 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic.alias_generators import to_camel
 
 from api.auth import Authenticator, UserMismatch
 from domain.attach import Attachments, Beginning
 from domain.errors import LogUnavailable, Refusal
 from domain.events import timestamp
-from domain.identity import Identity, InvalidUserId, Unauthenticated
+from domain.identity import Identity, InvalidUserId, Unauthenticated, user_id
 from domain.workflow import Workflow
 
 Answer = tuple[Mapping[str, Any], Callable[[], None]]
@@ -22,6 +22,12 @@ class BadRequest(Refusal):
     """The argument of this event is not what it should be."""
 
     code = "bad_request"
+
+
+class Nobody(Refusal):
+    """This socket belongs to nobody yet: authenticate first."""
+
+    code = "unauthenticated"
 
 
 class Device(Protocol):
@@ -81,7 +87,7 @@ class _Authenticate(_Argument):
     user_id: Any = None
     token: Any = None
     cursor: Any = None
-    recovery: bool = True
+    recovery: StrictBool = True
 
 
 class _Subscribe(_Argument):
@@ -113,28 +119,36 @@ class Sockets:
     async def greet(self, connection: Connection, auth: Any) -> Answer:
         """The handshake: whom it names is authenticated, and a session that it takes up again goes on.
 
+        Where what it says of itself does not hold together, it is told so, and nobody is authenticated.
+
         Raises:
             InvalidToken, TokenExpired: it is refused. Nothing else refuses it.
             LogUnavailable, KeysUnavailable: nothing can be said.
         """
         said = auth if isinstance(auth, dict) else {}
         connection.recovery = said.get("recovery") is not False
+        user, proof, wrong = said.get("userId"), None, None
         try:
-            named = await self._authenticator.of_socket(said.get("userId"), said.get("token"), None)
-        except (InvalidUserId, Unauthenticated, UserMismatch):
-            named = None  # It names nobody, and authenticates nobody.
+            proof = await self._authenticator.of_socket(user, said.get("token"), None)
+        except Unauthenticated:
+            pass  # It proves nothing, and authenticates nobody.
+        except (InvalidUserId, UserMismatch) as error:
+            wrong = None if user is None else error
         if connection.recovery:
             pid, connection.offset = said.get("pid"), said.get("offset")
             recovered = None
-            if isinstance(pid, str):
-                recovered = await self._attachments.recover(pid, connection.offset, named)
+            if isinstance(pid, str) and wrong is None:
+                recovered = await self._attachments.recover(pid, connection.offset, _named(user), proof)
             if recovered is not None:
                 connection.pid = pid
-                return await self._enter(connection, *recovered, recovery=True, welcome=named is not None)
+                return await self._enter(connection, *recovered, recovery=True, welcome=proof is not None)
             connection.pid = self._new_pid()
-        if named is None:
+        if wrong is not None:
+            code = BadRequest.code if isinstance(wrong, InvalidUserId) else wrong.code
+            return {"ok": False, "code": code, "message": str(wrong)}, lambda: None
+        if proof is None:
             return {}, lambda: None
-        return await self._begin(connection, named, said.get("cursor"), recovery=connection.recovery)
+        return await self._begin(connection, proof, said.get("cursor"), recovery=connection.recovery)
 
     async def authenticate(self, connection: Connection, argument: Any) -> Answer:
         """``{userId, token?, cursor?, recovery?}``: the socket belongs to this user, and is shown this user's feed."""
@@ -189,7 +203,7 @@ class Sockets:
         said = _read(_Subscribe, argument)
         device: Device | None = connection.device
         if device is None:
-            raise Unauthenticated
+            raise Nobody
         snapshot = await self._workflow.snapshot(device.user_id, said.generation_id)
         ack = {"ok": True, **snapshot.model_dump(by_alias=True, exclude_none=True)}
         return ack, lambda: device.replay(said.generation_id, said.after)
@@ -208,6 +222,14 @@ class Sockets:
     async def _generations(self, user: str) -> list[dict[str, Any]]:
         recent = await self._workflow.recent(user)
         return [snapshot.model_dump(by_alias=True, exclude_none=True) for snapshot in recent]
+
+
+def _named(user: object) -> str | None:
+    """The user whom a handshake names; ``""`` where there can be no such one."""
+    try:
+        return None if user is None else user_id(user)
+    except InvalidUserId:
+        return ""
 
 
 def _read(model: type[_Model], argument: Any) -> _Model:

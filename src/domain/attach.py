@@ -83,20 +83,21 @@ class Attachments:
         session = Session(identity, beginning.cursor, beginning.head, beginning.tag)
         await self._sessions.save(pid, session, at=self._clock())
 
-    async def recover(self, pid: str, offset: object, named: Identity | None) -> tuple[Identity, Beginning] | None:
+    async def recover(
+        self, pid: str, offset: object, named: str | None = None, proof: Identity | None = None
+    ) -> tuple[Identity, Beginning] | None:
         """Take up a session again, to be kept from where it is; ``None`` where it cannot be.
 
-        `named` is whom the client says it is now: a session of somebody else is not taken up. An `offset` that is
-        none of this feed's, older than the session's base, or not reached in this session, counts as the base.
+        `named` is the user that the client says it is now, if it says so: a session of somebody else is not taken up.
+        `proof` is who has been proved anew. An `offset` that is none of this feed's, older than the session's base, or
+        not reached in this session, counts as the base.
         """
         session = None if pid in self._ending else await self._sessions.load(pid, at=self._clock())
         if session is None or not self._good(session.identity):
             return None
-        identity = session.identity
-        if named is not None:
-            if named.user_id != identity.user_id:
-                return None
-            identity = named
+        if {named, proof and proof.user_id} - {None, session.identity.user_id}:
+            return None
+        identity = proof or session.identity
         cursor = session.base
         given = self._parse(offset, identity.user_id)
         if given is not None and not _older(given, session.base):
