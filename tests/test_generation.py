@@ -358,16 +358,15 @@ def test_onward_from_a_face_swap_depends_on_what_it_brought() -> None:
     given_ = reach("edit", True, "face_swap")
     assert given_.onward({"face_swap_url": SWAPPED}) == "face_swap_completed"
     assert given_.onward({"face_swap_error": {"code": "internal", "message": "No."}}) == "completed"
-    with pytest.raises(IllegalTransition):
-        given_.onward({})
 
 
-def test_a_face_swap_is_complete_only_with_its_picture_and_skipped_only_with_a_reason() -> None:
+def test_a_face_swap_is_skipped_only_with_a_reason_and_complete_only_without_one() -> None:
     given_ = reach("edit", True, "face_swap")
     before = state(given_)
-    for target in ("face_swap_completed", "completed"):
-        with pytest.raises(IllegalTransition):
-            given_.propose(target, NOON)
+    with pytest.raises(IllegalTransition):
+        given_.propose("completed", NOON)
+    with pytest.raises(IllegalTransition):
+        given_.propose("face_swap_completed", NOON, face_swap_error={"code": "internal", "message": "No."})
     assert state(given_) == before
 
 

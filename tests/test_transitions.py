@@ -267,9 +267,20 @@ async def test_without_a_face_swap_there_is_none_and_with_one_there_is_no_way_ar
     assert (await plain.refused("face_swap", "illegal_transition"))["allowed"] == ["completed", "failed"]
     swap = await (await begin(service, imageUrls=FACE)).upto("openai_editing_completed")
     assert (await swap.refused("completed", "illegal_transition"))["allowed"] == ["face_swap", "failed"]
-    await swap.told("face_swap")
-    await swap.field_refused("face_swap_completed", "faceSwapUrl")
-    await swap.field_refused("completed", "faceSwapError")
+
+
+async def test_the_status_alone_will_do_all_the_way(service: Running) -> None:
+    swapped = await begin(service, imageUrls=FACE)
+    for status, *_ in (*EDIT, SWAP):
+        await swapped.told(status)
+    assert (await swapped.told("face_swap_completed"))["progress"] == 95
+    assert "faceSwapError" not in await swapped.told("completed")
+    kept = await (await begin(service, imageUrls=FACE)).upto("face_swap")
+    end = await kept.told("completed")
+    assert end["message"] == "Image editing completed, but the face swap failed."
+    assert end["faceSwapError"]["code"] == "internal"
+    failed = await (await begin(service)).told("failed")
+    assert (failed["code"], failed["retryable"], failed["error"]) == ("internal", False, "Something went wrong.")
 
 
 async def test_a_stage_in_which_a_provider_works_may_be_told_again_with_higher_progress(service: Running) -> None:

@@ -136,7 +136,7 @@ class Service:
             return
         self._left = True
         self.workflow.draining = True
-        waits = [asyncio.create_task(self.queue.settled()), asyncio.create_task(hurry.wait())]
+        waits = [asyncio.create_task(self._settled()), asyncio.create_task(hurry.wait())]
         await asyncio.wait(waits, timeout=self.settings.drain, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(*waits, *([self._work] if self._work else []))
         if not self.log.durable:
@@ -150,6 +150,11 @@ class Service:
         await self.sockets.shutdown()
         await self.log.close()
         self.threads.close()
+
+    async def _settled(self) -> None:
+        """Wait until all work is done, whoever does it."""
+        await self.queue.settled()
+        await self.external.settled()
 
     async def readiness(self) -> str | None:
         """``None`` where the service can take work, else the code of the reason."""
@@ -323,7 +328,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
     page.install(http, settings.public_url)
     hosts = None if settings.allow_open else settings.allowed_hosts
     everything = socketio.ASGIApp(service.sockets, other_asgi_app=http)
-    return service, Perimeter(everything, open_mode=settings.open_mode, origins=settings.cors_origins, hosts=hosts)
+    return service, Perimeter(everything, open_mode=settings.open_mode, origins=settings.origins, hosts=hosts)
 
 
 def create_app(settings: Settings, **overrides: Any) -> ASGIApp:

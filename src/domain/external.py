@@ -5,6 +5,7 @@ its answer was lost, is recognised without anything being remembered for it: its
 """
 
 import asyncio
+import contextlib
 import hashlib
 import heapq
 from collections.abc import Mapping
@@ -57,6 +58,14 @@ class ExternalWork:
             while self._due and self._due[0][0] <= self._clock():
                 await self._look(heapq.heappop(self._due)[1])
 
+    async def settled(self) -> None:
+        """Wait until nothing is left to be reported on."""
+        while True:
+            with contextlib.suppress(LogUnavailable):
+                if not any(order_of(history).external for history in await self._log.unfinished()):
+                    return
+            await asyncio.sleep(self._pause / 4)
+
     async def report(
         self, history: History, status: str, facts: Mapping[str, Any], *, content: bytes, sequence: int | None = None
     ) -> Logged:
@@ -78,7 +87,7 @@ class ExternalWork:
                 raise Conflict(sequence or 0, last.sequence)
             generation = generation_of(history)
             _check(generation, status, facts)
-            made = _failing(generation, facts) if status == FAILED else facts
+            made = _told(generation, status, facts)
             event_id = _event_id(last.generation_id, last.sequence + 1, content)
             try:
                 return await self._recorder.report(generation, status, made, event_id)
@@ -113,10 +122,16 @@ def _check(generation: Generation, status: str, facts: Mapping[str, Any]) -> Non
             raise UnfitFact(generation.status, status, generation.allowed, name, f"This is not told with {status}")
 
 
-def _failing(generation: Generation, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+def _told(generation: Generation, status: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts, with what is to be said of a failure that is not explained."""
     code = facts.get("code")
-    failure = Failure(code or "internal", facts.get("error"), retryable=None if code else False)
-    return {**facts, **generation.failing(failure)}
+    sentence = facts.get("error") or (None if code else "Something went wrong.")
+    failure = Failure(code or "internal", sentence, retryable=None if code else False)
+    if status == FAILED:
+        return {**facts, **generation.failing(failure)}
+    if generation.ending(failure)[0] == status:
+        return {**generation.ending(failure)[1], **facts}
+    return facts
 
 
 def _event_id(generation_id: str, sequence: int, content: bytes) -> int:

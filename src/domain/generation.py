@@ -54,7 +54,6 @@ _ONLY: Final[Mapping[str, Kind]] = {
 }
 #: Which fact a guard asks for, and what it has to be.
 _ASKED: Final = {
-    "face_swap_made": ("face_swap_url", "This brings the picture with the face"),
     "face_swap_failed": ("face_swap_error", "This says why there is no picture with the face"),
     "progress_rises": ("progress", "This has to rise, and to stay below that of the next stage"),
 }
@@ -255,8 +254,8 @@ class Generation:
         return not self.face_swap_wanted
 
     def face_swap_made(self, event: Event | None) -> bool:
-        """The event brings the swapped picture."""
-        return event is None or event.face_swap_url is not None
+        """The event brings no reason why there is no swapped picture."""
+        return event is None or event.face_swap_error is None
 
     def face_swap_failed(self, event: Event | None) -> bool:
         """The event brings the reason why there is no swapped picture."""
