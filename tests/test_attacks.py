@@ -5,6 +5,7 @@ another user has had its events all the while.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -35,6 +36,8 @@ SECRET: Final = "correct-horse-battery-staple-0123456789"
 MEGABYTE: Final = 1024 * 1024
 CRLF: Final = b"\r\n"
 FORM: Final = "multipart/form-data; boundary=B"
+#: Seconds after which something hangs, and is not slow: what is decoded stands back behind all others on a machine.
+HANGS: Final = 60
 LINUX: Final = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -67,8 +70,8 @@ class Siege:
     images: Path
     bob: Phone
     headers: dict[str, dict[str, str]]
-    #: Seconds that each of bob's generations took, from the request to the last event.
-    waits: list[float] = field(default_factory=list)
+    #: How many generations of bob's have been watched.
+    watched: int = 0
     over: bool = False
     watching: asyncio.Task[None] = field(init=False)
 
@@ -76,7 +79,8 @@ class Siege:
         self, content: bytes | AsyncIterator[bytes], content_type: str = FORM, *, kind: str = "edit", **headers: str
     ) -> httpx2.Response:
         headers = {"Content-Type": content_type, **self.headers["mallory"], **headers}
-        return await self.service.http.post(f"/generations/{kind}", content=content, headers=headers)
+        path = f"/generations/{kind}"
+        return await self.service.http.post(path, content=content, headers=headers, timeout=HANGS)
 
     async def outcome(self, content: bytes, content_type: str = FORM, **rest: Any) -> str:
         """The status, and the code of a problem: as a table of expectations has it."""
@@ -87,18 +91,17 @@ class Siege:
 
     async def watch(self) -> None:
         """One generation of bob's, whose device is sent all of it."""
-        begun = time.perf_counter()
-        answer = await self.service.http.post(
-            "/generations/generate", content=GOOD, headers={"Content-Type": FORM, **self.headers["bob"]}
-        )
+        headers = {"Content-Type": FORM, **self.headers["bob"]}
+        answer = await self.service.http.post("/generations/generate", content=GOOD, headers=headers, timeout=HANGS)
         assert answer.status_code == 202, answer.text
         generation_id = answer.json()["generationId"]
         await self.bob.until_over(generation_id)
         assert self.bob.sequences(generation_id) == list(range(1, len(self.bob.of(generation_id)) + 1))
-        self.waits.append(time.perf_counter() - begun)
+        self.watched += 1
 
     async def keep_watching(self) -> None:
-        while not self.over:
+        # However long it takes, bob's credit lasts.
+        while not self.over and self.watched < 80:
             await self.watch()
             await asyncio.sleep(0.5)
 
@@ -107,7 +110,7 @@ class Siege:
         self.over = True
         await self.watching
         await self.watch()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANGS):
             await self.service.service.queue.settled()
         for path in ("/health/live", "/health/ready"):
             assert (await self.service.http.get(path)).status_code == 200
@@ -168,7 +171,7 @@ class Wire:
 
     async def answer(self) -> str:
         """The outcome of the next answer."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS):
             status = int((await self.reader.readline()).split()[1])
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head)
@@ -457,11 +460,12 @@ async def test_line_breaks_in_a_part_reach_no_header(siege: Siege) -> None:
 
 async def test_forms_that_are_none_are_refused(siege: Siege) -> None:
     bad, unsupported, invalid = "400 bad_request", "415 unsupported_media_type", "422 invalid_request"
+    large = "413 content_too_large"
     inner = b"Content-Type: multipart/mixed; boundary=C\r\n" + CRLF + form(FILE, boundary=b"C")
     table = {
-        "1,001 files": (bad, form(PROMPT, *[part("images", b"x", b"a")] * 1_001), FORM),
-        "1,001 fields": (bad, form(FILE, *[part("prompt", b"x")] * 1_001), FORM),
-        "1,001 unknown fields": (bad, form(FILE, *(part(f"f{n}", b"x") for n in range(1_001))), FORM),
+        "1,001 files": (large, form(PROMPT, *[part("images", b"x", b"a")] * 1_001), FORM),
+        "1,001 fields": (large, form(FILE, *[part("prompt", b"x")] * 1_001), FORM),
+        "1,001 unknown fields": (large, form(FILE, *(part(f"f{n}", b"x") for n in range(1_001))), FORM),
         "1,000 unknown fields": (invalid, form(*(part(f"f{n}", b"x") for n in range(1_000))), FORM),
         "six files": (invalid, form(PROMPT, *[FILE] * 6), FORM),
         "a form in a form": (invalid, form(PROMPT, part("images", form(FILE, boundary=b"C"))), FORM),
@@ -470,7 +474,7 @@ async def test_forms_that_are_none_are_refused(siege: Siege) -> None:
         "a part with 9 headers": (bad, form(PROMPT, part("images", PHOTO, b"a", *[b"X: y"] * 9)), FORM),
         "a header of 10 kB": (bad, form(PROMPT, part("images", PHOTO, b"a", b"X: " + b"y" * 10_000)), FORM),
         "a header without a name": (bad, form(PROMPT, part("images", PHOTO, b"a", b": y")), FORM),
-        "a field of over 1 MB": (bad, form(part("prompt", b"x" * (MEGABYTE + 1)), FILE), FORM),
+        "a field of over 1 MB": (large, form(part("prompt", b"x" * (MEGABYTE + 1)), FILE), FORM),
         "a name that is not UTF-8": (
             invalid,
             form(PROMPT, FILE, b'Content-Disposition: form-data; name="\xff\xed\xa0\x80"\r\n\r\nx'),
@@ -497,12 +501,12 @@ async def test_forms_that_are_none_are_refused(siege: Siege) -> None:
         "only the end": (invalid, b"--B--\r\n", FORM),
         "line breaks alone": (bad, b"\r\n" * MEGABYTE, FORM),
     }
-    begun = time.perf_counter()
+    begun = time.process_time()
     attacks: Table = {
         name: (expected, siege.outcome(body, content_type)) for name, (expected, body, content_type) in table.items()
     }
     assert await expect(attacks) == 0
-    assert time.perf_counter() - begun < 20
+    assert time.process_time() - begun < 20
     await siege.aftermath()
 
 
@@ -553,9 +557,9 @@ async def test_json_in_fields_is_bounded(siege: Siege) -> None:
         if name == "not UTF-8":
             expected = "202"  # Bytes that are no UTF-8 are read as Latin-1, as Starlette does.
         attacks[name] = expected, siege.outcome(form(PROMPT, FILE, part(where, value)))
-    begun = time.perf_counter()
+    begun = time.process_time()
     accepted = await expect(attacks)
-    assert time.perf_counter() - begun < 20
+    assert time.process_time() - begun < 20
     await siege.aftermath(accepted=accepted)
 
 
@@ -589,7 +593,7 @@ async def test_a_wrong_length_starts_nothing(siege: Siege) -> None:
         await long.head(f"Content-Length: {len(GOOD) + 20}")
         await long.send(GOOD)
         long.writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS):
             assert await long.reader.read() == b""
     for lengths in (
         ["Content-Length: -1"],
@@ -664,7 +668,7 @@ async def test_60_mb_of_tiny_parts_are_refused_at_the_first_too_many(siege: Sieg
             yield one * (MEGABYTE // len(one))
             sent += 1
 
-    assert outcome(await siege.send(endless())) == "400 bad_request"
+    assert outcome(await siege.send(endless())) == "413 content_too_large"
     await siege.aftermath()
 
 
@@ -715,10 +719,14 @@ async def test_100_mb_with_a_token_are_refused_by_their_length(locked: Siege) ->
 async def test_a_head_without_end_is_refused(locked: Siege) -> None:
     for line in (b"X-A: " + b"a" * 60_000, b"X-A: a\r\n" * 7_000):
         async with locked.connect() as wire:
-            await wire.send(b"GET /me HTTP/1.1\r\nHost: localhost\r\n")
-            for _ in range(20):
-                await wire.send(line)
-            answer = await asyncio.wait_for(wire.reader.read(12), 20)
+            answer = b""
+            # Who is hung up on while still sending may not come to read why.
+            async with asyncio.timeout(HANGS):
+                with contextlib.suppress(ConnectionError):
+                    await wire.send(b"GET /me HTTP/1.1\r\nHost: localhost\r\n")
+                    for _ in range(20):
+                        await wire.send(line)
+                    answer = await wire.reader.read(12)
             assert answer in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431")
     await locked.aftermath()
 
@@ -757,9 +765,9 @@ async def measured(tmp_path: Path) -> AsyncIterator[Measured]:
     )
     assert process.stdout is not None
     try:
-        line = (await asyncio.wait_for(process.stdout.readline(), 20)).decode()
+        line = (await asyncio.wait_for(process.stdout.readline(), HANGS)).decode()
         port = int(re.findall(r"http://localhost:(\d+)", line)[0])
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=HANGS) as http:
             yield Measured(process.pid, http)
     finally:
         if process.returncode is None:
@@ -786,11 +794,15 @@ async def test_memory_stays_bounded_whatever_is_sent(tmp_path: Path) -> None:
         "100 MB in a file": (413, mine, file, bytes(MEGABYTE)),
         "100 MB of fields": (413, mine, b"", field_of_1_mb),
         "100 MB of files that stay in memory": (413, mine, b"", file_of_1_mb),
-        "60 MB of tiny parts": (400, mine, b"", tiny_parts),
+        "60 MB of tiny parts": (413, mine, b"", tiny_parts),
     }
     async with measured(tmp_path) as service:
         warm = await service.http.post("/generations/edit", content=GOOD, headers=mine)
         assert warm.status_code == 202, warm.text
+        # What is measured is the floods, and not the work on a picture.
+        async with asyncio.timeout(HANGS):
+            while (await service.http.get(warm.headers["Location"], headers=mine)).json()["status"] != "completed":
+                await asyncio.sleep(0.05)
         grown = {}
         for name, (expected, headers, begin, each) in floods.items():
             before = service.rest()

@@ -74,6 +74,11 @@ async def test_a_wrong_field_is_refused_by_name(shared_api: Api, field: str, kin
     assert (await shared_api.client.get("/me")).json()["credit"] == 100
 
 
+async def test_an_empty_prompt_is_told_of_as_a_text(shared_api: Api) -> None:
+    problem = (await shared_api.start(fields={"prompt": ""})).json()
+    assert problem["detail"] == "prompt: String should have at least 1 character"
+
+
 async def test_what_was_sent_is_not_sent_back(shared_api: Api) -> None:
     answer = await shared_api.start(fields={"quality": "hunter2", "metadata": "hunter2", "imageUrls": "hunter2"})
     assert_problem(answer, 422, "invalid_request")
@@ -124,8 +129,8 @@ async def test_a_body_that_declares_too_much_is_refused_before_it_is_sent(shared
     reader, writer = await asyncio.open_connection("127.0.0.1", shared_api.port)
     head = "POST /generations/edit HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=B\r\n"
     writer.write(f"{head}Content-Length: {MAX_BODY + 1}\r\n\r\n".encode())
-    assert b" 413 " in await asyncio.wait_for(reader.readline(), 20)
-    assert b"application/problem+json" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+    assert b" 413 " in await asyncio.wait_for(reader.readline(), 30)
+    assert b"application/problem+json" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
     writer.close()
     await writer.wait_closed()
 

@@ -518,6 +518,14 @@ async def test_an_error_has_its_code_after_one_call(
     assert (failure.code, failure.retryable) == (code, retryable)
 
 
+@pytest.mark.parametrize(("status", "code"), [(500, "provider_unavailable"), (429, "provider_rate_limited")])
+async def test_the_status_counts_for_more_than_what_is_said_of_the_content_rules(
+    server: OpenAIServer, status: int, code: str
+) -> None:
+    server.answer(error(status, "image_generation_user_error", "moderation_blocked"))
+    assert (await failing(editor_at(server.base_url))).code == code
+
+
 IN_STREAM: Final = {"message": "Your request was rejected by the safety system.", "param": None}
 
 

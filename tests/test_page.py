@@ -12,6 +12,7 @@ from playwright.async_api import expect
 from api.page import CDN, FOLDER, policy, render
 from browser import chromium, needs_chromium, tabs
 from harness import running
+from http_app import assert_problem
 from node import needs_client
 from test_auth import guarded
 
@@ -42,6 +43,15 @@ async def test_the_page_may_load_its_own_files_and_nothing_else(tmp_path: Path) 
             file = await service.http.get(path)
             assert file.status_code == 200, path
             assert path == "/docs" or file.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_what_is_only_read_takes_no_other_method(tmp_path: Path) -> None:
+    async with running(tmp_path) as service:
+        for path in ("/", "/docs", "/openapi.json", "/static/stagecast.js"):
+            for method in ("POST", "DELETE", "OPTIONS"):
+                answer = await service.http.request(method, path)
+                assert_problem(answer, 405, "method_not_allowed")
+                assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 def test_nothing_in_the_page_is_a_script_or_a_style() -> None:

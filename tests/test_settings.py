@@ -69,6 +69,7 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("public_url", "ftp://localhost"),
         ("public_url", "http://[broken"),
         ("log", "mongodb://user:secret@host"),
+        ("images", "s3://bucket/prefix"),
         ("credits", "-1"),
         ("credits", "Off course"),
         ("retention", "0"),

@@ -6,6 +6,7 @@ environment, though the SDK would.
 
 import asyncio
 import binascii
+import contextlib
 import json
 import re
 import ssl
@@ -168,19 +169,22 @@ class OpenAIEditor:
     async def _last(self, stream: "AsyncStream[ImageEditStreamEvent]", report: Report) -> object:
         """The finished picture, in base64. Those that come before it are reported."""
         previews = 0
-        async for event in stream:
-            kind, encoded = str(getattr(event, "type", "")), getattr(event, "b64_json", None)
-            if kind.endswith(".completed"):
-                return encoded
-            if kind.endswith(".partial_image"):
-                try:
-                    preview = await self._threads.run(_preview, encoded)
-                except _Unusable:
-                    continue  # A preview is not worth a paid picture.
-                previews += 1
-                message = "The picture takes shape..." if previews == 1 else "Working on the details..."
-                await report(1 - 0.5**previews, message, preview)
-        raise _Unusable("the stream ended without a picture")
+        try:
+            async for event in stream:
+                kind, encoded = str(getattr(event, "type", "")), getattr(event, "b64_json", None)
+                if kind.endswith(".completed"):
+                    return encoded
+                if kind.endswith(".partial_image"):
+                    try:
+                        preview = await self._threads.run(_preview, encoded)
+                    except _Unusable:
+                        continue  # A preview is not worth a paid picture.
+                    previews += 1
+                    message = "The picture takes shape..." if previews == 1 else "Working on the details..."
+                    await report(1 - 0.5**previews, message, preview)
+            raise _Unusable("the stream ended without a picture")
+        finally:
+            await _end(stream)
 
 
 class _Unusable(Exception):
@@ -208,6 +212,17 @@ def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[
     if options.input_fidelity in fidelities:
         request["input_fidelity"] = options.input_fidelity
     return request
+
+
+async def _end(stream: "AsyncStream[ImageEditStreamEvent]") -> None:
+    """Close a stream that may have been left before its end, with the SDK's generators inside one another.
+
+    Else the garbage collector would close each, when there may be no event loop any more to do it in.
+    """
+    await stream.close()
+    with contextlib.suppress(Exception):  # It reads on from what is closed.
+        async for _ in stream:
+            pass
 
 
 def _only(text: str) -> object:
@@ -255,10 +270,11 @@ def _preview(encoded: object) -> Picture:
 def _outcome(error: "APIError") -> Failure | Declined:
     from openai import APIConnectionError, APIStatusError
 
-    if error.code in _CONTENT_RULES:
-        return Failure("provider_rejected", _AGAINST_THE_RULES)
+    rejected = error.code in _CONTENT_RULES
     if isinstance(error, APIStatusError):
         outcome = answered(error.status_code, error.response.headers)
+        if rejected and isinstance(outcome, Failure) and outcome.code == "provider_rejected":
+            return Failure("provider_rejected", _AGAINST_THE_RULES)
         if error.code in _ACCOUNT:
             failure = outcome.failure if isinstance(outcome, Declined) else outcome
             return Failure(failure.code, MISCONFIGURED, retryable=False)
@@ -266,6 +282,8 @@ def _outcome(error: "APIError") -> Failure | Declined:
     if isinstance(error, APIConnectionError):
         return broken(error.__cause__)
     # It broke off in the middle of a stream, and said why.
+    if rejected:
+        return Failure("provider_rejected", _AGAINST_THE_RULES)
     if error.code == "rate_limit_exceeded":
         return Failure("provider_rate_limited")
     return Failure("provider_rejected" if error.type in _USER_ERRORS else "provider_unavailable")

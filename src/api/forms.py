@@ -39,6 +39,8 @@ _MAX_METADATA_DEPTH: Final = 32
 _MAX_CONTENT_TYPE: Final = 1_000
 #: How many wrong fields are told. An answer is not much longer than what it answers.
 _MAX_ERRORS: Final = 20
+#: How Starlette begins what it says of a form that goes beyond its limits.
+_TOO_MUCH: Final = ("Too many", "Part exceeded")
 _HTTP_URL: Final = re.compile(r"https?://[^\x00-\x20\x7f/?#]+[^\x00-\x20\x7f]*", re.IGNORECASE)
 
 
@@ -104,7 +106,7 @@ class GenerateForm(Options):
     model_config = ConfigDict(alias_generator=to_camel)
 
     prompt: Annotated[
-        str, BeforeValidator(_text), Field(min_length=1, max_length=4000, examples=["Make it a watercolour"])
+        str, Field(min_length=1, max_length=4000, examples=["Make it a watercolour"]), BeforeValidator(_text)
     ]
     images: Annotated[
         _Images,
@@ -207,7 +209,8 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
         body = limited(request, MAX_BODY, "The request may have 5 files of 10 MB at most.")
         form = await _Parser(request.headers, body.stream()).parse()
     except MultiPartException as error:
-        raise HTTPException(400, error.message) from None
+        too_much = error.message.startswith(_TOO_MUCH)
+        raise HTTPException(413 if too_much else 400, error.message) from None
     except OSError as error:  # Large files are put on the disk while they come.
         logger.error("an upload cannot be kept: %s", error.strerror)
         raise Failure("storage_failed") from None

@@ -177,9 +177,8 @@ async def _failure(_: Request, error: Exception) -> Response:
 async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, Invalid)
     first = error.errors[0]
-    return problem(
-        "invalid_request", f"{first.field}: {first.message}", errors=[field.model_dump() for field in error.errors]
-    )
+    detail = f"{first.field}: {first.message}" if first.field else first.message
+    return problem("invalid_request", detail, errors=[field.model_dump() for field in error.errors])
 
 
 async def _validation(request: Request, error: Exception) -> Response:
@@ -194,9 +193,11 @@ async def _http(request: Request, error: Exception) -> Response:
     said = error.detail != HTTPStatus(error.status_code).phrase
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        # Starlette tells the methods of the first route with this path, not of all.
-        operations = request.app.openapi()["paths"].get(request.scope["route"].path)
-        headers |= {"Allow": ", ".join(operations).upper()} if operations else {}
+        # Starlette tells the methods of the first route with this path, not of all; and of its files none.
+        route = request.scope.get("route")
+        operations = route and request.app.openapi()["paths"].get(route.path)
+        told = {"Allow": ", ".join(operations).upper()} if operations else headers
+        headers = {"Allow": "GET, HEAD"} | headers | told
     return problem(code, error.detail if said else sentence, headers=headers)
 
 

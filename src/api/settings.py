@@ -104,6 +104,12 @@ def _log(value: str) -> str:
     return value
 
 
+def _folder(value: object) -> object:
+    if isinstance(value, str) and "://" in value:
+        raise ValueError
+    return value
+
+
 def _webhook_secret(value: SecretStr | None) -> SecretStr | None:
     if value is not None:
         kind, _, encoded = value.get_secret_value().partition("_")
@@ -165,13 +171,17 @@ class Settings(BaseSettings):
     ] = "memory://"
     images: Annotated[
         Path,
+        BeforeValidator(_folder),
         Field(description="The folder in which images are kept."),
         Allowed("the path of a folder"),
     ] = Path("./var/images")
     jwt_secret: Annotated[
         SecretStr | None,
         AfterValidator(_long_enough),
-        Field(description="The secret of HS256 tokens: 32 bytes or more. Without it and a JWKS URL: open mode."),
+        Field(
+            description="The secret of HS256 tokens, 32 bytes or more; each has to say when it ends (exp). Without it "
+            "and a JWKS URL: open mode."
+        ),
         Allowed("a secret of at least 32 bytes"),
     ] = None
     jwks_url: Annotated[
@@ -213,7 +223,10 @@ class Settings(BaseSettings):
         NoDecode,
         BeforeValidator(_list),
         AfterValidator(_origins),
-        Field(description="Further origins from which browsers may call, separated by commas."),
+        Field(
+            description="Further origins from which browsers may call, separated by commas. Besides: the one that they "
+            "call, that of the public URL, and in open mode those on this machine."
+        ),
         Allowed("origins such as https://app.example.com, separated by commas"),
     ] = ()
     allowed_hosts: Annotated[
@@ -304,6 +317,12 @@ class Settings(BaseSettings):
     def open_mode(self) -> bool:
         """Whether anybody may act for any user: no key is configured that tokens could be checked with."""
         return self.jwt_secret is None and self.jwks_url is None
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """From where browsers may call, besides the origin that they call: it may be known by another name here."""
+        public = urlsplit(self.public_url)
+        return (*self.cors_origins, f"{public.scheme}://{public.netloc.rpartition('@')[2]}".lower())
 
     @property
     def log_file(self) -> Path | None:
