@@ -148,8 +148,8 @@ class Tab:
         """Name another user."""
         await self.settled()
         await self["#user-button"].click()
-        # In one turn: with whatever it draws the page puts back the name of the present user.
-        await self["#user"].evaluate("(field, user) => { field.value = user; field.form.requestSubmit(); }", user)
+        await self["#user"].fill(user)
+        await self["#user"].press("Enter")
 
     async def timeline(self) -> list[str]:
         """When the events happened that are shown."""

@@ -56,7 +56,7 @@ function draw() {
 
 function drawNow(anew = false) {
   const { credit, userId, generations } = stagecast;
-  byId("credit").hidden = credit === undefined;
+  byId("credit").hidden = credit === undefined || stagecast.state === "refused";
   write(byId("credit"), credit === undefined ? "" : t("credit")(credit));
   identity.draw(userId);
   connection.draw(stagecast);
@@ -133,6 +133,8 @@ stage.listen(stagecast, { again });
 form.listen(start);
 identity.listen((next) => {
   look("");
+  form.clear();
+  orders.clear();
   stagecast.switchUser(next);
 });
 byId("language").addEventListener("click", () => {

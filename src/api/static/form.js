@@ -124,6 +124,13 @@ export function fill(kind, { prompt = "", imageUrls = [], images = [], ...rest }
   byId(ready ? "prompt" : "files").focus({ preventScroll: true });
 }
 
+/** Forgets all that was filled in: it is another user's. */
+export function clear() {
+  byId("start-form").reset();
+  [key, swap] = ["", undefined];
+  tray.clear();
+}
+
 /** @param {(order: Order, key: string) => Promise<unknown>} start */
 export function listen(start) {
   tray.listen((text) => {

@@ -82,9 +82,12 @@ export function listen(become) {
   });
 }
 
+let drawn = "";
+
 /** @param {string | undefined} userId */
 export function draw(userId = "") {
   byId("user-button").textContent = userId || "…";
   byId("user-button").setAttribute("aria-label", t("userMenu")(userId));
-  byId("user").value = userId;
+  if (userId === drawn) return; // Somebody may be writing another name.
+  byId("user").value = drawn = userId;
 }

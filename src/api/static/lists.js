@@ -76,7 +76,7 @@ export function draw(stagecast, anew) {
       return root;
     }));
   }
-  byId("older").hidden = next === null;
+  byId("older").hidden = !next;
 }
 
 /** Asks for the next page of the history. @param {Stagecast} stagecast */
