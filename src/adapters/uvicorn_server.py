@@ -24,7 +24,7 @@ Leave = Callable[[asyncio.Event], Awaitable[None]]
 #: What may wait to be written because the other side asked for it and does not read, in bytes.
 _MAX_UNREAD: Final = 1_000_000
 #: What the kernel takes of a WebSocket's frames beyond what it has on the way to the other side, in bytes.
-_MAX_UNSENT: Final = 16 * 1024
+_MAX_UNSENT: Final = 64 * 1024
 #: Of how many frames one message may be made.
 _MAX_FRAGMENTS: Final = 1_000
 
@@ -114,7 +114,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         # The kernel would take megabytes for who does not read, and after that take nothing for many seconds from who
         # reads slowly: neither could be told from the other.
-        self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            line = self.transport.get_extra_info("socket")
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT)
         if self.handshake_initiated and not self.handshake_complete:
             extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
             self.scope["extensions"] = extensions | {TRANSPORT: self.transport}
