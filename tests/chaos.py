@@ -982,6 +982,7 @@ class Stopped:
         urls = {f"{name}Url": f"https://pictures.test/{'x' * 1_900}" for name in ("composition", "preview")}
         reports: list[JSON] = [{"status": "composition"}, {"status": "composition_completed", **urls}]
         reports += [{"status": "ai_generation", "progress": progress} for progress in range(60, 100)]
+        reports += [{"status": "completed"}]  # Else it would be waited for.
         for number in range(2):
             order = Ordered(f"{number}", "generate", {"metadata": json.dumps({"x": "x" * 1_900})}, external=True)
             path = f"/generations/{await order.start(self.caller, 'hog')}/transitions"
