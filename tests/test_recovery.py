@@ -1167,8 +1167,8 @@ async def test_a_slow_reader_recovers_thousands_of_events_and_is_never_cut_while
     await client.ack()
     line.fall()
     await client.disconnected()
-    await stage.pour(user, count, filler=1_500)
-    line.pace = count * 500
+    await stage.pour(user, count, filler=300)
+    line.pace = count * 150
     began = asyncio.get_running_loop().time()
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
