@@ -1,10 +1,11 @@
 # make run: set everything up and serve on http://localhost:3000.   make test: set everything up, check and test.
+# make test-long: the tests that take longer, the reliability cases in their long form among them.
 PYTHON ?= python3
 BIN := .venv/bin
 NPM := npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts
 CLIENT := src/api/static/vendor/socket.io.min.js
 
-.PHONY: run test check style types arrows documents collection docs clean
+.PHONY: run test test-long check style types arrows documents collection docs clean
 
 # Two of the checks at a time. What is compiled is kept, so that the second time is fast.
 MAKEFLAGS += --jobs=2
@@ -18,6 +19,9 @@ run: .venv/installed $(CLIENT)
 
 test: check
 	$(BIN)/pytest
+
+test-long: check
+	$(BIN)/pytest -m long --numprocesses 1
 
 check: types style arrows documents collection
 

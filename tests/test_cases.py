@@ -1,4 +1,4 @@
-"""Every case of `cases`, in its quick form."""
+"""Every case of `cases`: in its quick form, and in `make test-long` in its long one."""
 
 import socket
 from collections.abc import AsyncIterator
@@ -9,7 +9,7 @@ import pytest_asyncio
 
 import chaos  # noqa: F401 (registers its cases)
 from case_server import Process
-from cases import CASES, Case, attempt
+from cases import CASES, Case, Size, attempt
 from harness import running
 from node import needs_node
 
@@ -26,6 +26,7 @@ async def process() -> AsyncIterator[Process]:
         yield process
 
 
+@pytest.mark.parametrize("size", ["quick", pytest.param("long", marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize(
     "case",
     [
@@ -33,8 +34,8 @@ async def process() -> AsyncIterator[Process]:
         for number, case in CASES.items()
     ],
 )
-async def test_what_is_promised_holds(case: Case, process: Process, tmp_path: Path) -> None:
-    outcome = await attempt(case, "quick", tmp_path, process)
+async def test_what_is_promised_holds(case: Case, size: Size, process: Process, tmp_path: Path) -> None:
+    outcome = await attempt(case, size, tmp_path, process if size == "quick" else None)
     assert not outcome.failures, "\n".join([*outcome.failures, str(outcome.figures)])
 
 
