@@ -22,7 +22,7 @@ from adapters.memory_queue import MemoryQueue
 from adapters.system import SystemEntropy, now
 from api import accounts, generations, info, problems
 from api.auth import Authenticator
-from api.perimeter import Perimeter
+from api.perimeter import OriginGuard
 from domain.errors import Failure, ImageTooLarge, InvalidImage, UnsupportedImageType
 from domain.external import ExternalWork
 from domain.ports import Picture
@@ -157,7 +157,7 @@ async def serve_api(
     app.state.images = images
     app.state.readiness = readiness
     config = uvicorn.Config(
-        Perimeter(app, open_mode=True, origins=origins, hosts=hosts),
+        OriginGuard(app, open_mode=True, origins=origins, hosts=hosts),
         lifespan="off",
         log_level="warning",
         timeout_graceful_shutdown=1,

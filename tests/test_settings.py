@@ -48,6 +48,17 @@ def test_the_public_url_follows_the_port_unless_given() -> None:
     assert load_settings({"public_url": "https://pictures.example.com/"}).public_url == "https://pictures.example.com"
 
 
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("null", "file://", "capacitor://localhost", "chrome-extension://abcdef", "http://[::1]:8080"),
+        *("https://*.preview.example.com", "https://*-team.example.org:8443", "https://*.*.example.com"),
+    ],
+)
+def test_origins_may_be_of_any_scheme_and_patterns(origin: str) -> None:
+    assert load_settings({"cors_origins": origin}).cors_origins == (origin,)
+
+
 def test_balances_can_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGECAST_CREDITS", "off")
     assert load_settings({}).credits is None
@@ -76,6 +87,17 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("retention", "nan"),
         ("cors_origins", "*"),
         ("cors_origins", "https://app.example.com/path"),
+        ("cors_origins", "https://app.example.com,*"),
+        ("cors_origins", "https://*"),
+        ("cors_origins", "https://*.com"),
+        ("cors_origins", "https://app.*.com"),
+        ("cors_origins", "https://app.example.*"),
+        ("cors_origins", "http://10.0.0.*"),
+        ("cors_origins", "http://*.example.com/x"),
+        ("cors_origins", "*://a.example.com"),
+        ("cors_origins", "chrome-extension://*"),
+        ("cors_origins", "app.example.com"),
+        ("cors_origins", "capacitor:"),
         ("allowed_hosts", "example.com:80"),
         ("editor", "magic"),
         ("face_swap", "magic"),

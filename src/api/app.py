@@ -39,7 +39,7 @@ from adapters.webhook_sender import WebhookSender
 from api import accounts, feed, generations, info, page, problems, transitions
 from api.auth import Authenticator
 from api.client import Unavailable
-from api.perimeter import Perimeter
+from api.perimeter import OriginGuard
 from api.settings import Settings, SettingsError
 from api.sockets import Sockets
 from domain.attach import Attachments
@@ -328,7 +328,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
     page.install(http, settings.public_url)
     hosts = None if settings.allow_open else settings.allowed_hosts
     everything = socketio.ASGIApp(service.sockets, other_asgi_app=http)
-    return service, Perimeter(everything, open_mode=settings.open_mode, origins=settings.origins, hosts=hosts)
+    return service, OriginGuard(everything, open_mode=settings.open_mode, origins=settings.origins, hosts=hosts)
 
 
 def create_app(settings: Settings, **overrides: Any) -> ASGIApp:

@@ -1,6 +1,11 @@
-"""Which host names lead to this machine only."""
+"""Host names: how they are written, and which of them lead to this machine only."""
 
 import ipaddress
+import re
+from typing import Final
+
+#: A lower-case host with an optional port: an IPv6 address, another name, the port.
+HOST: Final = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::([0-9]*))?")
 
 
 def is_loopback(host: str) -> bool:

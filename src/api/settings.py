@@ -23,7 +23,11 @@ from api.loopback import is_loopback
 
 PREFIX: Final = "STAGECAST_"
 
-_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+#: ``*`` stands for one label of a host name or a part of it; the last two labels have none.
+_ORIGIN: Final = re.compile(
+    r"null|file://|"
+    r"[a-z][a-z0-9+.-]*://((?:(?:[a-z0-9_*-]+\.)+[a-z0-9_-]+\.)?[a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
+)
 _HOST: Final = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 
 
@@ -75,7 +79,7 @@ def _url(value: str | None) -> str | None:
 
 def _base_url(value: str) -> str:
     parts = urlsplit(value)
-    if _url(value) is None or parts.query or parts.fragment:
+    if _url(value) is None or parts.query or parts.fragment or "*" in parts.netloc:
         raise ValueError
     return value.rstrip("/")
 
@@ -224,10 +228,11 @@ class Settings(BaseSettings):
         BeforeValidator(_list),
         AfterValidator(_origins),
         Field(
-            description="Further origins from which browsers may call, separated by commas. Besides: the one that they "
-            "call, that of the public URL, and in open mode those on this machine."
+            description="Further origins from which browsers may call, separated by commas: also `null`, other schemes "
+            "(`capacitor://localhost`) and patterns (`https://*.preview.example.com`: `*` is one label or a part of "
+            "it). Always allowed: the same origin, that of the public URL, and in open mode those on this machine."
         ),
-        Allowed("origins such as https://app.example.com, separated by commas"),
+        Allowed("origins such as https://app.example.com, separated by commas, with * only before the last two labels"),
     ] = ()
     allowed_hosts: Annotated[
         tuple[str, ...],
