@@ -59,6 +59,14 @@ def test_origins_may_be_of_any_scheme_and_patterns(origin: str) -> None:
     assert load_settings({"cors_origins": origin}).cors_origins == (origin,)
 
 
+@pytest.mark.parametrize(
+    ("url", "prefix"),
+    [("https://example.com", ""), ("https://example.com/", ""), ("https://example.com/a/b-c_~@1/", "/a/b-c_~@1")],
+)
+def test_the_path_of_the_public_url_is_a_prefix(url: str, prefix: str) -> None:
+    assert load_settings({"public_url": url}).path_prefix == prefix
+
+
 def test_balances_can_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGECAST_CREDITS", "off")
     assert load_settings({}).credits is None
@@ -67,7 +75,9 @@ def test_balances_can_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGECAST_CORS_ORIGINS", "https://App.example.com, http://10.0.0.1:8080,")
     monkeypatch.setenv("STAGECAST_ALLOWED_HOSTS", "")
+    monkeypatch.setenv("STAGECAST_TRUSTED_PROXIES", "10.0.0.0/8, 192.0.2.1,fd00::/8")
     settings = load_settings({})
+    assert [str(network) for network in settings.trusted_proxies] == ["10.0.0.0/8", "192.0.2.1/32", "fd00::/8"]
     assert settings.cors_origins == ("https://app.example.com", "http://10.0.0.1:8080")
     assert settings.allowed_hosts == ()
 
@@ -98,6 +108,15 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cors_origins", "chrome-extension://*"),
         ("cors_origins", "app.example.com"),
         ("cors_origins", "capacitor:"),
+        ("trusted_proxies", "*"),
+        ("trusted_proxies", "proxy.example.com"),
+        ("trusted_proxies", "10.0.0.1/8"),
+        ("trusted_proxies", "10.0.0.0/8, 10.0.0.0/33"),
+        ("public_url", "https://example.com/a%20b"),
+        ("public_url", "https://example.com/a//b"),
+        ("public_url", "https://example.com/../a"),
+        ("public_url", "https://example.com/a/."),
+        ("public_url", "https://*.example.com"),
         ("allowed_hosts", "example.com:80"),
         ("editor", "magic"),
         ("face_swap", "magic"),

@@ -145,6 +145,7 @@ class Server(uvicorn.Server):
                 log_level=logging.WARNING,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # `api.proxies` handles them.
             )
         )
         self._leave = leave

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import socketio
 from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
 from starlette.types import ASGIApp
 
 from adapters import openai_editor, replicate_face_swap
@@ -40,6 +41,7 @@ from api import accounts, feed, generations, info, page, problems, transitions
 from api.auth import Authenticator
 from api.client import Unavailable
 from api.perimeter import OriginGuard
+from api.proxies import ForwardedHeaders, PathPrefix
 from api.settings import Settings, SettingsError
 from api.sockets import Sockets
 from domain.attach import Attachments
@@ -327,8 +329,17 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
         http.include_router(router)
     page.install(http, settings.public_url)
     hosts = None if settings.allow_open else settings.allowed_hosts
-    everything = socketio.ASGIApp(service.sockets, other_asgi_app=http)
-    return service, OriginGuard(everything, open_mode=settings.open_mode, origins=settings.origins, hosts=hosts)
+    prefix = settings.path_prefix
+    paths = ["/socket.io", *(str(route.path) for route in iter_route_contexts(http.routes))]
+    if prefix and prefix.split("/")[1] in {path.split("/")[1] for path in paths}:
+        raise SettingsError(
+            "STAGECAST_PUBLIC_URL must not have a path that begins like one of the service, such as /images."
+        )
+    everything = socketio.ASGIApp(service.sockets, other_asgi_app=http, socketio_path=f"{prefix}/socket.io")
+    guard = OriginGuard(
+        PathPrefix(everything, prefix), open_mode=settings.open_mode, origins=settings.origins, hosts=hosts
+    )
+    return service, ForwardedHeaders(guard, settings.trusted_proxies)
 
 
 def create_app(settings: Settings, **overrides: Any) -> ASGIApp:

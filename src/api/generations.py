@@ -108,7 +108,8 @@ async def _start(
         require_service(identity)
     async with read_wish(request, kind, external=runner is not None) as wish:
         snapshot = await workflow.start(identity.user_id, wish, key)
-    return json_response(snapshot, 202, {"Location": f"/generations/{snapshot.generation_id}"})
+    location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"
+    return json_response(snapshot, 202, {"Location": location})
 
 
 @router.get(

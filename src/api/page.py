@@ -44,7 +44,7 @@ class _Files(StaticFiles):
         return response
 
 
-def render(page: str, *, guarded: bool, own_client: bool, face: str = "") -> str:
+def render(page: str, *, guarded: bool, own_client: bool, face: str = "", prefix: str = "") -> str:
     """The page as this service serves it.
 
     Args:
@@ -52,6 +52,7 @@ def render(page: str, *, guarded: bool, own_client: bool, face: str = "") -> str
         guarded: callers need a token.
         own_client: the service has the official Socket.IO client.
         face: the URL of a sample face.
+        prefix: the path that every path of the service begins with.
     """
     for wanted, written, instead in (
         (guarded, _OPEN, _GUARDED),
@@ -60,7 +61,7 @@ def render(page: str, *, guarded: bool, own_client: bool, face: str = "") -> str
     ):
         if wanted:
             page = page.replace(written, instead, 1)
-    return page
+    return page.replace('="/', f'="{escape(prefix)}/')
 
 
 def policy(host: str, *, own_client: bool) -> str:
@@ -92,7 +93,13 @@ def install(app: FastAPI, public_url: str) -> None:
     async def page(request: Request) -> Response:
         own_client = (FOLDER / _CLIENT).is_file()
         guarded = await _guarded(request.app.state.authenticator)
-        text = render((FOLDER / "index.html").read_text("utf-8"), guarded=guarded, own_client=own_client, face=face)
+        text = render(
+            (FOLDER / "index.html").read_text("utf-8"),
+            guarded=guarded,
+            own_client=own_client,
+            face=face,
+            prefix=request.scope["root_path"],
+        )
         security = {
             "Content-Security-Policy": policy(request.headers.get("host", ""), own_client=own_client),
             "Referrer-Policy": "no-referrer",

@@ -28,6 +28,7 @@ _ORIGIN: Final = re.compile(
     r"null|file://|"
     r"[a-z][a-z0-9+.-]*://((?:(?:[a-z0-9_*-]+\.)+[a-z0-9_-]+\.)?[a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
 )
+_PATH: Final = re.compile(r"(/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~!$&'()*+,;=:@-]+)*")
 _HOST: Final = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 
 
@@ -80,6 +81,8 @@ def _url(value: str | None) -> str | None:
 def _base_url(value: str) -> str:
     parts = urlsplit(value)
     if _url(value) is None or parts.query or parts.fragment or "*" in parts.netloc:
+        raise ValueError
+    if not _PATH.fullmatch(parts.path.rstrip("/")):
         raise ValueError
     return value.rstrip("/")
 
@@ -163,9 +166,9 @@ class Settings(BaseSettings):
         AfterValidator(_base_url),
         Field(
             default_factory=lambda data: f"http://localhost:{data['port']}",
-            description="The base of image URLs.",
+            description="The base of image URLs. If it has a path, every route is served with and without it.",
         ),
-        Allowed("an http or https URL without query and fragment"),
+        Allowed("an http or https URL without query and fragment, and without percent signs in its path"),
     ]
     log: Annotated[
         str,
@@ -241,6 +244,13 @@ class Settings(BaseSettings):
         AfterValidator(_hosts),
         Field(description="Further host names by which the service may be called, separated by commas."),
         Allowed("host names without ports, separated by commas"),
+    ] = ()
+    trusted_proxies: Annotated[
+        tuple[IPv4Network | IPv6Network, ...],
+        NoDecode,
+        BeforeValidator(_list),
+        Field(description="Networks of the proxies whose `X-Forwarded-*` headers count, separated by commas."),
+        Allowed("networks such as 10.0.0.0/8, separated by commas"),
     ] = ()
     openai_api_key: Annotated[
         SecretStr | None,
@@ -328,6 +338,11 @@ class Settings(BaseSettings):
         """From where browsers may call, besides the origin that they call: it may be known by another name here."""
         public = urlsplit(self.public_url)
         return (*self.cors_origins, f"{public.scheme}://{public.netloc.rpartition('@')[2]}".lower())
+
+    @property
+    def path_prefix(self) -> str:
+        """The path of the public URL, with which every route is served too; empty if it has none."""
+        return urlsplit(self.public_url).path
 
     @property
     def log_file(self) -> Path | None:

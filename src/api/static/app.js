@@ -7,7 +7,7 @@
  */
 
 import * as connection from "./connection.js";
-import { announce, byId, write } from "./dom.js";
+import { BASE, announce, byId, write } from "./dom.js";
 import * as form from "./form.js";
 import * as identity from "./identity.js";
 import * as lists from "./lists.js";
@@ -31,7 +31,7 @@ speak();
 byId("language").textContent = t("otherLanguage");
 const coming = client();
 const who = await identity.identify();
-const stagecast = connect({ ...who, io: await coming });
+const stagecast = connect({ ...who, url: BASE, io: await coming });
 
 /** @type {Record<string, Stage[]>} */
 let tables = {};

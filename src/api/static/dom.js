@@ -1,5 +1,8 @@
 /** Small hands for the page. Texts go in as text, never as HTML. */
 
+/** The service's URL, as this page has it: with a path where the service is behind one. */
+export const BASE = new URL("..", import.meta.url).href.slice(0, -1);
+
 export const byId = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
 
 /** A new copy of a template's element, and its parts. */

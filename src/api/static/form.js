@@ -6,7 +6,7 @@
  * @typedef {{kind: Kind, wish: Wish}} Order
  */
 
-import { byId } from "./dom.js";
+import { BASE, byId } from "./dom.js";
 import * as tray from "./tray.js";
 import { quote, t } from "./words.js";
 
@@ -28,7 +28,7 @@ const field = (/** @type {string} */ name) => byId("start-form").elements[name];
 async function takeSamples() {
   try {
     const files = await Promise.all(SAMPLES.map(async (name) => {
-      const response = await fetch(`/static/samples/${name}.webp`);
+      const response = await fetch(`${BASE}/static/samples/${name}.webp`);
       return new File([await response.blob()], `${name}.webp`, { type: "image/webp" });
     }));
     tray.clear();

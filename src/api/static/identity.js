@@ -4,7 +4,7 @@
  * @typedef {import("./stagecast.js").Who} Who
  */
 
-import { byId } from "./dom.js";
+import { BASE, byId } from "./dom.js";
 import { t } from "./words.js";
 
 export const guarded = document.documentElement.dataset.callers === "token";
@@ -78,7 +78,7 @@ export function listen(become) {
   });
   byId("sign-out").addEventListener("click", () => {
     keep(TOKEN, "");
-    location.assign("/"); // Nothing of the user's stays in this page.
+    location.assign(`${BASE}/`); // Nothing of the user's stays in this page.
   });
 }
 

@@ -3,22 +3,24 @@
  *
  * @typedef {import("./stagecast.js").Generation} Generation
  * @typedef {{name: "sheet" | "edited" | "generated" | "faceSwapped", url: string, own?: string}} Picture
- *   `own`: the path of one that the service keeps.
+ *   `own`: the URL of one that the service keeps.
  */
+
+import { BASE } from "./dom.js";
 
 const NAMES = /** @type {const} */ ({
   compositionUrl: "sheet", editedImageUrl: "edited", generatedImageUrl: "generated", faceSwapUrl: "faceSwapped",
 });
 
 /**
- * The path on the page's own origin, which may have another name than the service's public URL. Pictures from
- * elsewhere (an external pipeline's) have none: the page fetches nothing from strangers.
+ * The URL as the page has it, which may have another name than the service's public URL. Pictures from elsewhere (an
+ * external pipeline's) have none: the page fetches nothing from strangers.
  *
  * @param {Generation} generation @param {string | undefined} url
  */
 function ownPath({ generationId }, url) {
   const path = url && URL.canParse(url) ? new URL(url).pathname : "";
-  return path.includes(`/images/${generationId}-`) ? path.slice(path.lastIndexOf("/images/")) : undefined;
+  return path.includes(`/images/${generationId}-`) ? BASE + path.slice(path.lastIndexOf("/images/")) : undefined;
 }
 
 /** Those that are there, in the order in which they are made. @param {Generation} generation @returns {Picture[]} */
@@ -28,10 +30,10 @@ export const picturesOf = (generation) =>
     return url && /^https?:/i.test(url) ? [{ name, url, own: ownPath(generation, url) }] : [];
   });
 
-/** The sheet's path. @param {Generation} generation */
+/** The sheet's URL. @param {Generation} generation */
 export const sheetOf = (generation) => ownPath(generation, generation.compositionUrl);
 
-/** The path of the best picture there is so far. @param {Generation} generation */
+/** The URL of the best picture there is so far. @param {Generation} generation */
 export const bestOf = (generation) =>
   [generation.faceSwapUrl, generation.editedImageUrl, generation.generatedImageUrl, generation.previewUrl,
     generation.compositionUrl].map((url) => ownPath(generation, url)).find(Boolean);

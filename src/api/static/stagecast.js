@@ -65,7 +65,8 @@
  * @typedef {{userId?: string | number, token?: Token, cursor?: string}} Who
  *   `token` where the service has a key. Without it `userId`, by default "demo".
  * @typedef {{url?: string, userId?: string | number, token?: Token, service?: boolean}} ApiOptions
- *   `url`: the service's origin, by default the page's own. `service`: the token is a service's, and acts for `userId`.
+ *   `url`: the service's URL, with its path if it has one; by default the page's own origin. `service`: the token is a
+ *   service's, and acts for `userId`.
  * @typedef {{io?: any, socket?: Record<string, any>, pollEvery?: number}} LiveOptions
  *   `io`: by default the global one; null: polling. `socket`: further options for it. `pollEvery`: milliseconds.
  * @typedef {{prompt?: string, images?: Blob[], imageUrls?: string[], faceSwap?: boolean,
@@ -514,7 +515,8 @@ function watch(options, tellAll) {
   // -- By socket
 
   function plug() {
-    socket = io(url || undefined, { ...socketOptions, forceNew: true });
+    const [, origin, path] = /** @type {RegExpExecArray} */ (/^(\w+:\/\/[^/]*)?(.*?)\/*$/.exec(url ?? ""));
+    socket = io(origin || undefined, { path: `${path}/socket.io`, ...socketOptions, forceNew: true });
     socket.on("connect", () => {
       failures = 0;
       stopPolling();

@@ -4,7 +4,7 @@
  * @typedef {{file: File, src: string} | {url: string}} Chosen
  */
 
-import { byId, show, stamp } from "./dom.js";
+import { BASE, byId, show, stamp } from "./dom.js";
 import { t } from "./words.js";
 
 const MAX_IMAGES = 5;
@@ -55,7 +55,7 @@ export function draw() {
   byId("tray").replaceChildren(...chosen.map((one, index) => {
     const { root, part } = stamp("tray-template");
     // Of what is elsewhere only the address is shown: the page fetches nothing from strangers.
-    const own = "url" in one && one.url.startsWith(`${location.origin}/static/`) ? one.url : undefined;
+    const own = "url" in one && one.url.startsWith(`${BASE}/static/`) ? one.url : undefined;
     show(part("img"), "src" in one ? one.src : own);
     part(".where").hidden = "src" in one || own;
     part(".where").textContent = nameOf(one);
