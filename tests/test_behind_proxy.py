@@ -205,7 +205,8 @@ async def test_headers_of_any_other_peer_do_not_count(client: tuple[str, int] | 
 
 
 async def test_the_address_of_a_client_has_one_form() -> None:
-    for given, address in (("::ffff:198.51.100.1", "198.51.100.1"), ("2001:DB8:0::1", "2001:db8::1")):
+    forms = {"::ffff:198.51.100.1": "198.51.100.1", "2001:DB8:0::1": "2001:db8::1", "fe80::1%eth0": "fe80::1"}
+    for given, address in forms.items():
         assert (await seen({}, client=(given, 7)))[0] == address
         assert (await seen({"for": [given]}, "10.0.0.1/32"))[0] == address
 
@@ -224,6 +225,7 @@ async def test_the_address_of_a_client_has_one_form() -> None:
         (["[2001:db8::7]:443, 10.2.2.2:80"], "2001:db8::7"),
         (["2001:db8::7"], "2001:db8::7"),
         (["203.0.113.9, , "], "203.0.113.9"),
+        (["fe80::7%eth0"], "fe80::7"),
         (["unknown"], "10.0.0.1"),
         (["203.0.113.9, unknown"], "10.0.0.1"),
         (["203.0.113.9, unknown, 10.2.2.2"], "10.2.2.2"),
@@ -232,6 +234,10 @@ async def test_the_address_of_a_client_has_one_form() -> None:
         (["203.0.113.9, 2886729729"], "10.0.0.1"),
         (["203.0.113.9, [::1"], "10.0.0.1"),
         (["é\x80"], "10.0.0.1"),
+        (["[]"], "10.0.0.1"),
+        (["[]:1"], "10.0.0.1"),
+        ([":80"], "10.0.0.1"),
+        (["%"], "10.0.0.1"),
         ([""], "10.0.0.1"),
         ([",".join(["1.1.1.1"] + ["10.2.2.2"] * 10_000)], "10.2.2.2"),
     ],

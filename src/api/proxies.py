@@ -105,10 +105,10 @@ def _values(headers: Headers, name: str) -> list[str]:
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:
-    """The IP address in an entry of X-Forwarded-For, without port; ``None`` if it has none."""
+    """The IP address in an entry of X-Forwarded-For, without port and zone; ``None`` if it has none."""
     match = _HOP.fullmatch(text)
     try:
-        address = ip_address(match[1] or match[2] if match else text)
+        address = ip_address((match[match.lastindex or 0] if match else text).partition("%")[0])
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
