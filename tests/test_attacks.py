@@ -568,16 +568,15 @@ async def test_odd_but_allowed_texts_come_back_as_they_were(siege: Siege) -> Non
     for prompt, metadata, told in (
         ("\U0001f600" * 4_000, json.dumps(odd), odd),
         ("".join(map(chr, range(1, 32))) + "\x7f\x85\u2028\ufeff\ufffe", '{"a": 1, "a": 2}', {"a": 2}),
-        ("\0", "{}", {}),
         ("{{7*7}}${jndi:ldap://a}' OR 1=1--<script>", '{"a": -0.0, "b": 1e308}', {"a": -0.0, "b": 1e308}),
     ):
         answer = await siege.send(form(part("prompt", prompt.encode()), FILE, part("metadata", metadata.encode())))
         assert answer.status_code == 202, answer.text
         assert answer.json()["metadata"] == told
         assert len(await served(siege, answer.json()["generationId"])) >= 2
-    for prompt in ("\U0001f600" * 4_001, "x" * 1_000_000):
+    for prompt in ("\U0001f600" * 4_001, "x" * 1_000_000, "\0", "a\0b"):
         assert await siege.outcome(form(part("prompt", prompt.encode()), FILE)) == "422 invalid_request"
-    await siege.aftermath(accepted=4)
+    await siege.aftermath(accepted=3)
 
 
 # --- the wire ----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ No answer is a fault, and every answer has a status, a content type, headers and
 """
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +20,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
+from domain.queries import order_of
 from harness import JSON, PHOTO, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -50,7 +53,7 @@ OPERATIONS: Final = (
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     images: Path = tmp_path_factory.mktemp("images")
-    async with running(images, credits=1_000, max_per_user=5) as service:
+    async with running(images, credits=1_000, max_per_user=500) as service:
         yield service
 
 
@@ -110,6 +113,53 @@ async def test_answers_are_as_described_whatever_is_sent(service: Running, schem
 
     await asyncio.to_thread(campaign)
     assert min(answered) < 300, "nothing that was sent was right"
+
+
+async def test_a_client_made_from_the_description_sends_what_is_understood(service: Running, description: JSON) -> None:
+    """Writes the form as the description's encoding says; the generators that were tried do the same."""
+    operation = description["paths"]["/generations/edit"]["post"]
+    content = operation["requestBody"]["content"]["multipart/form-data"]
+    urls = ["http://127.0.0.1:1/a.png", "http://127.0.0.1:1/b.png"]
+    metadata = {"a": [1, "ü"]}
+    values = {"prompt": "a hat", "imageUrls": urls, "images": [PHOTO, PHOTO], "metadata": metadata, "faceSwap": False}
+    parts: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        kind = content["schema"]["properties"][name]["type"]
+        encoding = content["encoding"].get(name, {})
+        if kind == "object":
+            parts.append((name, ("blob", json.dumps(value), encoding["contentType"])))
+        elif kind == "array" and isinstance(value, list) and isinstance(value[0], bytes):
+            parts += [(name, (None, each, "application/octet-stream")) for each in value]
+        elif kind == "array" and isinstance(value, list):
+            assert (encoding["style"], encoding["explode"]) == ("form", True)
+            parts += [(name, (None, each)) for each in value]
+        else:
+            parts.append((name, (None, str(value), "text/plain")))
+    answer = await service.http.post("/generations/edit?runner=external", files=parts)
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["metadata"] == metadata
+    history = await service.service.log.generation(answer.json()["generationId"])
+    assert history is not None
+    order = order_of(history)
+    assert (order.image_urls, len(order.images), order.face_swap) == (tuple(urls), 2, False)
+
+
+async def test_generators_find_names_and_types_that_they_can_use(description: JSON) -> None:
+    operations = {
+        f"{method.upper()} {path}": operation
+        for path, methods in description["paths"].items()
+        for method, operation in methods.items()
+    }
+    names = [operation["operationId"] for operation in operations.values()]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z]+([A-Z][a-z]+)+", name) for name in names), names
+    assert {"startEdit", "startGenerate", "getGeneration", "cancelGeneration"} <= set(names)
+    # A form has no null.
+    for label in ("POST /generations/edit", "POST /generations/generate"):
+        schema = operations[label]["requestBody"]["content"]["multipart/form-data"]["schema"]
+        assert all("type" in field for field in schema["properties"].values())
+    # Generators that do not know image types know this one.
+    assert "application/octet-stream" in operations["GET /images/{name}"]["responses"]["200"]["content"]
 
 
 def with_examples(node: Any) -> Iterator[JSON]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import socketio
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
+from pydantic.alias_generators import to_camel
 from starlette.types import ASGIApp
 
 from adapters import openai_editor, replicate_face_swap
@@ -318,6 +319,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
         summary=metadata.metadata("stagecast")["Summary"],
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: to_camel(route.name),
     )
     http.state.workflow = service.workflow
     http.state.attachments = service.attachments

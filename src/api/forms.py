@@ -4,17 +4,18 @@ The form's models are what OpenAPI shows. FastAPI would read the whole body befo
 is read last.
 """
 
+import codecs
+import difflib
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final
 
 from fastapi import Request
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
 from pydantic.alias_generators import to_camel
-from pydantic.types import Strict
 from pydantic_core import PydanticCustomError, from_json
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
@@ -41,13 +42,28 @@ _MAX_CONTENT_TYPE: Final = 1_000
 _MAX_ERRORS: Final = 20
 #: How Starlette begins what it says of a form that goes beyond its limits.
 _TOO_MUCH: Final = ("Too many", "Part exceeded")
+#: Charsets in which texts are read, as Python names them. Others are rare, slow or no charsets of texts at all.
+_CHARSETS: Final = re.compile(r"utf-8|iso8859-[0-9]+|cp125[0-9]")
+#: Enough of a file to tell PNG, JPEG and WebP from text: a byte that is not UTF-8, or a NUL.
+_HEAD: Final = 8
 _HTTP_URL: Final = re.compile(r"https?://[^\x00-\x20\x7f/?#]+[^\x00-\x20\x7f]*", re.IGNORECASE)
 
 
 def _file(value: object) -> UploadFile:
-    if not isinstance(value, UploadFile):
-        raise PydanticCustomError("file", "This must be a file")
+    if not isinstance(value, UploadFile) or not _is_file(value):
+        raise PydanticCustomError("file", "This must be a file; URLs belong in imageUrls")
     return value
+
+
+def _is_file(part: UploadFile) -> bool:
+    """Whether this is a file, and not text. Many clients send files without a name: then the content decides."""
+    head = part.file.read(_HEAD)
+    part.file.seek(0)
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return True
+    return bool(part.filename) or "\0" in text
 
 
 def _text(value: object) -> object:
@@ -55,15 +71,18 @@ def _text(value: object) -> object:
     return value.replace("\r\n", "\n") if isinstance(value, str) else value
 
 
-def _flag(value: object) -> object:
-    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+def _visible(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise PydanticCustomError("blank", "This must not be blank, and must not contain NUL")
+    return value
 
 
 def _urls(values: object) -> object:
     """The field as it came: repeated, or once with a JSON array."""
-    if isinstance(values, list) and len(values) == 1 and isinstance(values[0], str) and values[0].startswith("["):
+    first = values[0] if isinstance(values, list) and len(values) == 1 else None
+    if isinstance(first, str) and first.lstrip().startswith("["):
         try:
-            values = from_json(values[0])
+            values = from_json(first)
         except ValueError:
             raise PydanticCustomError("json", "This must be a JSON array, or the field repeated") from None
     if isinstance(values, list) and len(values) > MAX_IMAGES:
@@ -106,7 +125,10 @@ class GenerateForm(Options):
     model_config = ConfigDict(alias_generator=to_camel)
 
     prompt: Annotated[
-        str, Field(min_length=1, max_length=4000, examples=["Make it a watercolour"]), BeforeValidator(_text)
+        str,
+        Field(min_length=1, max_length=4000, examples=["Make it a watercolour"], description="not only white space"),
+        BeforeValidator(_text),
+        AfterValidator(_visible),
     ]
     images: Annotated[
         _Images,
@@ -138,8 +160,6 @@ class EditForm(GenerateForm):
 
     face_swap: Annotated[
         bool | None,
-        Strict(),
-        BeforeValidator(_flag),
         Field(description="the first image URL is the face; default: true when there is an image URL"),
     ] = None
 
@@ -151,7 +171,15 @@ def form_body(kind: Kind) -> dict[str, Any]:
     """The form as OpenAPI shows it."""
     schema = _FORMS[kind].model_json_schema(ref_template="#/components/schemas/{model}")
     del schema["$defs"]  # JsonValue, which is a component anyway
-    content = {"multipart/form-data": {"schema": schema}}
+    for field in schema["properties"].values():
+        if "anyOf" in field:  # A form has no null: what is not given is left out.
+            field |= next(each for each in field.pop("anyOf") if each != {"type": "null"})
+            del field["default"]
+    encoding = {
+        "imageUrls": {"style": "form", "explode": True},
+        "metadata": {"contentType": "application/json"},
+    }
+    content = {"multipart/form-data": {"schema": schema, "encoding": encoding}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -170,44 +198,126 @@ async def read_wish(request: Request, kind: Kind, *, external: bool) -> AsyncIte
     if len(content_type) > _MAX_CONTENT_TYPE:
         raise HTTPException(400, "The content type is too long.")
     media_type, options = parse_options_header(content_type)
-    if media_type != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
+    if media_type != b"multipart/form-data":
         raise HTTPException(415, "The content type must be multipart/form-data.")
-    async with _form(request) as form:
+    model = _FORMS[kind]
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    async with _form(request, options, names) as form:
         fields: dict[str, Any] = {}
         for name in form:
-            values = [value for value in form.getlist(name) if not _is_empty_input(value)]
-            fields[name] = values if name in ("images", "imageUrls") or len(values) != 1 else values[0]
+            optional = name in names and name != "prompt"
+            values = [value for value in form.getlist(name) if not (optional and _is_empty(value))]
+            if values:
+                fields[name] = values if name in ("images", "imageUrls") or len(values) != 1 else values[0]
         try:
-            wanted = _FORMS[kind].model_validate(fields)
+            wanted = model.model_validate(fields)
         except ValidationError as error:
-            raise Invalid(*invalid_fields(error.errors()[:_MAX_ERRORS])) from None
+            raise Invalid(*invalid_fields(_explained(each, names) for each in error.errors()[:_MAX_ERRORS])) from None
         yield _wish(kind, wanted, external)
 
 
-class _Parser(MultiPartParser):
-    """Starlette's, but what is left of a form that breaks off is not taken for a whole one."""
+def _explained(error: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
+    """The error; of an unknown field it says which one was probably meant."""
+    if error["type"] != "extra_forbidden":
+        return error
+    value = error["input"][0] if isinstance(error["input"], list) else error["input"]
+    if _is_file(value):
+        similar = ["images"]
+    else:
+        texts = {_plain(name): name for name in names if name != "images"}
+        similar = [texts[each] for each in difflib.get_close_matches(_plain(error["loc"][0]), texts, n=1)]
+    hint = f"did you mean {similar[0]}?" if similar else f"the fields are {', '.join(names)}"
+    return {**error, "msg": f"There is no such field; {hint}"}
 
-    _ended = False
+
+def _plain(name: str) -> str:
+    """The letters alone: `image_urls[0]` is written much like `imageUrls`."""
+    return re.sub("[^a-z]", "", name.lower())
+
+
+class _Parser(MultiPartParser):
+    """Starlette's parser, for what clients really send.
+
+    Whether a part is a file is decided by its field, not by headers that every client sets differently. Texts are
+    decoded by their own charset, and a JSON string is unwrapped: clients send `application/json` for any value. What
+    precedes the first boundary is skipped, and a form that ends early is not taken for a whole one.
+    """
+
+    def __init__(self, request: Request, options: Mapping[bytes, bytes], names: Collection[str]) -> None:
+        super().__init__(request.headers, self._whole(request.stream()))
+        # Read as the first part, so that the library finds the boundary after it.
+        self._preamble = b"--%b\r\n\r\n\r\n" % options.get(b"boundary", b"")
+        self._in_preamble = True
+        self._form_charset = _codec(options.get(b"charset", b"utf-8"))
+        self._texts = {name.encode() for name in names if name != "images"}
+        self._json = self._ended = False
+
+    def on_headers_finished(self) -> None:
+        if self._in_preamble:
+            return
+        part = self._current_part
+        _, options = parse_options_header(part.content_disposition)
+        headers = dict(part.item_headers)
+        if headers.get(b"content-transfer-encoding", b"binary").strip().lower() not in (b"7bit", b"8bit", b"binary"):
+            raise HTTPException(415, "The parts of a form must be sent as they are, without a transfer encoding.")
+        media_type, parameters = parse_options_header(headers.get(b"content-type"))
+        self._json = media_type == b"application/json"
+        if options.get(b"name") in self._texts:
+            part.content_disposition = b"form-data; name=%b" % options[b"name"]
+            self._charset = _codec(parameters[b"charset"]) if b"charset" in parameters else self._form_charset
+        elif b"filename" not in options:
+            # At the front, where nothing that is wrong with the rest can hide it.
+            part.content_disposition = b'form-data; filename="";' + (part.content_disposition or b"").partition(b";")[2]
+        super().on_headers_finished()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if not self._in_preamble:
+            super().on_part_data(data, start, end)
+
+    def on_part_end(self) -> None:
+        if self._in_preamble:
+            self._in_preamble = False
+            return
+        super().on_part_end()
+        name, value = self.items[-1]
+        if self._json and isinstance(value, str):
+            self.items[-1] = name, _unwrapped(value)
 
     def on_end(self) -> None:
         self._ended = True
 
-    async def parse(self) -> FormData:
-        self.stream = self._whole(self.stream)
-        return await super().parse()
-
     async def _whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        yield self._preamble
         async for chunk in stream:
             yield chunk
         if not self._ended:
             raise MultiPartException("The form is not complete.")
 
 
+def _codec(charset: bytes) -> str:
+    try:
+        name = codecs.lookup(charset.decode("ascii")).name.replace("ascii", "utf-8")
+    except (LookupError, ValueError):
+        name = ""
+    if not _CHARSETS.fullmatch(name):
+        raise HTTPException(415, "The texts of a form must be in UTF-8, ISO-8859 or a Windows code page.")
+    return name
+
+
+def _unwrapped(text: str) -> str:
+    """A JSON string's value; all else as it is."""
+    try:
+        value = from_json(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, str) else text
+
+
 @asynccontextmanager
-async def _form(request: Request) -> AsyncIterator[FormData]:
+async def _form(request: Request, options: Mapping[bytes, bytes], names: Collection[str]) -> AsyncIterator[FormData]:
     try:
         body = limited(request, MAX_BODY, "The request may have 5 files of 10 MB at most.")
-        form = await _Parser(request.headers, body.stream()).parse()
+        form = await _Parser(body, options, names).parse()
     except MultiPartException as error:
         too_much = error.message.startswith(_TOO_MUCH)
         raise HTTPException(413 if too_much else 400, error.message) from None
@@ -256,6 +366,6 @@ class _Upload:
         return await self._file.read()
 
 
-def _is_empty_input(value: str | UploadFile) -> bool:
-    """Whether this is what browsers send for a file input in which nothing was chosen."""
-    return isinstance(value, UploadFile) and not value.filename and not value.size
+def _is_empty(value: str | UploadFile) -> bool:
+    """Whether this counts as not given: an empty text, or a file input in which nothing was chosen."""
+    return value == "" if isinstance(value, str) else not (value.filename or value.size)
