@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from importlib import metadata
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -21,7 +22,8 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from api.__main__ import main
+from api.__main__ import main, welcome
+from api.settings import describe_settings, load_settings
 from domain.errors import Failure
 from doubles import ScriptedEditor, raises
 from harness import JSON, Running, running
@@ -142,14 +144,14 @@ async def test_help_tells_every_command() -> None:
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        ("serve", ["--port", "--host", "--jwt-secret", "--jwks-url", "--credits", "--allow-open"]),
+        ("serve", ["--port", "--host", "--jwks-url", "--credits", "--allow-open"]),
         (
             "token",
             [
                 "userId",
                 "--service",
                 "--ttl",
-                *(f"--jwt-{name}" for name in ("secret", "audience", "issuer", "user-claim")),
+                *(f"--jwt-{name}" for name in ("audience", "issuer", "user-claim")),
             ],
         ),
         ("credit", ["userId", "amount", "--url", "--token"]),
@@ -170,6 +172,20 @@ async def test_help_tells_the_defaults_and_no_value_that_is_set() -> None:
     assert SECRET not in done.output
     assert "somebody" not in done.output
     assert "3600" in done.output
+
+
+async def test_help_of_serve_is_grouped_by_topic_and_names_the_secrets() -> None:
+    done = await run_main("serve", "--help")
+    topics = re.findall(r"^([A-Z][a-z ]+):$", done.output, re.MULTILINE)
+    assert topics == list(dict.fromkeys(setting.topic for setting in describe_settings()))
+    for argument in ("--port PORT", "--drain SECONDS", "--webhook-url URL", "--images PATH"):
+        assert re.search(rf"^  {argument}  ", done.output, re.MULTILINE), argument
+    for secret in ("STAGECAST_JWT_SECRET", "STAGECAST_WEBHOOK_SECRET", "OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
+        assert secret in done.output
+
+
+async def test_the_version_is_printed() -> None:
+    assert await stagecast("--version") == (0, f"stagecast {metadata.version('stagecast')}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [("token", "--help"), ("token", "ada"), ()])
@@ -243,7 +259,7 @@ async def test_a_token_follows_the_settings_of_the_service(tmp_path: Path) -> No
     async with guarded(tmp_path / "images", backend, **settings) as service:
         for done in (
             await run_main("token", "ada", STAGECAST_JWT_SECRET=SECRET, **variables),
-            await run_main("token", "ada", f"--jwt-secret={SECRET}", *flags),
+            await run_main("token", "ada", *flags, STAGECAST_JWT_SECRET=SECRET),
         ):
             assert (await ask(service, done.output.strip())).json()["userId"] == "ada"
         other = await run_main("token", "ada", STAGECAST_JWT_SECRET=SECRET)
@@ -292,8 +308,6 @@ class TestAWrongSecret:
         for done in (
             await run_main(*command, folder=tmp_path),
             await run_main(*command, STAGECAST_JWT_SECRET=TOO_SHORT),
-            await run_main(*command, "--jwt-secret", TOO_SHORT),
-            await run_main(*command, STAGECAST_JWT_SECRET=""),
         ):
             assert "STAGECAST_JWT_SECRET must be a secret of at least 32 bytes." in done.sentence(2)
             assert "hunter2" not in done.errors
@@ -313,17 +327,19 @@ class TestAWrongSecret:
             assert "STAGECAST_JWT_SECRTE is not a setting; did you mean STAGECAST_JWT_SECRET?" in done.sentence(2)
             assert SECRET not in done.errors
 
-    async def test_one_by_a_wrong_flag(self, command: tuple[str, ...]) -> None:
-        done = await run_main(*command, f"--jwt_secret={SECRET}")
-        assert done.code == 2
-        assert "unrecognized arguments: --jwt_secret" in done.errors
-        assert SECRET not in done.errors
+    @pytest.mark.parametrize("flag", ["--jwt-secret", "--jwt_secret", "--jwt", "--webhook-secret", "--openai-api-key"])
+    async def test_one_by_a_flag(self, command: tuple[str, ...], flag: str) -> None:
+        for given in ([f"{flag}={SECRET}"], [flag, SECRET], [flag, f"-{SECRET}"]):
+            done = await run_main(*command, *given)
+            assert done.code == 2
+            assert f"unrecognized arguments: {flag}" in done.errors
+            assert SECRET not in done.errors
 
 
 @pytest.mark.parametrize(("run", "command"), [(stagecast, ("serve", "--port", "0")), (run_main, ("token", "ada"))])
 async def test_a_public_key_is_no_secret_and_not_repeated(run: Run, command: tuple[str, ...], tmp_path: Path) -> None:
     pem = f"-----BEGIN PUBLIC KEY-----\n{'A' * 64}\n-----END PUBLIC KEY-----"
-    done = await run(*command, "--jwt-secret", pem, folder=tmp_path)
+    done = await run(*command, folder=tmp_path, STAGECAST_JWT_SECRET=pem)
     assert "STAGECAST_JWT_SECRET" in done.sentence(2)
     assert "AAAA" not in done.errors
 
@@ -434,6 +450,74 @@ async def test_replay_for_any_user(opened: Running) -> None:
     assert "There is no such generation." in done.sentence(1)
 
 
+# --- which service ---------------------------------------------------------------------------------------
+
+
+async def test_commands_that_call_a_service_are_told_which_by_variables(service: Running, eve: str) -> None:
+    variables: JSON = {"STAGECAST_URL": service.url, "STAGECAST_TOKEN": SERVICE}
+    assert await stagecast("credit", eve, "1", **variables) == (0, f"{eve}: 101\n", "")
+    generation_id = await finished(service, eve)
+    assert (await run_main("replay", generation_id, "--user", eve, **variables)).code == 0
+
+
+async def test_a_service_is_found_by_its_port(opened: Running, eve: str) -> None:
+    unset: JSON = {"STAGECAST_URL": "", "STAGECAST_TOKEN": ""}
+    for empty in ({}, unset):
+        done = await run_main("credit", eve, "0", STAGECAST_PORT=str(opened.port), **empty)
+        assert done == (0, f"{eve}: 100\n", "")
+    done = await run_main("credit", eve, "0", "--url", "", "--token", "", STAGECAST_PORT=str(opened.port))
+    assert done == (0, f"{eve}: 100\n", "")
+
+
+async def test_flags_come_before_variables_and_those_before_the_file(
+    service: Running, eve: str, nowhere: str, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(f"STAGECAST_URL={nowhere}\nSTAGECAST_TOKEN={SERVICE}\nSTAGECAST_CREDITS=7\n")
+    assert nowhere in (await run_main("credit", eve, "1", folder=tmp_path)).sentence(3)
+    done = await run_main("credit", eve, "1", folder=tmp_path, STAGECAST_URL=service.url)
+    assert done == (0, f"{eve}: 101\n", "")
+    flags = ["--url", service.url, "--token", SERVICE]
+    done = await run_main("credit", eve, "1", *flags, STAGECAST_URL=nowhere, STAGECAST_TOKEN="nonsense")
+    assert done == (0, f"{eve}: 102\n", "")
+
+
+async def test_other_commands_ignore_the_service_and_its_token(tmp_path: Path) -> None:
+    variables: JSON = {"STAGECAST_URL": "nonsense", "STAGECAST_TOKEN": "x"}
+    (tmp_path / ".env").write_text("STAGECAST_URL=nonsense\nSTAGECAST_TOKEN=x\n")
+    for given in (variables, {}):
+        assert (await run_main("token", "ada", folder=tmp_path, STAGECAST_JWT_SECRET=SECRET, **given)).code == 0
+        assert "STAGECAST_IMAGES" in (await run_main(*SERVE, folder=tmp_path, **given)).sentence(2)
+
+
+async def test_a_wrong_or_unknown_setting_is_refused_by_every_command(eve: str) -> None:
+    for command in (("credit", eve, "1"), ("replay", MISSING)):
+        assert "STAGECAST_PORT must be" in (await run_main(*command, STAGECAST_PORT="many")).sentence(2)
+        assert "did you mean STAGECAST_URL?" in (await run_main(*command, STAGECAST_URLS="x")).sentence(2)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://ada:hunter2@127.0.0.1:1",
+        "http://ada:hunt/er2@127.0.0.1:1",
+        "http://hunter2@127.0.0.1:1",
+        "ada:hunter2@127.0.0.1:1",
+        "http://ada:hunter2@[::1",
+        "http:/ada:hunter2@127.0.0.1",
+        "http://ada:p@hunter2@127.0.0.1:1",
+    ],
+)
+async def test_passwords_in_urls_are_masked(given: str) -> None:
+    done = await run_main("credit", "eve", "1", "--url", given)
+    assert "hunt" not in done.sentence(3)
+    assert "***@" in done.errors
+
+
+async def test_the_ready_line_masks_a_password(tmp_path: Path) -> None:
+    settings = load_settings({"public_url": "https://ada:hunter2@pictures.example", "images": str(tmp_path)})
+    assert "https://***@pictures.example" in welcome(settings)
+
+
 # --- a service that is not there -------------------------------------------------------------------------
 
 
@@ -458,7 +542,7 @@ class TestNoService:
     async def test_at_this_address(self, command: tuple[str, ...], nowhere: str) -> None:
         assert nowhere in (await stagecast(*command, "--url", nowhere, "--token", SERVICE)).sentence(3)
 
-    @pytest.mark.parametrize("url", ["nonsense", "ftp://localhost", "http://[::1", ""])
+    @pytest.mark.parametrize("url", ["nonsense", "ftp://localhost", "http://[::1"])
     async def test_at_what_is_no_address(self, command: tuple[str, ...], url: str) -> None:
         (await run_main(*command, "--url", url)).sentence(3)
 

@@ -101,7 +101,8 @@ async def test_another_origin_is_refused_without_a_cors_header(shared_api: Api, 
     "host", ["evil.example", "evil.example:3000", "localhost.evil.example", "10.0.0.1", "[::2]", "@"]
 )
 async def test_a_host_that_is_not_ours_is_refused(shared_api: Api, host: str) -> None:
-    assert_problem(await shared_api.client.get("/me", headers={"Host": host}), 403, "host_not_allowed")
+    problem = assert_problem(await shared_api.client.get("/me", headers={"Host": host}), 403, "host_not_allowed")
+    assert "STAGECAST_ALLOWED_HOSTS" in problem["detail"]
 
 
 @pytest.mark.parametrize("host", ["LOCALHOST", "localhost:1", "127.0.0.1:99999", "[::1]:3000", "[::1]", "a.localhost"])
@@ -126,7 +127,8 @@ async def test_a_refused_host_is_still_readable_for_an_allowed_origin(shared_api
 async def test_allow_open_answers_to_every_host_but_not_to_every_origin() -> None:
     async with serve_api(hosts=None) as api:
         assert (await api.client.get("/me", headers={"Host": "evil.example"})).status_code == 200
-        assert_problem(await api.client.get("/me", headers={"Origin": EVIL}), 403, "origin_not_allowed")
+        problem = assert_problem(await api.client.get("/me", headers={"Origin": EVIL}), 403, "origin_not_allowed")
+        assert "STAGECAST_CORS_ORIGINS" in problem["detail"]
 
 
 async def test_the_refusal_comes_before_the_body(shared_api: Api) -> None:

@@ -124,11 +124,9 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("local_seconds", "inf"),
         ("max_running", "0"),
         ("max_per_user", "1.5"),
-        ("max_waiting", ""),
         ("deadline", "0"),
         ("drain", "soon"),
         ("allow_open", "perhaps"),
-        ("host", ""),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_variable_and_not_the_value(
@@ -140,6 +138,19 @@ def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_variable_and_no
     assert sentence.endswith(".")
     assert "\n" not in sentence
     assert "secret" not in sentence
+
+
+def test_an_empty_value_counts_as_not_set(empty_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = load_settings({})
+    variables = [setting.variable for setting in describe_settings()]
+    (empty_place / ".env").write_text("".join(f"{variable}=\n" for variable in variables))
+    assert load_settings({}) == defaults
+    for variable in variables:
+        monkeypatch.setenv(variable, "")
+    assert load_settings({}) == defaults
+    assert load_settings(dict.fromkeys(Settings.model_fields, "")) == defaults
+    (empty_place / ".env").write_text("STAGECAST_PORT=1\n")
+    assert load_settings({"port": ""}).port == 1
 
 
 def test_an_unknown_variable_is_refused_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +194,7 @@ def test_the_log_is_in_memory_or_in_a_file() -> None:
     assert load_settings({}).log_file is None
     assert load_settings({"log": "sqlite:///var/log.db"}).log_file == Path("var/log.db")
     assert load_settings({"log": "sqlite:////srv/log.db"}).log_file == Path("/srv/log.db")
-    for log in ("sqlite://", "sqlite:///", "sqlite:path", "postgres://x", "memory", ""):
+    for log in ("sqlite://", "sqlite:///", "sqlite:path", "postgres://x", "memory"):
         assert refusal(log=log).startswith("STAGECAST_LOG must be ")
 
 
@@ -219,7 +230,13 @@ def test_without_its_extra_a_provider_is_not_chosen_and_cannot_be(monkeypatch: p
 
 def test_keys_are_no_flags() -> None:
     secret = {setting.variable for setting in describe_settings() if setting.flag is None}
-    assert secret == {"OPENAI_API_KEY", "OPENAI_BASE_URL", "REPLICATE_API_TOKEN"}
+    assert secret == {
+        "STAGECAST_JWT_SECRET",
+        "STAGECAST_WEBHOOK_SECRET",
+        "OPENAI_API_KEY",
+        "OPENAI_BASE_URL",
+        "REPLICATE_API_TOKEN",
+    }
 
 
 def test_a_webhook_secret_is_as_the_scheme_has_it() -> None:
@@ -227,5 +244,5 @@ def test_a_webhook_secret_is_as_the_scheme_has_it() -> None:
     secret = load_settings({"webhook_secret": good}).webhook_secret
     assert secret is not None
     assert secret.get_secret_value() == good
-    for bad in ("whsec_", "whsec_AAAA", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_not base 64 not base 64 not ba", ""):
+    for bad in ("whsec_", "whsec_AAAA", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_not base 64 not base 64 not ba"):
         assert refusal(webhook_secret=bad).startswith("STAGECAST_WEBHOOK_SECRET must be ")

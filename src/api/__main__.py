@@ -5,15 +5,17 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NoReturn
 from urllib.parse import quote
 
 from api import client, logs
 from api.client import Refused, Unavailable
-from api.settings import Setting, Settings, SettingsError, describe_settings, load_settings
+from api.settings import Setting, Settings, SettingsError, describe_settings, load_remote, load_settings, masked
 from domain.identity import InvalidUserId, user_id
 
 
@@ -48,7 +50,7 @@ def serve(**overrides: Any) -> None:
     from api.app import create_server  # A second of imports, which --help and wrong settings do not wait for.
 
     logs.configure()
-    server = create_server(settings, ready=lambda: print(_welcome(settings), flush=True))
+    server = create_server(settings, ready=lambda: print(welcome(settings), flush=True))
     server.run(sockets=[listener])
 
 
@@ -83,13 +85,14 @@ def _listen(settings: Settings) -> socket.socket:
         raise Unavailable(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}.") from None
 
 
-def _welcome(settings: Settings) -> str:
+def welcome(settings: Settings) -> str:
+    """What is printed once the service is ready."""
     who = "anybody who reaches it" if settings.allow_open else "anybody on this machine"
     reach = f"open mode: {who} may act for any user" if settings.open_mode else "by token"
     editor, face_swap = (
         "local, an offline preview" if name == "local" else name for name in (settings.editor, settings.face_swap)
     )
-    return f"Stagecast is ready on {settings.public_url} ({reach}; editor: {editor}; face swap: {face_swap})"
+    return f"Stagecast is ready on {masked(settings.public_url)} ({reach}; editor: {editor}; face swap: {face_swap})"
 
 
 def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # noqa: N803 (as --help shows it)
@@ -107,22 +110,26 @@ def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # 
         raise Wrong("--ttl must be a number of seconds over 0, and not thousands of years.") from None
 
 
-def credit(userId: str, amount: int, url: str, token: str | None) -> None:  # noqa: N803
+def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
     """``stagecast credit``: change a user's balance on a running service, and print it."""
     try:
         user = user_id(userId)
     except InvalidUserId as error:
         raise Wrong(str(error)) from None
-    account = client.request("POST", url, f"/users/{_segment(user)}/credit", token, json={"amount": amount})
+    service = load_remote(remote)
+    path = f"/users/{_segment(user)}/credit"
+    account = client.request("POST", service.url, path, service.token, json={"amount": amount})
     try:
         print(f"{account['userId']}: {account['credit']}")
     except KeyError:
-        raise client.nobody(url) from None
+        raise client.nobody(service.url) from None
 
 
-def replay(generationId: str, url: str, user: str | None, token: str | None) -> None:  # noqa: N803
+def replay(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803
     """``stagecast replay``: print what a generation has gone through on a running service."""
-    page = client.request("GET", url, f"/generations/{_segment(generationId)}/events", token, user=user)
+    service = load_remote(remote)
+    path = f"/generations/{_segment(generationId)}/events"
+    page = client.request("GET", service.url, path, service.token, user=user)
     try:
         for item in page["events"]:
             event = item["data"]
@@ -130,7 +137,7 @@ def replay(generationId: str, url: str, user: str | None, token: str | None) -> 
             if "error" in event:
                 print(f"{'':34}{event['error']} ({event['code']})")
     except (KeyError, TypeError, ValueError):
-        raise client.nobody(url) from None
+        raise client.nobody(service.url) from None
 
 
 def _segment(text: str) -> str:
@@ -144,7 +151,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known, _, unknown = message.partition(": ")
         if known == "unrecognized arguments":
-            message = f"{known}: {' '.join(word.partition('=')[0] for word in unknown.split() if word.startswith('-'))}"
+            message = (
+                f"{known}: {' '.join(word.partition('=')[0] for word in unknown.split() if word.startswith('--'))}"
+            )
         super().error(message)
 
 
@@ -153,17 +162,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="stagecast",
         description="Live progress of AI image jobs on every device of a user, with nothing missed.",
         epilog="Each command tells more with --help.",
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"stagecast {metadata.version('stagecast')}")
+    settings = list(describe_settings())
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = _command(commands, "serve", serve, "run the service")
     command.description = "Run the service until SIGTERM (work is finished first) or SIGINT (at once)."
     command.epilog = (
-        "Each setting is also an environment variable or a line in .env: --local-seconds is "
-        "STAGECAST_LOCAL_SECONDS. Flags come before variables, variables before .env."
+        "Each setting is also an environment variable or a line in .env: --local-seconds is STAGECAST_LOCAL_SECONDS. "
+        "Flags come before variables, variables before .env. An empty value counts as not set. These have no flag: "
+        f"{', '.join(setting.variable for setting in settings if setting.flag is None)}."
     )
-    for setting in describe_settings():
-        _add_setting(command, setting)
+    _add_settings(command, settings)
 
     command = _command(commands, "demo", demo, "watch one edit, to see that all works")
     command.description = (
@@ -174,18 +186,15 @@ def _parser() -> argparse.ArgumentParser:
         "--folder", type=Path, default=Path("var/demo"), metavar="PATH", help="where the pictures are put (var/demo)"
     )
     own = {"--port": "any free one", "--editor": "local", "--face-swap": "local"}
-    for setting in describe_settings():
-        if setting.flag in {*own, "--local-seconds"}:
-            _add_setting(command, setting._replace(default=own.get(setting.flag, setting.default)))
+    shown = [setting for setting in settings if setting.flag in {*own, "--local-seconds"}]
+    _add_settings(command, (each._replace(default=own.get(each.flag or "", each.default)) for each in shown))
 
     command = _command(commands, "token", token, "make a token for a user")
     command.description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
     command.add_argument("userId", help="whom the token names")
     command.add_argument("--service", action="store_true", help="it may act for any user (scope stagecast:service)")
     command.add_argument("--ttl", type=float, default=3600, metavar="SECONDS", help="how long it is good (3600)")
-    for setting in describe_settings():
-        if setting.variable.startswith("STAGECAST_JWT_"):
-            _add_setting(command, setting)
+    _add_settings(command, (setting for setting in settings if setting.variable.startswith("STAGECAST_JWT_")))
 
     command = _command(commands, "credit", credit, "give a user credit")
     command.description = "Change a user's balance on a running service, to 0 at the least, and print it."
@@ -207,26 +216,33 @@ def _command(commands: Any, name: str, run: Callable[..., None], text: str) -> a
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
+        allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
     )
     command.set_defaults(run=run)
     return command
 
 
-def _add_setting(command: argparse.ArgumentParser, setting: Setting) -> None:
-    if setting.flag is None:
-        return  # Whoever gives a key as an argument shows it to everybody on the machine.
-    text = f"{setting.description} Default: {setting.default}".replace("%", "%%")
-    # Not given is not there at all, so that the environment decides.
-    if setting.flag == "--allow-open":
-        command.add_argument(setting.flag, action="store_true", default=argparse.SUPPRESS, help=text)
-    else:
-        command.add_argument(setting.flag, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    for topic, group in groupby(settings, key=lambda setting: setting.topic):
+        arguments = command.add_argument_group(topic)
+        for setting in group:
+            if setting.flag is None:
+                continue
+            text = f"{setting.description} Default: {setting.default}".replace("%", "%%")
+            # Not given is not there at all, so that the environment decides.
+            if setting.placeholder:
+                arguments.add_argument(setting.flag, metavar=setting.placeholder, default=argparse.SUPPRESS, help=text)
+            else:
+                arguments.add_argument(setting.flag, action="store_true", default=argparse.SUPPRESS, help=text)
 
 
 def _add_remote(command: argparse.ArgumentParser, text: str) -> None:
-    command.add_argument("--url", default="http://localhost:3000", help="the service (http://localhost:3000)")
-    command.add_argument("--token", metavar="JWT", help=text)
+    arguments = command.add_argument_group("Service")
+    where = "the service; default: STAGECAST_URL, or else http://localhost and STAGECAST_PORT"
+    arguments.add_argument("--url", metavar="URL", default=argparse.SUPPRESS, help=where)
+    text = f"{text}; default: STAGECAST_TOKEN"
+    arguments.add_argument("--token", metavar="JWT", default=argparse.SUPPRESS, help=text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from api.settings import masked
+
 
 class Unavailable(Exception):
     """Something that is needed cannot be had. Its text is one sentence."""
@@ -9,7 +11,7 @@ class Unavailable(Exception):
 
 def nobody(url: str) -> Unavailable:
     """What answers there, if anything does, is no Stagecast service."""
-    return Unavailable(f"no Stagecast service answers on {url}; choose another with --url.")
+    return Unavailable(f"no Stagecast service answers on {masked(url)}; choose another with --url or STAGECAST_URL.")
 
 
 class Refused(Exception):

@@ -12,16 +12,19 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from api.loopback import is_loopback
 
 PREFIX: Final = "STAGECAST_"
+#: Settings of `Remote` alone.
+_REMOTE: Final = ("url", "token")
 
 #: ``*`` stands for one label of a host name or a part of it; the last two labels have none.
 _ORIGIN: Final = re.compile(
@@ -37,9 +40,10 @@ class SettingsError(Exception):
 
 
 class Allowed(NamedTuple):
-    """What a setting may be, to follow "must be"."""
+    """What a setting may be, to follow "must be", and what stands for its value in ``--help``."""
 
     text: str
+    placeholder: str
 
 
 def _off(value: object) -> object:
@@ -94,15 +98,21 @@ _COMPUTED: Final = {
     "face_swap": "replicate or local",
 }
 _CENTURY: Final = 3_155_760_000
-_Seconds = Annotated[float, Field(ge=0, le=_CENTURY), Allowed("a number of seconds, 0 or more")]
-_SomeSeconds = Annotated[float, Field(gt=0, le=_CENTURY), Allowed("a number of seconds over 0")]
-_Count = Annotated[int, Field(ge=1), Allowed("a whole number, 1 or more")]
-_Name = Annotated[str, Field(min_length=1), Allowed("a name")]
-
-
-def _no_key(value: object) -> object:
-    """A variable that is set to nothing says nothing."""
-    return None if value == "" else value
+#: The topics of the settings, each by its first field.
+_TOPICS: Final = {
+    "host": "Address",
+    "log": "Storage",
+    "jwt_secret": "Tokens",
+    "credits": "Credit and retention",
+    "cors_origins": "Origins and host names",
+    "openai_api_key": "Providers",
+    "max_running": "Limits",
+    "webhook_url": "Webhooks",
+}
+_Port = Annotated[int, Field(ge=0, le=65535), Allowed("a whole number from 0 to 65535", "PORT")]
+_Seconds = Annotated[float, Field(ge=0, le=_CENTURY), Allowed("a number of seconds, 0 or more", "SECONDS")]
+_SomeSeconds = Annotated[float, Field(gt=0, le=_CENTURY), Allowed("a number of seconds over 0", "SECONDS")]
+_Count = Annotated[int, Field(ge=1), Allowed("a whole number, 1 or more", "NUMBER")]
 
 
 def _log(value: str) -> str:
@@ -134,32 +144,45 @@ def _face_swap(known: dict[str, Any]) -> str:
     return "replicate" if known.get("replicate_api_token") else "local"
 
 
-class Settings(BaseSettings):
-    """How one service is set up. Make it with `load_settings`."""
+_Model = TypeVar("_Model", bound=BaseSettings)
 
+
+class _Sources(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_file=".env",
+        env_ignore_empty=True,
         dotenv_filtering="match_prefix",
-        extra="forbid",
         frozen=True,
         populate_by_name=True,
     )
 
+
+class Remote(_Sources):
+    """The running service that a command calls. Make it with `load_remote`."""
+
+    model_config = SettingsConfigDict(extra="ignore")
+
+    port: _Port = 3000
+    url: Annotated[str, Field(default_factory=lambda data: f"http://localhost:{data['port']}")]
+    token: Annotated[str | None, Field(repr=False)] = None
+
+
+class Settings(_Sources):
+    """How one service is set up. Make it with `load_settings`."""
+
+    model_config = SettingsConfigDict(extra="forbid")
+
     host: Annotated[
         str,
         Field(min_length=1, description="The address to listen on."),
-        Allowed("a host name or an IP address"),
+        Allowed("a host name or an IP address", "HOST"),
     ] = "127.0.0.1"
-    port: Annotated[
-        int,
-        Field(ge=0, le=65535, description="The port to listen on; 0 takes any free one."),
-        Allowed("a whole number from 0 to 65535"),
-    ] = 3000
+    port: Annotated[_Port, Field(description="The port to listen on; 0 takes any free one.")] = 3000
     allow_open: Annotated[
         bool,
         Field(description="Listen beyond this machine although anybody may then act for any user."),
-        Allowed("true or false"),
+        Allowed("true or false", ""),
     ] = False
     public_url: Annotated[
         str,
@@ -168,19 +191,19 @@ class Settings(BaseSettings):
             default_factory=lambda data: f"http://localhost:{data['port']}",
             description="The base of image URLs. If it has a path, every route is served with and without it.",
         ),
-        Allowed("an http or https URL without query and fragment, and without percent signs in its path"),
+        Allowed("an http or https URL without query and fragment, and without percent signs in its path", "URL"),
     ]
     log: Annotated[
         str,
         AfterValidator(_log),
         Field(description="Where the event log is kept: in memory, or for good in a file, sqlite:///path."),
-        Allowed('"memory://" or "sqlite:///" and the path of a file'),
+        Allowed('"memory://" or "sqlite:///" and the path of a file', "URL"),
     ] = "memory://"
     images: Annotated[
         Path,
         BeforeValidator(_folder),
         Field(description="The folder in which images are kept."),
-        Allowed("the path of a folder"),
+        Allowed("the path of a folder", "PATH"),
     ] = Path("./var/images")
     jwt_secret: Annotated[
         SecretStr | None,
@@ -189,13 +212,13 @@ class Settings(BaseSettings):
             description="The secret of HS256 tokens, 32 bytes or more; each has to say when it ends (exp). Without it "
             "and a JWKS URL: open mode."
         ),
-        Allowed("a secret of at least 32 bytes"),
+        Allowed("a secret of at least 32 bytes", "SECRET"),
     ] = None
     jwks_url: Annotated[
         str | None,
         AfterValidator(_url),
         Field(description="Where the public keys of RS256 and ES256 tokens are published (JWKS)."),
-        Allowed("an http or https URL"),
+        Allowed("an http or https URL", "URL"),
     ] = None
     jwt_audience: Annotated[
         str | None,
@@ -203,23 +226,23 @@ class Settings(BaseSettings):
             min_length=1,
             description="The audience (aud) that tokens must be for; unset: a token that names any is refused.",
         ),
-        Allowed("a name, or unset"),
+        Allowed("a name, or unset", "NAME"),
     ] = None
     jwt_issuer: Annotated[
         str | None,
         Field(min_length=1, description="The issuer (iss) that tokens must be from."),
-        Allowed("a name, or unset"),
+        Allowed("a name, or unset", "NAME"),
     ] = None
     jwt_user_claim: Annotated[
         str,
         Field(min_length=1, description="The claim of a token that names the user."),
-        Allowed("the name of a claim"),
+        Allowed("the name of a claim", "NAME"),
     ] = "sub"
     credits: Annotated[
         Annotated[int, Field(ge=0, le=1_000_000_000_000)] | None,
         BeforeValidator(_off),
         Field(description='A new user\'s balance; "off" keeps no balances.'),
-        Allowed('a whole number from 0 to a million million, or "off"'),
+        Allowed('a whole number from 0 to a million million, or "off"', "NUMBER"),
     ] = 100
     retention: Annotated[
         _SomeSeconds,
@@ -235,7 +258,10 @@ class Settings(BaseSettings):
             "(`capacitor://localhost`) and patterns (`https://*.preview.example.com`: `*` is one label or a part of "
             "it). Always allowed: the same origin, that of the public URL, and in open mode those on this machine."
         ),
-        Allowed("origins such as https://app.example.com, separated by commas, with * only before the last two labels"),
+        Allowed(
+            "origins such as https://app.example.com, separated by commas, with * only before the last two labels",
+            "ORIGINS",
+        ),
     ] = ()
     allowed_hosts: Annotated[
         tuple[str, ...],
@@ -243,30 +269,30 @@ class Settings(BaseSettings):
         BeforeValidator(_list),
         AfterValidator(_hosts),
         Field(description="Further host names by which the service may be called, separated by commas."),
-        Allowed("host names without ports, separated by commas"),
+        Allowed("host names without ports, separated by commas", "HOSTS"),
     ] = ()
     trusted_proxies: Annotated[
         tuple[IPv4Network | IPv6Network, ...],
         NoDecode,
         BeforeValidator(_list),
         Field(description="Networks of the proxies whose `X-Forwarded-*` headers count, separated by commas."),
-        Allowed("networks such as 10.0.0.0/8, separated by commas"),
+        Allowed("networks such as 10.0.0.0/8, separated by commas", "NETWORKS"),
     ] = ()
     openai_api_key: Annotated[
         SecretStr | None,
-        BeforeValidator(_no_key),
         Field(validation_alias="OPENAI_API_KEY", description="The key of OpenAI's API."),
-        Allowed("a key"),
+        Allowed("a key", "KEY"),
     ] = None
     openai_base_url: Annotated[
         str | None,
-        BeforeValidator(_no_key),
         AfterValidator(_url),
         Field(validation_alias="OPENAI_BASE_URL", description="Another place where OpenAI's API is spoken."),
-        Allowed("an http or https URL"),
+        Allowed("an http or https URL", "URL"),
     ] = None
     openai_model: Annotated[
-        _Name | None, Field(description="OpenAI's model; by default one that is good and quick."), Allowed("a name")
+        str | None,
+        Field(description="OpenAI's model; by default one that is good and quick."),
+        Allowed("a name", "NAME"),
     ] = None
     editor: Annotated[
         Literal["local", "openai"],
@@ -275,18 +301,17 @@ class Settings(BaseSettings):
             description="Which editor makes the pictures: openai where OPENAI_API_KEY is set and the extra installed, "
             "else local, an offline preview, unless told.",
         ),
-        Allowed('"local" or "openai"'),
+        Allowed('"local" or "openai"', "NAME"),
     ]
     replicate_api_token: Annotated[
         SecretStr | None,
-        BeforeValidator(_no_key),
         Field(validation_alias="REPLICATE_API_TOKEN", description="The token of Replicate's API."),
-        Allowed("a token"),
+        Allowed("a token", "KEY"),
     ] = None
     replicate_model: Annotated[
-        _Name | None,
+        str | None,
         Field(description="Replicate's model, as owner/name:version."),
-        Allowed("owner/name or owner/name:version"),
+        Allowed("owner/name or owner/name:version", "NAME"),
     ] = None
     face_swap: Annotated[
         Literal["local", "replicate"],
@@ -295,22 +320,22 @@ class Settings(BaseSettings):
             description="Which face swapper is used: replicate where REPLICATE_API_TOKEN is set, else local, an "
             "offline preview, unless told.",
         ),
-        Allowed('"local" or "replicate"'),
+        Allowed('"local" or "replicate"', "NAME"),
     ]
     local_seconds: Annotated[
         _Seconds,
         Field(description="Seconds that the offline AI stages last at least, to be watched; 0: no wait, no repeats."),
     ] = 3
-    max_running: Annotated[_Count, Field(description="How many generations are worked on at once.")] = 8
-    max_per_user: Annotated[_Count, Field(description="How many unfinished generations a user may have.")] = 20
-    max_waiting: Annotated[_Count, Field(description="How many generations may wait in all.")] = 200
     fetch_allow: Annotated[
         tuple[IPv4Network | IPv6Network, ...],
         NoDecode,
         BeforeValidator(_list),
         Field(description="Networks from which image URLs may be fetched although not public, for development."),
-        Allowed("networks such as 127.0.0.0/8, separated by commas"),
+        Allowed("networks such as 127.0.0.0/8, separated by commas", "NETWORKS"),
     ] = ()
+    max_running: Annotated[_Count, Field(description="How many generations are worked on at once.")] = 8
+    max_per_user: Annotated[_Count, Field(description="How many unfinished generations a user may have.")] = 20
+    max_waiting: Annotated[_Count, Field(description="How many generations may wait in all.")] = 200
     deadline: Annotated[_SomeSeconds, Field(description="Seconds of work after which a generation is stopped.")] = 600
     drain: Annotated[
         _Seconds, Field(description="Seconds for which running work is awaited after the signal to stop.")
@@ -319,13 +344,13 @@ class Settings(BaseSettings):
         str | None,
         AfterValidator(_url),
         Field(description="Where the end of every generation is told, by the Standard Webhooks scheme."),
-        Allowed("an http or https URL"),
+        Allowed("an http or https URL", "URL"),
     ] = None
     webhook_secret: Annotated[
         SecretStr | None,
         AfterValidator(_webhook_secret),
         Field(description="What webhooks are signed with: whsec_ and 24 to 64 random bytes in base64."),
-        Allowed("whsec_ and 24 to 64 bytes in base64"),
+        Allowed("whsec_ and 24 to 64 bytes in base64", "SECRET"),
     ] = None
 
     @property
@@ -348,6 +373,12 @@ class Settings(BaseSettings):
     def log_file(self) -> Path | None:
         """The file of the log; ``None``: it is kept in memory."""
         return Path(self.log.removeprefix(_SQLITE)) if self.log.startswith(_SQLITE) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_remote(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What commands that call a service are told in ``.env`` is not for the service."""
+        return {name: value for name, value in given.items() if name not in _REMOTE}
 
     @model_validator(mode="after")
     def _provided(self) -> Self:
@@ -383,8 +414,10 @@ class Settings(BaseSettings):
 class Setting(NamedTuple):
     """One setting as told to people."""
 
-    #: None for a secret of somebody else's, under the name that they gave it.
+    topic: str
+    #: None for secrets, which every user of the machine could read in the arguments, and for OpenAI's own variables.
     flag: str | None
+    placeholder: str
     variable: str
     default: str
     description: str
@@ -392,24 +425,41 @@ class Setting(NamedTuple):
 
 def describe_settings() -> Iterator[Setting]:
     """Every setting, in the order of the fields: for ``--help`` and the docs."""
+    topic = ""
     for name, field in Settings.model_fields.items():
+        topic = _TOPICS.get(name, topic)
         default = _COMPUTED.get(name) or _text(field.default)
-        flag = None if field.validation_alias else f"--{name.replace('_', '-')}"
-        yield Setting(flag, _variable(name), default, field.description or "")
+        hidden = field.validation_alias or SecretStr in get_args(field.annotation)
+        flag = None if hidden else f"--{name.replace('_', '-')}"
+        yield Setting(topic, flag, _allowed(field).placeholder, _variable(name), default, field.description or "")
 
 
 def load_settings(overrides: Mapping[str, Any]) -> Settings:
-    """The settings, with `overrides`, by field name, before everything else.
+    """The settings, with `overrides`, by field name, before everything else. An empty value counts as not set.
 
     Raises:
         SettingsError: a value is wrong, or a variable with our prefix is unknown.
     """
-    known = {_variable(name) for name in Settings.model_fields}
+    return _load(Settings, overrides)
+
+
+def load_remote(overrides: Mapping[str, Any]) -> Remote:
+    """The service to call, from the same sources. Raises `SettingsError`."""
+    return _load(Remote, overrides)
+
+
+def masked(url: str) -> str:
+    """The URL for people to read: without its user name and password. It need not be a valid one."""
+    return re.sub(r"^([a-z][a-z0-9+.-]*:/*)?.*@", r"\1***@", url, flags=re.IGNORECASE | re.DOTALL)
+
+
+def _load(model: type[_Model], overrides: Mapping[str, Any]) -> _Model:
+    known = {_variable(name) for name in (*Settings.model_fields, *_REMOTE)}
     for variable in os.environ:
         if variable.upper().startswith(PREFIX) and variable.upper() not in known:
             _refuse_unknown(variable.upper())
     try:
-        return Settings(**overrides)
+        return model(**{name: value for name, value in overrides.items() if value != ""})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     except (OSError, UnicodeDecodeError):
@@ -417,15 +467,19 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
     if not first["loc"]:
         raise SettingsError(first["msg"])
     given = str(first["loc"][0])
-    name = next((name for name in Settings.model_fields if given in (name, _variable(name))), None)
+    name = next((name for name in model.model_fields if given in (name, _variable(name))), None)
     if name is None:
         _refuse_unknown(_variable(given))
-    allowed = next(item for item in Settings.model_fields[name].metadata if isinstance(item, Allowed))
-    raise SettingsError(f"{_variable(name)} must be {allowed.text}.")
+    raise SettingsError(f"{_variable(name)} must be {_allowed(model.model_fields[name]).text}.")
+
+
+def _allowed(field: FieldInfo) -> Allowed:
+    return next(item for item in field.metadata if isinstance(item, Allowed))
 
 
 def _refuse_unknown(variable: str) -> NoReturn:
-    similar = difflib.get_close_matches(variable.removeprefix(PREFIX).lower(), Settings.model_fields, n=1)
+    names = (*Settings.model_fields, *_REMOTE)
+    similar = difflib.get_close_matches(variable.removeprefix(PREFIX).lower(), names, n=1)
     hint = f"; did you mean {_variable(similar[0])}?" if similar else "."
     raise SettingsError(f"{variable} is not a setting{hint}")
 
