@@ -212,6 +212,25 @@ async def test_wrong_arguments_end_with_2_and_the_usage(arguments: tuple[str, ..
     assert SECRET not in done.errors
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("hunter2",), "argument command: invalid choice (choose from"),
+        (("--token", "hunter2", "credit", "ada", "1"), "argument command: invalid choice (choose from"),
+        (("credit", "ada", "hunter2"), "argument amount: invalid int value\n"),
+        (("credit", "ada", 'it\'s "hunter2"'), "argument amount: invalid int value\n"),
+        (("token", "ada", "--ttl", "hunter2"), "argument --ttl: invalid float value\n"),
+        (("serve", "--allow-open=hunter2"), "argument --allow-open: ignored explicit argument\n"),
+        (("credit", "ada", "1", "--tok=hunter2"), "unrecognized arguments: --tok\n"),
+    ],
+)
+async def test_an_argument_that_is_not_understood_is_not_repeated(arguments: tuple[str, ...], told: str) -> None:
+    done = await run_main(*arguments)
+    assert done.code == 2
+    assert told in done.errors
+    assert "hunter2" not in done.errors
+
+
 # --- token -----------------------------------------------------------------------------------------------
 
 
@@ -489,8 +508,10 @@ async def test_other_commands_ignore_the_service_and_its_token(tmp_path: Path) -
         assert "STAGECAST_IMAGES" in (await run_main(*SERVE, folder=tmp_path, **given)).sentence(2)
 
 
-async def test_a_wrong_or_unknown_setting_is_refused_by_every_command(eve: str) -> None:
+async def test_a_wrong_or_unknown_setting_is_refused_by_every_command(eve: str, tmp_path: Path) -> None:
     for command in (("credit", eve, "1"), ("replay", MISSING)):
+        (tmp_path / ".env").write_text("STAGECAST_URL\n")
+        assert "STAGECAST_URL must be" in (await run_main(*command, folder=tmp_path)).sentence(2)
         assert "STAGECAST_PORT must be" in (await run_main(*command, STAGECAST_PORT="many")).sentence(2)
         assert "did you mean STAGECAST_URL?" in (await run_main(*command, STAGECAST_URLS="x")).sentence(2)
 

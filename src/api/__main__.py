@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -146,15 +147,14 @@ def _segment(text: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Does not repeat the value of what it does not know: it may be a secret, misspelt."""
+    """Repeats no value that it does not understand: it may be a secret in the wrong place."""
 
     def error(self, message: str) -> NoReturn:
         known, _, unknown = message.partition(": ")
         if known == "unrecognized arguments":
-            message = (
-                f"{known}: {' '.join(word.partition('=')[0] for word in unknown.split() if word.startswith('--'))}"
-            )
-        super().error(message)
+            flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
+            message = f"{known}: {' '.join(flags)}"
+        super().error(re.sub(r":? (['\"]).*?\1(?= \(choose|$)", "", message, flags=re.DOTALL))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -200,6 +200,8 @@ async def read_wish(request: Request, kind: Kind, *, external: bool) -> AsyncIte
     media_type, options = parse_options_header(content_type)
     if media_type != b"multipart/form-data":
         raise HTTPException(415, "The content type must be multipart/form-data.")
+    if b"boundary" not in options:
+        raise HTTPException(400, "The content type has no boundary. Let the HTTP client set this header.")
     model = _FORMS[kind]
     names = [field.alias or name for name, field in model.model_fields.items()]
     async with _form(request, options, names) as form:
@@ -246,7 +248,7 @@ class _Parser(MultiPartParser):
     def __init__(self, request: Request, options: Mapping[bytes, bytes], names: Collection[str]) -> None:
         super().__init__(request.headers, self._whole(request.stream()))
         # Read as the first part, so that the library finds the boundary after it.
-        self._preamble = b"--%b\r\n\r\n\r\n" % options.get(b"boundary", b"")
+        self._preamble = b"--%b\r\n\r\n\r\n" % options[b"boundary"]
         self._in_preamble = True
         self._form_charset = _codec(options.get(b"charset", b"utf-8"))
         self._texts = {name.encode() for name in names if name != "images"}

@@ -164,7 +164,11 @@ class Remote(_Sources):
     model_config = SettingsConfigDict(extra="ignore")
 
     port: _Port = 3000
-    url: Annotated[str, Field(default_factory=lambda data: f"http://localhost:{data['port']}")]
+    url: Annotated[
+        str,
+        Field(default_factory=lambda data: f"http://localhost:{data['port']}"),
+        Allowed("an http or https URL", "URL"),
+    ]
     token: Annotated[str | None, Field(repr=False)] = None
 
 
