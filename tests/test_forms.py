@@ -1,16 +1,23 @@
 """Forms as clients really send them: their parts, field names, empty fields and charsets."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 import httpx2
 import pytest
+import pytest_asyncio
 
 from domain.orders import Order
-from http_app import PNG, Api, assert_problem
+from http_app import PNG, Api, assert_problem, serve_api
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def api() -> AsyncIterator[Api]:
+    async with serve_api(credits=None, max_per_user=1_000) as api:
+        yield api
 
 
 def part(disposition: str, content: bytes | str, *headers: str) -> bytes:
@@ -76,40 +83,40 @@ async def order(api: Api, answer: httpx2.Response) -> Order:
     ],
 )
 async def test_a_file_is_taken_whatever_headers_a_client_gives_it(
-    api_app: Api, disposition: str, headers: list[str]
+    api: Api, disposition: str, headers: list[str]
 ) -> None:
-    answer = await send(api_app, form(PROMPT, part(disposition, PNG, *headers)))
-    assert len((await order(api_app, answer)).images) == 1
-    assert [picture.data for picture in api_app.images.kept.values()] == [PNG]
+    answer = await send(api, form(PROMPT, part(disposition, PNG, *headers)))
+    [name] = (await order(api, answer)).images
+    assert api.images.kept[name].data == PNG
 
 
-async def test_part_headers_may_come_in_any_case_and_order(api_app: Api) -> None:
+async def test_part_headers_may_come_in_any_case_and_order(api: Api) -> None:
     odd = b'CONTENT-TYPE: image/png\r\nx-y: z\r\ncontent-disposition: FORM-DATA; name="images"; filename="a"\r\n\r\n'
-    assert len((await order(api_app, await send(api_app, form(PROMPT, odd + PNG)))).images) == 1
+    assert len((await order(api, await send(api, form(PROMPT, odd + PNG)))).images) == 1
 
 
-async def test_large_files_without_a_name_are_no_texts(api_app: Api) -> None:
+async def test_large_files_without_a_name_are_no_texts(api: Api) -> None:
     large = PNG + bytes(3_000_000)
     unnamed = part('name="images"', large, "Content-Type: image/png")
-    assert len((await order(api_app, await send(api_app, form(PROMPT, unnamed)))).images) == 1
+    assert len((await order(api, await send(api, form(PROMPT, unnamed)))).images) == 1
     misnamed = part('name="images[]"', large, "Content-Type: image/png")
-    problem = assert_problem(await send(api_app, form(PROMPT, misnamed)), 422, "invalid_request")
+    problem = assert_problem(await send(api, form(PROMPT, misnamed)), 422, "invalid_request")
     assert problem["detail"] == "images[]: There is no such field; did you mean images?"
 
 
 @pytest.mark.parametrize("webp", [b"RIFF\x24\x00\x00\x00WEBPVP8 ", b"RIFF\x24\x20\x20\x00WEBPVP8L"])
 @pytest.mark.parametrize("headers", [[], ["Content-Type: image/webp"]])
-async def test_every_format_is_a_file_without_a_name(shared_api: Api, webp: bytes, headers: list[str]) -> None:
+async def test_every_format_is_a_file_without_a_name(api: Api, webp: bytes, headers: list[str]) -> None:
     # The intake of this application takes PNG alone, and is asked.
     for data in (webp, b"\xff\xd8\xff\xe0"):
-        answer = await send(shared_api, form(PROMPT, part('name="images"', data, *headers)))
+        answer = await send(api, form(PROMPT, part('name="images"', data, *headers)))
         assert_problem(answer, 415, "unsupported_image_type")
 
 
 @pytest.mark.parametrize("headers", [[], ["Content-Type: text/plain"], ["Content-Type: application/json"]])
-async def test_a_text_in_place_of_a_file_is_refused_with_a_hint(shared_api: Api, headers: list[str]) -> None:
+async def test_a_text_in_place_of_a_file_is_refused_with_a_hint(api: Api, headers: list[str]) -> None:
     for value in (URL, "null", "[object File]", "çok güzel"):
-        answer = await send(shared_api, form(PROMPT, text("images", value, *headers)))
+        answer = await send(api, form(PROMPT, text("images", value, *headers)))
         problem = assert_problem(answer, 422, "invalid_request")
         assert problem["detail"] == "images.0: This must be a file; URLs belong in imageUrls"
 
@@ -119,7 +126,7 @@ async def test_a_text_in_place_of_a_file_is_refused_with_a_hint(shared_api: Api,
 
 @pytest.mark.parametrize("file", ["", '; filename="blob"', "; filename*=UTF-8''a.json"])
 @pytest.mark.parametrize("media_type", ["application/json", "Application/JSON; charset=UTF-8"])
-async def test_texts_may_be_json_parts_and_have_file_names(api_app: Api, file: str, media_type: str) -> None:
+async def test_texts_may_be_json_parts_and_have_file_names(api: Api, file: str, media_type: str) -> None:
     values = {
         "prompt": '"a \\"red\\" hat"',
         "metadata": '{"a": [1, "ü"]}',
@@ -130,7 +137,7 @@ async def test_texts_may_be_json_parts_and_have_file_names(api_app: Api, file: s
         "aspectRatio": '"1:1"',
     }
     parts = [part(f'name="{name}"{file}', value, f"Content-Type: {media_type}") for name, value in values.items()]
-    understood = await order(api_app, await send(api_app, form(*parts, FILE)))
+    understood = await order(api, await send(api, form(*parts, FILE)))
     assert understood.prompt == 'a "red" hat'
     assert understood.metadata == {"a": [1, "ü"]}
     assert understood.image_urls == (URL,)
@@ -152,14 +159,14 @@ async def test_texts_may_be_json_parts_and_have_file_names(api_app: Api, file: s
         ('"caf\\u00e9"', "café"),
     ],
 )
-async def test_a_json_part_that_is_no_string_is_taken_as_text(api_app: Api, sent: str, understood: str) -> None:
+async def test_a_json_part_that_is_no_string_is_taken_as_text(api: Api, sent: str, understood: str) -> None:
     prompt = part('name="prompt"; filename="blob"', sent, "Content-Type: application/json")
-    assert (await order(api_app, await send(api_app, form(prompt, FILE)))).prompt == understood
+    assert (await order(api, await send(api, form(prompt, FILE)))).prompt == understood
     plain = text("prompt", sent, "Content-Type: text/plain")
-    assert (await order(api_app, await send(api_app, form(plain, FILE)))).prompt == sent
+    assert (await order(api, await send(api, form(plain, FILE)))).prompt == sent
 
 
-async def test_image_urls_may_be_repeated_as_json_strings_or_one_array_of_any_layout(api_app: Api) -> None:
+async def test_image_urls_may_be_repeated_as_json_strings_or_one_array_of_any_layout(api: Api) -> None:
     as_json = "Content-Type: application/json"
     for urls in (
         [text("imageUrls", f'"{URL}"', as_json), text("imageUrls", f'"{URL}?b"', as_json)],
@@ -167,7 +174,7 @@ async def test_image_urls_may_be_repeated_as_json_strings_or_one_array_of_any_la
         [text("imageUrls", f'["{URL}", "{URL}?b"]')],
         [text("imageUrls", URL), text("imageUrls", f"{URL}?b", "Content-Type: text/plain")],
     ):
-        understood = await order(api_app, await send(api_app, form(PROMPT, *urls)))
+        understood = await order(api, await send(api, form(PROMPT, *urls)))
         assert understood.image_urls == (URL, f"{URL}?b")
 
 
@@ -181,30 +188,30 @@ async def test_image_urls_may_be_repeated_as_json_strings_or_one_array_of_any_la
         ("US-ASCII", "çığ".encode()),
     ],
 )
-async def test_a_text_is_read_in_its_charset(api_app: Api, charset: str, content: bytes) -> None:
+async def test_a_text_is_read_in_its_charset(api: Api, charset: str, content: bytes) -> None:
     wanted = "café" if charset == "ISO-8859-1" else "çığ"
     own = text("prompt", content, f"Content-Type: text/plain; charset={charset}")
-    assert (await order(api_app, await send(api_app, form(own, FILE)))).prompt == wanted
+    assert (await order(api, await send(api, form(own, FILE)))).prompt == wanted
     of_form = f"multipart/form-data; boundary=B; charset={charset}"
-    answer = await send(api_app, form(text("prompt", content), FILE), content_type=of_form)
-    assert (await order(api_app, answer)).prompt == wanted
+    answer = await send(api, form(text("prompt", content), FILE), content_type=of_form)
+    assert (await order(api, answer)).prompt == wanted
 
 
 @pytest.mark.parametrize(
     "charset", ["utf-7", "unicode_escape", "idna", "punycode", "hex", "rot13", "nonsense", "ü", ""]
 )
-async def test_a_charset_that_is_not_read_is_refused(shared_api: Api, charset: str) -> None:
+async def test_a_charset_that_is_not_read_is_refused(api: Api, charset: str) -> None:
     body = form(text("prompt", "x", f"Content-Type: text/plain; charset={charset}"), FILE)
-    assert_problem(await send(shared_api, body), 415, "unsupported_media_type")
+    assert_problem(await send(api, body), 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize("encoding", ["base64", "quoted-printable", "x-uuencode"])
-async def test_a_transfer_encoding_is_refused_rather_than_taken_as_content(shared_api: Api, encoding: str) -> None:
+async def test_a_transfer_encoding_is_refused_rather_than_taken_as_content(api: Api, encoding: str) -> None:
     for encoded in (
         form(text("prompt", "YQ==", f"Content-Transfer-Encoding: {encoding}"), FILE),
         form(PROMPT, part('name="images"; filename="a"', PNG, f"Content-Transfer-Encoding: {encoding}")),
     ):
-        assert_problem(await send(shared_api, encoded), 415, "unsupported_media_type")
+        assert_problem(await send(api, encoded), 415, "unsupported_media_type")
 
 
 # --- the frame ---------------------------------------------------------------------------------------------
@@ -223,11 +230,11 @@ async def test_a_transfer_encoding_is_refused_rather_than_taken_as_content(share
         form(PROMPT, FILE, padding=b" \t "),
     ],
 )
-async def test_what_surrounds_the_parts_is_skipped(api_app: Api, body: bytes) -> None:
-    assert (await order(api_app, await send(api_app, body))).prompt == "a red hat"
+async def test_what_surrounds_the_parts_is_skipped(api: Api, body: bytes) -> None:
+    assert (await order(api, await send(api, body))).prompt == "a red hat"
 
 
-async def test_a_preamble_is_skipped_however_it_is_cut(api_app: Api) -> None:
+async def test_a_preamble_is_skipped_however_it_is_cut(api: Api) -> None:
     body = form(PROMPT, FILE, before=b"preamble --B\r\n")
 
     for size in (1, 7):
@@ -237,10 +244,10 @@ async def test_a_preamble_is_skipped_however_it_is_cut(api_app: Api) -> None:
             for piece in pieces:
                 yield piece
 
-        answer = await api_app.client.post(
+        answer = await api.client.post(
             "/generations/edit", content=stream(), headers={"Content-Type": "multipart/form-data; boundary=B"}
         )
-        understood = await order(api_app, answer)
+        understood = await order(api, answer)
         assert (understood.prompt, len(understood.images)) == ("a red hat", 1)
 
 
@@ -254,11 +261,11 @@ async def test_a_preamble_is_skipped_however_it_is_cut(api_app: Api) -> None:
     ],
 )
 async def test_boundaries_may_be_quoted_and_stand_among_other_parameters(
-    api_app: Api, boundary: str, parameter: str
+    api: Api, boundary: str, parameter: str
 ) -> None:
     body = form(PROMPT, FILE).replace(b"--B", b"--" + boundary.encode())
-    answer = await send(api_app, body, content_type=f"Multipart/Form-Data; {parameter}")
-    assert (await order(api_app, answer)).prompt == "a red hat"
+    answer = await send(api, body, content_type=f"Multipart/Form-Data; {parameter}")
+    assert (await order(api, answer)).prompt == "a red hat"
 
 
 # --- names and values --------------------------------------------------------------------------------------
@@ -267,9 +274,9 @@ async def test_boundaries_may_be_quoted_and_stand_among_other_parameters(
 @pytest.mark.parametrize(
     "name", ["images[]", "images[0]", "image", "Images", "file", "files", "upload", "photo", "img"]
 )
-async def test_a_file_in_an_unknown_field_is_answered_with_the_right_name(shared_api: Api, name: str) -> None:
+async def test_a_file_in_an_unknown_field_is_answered_with_the_right_name(api: Api, name: str) -> None:
     for file in (f'name="{name}"; filename="a.png"', f'name="{name}"'):
-        answer = await send(shared_api, form(PROMPT, part(file, PNG, "Content-Type: image/png")))
+        answer = await send(api, form(PROMPT, part(file, PNG, "Content-Type: image/png")))
         problem = assert_problem(answer, 422, "invalid_request")
         assert problem["errors"] == [{"field": name, "message": "There is no such field; did you mean images?"}]
 
@@ -286,16 +293,14 @@ async def test_a_file_in_an_unknown_field_is_answered_with_the_right_name(shared
         ("meta_data", "metadata"),
     ],
 )
-async def test_a_text_in_an_unknown_field_is_answered_with_the_right_name(
-    shared_api: Api, name: str, meant: str
-) -> None:
-    answer = await send(shared_api, form(PROMPT, FILE, text(name, "x")))
+async def test_a_text_in_an_unknown_field_is_answered_with_the_right_name(api: Api, name: str, meant: str) -> None:
+    answer = await send(api, form(PROMPT, FILE, text(name, "x")))
     problem = assert_problem(answer, 422, "invalid_request")
     assert problem["errors"] == [{"field": name, "message": f"There is no such field; did you mean {meant}?"}]
 
 
-async def test_a_field_like_no_other_is_answered_with_all_names(shared_api: Api) -> None:
-    answer = await send(shared_api, form(PROMPT, FILE, text("xyz", "x"), text("xyz", "y")), "generate")
+async def test_a_field_like_no_other_is_answered_with_all_names(api: Api) -> None:
+    answer = await send(api, form(PROMPT, FILE, text("xyz", "x"), text("xyz", "y")), "generate")
     problem = assert_problem(answer, 422, "invalid_request")
     [error] = problem["errors"]
     assert error["field"] == "xyz"
@@ -310,15 +315,15 @@ async def test_a_field_like_no_other_is_answered_with_all_names(shared_api: Api)
         *((value, False) for value in ("false", "False", "FALSE", "0", "off", "no")),
     ],
 )
-async def test_booleans_are_taken_as_languages_print_them(api_app: Api, value: str, wanted: bool) -> None:
+async def test_booleans_are_taken_as_languages_print_them(api: Api, value: str, wanted: bool) -> None:
     for headers in ([], ["Content-Type: application/json"]):
         body = form(PROMPT, text("imageUrls", URL), text("faceSwap", value, *headers))
-        assert (await order(api_app, await send(api_app, body))).face_swap is wanted
+        assert (await order(api, await send(api, body))).face_swap is wanted
 
 
 @pytest.mark.parametrize("value", ["maybe", "2", " ", "null", "None", "truetrue"])
-async def test_what_is_no_boolean_is_refused(shared_api: Api, value: str) -> None:
-    answer = await send(shared_api, form(PROMPT, text("imageUrls", URL), text("faceSwap", value)))
+async def test_what_is_no_boolean_is_refused(api: Api, value: str) -> None:
+    answer = await send(api, form(PROMPT, text("imageUrls", URL), text("faceSwap", value)))
     assert assert_problem(answer, 422, "invalid_request")["errors"][0]["field"] == "faceSwap"
 
 
@@ -329,52 +334,50 @@ NOTHING_CHOSEN: Final = part('name="images"; filename=""', "", "Content-Type: ap
 
 
 @pytest.mark.parametrize("kind", ["edit", "generate"])
-async def test_empty_optional_fields_count_as_not_given(api_app: Api, kind: str) -> None:
+async def test_empty_optional_fields_count_as_not_given(api: Api, kind: str) -> None:
     names = (*OPTIONAL, "faceSwap") if kind == "edit" else OPTIONAL
     plain = [text(name, "") for name in names]
     blobs = [part(f'name="{name}"; filename="blob"', '""', "Content-Type: application/json") for name in names]
-    key = {"Idempotency-Key": "one"}
-    first = await send(api_app, form(PROMPT, FILE), kind, **key)
+    key = {"Idempotency-Key": kind}
+    first = await send(api, form(PROMPT, FILE), kind, **key)
     for parts in (plain, blobs, [*plain, *blobs], [NOTHING_CHOSEN, text("images", "")]):
-        again = await send(api_app, form(PROMPT, *parts, FILE), kind, **key)
+        again = await send(api, form(PROMPT, *parts, FILE), kind, **key)
         assert again.status_code == 202, again.text
         assert again.headers["location"] == first.headers["location"]
 
 
 @pytest.mark.parametrize("name", [*OPTIONAL, "faceSwap"])
-async def test_a_blank_or_nul_is_not_empty(shared_api: Api, name: str) -> None:
+async def test_a_blank_or_nul_is_not_empty(api: Api, name: str) -> None:
     for value in (" ", "\t", "\0"):
-        answer = await send(shared_api, form(PROMPT, FILE, text(name, value)))
+        answer = await send(api, form(PROMPT, FILE, text(name, value)))
         field = assert_problem(answer, 422, "invalid_request")["errors"][0]["field"]
         assert field.removesuffix(".0") == name
 
 
-async def test_an_empty_value_among_others_of_its_field_is_left_out(api_app: Api) -> None:
+async def test_an_empty_value_among_others_of_its_field_is_left_out(api: Api) -> None:
     body = form(PROMPT, text("imageUrls", ""), text("imageUrls", URL), text("quality", ""), text("quality", "low"))
-    understood = await order(api_app, await send(api_app, body))
+    understood = await order(api, await send(api, body))
     assert (understood.image_urls, understood.options.quality) == ((URL,), "low")
 
 
-async def test_an_empty_list_of_urls_is_no_url(api_app: Api) -> None:
-    understood = await order(api_app, await send(api_app, form(PROMPT, FILE, text("imageUrls", "[]"))))
+async def test_an_empty_list_of_urls_is_no_url(api: Api) -> None:
+    understood = await order(api, await send(api, form(PROMPT, FILE, text("imageUrls", "[]"))))
     assert (understood.image_urls, understood.face_swap) == ((), False)
 
 
-async def test_an_empty_file_with_a_name_is_refused(shared_api: Api) -> None:
-    answer = await send(
-        shared_api, form(PROMPT, part('name="images"; filename="a.png"', "", "Content-Type: image/png"))
-    )
+async def test_an_empty_file_with_a_name_is_refused(api: Api) -> None:
+    answer = await send(api, form(PROMPT, part('name="images"; filename="a.png"', "", "Content-Type: image/png")))
     assert answer.status_code in (415, 422)
     assert answer.json()["errors"][0]["field"] == "images.0"
 
 
-async def test_without_a_file_an_empty_file_input_leaves_no_image(shared_api: Api) -> None:
-    answer = await send(shared_api, form(PROMPT, NOTHING_CHOSEN))
+async def test_without_a_file_an_empty_file_input_leaves_no_image(api: Api) -> None:
+    answer = await send(api, form(PROMPT, NOTHING_CHOSEN))
     assert assert_problem(answer, 422, "invalid_request")["errors"][0]["field"] == "images"
 
 
 @pytest.mark.parametrize("prompt", ["", " ", "\t\r\n", "\u3000\u2003", "\0", "a\0b"])
-async def test_a_prompt_that_is_empty_blank_or_has_a_nul_is_refused(shared_api: Api, prompt: str) -> None:
+async def test_a_prompt_that_is_empty_blank_or_has_a_nul_is_refused(api: Api, prompt: str) -> None:
     for given in (text("prompt", prompt), text("prompt", json.dumps(prompt), "Content-Type: application/json")):
-        answer = await send(shared_api, form(given, FILE))
+        answer = await send(api, form(given, FILE))
         assert assert_problem(answer, 422, "invalid_request")["errors"][0]["field"] == "prompt"
