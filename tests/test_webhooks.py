@@ -223,7 +223,7 @@ def test_what_is_no_secret_or_no_url_is_refused_and_not_repeated(url: str, secre
     "trouble",
     [
         pytest.param([status(500)], id="500"),
-        pytest.param([status(400), status(404), status(410)], id="4xx"),
+        pytest.param([status(400), status(404), status(409), status(451)], id="4xx"),
         pytest.param([status(301, Location="/hook")], id="a redirect"),
         pytest.param([status(429, Retry_After="0"), status(503, Retry_After="0")], id="asked to wait"),
         pytest.param([status(429, Retry_After="soon")], id="asked to wait for no time there is"),
@@ -252,6 +252,43 @@ async def test_what_is_not_taken_is_posted_again_until_it_is(
     assert len({post.headers["webhook-signature"] for post in posts}) == len(posts)
     for post in posts:
         Webhook(SECRET).verify(post.body, dict(post.headers))
+
+
+async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
+    log: EventLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    scribe = Scribe(log)
+    gone = await scribe.short()
+    receiver.plans[gone.generation_id] = [status(410, Retry_After="0")]
+    webhooks = webhooks_for(log, sender_to(receiver.origin))
+    async with working(webhooks):
+        await webhooks.settled()
+        later = [await scribe.short() for _ in range(3)]
+        # The service can still leave in time.
+        await webhooks.settled()
+        # Longer than the longest pause before another attempt.
+        await asyncio.sleep(0.2)
+    assert len(receiver.origin.requests) == 1
+    [line] = [record for record in caplog.records if record.name == "domain.webhooks"]
+    assert (line.levelname, "answered with 410" in line.getMessage()) == ("ERROR", True)
+    async with working(webhooks_for(log, sender_to(receiver.origin))):
+        await all_told(log)
+    assert sorted(receiver.ids) == sorted(each.generation_id for each in (gone, *later))
+
+
+async def test_several_answers_of_410_at_once_are_reported_once(
+    memory: EventLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    scribe = Scribe(memory)
+    for _ in range(5):
+        receiver.always[(await scribe.short()).generation_id] = status(410)
+    webhooks = webhooks_for(memory, sender_to(receiver.origin))
+    async with working(webhooks):
+        await webhooks.settled()
+        posted = len(receiver.origin.requests)
+        await asyncio.sleep(0.2)
+    assert len(receiver.origin.requests) == posted <= 5
+    assert len([record for record in caplog.records if record.name == "domain.webhooks"]) == 1
 
 
 @pytest.mark.parametrize(

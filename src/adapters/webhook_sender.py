@@ -62,7 +62,8 @@ class WebhookSender:
             await _let_finish(answer)
         if not answer.is_success:
             asked = retry_after(answer.headers.get("retry-after", "")) if answer.status_code in (429, 503) else None
-            raise NotDelivered(f"answered with {answer.status_code}", after=asked)
+            gone = answer.status_code == 410
+            raise NotDelivered(f"answered with {answer.status_code}", after=asked, gone=gone)
 
     def _told(self, message_id: str, body: bytes) -> dict[str, str]:
         """The headers of one attempt: which message this is, when, and the proof that it is ours."""

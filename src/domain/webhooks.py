@@ -39,10 +39,12 @@ _AGAIN: Final = 0.2
 class NotDelivered(Exception):
     """The receiver has not taken a message. The text says why, for the operator."""
 
-    def __init__(self, reason: str, *, after: float | None = None) -> None:
+    def __init__(self, reason: str, *, after: float | None = None, gone: bool = False) -> None:
         super().__init__(reason)
         #: Seconds for which the receiver asks to be left alone.
         self.after = after
+        #: The receiver does not want any message any more.
+        self.gone = gone
 
 
 class Poster(Protocol):
@@ -65,7 +67,10 @@ class _Failed(NamedTuple):
 
 
 class Webhooks:
-    """Posts every terminal event until it is taken: the oldest first, a few at once."""
+    """Posts every terminal event until it is taken: the oldest first, a few at once.
+
+    A receiver that is gone is not called again by this process. The log keeps what it was not sent.
+    """
 
     def __init__(
         self,
@@ -86,6 +91,7 @@ class Webhooks:
         self._chance = chance
         self._backoff = backoff
         self._longest = longest
+        self._gone = False
         self._failed: dict[str, _Failed] = {}
         #: By generation id: whether it has failed before.
         self._under_way: dict[str, bool] = {}
@@ -114,6 +120,9 @@ class Webhooks:
 
     async def _begin(self, posts: asyncio.TaskGroup) -> float | None:
         """Begin to post what is due and has room. Return when the next is due."""
+        if self._gone:
+            self._settled.set()
+            return None
         clock = asyncio.get_running_loop().time
         # What is taken while the log is read may still be told of.
         under_way = set(self._under_way)
@@ -152,12 +161,20 @@ class Webhooks:
             await self._poster.post(*message_of(entry))
             await self._mark(entry.generation_id)
         except NotDelivered as failure:
-            self._put_off(entry, attempt, str(failure), failure.after or 0)
+            if failure.gone:
+                self._give_up(str(failure))
+            else:
+                self._put_off(entry, attempt, str(failure), failure.after or 0)
         except Exception as error:
             self._put_off(entry, attempt, type(error).__name__, 0)
         finally:
             del self._under_way[entry.generation_id]
             self._woken.set()
+
+    def _give_up(self, reason: str) -> None:
+        if not self._gone:
+            self._gone = True
+            logger.error("webhooks are not sent any more until the service is restarted: the receiver %s", reason)
 
     async def _mark(self, generation_id: str) -> None:
         while True:
