@@ -796,13 +796,45 @@ async def test_no_flood_of_anything_else_lasts(site: Site, names: Names, head: b
     await asyncio.wait_for(site.left.wait(), 30)
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, identity", "x-gzip"])
-async def test_nothing_is_unpacked(site: Site, fetcher: UrlFetcher, encoding: str) -> None:
-    bomb = gzip.compress(bytes(5 * MAX_BYTES)) if encoding == "gzip" else zlib.compress(PNG)
-    site.pages["/a"] = page(bomb, f"Content-Encoding: {encoding}")
+@pytest.mark.parametrize(
+    "encodings",
+    [
+        *([name] for name in ("gzip", "deflate", "br", "zstd", "x-gzip", "compress", "x-compress", "dcb", "dcz")),
+        *(
+            [name]
+            for name in ("GZIP", '"gzip"', "gzip;q=1", "gzip, identity", "identity,gzip", "utf-8, br", "gzip, br")
+        ),
+        ["gzip", "identity"],
+        ["UTF-8", "zstd"],
+    ],
+    ids=" + ".join,
+)
+async def test_nothing_is_unpacked(site: Site, fetcher: UrlFetcher, encodings: list[str]) -> None:
+    bomb = gzip.compress(bytes(5 * MAX_BYTES)) if encodings == ["gzip"] else zlib.compress(PNG)
+    site.pages["/a"] = page(bomb, *[f"Content-Encoding: {encoding}" for encoding in encodings])
     failure = await refused(fetcher, site.url("/a"))
     assert failure.sentence.endswith("its site sends it compressed, which was not asked for.")
     assert not failure.retryable
+
+
+@pytest.mark.parametrize(
+    "encodings",
+    [
+        *([name] for name in ("UTF-8", "utf8", "base64", "aws-chunked", "none", "identity", "binary", "8bit", "")),
+        *(
+            [name]
+            for name in ("Identity", "image/png", "utf-8, base64", "aws-chunked,", " , ", "charset=utf-8", "\xfc")
+        ),
+        ["identity", "UTF-8"],
+        ["", ""],
+    ],
+    ids=" + ".join,
+)
+async def test_an_encoding_that_is_no_compression_counts_as_none(
+    site: Site, fetcher: UrlFetcher, encodings: list[str]
+) -> None:
+    site.pages["/a"] = page(PNG, *[f"Content-Encoding: {encoding}" for encoding in encodings])
+    assert opened(await fetcher.fetch(site.url("/a"))).size == (60, 40)
 
 
 async def test_nothing_is_unpacked_in_transfer_either(site: Site, fetcher: UrlFetcher) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Final
 import httpcore2
 import httpx2
 
+from adapters.content_coding import compressions
 from adapters.trust import authorities
 from domain.errors import Failure, ImageRefusal
 from domain.ports import ImageIntake, Picture
@@ -37,7 +38,7 @@ _MAX_ADDRESSES_TRIED: Final = 3
 _SIP: Final = 8 * 1024
 _MAX_HEAD: Final = 32 * 1024
 _MAX_FRAMING: Final = 1024 * 1024
-_MAX_PIECES: Final = MAX_BYTES // 512
+_MIN_PIECE: Final = 512
 
 _HEADERS: Final = [
     (b"User-Agent", b"stagecast-image-fetcher"),
@@ -116,26 +117,30 @@ class UrlFetcher:
         self._timeouts = {"connect": connect_timeout}
 
     async def fetch(self, url: str) -> Picture:
+        if len(url) > _MAX_URL:
+            raise _failure("it is too long.")
+        data = await self.download(url)
+        try:
+            return await self._intake.admit(data)
+        except ImageRefusal as refusal:
+            raise _failure(f"it leads to no image that can be used. {refusal}") from None
+
+    async def download(self, url: str, limit: int = MAX_BYTES) -> bytes:
+        """What is at this URL, whatever it is, up to `limit` bytes. Raises `Failure`, as `fetch`."""
         try:
             async with asyncio.timeout(self._deadline):
-                data = await self._download(url)
+                return await self._download(url, limit)
         except (TimeoutError, httpcore2.TimeoutException):
             raise _failure("it took too long.", retryable=True) from None
         except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
             if isinstance(error.args[0] if error.args else None, ssl.SSLCertVerificationError):
                 raise _failure("its site has no valid certificate.") from None
             raise _failure("its site could not be reached, or broke off.", retryable=True) from None
-        try:
-            return await self._intake.admit(data)
-        except ImageRefusal as refusal:
-            raise _failure(f"it leads to no image that can be used. {refusal}") from None
 
-    async def _download(self, text: str) -> bytes:
-        if len(text) > _MAX_URL:
-            raise _failure("it is too long.")
+    async def _download(self, text: str, limit: int) -> bytes:
         url = _parsed(text)
         for _ in range(1 + _MAX_REDIRECTS):
-            answer = await self._get(url)
+            answer = await self._get(url, limit)
             if isinstance(answer, bytes):
                 return answer
             if (url.scheme, answer.scheme) == ("https", "http"):
@@ -143,7 +148,7 @@ class UrlFetcher:
             url = answer
         raise _failure("it redirects too often.")
 
-    async def _get(self, url: httpx2.URL) -> bytes | httpx2.URL:
+    async def _get(self, url: httpx2.URL, limit: int) -> bytes | httpx2.URL:
         """What is there, or where it redirects to."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         request = httpcore2.Request(
@@ -156,30 +161,31 @@ class UrlFetcher:
             headers = {name.lower(): value for name, value in response.headers}
             if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
                 return _parsed(headers[b"location"].decode(errors="replace"), url)
-            gate.allow_body()
-            return await _body(response, headers)
+            gate.allow_body(limit)
+            return await _body(response, headers, limit)
         finally:
             await gate.aclose()
 
 
-async def _body(response: httpcore2.Response, headers: dict[bytes, bytes]) -> bytes:
+async def _body(response: httpcore2.Response, headers: dict[bytes, bytes], limit: int) -> bytes:
     if response.status in (404, 410):
         raise _failure(f"there is nothing there ({response.status}).")
     if response.status != 200:
         again = response.status in (408, 425, 429) or response.status >= 500
         raise _failure(f"its site answered with status {response.status}.", retryable=again)
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+    encodings = (value.decode("latin-1") for name, value in response.headers if name.lower() == b"content-encoding")
+    if compressions(encodings):
         raise _failure("its site sends it compressed, which was not asked for.")
-    if int(headers.get(b"content-length", 0)) > MAX_BYTES:
-        raise _failure("it is larger than 10 MB.")
+    if int(headers.get(b"content-length", 0)) > limit:
+        raise _failure(f"it is larger than {limit // 2**20} MB.")
     body, count = bytearray(), 0
     async with aclosing(response.aiter_stream()) as pieces:
         async for piece in pieces:
             body += piece
             count += 1
-            if len(body) > MAX_BYTES:
-                raise _failure("it is larger than 10 MB.")
-            if count > _MAX_PIECES:
+            if len(body) > limit:
+                raise _failure(f"it is larger than {limit // 2**20} MB.")
+            if count > limit // _MIN_PIECE:
                 raise httpcore2.RemoteProtocolError
     return bytes(body)
 
@@ -231,10 +237,10 @@ class _Gate(httpcore2.AsyncNetworkBackend):
         scoped = isinstance(address, IPv6Address) and address.scope_id is not None
         return is_public(address) or (not scoped and any(address in network for network in self._allow))
 
-    def allow_body(self) -> None:
-        """The head has come; let as much in as the largest image takes."""
+    def allow_body(self, limit: int) -> None:
+        """The head has come; let as much in as a body of `limit` bytes takes."""
         if self._line is not None:
-            self._line.left = MAX_BYTES + _MAX_FRAMING
+            self._line.left = limit + _MAX_FRAMING
 
     async def aclose(self) -> None:
         if self._line is not None:
