@@ -78,7 +78,7 @@ async def _answer(answer: Answer, writer: asyncio.StreamWriter) -> None:
 
 
 @asynccontextmanager
-async def listening(origin: Origin, port: int = 0) -> AsyncIterator[Origin]:
+async def listening(origin: Origin, port: int = 0, host: str = "127.0.0.1") -> AsyncIterator[Origin]:
     """The server, at work. Its connections end with it."""
     tasks: set[asyncio.Task[None]] = set()
 
@@ -94,7 +94,7 @@ async def listening(origin: Origin, port: int = 0) -> AsyncIterator[Origin]:
             tasks.discard(task)
             writer.transport.abort()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", port, limit=MEGABYTE)
+    server = await asyncio.start_server(serve, host, port, limit=MEGABYTE)
     origin.port = server.sockets[0].getsockname()[1]
     try:
         yield origin

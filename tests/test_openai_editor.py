@@ -20,6 +20,8 @@ from PIL import Image
 
 import openai_description
 from adapters.openai_editor import DEFAULT_MODEL, OpenAIEditor
+from adapters.pillow_intake import PillowIntake
+from adapters.url_fetcher import UrlFetcher
 from domain.errors import Failure, FailureCode
 from domain.orders import AspectRatio, Background, InputFidelity, Options, Quality
 from domain.ports import Picture
@@ -71,6 +73,9 @@ DEADLINE: Final = 60
 #: Quickly made.
 NOBODY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
+#: Public addresses only.
+FETCHER: Final = UrlFetcher(PillowIntake(THREADS), trust=NOBODY)
+
 both = pytest.mark.parametrize("kind", ["edit", "generate"])
 
 
@@ -96,7 +101,7 @@ def editor_at(
     base_url: str, model: str = DEFAULT_MODEL, *, deadline: float = DEADLINE, api_key: str = KEY
 ) -> OpenAIEditor:
     return OpenAIEditor(
-        THREADS, api_key=api_key, base_url=base_url, model=model, deadline=deadline, backoff=0.01, trust=NOBODY
+        THREADS, FETCHER, api_key=api_key, base_url=base_url, model=model, deadline=deadline, backoff=0.01, trust=NOBODY
     )
 
 
@@ -310,7 +315,7 @@ async def test_without_a_base_url_it_is_openais_whatever_the_environment_says(
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     monkeypatch.setenv("HTTPS_PROXY", server.origin.address)
-    await failing(OpenAIEditor(THREADS, api_key=KEY, deadline=DEADLINE, trust=NOBODY))
+    await failing(OpenAIEditor(THREADS, FETCHER, api_key=KEY, deadline=DEADLINE, trust=NOBODY))
     [request] = server.origin.requests
     assert (request.method, request.target) == ("CONNECT", "api.openai.com:443")
 
@@ -629,6 +634,8 @@ TINY: Final = picture("8x8")
         as_json({"data": ["text"]}),
         as_json({"data": [{"url": "http://127.0.0.1:1/picture.png"}]}),
         as_json({"error": {"message": "No."}}),
+        as_json(error_body("invalid_request_error", "invalid_value")),
+        as_json({"data": [{"b64_json": "data:image/png;base64,\ud800"}]}),
         as_json(data_of(None)),
         as_json(data_of("")),
         as_json(data_of(17)),
@@ -641,8 +648,8 @@ TINY: Final = picture("8x8")
         pictures(RESULT[:100]),
         pictures(BOMB),
         pictures(TINY),
-        pictures(encoded(Image.new("RGB", (100, 100)), "GIF")),
-        pictures(encoded(Image.new("RGB", (100, 100)), "TIFF")),
+        pictures(encoded(Image.new("RGB", (100, 100)), "GIF")[:40]),
+        pictures(encoded(Image.new("RGB", (100, 100)), "TIFF")[:80]),
         stream(),
         stream(b"data: [DONE]\n\n"),
         stream(b"data: {\n\n"),

@@ -1,25 +1,26 @@
 """The service with paid providers behind it, which run here: what a person sees, and what is paid for."""
 
+import gzip
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from adapters.pillow_intake import PillowIntake
 from adapters.replicate_face_swap import ReplicateFaceSwap
 from api.app import create_service
 from api.settings import Settings
 from domain.ports import Picture
 from doubles import pass_time
 from harness import JSON, Running, running
-from openai_server import KEY, OpenAIServer, error, openai_server
-from pictures import RED, THREADS, opened, solid
-from provider_faults import Answer, drip, hang, head, raw, reset, then
+from openai_server import KEY, OpenAIServer, data_of, error, in_base64, openai_server, pictures
+from pictures import RED, THREADS, encoded, opened, solid
+from provider_faults import Answer, as_json, drip, hang, head, raw, reset, then, whole
 from replicate_server import TOKEN, Replicate
 
-INTAKE = PillowIntake(THREADS)
 FACE = solid(RED, (120, 160), "PNG")
 
 
@@ -96,6 +97,37 @@ async def test_whatever_a_provider_answers_is_told_as_it_is_and_paid_for_once_at
     assert KEY not in caplog.text
 
 
+RESULT = solid(RED, (256, 384), "PNG").data
+BLACK = Image.new("RGB", (256, 384))
+
+
+@pytest.mark.parametrize(
+    ("answer", "media_type"),
+    [
+        (as_json({"data": [{"url": "/files/a.png"}]}), "image/png"),
+        (as_json({"data": [{"url": f"data:image/png;base64,{in_base64(RESULT)}"}]}), "image/png"),
+        (whole(gzip.compress(json.dumps(data_of(in_base64(RESULT))).encode()), Content_Encoding="gzip"), "image/png"),
+        (pictures(encoded(BLACK, "GIF")), "image/png"),
+        (pictures(encoded(BLACK, "MPO", save_all=True, append_images=[BLACK])), "image/png"),
+    ],
+    ids=["url", "data", "gzip", "GIF", "MPO"],
+)
+async def test_what_a_gateway_answers_is_kept_as_a_picture_that_browsers_show(
+    tmp_path: Path, openai: OpenAIServer, answer: Answer, media_type: str
+) -> None:
+    respond = openai.origin.respond
+    file = whole(RESULT, 200, "image/png")
+    openai.origin.respond = lambda request: file if request.target == "/files/a.png" else respond(request)
+    openai.answer(answer)
+    async with with_openai(tmp_path, openai) as service:
+        last = (await made(service))[-1]
+        assert last["status"] == "completed"
+        image = await service.http.get(f"/images/{last['editedImageUrl'].rpartition('/')[2]}")
+        assert image.headers["content-type"] == media_type
+        assert opened(Picture(image.content, media_type)).size == (256, 384)
+    assert len(openai.calls) == 1
+
+
 @pytest.mark.parametrize("answer", [hang, then(raw(head(length=100_000)), drip(b" "))], ids=["hang", "drip"])
 async def test_a_provider_that_takes_too_long_is_left_before_the_deadline_and_named_as_the_reason(
     tmp_path: Path, openai: OpenAIServer, answer: Answer, caplog: pytest.LogCaptureFixture
@@ -148,7 +180,7 @@ async def test_a_face_swap_that_fails_does_not_waste_the_edit(
     async with Replicate(picture=FACE.data).serving() as replicate:
         if broken:
             replicate.statuses = ["failed"]
-        swapper = ReplicateFaceSwap(INTAKE, TOKEN, base_url=replicate.url, deadline=60, pace=0.01)
+        swapper = ReplicateFaceSwap(THREADS, TOKEN, base_url=replicate.url, deadline=60, pace=0.01)
         overrides = {"face_swapper": swapper, "fetcher": _Faces()}
         async with with_openai(tmp_path, openai, overrides=overrides) as service, service.phone("ada") as phone:
             generation_id = await service.start(imageUrls="https://example.com/face.jpg")

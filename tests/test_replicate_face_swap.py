@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
 from adapters import replicate_face_swap
-from adapters.pillow_intake import PillowIntake
 from adapters.replicate_face_swap import DEFAULT_MODEL, ReplicateFaceSwap
 from domain.errors import Failure
 from domain.ports import FaceSwapper, Picture
@@ -43,7 +42,6 @@ from replicate_server import (
     reset,
 )
 
-INTAKE: Final = PillowIntake(THREADS)
 #: Trusts nobody, and is quickly made.
 WARY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -74,7 +72,7 @@ async def canary() -> AsyncIterator[Replicate]:
 
 def swapper_at(replicate: Replicate, model: str = DEFAULT_MODEL, **options: Any) -> ReplicateFaceSwap:
     given: dict[str, Any] = {"deadline": 60, "grace": 60, "pace": 0.01, "trust": WARY} | options
-    return ReplicateFaceSwap(INTAKE, TOKEN, model, base_url=replicate.url, **given)
+    return ReplicateFaceSwap(THREADS, TOKEN, model, base_url=replicate.url, **given)
 
 
 @pytest.fixture
@@ -248,7 +246,7 @@ async def test_a_model_that_is_not_there_is_rejected(replicate: Replicate, model
 @pytest.mark.parametrize("model", ["", "face-swap", "a/b/c", "a/b:", "a/b:c/d", "../x", "a/..", "a/b?c", "a/b:c\n"])
 def test_what_is_no_name_of_a_model_is_refused(model: str) -> None:
     with pytest.raises(ValueError, match="owner/name"):
-        ReplicateFaceSwap(INTAKE, TOKEN, model, trust=WARY)
+        ReplicateFaceSwap(THREADS, TOKEN, model, trust=WARY)
 
 
 # --- the create fails --------------------------------------------------------------------------------------
@@ -301,7 +299,7 @@ async def test_a_token_that_is_not_taken_is_told_to_nobody(
     replicate: Replicate, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = "nobody'5 k3y"
-    swapper = ReplicateFaceSwap(INTAKE, token, base_url=replicate.url, trust=WARY)
+    swapper = ReplicateFaceSwap(THREADS, token, base_url=replicate.url, trust=WARY)
     assert (await failed(swapper)).code == "provider_rejected"
     assert "401" in caplog.text
     assert token not in caplog.text
@@ -617,7 +615,7 @@ async def test_an_output_that_is_not_where_it_may_be_is_not_fetched(
     ],
 )
 def test_outputs_lie_at_replicate_and_nowhere_else(url: str, allowed: bool) -> None:
-    assert ReplicateFaceSwap(INTAKE, TOKEN, trust=WARY).may_download(httpx2.URL(url)) is allowed
+    assert ReplicateFaceSwap(THREADS, TOKEN, trust=WARY).may_download(httpx2.URL(url)) is allowed
 
 
 async def test_redirects_have_an_end(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
@@ -650,7 +648,7 @@ async def test_the_way_out_may_be_a_proxy_of_the_environment_and_the_token_is_th
     monkeypatch.setenv("HTTP_PROXY", replicate.origin)
     monkeypatch.setenv("REPLICATE_API_TOKEN", "r8_another")
     replicate.output = "http://replicate.test/output/out.png"
-    await swapped(ReplicateFaceSwap(INTAKE, TOKEN, base_url="http://replicate.test/v1", deadline=60, pace=0.01))
+    await swapped(ReplicateFaceSwap(THREADS, TOKEN, base_url="http://replicate.test/v1", deadline=60, pace=0.01))
     assert replicate.count("create") == 1
 
 

@@ -5,38 +5,37 @@ environment, though the SDK would.
 """
 
 import asyncio
-import binascii
+import codecs
 import contextlib
 import json
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
-from PIL import Image
 
 from adapters.image_work import ImageThreads
-from adapters.pillow_codec import Unreadable, decoded, encode, load, opened, reading
-from adapters.pillow_intake import MAX_PIXELS
 from adapters.provider_attempts import (
     MISCONFIGURED,
     Declined,
     answered,
     attempt,
     broken,
+    download,
     provider_client,
     tell_operator,
 )
+from adapters.provider_pictures import Found, Unusable, candidates, inline, preview, usable
+from adapters.url_fetcher import UrlFetcher
 from domain.errors import Failure
 from domain.orders import Options
 from domain.ports import Picture, Report
 
 if TYPE_CHECKING:
-    from openai import APIError, AsyncStream
+    from openai import APIError, AsyncAPIResponse
     from openai.resources import AsyncImages
-    from openai.types import ImageEditStreamEvent
 
 DEFAULT_MODEL: Final = "gpt-image-2.5-flare"
 
@@ -63,8 +62,12 @@ _MIN_SIDE: Final = 64
 #: The most that is read of one answer, in bytes. Three pictures of 1.5 megapixels that could not be compressed, with
 #: transparency, in base64, are 26 MB.
 MAX_ANSWER: Final = 32 * 1024 * 1024
-#: The longer side of a preview, in pixels.
-_PREVIEW: Final = 768
+#: How many of the texts that may be the picture are tried.
+_MAX_TRIED: Final = 8
+
+#: How an event stream begins, and how many bytes tell.
+_STREAM: Final = re.compile(rb"(?:data|event|id|retry)?:")
+_ENOUGH: Final = 6
 
 #: Codes of OpenAI's errors.
 _CONTENT_RULES: Final = ("moderation_blocked", "content_policy_violation")
@@ -82,6 +85,7 @@ class OpenAIEditor:
     def __init__(
         self,
         threads: ImageThreads,
+        fetcher: UrlFetcher,
         *,
         api_key: str,
         base_url: str | None = None,
@@ -92,7 +96,7 @@ class OpenAIEditor:
     ) -> None:
         """`base_url`: OpenAI's own, if none is given. `deadline`: seconds for a picture, with all waits.
 
-        `backoff`: see `attempt`.
+        `backoff`: see `attempt`. `fetcher`: for pictures that lie elsewhere.
 
         Raises:
             ValueError: `api_key` is empty, or has what no key has: a space, an end of line, a letter beyond ASCII.
@@ -101,6 +105,7 @@ class OpenAIEditor:
             # The HTTP library would quote it.
             raise ValueError("The OpenAI API key is printable ASCII without spaces.")
         self._threads = threads
+        self._fetcher = fetcher
         self._api_key = api_key
         self._base_url = base_url or BASE_URL
         self._model = model
@@ -140,11 +145,8 @@ class OpenAIEditor:
         try:
             async with self._images.with_streaming_response.edit(**request) as response:
                 request_id = response.request_id
-                if response.headers.get("content-type", "").startswith("text/event-stream"):
-                    encoded = await self._last(await response.parse(), report)
-                else:
-                    encoded = _only(await response.text())
-            return await self._threads.run(_checked, encoded)
+                found = await self._read(response, report)
+            return await self._picture(found, response.http_request.url, report, request_id)
         except asyncio.CancelledError:
             # The deadline, or somebody who does not want it any more. It may be on the bill.
             self._tell("gave up waiting", "", request_id)
@@ -156,39 +158,95 @@ class OpenAIEditor:
         except httpx2.HTTPError as error:
             outcome = broken(error)
             what, words = type(error).__name__, str(error)
-        except (_Unusable, ValueError, RecursionError) as error:
+        except (Unusable, ValueError, RecursionError) as error:
             outcome = Failure("provider_unavailable")
             what, words = "unusable answer", str(error)
         self._tell(what, words, request_id)
         # Out here, so that the SDK's error, which holds the key, is not its context.
         raise outcome
 
-    def _tell(self, what: str, words: str, request_id: str | None) -> None:
+    def _tell(self, what: str, words: object, request_id: str | None) -> None:
         tell_operator("OpenAI", what, words, request_id=request_id, secret=self._api_key)
 
-    async def _last(self, stream: "AsyncStream[ImageEditStreamEvent]", report: Report) -> object:
-        """The finished picture, in base64. Those that come before it are reported."""
+    async def _read(self, response: "AsyncAPIResponse[Any]", report: Report) -> list[Found | bytes]:
+        """What may be the finished picture, the best first. Pictures that come before it are reported."""
+        from openai import APIError
+
+        found: list[Found | bytes] = []
         previews = 0
+        document: Any = None
+        documents = _documents(response)
         try:
-            async for event in stream:
-                kind, encoded = str(getattr(event, "type", "")), getattr(event, "b64_json", None)
-                if kind.endswith(".completed"):
-                    return encoded
-                if kind.endswith(".partial_image"):
+            async for name, document in documents:
+                if isinstance(document, bytes):
+                    return [document]
+                if not isinstance(document, dict):
+                    document = {"data": document}
+                kind = str(document.get("type") or name).rpartition(".")[2]
+                if kind == "partial_image":
                     try:
-                        preview = await self._threads.run(_preview, encoded)
-                    except _Unusable:
+                        shown = await self._threads.run(_preview, document)
+                    except Unusable:
                         continue  # A preview is not worth a paid picture.
                     previews += 1
                     message = "The picture takes shape..." if previews == 1 else "Working on the details..."
-                    await report(1 - 0.5**previews, message, preview)
-            raise _Unusable("the stream ended without a picture")
+                    await report(1 - 0.5**previews, message, shown)
+                    continue
+                # Some gateways send the picture first, and then an event that it is complete.
+                found = [*candidates(document)] or found
+                if found and kind == "completed":
+                    break
+                error = document.get("error") or (document if kind == "error" else None)
+                if error and not found and name is not None:
+                    raise APIError(_words(error), response.http_request, body=error)
+        except httpx2.HTTPError:
+            if not found:
+                raise
         finally:
-            await _end(stream)
+            await _end(response, documents)
+        if not found:
+            raise Unusable(f"the answer ended without a picture: {document}")
+        return found
 
+    async def _picture(
+        self, found: Sequence[Found | bytes], base: httpx2.URL, report: Report, request_id: str | None
+    ) -> Picture:
+        """The first of these that is a picture. Raises `Unusable`."""
+        reasons = []
+        for each in found[:_MAX_TRIED]:
+            try:
+                if isinstance(each, bytes):
+                    return await self._threads.run(usable, each, _MIN_SIDE)
+                with contextlib.suppress(Unusable):
+                    return await self._threads.run(_inline, each.text)
+                url = _url(each, base)
+                get = partial(self._get, url, partial(self._tell, request_id=request_id))
+                data = await attempt(get, report, within=self._deadline, backoff=self._backoff)
+                return await self._threads.run(usable, data, _MIN_SIDE)
+            except (Unusable, Failure) as error:
+                reasons.append(each.decode(errors="replace") if isinstance(each, bytes) else str(error))
+        raise Unusable("; ".join(reasons))
 
-class _Unusable(Exception):
-    """A good answer by its status, and no picture in it."""
+    async def _get(self, url: httpx2.URL, log: Callable[[str, object], None]) -> bytes:
+        """The picture at this URL, fetched without the key.
+
+        It may be anywhere where the API is; elsewhere, and after a redirect, only where image URLs may be.
+        """
+        if _origin(url) == _origin(httpx2.URL(self._base_url)):
+            async with provider_client(self._deadline, MAX_ANSWER, self._trust) as web:
+                answer = await download(web, url, log)
+            if isinstance(answer, bytes):
+                return answer
+            target = _joined(url, answer)
+            if (url.scheme, target.scheme) == ("https", "http"):
+                raise Unusable("a redirect from https to http")
+            url = target
+        try:
+            return await self._fetcher.download(str(url), MAX_ANSWER)
+        except Failure as failure:
+            log("the picture could not be fetched", failure.sentence)
+            unavailable = Failure("provider_unavailable")
+            raise (Declined(unavailable) if failure.retryable else unavailable) from None
 
 
 def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[str, Any]:
@@ -214,57 +272,86 @@ def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[
     return request
 
 
-async def _end(stream: "AsyncStream[ImageEditStreamEvent]") -> None:
-    """Close a stream that may have been left before its end, with the SDK's generators inside one another.
+async def _documents(response: "AsyncAPIResponse[Any]") -> AsyncGenerator[tuple[str | None, Any]]:
+    """The JSON values of an answer, each with its event's name, or ``None`` where it is no stream. Bytes are no JSON.
+
+    What it is can be told from how it begins; gateways send either with any media type.
+    """
+    from openai._streaming import SSEDecoder
+
+    pieces = response.iter_bytes()
+    start = b""
+    async for piece in pieces:
+        start = (start + piece).removeprefix(codecs.BOM_UTF8).lstrip()
+        if len(start) >= _ENOUGH:
+            break
+    if not _STREAM.match(start):
+        body = start + b"".join([piece async for piece in pieces])
+        try:
+            document = json.loads(body)
+        except ValueError:
+            document = body
+        yield None, document
+        return
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield start
+        async for piece in pieces:
+            yield piece
+        yield b"\n\n"  # Not every stream ends its last event.
+
+    async for event in SSEDecoder().aiter_bytes(stream()):
+        if event.data.startswith("[DONE]"):
+            return
+        try:
+            document = json.loads(event.data)
+        except ValueError:
+            continue
+        yield event.event or "", document
+
+
+async def _end(response: "AsyncAPIResponse[Any]", documents: AsyncGenerator[tuple[str | None, Any]]) -> None:
+    """Close an answer that may have been left before its end, with generators inside one another.
 
     Else the garbage collector would close each, when there may be no event loop any more to do it in.
     """
-    await stream.close()
+    await response.close()
     with contextlib.suppress(Exception):  # It reads on from what is closed.
-        async for _ in stream:
+        async for _ in documents:
             pass
 
 
-def _only(text: str) -> object:
-    """The picture of an answer that was not streamed, in base64."""
+def _inline(text: str) -> Picture:
+    return usable(inline(text), _MIN_SIDE)
+
+
+def _preview(document: Mapping[str, object]) -> Picture:
+    encoded = document.get("partial_image_b64") or next((found.text for found in candidates(document)), "")
+    return preview(inline(str(encoded)))
+
+
+def _words(error: object) -> str:
+    words = error.get("message") if isinstance(error, dict) else error
+    return words if isinstance(words, str) else "an error without words"
+
+
+def _url(found: Found, base: httpx2.URL) -> httpx2.URL:
+    """The URL that this is. Raises `Unusable`."""
+    text = found.text.strip()
+    if found.key not in ("url", "image_url") and not text[:8].lower().startswith(("http://", "https://")):
+        raise Unusable("no image")
+    return _joined(base, text)
+
+
+def _joined(base: httpx2.URL, text: str) -> httpx2.URL:
     try:
-        return json.loads(text)["data"][0]["b64_json"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise _Unusable(text) from None
+        return base.join(text)
+    except (httpx2.InvalidURL, ValueError):
+        raise Unusable("no URL") from None
 
 
-def _image(encoded: object) -> tuple[bytes, Image.Image]:
-    """The bytes and, not yet decoded, the image. Raises `_Unusable`."""
-    try:
-        data = binascii.a2b_base64(encoded if isinstance(encoded, str) else "", strict_mode=True)
-        image = opened(data)
-    except (ValueError, Unreadable):
-        raise _Unusable("no image") from None
-    if min(image.size) < _MIN_SIDE or image.width * image.height > MAX_PIXELS:
-        raise _Unusable(f"an image of {image.width} × {image.height} pixels")
-    return data, image
-
-
-def _checked(encoded: object) -> Picture:
-    """The picture as it came, with the marks of its origin in it, once it has been decoded."""
-    data, image = _image(encoded)
-    media_type = Image.MIME[image.format or ""]
-    try:
-        with reading():
-            load(image)
-    except Unreadable:
-        raise _Unusable("a broken image") from None
-    return Picture(data, media_type)
-
-
-def _preview(encoded: object) -> Picture:
-    _, image = _image(encoded)
-    try:
-        image = decoded(image, near=(_PREVIEW, _PREVIEW))
-    except Unreadable:
-        raise _Unusable("a broken image") from None
-    image.thumbnail((_PREVIEW, _PREVIEW))
-    return encode(image, quality=80)
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 def _outcome(error: "APIError") -> Failure | Declined:

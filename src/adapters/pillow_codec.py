@@ -67,7 +67,9 @@ def decoded(image: Image.Image, near: tuple[int, int] | None = None) -> Image.Im
 def load(image: Image.Image) -> None:
     """Decode the image. Raises what Pillow raises."""
     # Into memory that is there: Pillow clears its own while holding the interpreter lock, 30 ms for 12 megapixels.
-    image.im = blank(image.mode, image.size).im
+    # These two decoders would take the image for decoded already.
+    if image.format not in ("ICNS", "ICO"):
+        image.im = blank(image.mode, image.size).im
     image.load()
 
 
@@ -93,15 +95,15 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def encode(image: Image.Image, *, quality: int = 90, fine: bool = False) -> Picture:
+def encode(image: Image.Image, *, quality: int = 90, fine: bool = False, lossless: bool = False) -> Picture:
     """A JPEG, or a PNG where it can be seen through, with nothing in it but the pixels.
 
-    `fine` keeps colour at full resolution: for what was drawn rather than photographed.
+    `fine` keeps colour at full resolution: for what was drawn rather than photographed. `lossless`: always a PNG.
     """
     image.info.clear()
     # Into a real file Pillow encodes without the interpreter lock; into a BytesIO it holds on to it.
     with scratch() as file:
-        if image.mode == "RGBA" or max(image.size) > _JPEG_SIDE:
+        if lossless or image.mode == "RGBA" or max(image.size) > _JPEG_SIDE:
             media_type = "image/png"
             image.save(file, "PNG", compress_level=1)
         else:

@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 
 import httpx2
 
+from adapters.content_coding import compressions
 from adapters.retry_after import retry_after
 from adapters.trust import authorities
 from domain.errors import Failure
@@ -35,6 +36,14 @@ _MAX_WAIT: Final = 60
 _MAX_WORDS: Final = 500
 #: What looks like a key, whoever's it is: OpenAI quotes a wrong one in part.
 _KEYS: Final = re.compile(r"\b(?:sk|r8|Bearer)[-_ ][^\s\"',]+", re.IGNORECASE)
+
+#: What httpx2 can decompress, and how many times over it is done.
+_DECODABLE: Final = frozenset(("gzip", "deflate", "br", "zstd"))
+_MAX_CODINGS: Final = 3
+#: The beginning of JSON, of an event stream, or of a picture. Nothing compressed begins like this.
+_PLAIN: Final = re.compile(
+    rb'\s*[{\[]\s*[{}"\[\]]|(?:data|event|id|retry): ?|\x89PNG\r\n|\xff\xd8\xff|(?s:RIFF.{4}WEBP)|GIF8'
+)
 
 
 class Declined(Exception):
@@ -125,7 +134,9 @@ def provider_client(
 ) -> httpx2.AsyncClient:
     """Calls with this client have `timeout` seconds for each step, and read answers up to `limit` bytes.
 
-    An answer that is larger, or compressed, is a `httpx2.DecodingError`.
+    The limit is for the bytes that arrive, and again for those that each decompression makes of them. An answer that
+    is larger, or cannot be decompressed, is a `httpx2.DecodingError`. Compression is not asked for, but some gateways
+    compress anyway.
 
     Every call has a connection of its own: one kept from earlier may break just when a paid request is on it, and
     nobody would know whether it arrived. Redirects are not followed, or the call would be made twice. The
@@ -133,13 +144,16 @@ def provider_client(
     """
 
     async def bound(response: httpx2.Response) -> None:
-        if response.headers.get("content-encoding", "identity") != "identity":
-            # A few bytes could become many, and it was not asked for.
-            raise httpx2.DecodingError("compressed")
+        codings = compressions(response.headers.get_list("content-encoding"))
+        if len(codings) > _MAX_CODINGS or not _DECODABLE.issuperset(codings):
+            raise httpx2.DecodingError(f"compressed by {', '.join(codings)[:100]}")
         if int(response.headers.get("content-length", 0)) > limit:
             raise httpx2.DecodingError(f"larger than {limit} bytes")
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = _Bounded(response.stream, limit)
+        for coding in reversed(codings):
+            response.stream = _Bounded(response.stream, limit, coding)
+        response.headers.pop("content-encoding", None)
 
     return httpx2.AsyncClient(
         base_url=base_url,
@@ -153,15 +167,28 @@ def provider_client(
 
 
 class _Bounded(httpx2.AsyncByteStream):
-    """A body of `limit` bytes at most; more of it is not read."""
+    """A body, decompressed, of `limit` bytes at most; more of it is not read."""
 
-    def __init__(self, stream: httpx2.AsyncByteStream, limit: int) -> None:
+    def __init__(self, stream: httpx2.AsyncByteStream, limit: int, coding: str = "identity") -> None:
         self._stream = stream
         self._limit = limit
+        self._coding = coding
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        pieces = aiter(self._stream)
+        first = await anext(pieces, b"")
+
+        async def whole() -> AsyncIterator[bytes]:
+            yield first
+            async for piece in pieces:
+                yield piece
+
+        # Some gateways decompress an answer and leave the header as it was.
+        coding = "identity" if _PLAIN.match(first) else self._coding
+        # A response of its own, since that is how httpx2 decompresses: in steps of a megabyte at most.
+        body = httpx2.Response(200, headers={"Content-Encoding": coding}, content=whole())
         left = self._limit
-        async for piece in self._stream:
+        async for piece in body.aiter_bytes():
             left -= len(piece)
             if left < 0:
                 raise httpx2.DecodingError(f"larger than {self._limit} bytes")
@@ -169,3 +196,28 @@ class _Bounded(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+async def download(web: httpx2.AsyncClient, url: httpx2.URL, log: Callable[[str, object], None]) -> bytes | str:
+    """The paid picture that is at this URL, or the address that it redirects to. `log` is for the operator.
+
+    Raises:
+        Declined: it may be there later. To ask again costs nothing.
+        Failure: it is not there.
+    """
+    try:
+        async with web.stream("GET", url) as response:
+            if response.has_redirect_location:
+                return str(response.headers["location"])
+            body = await response.aread()
+    except httpx2.HTTPError as error:
+        log(f"the picture could not be fetched: {type(error).__name__}", error)
+        failed = broken(error)
+        if isinstance(failed, Failure) and isinstance(error, httpx2.TransportError):
+            failed = Declined(failed)
+        raise failed from None
+    if response.status_code == 200:
+        return body
+    log(f"the picture was answered with {response.status_code}", "")
+    failure = Failure("provider_unavailable")
+    raise Declined(failure) if response.status_code == 429 or response.status_code >= 500 else failure

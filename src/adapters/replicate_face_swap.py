@@ -7,6 +7,7 @@ prediction itself soon after our deadline (``Cancel-After``). Of the URLs in its
 
 import asyncio
 import base64
+import codecs
 import math
 import re
 import ssl
@@ -18,9 +19,19 @@ from typing import Annotated, Any, Final, NamedTuple, TypeVar
 import httpx2
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
-from adapters.provider_attempts import Declined, answered, attempt, broken, provider_client, tell_operator
-from domain.errors import Failure, ImageRefusal
-from domain.ports import ImageIntake, Picture, Report
+from adapters.image_work import ImageThreads
+from adapters.provider_attempts import (
+    Declined,
+    answered,
+    attempt,
+    broken,
+    download,
+    provider_client,
+    tell_operator,
+)
+from adapters.provider_pictures import Unusable, candidates, inline, usable
+from domain.errors import Failure
+from domain.ports import Picture, Report
 
 #: The most used one. A community model, so that the version has to be given.
 DEFAULT_MODEL: Final = "cdingram/face-swap:d1d6ea8c8be89d664a07a457526f7128109dee7030fdac424788d762c71ed111"
@@ -97,7 +108,7 @@ class ReplicateFaceSwap:
 
     def __init__(
         self,
-        intake: ImageIntake,
+        threads: ImageThreads,
         token: str,
         model: str = DEFAULT_MODEL,
         *,
@@ -112,7 +123,7 @@ class ReplicateFaceSwap:
 
         It has two inputs, by the names that are known for it, else ``input_image`` for the picture and
         ``swap_image`` for the face, as most have. Its output is an image, or a list of images, the first of which
-        counts, or an object with one as its ``image``.
+        counts, or an object with one inside, as its ``image`` for example.
 
         `deadline`: seconds for all of a swap; `grace`: on top of that, to cancel the prediction; `pace`: before the
         first poll, and the first repetition. An output comes from `output_hosts` by https, or from where the API is.
@@ -125,7 +136,7 @@ class ReplicateFaceSwap:
             raise ValueError("A model on Replicate is owner/name, or owner/name:version.")
         self.name, self.version = found.groups()
         self.inputs = _INPUTS.get(self.name.lower(), _OTHERS)
-        self.intake = intake
+        self.threads = threads
         self.token = token
         self.base = httpx2.URL(base_url)
         self.deadline = deadline
@@ -240,13 +251,9 @@ class _Swap:
 
     def _output(self, prediction: _Prediction) -> str:
         """Where the picture is."""
-        output = prediction.output
-        if isinstance(output, list):
-            output = output[0] if output else None
-        if isinstance(output, dict):
-            output = output.get("image")
-        if prediction.status == "succeeded" and isinstance(output, str):
-            return output
+        found = next(candidates(prediction.output, "output"), None)
+        if prediction.status == "succeeded" and found is not None:
+            return found.text
         words = prediction.error or prediction.output
         self._tell(f"the prediction ended as {prediction.status!r} without a picture", words, prediction.id)
         if _NO_FACE.search(str(words)):
@@ -269,10 +276,8 @@ class _Swap:
     # --- the picture, on its way back
 
     async def _downloaded(self, output: str) -> bytes:
-        if output.startswith("data:"):
-            with suppress(ValueError):
-                return base64.b64decode(output.partition(";base64,")[2])
-            return b""
+        with suppress(Unusable):
+            return inline(output)
         async with provider_client(_STEP, MAX_OUTPUT, self._swapper.trust) as web:
             url = httpx2.URL()
             for _ in range(1 + _MAX_REDIRECTS):
@@ -282,38 +287,18 @@ class _Swap:
                     url = httpx2.URL()
                 if not self._swapper.may_download(url):
                     break
-                answer = await self._get(web, url)
+                answer = await download(web, url, self._tell)
                 if isinstance(answer, bytes):
                     return answer
                 output = answer
         self._tell("the output is not where it may be", output)
         raise Failure("provider_unavailable")
 
-    async def _get(self, web: httpx2.AsyncClient, url: httpx2.URL) -> bytes | str:
-        """What is there, or where it redirects to."""
-        try:
-            async with web.stream("GET", url) as response:
-                if response.has_redirect_location:
-                    return str(response.headers["location"])
-                body = await response.aread()
-        except httpx2.HTTPError as error:
-            self._tell(f"the output could not be fetched: {type(error).__name__}", error)
-            failed = broken(error)
-            if isinstance(failed, Failure) and isinstance(error, httpx2.TransportError):
-                # To ask again costs nothing, and may bring another answer.
-                failed = Declined(failed)
-            raise failed from None
-        if response.status_code == 200:
-            return body
-        self._tell(f"the output was answered with {response.status_code}")
-        failure = Failure("provider_unavailable")
-        raise Declined(failure) if response.status_code == 429 or response.status_code >= 500 else failure
-
     async def _admitted(self, data: bytes) -> Picture:
         try:
-            return await self._swapper.intake.admit(data)
-        except ImageRefusal as refusal:
-            self._tell(f"the output is no picture: {refusal}")
+            return await self._swapper.threads.run(usable, data)
+        except Unusable as error:
+            self._tell("the output is no picture", error)
             raise Failure("provider_unavailable") from None
 
     # --- the API
@@ -331,7 +316,7 @@ class _Swap:
             self._tell(f"{what} was answered with {response.status_code}", words, request_id)
             raise answered(response.status_code, response.headers)
         try:
-            return kind.model_validate_json(body)
+            return kind.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
         except ValidationError:
             self._tell(f"{what} was answered with something else", words, request_id)
             raise Failure("provider_unavailable") from None

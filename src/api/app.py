@@ -88,6 +88,7 @@ class Service:
             entropy=entropy,
             limits=Limits(settings.max_waiting, settings.max_per_user, timedelta(seconds=settings.retention)),
         )
+        web = UrlFetcher(intake, allow=settings.fetch_allow)
         self.runner = Runner(
             log=self.log,
             recorder=recorder,
@@ -95,9 +96,9 @@ class Service:
             images=self.images,
             image_url=lambda name: f"{settings.public_url}/images/{name}",
             composer=overrides.get("composer") or PillowComposer(self.threads),
-            editor=overrides.get("editor") or _editor(settings, self.threads),
-            face_swapper=overrides.get("face_swapper") or _face_swapper(settings, self.threads, intake),
-            fetcher=overrides.get("fetcher") or _fetcher(settings, intake),
+            editor=overrides.get("editor") or _editor(settings, self.threads, web),
+            face_swapper=overrides.get("face_swapper") or _face_swapper(settings, self.threads),
+            fetcher=overrides.get("fetcher") or _fetcher(settings, intake, web),
             max_running=settings.max_running,
             deadline=settings.deadline,
         )
@@ -203,18 +204,18 @@ def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventL
     return durable, SqliteSessions(database, retention)
 
 
-def _fetcher(settings: Settings, intake: ImageIntake) -> ImageFetcher:
-    web = UrlFetcher(intake, allow=settings.fetch_allow)
+def _fetcher(settings: Settings, intake: ImageIntake, web: UrlFetcher) -> ImageFetcher:
     return SampleFetcher(intake, web, base=f"{settings.public_url}/static/samples", folder=page.FOLDER / "samples")
 
 
-def _editor(settings: Settings, threads: ImageThreads) -> ImageEditor:
+def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> ImageEditor:
     if settings.editor == "local":
         return LocalEditor(threads, settings.local_seconds)
     assert settings.openai_api_key is not None
     try:
         return OpenAIEditor(
             threads,
+            web,
             api_key=settings.openai_api_key.get_secret_value(),
             base_url=settings.openai_base_url,
             model=settings.openai_model or openai_editor.DEFAULT_MODEL,
@@ -224,13 +225,13 @@ def _editor(settings: Settings, threads: ImageThreads) -> ImageEditor:
         raise SettingsError("OPENAI_API_KEY must be a key: letters, digits and signs without spaces.") from None
 
 
-def _face_swapper(settings: Settings, threads: ImageThreads, intake: ImageIntake) -> FaceSwapper:
+def _face_swapper(settings: Settings, threads: ImageThreads) -> FaceSwapper:
     if settings.face_swap == "local":
         return LocalFaceSwap(threads, settings.local_seconds)
     assert settings.replicate_api_token is not None
     try:
         return ReplicateFaceSwap(
-            intake,
+            threads,
             settings.replicate_api_token.get_secret_value(),
             settings.replicate_model or replicate_face_swap.DEFAULT_MODEL,
             deadline=_provider_deadline(settings),
