@@ -159,6 +159,10 @@ def entry(**fields: object) -> dict[str, Any]:
         {"images": [{"url": DATA_URL}]},
         {"output": [{"type": "image_generation_call", "status": "completed", "result": ENCODED}]},
         {"choices": [{"message": {"content": "", "images": [{"type": "image_url", "image_url": {"url": DATA_URL}}]}}]},
+        {"output": {"results": [{"url": DATA_URL}]}},
+        {"output": {"choices": [{"message": {"content": [{"text": "Here:"}, {"image": DATA_URL}]}}]}},
+        {"success": True, "result": {"image": ENCODED}},
+        {"artifacts": [], "images": [{"base64": ENCODED}]},
         {"error": None, **entry(b64_json=ENCODED)},
     ],
     ids=lambda document: json.dumps(document).replace(ENCODED, "…")[:80],
@@ -214,6 +218,38 @@ async def test_an_answer_is_what_it_begins_with_whatever_its_type_says(
     for media_type in ("application/json", "text/plain; charset=latin-1", "text/event-stream", "garbage"):
         server.calls.clear()
         assert (await edited(server, raw(head(media_type=media_type), start, body))).data == RESULT
+
+
+@pytest.mark.parametrize(
+    "early",
+    [
+        event("image_edit.partial_image", b64_json=f"data:image/png;base64,{in_base64(SKETCH)}"),
+        event("response.image_generation_call.partial_image", partial_image_b64=in_base64(SKETCH)),
+        event("image_edit.partial_image", b64_json=in_base64(encoded(Image.new("RGB", (256, 384), BLUE), "GIF"))),
+    ],
+)
+async def test_a_preview_is_read_as_the_picture_is(server: Gateway, early: bytes) -> None:
+    shown: list[Picture | None] = []
+
+    async def report(fraction: float, message: str, preview: Picture | None = None) -> None:
+        shown.append(preview)
+
+    server.answer(stream(early, completed(RESULT)))
+    made = await editor_for(server).edit(SHEET, "Winter", Options(), report)
+    assert made.data == RESULT
+    [preview] = shown
+    assert preview is not None
+    assert opened(preview).size == (256, 384)
+
+
+async def test_credentials_in_the_base_url_go_to_no_file(server: Gateway) -> None:
+    answer, files = as_json(entry(url="/files/a.png")), server.origin.respond
+    server.origin.respond = lambda request: answer if request.method == "POST" else files(request)
+    base_url = server.base_url.replace("http://", "http://ada:secret@")
+    editor = OpenAIEditor(THREADS, FETCHER, api_key=KEY, base_url=base_url, deadline=60, trust=NOBODY)
+    assert (await editor.edit(SHEET, "Winter", Options(), _ignore)).data == RESULT
+    [request] = server.fetched
+    assert "authorization" not in request.headers
 
 
 async def test_a_picture_may_be_the_whole_answer(server: Gateway) -> None:

@@ -146,7 +146,7 @@ class OpenAIEditor:
             async with self._images.with_streaming_response.edit(**request) as response:
                 request_id = response.request_id
                 found = await self._read(response, report)
-            return await self._picture(found, response.http_request.url, report, request_id)
+            return await self._picture(found, response.http_request.url.copy_with(userinfo=b""), report, request_id)
         except asyncio.CancelledError:
             # The deadline, or somebody who does not want it any more. It may be on the bill.
             self._tell("gave up waiting", "", request_id)
@@ -232,7 +232,7 @@ class OpenAIEditor:
 
         It may be anywhere where the API is; elsewhere, and after a redirect, only where image URLs may be.
         """
-        if _origin(url) == _origin(httpx2.URL(self._base_url)):
+        if _origin(url) == _origin(httpx2.URL(self._base_url)) and not url.userinfo:
             async with provider_client(self._deadline, MAX_ANSWER, self._trust) as web:
                 answer = await download(web, url, log)
             if isinstance(answer, bytes):

@@ -22,9 +22,9 @@ _FORMATS: Final = (
 _PREVIEW: Final = 768
 
 #: The keys under which a picture is found, the best first: in base64, as a data URL, or as a URL.
-_KEYS: Final = ("b64_json", "url", "image_url", "image", "images", "data", "result", "output")
+_KEYS: Final = ("b64_json", "url", "image_url", "image", "images", "base64", "data", "result", "output")
 #: The keys of objects that have a picture somewhere inside.
-_WRAPPERS: Final = ("response", "item", "choices", "message")
+_WRAPPERS: Final = ("response", "item", "results", "choices", "message", "content")
 
 _URL_SAFE: Final = str.maketrans("-_", "+/")
 
