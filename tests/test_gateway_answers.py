@@ -206,6 +206,16 @@ async def test_a_picture_that_has_come_is_kept_where_the_stream_breaks_off_after
         assert (await edited(server, then(stream(succeeded), ending))).data == RESULT
 
 
+async def test_of_several_events_with_a_url_the_last_picture_counts(server: Gateway) -> None:
+    server.files["/status"] = whole(b"working", 200, "text/plain")
+    events = [
+        event("image_edit.queued", url="/status"),
+        event("image_edit.partial_succeeded", url="/files/a.png"),
+        event("image_edit.completed", url="/status"),
+    ]
+    assert (await edited(server, stream(*events))).data == RESULT
+
+
 async def test_a_preview_is_not_taken_for_the_picture(server: Gateway) -> None:
     await unavailable(server, stream(partial(0, SKETCH), event("image_edit.completed", usage={})))
 
@@ -570,3 +580,13 @@ async def test_the_log_says_why_and_quotes_no_signed_url(server: Gateway, caplog
     lines = [record.getMessage() for record in caplog.records if record.name == "adapters.provider_attempts"]
     assert any("answered with 404" in line for line in lines)
     assert not any("secret" in line for line in lines)
+
+
+async def test_the_log_says_what_is_in_an_answer_without_repeating_the_prompt(
+    server: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = {"data": [{"b64_json": None, "revised_prompt": "Winter in Izmir"}], "error": {"message": "No worker."}}
+    await unavailable(server, as_json(answer))
+    [line] = [record.getMessage() for record in caplog.records if record.name == "adapters.provider_attempts"]
+    assert "no picture in an answer with data, error. No worker." in line
+    assert "Izmir" not in line

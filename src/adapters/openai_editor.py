@@ -193,7 +193,7 @@ class OpenAIEditor:
                     await report(1 - 0.5**previews, message, shown)
                     continue
                 # Some gateways send the picture first, and then an event that it is complete.
-                found = [*candidates(document)] or found
+                found[:0] = candidates(document)
                 if found and kind == "completed":
                     break
                 error = document.get("error") or (document if kind == "error" else None)
@@ -205,7 +205,9 @@ class OpenAIEditor:
         finally:
             await _end(response, documents)
         if not found:
-            raise Unusable(f"the answer ended without a picture: {document}")
+            # Only the names of what is there: in it the prompt may be repeated.
+            names = ", ".join(document) if isinstance(document, dict) else ""
+            raise Unusable(f"no picture in an answer with {names or 'nothing'}. {_words(document)}")
         return found
 
     async def _picture(
@@ -331,8 +333,10 @@ def _preview(document: Mapping[str, object]) -> Picture:
 
 
 def _words(error: object) -> str:
-    words = error.get("message") if isinstance(error, dict) else error
-    return words if isinstance(words, str) else "an error without words"
+    """The message of an error, or of an answer that has one inside."""
+    if not isinstance(error, dict):
+        return error if isinstance(error, str) else ""
+    return _words(error.get("message") or error.get("error"))
 
 
 def _url(found: Found, base: httpx2.URL) -> httpx2.URL:
