@@ -25,9 +25,9 @@ from typing import Any, Final
 import httpx2
 import pytest
 from PIL import Image, PngImagePlugin
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from adapters.jwt_tokens import issue
+from adapters.uvicorn_server import HttpProtocol
 from api.forms import MAX_BODY
 from harness import JSON, PHOTO, Phone, Running, running
 from pictures import encoded, quarters, raw_png
@@ -676,14 +676,14 @@ async def test_who_has_no_token_is_refused_before_the_body_is_read(
     locked: Siege, monkeypatch: pytest.MonkeyPatch, length: bool
 ) -> None:
     consumed = 0
-    take = HttpToolsProtocol.data_received
+    take = HttpProtocol.data_received
 
-    def count(self: HttpToolsProtocol, data: bytes) -> None:
+    def count(self: HttpProtocol, data: bytes) -> None:
         nonlocal consumed
         consumed += len(data) if b"\0" * 100 in data else 0
         take(self, data)
 
-    monkeypatch.setattr(HttpToolsProtocol, "data_received", count)
+    monkeypatch.setattr(HttpProtocol, "data_received", count)
     begin = form(PROMPT, part("images", b"", b"a"))[:-9]
     async with locked.connect() as wire:
         await wire.head(f"Content-Length: {100 * MEGABYTE}" if length else "Transfer-Encoding: chunked", user=None)

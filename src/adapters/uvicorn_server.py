@@ -1,4 +1,4 @@
-"""uvicorn, with two things added: leaving by the contract, and transports that can be aborted."""
+"""uvicorn, with what it lacks: shutdown by the contract, transports that can be aborted, and corrections of HTTP."""
 
 import asyncio
 import logging
@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any, Final
 
+import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -34,8 +35,15 @@ _MAX_HEAD: Final = 128 * 1024
 HEAD_PATIENCE = 20.0
 
 
+#: Headers that announce a body.
+_BODY: Final = (b"transfer-encoding", b"content-length")
+
+
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's, with bounds on the head of a request, which its parser takes without end: of size, and of time."""
+    """uvicorn's, with limits on the size and the time of a request's head, and with two rules of RFC 9110 and 9112.
+
+    An ``Upgrade`` header that is not a WebSocket handshake is ignored, and HTTP/1.0 gets no chunked framing.
+    """
 
     _in_head = True
     _head = 0
@@ -82,7 +90,74 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
                 self.transport.close()
                 return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as stopped:
+                    rest = rest[stopped.args[0] :]
+                if self._is_websocket_handshake():
+                    self.headers.append((b"upgrade", b"websocket"))
+                    self.handle_websocket_upgrade()
+                    return
+                # A new parser: the present one takes nothing more after a request that ends the connection.
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(self._head_without_upgrade())
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _should_upgrade(self) -> bool:
+        """Called by uvicorn at each head that has an upgrade: `data_received` decides on it."""
+        return True
+
+    def _is_websocket_handshake(self) -> bool:
+        """Take the ``Upgrade`` headers off the request, and tell whether it is a WebSocket handshake."""
+        wanted = b",".join(value for name, value in self.headers if name == b"upgrade")
+        self.headers[:] = [header for header in self.headers if header[0] != b"upgrade"]
+        names = {name for name, value in self.headers if value != b"0" or name not in _BODY}
+        return (
+            (self.scope["method"], self.scope["http_version"]) == ("GET", "1.1")
+            and b"websocket" in [token.strip() for token in wanted.lower().split(b",")]
+            and b"sec-websocket-key" in names
+            and names.isdisjoint(_BODY)
+        )
+
+    def _head_without_upgrade(self) -> bytes:
+        """The request's head for the parser, which stops at each upgrade and takes the body for another protocol."""
+        if self.scope["method"] == "CONNECT":
+            raise httptools.HttpParserError  # An upgrade whatever its headers, and this is no proxy.
+        head = [f"{self.scope['method']} ".encode(), self.url, f" HTTP/{self.scope['http_version']}\r\n".encode()]
+        for name, value in self.headers:
+            head += [name, b": ", value, b"\r\n"]
+        return b"".join([*head, b"\r\n"])
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Called by uvicorn for each request."""
+        super()._start_asgi_task(cycle, _without_chunks(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+
+
+def _without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
+    """The application for one HTTP/1.0 request: a response of unknown length ends with the connection."""
+    cycle.waiting_for_100_continue = False
+    sized = False
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        async def unchunked(message: Any) -> None:
+            nonlocal sized
+            if message["type"] == "http.response.start":
+                sized = any(name.lower() == b"content-length" for name, _ in message["headers"])
+                cycle.chunked_encoding = None if sized else False
+            elif not sized:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, unchunked)
+
+    return answer
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
@@ -126,17 +201,20 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.handshake_complete and self.transport.is_closing():
             raise ClientDisconnected
         await super().send(message)
+        # A handshake that is refused with a response is complete; uvicorn would log it as an error of the application.
+        self.handshake_complete = self.handshake_complete or self.close_sent
 
 
 class Server(uvicorn.Server):
     """SIGTERM lets the work be finished first; SIGINT and every second signal do not wait. Both exit with 0."""
 
-    def __init__(self, app: Any, leave: Leave, ready: Callable[[], None]) -> None:
-        """`ready` is called once connections are taken."""
+    def __init__(self, app: Any, leave: Leave, ready: Callable[[], None], keep_alive: float = 80) -> None:
+        """`ready` is called once connections are taken; `keep_alive` is how many seconds an idle one is kept."""
         super().__init__(
             uvicorn.Config(
                 app,
                 http=HttpProtocol,
+                timeout_keep_alive=keep_alive,  # type: ignore[arg-type]  # fractions of a second are fine
                 ws=WebSocketProtocol,
                 ws_max_size=64 * 1024,
                 ws_per_message_deflate=False,

@@ -353,7 +353,7 @@ def create_app(settings: Settings, **overrides: Any) -> ASGIApp:
 def create_server(settings: Settings, ready: Callable[[], None] = lambda: None, **overrides: Any) -> Server:
     """The service on uvicorn, with SIGTERM and SIGINT handled. `ready` is called once it takes connections."""
     service, app = create_service(settings, **overrides)
-    return Server(app, service.leave, ready)
+    return Server(app, service.leave, ready, settings.keep_alive)
 
 
 def _at_once() -> asyncio.Event:

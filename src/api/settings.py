@@ -197,6 +197,10 @@ class Settings(_Sources):
         ),
         Allowed("an http or https URL without query and fragment, and without percent signs in its path", "URL"),
     ]
+    keep_alive: Annotated[
+        _SomeSeconds,
+        Field(description="Seconds for which an idle HTTP connection is kept; more than the proxy in front keeps it."),
+    ] = 80
     log: Annotated[
         str,
         AfterValidator(_log),
