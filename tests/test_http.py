@@ -389,8 +389,8 @@ async def test_the_stages_are_those_of_the_table(shared_api: Api) -> None:
 async def test_an_unknown_address_and_a_wrong_method_are_problems(shared_api: Api) -> None:
     assert_problem(await shared_api.client.get("/nowhere"), 404, "not_found")
     for path, allowed in (
-        (f"/generations/{MISSING}", {"GET", "DELETE"}),
-        ("/me", {"GET"}),
+        (f"/generations/{MISSING}", {"GET", "HEAD", "DELETE"}),
+        ("/me", {"GET", "HEAD"}),
         ("/generations/edit", {"POST"}),
     ):
         answer = await shared_api.client.put(path)

@@ -41,6 +41,7 @@ from adapters.webhook_sender import WebhookSender
 from api import accounts, feed, generations, info, page, problems, transitions
 from api.auth import Authenticator
 from api.client import Unavailable
+from api.head import HeadAsGet
 from api.perimeter import OriginGuard
 from api.proxies import ForwardedHeaders, PathPrefix
 from api.settings import Settings, SettingsError
@@ -338,7 +339,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
         raise SettingsError(
             "STAGECAST_PUBLIC_URL must not have a path that begins like one of the service, such as /images."
         )
-    everything = socketio.ASGIApp(service.sockets, other_asgi_app=http, socketio_path=f"{prefix}/socket.io")
+    everything = socketio.ASGIApp(service.sockets, other_asgi_app=HeadAsGet(http), socketio_path=f"{prefix}/socket.io")
     guard = OriginGuard(
         PathPrefix(everything, prefix), open_mode=settings.open_mode, origins=settings.origins, hosts=hosts
     )

@@ -196,7 +196,7 @@ async def _http(request: Request, error: Exception) -> Response:
         # Starlette tells the methods of the first route with this path, not of all; and of its files none.
         route = request.scope.get("route")
         operations = route and request.app.openapi()["paths"].get(route.path)
-        told = {"Allow": ", ".join(operations).upper()} if operations else headers
+        told = {"Allow": ", ".join(operations).upper().replace("GET", "GET, HEAD")} if operations else headers
         headers = {"Allow": "GET, HEAD"} | headers | told
     return problem(code, error.detail if said else sentence, headers=headers)
 
