@@ -1,26 +1,24 @@
-"""python-engineio's server, with bounds: what waits for a client is counted, and every transport can be ended.
+"""An Engine.IO server over ASGI, by the protocol's specification, with limits on what waits for each client.
 
-The library keeps its own table of sockets and its own writers. What is ours: a queue that knows its size,
-answers to malformed frames, and closing that never waits for a client.
+python-engineio brings the packets, the sessions' table and their events. Requests are read and answered here: a queue
+that knows its size, a heartbeat by timers, answers to malformed requests, and closing that never waits for a client.
 """
 
 import asyncio
 import contextlib
 import logging
-import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import engineio
 from engineio import async_socket, exceptions, packet, payload
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 #: The ASGI scope extension in which a server that lets its transports be aborted hands them over.
 TRANSPORT: Final = "stagecast.transport"
@@ -32,7 +30,7 @@ MAX_BYTES: Final = 512 * 1024
 #: Seconds in which something has to move while a client has not taken what waits for it.
 STALL: Final = 5.0
 
-#: Seconds between two looks for clients that have not answered their ping, or take nothing.
+#: Seconds between two looks for clients that take nothing.
 _WATCH_EVERY: Final = 0.5
 
 #: Seconds in which an upgrade has to be done: meanwhile nothing is sent to the client.
@@ -77,9 +75,11 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
     queue: Outbox
     upgrading: bool
     upgraded: bool
-    last_ping: float | None
+    connected: bool
     _transport: asyncio.WriteTransport | None = None
-    _ping: asyncio.TimerHandle | None = None
+    #: Until the next ping, or until the last one has to be answered.
+    _heartbeat: asyncio.TimerHandle | None = None
+    _polling = False
     #: What had been taken by the last look, and for how many seconds it has been that.
     _progress = (0, 0)
     _still = 0.0
@@ -119,15 +119,21 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
             self.put(pkt)
 
     def schedule_ping(self) -> None:
-        """Called by the library when the client has answered the last ping."""
-        if self.last_ping:
-            self.last_ping = None
-            loop = asyncio.get_running_loop()
-            self._ping = loop.call_later(self.server.ping_interval, self._send_ping_now)
+        """Called with a new session, and by the library when the client has answered a ping."""
+        self._set_heartbeat(self.server.ping_interval, self._ping_now)
 
-    def _send_ping_now(self) -> None:
-        self.last_ping = time.time()
+    def _ping_now(self) -> None:
         self.put(packet.Packet(packet.PING))
+        self._set_heartbeat(self.server.ping_timeout, self._ping_unanswered)
+
+    def _ping_unanswered(self) -> None:
+        self.server.spawn(self.close(wait=False, reason=self.server.reason.PING_TIMEOUT))
+
+    def _set_heartbeat(self, seconds: float, then: Callable[[], None]) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        if not self.gone:
+            self._heartbeat = asyncio.get_running_loop().call_later(seconds, then)
 
     async def drained(self, *, events: int = MAX_EVENTS // 2, size: int = MAX_BYTES // 4) -> bool:
         """Wait until no more than this waits here; False where the transport ends first."""
@@ -156,8 +162,7 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
     def abort(self) -> None:
         """End the transport now, whether the client takes anything or not."""
         self.server.spawn(self.close(wait=False, abort=True))
-        if self._transport is not None:
-            self._transport.abort()
+        _abort(self._transport)
 
     def finish(self) -> None:
         """Send what waits, then end the transport."""
@@ -174,25 +179,21 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
     async def close(self, wait: bool = True, abort: bool = False, reason: str | None = None) -> None:
         """Close, without ever waiting for the client, as the library's `wait` would."""
         await super().close(wait=False, abort=abort, reason=reason)
-        if self._ping is not None:
-            self._ping.cancel()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         if abort:
             while not self.queue.empty():
                 self.queue.get_nowait()
-            self.server.sockets.pop(self.sid, None)
+        self.server.sockets.pop(self.sid, None)
         self.queue.put_nowait(None)  # Ends a pending poll, and a WebSocket's writer.
         self.queue.moved.set()
-        if self._transport is not None:
-            asyncio.get_running_loop().call_later(_GOODBYE, self._transport.abort)
+        asyncio.get_running_loop().call_later(_GOODBYE, _abort, self._transport)
 
     async def poll(self) -> list[packet.Packet]:
-        """Wait for something to send, and take a bounded part of it."""
+        """Wait for something to send, and take a bounded part of it; nothing after the end."""
         if self.queue.empty():
             self._asked.set()
-        try:
-            first = await asyncio.wait_for(self.queue.get(), self.server.ping_interval + self.server.ping_timeout)
-        except TimeoutError:
-            raise exceptions.QueueEmpty from None
+        first = await self.queue.get()
         packets: list[packet.Packet] = []
         while first is not None:
             packets.append(first)
@@ -202,41 +203,95 @@ class EngineSocket(async_socket.AsyncSocket):  # type: ignore[misc]  # python-en
         self.queue.put_nowait(None)  # For whoever else waits here.
         return packets
 
-    async def handle_post_request(self, environ: Mapping[str, Any]) -> None:
-        """Take a polling request. What cannot be read ends the transport."""
+    async def answer_poll(self) -> list[packet.Packet]:
+        """What a polling request is answered with; nothing where it is refused, since another one is waiting."""
+        if self.upgrading:
+            return [packet.Packet(packet.NOOP)]
+        if self._polling:
+            await self.close(wait=False)
+            return []
+        self._polling = True
         try:
-            length = int(environ.get("CONTENT_LENGTH", "0"))
-            if not 0 < length <= self.server.max_http_buffer_size:
-                raise exceptions.ContentTooLongError
-            body = await environ["wsgi.input"].read(length)
-            for received in _Payload(encoded_payload=body.decode()).packets:
-                await self.receive(received)
-                await asyncio.sleep(0)  # Others have their turn between one client's packets.
-        except exceptions.EngineIOError:
-            raise
-        except Exception:
-            raise exceptions.EngineIOError from None
-
-    async def _upgrade_websocket(self, environ: Mapping[str, Any]) -> Any:
-        if self.upgrading or self.upgraded:
-            return self.server._bad_request()
-        self._transport = environ["asgi.scope"].get("extensions", {}).get(TRANSPORT)
-        hesitation = asyncio.get_running_loop().call_later(_PROBE, self._give_up_upgrade, self._transport)
-        try:
-            return await super()._upgrade_websocket(environ)
-        except Exception:
-            return None  # A malformed frame: the handshake is over, and the transport ends below.
+            return await self.poll() or [packet.Packet(packet.NOOP)]
         finally:
-            hesitation.cancel()
-            if self.upgraded:
-                await self.close(wait=False, abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
-            else:
-                self.upgrading = False  # Polling goes on.
-                self._transport = None
+            self._polling = False
 
-    def _give_up_upgrade(self, transport: asyncio.WriteTransport | None) -> None:
-        if not self.upgraded and transport is not None:
-            transport.abort()  # Polling goes on.
+    async def take(self, request: Request) -> None:
+        """Handle the packets of a polling request. Raises where they cannot be read, or there are none."""
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.server.max_http_buffer_size:
+                raise exceptions.ContentTooLongError
+        if not body:
+            raise exceptions.EngineIOError
+        for received in _Payload(encoded_payload=body.decode()).packets:
+            await self.receive(received)
+            await asyncio.sleep(0)  # Others have their turn between one client's packets.
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Speak over this WebSocket until it ends: it is a new session, or takes over from polling."""
+        transport = scope.get("extensions", {}).get(TRANSPORT)
+        # Clients that offer subprotocols fail without one of them.
+        await send({"type": "websocket.accept", "subprotocol": next(iter(scope.get("subprotocols", ())), None)})
+        if self.upgrading or self.upgraded:
+            await send({"type": "websocket.close"})
+            asyncio.get_running_loop().call_later(_GOODBYE, _abort, transport)
+            return
+        self._transport = transport
+        if self.connected and not await self._upgrade(receive, send):
+            self._transport = None  # Polling goes on.
+            return
+        self.connected = self.upgraded = True
+        writer = asyncio.create_task(self._write(send))
+        # Until it ends, a frame is malformed, or the server ends.
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            while True:
+                with contextlib.suppress(exceptions.UnknownPacketError):
+                    await self.receive(await self._read(receive))
+                await asyncio.sleep(0)  # As in `take`.
+        await self.close(wait=False, abort=True, reason=self.server.reason.TRANSPORT_CLOSE)
+        await writer
+
+    async def _upgrade(self, receive: Receive, send: Send) -> bool:
+        """Take over from polling. Meanwhile nothing is sent to the client, so its time is limited."""
+        self.upgrading = True
+        limit = asyncio.get_running_loop().call_later(_PROBE, _abort, self._transport)
+        try:
+            probe = await self._read(receive)
+            if (probe.packet_type, probe.data) != (packet.PING, "probe"):
+                return False
+            await send({"type": "websocket.send", "text": packet.Packet(packet.PONG, data="probe").encode()})
+            if self._polling:
+                self.queue.put_nowait(packet.Packet(packet.NOOP))
+            self.upgraded = (await self._read(receive)).packet_type == packet.UPGRADE and not self.gone
+        except Exception:
+            return False
+        finally:
+            self.upgrading = False
+            limit.cancel()
+        return self.upgraded
+
+    async def _read(self, receive: Receive) -> packet.Packet:
+        """The next packet. Raises where the WebSocket has ended, or sends none."""
+        message = await receive()
+        frame = message.get("text") or message.get("bytes")
+        if message["type"] != "websocket.receive" or not frame or len(frame) > self.server.max_http_buffer_size:
+            raise ConnectionError
+        return packet.Packet(encoded_packet=frame)
+
+    async def _write(self, send: Send) -> None:
+        with contextlib.suppress(Exception):
+            while packets := await self.poll():
+                for each in packets:
+                    frame = each.encode()
+                    await send({"type": "websocket.send", "text" if isinstance(frame, str) else "bytes": frame})
+            await send({"type": "websocket.close"})
+
+
+def _abort(transport: asyncio.WriteTransport | None) -> None:
+    if transport is not None:
+        transport.abort()
 
 
 class _Payload(payload.Payload):  # type: ignore[misc]
@@ -251,6 +306,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._watching: asyncio.Task[None] | None = None
+        self._compressed = GZipMiddleware(self._handle, minimum_size=self.compression_threshold, compresslevel=6)
         #: What is still being done for sockets that come and go.
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -264,47 +320,73 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]
         """Called by the library for each new socket."""
         return Outbox()
 
-    async def _handle_connect(self, environ: Mapping[str, Any], transport: str, jsonp_index: int | None = None) -> Any:
+    async def handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Take one request or WebSocket. Whatever it sends, it is answered."""
+        await self._compressed(scope, receive, send)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._answer(scope, receive, send)
+        except Exception as error:
+            logger.warning("a Socket.IO request was refused: %s", type(error).__name__)
+            response = _refusal()
+        if response is not None:
+            await response(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        """The response; ``None`` where this was a WebSocket, which has ended."""
+        query = urllib.parse.parse_qs(scope["query_string"].decode("latin-1"))
+        websocket = scope["type"] == "websocket"
+        method = "GET" if websocket else scope["method"]
+        new = "sid" not in query
+        if query.get("transport") != ["websocket" if websocket else "polling"]:
+            return _refusal(0, "Transport unknown")
+        if "j" in query:  # JSONP, which no client of today asks for.
+            return _refusal()
+        if new and query.get("EIO") != ["4"]:
+            return _refusal(5, "Unsupported protocol version")
+        if method != "GET" and (new or method != "POST"):
+            return _refusal(2, "Bad handshake method")
+        socket = await self._open(scope) if new else self.sockets.get(query["sid"][0])
+        if socket is None or socket.gone or not (new or socket.connected):
+            return _refusal(1, "Session ID unknown")
+        if websocket:
+            await receive()  # The opening handshake.
+            try:
+                await socket.serve(scope, receive, send)
+            finally:
+                if new:
+                    await socket.close(wait=False, abort=True)
+            return None
+        if socket.upgraded:
+            return _refusal()
+        if method == "POST":
+            try:
+                await socket.take(Request(scope, receive))
+            except Exception:
+                await socket.close(wait=False)
+                raise
+            return _plain("ok")
+        socket.connected = True
+        packets = await socket.answer_poll()
+        return _plain(payload.Payload(packets=packets).encode()) if packets else _refusal()
+
+    async def _open(self, scope: Scope) -> EngineSocket:
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
         socket = EngineSocket(self, self.generate_id())
         self.sockets[socket.sid] = socket
         opening = {
             "sid": socket.sid,
-            "upgrades": self._upgrades(socket.sid, transport),
+            "upgrades": [] if scope["type"] == "websocket" else ["websocket"],
             "pingTimeout": int(self.ping_timeout * 1000),
             "pingInterval": int(self.ping_interval * 1000),
             "maxPayload": self.max_http_buffer_size,
         }
         socket.put(packet.Packet(packet.OPEN, opening))
-        await self._trigger_event("connect", socket.sid, environ, run_async=False)
+        await self._trigger_event("connect", socket.sid, {"asgi.scope": scope}, run_async=False)
         socket.schedule_ping()
-        if transport == "websocket":
-            try:
-                return await socket.handle_get_request(environ)
-            finally:
-                await socket.close(wait=False, abort=True)
-        socket.connected = True
-        return self._ok(await socket.poll())
-
-    async def handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Take one request. Whatever the library makes of an odd one, it is answered, and with no worse than 400."""
-        started = False
-
-        async def watch(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            # JSONP, which no client of today asks for, is not escaped well enough by the library.
-            if "j" not in urllib.parse.parse_qs(scope["query_string"].decode("latin-1")):
-                await super().handle_request(scope, receive, watch)
-        except Exception as error:
-            logger.warning("a Socket.IO request was refused: %s", type(error).__name__)
-        if not started and scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 400, "headers": [(b"content-length", b"0")]})
-            await send({"type": "http.response.body"})
+        return socket
 
     async def shutdown(self) -> None:
         """Stop watching for clients that are gone."""
@@ -314,17 +396,17 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]
             self._watching = None
 
     async def _watch(self) -> None:
-        """Close what has not answered its ping in time, or takes nothing.
-
-        (The library's own task would hold on to what is gone.)
-        """
+        """Look every so often for clients that take nothing."""
         while True:
             await asyncio.sleep(_WATCH_EVERY)
             for sid in list(self.sockets):
-                socket = self.sockets.get(sid)
-                if socket is not None and socket.closed:
-                    del self.sockets[sid]
-                elif socket is not None and not socket.closing:
-                    socket.look(_WATCH_EVERY)
-                    await socket.check_ping_timeout()
-                del socket
+                self.sockets[sid].look(_WATCH_EVERY)
+
+
+def _plain(text: str) -> Response:
+    return Response(text, headers={"Cache-Control": "no-store"}, media_type="text/plain")
+
+
+def _refusal(code: int = 3, message: str = "Bad request") -> Response:
+    """By the codes and messages of the reference implementation."""
+    return JSONResponse({"code": code, "message": message}, 400)
