@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import IO, Final
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from domain.ports import Picture
 
@@ -78,11 +78,21 @@ def blank(mode: str, size: tuple[int, int], colour: str | int = 0) -> Image.Imag
     return Image.new(mode, (1, 1), colour).resize(size, Image.Resampling.NEAREST)
 
 
-def plain(image: Image.Image) -> Image.Image:
-    """The image as ``RGB``, or as ``RGBA`` where it has any transparency."""
+def plain(image: Image.Image, transparent_sample: int | None = None) -> Image.Image:
+    """The image as ``RGB``, or as ``RGBA`` where it has any transparency.
+
+    `transparent_sample`: the value of 16-bit greyscale that stands for it.
+    """
     if image.mode == "I;16":
-        # Pillow's own conversion clips at 255 instead of scaling.
-        return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+        if transparent_sample is None:
+            # Pillow's own conversion clips at 255 instead of scaling.
+            return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+        low, high = Image.frombytes("LA", image.size, image.tobytes()).split()
+        matches = [
+            band.point([255 * (value != wanted) for value in range(256)])
+            for band, wanted in ((low, transparent_sample & 255), (high, transparent_sample >> 8))
+        ]
+        image = Image.merge("LA", (high, ImageChops.lighter(*matches)))
     if not image.has_transparency_data:
         return _converted(image, "RGB")
     image = _converted(image, "RGBA")

@@ -6,28 +6,23 @@ import re
 import subprocess
 import sys
 from io import BytesIO
+from itertools import chain, product
 from typing import Final
 
-from PIL import ExifTags, Image, ImageCms
-from PIL.JpegImagePlugin import MARKER
+from PIL import Image, ImageChops, ImageCms
 
+from adapters.colour_profiles import SRGB
 from adapters.image_work import ImageThreads
-from adapters.pillow_codec import Unreadable, encode, load, opened, plain, reading, scratch
+from adapters.picture_files import Malformed, PictureFile, orientation, read_jpeg, read_png
+from adapters.pillow_codec import Unreadable, blank, encode, load, opened, plain, reading, scratch
 from domain.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
 from domain.ports import Picture
 
 MAX_PIXELS: Final = 25_000_000
 
-#: Scans times pixels of a JPEG: a hundred scans of 25 megapixels. Cameras make about ten. Each costs a pass over
-#: the whole picture and as little as 64 bytes, so that ten megabytes could keep a core busy for an hour.
+#: Scans times pixels: a hundred scans of 25 megapixels. Cameras make about ten. Each costs a pass over the whole
+#: picture and as little as 64 bytes, so that ten megabytes could keep a core busy for an hour.
 _MAX_SCANNED: Final = 2_500_000_000
-_SCAN: Final = b"\xff\xda"
-
-#: Segments of a JPEG before its pixels, chunks of a PNG, and stray bytes between segments. Pillow takes each up
-#: in Python, and holds the interpreter lock meanwhile: ten megabytes of empty ones are a minute.
-_MAX_PIECES: Final = 20_000
-_MARKER: Final = re.compile(rb"\xff[^\x00\xff]")
-_START_OF_SCAN: Final = 0xFFDA
 
 _MAGIC: Final = {
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -45,8 +40,6 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-
 #: Run by a Python of its own: WebP on its input, bare pixels of the first frame on its output.
 _DECODE_WEBP: Final = """
 import sys
@@ -55,6 +48,11 @@ with Image.open(sys.stdin.buffer, formats=("WEBP",)) as image:
     sys.stdout.buffer.write(image.tobytes())
 """
 _DECODE_SECONDS: Final = 60
+
+_READERS: Final = {"PNG": read_png, "JPEG": read_jpeg, "WEBP": PictureFile}
+
+#: 729 colours from all over the cube.
+_COLOURS: Final = Image.frombytes("RGB", (27, 27), bytes(chain.from_iterable(product(range(0, 256, 31), repeat=3))))
 
 
 class PillowIntake:
@@ -71,56 +69,34 @@ def _admit(data: bytes) -> Picture:
     kind = next((kind for kind, magic in _MAGIC.items() if magic.match(data)), None)
     if kind is None:
         raise UnsupportedImageType if data else InvalidImage
-    if (kind == "PNG" and _shredded_png(data)) or (kind == "JPEG" and _shredded_jpeg(data)):
-        raise InvalidImage
     try:
-        image = opened(data, (kind,))
+        file = _READERS[kind](data)
+        image = opened(file.data, (kind,))
+    except Malformed:
+        raise InvalidImage from None
     except Unreadable as unreadable:
         bomb = isinstance(unreadable.__cause__, Image.DecompressionBombError)
         raise (ImageTooLarge if bomb else InvalidImage) from None
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ImageTooLarge
-    if kind == "JPEG" and data.count(_SCAN) * pixels > _MAX_SCANNED:
+    if file.scans * pixels > _MAX_SCANNED:
         raise InvalidImage
     try:
         with reading():
             if kind == "WEBP":
-                still = _webp(image, data)
+                still = _webp(image, file.data)
+                file.exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+                file.icc_profile = image.info.get("icc_profile", b"")
             else:
                 load(still := image)
-            # A drawing has edges between colours that a photograph has not.
-            return encode(_upright(_in_srgb(still), image), quality=92, fine=kind != "JPEG")
+            turn = _TURNS.get(orientation(file.exif))
+            still = _in_srgb(still, file)
+            # A drawing has finer patterns than a photograph, which was a JPEG before.
+            quality = 95 if kind == "JPEG" else 97
+            return encode(still if turn is None else still.transpose(turn), quality=quality, fine=True)
     except Unreadable:
         raise InvalidImage from None
-
-
-def _shredded_png(data: bytes) -> bool:
-    """Whether there are too many chunks."""
-    at = 8
-    for _ in range(_MAX_PIECES):
-        if at >= len(data) or data[at + 4 : at + 8] == b"IEND":
-            return False
-        at += 12 + int.from_bytes(data[at : at + 4])
-    return True
-
-
-def _shredded_jpeg(data: bytes) -> bool:
-    """Whether there are too many segments before the first scan, or too much between them; read as Pillow does."""
-    at = 2
-    stray = 0
-    for _ in range(_MAX_PIECES):
-        found = _MARKER.search(data, at)
-        stray += (found.start() if found else len(data)) - at
-        if stray > _MAX_PIECES:
-            return True
-        marker = int.from_bytes(found[0]) if found else _START_OF_SCAN
-        if found is None or marker == _START_OF_SCAN:
-            return False
-        at = found.end()
-        if marker in MARKER and MARKER[marker][2] is not None:
-            at += max(2, int.from_bytes(data[at : at + 2]))
-    return True
 
 
 def _webp(image: Image.Image, data: bytes) -> Image.Image:
@@ -143,32 +119,36 @@ def _webp(image: Image.Image, data: bytes) -> Image.Image:
         )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as raw:
             pixels = Image.frombytes(image.mode, image.size, raw)
-    pixels.info.update(image.info)
     return pixels
 
 
-def _in_srgb(image: Image.Image) -> Image.Image:
-    """The image in our modes; its colours converted where a profile that came along says what they are."""
-    profile = image.info.get("icc_profile")
-    if not profile:
-        return plain(image)
+def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
+    """The image in our modes; its colours converted where a profile says what they are."""
+    flat = plain(image, file.transparent_sample)
+    if not file.icc_profile:
+        return flat
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return plain(image)
-        bare = image.mode in ("CMYK", "L") and not image.has_transparency_data
-        image = image if bare else plain(image)
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        return ImageCms.profileToProfile(image, source, _SRGB, outputMode=mode) or image
+        # Floating-point pipelines take LittleCMS minutes where they have many steps; browsers ignore them, too.
+        profile = ImageCms.ImageCmsProfile(BytesIO(file.icc_profile.replace(b"D2B", b"\0\0\0")))
+        space = profile.profile.xcolor_space.strip()
+        if (space == "CMYK") != (image.mode == "CMYK") or (space == "GRAY" and not file.grey):
+            return flat
+        source = {"CMYK": image, "GRAY": flat.getchannel(0)}.get(space, flat)
+        mode = "RGBA" if source.mode == "RGBA" else "RGB"
+        transform = ImageCms.buildTransform(profile, SRGB, source.mode, mode)
+        if source is flat and _changes_nothing(transform, mode):
+            return flat
+        converted = transform.apply(source, blank(mode, source.size))
+        if flat.mode == "RGBA" and mode == "RGB":
+            converted.putalpha(flat.getchannel("A"))
+        return converted
     except (ImageCms.PyCMSError, OSError):
         # A profile that is broken, or of another kind of image.
-        return plain(image)
+        return flat
 
 
-def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
-    try:
-        turn = _TURNS.get(original.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        # Broken EXIF is no reason to refuse a picture that can be seen.
-        return image
-    return image if turn is None else image.transpose(turn)
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether the colours are those of sRGB; most profiles say so, and converting takes long."""
+    before = _COLOURS.convert(mode)
+    levels = ImageChops.difference(before, transform.apply(before)).histogram()
+    return not any(count for place, count in enumerate(levels) if place % 256 > 2)

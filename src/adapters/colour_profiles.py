@@ -1,0 +1,95 @@
+"""ICC profiles of colours that a picture describes in another way."""
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from PIL import ImageCms
+
+_Vector = tuple[float, float, float]
+
+SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+#: White, red, green and blue as x and y (ITU-T H.273, colour primaries).
+_BT709: Final = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+_PRIMARIES: Final = {
+    1: _BT709,
+    9: (0.3127, 0.329, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),
+    12: (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
+}
+#: Exponents (ITU-T H.273, transfer characteristics). Video is shown with 2.4, whatever it was taken with.
+_EXPONENTS: Final = {1: 2.4, 4: 2.2, 5: 2.8, 6: 2.4, 8: 1.0, 14: 2.4, 15: 2.4}
+_SRGB_CURVE: Final = 13
+
+#: The Bradford cone responses to X, Y and Z, and the white of every ICC profile.
+_BRADFORD: Final = ((0.8951, -0.7502, 0.0389), (0.2664, 1.7135, -0.0685), (-0.1614, 0.0367, 1.0296))
+_D50: Final = (0.9642, 1.0, 0.8249)
+
+
+def from_code_points(primaries: int, transfer: int, matrix: int, full_range: int) -> bytes:
+    """The profile for the code points of a cICP chunk; empty where they are not supported."""
+    if primaries not in _PRIMARIES or matrix or full_range != 1:
+        return b""
+    if transfer == _SRGB_CURVE:
+        return from_chromaticities(None, _PRIMARIES[primaries])
+    return from_chromaticities(_EXPONENTS[transfer], _PRIMARIES[primaries]) if transfer in _EXPONENTS else b""
+
+
+def from_chromaticities(exponent: float | None, xy: Sequence[float] | None) -> bytes:
+    """The profile for a curve (`None`: that of sRGB) and for white, red, green and blue (`None`: those of sRGB).
+
+    Empty where there is no such colour space.
+    """
+    points = [(x / y, 1.0, (1 - x - y) / y) for x, y in _pairs(xy or _BT709) if y]
+    if len(points) < 4 or not _determinant(*points[1:]):
+        return b""
+    # The profile of sRGB, with other numbers in the places of its curve and of its primaries.
+    profile = bytearray(SRGB.tobytes())
+    places = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * profile[131], 12)}
+    white, *primaries = points
+    for name, point, amount in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, _combined(primaries, white), strict=True):
+        adapted = _adapted((point[0] * amount, amount, point[2] * amount), white)
+        (at,) = struct.unpack_from(">I", profile, places[name] + 4)
+        struct.pack_into(">3i", profile, at + 8, *map(_fixed, adapted))
+    if exponent is not None:
+        (at,) = struct.unpack_from(">I", profile, places[b"rTRC"] + 4)
+        struct.pack_into(">5i", profile, at + 12, _fixed(exponent), _fixed(1), 0, 0, 0)
+    return bytes(profile)
+
+
+def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _adapted(colour: _Vector, white: _Vector) -> _Vector:
+    """The colour under the white of ICC profiles."""
+    seen, lit, wanted = _response(colour), _response(white), _response(_D50)
+    scaled = [each * to / by for each, to, by in zip(seen, wanted, lit, strict=True)]
+    return _combined(_BRADFORD, (scaled[0], scaled[1], scaled[2]))
+
+
+def _response(colour: _Vector) -> _Vector:
+    first, second, third = (
+        sum(c * column[row] for c, column in zip(colour, _BRADFORD, strict=True)) for row in range(3)
+    )
+    return first, second, third
+
+
+def _combined(columns: Sequence[_Vector], target: _Vector) -> _Vector:
+    """How much of each column makes up the target."""
+    a, b, c = columns
+    whole = _determinant(a, b, c)
+    return (
+        _determinant(target, b, c) / whole,
+        _determinant(a, target, c) / whole,
+        _determinant(a, b, target) / whole,
+    )
+
+
+def _determinant(a: _Vector, b: _Vector, c: _Vector) -> float:
+    return a[0] * (b[1] * c[2] - b[2] * c[1]) - b[0] * (a[1] * c[2] - a[2] * c[1]) + c[0] * (a[1] * b[2] - a[2] * b[1])
+
+
+def _fixed(value: float) -> int:
+    """A number as ICC profiles have it, within their range."""
+    return max(-(2**31), min(2**31 - 1, round(value * 65536)))
