@@ -89,6 +89,7 @@ COLOURS: dict[str, tuple[bytes, Colour]] = {
     "gAMA": (png((b"gAMA", struct.pack(">I", 100_000))), LIGHT),
     "gAMA on grey": (png((b"gAMA", struct.pack(">I", 100_000)), colour_type=0, rows=GREY_ROWS), LIGHT),
     "gAMA and the sRGB chunk": (png((b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100_000))), GREY),
+    "gAMA and primaries on one line": (png((b"gAMA", struct.pack(">I", 45455)), (b"cHRM", b"\0\0\0\1" * 8)), GREY),
     "gAMA that is too short": (png((b"gAMA", b"\0")), GREY),
     "cICP, linear": (png((b"cICP", b"\1\x08\0\1")), LIGHT),
     "cICP over iCCP": (png((b"cICP", b"\1\x0d\0\1"), icc(linear_srgb())), GREY),
@@ -159,6 +160,13 @@ async def test_chunks_that_expand_without_end_are_refused(intake: ImageIntake, n
     packed = (b"x\0\1\0\0\0" if name == b"iTXt" else b"x\0\0") + zlib.compress(bytes(9_000_000))
     with pytest.raises(InvalidImage):
         await intake.admit(png((name, packed), (name, packed)))
+
+
+async def test_the_limit_of_expansion_holds_when_it_is_just_used_up(intake: ImageIntake) -> None:
+    full = b"x\0\0" + zlib.compress(bytes(16_000_000))
+    assert await colour_of(intake, png((b"zTXt", full))) == GREY
+    with pytest.raises(InvalidImage):
+        await intake.admit(png((b"zTXt", full), (b"zTXt", b"x\0\0" + zlib.compress(b"a"))))
 
 
 # --- transparency ----------------------------------------------------------------------------------------

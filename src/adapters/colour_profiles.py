@@ -41,14 +41,20 @@ def from_chromaticities(exponent: float | None, xy: Sequence[float] | None) -> b
     Empty where there is no such colour space.
     """
     points = [(x / y, 1.0, (1 - x - y) / y) for x, y in _pairs(xy or _BT709) if y]
-    if len(points) < 4 or not _determinant(*points[1:]):
+    if len(points) < 4:
         return b""
     # The profile of sRGB, with other numbers in the places of its curve and of its primaries.
     profile = bytearray(SRGB.tobytes())
     places = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * profile[131], 12)}
     white, *primaries = points
-    for name, point, amount in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, _combined(primaries, white), strict=True):
-        adapted = _adapted((point[0] * amount, amount, point[2] * amount), white)
+    try:
+        amounts = _combined(primaries, white)
+        columns = [
+            _adapted((x * each, each, z * each), white) for (x, _, z), each in zip(primaries, amounts, strict=True)
+        ]
+    except ZeroDivisionError:
+        return b""
+    for name, adapted in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True):
         (at,) = struct.unpack_from(">I", profile, places[name] + 4)
         struct.pack_into(">3i", profile, at + 8, *map(_fixed, adapted))
     if exponent is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from adapters.colour_profiles import from_chromaticities, from_code_points
+from adapters.pillow_codec import Unreadable
 
 #: Chunks of a PNG, segments of a JPEG, and stray bytes before the pixels of a JPEG. Each takes time in Python.
 _MAX_PIECES: Final = 20_000
@@ -31,10 +32,6 @@ _APPLICATION: Final = range(_APP0, 0xF0)
 _ICC: Final = b"ICC_PROFILE\0"
 
 
-class Malformed(Exception):
-    """A file that cannot be read, or would take too long to read."""
-
-
 @dataclass(slots=True)
 class PictureFile:
     """A file without metadata, and the metadata that says how to show it."""
@@ -51,10 +48,10 @@ class PictureFile:
 
 
 def read_png(data: bytes) -> PictureFile:
-    """Raises `Malformed`."""
+    """Raises `Unreadable`."""
     header = data[8:33]
     if header[4:8] != b"IHDR" or len(header) < 25:
-        raise Malformed
+        raise Unreadable
     depth, colour_type = header[16:18]
     first: dict[bytes, bytes] = {}
     pixels: list[bytes] = []
@@ -79,10 +76,10 @@ def read_png(data: bytes) -> PictureFile:
             if not pixels and not (name == b"tRNS" and colour_type == _PALETTE and b"PLTE" not in first):
                 first.setdefault(name, body)
         elif name == b"PLTE":
-            raise Malformed
+            raise Unreadable
         at += 12 + length
     else:
-        raise Malformed
+        raise Unreadable
     animated = 0 < int.from_bytes(first.get(b"acTL", b"")[:4]) < 1 << 31
     if animated and b"fcTL" not in first and frames and frames[0][0][4:20] == header[8:16] + bytes(8):
         # The pixels are for viewers without animation. The first frame is what others show.
@@ -93,7 +90,7 @@ def read_png(data: bytes) -> PictureFile:
         colours = first.get(b"PLTE", b"")[:768]
         colours = colours[: len(colours) // 3 * 3]
         if not colours:
-            raise Malformed
+            raise Unreadable
         # An index beyond the palette shows its last colour.
         chunks.append(_chunk(b"PLTE", colours + colours[-3:] * (256 - len(colours) // 3)))
     transparency = first.get(b"tRNS", b"")
@@ -115,7 +112,7 @@ def read_png(data: bytes) -> PictureFile:
 
 
 def _expanded(name: bytes, body: bytes, limit: int) -> bytes:
-    """The text or the profile in a chunk, without what is broken in it. Raises `Malformed` beyond the limit."""
+    """The text or the profile in a chunk, without what is broken in it. Raises `Unreadable` beyond the limit."""
     keyword, _, packed = body.partition(b"\0")
     if name == b"iTXt":
         compressed, packed = packed[:1] == b"\1", packed[2:].partition(b"\0")[2].partition(b"\0")[2]
@@ -124,11 +121,11 @@ def _expanded(name: bytes, body: bytes, limit: int) -> bytes:
         return b""
     unpacker = zlib.decompressobj()
     try:
-        content = unpacker.decompress(packed[name != b"iTXt" :], limit)
+        content = unpacker.decompress(packed[name != b"iTXt" :], limit + 1)
     except zlib.error:
         return b""
-    if unpacker.unconsumed_tail:
-        raise Malformed
+    if len(content) > limit:
+        raise Unreadable
     return content
 
 
@@ -154,7 +151,7 @@ def _chunk(name: bytes, body: bytes) -> bytes:
 
 
 def read_jpeg(data: bytes) -> PictureFile:
-    """Raises `Malformed`. What comes after the end of the image, such as a video or a second picture, is left out."""
+    """Raises `Unreadable`. What comes after the end of the image, such as a video or a second picture, is left out."""
     view = memoryview(data)
     file = PictureFile(b"", scans=0)
     kept = [view[:2]]
@@ -188,9 +185,9 @@ def read_jpeg(data: bytes) -> PictureFile:
         if marker not in (*_APPLICATION, _COMMENT) or adobe or jfif:
             kept.append(view[start:end])
     else:
-        raise Malformed
+        raise Unreadable
     if stray > _MAX_PIECES:
-        raise Malformed
+        raise Unreadable
     if found:
         kept.append(view[start : start + 2])
     if sorted(profile) == [(number, len(profile)) for number in range(1, len(profile) + 1)]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageCms
 
 from adapters.colour_profiles import SRGB
 from adapters.image_work import ImageThreads
-from adapters.picture_files import Malformed, PictureFile, orientation, read_jpeg, read_png
+from adapters.picture_files import PictureFile, orientation, read_jpeg, read_png
 from adapters.pillow_codec import Unreadable, blank, encode, load, opened, plain, reading, scratch
 from domain.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
 from domain.ports import Picture
@@ -70,10 +70,9 @@ def _admit(data: bytes) -> Picture:
     if kind is None:
         raise UnsupportedImageType if data else InvalidImage
     try:
-        file = _READERS[kind](data)
+        with reading():
+            file = _READERS[kind](data)
         image = opened(file.data, (kind,))
-    except Malformed:
-        raise InvalidImage from None
     except Unreadable as unreadable:
         bomb = isinstance(unreadable.__cause__, Image.DecompressionBombError)
         raise (ImageTooLarge if bomb else InvalidImage) from None
