@@ -94,7 +94,8 @@ class Tab:
         socket.on("framesent", self._on_frame)
 
     def _on_frame(self, payload: str | bytes) -> None:
-        if payload == "5":
+        # The end of an upgrade, or CONNECT over a socket that needs none: the page comes back by WebSocket.
+        if str(payload).startswith(("5", "40")):
             self._upgraded.set()
 
     def _complain(self, text: str) -> None:

@@ -88,9 +88,4 @@ export function listen(stagecast) {
   stagecast.on("caughtUp", ({ missed, recovered }) => {
     tell(stagecast, () => (recovered ? t("back")(missed) : t("backAnew")));
   });
-  const retry = () => {
-    if (stagecast.state === "offline" && !cut && !document.hidden) comeBack(stagecast);
-  };
-  addEventListener("online", retry);
-  document.addEventListener("visibilitychange", retry);
 }

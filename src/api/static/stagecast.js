@@ -48,6 +48,12 @@
  *                           it is offline by itself, `restore` tries at once instead of in a moment
  *     close()               for good
  *
+ * In a browser it checks the connection whenever the page may have slept or changed networks (`visibilitychange`,
+ * `pageshow`, `focus`, `online`, `resume`, a jump of the clock): a connection that does not answer within two seconds
+ * is replaced. `offline` counts at once. So `state` is right within three seconds.
+ *
+ * It needs what `docs/browsers.md` lists, or Node 20.
+ *
  * `api(options)` is the HTTP part alone, with `call`, `list`, `feed` and `transition` besides.
  * `reduce(generation, news)` is the fold alone, pure.
  *
@@ -89,6 +95,14 @@ const PAGE = 200;
 const AGAIN = 2_000;
 const ACK = 10_000;
 const ANSWER = 30_000;
+/** A connection that has not answered a check for so long is dead. */
+const CHECK_TIMEOUT = 2_000;
+/** Checks are at least this far apart. */
+const CHECK_EVERY = 500;
+/** A clock that jumps by more than this: the machine has slept. */
+const SLEPT = 5_000;
+/** Longer than a long poll of the service; an XHR that hangs longer holds one of the browser's few connections. */
+const XHR_TIMEOUT = 35_000;
 
 // ---- The fold ------------------------------------------------------------------------------------------------------
 
@@ -245,7 +259,7 @@ export function api({ url = "", userId, token, service = false } = {}) {
   }
 
   const quick = (/** @type {string} */ method, /** @type {string} */ path, /** @type {RequestInit} */ options = {}) =>
-    call(method, path, { signal: AbortSignal.timeout(ANSWER), ...options });
+    call(method, path, { signal: AbortSignal.timeout?.(ANSWER), ...options });
   const one = (/** @type {string} */ id) => `/generations/${encodeURIComponent(id)}`;
   const query = (/** @type {Record<string, any>} */ values) =>
     new URLSearchParams(Object.entries(values).filter(([, value]) => value !== undefined)).toString();
@@ -284,11 +298,11 @@ export function api({ url = "", userId, token, service = false } = {}) {
     /**
      * A page of the user's feed; where the cursor is of no use, `generations` instead of events.
      *
-     * @param {string} [after] a cursor @param {number} [limit]
+     * @param {string} [after] a cursor @param {number} [limit] @param {AbortSignal} [signal]
      * @returns {Promise<{recovered: boolean, cursor: string, events?: {event: string, data: StagecastEvent}[],
      *   generations?: Generation[]}>}
      */
-    feed: (after, limit) => quick("GET", `/events?${query({ after, limit })}`),
+    feed: (after, limit, signal) => quick("GET", `/events?${query({ after, limit })}`, signal && { signal }),
 
     /** @returns {Promise<{userId: string, credit?: number}>} */
     me: () => quick("GET", "/me"),
@@ -347,7 +361,9 @@ function watch(options, tellAll) {
   let over = false;
   /** @type {any} */ let renewal;
   /** @type {any} */ let retrial;
-  /** @type {{timer?: any} | undefined} */ let polling;
+  /** @type {{timer?: any, request?: AbortController} | undefined} */ let polling;
+  /** @type {any} */ let checking; // The timer or the answer that a check waits for.
+  let checked = -CHECK_EVERY; // When the last check began.
 
   const tell = (/** @type {string} */ name, /** @type {any[]} */ ...values) => over || tellAll(name, ...values);
 
@@ -516,7 +532,9 @@ function watch(options, tellAll) {
 
   function plug() {
     const [, origin, path] = /** @type {RegExpExecArray} */ (/^(\w+:\/\/[^/]*)?(.*?)\/*$/.exec(url ?? ""));
-    socket = io(origin || undefined, { path: `${path}/socket.io`, ...socketOptions, forceNew: true });
+    // It comes back by WebSocket, if it had one: a request could be put on an idle connection that is dead as well.
+    const defaults = { path: `${path}/socket.io`, rememberUpgrade: true, requestTimeout: XHR_TIMEOUT };
+    socket = io(origin || undefined, { ...defaults, ...socketOptions, forceNew: true });
     socket.on("connect", () => {
       failures = 0;
       stopPolling();
@@ -587,14 +605,17 @@ function watch(options, tellAll) {
 
   function stopPolling() {
     clearTimeout(polling?.timer);
+    polling?.request?.abort();
     polling = undefined;
   }
 
-  async function look(/** @type {{timer?: any}} */ mine) {
+  async function look(/** @type {NonNullable<typeof polling>} */ mine) {
     const given = () => over || polling !== mine;
+    const request = (mine.request = new AbortController());
+    mine.timer = setTimeout(() => request.abort(), ANSWER);
     let wait = pollEvery;
     try {
-      const page = await http.feed(cursor, PAGE);
+      const page = await http.feed(cursor, PAGE, request.signal);
       // A cursor tells what is new, but not what there was.
       const snapshots = page.generations ?? (first ? (await http.list()).generations : undefined);
       if (given()) return;
@@ -611,7 +632,9 @@ function watch(options, tellAll) {
       if ([401, 403, 422].includes(status)) return refuse(code);
       lost();
     }
-    if (!given()) mine.timer = setTimeout(look, wait, mine);
+    if (given()) return;
+    clearTimeout(mine.timer);
+    mine.timer = setTimeout(look, wait, mine);
   }
 
   function cut() {
@@ -622,6 +645,45 @@ function watch(options, tellAll) {
   }
 
   const resume = () => (socket ? socket.connect() : io ? plug() : poll());
+
+  /** Replaces the transport; the new connection recovers what the old one missed. */
+  function restart() {
+    if (over) return;
+    cut();
+    halted = false;
+    failures = 0;
+    move(away ? "offline" : "connecting");
+    resume();
+  }
+
+  // -- Checking a connection that may have died unnoticed
+
+  /** Checks the connection soon. Signals that come together cause one check. */
+  function check() {
+    if (over || halted || checking !== undefined) return;
+    checking = setTimeout(checkNow, Math.max(0, checked + CHECK_EVERY - performance.now()));
+  }
+
+  function checkNow() {
+    checked = performance.now();
+    const { id } = socket ?? {};
+    const done = (/** @type {unknown} */ dead, same = socket?.id === id) => {
+      checking = undefined;
+      if (dead && same && !halted) restart();
+    };
+    if (over || halted) return done(false);
+    if (socket?.connected) {
+      // The service answers an event that it does not know with "bad_request": a check costs it nothing.
+      return socket.timeout(CHECK_TIMEOUT).emit("probe", (/** @type {unknown} */ silence) => done(silence));
+    }
+    if (state === "offline") return done(true);
+    if (!polling) return done(false); // The first connection is on its way.
+    stopPolling();
+    const mine = (polling = {});
+    Promise.race([look(mine), sleep(CHECK_TIMEOUT).then(() => true)]).then((late) => done(late, polling === mine));
+  }
+
+  const stopListening = onWake(check, () => halted || restart());
 
   // A listener that is added right behind `connect` hears of everything.
   queueMicrotask(() => over || halted || resume());
@@ -640,20 +702,43 @@ function watch(options, tellAll) {
     get userId() { return userId; },
     cut,
     restore() {
-      if (over || (!halted && state !== "offline")) return;
-      cut(); // Also what waits for its next try.
-      halted = false;
-      failures = 0;
-      move(away ? "offline" : "connecting");
-      resume();
+      if (halted || state === "offline") restart();
     },
     end() {
       over = true;
       state = "closed";
-      for (const timer of [renewal, retrial]) clearTimeout(timer);
+      for (const timer of [renewal, retrial, checking]) clearTimeout(timer);
+      stopListening();
       stopPolling();
       socket?.disconnect();
     },
+  };
+}
+
+/**
+ * Calls `check` when the page may have slept or changed networks, and `drop` when the network is gone. In Node there
+ * is nothing to listen to.
+ *
+ * @param {() => void} check @param {() => void} drop @returns {() => void} ends it
+ */
+function onWake(check, drop) {
+  const world = /** @type {any} */ (globalThis);
+  if (!world.addEventListener) return () => {};
+  const page = world.document ?? world;
+  const shown = () => page.hidden || check();
+  let ticked = Date.now();
+  const clock = setInterval(() => {
+    const [before, now] = [ticked, (ticked = Date.now())];
+    if (Math.abs(now - before) > SLEPT) shown();
+  }, 1_000);
+  const signals = /** @type {[any, string, () => void][]} */ ([
+    [page, "visibilitychange", shown], [page, "resume", check], [world, "pageshow", check], [world, "focus", check],
+    [world, "online", check], [world, "offline", drop],
+  ]);
+  for (const [target, name, listener] of signals) target.addEventListener(name, listener);
+  return () => {
+    clearInterval(clock);
+    for (const [target, name, listener] of signals) target.removeEventListener(name, listener);
   };
 }
 
