@@ -5,6 +5,11 @@ export const BASE = new URL("..", import.meta.url).href.slice(0, -1);
 
 export const byId = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
 
+/** The URL that this is, if it is one. @param {string | undefined} text @returns {URL | undefined} */
+export function parseUrl(text) {
+  try { return text ? new URL(text) : undefined; } catch {} // It is not one.
+}
+
 /** A new copy of a template's element, and its parts. */
 export function stamp(/** @type {string} */ template) {
   const root = byId(template).content.firstElementChild.cloneNode(true);

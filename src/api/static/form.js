@@ -96,14 +96,16 @@ async function submit(start) {
   if (!prompt) return problem(t("noPrompt")), byId("prompt").focus();
   const button = byId("start");
   key ||= [...crypto.getRandomValues(new Uint32Array(4))].join("-");
-  [button.ariaDisabled, button.textContent] = ["true", t("starting")];
+  button.setAttribute("aria-disabled", "true");
+  button.textContent = t("starting");
   try {
     await start(wanted, key);
     key = "";
   } catch (/** @type {any} */ error) {
     quote(byId("problem"), error.message, error.code);
   }
-  [button.ariaDisabled, button.textContent] = ["false", t("start")];
+  button.setAttribute("aria-disabled", "false");
+  button.textContent = t("start");
 }
 
 /** Fills the form with what is still known of a wish, to be changed. @param {Kind} kind @param {Wish} wish */
@@ -141,7 +143,7 @@ export function listen(start) {
   const form = byId("start-form");
   form.addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
-    if (byId("start").ariaDisabled !== "true") submit(start);
+    if (byId("start").getAttribute("aria-disabled") !== "true") submit(start);
   });
   form.addEventListener("input", (/** @type {Event} */ event) => {
     key = "";

@@ -63,6 +63,12 @@ export function identifyAnew(code) {
   return askToken(t(code === "token_expired" ? "tokenExpired" : "tokenRefused"));
 }
 
+function openPanel(/** @type {boolean} */ open) {
+  byId("user-panel").hidden = !open;
+  byId("user-button").setAttribute("aria-expanded", String(open));
+  if (open && !guarded) byId("user").select();
+}
+
 /** @param {(who: Who) => void} become */
 export function listen(become) {
   byId("user-form").addEventListener("submit", (/** @type {Event} */ event) => {
@@ -70,11 +76,17 @@ export function listen(become) {
     const userId = byId("user").value.trim();
     if (!userId) return;
     keep(USER, userId, true);
-    byId("user-panel").hidePopover();
+    openPanel(false);
     become({ userId });
   });
-  byId("user-panel").addEventListener("toggle", (/** @type {any} */ event) => {
-    if (event.newState === "open" && !guarded) byId("user").select();
+  byId("user-button").addEventListener("click", () => openPanel(byId("user-panel").hidden));
+  document.addEventListener("click", ({ target }) => {
+    if (!(/** @type {Element} */ (target).closest("#user-panel, #user-button"))) openPanel(false);
+  });
+  document.addEventListener("keydown", ({ key }) => {
+    if (key !== "Escape" || byId("user-panel").hidden) return;
+    openPanel(false);
+    byId("user-button").focus();
   });
   byId("sign-out").addEventListener("click", () => {
     keep(TOKEN, "");

@@ -6,7 +6,7 @@
  *   `own`: the URL of one that the service keeps.
  */
 
-import { BASE } from "./dom.js";
+import { BASE, parseUrl } from "./dom.js";
 
 const NAMES = /** @type {const} */ ({
   compositionUrl: "sheet", editedImageUrl: "edited", generatedImageUrl: "generated", faceSwapUrl: "faceSwapped",
@@ -19,7 +19,7 @@ const NAMES = /** @type {const} */ ({
  * @param {Generation} generation @param {string | undefined} url
  */
 function ownPath({ generationId }, url) {
-  const path = url && URL.canParse(url) ? new URL(url).pathname : "";
+  const path = parseUrl(url)?.pathname ?? "";
   return path.includes(`/images/${generationId}-`) ? BASE + path.slice(path.lastIndexOf("/images/")) : undefined;
 }
 
@@ -27,7 +27,7 @@ function ownPath({ generationId }, url) {
 export const picturesOf = (generation) =>
   Object.entries(NAMES).flatMap(([key, name]) => {
     const url = generation[/** @type {keyof typeof NAMES} */ (key)];
-    return url && /^https?:/i.test(url) ? [{ name, url, own: ownPath(generation, url) }] : [];
+    return url && /^https?:/i.test(url) && parseUrl(url) ? [{ name, url, own: ownPath(generation, url) }] : [];
   });
 
 /** The sheet's URL. @param {Generation} generation */

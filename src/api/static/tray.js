@@ -4,7 +4,7 @@
  * @typedef {{file: File, src: string} | {url: string}} Chosen
  */
 
-import { BASE, byId, show, stamp } from "./dom.js";
+import { BASE, byId, parseUrl, show, stamp } from "./dom.js";
 import { t } from "./words.js";
 
 const MAX_IMAGES = 5;
@@ -39,7 +39,7 @@ export function addFiles(/** @type {Iterable<File>} */ some) {
 /** Adds what the text holds, if that is URLs and nothing else: then true. */
 export function addUrls(/** @type {string} */ text) {
   const words = text.trim().split(/\s+/);
-  if (!words.every((word) => WEB.test(word) && URL.canParse(word))) return false;
+  if (!words.every((word) => WEB.test(word) && parseUrl(word))) return false;
   add(words.map((url) => ({ url })));
   return true;
 }

@@ -1,0 +1,124 @@
+// What the oldest browsers in docs/browsers.md do not have, by MDN's compatibility data.
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { parse } from "acorn";
+
+const bcd = createRequire(import.meta.url)("@mdn/browser-compat-data");
+export const read = (path) => readFileSync(new URL(`../${path}`, import.meta.url), "utf8");
+
+/** What may be missing, or may have gaps: the page is the same without it, or a little plainer. */
+const OPTIONAL = new Set([
+  "text-wrap", "text-size-adjust", "@property", "outline", "resize", "cursor", "@media (forced-colors)", "align-content: start",
+  "<input autocapitalize>",
+]);
+/** Names of the page's own, which later APIs have as well. */
+const OWN = new Set(["draw", "connection", "aspectRatio"]);
+
+const [chrome, firefox, safari] = [...read("docs/browsers.md").matchAll(/^\| \w.*? \| ([\d.]+) \|/gm)].map(([, it]) => it);
+export const OLDEST = { chrome, chrome_android: chrome, edge: chrome, firefox, firefox_android: firefox, safari, safari_ios: safari };
+
+export const number = (version) => version.replace("≤", "").split(".").map(Number);
+
+function isAtMost(added, oldest) {
+  if (typeof added !== "string" || added === "preview") return false;
+  const [a, b] = [number(added), number(oldest)];
+  return a[0] < b[0] || (a[0] === b[0] && (a[1] ?? 0) <= (b[1] ?? 0));
+}
+
+/** The browsers that do not have this. @param {any} feature an entry of the data */
+const missingIn = (feature) => Object.entries(OLDEST).filter(([browser, oldest]) => {
+  const supports = [feature.__compat?.support[browser] ?? []].flat();
+  return feature.__compat && !supports.some((it) => !it.flags && isAtMost(it.version_added, oldest) && !it.version_removed);
+}).map(([browser]) => browser);
+
+const isNew = (feature) => Boolean(feature) && missingIn(feature).length > 0;
+
+/** All entries below this one, by their last name. */
+function byName(root, index = new Map()) {
+  for (const [key, feature] of Object.entries(root)) {
+    if (key === "__compat" || typeof feature !== "object") continue;
+    const name = key.replace(/_(static|event)$/, "");
+    if (feature.__compat) index.set(name, [...(index.get(name) ?? []), feature]);
+    byName(feature, index);
+  }
+  return index;
+}
+
+const MEMBERS = byName({ api: bcd.api, builtins: bcd.javascript.builtins });
+const CSS_TYPES = byName(bcd.css.types);
+const isNewName = (index, name) => index.has(name) && index.get(name).every(isNew);
+
+// ---- JavaScript ----------------------------------------------------------------------------------------------------
+
+function* nodesOf(node) {
+  if (typeof node?.type === "string") yield node;
+  for (const child of Object.values(node ?? {})) if (child && typeof child === "object") yield* nodesOf(child);
+}
+
+/** What of this program the oldest browsers do not have. */
+export function newInScript(text) {
+  const found = new Set();
+  const nodes = [...nodesOf(parse(text, { ecmaVersion: 2022, sourceType: "module" }))];
+  // What is called only where it is there: `a.b?.()`.
+  const guarded = new Set(nodes.filter((it) => it.type === "CallExpression" && it.optional).map((it) => it.callee));
+  const declared = new Set(nodes.flatMap((it) => (it.type === "VariableDeclarator" && it.id.name) || []));
+  for (const node of nodes) {
+    if (node.type === "StaticBlock") found.add("static {}");
+    if (node.regex && /\(\?<[=!]/.test(node.regex.pattern)) found.add("(?<=)");
+    if (node.type === "Identifier" && !declared.has(node.name)) {
+      const top = Object.hasOwn(bcd.api, node.name) ? bcd.api[node.name] : bcd.javascript.builtins[node.name];
+      if (/^[A-Z]/.test(node.name) && isNew(top)) found.add(node.name);
+    }
+    if (node.type !== "MemberExpression" || node.computed || guarded.has(node)) continue;
+    const [owner, name] = [node.object.name, node.property.name];
+    const type = bcd.api[owner] ?? bcd.javascript.builtins[owner];
+    const exact = type?.[`${name}_static`] ?? type?.[name];
+    if (!OWN.has(name) && (exact ? isNew(exact) : isNewName(MEMBERS, name))) found.add(owner ? `${owner}.${name}` : `.${name}`);
+  }
+  return [...found];
+}
+
+// ---- CSS and HTML --------------------------------------------------------------------------------------------------
+
+export function newInStyle(source) {
+  const found = new Set();
+  const text = source.replace(/\/\*.*?\*\/|"[^"]*"/gs, '""');
+  const blamed = (name, feature) => !OPTIONAL.has(name) && isNew(feature) && found.add(name);
+  for (const [, name, value] of text.matchAll(/[{;]\s*([a-z-]+)\s*:\s*([^;{}]+)/g)) {
+    const property = bcd.css.properties[name.replace(/^-webkit-/, "")];
+    if (!name.startsWith("-webkit-")) blamed(name, property);
+    for (const word of value.split(/[\s,()]+/)) if (!OPTIONAL.has(name)) blamed(`${name}: ${word}`, property?.[word]);
+  }
+  for (const [, name] of text.matchAll(/([a-z-]+)\(/g)) if (isNewName(CSS_TYPES, name)) found.add(`${name}()`);
+  for (const [, name] of text.matchAll(/::?([a-z-]+)/g)) {
+    if (!name.startsWith("-")) blamed(`:${name}`, bcd.css.selectors[name]);
+  }
+  for (const [, name] of text.matchAll(/@([a-z-]+)/g)) blamed(`@${name}`, bcd.css["at-rules"][name]);
+  for (const [, name] of text.matchAll(/\(([a-z-]+):/g)) blamed(`@media (${name})`, bcd.css["at-rules"].media[name]);
+  if (text.includes("&")) found.add("&");
+  return [...found];
+}
+
+export function newInPage(text) {
+  const found = new Set();
+  for (const [, tag, rest] of text.matchAll(/<([a-z]\w*)([^>]*)>/g)) {
+    const element = bcd.html.elements[tag] ?? bcd.svg.elements[tag];
+    if (isNew(element)) found.add(`<${tag}>`);
+    for (const [, name] of rest.matchAll(/\s([a-z-]+)(?==|\s|$)/g)) {
+      const attribute = `<${tag} ${name}>`;
+      if (!OPTIONAL.has(attribute) && isNew(element?.[name] ?? bcd.html.global_attributes[name])) found.add(attribute);
+    }
+  }
+  return [...found];
+}
+
+// ---- A browser without all of it -----------------------------------------------------------------------------------
+
+/** What a newer browser has to delete to be like the oldest: `[type, member, static]`, the type alone without a member. */
+export function newerThanOldest() {
+  return Object.entries({ ...bcd.api, ...bcd.javascript.builtins }).flatMap(([type, feature]) => {
+    if (isNew(feature)) return [[type]];
+    const members = Object.entries(feature).filter(([name, member]) => /^[a-z]\w*$/i.test(name) && isNew(member));
+    return members.map(([name]) => [type, name.replace(/_static$/, ""), name.endsWith("_static")]);
+  });
+}
