@@ -9,7 +9,7 @@ const CHECKS = { js: newInScript, css: newInStyle, html: newInPage };
 
 describe("the oldest browsers", () => {
   test("are named", () => {
-    assert.deepEqual(Object.values(OLDEST).map((version) => number(version).every(Number.isInteger)), Array(7).fill(true));
+    for (const version of Object.values(OLDEST)) assert.ok(number(version).every(Number.isInteger));
   });
 
   for (const name of readdirSync(new URL(`../${FOLDER}`, import.meta.url))) {
@@ -19,9 +19,9 @@ describe("the oldest browsers", () => {
 
   for (const [kind, samples] of Object.entries({
     js: [
-      "URL.canParse(x)", "const b = [1].toSorted()", "Promise.withResolvers()", "AbortSignal.timeout(3)", "x.hidePopover()",
-      "button.ariaDisabled = 'true'", "class A { static { a(); } }", "/(?<=a)b/.test(c)", "new EditContext()", "Iterator.from(a)",
-      "Object.groupBy(a, b)", "navigator.userActivation",
+      "URL.canParse(x)", "const b = [1].toSorted()", "Promise.withResolvers()", "AbortSignal.timeout(3)",
+      "x.hidePopover()", "button.ariaDisabled = 'true'", "class A { static { a(); } }", "/(?<=a)b/.test(c)",
+      "new EditContext()", "Iterator.from(a)", "Object.groupBy(a, b)", "navigator.userActivation",
     ],
     css: [
       "a { color: light-dark(#fff, #000); }", "a:has(b) { color: red; }", "@container (width > 1px) { a { top: 0; } }",

@@ -8,14 +8,17 @@ export const read = (path) => readFileSync(new URL(`../${path}`, import.meta.url
 
 /** What may be missing, or may have gaps: the page is the same without it, or a little plainer. */
 const OPTIONAL = new Set([
-  "text-wrap", "text-size-adjust", "@property", "outline", "resize", "cursor", "@media (forced-colors)", "align-content: start",
-  "<input autocapitalize>",
+  "text-wrap", "text-size-adjust", "@property", "outline", "resize", "cursor", "@media (forced-colors)",
+  "align-content: start", "<input autocapitalize>",
 ]);
 /** Names of the page's own, which later APIs have as well. */
 const OWN = new Set(["draw", "connection", "aspectRatio"]);
 
-const [chrome, firefox, safari] = [...read("docs/browsers.md").matchAll(/^\| \w.*? \| ([\d.]+) \|/gm)].map(([, it]) => it);
-export const OLDEST = { chrome, chrome_android: chrome, edge: chrome, firefox, firefox_android: firefox, safari, safari_ios: safari };
+const rows = read("docs/browsers.md").matchAll(/^\| \w.*? \| ([\d.]+) \|/gm);
+const [chrome, firefox, safari] = [...rows].map(([, version]) => version);
+export const OLDEST = {
+  chrome, chrome_android: chrome, edge: chrome, firefox, firefox_android: firefox, safari, safari_ios: safari,
+};
 
 export const number = (version) => version.replace("≤", "").split(".").map(Number);
 
@@ -28,7 +31,8 @@ function isAtMost(added, oldest) {
 /** The browsers that do not have this. @param {any} feature an entry of the data */
 const missingIn = (feature) => Object.entries(OLDEST).filter(([browser, oldest]) => {
   const supports = [feature.__compat?.support[browser] ?? []].flat();
-  return feature.__compat && !supports.some((it) => !it.flags && isAtMost(it.version_added, oldest) && !it.version_removed);
+  const has = (it) => !it.flags && !it.version_removed && isAtMost(it.version_added, oldest);
+  return feature.__compat && !supports.some(has);
 }).map(([browser]) => browser);
 
 const isNew = (feature) => Boolean(feature) && missingIn(feature).length > 0;
@@ -73,7 +77,8 @@ export function newInScript(text) {
     const [owner, name] = [node.object.name, node.property.name];
     const type = bcd.api[owner] ?? bcd.javascript.builtins[owner];
     const exact = type?.[`${name}_static`] ?? type?.[name];
-    if (!OWN.has(name) && (exact ? isNew(exact) : isNewName(MEMBERS, name))) found.add(owner ? `${owner}.${name}` : `.${name}`);
+    if (OWN.has(name)) continue;
+    if (exact ? isNew(exact) : isNewName(MEMBERS, name)) found.add(`${owner ?? ""}.${name}`);
   }
   return [...found];
 }
@@ -114,7 +119,7 @@ export function newInPage(text) {
 
 // ---- A browser without all of it -----------------------------------------------------------------------------------
 
-/** What a newer browser has to delete to be like the oldest: `[type, member, static]`, the type alone without a member. */
+/** What a newer browser has to delete to be like the oldest: `[type]`, or `[type, member, static]`. */
 export function newerThanOldest() {
   return Object.entries({ ...bcd.api, ...bcd.javascript.builtins }).flatMap(([type, feature]) => {
     if (isNew(feature)) return [[type]];

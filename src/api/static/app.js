@@ -13,6 +13,7 @@ import * as identity from "./identity.js";
 import * as lists from "./lists.js";
 import * as stage from "./stage.js";
 import { connect, isFinished } from "./stagecast.js";
+import * as strip from "./strip.js";
 import * as timeline from "./timeline.js";
 import { percent, saying, speak, t, titleOf } from "./words.js";
 
@@ -61,6 +62,7 @@ function drawNow(anew = false) {
   identity.draw(userId);
   connection.draw(stagecast);
   stage.draw(stagecast, tables, anew);
+  strip.draw(stagecast);
   lists.draw(stagecast, anew);
   const [running] = generations.filter((generation) => !isFinished(generation));
   document.title = running ? `${percent(running.progress)} · Stagecast` : "Stagecast";
@@ -77,8 +79,11 @@ setInterval(() => {
 async function start(order, idempotencyKey) {
   const { generationId } = await stagecast.start(order.kind, order.wish, { idempotencyKey });
   orders.set(generationId, order);
-  form.makeRoom();
+  const roomy = form.makeRoom();
   look("");
+  drawNow();
+  byId("stage").scrollIntoView();
+  if (!roomy) byId("stage-title").focus({ preventScroll: true }); // The form has closed over the button.
   const now = stagecast.get(generationId);
   if (now && !isFinished(now)) announce(t("saidStarted")(titleOf(now)));
 }
@@ -129,7 +134,8 @@ stagecast.on("state", async (state, reason) => {
 connection.listen(stagecast);
 timeline.listen(stagecast, draw);
 lists.listen(stagecast);
-stage.listen(stagecast, { again });
+stage.listen(stagecast, { again, promptOf: ({ generationId }) => orders.get(generationId)?.wish.prompt });
+strip.listen(stagecast);
 form.listen(start);
 identity.listen((next) => {
   look("");

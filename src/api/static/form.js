@@ -10,6 +10,8 @@ import { BASE, byId } from "./dom.js";
 import * as tray from "./tray.js";
 import { quote, t } from "./words.js";
 
+/** @typedef {import("./stagecast.js").StagecastError} StagecastError */
+
 const MAX_METADATA = 1_900;
 const SAMPLES = ["portrait", "hat", "lake"];
 const SHAPES = ["2:3", "1:1", "3:2"];
@@ -25,6 +27,7 @@ let key = "";
 const problem = (text = "") => (byId("problem").textContent = text);
 const field = (/** @type {string} */ name) => byId("start-form").elements[name];
 
+/** Fills the form with the sample pictures. Whether they could be had. */
 async function takeSamples() {
   try {
     const files = await Promise.all(SAMPLES.map(async (name) => {
@@ -34,17 +37,20 @@ async function takeSamples() {
     tray.clear();
     tray.addFiles(files);
   } catch {
-    return quote(byId("problem"), "The service does not answer. Please try again.", "network");
+    quote(byId("problem"), "The service does not answer. Please try again.", "network");
+    return false;
   }
   if (face) tray.addUrls(face);
   byId("composer").open = true;
   byId("prompt").value ||= t("samplePrompt");
-  byId("start").focus();
+  return true;
 }
 
-/** Where there is no room for both, what is made comes first. */
+/** Where there is no room for both, what is made comes first. Whether there is. */
 export function makeRoom() {
-  if (matchMedia("(max-width: 62rem)").matches) byId("composer").open = false;
+  const roomy = !matchMedia("(max-width: 62rem)").matches;
+  if (!roomy) byId("composer").open = false;
+  return roomy;
 }
 
 /** Shows what is chosen, and what can be done with it; also in another language. */
@@ -86,9 +92,19 @@ function addTyped() {
   return good;
 }
 
+/** Says why the form is refused, and marks the picture that it is about. @param {StagecastError} error */
+function explain({ message, code, field = /^\w+\.\d+(?=: )/.exec(message)?.[0] ?? "" }) {
+  quote(byId("problem"), message.startsWith(`${field}: `) ? message.slice(field.length + 2) : message, code);
+  const [list, index] = field.split(".");
+  const name = index && tray.mark(list, Number(index));
+  if (name) byId("problem").prepend(`${name}: `);
+  if (field === "prompt") byId("prompt").focus();
+}
+
 /** @param {(order: Order, key: string) => Promise<unknown>} start */
 async function submit(start) {
   problem();
+  tray.unmark();
   if (byId("url").value.trim() && !addTyped()) return;
   const wanted = order();
   const { images = [], imageUrls = [], prompt } = wanted.wish;
@@ -102,7 +118,8 @@ async function submit(start) {
     await start(wanted, key);
     key = "";
   } catch (/** @type {any} */ error) {
-    quote(byId("problem"), error.message, error.code);
+    byId("composer").open = true;
+    explain(error);
   }
   button.setAttribute("aria-disabled", "false");
   button.textContent = t("start");
@@ -141,16 +158,21 @@ export function listen(start) {
     draw();
   });
   const form = byId("start-form");
+  const submitOnce = () => byId("start").getAttribute("aria-disabled") === "true" || submit(start);
   form.addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
-    if (byId("start").getAttribute("aria-disabled") !== "true") submit(start);
+    submitOnce();
   });
   form.addEventListener("input", (/** @type {Event} */ event) => {
     key = "";
     if (event.target === byId("face-swap")) swap = byId("face-swap").checked;
     if (/** @type {any} */ (event.target).name === "kind") draw();
   });
-  for (const id of ["samples", "try-samples"]) byId(id).addEventListener("click", takeSamples);
+  byId("samples").addEventListener("click", async () => (await takeSamples()) && byId("start").focus());
+  byId("try-samples").addEventListener("click", async () => (await takeSamples()) && submitOnce());
+  const composing = () => document.body.classList.toggle("composing", byId("composer").open);
+  byId("composer").addEventListener("toggle", composing);
+  composing();
   byId("sample-face").addEventListener("click", () => (tray.addUrls(face ?? ""), byId("face-swap").focus()));
   byId("add-url").addEventListener("click", () => (byId("url").value.trim() ? addTyped() : byId("url").focus()));
   byId("url").addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {

@@ -16,6 +16,10 @@ const SHAPES = ["2:3", "1:1", "3:2"];
 
 /** @type {Generation | undefined} */
 let shown;
+/** The one whose whole prompt is shown. */
+let unfolded = "";
+/** The prompt of a generation that was started here. */
+let promptOf = (/** @type {Generation} */ _) => /** @type {string | undefined} */ (undefined);
 /** The one for which "delete" was pressed once. */
 let doomed = "";
 
@@ -46,7 +50,6 @@ export function draw(stagecast, tables, anew) {
   const over = isFinished(generation);
   stage.dataset.state = over ? status : "active";
   write(byId("stage-kind"), `${t(kind)} · ${moment(createdAt)}`);
-  write(byId("stage-title"), titleOf(generation));
   write(byId("percent"), percent(progress));
   write(byId("stage-name"), standing(generation));
   setBar(byId("bar"), {
@@ -62,9 +65,22 @@ export function draw(stagecast, tables, anew) {
   write(byId("delete"), t(doomed ? "deleteSurely" : "delete"));
 }
 
-/** What changes with time alone. */
+/** The title, of which at most four lines are shown, or the whole prompt. @param {Generation} generation */
+function drawTitle(generation) {
+  const [title, short] = [byId("stage-title"), titleOf(generation)];
+  const whole = generation.input?.prompt ?? promptOf(generation) ?? short;
+  const open = unfolded === generation.generationId;
+  write(title, open ? whole : short);
+  title.classList.toggle("whole", open);
+  byId("whole").hidden = !open && title.scrollHeight <= title.clientHeight + 1 && whole.trim() === short;
+  byId("whole").setAttribute("aria-expanded", String(open));
+  write(byId("whole"), t(open ? "lessPrompt" : "wholePrompt"));
+}
+
+/** What changes with time alone, or with the width of the window. */
 export function tick() {
   if (!shown) return;
+  drawTitle(shown);
   write(byId("elapsed"), isFinished(shown) ? seconds(duration(shown), 1) : seconds(age(shown)));
 }
 
@@ -134,8 +150,12 @@ async function sweep(/** @type {Generation} */ { generationId }) {
 
 // ---- What can be done ----------------------------------------------------------------------------------------------
 
-/** @param {Stagecast} stagecast @param {{again: (generation: Generation) => Promise<unknown>}} actions */
-export function listen(stagecast, { again }) {
+/**
+ * @param {Stagecast} stagecast
+ * @param {{again: (generation: Generation) => Promise<unknown>, promptOf: typeof promptOf}} page
+ */
+export function listen(stagecast, { again, promptOf: known }) {
+  promptOf = known;
   /** @param {string} id @param {(generation: Generation) => Promise<unknown> | void} act */
   const on = (id, act) => byId(id).addEventListener("click", async () => {
     const generation = shown;
@@ -148,6 +168,10 @@ export function listen(stagecast, { again }) {
     }
   });
   on("again", again);
+  on("whole", (generation) => {
+    unfolded = unfolded ? "" : generation.generationId;
+    drawTitle(generation);
+  });
   on("cancel", ({ generationId }) => stagecast.cancel(generationId));
   on("delete", ({ generationId }) => {
     if (doomed !== generationId) {

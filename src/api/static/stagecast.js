@@ -61,6 +61,7 @@
  *   progress: number, metadata?: Record<string, any>, inputImage?: string, compositionUrl?: string,
  *   previewUrl?: string, editedImageUrl?: string, generatedImageUrl?: string, faceSwapUrl?: string,
  *   faceSwapError?: {code: string, message: string}, error?: string, code?: string, failedStage?: string,
+ *   input?: {prompt: string, [field: string]: any},
  *   retryable?: boolean}} Facts
  * @typedef {Facts & {occurredAt: string, credit?: number}} StagecastEvent One fact, as the log has it.
  * @typedef {Facts & {createdAt: string, updatedAt: string, expiresAt?: string, userId?: string}} Generation

@@ -1,7 +1,7 @@
 /**
  * The pictures that are chosen for the next start: files, and URLs.
  *
- * @typedef {{file: File, src: string} | {url: string}} Chosen
+ * @typedef {({file: File, src: string} | {url: string}) & {wrong?: boolean}} Chosen
  */
 
 import { BASE, byId, parseUrl, show, stamp } from "./dom.js";
@@ -9,6 +9,8 @@ import { t } from "./words.js";
 
 const MAX_IMAGES = 5;
 const MAX_BYTES = 10 * 1024 * 1024;
+/** The sample face; the service may know itself by another name than the browser. */
+const { face } = document.documentElement.dataset;
 const WEB = /^https?:\/\/[^\s/?#]+\S*$/i;
 
 const chosen = /** @type {Chosen[]} */ ([]);
@@ -51,14 +53,36 @@ function remove(/** @type {number} */ index, count = 1) {
 
 export const clear = () => remove(0, MAX_IMAGES);
 
+/**
+ * Marks what the service refuses: the one at this place of the files (`images`), or of the URLs (`imageUrls`).
+ *
+ * @param {string} list @param {number} index @returns {string | undefined} its name
+ */
+export function mark(list, index) {
+  const kind = { images: "file", imageUrls: "url" }[list] ?? "";
+  const one = chosen.filter((each) => kind in each)[index];
+  if (!one) return;
+  one.wrong = true;
+  draw();
+  return nameOf(one);
+}
+
+export function unmark() {
+  for (const one of chosen) one.wrong = false;
+  draw();
+}
+
 export function draw() {
   byId("tray").replaceChildren(...chosen.map((one, index) => {
     const { root, part } = stamp("tray-template");
     // Of what is elsewhere only the address is shown: the page fetches nothing from strangers.
-    const own = "url" in one && one.url.startsWith(`${BASE}/static/`) ? one.url : undefined;
-    show(part("img"), "src" in one ? one.src : own);
-    part(".where").hidden = "src" in one || own;
+    let src = "src" in one ? one.src : undefined;
+    if ("url" in one && one.url.startsWith(`${BASE}/static/`)) src = one.url;
+    if ("url" in one && one.url === face) src = `${BASE}/static/samples/face.webp`;
+    show(part("img"), src);
+    part(".where").hidden = Boolean(src);
     part(".where").textContent = nameOf(one);
+    root.classList.toggle("wrong", Boolean(one.wrong));
     root.title = "url" in one ? one.url : one.file.name;
     part("button").setAttribute("aria-label", t("remove")(nameOf(one)));
     part("button").addEventListener("click", () => (remove(index), byId("files").focus()));

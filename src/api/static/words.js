@@ -67,9 +67,9 @@ export function quote(element, sentence, code) {
   element.lang = lang || language;
 }
 
-/** What it is called: what its owner has asked for. @param {{metadata?: Record<string, any>}} generation */
-export function titleOf({ metadata }) {
-  const title = metadata?.title ?? metadata?.prompt;
+/** What it is called: what its owner has asked for. @param {Pick<Generation, "metadata" | "input">} generation */
+export function titleOf({ metadata, input }) {
+  const title = metadata?.title ?? metadata?.prompt ?? input?.prompt;
   return typeof title === "string" && title.trim() ? title.trim() : t("untitled");
 }
 
