@@ -19,7 +19,7 @@ for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
 
 
 #: What takes long begins first, so that no worker is left alone with it in the end.
-_FIRST: Final = ("test_wheel", "test_cases", "test_page_story", "test_page_connection", "test_recovery")
+_FIRST: Final = ("test_install", "test_cases", "test_page_story", "test_page_connection", "test_recovery")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
