@@ -1,10 +1,13 @@
 """uvicorn, with what it lacks: shutdown by the contract, transports that can be aborted, and corrections of HTTP."""
 
 import asyncio
+import json
 import logging
+import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from types import FrameType
 from typing import Any, Final
 
@@ -13,6 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.http11 import Response
 
 from adapters.engineio_server import TRANSPORT
 
@@ -39,6 +43,12 @@ HEAD_PATIENCE = 20.0
 _BODY: Final = (b"transfer-encoding", b"content-length")
 
 
+def problem(status: HTTPStatus, detail: str) -> bytes:
+    """What a request is answered that no application can be asked about (RFC 9457)."""
+    content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, "code": "bad_request"}
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's, with limits on the size and the time of a request's head, and with two rules of RFC 9110 and 9112.
 
@@ -61,6 +71,13 @@ class HttpProtocol(HttpToolsProtocol):
         """Called when the connection has ended."""
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called with what is no HTTP."""
+        body = problem(HTTPStatus.BAD_REQUEST, "The request is not valid HTTP.")
+        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\n"
+        self.transport.write(f"{head.format(len(body))}connection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         """Called with the first byte of a request."""
@@ -163,6 +180,19 @@ def _without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
 class WebSocketProtocol(WebSocketsSansIOProtocol):
     """uvicorn's, which also hands its transport to the application, and has bounds where it has none."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reject = self.conn.reject
+        self.conn.reject = self._reject_with_problem  # type: ignore[method-assign]
+
+    def _reject_with_problem(self, status: Any, text: str) -> Response:
+        response = self._reject(status, text)
+        response.body = problem(HTTPStatus(status), text.strip())
+        for name, value in (("Content-Length", str(len(response.body))), ("Content-Type", "application/problem+json")):
+            del response.headers[name]
+            response.headers[name] = value
+        return response
+
     def data_received(self, data: bytes) -> None:
         """Called with what has come. Who breaks the protocol, or floods it, is hung up on."""
         if self.transport.is_closing():
@@ -236,13 +266,13 @@ class Server(uvicorn.Server):
         """Called once by uvicorn, within the loop."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        if self.started:
+        if self.started and self._leaving is None:
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal handler."""
         if self._loop is None:
-            self.should_exit = True
+            os._exit(0)  # Nothing has been begun.
         else:
             self._loop.call_soon_threadsafe(self.leave, sig == signal.SIGINT)
 
