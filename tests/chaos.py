@@ -39,7 +39,7 @@ from domain.errors import Conflict, LogUnavailable
 from domain.events import Event
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.housekeeping import purge
+from domain.housekeeping import Housekeeping
 from domain.orders import Order
 from domain.ports import Append, EventLog, Start
 from domain.queries import generation_of
@@ -1316,9 +1316,8 @@ async def _the_clock_jumps(trial: Trial, images: Path, log: str) -> None:
             hold.let_go.set()
             for generation_id in ids:
                 assert (await _until_ended(phone, generation_id))["status"] == "completed"
-            assert (
-                await purge(service.service.log, service.service.images, ended_before=clock() - timedelta(days=1)) == 0
-            )
+            keeper = Housekeeping(service.service.log, service.service.images)
+            assert await keeper.purge(ended_before=clock() - timedelta(days=1)) == 0
         page = await service.get(f"/events?after={phone.beginning}&limit=1000")
         assert (page["recovered"], [each["data"] for each in page["events"]]) == (True, phone.events)
         listed = (await service.get("/generations"))["generations"]

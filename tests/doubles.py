@@ -19,10 +19,12 @@ from domain.feed import Cursor, Feed, Logged
 from domain.generation import Snapshot
 from domain.orders import Options
 from domain.ports import Append, Begun, Deliver, EventLog, History, Picture, Report
+from domain.quarantine import Quarantine
 from domain.queries import generation_of
 from domain.recorder import Recorder
 from domain.runner import Runner
 from domain.stages import Kind
+from domain.supervisor import OK, Supervisor
 from domain.workflow import Limits, Wish, Workflow
 
 BASE = "http://test/images/"
@@ -204,6 +206,9 @@ class InMemoryImages:
             found.setdefault(name.rpartition("-")[0], []).append(name)
         return found
 
+    async def probe(self) -> None:
+        """There is always room."""
+
 
 class Bytes:
     """`domain.workflow.Upload` of these bytes; where there is a gate, not a second time before it opens."""
@@ -304,6 +309,10 @@ class Passing:
         await self.pass_on()
         await self.inner.delivered(generation_id)
 
+    async def probe(self) -> None:
+        await self.pass_on()
+        await self.inner.probe()
+
     async def close(self) -> None:
         await self.inner.close()
 
@@ -388,7 +397,9 @@ class Studio:
         self.log = self.line(self.memory)
         self.queue = MemoryQueue()
         self.recorder = Recorder(self.log, self.clock, self.entropy, patience=self.patience)
-        self.external = ExternalWork(self.log, self.recorder, self.clock, self.deadline)
+        self.supervisor = Supervisor()
+        self.quarantine = Quarantine(self.recorder)
+        self.external = ExternalWork(self.log, self.recorder, self.quarantine, self.clock, self.deadline)
         limits = Limits(self.max_waiting, self.max_per_user, timedelta(days=1))
         self.workflow = Workflow(
             log=self.log,
@@ -400,8 +411,11 @@ class Studio:
             clock=self.clock,
             entropy=self.entropy,
             limits=limits,
+            supervisor=self.supervisor,
         )
         self.runner = Runner(
+            supervisor=self.supervisor,
+            quarantine=self.quarantine,
             log=self.log,
             recorder=self.recorder,
             queue=self.queue,
@@ -429,6 +443,7 @@ class Studio:
                 await asyncio.wait([self._running])
                 if not self._running.cancelled():
                     self._running.result()
+                assert set(self.supervisor.parts.values()) <= {OK}, "the runner has failed"
 
     async def start(self, wanted: Wish | None = None, user_id: str = "ada", key: str | None = None) -> Snapshot:
         return await self.workflow.start(user_id, wanted or wish(), key)

@@ -26,7 +26,9 @@ from api.perimeter import OriginGuard
 from domain.errors import Failure, ImageTooLarge, InvalidImage, UnsupportedImageType
 from domain.external import ExternalWork
 from domain.ports import Picture
+from domain.quarantine import Quarantine
 from domain.recorder import Recorder
+from domain.supervisor import Supervisor
 from domain.workflow import Limits, Workflow
 
 PNG: Final = b"\x89PNG\r\n\x1a\n a picture"
@@ -72,6 +74,10 @@ class FakeImages:
 
     async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
         return {}
+
+    async def probe(self) -> None:
+        if self.full:
+            raise Failure("storage_failed")
 
 
 @dataclass
@@ -136,16 +142,17 @@ async def serve_api(
         log=log,
         recorder=recorder,
         queue=MemoryQueue(),
-        external=ExternalWork(log, recorder, now, 600),
+        external=ExternalWork(log, recorder, Quarantine(recorder), now, 600),
         images=images,
         intake=FakeIntake(),
         clock=now,
         entropy=SystemEntropy(),
         limits=Limits(max_waiting, max_per_user, timedelta(days=1)),
+        supervisor=Supervisor(),
     )
 
-    async def readiness() -> str | None:
-        return "draining" if workflow.draining else None
+    async def readiness() -> tuple[str | None, dict[str, str]]:
+        return ("draining" if workflow.draining else None), {"log": "ok"}
 
     app = FastAPI(title="Stagecast", redirect_slashes=False)
     problems.install(app)

@@ -4,7 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from builders import SteppableClock
-from domain.housekeeping import purge, sweep
+from domain.housekeeping import Housekeeping
 from doubles import Hold, ScriptedEditor, Studio, png
 from harness import PHOTO, running
 
@@ -21,7 +21,7 @@ async def test_a_sweep_removes_what_no_event_names_and_nothing_else() -> None:
         needed = dict(studio.images.kept)
         await studio.images.save(done.generation_id, png("of a stage that was lost"))
         await studio.images.save("edit_1_0000000000000000", png("of a start that was lost"))
-        assert await sweep(studio.log, studio.images, stored_before=studio.clock()) == 2
+        assert await Housekeeping(studio.log, studio.images).sweep(stored_before=studio.clock()) == 2
         assert studio.images.kept == needed
         assert named.items() <= needed.items()
         hold.let_go.set()
@@ -39,12 +39,13 @@ async def test_finished_generations_go_with_their_pictures_when_retention_ends_a
         running_one = await studio.start()
         await hold.reached.wait()
         studio.clock.step(30)
-        assert await purge(studio.log, studio.images, ended_before=studio.clock() - timedelta(seconds=60)) == 1
+        keeper = Housekeeping(studio.log, studio.images)
+        assert await keeper.purge(ended_before=studio.clock() - timedelta(seconds=60)) == 1
         assert await studio.log.generation(first.generation_id) is None
         assert await studio.log.generation(second.generation_id) is not None
         assert not any(name.startswith(first.generation_id) for name in studio.images.kept)
         studio.clock.step(100_000)
-        assert await purge(studio.log, studio.images, ended_before=studio.clock()) == 1
+        assert await keeper.purge(ended_before=studio.clock()) == 1
         assert await studio.log.generation(running_one.generation_id) is not None
         hold.let_go.set()
         await studio.settled()

@@ -208,7 +208,7 @@ async def test_a_full_queue_refuses() -> None:
 
 
 async def test_a_service_about_to_stop_refuses_starts_and_is_not_ready(api_app: Api) -> None:
-    assert (await api_app.client.get("/health/ready")).json() == {"status": "ready"}
+    assert (await api_app.client.get("/health/ready")).json() == {"status": "ready", "parts": {"log": "ok"}}
     api_app.workflow.draining = True
     assert_problem(await api_app.start(), 503, "draining")
     assert_problem(await api_app.client.get("/health/ready"), 503, "draining")

@@ -14,9 +14,12 @@ from engineio.packet import Packet
 
 from adapters.memory_log import MemoryLog
 from adapters.socketio_projection import Device, Projection
+from adapters.system import SystemEntropy, now
 from domain.attach import Beginning
 from domain.feed import Cursor, Feed, Logged, feed_name
 from domain.ports import Append, Deliver, History, Lost, Start
+from domain.quarantine import Quarantine
+from domain.recorder import Recorder
 
 ROUNDS = 2_500
 FEED = feed_name("e", "u")
@@ -158,7 +161,7 @@ async def play(seed: int) -> int:
     """One round: writers, devices that come, go and come back, and readers of every speed. Returns events checked."""
     chance = random.Random(seed)
     log = LaggingLog(chance)
-    projection = Projection(log)
+    projection = Projection(log, Quarantine(Recorder(log, now, SystemEntropy())))
     follower = asyncio.create_task(projection.run())
     lengths = {f"edit_1_{number}": chance.randint(2, 9) for number in range(chance.randint(1, 4))}
     before = {name: lengths[name] for name in list(lengths)[: chance.randrange(2)]}

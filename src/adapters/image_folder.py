@@ -24,6 +24,7 @@ _MEDIA_TYPES: Final = {suffix: media_type for media_type, suffix in _SUFFIXES.it
 _ID: Final = re.compile(r"[a-z]{1,16}_[0-9]{1,20}_[a-z0-9]{1,64}")
 _NAME: Final = re.compile(rf"({_ID.pattern})-[0-9a-f]{{32}}\.({'|'.join(_MEDIA_TYPES)})")
 #: A picture on its way into the folder.
+_PROBE: Final = re.compile(r"\.probe-[0-9a-f]{16}")
 _PART: Final = re.compile(rf"\.{_NAME.pattern}\.part")
 
 
@@ -36,6 +37,7 @@ class ImageFolder:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._tag = secrets.token_hex(8)
 
     async def save(self, generation_id: str, picture: Picture) -> str:
         if not _ID.fullmatch(generation_id):
@@ -70,6 +72,21 @@ class ImageFolder:
     async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
         return await asyncio.to_thread(self._scan, older_than.timestamp())
 
+    async def probe(self) -> None:
+        try:
+            await asyncio.to_thread(self._probe)
+        except OSError as error:
+            raise Failure("storage_failed") from error
+
+    def _probe(self) -> None:
+        # One name for each process: what a killed one leaves is removed by the next sweep.
+        file = self._root / f".probe-{self._tag}"
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            _write_synced(file.open("wb"), bytes(4096))
+        finally:
+            file.unlink(missing_ok=True)
+
     def _path(self, name: str) -> Path | None:
         match = _NAME.fullmatch(name)
         return match and self._root / match[1] / name
@@ -79,11 +96,7 @@ class ImageFolder:
         part = folder / f".{name}.part"
         file = _create(part)
         try:
-            with file:
-                file.write(data)
-                file.flush()
-                # Else a power cut could leave the name without all of the bytes.
-                os.fsync(file.fileno())
+            _write_synced(file, data)
             part.replace(folder / name)
         except BaseException:
             _remove(part)
@@ -93,6 +106,8 @@ class ImageFolder:
         """The names by generation. What was left by writers that died is removed on the way."""
         found: dict[str, list[str]] = {}
         for folder in _entries(self._root):
+            if _PROBE.fullmatch(folder.name) and _older(folder, moment):
+                Path(folder.path).unlink(missing_ok=True)
             if not _ID.fullmatch(folder.name):
                 continue
             for file in _entries(Path(folder.path)):
@@ -103,6 +118,14 @@ class ImageFolder:
                 elif _NAME.fullmatch(file.name):
                     found.setdefault(folder.name, []).append(file.name)
         return found
+
+
+def _write_synced(file: IO[bytes], data: bytes) -> None:
+    with file:
+        file.write(data)
+        file.flush()
+        # Else a power cut could leave the name without all of the bytes.
+        os.fsync(file.fileno())
 
 
 def _create(part: Path) -> IO[bytes]:

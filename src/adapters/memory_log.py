@@ -318,6 +318,9 @@ class MemoryLog:
     async def delivered(self, generation_id: str) -> None:
         self._undelivered.pop(generation_id, None)
 
+    async def probe(self) -> None:
+        """There is nothing that could fail."""
+
     async def close(self) -> None:
         """There is nothing to let go of."""
 

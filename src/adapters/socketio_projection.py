@@ -21,6 +21,8 @@ from domain.attach import Beginning
 from domain.errors import LogUnavailable
 from domain.feed import Cursor, Logged, feed_name
 from domain.ports import EventLog, Lost
+from domain.quarantine import Quarantine
+from domain.readiness import FOLLOWER
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +55,10 @@ class Outbox(Protocol):
 class Frames:
     """One event, ready to be sent: each form is made once for however many devices."""
 
-    __slots__ = ("_cursor", "_entry", "_forms")
+    __slots__ = ("_cursor", "_forms", "entry")
 
     def __init__(self, entry: Logged, cursor: str) -> None:
-        self._entry = entry
+        self.entry = entry
         self._cursor = cursor
         self._forms: list[Packet | None] = [None, None]
 
@@ -64,8 +66,8 @@ class Frames:
         """The frame with the cursor as a last argument, or `inline` as a key of the event."""
         frame = self._forms[inline]
         if frame is None:
-            assert self._entry.event is not None
-            name, event = self._entry.name, self._entry.event.decode()
+            assert self.entry.event is not None
+            name, event = self.entry.name, self.entry.event.decode()
             if inline:
                 data = f'2["{name}",{event[:-1]},"cursor":"{self._cursor}"}}]'
             else:
@@ -129,9 +131,10 @@ class Device:
         self._head = max(self._head, entry.position)
         if self._pulling or entry.position <= self._cursor.seen:
             return
-        frame = frames.form(self._inline)
-        if entry.position == self._cursor.seen + 1 and self._outbox.has_room(frame):
-            self._outbox.put(frame)
+        frame = self._projection.frame(frames, inline=self._inline)
+        if entry.position == self._cursor.seen + 1 and (frame is None or self._outbox.has_room(frame)):
+            if frame is not None:
+                self._outbox.put(frame)
             self._cursor = Cursor(entry.position, entry.event_id, entry.position)
         else:
             self._pull()
@@ -217,7 +220,9 @@ class Device:
         return cursor.text(self.feed, self._beginning.tag if cursor.live <= self._beginning.head else None)
 
     def _put(self, entry: Logged, behind: Cursor) -> bool:
-        frame = Frames(entry, self._text(behind)).form(self._inline)
+        frame = self._projection.frame(Frames(entry, self._text(behind)), inline=self._inline)
+        if frame is None:
+            return True
         if not self._outbox.has_room(frame):
             return False
         self._outbox.put(frame)
@@ -227,14 +232,16 @@ class Device:
 class Projection:
     """The devices of all users, and the one follower of the log."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventLog, quarantine: Quarantine) -> None:
         self.log = log
+        self._quarantine = quarantine
         #: ``user:<id>`` rooms, by user id. A room is there as long as somebody is in it.
         self.rooms: dict[str, set[Device]] = {}
 
     async def run(self) -> None:
         """Follow the log until cancelled."""
         async with self.log.follow(self.deliver):
+            self.deliver(Lost())  # What came before, also where the following had failed, has to be read.
             await asyncio.get_running_loop().create_future()
 
     def attach(self, user_id: str, outbox: Outbox, beginning: Beginning, *, inline: bool) -> Device:
@@ -265,6 +272,14 @@ class Projection:
             frames = Frames(entry, Cursor(entry.position, entry.event_id, entry.position).text(feed))
             for device in room:
                 device.offer(entry, frames)
+
+    def frame(self, frames: Frames, *, inline: bool) -> Packet | None:
+        """The frame of this form; ``None`` where the event cannot be sent. Then it ends its generation."""
+        try:
+            return frames.form(inline)
+        except Exception as error:
+            self._quarantine.put(frames.entry.generation_id, FOLLOWER, error)
+            return None
 
     async def settled(self) -> None:
         """Wait until every device has been sent, and has taken, everything known."""

@@ -14,6 +14,7 @@ such a copy stays until the page is used again. Freed pages are, so the file has
 import asyncio
 import contextlib
 import logging
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -154,6 +155,9 @@ class Database:
             except (OSError, RuntimeError, sqlite3.Error) as error:  # A loop of symbolic links is a RuntimeError.
                 raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from error
             undo.pop_all()
+        self._path, self._opened = path, path.stat()
+        #: Why the log did not answer the last time, until it can be written again: logged once.
+        self._reason = ""
         self._wal = Path(f"{path}-wal")
         self._wal_limit = _WAL_LIMIT
         self._writing: BatchThread[Operation[Any]] = BatchThread(
@@ -186,6 +190,20 @@ class Database:
             raise LogUnavailable
         return cast(T, await self._reading.ask(query))
 
+    async def probe(self) -> None:
+        """Commit one row and read it. Raises `LogUnavailable`, also where the file is not at its path any more."""
+        await self.write(self._probe)
+        await self.read(lambda connection: connection.execute("SELECT epoch FROM log").fetchone())
+
+    def _probe(self, connection: sqlite3.Connection) -> None:
+        try:
+            same = os.path.samestat(self._path.stat(), self._opened)
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise sqlite3.OperationalError("the file has been removed or replaced")
+        connection.execute("UPDATE log SET epoch = epoch")
+
     async def close(self) -> None:
         """Do what has been asked for, and let go of the file."""
         if not self._closed:
@@ -209,7 +227,9 @@ class Database:
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
                 self._writer.rollback()
-            return _unavailable(error, len(operations))
+            return self._unavailable(error, len(operations))
+        if not any(isinstance(outcome, LogUnavailable) for outcome in outcomes):
+            self._reason = ""
         return outcomes
 
     def _write_one(self, operation: Operation[Any]) -> object:
@@ -220,7 +240,7 @@ class Database:
             if not self._writer.in_transaction:
                 raise  # SQLite has undone the whole transaction.
             self._writer.execute("ROLLBACK TO operation")
-            [outcome] = _unavailable(error) if isinstance(error, sqlite3.Error) else [error]
+            [outcome] = self._unavailable(error) if isinstance(error, sqlite3.Error) else [error]
         self._writer.execute("RELEASE operation")
         return outcome
 
@@ -233,15 +253,22 @@ class Database:
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
                 self._reader.rollback()
-            return _unavailable(error, len(queries))
+            return self._unavailable(error, len(queries))
         return outcomes
 
     def _read_one(self, query: Operation[Any]) -> object:
         try:
             return query(self._reader)
         except Exception as error:
-            [outcome] = _unavailable(error) if isinstance(error, sqlite3.Error) else [error]
+            [outcome] = self._unavailable(error) if isinstance(error, sqlite3.Error) else [error]
             return outcome
+
+    def _unavailable(self, error: sqlite3.Error, count: int = 1) -> Sequence[LogUnavailable]:
+        """What so many are told; the log of the service says why."""
+        if (reason := _reason(error)) != self._reason:
+            self._reason = reason
+            logger.error("the log does not answer: %s", reason)
+        return [LogUnavailable() for _ in range(count)]
 
     def _write_back(self, idle: bool) -> None:
         """Write the write-ahead log back into the file, and empty it, when there is time or need for it."""
@@ -256,12 +283,6 @@ class Database:
                 self._wal_limit = self._wal.stat().st_size + _WAL_LIMIT
         except (OSError, sqlite3.Error) as error:
             logger.error("the log cannot be written back: %s", _reason(error))
-
-
-def _unavailable(error: sqlite3.Error, count: int = 1) -> Sequence[LogUnavailable]:
-    """What so many are told; the log of the service says why."""
-    logger.error("the log does not answer: %s", _reason(error))
-    return [LogUnavailable() for _ in range(count)]
 
 
 # --- what a file can hold --------------------------------------------------------------------------------

@@ -243,6 +243,9 @@ class SqliteLog:
             )
         )
 
+    async def probe(self) -> None:
+        await self._database.probe()
+
     async def close(self) -> None:
         """Close the file. Everything that was asked for before has been done."""
         await self._database.close()

@@ -1,5 +1,9 @@
 """The command line: ``stagecast``."""
 
+from api import early_signals
+
+early_signals.handle()  # Before the imports below, which take the first half second.
+
 import argparse
 import errno
 import os

@@ -6,6 +6,7 @@ import random
 import secrets
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from functools import partial
 from importlib import metadata
 from typing import Any, Final
 
@@ -47,12 +48,15 @@ from api.proxies import ForwardedHeaders, PathPrefix
 from api.settings import Settings, SettingsError
 from api.sockets import Sockets
 from domain.attach import Attachments
-from domain.errors import LogUnavailable
+from domain.errors import Failure, LogUnavailable
 from domain.external import ExternalWork
-from domain.housekeeping import purge, sweep
+from domain.housekeeping import Housekeeping
 from domain.ports import Clock, EventLog, FaceSwapper, ImageEditor, ImageFetcher, ImageIntake, SessionStore
+from domain.quarantine import Quarantine
+from domain.readiness import FOLLOWER, IMAGES, LOG, Readiness, why_not_ready
 from domain.recorder import Recorder
 from domain.runner import Runner
+from domain.supervisor import Supervisor
 from domain.webhooks import Webhooks
 from domain.workflow import Limits, Workflow
 
@@ -60,7 +64,10 @@ from domain.workflow import Limits, Workflow
 _FLUSH: Final = 0.3
 #: Seconds that a provider has for one picture, with all waits.
 _PROVIDER: Final = 300
-_SWEEP_EVERY: Final = timedelta(hours=1)
+#: Seconds between two sweeps.
+_SWEEP_EVERY: Final = 3600.0
+#: Seconds that starts on their way into the log have, on leaving, to get there.
+_CLOSE: Final = 3.0
 
 
 class Service:
@@ -77,7 +84,9 @@ class Service:
         self.images = overrides.get("images") or ImageFolder(settings.images)
         intake = PillowIntake(self.threads)
         recorder = Recorder(self.log, self.clock, entropy)
-        self.external = ExternalWork(self.log, recorder, self.clock, settings.deadline)
+        self.supervisor = Supervisor()
+        self._quarantine = Quarantine(recorder)
+        self.external = ExternalWork(self.log, recorder, self._quarantine, self.clock, settings.deadline)
         self.workflow = Workflow(
             log=self.log,
             recorder=recorder,
@@ -88,9 +97,12 @@ class Service:
             clock=self.clock,
             entropy=entropy,
             limits=Limits(settings.max_waiting, settings.max_per_user, timedelta(seconds=settings.retention)),
+            supervisor=self.supervisor,
         )
         web = UrlFetcher(intake, allow=settings.fetch_allow)
         self.runner = Runner(
+            supervisor=self.supervisor,
+            quarantine=self._quarantine,
             log=self.log,
             recorder=recorder,
             queue=self.queue,
@@ -103,7 +115,7 @@ class Service:
             max_running=settings.max_running,
             deadline=settings.deadline,
         )
-        self.projection = Projection(self.log)
+        self.projection = Projection(self.log, self._quarantine)
         self.webhooks = _webhooks(settings, self.log, self.clock)
         self.authenticator = Authenticator(_tokens(settings, self.clock), self.clock)
         self.attachments = Attachments(self.log, self.sessions, self.clock, new_tag=lambda: entropy.token()[:8])
@@ -121,29 +133,57 @@ class Service:
             clock=self.clock,
             patience=overrides.get("patience", PATIENCE),
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._housekeeping = Housekeeping(self.log, self.images)
+        self._readiness = Readiness(
+            self.supervisor,
+            {LOG: (self.log.probe, LogUnavailable()), IMAGES: (self.images.probe, Failure("storage_failed"))},
+        )
+        self._starting: asyncio.Task[None] | None = None
         self._work: asyncio.Task[None] | None = None
+        self._background: asyncio.Task[None] | None = None
         self._left = False
 
     async def enter(self) -> None:
-        """Begin to follow the log, to work and to keep house."""
+        """Begin to follow the log, to work and to keep house, unless asked to leave meanwhile."""
+        self._starting = asyncio.create_task(self._start())
+        await asyncio.wait([self._starting])
+        if not (self._left and self._starting.cancelled()):
+            self._starting.result()
+
+    async def _start(self) -> None:
         await self.runner.resume()
-        await sweep(self.log, self.images, stored_before=self.clock())
+        swept = await self.supervisor.attempt("sweep", partial(self._housekeeping.sweep, stored_before=self.clock()))
         self._work = asyncio.create_task(self.runner.run())
-        tasks = [self.projection.run(), self.external.run(), self._keep_house()]
-        if self.webhooks is not None:
-            tasks.append(self.webhooks.run())
-        self._tasks = [asyncio.create_task(task) for task in tasks]
+        self._background = asyncio.create_task(self._run(swept=swept))
+
+    async def _run(self, *, swept: bool) -> None:
+        """Run all background tasks but the runner, which ends before the others."""
+        keep, every = self.supervisor.keep, self.supervisor.every
+        pause = min(max(self.settings.retention / 10, 0.1), 60)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(keep(FOLLOWER, self.projection.run))
+            tasks.create_task(keep("quarantine", self._quarantine.run))
+            tasks.create_task(keep("external", self.external.run))
+            tasks.create_task(every(pause, "retention", self._purge))
+            tasks.create_task(every(_SWEEP_EVERY, "sweep", self._sweep, after=_SWEEP_EVERY if swept else 0))
+            tasks.create_task(every(pause, "sessions", self._touch))
+            if self.webhooks is not None:
+                tasks.create_task(keep("webhooks", self.webhooks.run))
 
     async def leave(self, hurry: asyncio.Event) -> None:
         """Take no new work, finish what there is within the drain or until `hurry`, and say what was left undone."""
         if self._left:
             return
         self._left = True
-        self.workflow.draining = True
+        self.workflow.drain()
+        await _cancel(self._starting)
         waits = [asyncio.create_task(self._settled()), asyncio.create_task(hurry.wait())]
         await asyncio.wait(waits, timeout=self.settings.drain, return_when=asyncio.FIRST_COMPLETED)
-        await _cancel(*waits, *([self._work] if self._work else []))
+        await _cancel(*waits)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE):
+                await self.workflow.close()
+        await _cancel(self._work)
         if not self.log.durable:
             await self.runner.interrupt()
         with contextlib.suppress(TimeoutError):
@@ -151,39 +191,32 @@ class Service:
                 told = [self.projection.settled()] + ([self.webhooks.settled()] if self.webhooks else [])
                 await asyncio.gather(*told)
         await self.sockets.close_all()
-        await _cancel(*self._tasks)
+        await _cancel(self._background)
+        await self._readiness.close()
         await self.sockets.shutdown()
         await self.log.close()
         self.threads.close()
 
     async def _settled(self) -> None:
-        """Wait until all work is done, whoever does it."""
+        """Wait until all work is done, whoever does it, and what is still being accepted too."""
+        await self.workflow.started()
         await self.queue.settled()
         await self.external.settled()
 
-    async def readiness(self) -> str | None:
-        """``None`` where the service can take work, else the code of the reason."""
-        if self.workflow.draining:
-            return "draining"
-        try:
-            await self.log.credit("")
-        except LogUnavailable as refusal:
-            return refusal.code
-        return None
+    async def readiness(self) -> tuple[str | None, dict[str, str]]:
+        """The code of the reason why no start can be taken, if there is one, and the state of each part."""
+        parts = await self._readiness.parts()
+        return "draining" if self.workflow.draining else why_not_ready(parts), parts
 
-    async def _keep_house(self) -> None:
-        retention = timedelta(seconds=self.settings.retention)
-        grace = max(_SWEEP_EVERY, 2 * timedelta(seconds=self.settings.deadline))
-        pause = min(max(self.settings.retention / 10, 0.1), 60)
-        swept = self.clock()
-        while True:
-            await asyncio.sleep(pause)
-            with contextlib.suppress(LogUnavailable):
-                await purge(self.log, self.images, ended_before=self.clock() - retention)
-                await self.sessions.touch(self.sockets.pids, at=self.clock())
-                if self.clock() - swept >= _SWEEP_EVERY:
-                    swept = self.clock()
-                    await sweep(self.log, self.images, stored_before=swept - grace)
+    async def _purge(self) -> None:
+        await self._housekeeping.purge(ended_before=self.clock() - timedelta(seconds=self.settings.retention))
+
+    async def _sweep(self) -> None:
+        grace = timedelta(seconds=max(_SWEEP_EVERY, 2 * self.settings.deadline))
+        await self._housekeeping.sweep(stored_before=self.clock() - grace)
+
+    async def _touch(self) -> None:
+        await self.sessions.touch(self.sockets.pids, at=self.clock())
 
 
 def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventLog, SessionStore]:
@@ -297,10 +330,11 @@ def _secret(settings: Settings) -> bytes:
     return secret
 
 
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
+async def _cancel(*tasks: asyncio.Task[Any] | None) -> None:
+    running = [task for task in tasks if task is not None]
+    for task in running:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*running, return_exceptions=True)
 
 
 def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIApp]:

@@ -1,6 +1,7 @@
 """HTTP: start a generation, look at it, cancel it, delete it."""
 
 import re
+from contextlib import AsyncExitStack
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
@@ -106,7 +107,9 @@ async def _start(
 ) -> Response:
     if runner is not None:
         require_service(identity)
-    async with read_wish(request, kind, external=runner is not None) as wish:
+    async with AsyncExitStack() as form:
+        async with workflow.arriving(key):
+            wish = await form.enter_async_context(read_wish(request, kind, external=runner is not None))
         snapshot = await workflow.start(identity.user_id, wish, key)
     location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"
     return json_response(snapshot, 202, {"Location": location})

@@ -8,14 +8,20 @@ from fastapi import APIRouter, Request, Response
 from api.problems import documented, problem
 from api.schemas import STAGES, Health, Stages, json_response
 from api.state import Images
-from domain.errors import Draining, LogUnavailable, NotFound, Refusal
+from domain.errors import Draining, LogUnavailable, NotFound
 
 router: Final = APIRouter()
 
 #: As `domain.ports.ImageStore.save` makes them: the generation's id, 128 random bits, a suffix.
 _NAME: Final = re.compile(r"[a-z0-9_]+-[A-Za-z0-9_-]+\.[a-z]+")
 
-_NOT_READY: Final[dict[str, type[Refusal]]] = {refusal.code: refusal for refusal in (Draining, LogUnavailable)}
+#: Why the service cannot take a start, by code. Of everything else only the code of its part is told.
+_NOT_READY: Final = {
+    Draining.code: str(Draining()),
+    LogUnavailable.code: str(LogUnavailable()),
+    "storage_failed": "The image store cannot be written. Please try again shortly.",
+    "unavailable": "A part of the service does not work. Please try again shortly.",
+}
 
 
 @router.get("/stages", tags=["generations"], response_model=Stages, responses=documented())
@@ -67,11 +73,15 @@ async def get_live() -> Response:
 
 
 @router.get(
-    "/health/ready", tags=["health"], response_model=Health, responses=documented("draining", "log_unavailable")
+    "/health/ready",
+    tags=["health"],
+    response_model=Health,
+    responses=documented(*_NOT_READY),
 )
 async def get_ready(request: Request) -> Response:
-    """The service takes work."""
-    reason: str | None = await request.app.state.readiness()
+    """The service can take a start. `parts` tells of every background task, in 200 and 503 alike."""
+    reason, parts = await request.app.state.readiness()
     if reason is None:
-        return json_response(Health(status="ready"))
-    return problem(reason, str(_NOT_READY[reason]()))
+        return json_response(Health(status="ready", parts=parts))
+    code = reason if reason in _NOT_READY else "unavailable"
+    return problem(code, _NOT_READY[code], parts=parts)

@@ -91,6 +91,10 @@ class Health(Wire):
     """The service answers."""
 
     status: Literal["live", "ready"]
+    parts: Annotated[
+        dict[str, str] | None,
+        Field(description="of `ready`: every background task by name, `ok` or the code of what fails"),
+    ] = None
 
 
 def _stage_view(kind: Kind, status: str) -> StageView:

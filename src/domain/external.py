@@ -16,7 +16,8 @@ from domain.errors import Conflict, Failure, IllegalTransition, LogUnavailable, 
 from domain.feed import Logged
 from domain.generation import Generation, facts_of
 from domain.ports import Clock, EventLog, History
-from domain.queries import generation_of, order_of
+from domain.quarantine import Quarantine
+from domain.queries import UNREADABLE, generation_of, is_external, order_of
 from domain.recorder import Recorder
 from domain.stages import FAILED
 
@@ -34,8 +35,11 @@ _OF_A_SWAP: Final = {
 class ExternalWork:
     """Takes reports, and ends what has not been reported on for `deadline` seconds."""
 
-    def __init__(self, log: EventLog, recorder: Recorder, clock: Clock, deadline: float) -> None:
+    def __init__(
+        self, log: EventLog, recorder: Recorder, quarantine: Quarantine, clock: Clock, deadline: float
+    ) -> None:
         self._log = log
+        self._quarantine = quarantine
         self._recorder = recorder
         self._clock = clock
         self._deadline = timedelta(seconds=deadline)
@@ -51,8 +55,9 @@ class ExternalWork:
     async def run(self) -> None:
         """Watch what is unfinished, and go on until cancelled."""
         for history in await self._log.unfinished():
-            if order_of(history).external:
-                self.watch(generation_of(history))
+            if is_external(history):
+                self._due.append((self._clock(), history.generation_id))
+        heapq.heapify(self._due)
         while True:
             await asyncio.sleep(self._pause)
             while self._due and self._due[0][0] <= self._clock():
@@ -62,7 +67,7 @@ class ExternalWork:
         """Wait until nothing is left to be reported on."""
         while True:
             with contextlib.suppress(LogUnavailable):
-                if not any(order_of(history).external for history in await self._log.unfinished()):
+                if not any(map(is_external, await self._log.unfinished())):
                     return
             await asyncio.sleep(self._pause / 4)
 
@@ -110,6 +115,8 @@ class ExternalWork:
                 await self._recorder.end(generation_id, Failure("deadline_exceeded"))
         except LogUnavailable:
             heapq.heappush(self._due, (self._clock() + timedelta(seconds=_LOOK), generation_id))
+        except UNREADABLE as error:
+            await self._quarantine.end(generation_id, "external", error)
 
 
 def _check(generation: Generation, status: str, facts: Mapping[str, Any]) -> None:

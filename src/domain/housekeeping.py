@@ -1,43 +1,86 @@
 """What is removed without anybody asking: finished generations past retention, and pictures that no event names."""
 
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Final
 
+from domain.errors import LogUnavailable
 from domain.ports import EventLog, History, ImageStore
 from domain.queries import order_of
+from domain.supervisor import reason_of
 
-#: Generations purged at a time, so that others get their turn.
-_BATCH: Final = 100
+logger = logging.getLogger(__name__)
 
-
-async def purge(log: EventLog, images: ImageStore, *, ended_before: datetime) -> int:
-    """Remove finished generations that ended before that moment, whole. Return how many."""
-    purged = 0
-    while expired := await log.finished_before(ended_before, _BATCH):
-        for generation_id in expired:
-            await log.remove(generation_id, retention=True)
-            await images.remove(generation_id)
-        purged += len(expired)
-    return purged
+#: Generations handled at a time: the log may commit what is done to them at once, and others get their turn.
+_BATCH: Final = 50
 
 
-async def sweep(log: EventLog, images: ImageStore, *, stored_before: datetime) -> int:
-    """Remove pictures stored before that moment which nothing needs. Return how many.
+class Housekeeping:
+    """Removes what has expired. One generation that cannot be removed is set aside, and the others go on."""
 
-    Needed are those that an event names, and the uploads of what still runs.
-    """
-    swept = 0
-    for generation_id, names in (await images.names(older_than=stored_before)).items():
-        history = await log.generation(generation_id)
+    def __init__(self, log: EventLog, images: ImageStore) -> None:
+        self._log = log
+        self._images = images
+        #: Generations that could not be removed: they are logged once, and tried again in each round.
+        self._stuck: set[str] = set()
+
+    async def purge(self, *, ended_before: datetime) -> int:
+        """Remove finished generations that ended before that moment, whole. Return how many."""
+        purged, tried = 0, set[str]()
+        while True:
+            expired = await self._log.finished_before(ended_before, _BATCH + len(tried))
+            batch = [generation_id for generation_id in expired if generation_id not in tried]
+            if not batch:
+                self._stuck &= tried
+                return purged
+            failed = await self._each(self._purge, batch)
+            tried |= failed
+            purged += len(batch) - len(failed)
+
+    async def sweep(self, *, stored_before: datetime) -> int:
+        """Remove pictures stored before that moment which nothing needs. Return how many.
+
+        Needed are those that an event names, and the uploads of what still runs.
+        """
+        names, swept = await self._images.names(older_than=stored_before), 0
+
+        async def sweep(generation_id: str) -> None:
+            nonlocal swept
+            swept += await self._sweep(generation_id, names[generation_id])
+
+        generation_ids = list(names)
+        for start in range(0, len(generation_ids), _BATCH):
+            await self._each(sweep, generation_ids[start : start + _BATCH])
+        return swept
+
+    async def _each(self, do: Callable[[str], Awaitable[None]], generation_ids: Sequence[str]) -> set[str]:
+        """Do this to all of them at once, and return those with which it failed. Raises where it failed with all."""
+        outcomes = await asyncio.gather(*map(do, generation_ids), return_exceptions=True)
+        failed = {each: error for each, error in zip(generation_ids, outcomes, strict=True) if error is not None}
+        for error in failed.values():
+            # It is not one of them that fails, but the log, or all that is done to them.
+            if isinstance(error, LogUnavailable) or len(failed) == len(generation_ids):
+                raise error
+        for generation_id in failed.keys() - self._stuck:
+            logger.error("generation %s cannot be removed: %s", generation_id, reason_of(failed[generation_id]))
+        self._stuck |= failed.keys()
+        return set(failed)
+
+    async def _purge(self, generation_id: str) -> None:
+        await self._log.remove(generation_id, retention=True)
+        await self._images.remove(generation_id)
+
+    async def _sweep(self, generation_id: str, names: Sequence[str]) -> int:
+        history = await self._log.generation(generation_id)
         if history is None:
-            await images.remove(generation_id)
-            swept += len(names)
-            continue
-        for name in names:
-            if not _needed(name, history):
-                await images.discard(name)
-                swept += 1
-    return swept
+            await self._images.remove(generation_id)
+            return len(names)
+        unneeded = [name for name in names if not _needed(name, history)]
+        for name in unneeded:
+            await self._images.discard(name)
+        return len(unneeded)
 
 
 def _needed(name: str, history: History) -> bool:

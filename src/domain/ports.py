@@ -188,6 +188,9 @@ class EventLog(Protocol):
     async def delivered(self, generation_id: str) -> None:
         """The terminal event of this generation has been told."""
 
+    async def probe(self) -> None:
+        """Commit one row and read it, to find out whether the log can take an append. Raises `LogUnavailable`."""
+
     async def close(self) -> None:
         """Let go of what it holds. Nothing is asked of it any more."""
 
@@ -240,6 +243,13 @@ class ImageStore(Protocol):
 
     async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
         """The names of all pictures stored before that moment, by generation id."""
+
+    async def probe(self) -> None:
+        """Store 4 kB and remove them again, to find out whether a picture can be stored.
+
+        Raises:
+            Failure: ``storage_failed``.
+        """
 
 
 class ImageIntake(Protocol):

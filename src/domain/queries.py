@@ -1,14 +1,38 @@
 """From the log's records to the domain's objects."""
 
+import contextlib
+from typing import Final
+
 from domain.events import decode
 from domain.generation import Generation
 from domain.orders import Order
 from domain.ports import History
 
+#: What is raised where a stored order or event is not what was stored.
+UNREADABLE: Final = (ValueError, LookupError, TypeError)
+
 
 def order_of(history: History) -> Order:
     """What was ordered."""
     return Order.model_validate_json(history.order)
+
+
+def is_external(history: History) -> bool:
+    """Whether the user's own pipeline does the work; not where that cannot be read."""
+    try:
+        return order_of(history).external
+    except UNREADABLE:
+        return False
+
+
+def readable_part_of(history: History) -> Generation:
+    """The generation as far as its order and its events can be read, so that it can be ended."""
+    generation = Generation(history.generation_id, history.kind, history.user_id, Order(prompt="-"))
+    for entry in history.events:
+        with contextlib.suppress(*UNREADABLE):
+            generation.apply(decode(entry.event or b""))
+        generation.sequence = entry.sequence
+    return generation
 
 
 def generation_of(history: History) -> Generation:

@@ -13,7 +13,7 @@ from domain.events import encode, event_name
 from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports import Append, Clock, Entropy, EventLog, Start
-from domain.queries import generation_of
+from domain.queries import UNREADABLE, generation_of, readable_part_of
 
 #: What each Socket.IO event does to its owner's balance.
 _CREDIT: Final = {"generation_started": -1, "generation_completed": 0, "generation_failed": 1}
@@ -72,7 +72,10 @@ class Recorder:
             LogUnavailable: the log did not answer in time.
         """
         while history := await self._log.generation(generation_id):
-            generation = generation_of(history)
+            try:
+                generation = generation_of(history)
+            except UNREADABLE:  # Stored data that cannot be read. What can be is enough to end it.
+                generation = readable_part_of(history)
             if generation.finished:
                 return False
             append, _ = self._prepare(generation, *generation.ending(failure), self._clock())

@@ -27,9 +27,12 @@ from domain.ports import (
     Picture,
     WorkQueue,
 )
-from domain.queries import generation_of, order_of
+from domain.quarantine import Quarantine
+from domain.queries import UNREADABLE, generation_of, is_external, order_of
+from domain.readiness import RUNNER
 from domain.recorder import Recorder
 from domain.stages import FLOWS, ceiling
+from domain.supervisor import Supervisor, being_cancelled, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class Runner:
         editor: ImageEditor,
         face_swapper: FaceSwapper,
         fetcher: ImageFetcher,
+        supervisor: Supervisor,
+        quarantine: Quarantine,
         max_running: int,
         deadline: float,
     ) -> None:
@@ -67,6 +72,8 @@ class Runner:
         self.editor = editor
         self.face_swapper = face_swapper
         self.fetcher = fetcher
+        self._supervisor = supervisor
+        self._quarantine = quarantine
         self._max_running = max_running
         self._deadline = deadline
         self._jobs: dict[str, tuple[_Job, asyncio.Task[None]]] = {}
@@ -75,17 +82,23 @@ class Runner:
 
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
-        await self._end_interrupted(patient=True)
-        async with self.log.follow(self._notice), asyncio.TaskGroup() as workers:
-            workers.create_task(self._hold())
-            for _ in range(self._max_running):
-                workers.create_task(self._worker())
+        keep = self._supervisor.keep
+        await keep(RUNNER, lambda: self._end_interrupted(patient=True))
+        await keep(RUNNER, self._follow, self._hold, *[self._worker] * self._max_running)
+
+    async def _follow(self) -> None:
+        async with self.log.follow(self._notice):
+            await asyncio.get_running_loop().create_future()
 
     async def resume(self) -> None:
         """Take up what another process has left unfinished, or end it where its stage may have been paid for."""
         for history in await self.log.unfinished():
-            generation = generation_of(history)
-            if order_of(history).external:
+            try:
+                generation = generation_of(history)
+            except UNREADABLE:  # Whoever works on it sets it aside.
+                await self.queue.offer(history.user_id, history.generation_id)
+                continue
+            if is_external(history):
                 continue
             if FLOWS[generation.kind][generation.status].repeats:
                 self._interrupted.append(history.generation_id)
@@ -103,13 +116,18 @@ class Runner:
                 if not patient:
                     return
                 await asyncio.sleep(_AGAIN)
-            else:
-                del self._interrupted[0]
+                continue
+            except Exception as error:
+                self._quarantine.put(self._interrupted[0], RUNNER, error)
+            del self._interrupted[0]
 
     async def interrupt(self) -> None:
         """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
         for history in await self.log.unfinished():
-            await self.recorder.end(history.generation_id, Failure("interrupted"))
+            try:
+                await self.recorder.end(history.generation_id, Failure("interrupted"))
+            except Exception as error:
+                logger.error("generation %s could not be ended: %s", history.generation_id, reason_of(error))
 
     async def _hold(self) -> None:
         """Keep hold of what is worked on. What somebody else has taken over is left to them."""
@@ -126,6 +144,10 @@ class Runner:
             generation_id = await self.queue.claim()
             try:
                 await self._work(generation_id)
+            except (Exception, asyncio.CancelledError) as error:
+                if being_cancelled():
+                    raise
+                await self._quarantine.end(generation_id, RUNNER, error)
             finally:
                 await self.queue.release(generation_id)
 
@@ -139,6 +161,8 @@ class Runner:
         self._jobs[generation_id] = job, task
         try:
             await asyncio.wait([task])
+            if not (task.cancelled() and (job.over or job.abandoned)):
+                task.result()
         finally:
             del self._jobs[generation_id]
             job.abandon()

@@ -17,6 +17,8 @@ from domain.errors import LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
 from domain.ports import EventLog, Lost
+from domain.queries import UNREADABLE
+from domain.supervisor import being_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -158,14 +160,17 @@ class Webhooks:
 
     async def _deliver(self, entry: Logged, attempt: int) -> None:
         try:
-            await self._poster.post(*message_of(entry))
+            if (message := self._encoded(entry)) is not None:
+                await self._poster.post(*message)
             await self._mark(entry.generation_id)
         except NotDelivered as failure:
             if failure.gone:
                 self._give_up(str(failure))
             else:
                 self._put_off(entry, attempt, str(failure), failure.after or 0)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if being_cancelled():
+                raise
             self._put_off(entry, attempt, type(error).__name__, 0)
         finally:
             del self._under_way[entry.generation_id]
@@ -175,6 +180,15 @@ class Webhooks:
         if not self._gone:
             self._gone = True
             logger.error("webhooks are not sent any more until the service is restarted: the receiver %s", reason)
+
+    def _encoded(self, entry: Logged) -> tuple[str, bytes] | None:
+        """The message; ``None`` where none can be made of the event, which then does not stay in the outbox."""
+        try:
+            return message_of(entry)
+        except UNREADABLE as error:
+            what = "webhook %s:%d is set aside: %s (internal)"
+            logger.error(what, entry.generation_id, entry.sequence, type(error).__name__)
+            return None
 
     async def _mark(self, generation_id: str) -> None:
         while True:

@@ -6,7 +6,8 @@ somebody else are the same `NotFound`.
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
@@ -30,16 +31,14 @@ from domain.feed import Logged
 from domain.generation import Generation, Snapshot
 from domain.orders import Options, Order
 from domain.ports import Clock, Entropy, EventLog, History, ImageIntake, ImageStore, Start, WorkQueue
-from domain.queries import generation_of, order_of
+from domain.queries import generation_of, is_external, order_of, readable_part_of
 from domain.recorder import Recorder
 from domain.stages import Kind
+from domain.supervisor import Supervisor
 
 _Result = TypeVar("_Result")
 
 _ID_PREFIX: Final[dict[Kind, str]] = {"edit": "edit", "generate": "gen"}
-
-#: Seconds before a log that did not answer is asked again.
-_AGAIN: Final = 0.2
 
 #: How many finished generations somebody who attaches is told of.
 RECENT: Final = 20
@@ -96,6 +95,7 @@ class Workflow:
         clock: Clock,
         entropy: Entropy,
         limits: Limits,
+        supervisor: Supervisor,
     ) -> None:
         self.log = log
         self._recorder = recorder
@@ -106,10 +106,15 @@ class Workflow:
         self._clock = clock
         self._entropy = entropy
         self._limits = limits
-        self._starting = 0
+        self._supervisor = supervisor
+        self._starting: set[asyncio.Task[Any]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        #: What `drain` and `close` put an end to: requests that are still being read, and images being decoded.
+        self._arriving: set[asyncio.Timeout] = set()
+        self._admitting: set[asyncio.Timeout] = set()
         #: No new work is taken.
         self.draining = False
+        self._closed = False
 
     async def start(self, user_id: str, wish: Wish, key: str | None = None) -> Snapshot:
         """Accept a generation: once this returns, it is in the log. A key used again returns what it began.
@@ -128,20 +133,53 @@ class Workflow:
             return await self.snapshot(user_id, begun.generation_id)
         if self.draining:
             raise Draining
-        if not wish.external and self._queue.waiting + self._starting >= self._limits.max_waiting:
+        if not wish.external and self._queue.waiting + len(self._starting) >= self._limits.max_waiting:
             raise QueueFull
         if broke:
             raise InsufficientCredit
-        self._starting += 1
         starting = self._spawn(self._start(user_id, wish, key, fingerprint))
+        self._starting.add(starting)
         starting.add_done_callback(self._started)
         try:
             return await asyncio.shield(starting)  # A caller that goes away stops nothing.
         except AlreadyStarted as started:
             return await self.snapshot(user_id, started.generation_id)
 
+    @asynccontextmanager
+    async def arriving(self, key: str | None) -> AsyncIterator[None]:
+        """The time in which a request that starts a generation is read. Ends at once where it cannot be accepted.
+
+        With a key it may have been accepted before, so that it is read also while the service drains.
+
+        Raises:
+            Draining: no new work is taken, or no longer.
+        """
+        if self._closed or (self.draining and key is None):
+            raise Draining
+        async with _ends_with(self._arriving):
+            yield
+
+    def drain(self) -> None:
+        """Take no new work. What has been accepted goes on; requests that are still being read are refused."""
+        self.draining = True
+        _end(self._arriving)
+
+    async def started(self) -> None:
+        """Wait until everything accepted is in the log and waits for its worker, or was refused."""
+        while self._starting:
+            await asyncio.wait(self._starting)
+
+    async def close(self) -> None:
+        """Refuse what is not on its way into the log yet, and wait for the rest."""
+        self.draining = self._closed = True
+        _end(self._arriving | self._admitting)
+        await self.started()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     def _started(self, starting: asyncio.Task[Snapshot]) -> None:
-        self._starting -= 1
+        self._starting.discard(starting)
         if not starting.cancelled():
             starting.exception()  # Whoever asked may be gone.
 
@@ -149,10 +187,14 @@ class Workflow:
         now = self._clock()
         generation_id = f"{_ID_PREFIX[wish.kind]}_{int(now.timestamp() * 1000)}_{self._entropy.token()}"
         try:
+            async with _ends_with(self._admitting):
+                images = [await self._admit(generation_id, *upload) for upload in enumerate(wish.uploads)]
+            if self._closed:
+                raise Draining
             order = Order(
                 prompt=wish.prompt,
                 options=wish.options,
-                images=tuple([await self._admit(generation_id, *upload) for upload in enumerate(wish.uploads)]),
+                images=tuple(images),
                 image_urls=wish.image_urls,
                 face_swap=wish.face_swap,
                 metadata=wish.metadata,
@@ -162,33 +204,34 @@ class Workflow:
             facts = {"input_image": order.image_urls[0]} if order.image_urls else {}
             generation = await self._recorder.begin(Generation(generation_id, wish.kind, user_id, order), start, facts)
         except LogUnavailable:
-            self._spawn(self._reconcile(generation_id))
+            self._reconcile(generation_id)
             raise
         except BaseException:
             await self._images.remove(generation_id)
             raise
-        await self._hand_out(generation, order)
+        try:
+            await self._hand_out(generation, external=order.external)
+        except Exception:  # It is in the log, and so it has been accepted.
+            self._reconcile(generation_id)
         return self._show(generation)
 
-    async def _hand_out(self, generation: Generation, order: Order) -> None:
-        if order.external:
+    async def _hand_out(self, generation: Generation, *, external: bool) -> None:
+        if external:
             self._external.watch(generation)
         else:
             await self._queue.offer(generation.user_id, generation.generation_id)
 
-    async def _reconcile(self, generation_id: str) -> None:
+    def _reconcile(self, generation_id: str) -> None:
         """Once the log answers again: work on a start whose reply was lost, and forget one that never was."""
-        while True:
-            try:
-                begun = await self.log.generation(generation_id)
-            except LogUnavailable:
-                await asyncio.sleep(_AGAIN)
-                continue
+
+        async def reconcile() -> None:
+            begun = await self.log.generation(generation_id)
             if begun is None:
                 await self._images.remove(generation_id)
             else:
-                await self._hand_out(generation_of(begun), order_of(begun))
-            return
+                await self._hand_out(readable_part_of(begun), external=is_external(begun))
+
+        self._spawn(self._supervisor.keep("starts", reconcile))
 
     def _spawn(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
         task = asyncio.create_task(work)
@@ -275,6 +318,28 @@ class Workflow:
             ended = datetime.fromisoformat(generation.updated_at)
             expires_at = timestamp(ended + self._limits.retention)
         return generation.snapshot(expires_at)
+
+
+@asynccontextmanager
+async def _ends_with(scopes: set[asyncio.Timeout]) -> AsyncIterator[None]:
+    """Raises `Draining` inside once somebody ends these scopes (`_end`)."""
+    scope = asyncio.timeout(None)
+    try:
+        async with scope:
+            scopes.add(scope)
+            try:
+                yield
+            finally:
+                scopes.discard(scope)
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise Draining from None
+
+
+def _end(scopes: Iterable[asyncio.Timeout]) -> None:
+    for scope in scopes:
+        scope.reschedule(asyncio.get_running_loop().time())
 
 
 async def _fingerprint(wish: Wish) -> str:

@@ -1,0 +1,52 @@
+"""What cannot be worked on is set aside: its generation ends in ``internal``, refunded, and the others go on."""
+
+import asyncio
+import logging
+from typing import Final
+
+from domain.errors import Failure, LogUnavailable
+from domain.recorder import Recorder
+from domain.supervisor import being_cancelled, reason_of
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two attempts to end a generation, and after how many failed ones it is left to the operator.
+_AGAIN: Final = 0.2
+_ATTEMPTS: Final = 5
+
+
+class Quarantine:
+    """Ends generations that make a part of the service fail."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._waiting: asyncio.Queue[tuple[str, str, BaseException]] = asyncio.Queue()
+        self._put: set[str] = set()
+
+    def put(self, generation_id: str, part: str, error: BaseException) -> None:
+        """Have `run` end the generation, with which this part of the service fails; once, however often it does."""
+        if generation_id not in self._put:
+            self._put.add(generation_id)
+            self._waiting.put_nowait((generation_id, part, error))
+
+    async def run(self) -> None:
+        """End what is put here, until cancelled."""
+        while True:
+            await self.end(*await self._waiting.get())
+
+    async def end(self, generation_id: str, part: str, error: BaseException) -> None:
+        """End the generation, as soon as the log answers."""
+        logger.error("generation %s is set aside: %s in %s (internal)", generation_id, reason_of(error), part)
+        attempts = 0
+        while attempts < _ATTEMPTS:
+            try:
+                await self._recorder.end(generation_id, Failure("internal"))
+                return
+            except LogUnavailable:
+                pass
+            except (Exception, asyncio.CancelledError):
+                if being_cancelled():
+                    raise
+                attempts += 1
+            await asyncio.sleep(_AGAIN)
+        logger.error("generation %s cannot be ended (internal)", generation_id)
