@@ -17,7 +17,6 @@ _UPGRADE = b"GET /socket.io/ HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\
         pytest.param(b"GARBAGE\r\n\r\n", id="no request line"),
         pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n", id="no header"),
         pytest.param(b"POST /me HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", id="no length"),
-        pytest.param(_UPGRADE + b"\r\n", id="no WebSocket key"),
         pytest.param(_UPGRADE + b"Sec-WebSocket-Version: 8\r\nSec-WebSocket-Key: eA==\r\n\r\n", id="an old WebSocket"),
     ],
 )

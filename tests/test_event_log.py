@@ -1322,3 +1322,11 @@ async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: Ev
     assert await log.remove(purged.generation_id, retention=True)
     assert await log.finished_before(later, 10) == []
     assert not await log.remove(deleted.generation_id, retention=True)
+
+
+async def test_a_log_that_can_be_written_says_so_and_is_not_changed_by_being_asked(log: EventLog) -> None:
+    scribe = Scribe(log)
+    generation = await scribe.short()
+    before = await log.present("ada"), await log.generation(generation.generation_id), log.epoch
+    await log.probe()
+    assert before == (await log.present("ada"), await log.generation(generation.generation_id), log.epoch)

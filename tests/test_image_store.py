@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapters.image_folder import ImageFolder
+from adapters.system import now
 from domain.errors import Failure
 from domain.ports import ImageStore, Picture
 
@@ -216,3 +217,9 @@ async def test_the_sweep_removes_what_dead_writers_left_and_nothing_of_others(tm
     assert await store.names(older_than=datetime.now(UTC) - timedelta(minutes=30)) == {ID: [name]}
     assert not stale.exists()
     assert all(file.exists() for file in (fresh, *foreign))
+
+
+async def test_a_store_that_can_be_written_says_so_and_keeps_nothing_of_it(store: ImageStore) -> None:
+    for _ in range(2):
+        await store.probe()
+    assert await store.names(older_than=now() + timedelta(hours=1)) == {}
