@@ -1128,7 +1128,7 @@ async def _stop(deployment: Deployment, stop: Stop) -> float:
 async def no_room_and_wrong_time(trial: Trial, rounds: int) -> None:
     for number in range(rounds):
         async with _tasks() as group:
-            pictures = Deployment(trial.folder / f"pictures-{number}", prelude=_SCRATCH_IS_NO_FILE)
+            pictures = Deployment(trial.folder / f"pictures-{number}", prelude=SCRATCH_IS_NO_FILE)
             group.create_task(_no_room_for_pictures(trial, pictures))
             group.create_task(_no_room_for_the_log(trial, Deployment(trial.folder / f"log-{number}")))
             for name in LOGS:
@@ -1139,11 +1139,11 @@ async def no_room_and_wrong_time(trial: Trial, rounds: int) -> None:
 
 
 #: The limit counts files without a name, in memory, too. A full disk does not.
-_SCRATCH_IS_NO_FILE: Final = "import io, adapters.pillow_codec as codec; codec.scratch = io.BytesIO"
+SCRATCH_IS_NO_FILE: Final = "import io, adapters.pillow_codec as codec; codec.scratch = io.BytesIO"
 
 
 @contextmanager
-def _no_room(life: Life, size: int) -> Iterator[None]:
+def no_room(life: Life, size: int) -> Iterator[None]:
     """No file of this process grows beyond so many bytes, as if the disk were full."""
     pid = life.pid.result()
     soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -1197,7 +1197,7 @@ async def _no_room_for_pictures(trial: Trial, deployment: Deployment) -> None:
         running = (await caller.ask("POST", "/generations/edit", "ada", files=slow)).json()["generationId"]
         await phone.wire.until(lambda: phone.events[-1:] != [] and phone.events[-1]["status"] == "composition")
         before = deployment.pictures
-        with _no_room(life, 1_000_000):
+        with no_room(life, 1_000_000):
             for _ in range(2):
                 _refused(await caller.once("POST", "/generations/edit", "ada", key="k", files=form), "storage_failed")
             assert deployment.pictures == before, "something was left of what was refused"
@@ -1232,7 +1232,7 @@ async def _no_room_for_the_log(trial: Trial, deployment: Deployment) -> None:
             wal = deployment.log.with_name("log.db-wal").stat().st_size
             assert wal > 300_000
             began = time.monotonic()
-            with _no_room(life, wal):
+            with no_room(life, wal):
                 calls = _writes(caller, external[0])
                 for answer in await asyncio.gather(*(call() for call in calls)):
                     _refused(answer, "log_unavailable")

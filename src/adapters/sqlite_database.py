@@ -202,7 +202,9 @@ class Database:
             same = False
         if not same:
             raise sqlite3.OperationalError("the file has been removed or replaced")
-        connection.execute("UPDATE log SET epoch = epoch")
+        # A row that comes and goes: SQLite does not write what an update leaves as it was.
+        connection.execute("INSERT INTO log (epoch) VALUES ('')")
+        connection.execute("DELETE FROM log WHERE epoch = ''")
 
     async def close(self) -> None:
         """Do what has been asked for, and let go of the file."""

@@ -26,6 +26,8 @@ class Supervisor:
     def __init__(self) -> None:
         #: By part: the failures of its tasks in a row, and the code of the latest, by task.
         self._failing: dict[str, dict[object, tuple[int, str]]] = {}
+        #: By part: the codes that have been logged since it last worked.
+        self._logged: dict[str, set[str]] = {}
 
     @property
     def parts(self) -> dict[str, str]:
@@ -81,13 +83,15 @@ class Supervisor:
     def failed(self, name: str, error: BaseException, task: object) -> None:
         """Note that this task of a part (by default its only one: the name) fails, until it succeeds."""
         failing, code = self._failing[name], code_of(error)
-        if code not in (known for _, known in failing.values()):
+        if code not in self._logged.setdefault(name, set()):
+            self._logged[name].add(code)
             logger.error("%s fails with %s (%s) and is tried again", name, code, reason_of(error))
         failures, _ = failing.pop(task, (0, ""))
         failing[task] = failures + 1, code
 
     def _recovered(self, name: str, task: object) -> None:
         if self._failing[name].pop(task, None) and not self._failing[name]:
+            del self._logged[name]
             logger.warning("%s works again", name)
 
 
