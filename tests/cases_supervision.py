@@ -24,7 +24,7 @@ from domain.feed import Logged
 from domain.ports import Append, EventLog, History
 from domain.supervisor import Supervisor
 from doubles import Passing
-from faults import Wire
+from faults import Wire, until_handled
 from harness import PHOTO, running
 from pictures import RED, solid
 
@@ -159,7 +159,8 @@ async def stopped_while_starts_arrive(trial: Trial, rounds: int, pixels: int) ->
             deployment = Deployment(trial.folder / f"starts-{number}", durable=durable)
             for answer in await _stop_starts(deployment, picture, signals, after):
                 answers[answer] = answers.get(answer, 0) + 1
-            async with deployment.life() as life:
+            async with deployment.life(fresh=True) as life:
+                await until_handled(life.pid.result(), signal.SIGTERM)
                 await asyncio.sleep(early)
                 life.send(signals[0])
                 assert await life.ended() == 0
@@ -167,7 +168,7 @@ async def stopped_while_starts_arrive(trial: Trial, rounds: int, pixels: int) ->
 
     async with asyncio.TaskGroup() as group:
         for number in range(rounds):
-            moments = chance.uniform(0, 1 if trial.timed else 0.5), chance.uniform(0.05, 0.5)
+            moments = chance.uniform(0, 1 if trial.timed else 0.5), chance.uniform(0, 1)
             group.create_task(one(number, number % 2 == 1, _SIGNALS[number % 3], *moments))
     for answer, count in sorted(answers.items()):
         trial.tell(f"answered {answer}", count)

@@ -6,13 +6,16 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
+import signal
 import socket
 import struct
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -46,6 +49,18 @@ def allow_sockets(count: int | None) -> None:
         raise NoRoom(f"{needed} open files are needed, and the hard limit (ulimit -Hn) is {hard}")
     if soft != resource.RLIM_INFINITY and (needed == resource.RLIM_INFINITY or needed > soft):
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+async def until_handled(pid: int, number: signal.Signals) -> None:
+    """Wait until this process handles this signal. (By Linux's /proc.)"""
+    async with asyncio.timeout(60):
+        while not _handled(pid) >> (number - 1) & 1:
+            await asyncio.sleep(0.005)
+
+
+def _handled(pid: int) -> int:
+    [mask] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return int(mask, 16)
 
 
 def reset(transport: asyncio.BaseTransport) -> None:
