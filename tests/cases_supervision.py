@@ -87,39 +87,44 @@ class FailingQueue(MemoryQueue):
     "be worked on): OSError, MemoryError, no answer, cancelled",
     "those that cannot be worked on end in internal, refunded; all others complete and are removed; all parts work in "
     "the end",
-    quick={"starts": 8},
+    quick={"starts": 4},
     long={"starts": 200},
 )
 async def background_tasks_fail(trial: Trial, starts: int) -> None:
-    for name, open_log in _LOGS.items():
-        chance = random.Random(35)
-        async with open_log(credits=starts, clock=now) as inner:
-            log = Failing(inner, chance)
-            overrides = {"log": log, "queue": FailingQueue(chance)}
-            folder = trial.folder / name
-            async with running(folder, overrides=overrides, retention=1, max_per_user=starts) as service:
-                async with service.phone("ada") as phone:
-                    ids = []
-                    for number in range(starts):
-                        ids.append(await service.start())
-                        if number % 4 == 0:
-                            log.poisonous.add(ids[-1])
-                    await phone.until_over(*ids)
-                    ends = {each: phone.of(each)[-1].get("code", "completed") for each in ids}
-                    for each, end in ends.items():
-                        # What had gone on before its appends began to fail may have completed.
-                        assert end == "completed" or (each in log.poisonous and end == "internal"), (each, end)
-                    spent = sum(end == "completed" for end in ends.values())
-                    assert (await service.get("/me"))["credit"] == starts - spent
-                    phone.events.clear()
-                await service.until(partial(_is_empty, folder))
-                assert (await service.get("/generations"))["generations"] == []
-                log.strike = lambda: None  # type: ignore[method-assign]
-                began = time.monotonic()
-                await service.until(partial(_all_work, service.service.supervisor))
-                trial.at_most(f"{name}: all parts work again after", time.monotonic() - began, 7, "s", time=True)
-                trial.tell(f"{name}: failures of background tasks", log.failures)
-                trial.tell(f"{name}: ended in internal", starts - spent)
+    async with asyncio.TaskGroup() as group:
+        for name in _LOGS:
+            group.create_task(_tasks_fail(trial, name, starts))
+
+
+async def _tasks_fail(trial: Trial, name: str, starts: int) -> None:
+    chance = random.Random(35)
+    async with _LOGS[name](credits=starts, clock=now) as inner:
+        log = Failing(inner, chance)
+        overrides = {"log": log, "queue": FailingQueue(chance)}
+        folder = trial.folder / name
+        async with running(folder, overrides=overrides, retention=0.5, max_per_user=starts) as service:
+            async with service.phone("ada") as phone:
+                ids = []
+                for number in range(starts):
+                    ids.append(await service.start())
+                    if number % 4 == 0:
+                        log.poisonous.add(ids[-1])
+                await phone.until_over(*ids)
+                ends = {each: phone.of(each)[-1].get("code", "completed") for each in ids}
+                for each, end in ends.items():
+                    # What had gone on before its appends began to fail may have completed.
+                    assert end == "completed" or (each in log.poisonous and end == "internal"), (each, end)
+                spent = sum(end == "completed" for end in ends.values())
+                assert (await service.get("/me"))["credit"] == starts - spent
+                phone.events.clear()
+            await service.until(partial(_is_empty, folder))
+            assert (await service.get("/generations"))["generations"] == []
+            log.strike = lambda: None  # type: ignore[method-assign]
+            began = time.monotonic()
+            await service.until(partial(_all_work, service.service.supervisor))
+            trial.at_most(f"{name}: all parts work again after", time.monotonic() - began, 7, "s", time=True)
+            trial.tell(f"{name}: failures of background tasks", log.failures)
+            trial.tell(f"{name}: ended in internal", starts - spent)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -145,7 +150,7 @@ _SIGNALS: Final[Sequence[Sequence[signal.Signals]]] = (
     "appended; as often a signal before the service listens",
     "each start is answered 202 or 503 draining, whole; the owner of each 202 hears its end, or the next start of the "
     "service takes it up; exit 0, nothing logged",
-    quick={"rounds": 4, "pixels": 1_500},
+    quick={"rounds": 2, "pixels": 1_500},
     long={"rounds": 60, "pixels": 5_000},
 )
 async def stopped_while_starts_arrive(trial: Trial, rounds: int, pixels: int) -> None:
