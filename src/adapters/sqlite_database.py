@@ -283,8 +283,8 @@ class Database:
                     self._writer.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000:.0f}")
                 # Not empty where somebody still reads it. Then it grows on.
                 self._wal_limit = self._wal.stat().st_size + _WAL_LIMIT
-        except (OSError, sqlite3.Error) as error:
-            logger.error("the log cannot be written back: %s", _reason(error))
+        except Exception as error:  # The thread has to live: everybody waits for it.
+            logger.error("the log cannot be written back: %s", _reason(error) or type(error).__name__)
 
 
 # --- what a file can hold --------------------------------------------------------------------------------
