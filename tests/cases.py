@@ -196,8 +196,8 @@ async def flowing(served: Served, *users: str, rate: float, count: int = 10) -> 
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files in it and below, while others may come and go."""
-    return [Path(path, name) for path, _, names in os.walk(folder) for name in names]
+    """All files in it and below, while others may come and go. The mark of an image folder does not count."""
+    return [Path(path, name) for path, _, names in os.walk(folder) for name in names if name != ".stagecast"]
 
 
 def free_port() -> int:

@@ -209,6 +209,9 @@ class InMemoryImages:
     async def probe(self) -> None:
         """There is always room."""
 
+    async def close(self) -> None:
+        pass
+
 
 class Bytes:
     """`domain.workflow.Upload` of these bytes; where there is a gate, not a second time before it opens."""
@@ -273,6 +276,10 @@ class Passing:
     async def unfinished(self) -> Sequence[History]:
         await self.pass_on()
         return await self.inner.unfinished()
+
+    async def set_aside(self, generation_id: str) -> bool:
+        await self.pass_on()
+        return await self.inner.set_aside(generation_id)
 
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         await self.pass_on()

@@ -79,6 +79,9 @@ class FakeImages:
         if self.full:
             raise Failure("storage_failed")
 
+    async def close(self) -> None:
+        pass
+
 
 @dataclass
 class Api:

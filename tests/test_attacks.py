@@ -124,7 +124,7 @@ class Siege:
         for user in ("mallory", "bob"):
             for history in await log.generations(user, limit=1_000):
                 told += b"".join(entry.event or b"" for entry in history.events)
-        files = [path for path in self.images.rglob("*") if path.is_file()]
+        files = [path for path in self.images.rglob("*/*") if path.is_file()]
         assert [path for path in files if path.name.encode() not in told] == []
         await self.service.until(lambda: [*self.temp.iterdir(), *self._open()] == [])
 
@@ -436,7 +436,7 @@ async def test_file_names_name_nothing(siege: Siege, tmp_path: Path) -> None:
     await siege.aftermath(accepted=accepted)
     assert names_in(tmp_path) == ["images", "temp"]
     for path in siege.images.rglob("*"):
-        assert re.fullmatch(r"[a-z0-9_]+(-[0-9a-f]{32}\.(png|jpg|webp))?", path.name), path
+        assert re.fullmatch(r"\.stagecast|[a-z0-9_]+(-[0-9a-f]{32}\.(png|jpg|webp))?", path.name), path
 
 
 async def test_line_breaks_in_a_part_reach_no_header(siege: Siege) -> None:

@@ -55,10 +55,11 @@ async def test_the_service_removes_what_a_killed_one_left_and_what_retention_end
     left = tmp_path / "edit_1_0000000000000000"
     left.mkdir()
     (left / f"edit_1_0000000000000000-{'0' * 32}.jpg").write_bytes(PHOTO)
+    (tmp_path / ".stagecast").write_text('{"log": "memory", "epoch": "e0"}\n')
     async with running(tmp_path, retention=0.5) as service:
         assert not left.exists()
         generation_id = await service.start("ada")
-        await service.until(lambda: not any(tmp_path.iterdir()))
+        await service.until(lambda: not any(each.is_dir() for each in tmp_path.iterdir()))
         answer = await service.http.get(f"/generations/{generation_id}", headers={"X-User-Id": "ada"})
         assert answer.status_code == 404
         ids = [item["generationId"] for item in (await service.get("/generations"))["generations"]]
@@ -77,4 +78,4 @@ async def test_a_service_keeps_what_still_runs(tmp_path: Path) -> None:
         await service.until(lambda: not (tmp_path / done).exists())
         assert (await service.get(f"/generations/{generation_id}"))["status"] == "openai_editing"
         hold.let_go.set()
-        await service.until(lambda: not any(tmp_path.iterdir()))
+        await service.until(lambda: not any(each.is_dir() for each in tmp_path.iterdir()))

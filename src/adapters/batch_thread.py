@@ -34,7 +34,7 @@ class BatchThread(Generic[W]):
     ) -> None:
         """`do` returns for each work, `most` at once, what came of it: a value, or an exception to be raised.
 
-        `afterwards` is called on the thread when that has been handed over, and once more, with True, when it is
+        `afterwards` is called on the thread when that has been handed over, and with True every second while it is
         idle. It must not raise.
         """
         self._do = do
@@ -60,10 +60,9 @@ class BatchThread(Generic[W]):
         self._thread.join()
 
     def _run(self) -> None:
-        going_on, busy = True, False
+        going_on = True
         while going_on:
-            batch, going_on = self._gather(_QUIET if busy else None)
-            busy = bool(batch)
+            batch, going_on = self._gather(_QUIET)
             if batch:
                 try:
                     outcomes = self._do([request.work for request in batch])
@@ -71,9 +70,9 @@ class BatchThread(Generic[W]):
                     outcomes = [error for _ in batch]
                 with contextlib.suppress(RuntimeError):  # The event loop has been closed: nobody waits.
                     batch[0].answer.get_loop().call_soon_threadsafe(_tell, batch, outcomes)
-            self._afterwards(not busy)
+            self._afterwards(not batch)
 
-    def _gather(self, patience: float | None) -> tuple[list[_Request[W]], bool]:
+    def _gather(self, patience: float) -> tuple[list[_Request[W]], bool]:
         """What has been asked for, none after so many seconds without, and whether there may be more."""
         batch: list[_Request[W]] = []
         with contextlib.suppress(queue.Empty):

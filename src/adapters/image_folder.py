@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import errno
+import fcntl
+import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Final
@@ -26,18 +30,80 @@ _NAME: Final = re.compile(rf"({_ID.pattern})-[0-9a-f]{{32}}\.({'|'.join(_MEDIA_T
 #: A picture on its way into the folder.
 _PROBE: Final = re.compile(r"\.probe-[0-9a-f]{16}")
 _PART: Final = re.compile(rf"\.{_NAME.pattern}\.part")
+#: The mark: one line of JSON that names the log whose pictures these are. Its lock is held as long as the folder is.
+_MARK: Final = ".stagecast"
+_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class FolderRefused(Exception):
+    """The folder belongs to somebody else, or cannot be used. Its text is one sentence for the operator."""
 
 
 class ImageFolder:
-    """Keeps pictures under `root`, which is made when the first one comes.
+    """Keeps pictures under `root`, which no other process may write to or delete from meanwhile.
 
     What is not named like one of our pictures is neither served nor removed. A file that cannot be removed
-    is left for the next sweep.
+    is left for the next sweep. Nothing is written or removed while another folder, or none, is at this path.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, log: str, epoch: str) -> None:
+        """Take the folder for the log of this kind (``memory``, ``sqlite``) and epoch. It is made if it is missing.
+
+        Raises:
+            FolderRefused: a live process holds it, it belongs to another durable log, or it cannot be used.
+        """
         self._root = root
         self._tag = secrets.token_hex(8)
+        self._lost = False
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            # A descriptor that no child process inherits: only this process holds the lock.
+            self._lock = os.open(root / _MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                #: Pictures stored before this moment are never reported as removable; 0: all may be.
+                self._since = self._claim({"log": log, "epoch": epoch})
+            except BaseException:
+                os.close(self._lock)
+                raise
+        except (OSError, RuntimeError) as error:
+            raise FolderRefused(f"The image folder {root} cannot be used: {_reason(error)}.") from None
+
+    @staticmethod
+    def examine(root: Path, *, log: str, epoch: str | None) -> None:
+        """See whether the folder could be taken, if nobody holds it. It is only read. Raises `FolderRefused`."""
+        try:
+            with os.scandir(root):
+                pass
+            _check(root, (root / _MARK).read_bytes(), {"log": log, "epoch": epoch})
+        except FileNotFoundError:
+            return  # It is made, or marked, when it is taken.
+        except (OSError, RuntimeError) as error:
+            raise FolderRefused(f"The image folder {root} cannot be used: {_reason(error)}.") from None
+
+    def _claim(self, mark: dict[str, str]) -> float:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderRefused(f"The image folder {self._root} is in use by another process.") from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                raise FolderRefused(
+                    f"The image folder {self._root} cannot be used: its file system has no file locks (flock)."
+                ) from None
+            raise
+        found = os.pread(self._lock, 4096, 0)
+        _check(self._root, found, mark)
+        line = json.dumps(mark).encode() + b"\n"
+        # In this order, a process that is killed in between leaves a whole first line.
+        os.pwrite(self._lock, line, 0)
+        os.ftruncate(self._lock, len(line))
+        os.fsync(self._lock)
+        # Without a mark, the pictures may be those of a log that an earlier version wrote.
+        return 0 if found else os.fstat(self._lock).st_mtime
+
+    async def close(self) -> None:
+        os.close(self._lock)
+        self._lock = -1
 
     async def save(self, generation_id: str, picture: Picture) -> str:
         if not _ID.fullmatch(generation_id):
@@ -62,11 +128,11 @@ class ImageFolder:
 
     async def discard(self, name: str) -> None:
         path = self._path(name)
-        if path is not None:
+        if path is not None and self._held():
             await asyncio.to_thread(_remove, path)
 
     async def remove(self, generation_id: str) -> None:
-        if _ID.fullmatch(generation_id):
+        if _ID.fullmatch(generation_id) and self._held():
             await asyncio.to_thread(shutil.rmtree, self._root / generation_id, ignore_errors=True)
 
     async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
@@ -81,17 +147,33 @@ class ImageFolder:
     def _probe(self) -> None:
         # One name for each process: what a killed one leaves is removed by the next sweep.
         file = self._root / f".probe-{self._tag}"
+        self._check_held()
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
             _write_synced(file.open("wb"), bytes(4096))
         finally:
             file.unlink(missing_ok=True)
+
+    def _held(self) -> bool:
+        """Whether the folder at this path is the one that was taken. Logs once when that changes."""
+        try:
+            held = os.path.samestat((self._root / _MARK).lstat(), os.fstat(self._lock))
+        except OSError:
+            held = False
+        if held == self._lost:
+            self._lost = not held
+            logger.error("the image folder %s", "is back" if held else "was removed or replaced; nothing is stored")
+        return held
+
+    def _check_held(self) -> None:
+        if not self._held():
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed or replaced")
 
     def _path(self, name: str) -> Path | None:
         match = _NAME.fullmatch(name)
         return match and self._root / match[1] / name
 
     def _write(self, generation_id: str, name: str, data: bytes) -> None:
+        self._check_held()
         folder = self._root / generation_id
         part = folder / f".{name}.part"
         file = _create(part)
@@ -105,13 +187,15 @@ class ImageFolder:
     def _scan(self, moment: float) -> dict[str, list[str]]:
         """The names by generation. What was left by writers that died is removed on the way."""
         found: dict[str, list[str]] = {}
+        if not self._held():
+            return found
         for folder in _entries(self._root):
-            if _PROBE.fullmatch(folder.name) and _older(folder, moment):
+            if _PROBE.fullmatch(folder.name) and _stored(folder) < moment:
                 Path(folder.path).unlink(missing_ok=True)
             if not _ID.fullmatch(folder.name):
                 continue
             for file in _entries(Path(folder.path)):
-                if not _older(file, moment):
+                if not self._since <= _stored(file) < moment:
                     continue
                 if _PART.fullmatch(file.name):
                     _remove(Path(file.path))
@@ -126,6 +210,22 @@ def _write_synced(file: IO[bytes], data: bytes) -> None:
         file.flush()
         # Else a power cut could leave the name without all of the bytes.
         os.fsync(file.fileno())
+
+
+def _check(root: Path, found: bytes, mark: Mapping[str, str | None]) -> None:
+    """Refuse the mark of another durable log. That of a memory log is left over: its log died with its process."""
+    line, _, _ = found.partition(b"\n")
+    way_out = f"use another folder, or remove {_MARK} from it if no log needs its pictures"
+    try:
+        log, epoch = (json.loads(line)[key] for key in ("log", "epoch")) if line else ("memory", "")
+    except (ValueError, TypeError, KeyError):
+        raise FolderRefused(f"The mark of the image folder {root} is damaged; {way_out}.") from None
+    if log != "memory" and (log, epoch) != (mark["log"], mark["epoch"]):
+        raise FolderRefused(f"The image folder {root} belongs to another log; {way_out}.")
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or "its path is a loop of links"
 
 
 def _create(part: Path) -> IO[bytes]:
@@ -154,8 +254,9 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
         yield from entries
 
 
-def _older(entry: os.DirEntry[str], moment: float) -> bool:
+def _stored(entry: os.DirEntry[str]) -> float:
+    """When the file was written; infinity if it is gone."""
     try:
-        return entry.stat(follow_symlinks=False).st_mtime < moment
+        return entry.stat(follow_symlinks=False).st_mtime
     except FileNotFoundError:
-        return False
+        return math.inf

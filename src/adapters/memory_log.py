@@ -231,6 +231,9 @@ class MemoryLog:
     async def unfinished(self) -> Sequence[History]:
         return [record.history() for record in self._unfinished.values()]
 
+    async def set_aside(self, generation_id: str) -> bool:
+        return False
+
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         return [
             record.generation_id

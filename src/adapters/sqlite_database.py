@@ -13,14 +13,17 @@ such a copy stays until the page is used again. Freed pages are, so the file has
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
+from adapters import sqlite_damage
 from adapters.batch_thread import BatchThread
 from domain.errors import LogUnavailable
 
@@ -124,11 +127,23 @@ SCHEMA: Final[tuple[str, ...]] = (
     """
     ALTER TABLE sessions ADD COLUMN untold TEXT NOT NULL DEFAULT '[]';  -- in JSON
     """,
+    sqlite_damage.SCHEMA,
+)
+
+_HEADER: Final = b"SQLite format 3\0"
+
+
+_MALFORMED: Final = (
+    "The log {} is damaged: its pages do not fit together. Restore it from a backup, or recover it with SQLite's shell."
 )
 
 
 class LogRefused(Exception):
     """This file cannot be the log. Its text is one sentence, fit for whoever runs the service."""
+
+
+class LogDamaged(LogRefused):
+    """It is damaged beyond single rows."""
 
 
 class Database:
@@ -148,18 +163,26 @@ class Database:
                 path = path.resolve()
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = undo.enter_context(contextlib.closing(_lock(path)))
+                # Closed after the connections: closing any descriptor of a file drops SQLite's own locks on it.
+                self._file = _hold(path)
+                undo.callback(os.close, self._file)
                 self._writer = undo.enter_context(contextlib.closing(_connect(str(path))))
                 _prepare(path, self._writer, schema)
-                self.epoch = _epoch(self._writer, epoch)
+                self.epoch = _epoch(path, self._writer) or epoch
+                self._writer.execute("INSERT INTO log SELECT ? WHERE NOT EXISTS (SELECT 1 FROM log)", (epoch,))
+                _set_damage_aside(self._writer, self.epoch)
                 self._reader = undo.enter_context(contextlib.closing(_connect(f"{path.as_uri()}?mode=ro", uri=True)))
             except (OSError, RuntimeError, sqlite3.Error) as error:  # A loop of symbolic links is a RuntimeError.
+                if _is_corrupt(error):
+                    raise LogDamaged(_MALFORMED.format(path)) from None
                 raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from error
             undo.pop_all()
-        self._path, self._opened = path, path.stat()
         #: Why the log did not answer the last time, until it can be written again: logged once.
         self._reason = ""
         self._wal = Path(f"{path}-wal")
         self._wal_limit = _WAL_LIMIT
+        self._files = {name: name.stat() for name in (path, self._wal, Path(f"{path}-shm"))}
+        self._path, self._wal_size, self._lost = path, 0, False
         self._writing: BatchThread[Operation[Any]] = BatchThread(
             "log-writer", self._write, most=_WRITES, afterwards=self._write_back
         )
@@ -191,17 +214,11 @@ class Database:
         return cast(T, await self._reading.ask(query))
 
     async def probe(self) -> None:
-        """Commit one row and read it. Raises `LogUnavailable`, also where the file is not at its path any more."""
+        """Commit one row and read it. Raises `LogUnavailable`."""
         await self.write(self._probe)
         await self.read(lambda connection: connection.execute("SELECT epoch FROM log").fetchone())
 
     def _probe(self, connection: sqlite3.Connection) -> None:
-        try:
-            same = os.path.samestat(self._path.stat(), self._opened)
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise sqlite3.OperationalError("the file has been removed or replaced")
         # A row that comes and goes: SQLite does not write what an update leaves as it was.
         connection.execute("INSERT INTO log (epoch) VALUES ('')")
         connection.execute("DELETE FROM log WHERE epoch = ''")
@@ -218,10 +235,13 @@ class Database:
         # The last connection to the file writes the write-ahead log back.
         self._reader.close()
         self._writer.close()
+        os.close(self._file)
         self._lock.close()
 
     def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[object]:
         """Do the operations in one transaction."""
+        if not self._intact():
+            return [LogUnavailable() for _ in operations]
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             outcomes = [self._write_one(operation) for operation in operations]
@@ -232,6 +252,7 @@ class Database:
             return self._unavailable(error, len(operations))
         if not any(isinstance(outcome, LogUnavailable) for outcome in outcomes):
             self._reason = ""
+        self._wal_size = _size(self._wal)
         return outcomes
 
     def _write_one(self, operation: Operation[Any]) -> object:
@@ -265,26 +286,104 @@ class Database:
             [outcome] = self._unavailable(error) if isinstance(error, sqlite3.Error) else [error]
             return outcome
 
+    def _write_back(self, idle: bool) -> None:
+        """Write the write-ahead log back into the file, and empty it, when there is time or need for it."""
+        try:
+            if not self._intact() or not ((idle and self._wal_size) or self._wal_size >= self._wal_limit):
+                return
+            self._writer.execute(f"PRAGMA busy_timeout = {_PAUSE * 1000:.0f}")
+            try:
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000:.0f}")
+            # Not empty where somebody still reads it. Then it grows on.
+            self._wal_size = _size(self._wal)
+            self._wal_limit = self._wal_size + _WAL_LIMIT
+        except Exception as error:  # The thread has to live: everybody waits for it.
+            logger.error("the log cannot be written back: %s", _reason(error) or type(error).__name__)
+
+    def _intact(self) -> bool:
+        """Whether the files at their names are those that are open, and whole. Logs once when that changes.
+
+        What is written to a file that was removed, replaced or cut off is lost with this process.
+        """
+        whole = intact = False
+        with contextlib.suppress(OSError, sqlite3.Error):
+            whole = self._same(self._path) and self._whole()
+            intact = whole and self._same(self._wal, Path(f"{self._path}-shm")) and self._wal_whole()
+        if intact == self._lost:
+            self._lost = not intact
+            state = "is back" if intact else "was removed, replaced or cut off; nothing is appended until it is back"
+            logger.error("the file of the log %s", state)
+            if whole and not intact:
+                # What was answered is then in the file itself, whatever becomes of the write-ahead log.
+                with contextlib.suppress(sqlite3.Error):
+                    self._writer.execute("PRAGMA wal_checkpoint")
+        return intact
+
+    def _same(self, *names: Path) -> bool:
+        return all(os.path.samestat(self._files[name], name.stat()) for name in names)
+
+    def _whole(self) -> bool:
+        header = os.pread(self._file, 32, 0)
+        pages, page_size = int.from_bytes(header[28:32]), int.from_bytes(header[16:18])
+        return header.startswith(_HEADER) and os.fstat(self._file).st_size >= pages * page_size
+
+    def _wal_whole(self) -> bool:
+        if (size := _size(self._wal)) < self._wal_size:
+            # By somebody who wrote it back, or who cut it off: only in the first case is nothing left to write back.
+            _, frames, written = self._writer.execute("PRAGMA wal_checkpoint").fetchone()
+            if written != frames:
+                return False
+            self._wal_size = size
+        return True
+
     def _unavailable(self, error: sqlite3.Error, count: int = 1) -> Sequence[LogUnavailable]:
-        """What so many are told; the log of the service says why."""
-        if (reason := _reason(error)) != self._reason:
+        """What so many callers get. The reason is logged once, unless it is that of `_intact`."""
+        if not self._lost and (reason := _reason(error)) != self._reason:
             self._reason = reason
             logger.error("the log does not answer: %s", reason)
         return [LogUnavailable() for _ in range(count)]
 
-    def _write_back(self, idle: bool) -> None:
-        """Write the write-ahead log back into the file, and empty it, when there is time or need for it."""
-        try:
-            if idle or self._wal.stat().st_size >= self._wal_limit:
-                self._writer.execute(f"PRAGMA busy_timeout = {_PAUSE * 1000:.0f}")
-                try:
-                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                finally:
-                    self._writer.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000:.0f}")
-                # Not empty where somebody still reads it. Then it grows on.
-                self._wal_limit = self._wal.stat().st_size + _WAL_LIMIT
-        except Exception as error:  # The thread has to live: everybody waits for it.
-            logger.error("the log cannot be written back: %s", _reason(error) or type(error).__name__)
+
+class Examined(NamedTuple):
+    """What was found in a file."""
+
+    #: What is damaged, a line each.
+    damage: Sequence[str]
+    #: Of the log; ``None`` where it has none, or it cannot be read.
+    epoch: str | None = None
+
+
+def examine(path: Path) -> Examined:
+    """Look for damage in the log of this file, which is only read, also while a service has it open.
+
+    Raises:
+        LogRefused: it is no log, is one of a newer version, or cannot be opened.
+    """
+    try:
+        path = path.resolve()
+        path.stat()
+        wal = Path(f"{path}-wal")
+        while True:
+            # Where nobody has it open there is no write-ahead log, and SQLite has to make none.
+            untouched = not wal.exists()
+            name = f"{path.as_uri()}?mode=ro{'&immutable=1' if untouched else ''}"
+            with contextlib.closing(_connect(name, uri=True)) as connection:
+                connection.execute("BEGIN")
+                _check_version(path, connection, len(SCHEMA))
+                epoch = _epoch(path, connection)
+                damage = sqlite_damage.report(connection, epoch) if epoch is not None else []
+            if not untouched or not wal.exists():
+                return Examined(damage, epoch)
+    except FileNotFoundError:
+        return Examined([])
+    except LogDamaged as damaged:
+        return Examined([str(damaged)])
+    except (OSError, RuntimeError, sqlite3.Error) as error:
+        if _is_corrupt(error):
+            return Examined([_MALFORMED.format(path)])
+        raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from None
 
 
 # --- what a file can hold --------------------------------------------------------------------------------
@@ -337,8 +436,25 @@ def _lock(path: Path) -> sqlite3.Connection:
     return lock
 
 
-def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) -> None:
-    """See that it is a log, and bring it to the present schema. A file that is refused is left as it was."""
+def _hold(path: Path) -> int:
+    """Lock the file itself, by whichever name it was opened: of two names, each has its own ``-lock``.
+
+    No child process inherits the descriptor. The lock does not concern SQLite, whose locks are of another kind.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise LogRefused(f"The log {path} is in use by another process, by this or another name.") from None
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_version(path: Path, connection: sqlite3.Connection, known: int) -> int:
+    """See that it is a log of a version that is known, with all its pages, and return its version."""
     try:
         (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     except sqlite3.DatabaseError as error:
@@ -349,10 +465,16 @@ def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) 
     (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if application_id != _APPLICATION_ID and (application_id or version or objects):
         raise LogRefused(f"{path} is not a log of Stagecast.")
-    if version > len(schema):
-        raise LogRefused(
-            f"The log {path} was written by a newer Stagecast (schema {version}; this one knows {len(schema)})."
-        )
+    if version > known:
+        raise LogRefused(f"The log {path} was written by a newer Stagecast (schema {version}; this one knows {known}).")
+    if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+        raise LogDamaged(_MALFORMED.format(path))
+    return int(version)
+
+
+def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) -> None:
+    """See that it is a log, and bring it to the present schema. A file that is refused is left as it was."""
+    version = _check_version(path, connection, len(schema))
     if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise LogRefused(f"The log {path} cannot be opened: its file system has no write-ahead logging.")
     for step, script in enumerate(schema[version:], version + 1):
@@ -368,11 +490,35 @@ def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) 
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _epoch(connection: sqlite3.Connection, new: str) -> str:
-    connection.execute("INSERT INTO log SELECT ? WHERE NOT EXISTS (SELECT 1 FROM log)", (new,))
-    (epoch,) = connection.execute("SELECT epoch FROM log").fetchone()
-    return str(epoch)
+def _epoch(path: Path, connection: sqlite3.Connection) -> str | None:
+    """The epoch of the log; ``None`` where it has none yet."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone():
+        return None
+    row = connection.execute("SELECT CAST(epoch AS BLOB) FROM log").fetchone()
+    if row and not re.fullmatch(rb"[a-z0-9]{1,64}", row[0]):
+        raise LogDamaged(f"The log {path} is damaged: its epoch cannot be read.")
+    return row and str(row[0], "ascii")
+
+
+def _set_damage_aside(connection: sqlite3.Connection, epoch: str) -> None:
+    found = sqlite_damage.survey(connection, epoch)
+    for damaged in found.generations:
+        logger.error("generation %s counts as deleted, since it is damaged: %s", damaged.name, damaged.reason)
+    for user, reason in found.users:
+        logger.error("user (row %s) is damaged: %s", user, reason)
+    if found.generations or found.feeds:
+        sqlite_damage.set_aside(connection, found, epoch)
+
+
+def _is_corrupt(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode"):
+        return type(error).__name__  # The text may quote what a row holds.
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Final, NamedTuple
 
+from adapters.sqlite_damage import CREDIT
 from adapters.sqlite_database import Database, is_text, microseconds
 from domain.errors import (
     AlreadyStarted,
@@ -42,8 +43,8 @@ _ENTRIES: Final = """
 """
 
 #: What an append is checked against: the user and the generation as they are, each NULL where there is none.
-_STATE: Final = """
-    SELECT users.id, users.head, users.credit, generations.id, generations.first_position, generations.end_position,
+_STATE: Final = f"""
+    SELECT users.id, users.head, {CREDIT}, generations.id, generations.first_position, generations.end_position,
         generations.reserved, generations.deleted,
         (SELECT max(sequence) FROM events WHERE generation = generations.id)
     FROM (SELECT 1)
@@ -145,6 +146,14 @@ class SqliteLog:
             lambda connection: _histories(connection, connection.execute(f"{_GENERATIONS} {where}"))
         )
 
+    async def set_aside(self, generation_id: str) -> bool:
+        query = (
+            "SELECT 1 FROM damaged_generations JOIN generations ON generations.id = tombstone"
+            " WHERE generations.generation_id = ?"
+        )
+        row = await self._database.read(lambda connection: connection.execute(query, (generation_id,)).fetchone())
+        return row is not None
+
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         return await self._database.read(
             lambda connection: [
@@ -188,7 +197,9 @@ class SqliteLog:
 
     async def credit(self, user_id: str) -> int | None:
         row = await self._database.read(
-            lambda connection: connection.execute("SELECT credit FROM users WHERE user_id = ?", (user_id,)).fetchone()
+            lambda connection: connection.execute(
+                f"SELECT {CREDIT} FROM users WHERE user_id = ?", (user_id,)
+            ).fetchone()
         )
         kept: int | None = row and row[0]
         return self._credits if kept is None or self._credits is None else kept
@@ -200,10 +211,12 @@ class SqliteLog:
 
         def grant(connection: sqlite3.Connection) -> int:
             connection.execute("DELETE FROM grants WHERE until <= ?", (microseconds(at),))
-            row = connection.execute("SELECT id, credit FROM users WHERE user_id = ?", (user_id,)).fetchone()
+            row = connection.execute(f"SELECT id, {CREDIT} FROM users WHERE user_id = ?", (user_id,)).fetchone()
             user, kept = row or (None, None)
             before = connection.execute(
-                "SELECT amount, credit FROM grants WHERE user = ? AND idempotency_key = ?", (user, key)
+                "SELECT amount, credit FROM grants WHERE user = ? AND idempotency_key = ?"
+                " AND typeof(amount) = 'integer' AND typeof(credit) = 'integer'",
+                (user, key),
             ).fetchone()
             if before is not None:
                 if before[0] != amount:
@@ -216,7 +229,7 @@ class SqliteLog:
                 connection.execute("UPDATE users SET credit = ? WHERE id = ?", (credit, user))
             if key is not None:
                 connection.execute(
-                    "INSERT INTO grants (user, idempotency_key, amount, credit, until) VALUES (?, ?, ?, ?, ?)",
+                    "REPLACE INTO grants (user, idempotency_key, amount, credit, until) VALUES (?, ?, ?, ?, ?)",
                     (user, key, amount, credit, microseconds(until)),
                 )
             return credit

@@ -63,8 +63,14 @@ class SqliteSessions:
         if row is None:
             return None
         user_id, expires, service, live, event_id, seen, untold, head, tag = row
-        identity = Identity(user_id, None if expires is None else moment(expires), service=bool(service))
-        return Session(identity, Cursor(live, event_id, seen, tuple(json.loads(untold))), head, tag)
+        try:
+            identity = Identity(user_id, None if expires is None else moment(expires), service=bool(service))
+            cursor = Cursor(live, event_id, seen, tuple(map(int, json.loads(untold))))
+            readable = 0 <= cursor.seen <= cursor.live and event_id >= 0 and head >= 0 and isinstance(user_id, str)
+        except (TypeError, ValueError, OverflowError):
+            readable = False
+        # A session that cannot be read is none: its client authenticates, by the cursor that it has itself.
+        return Session(identity, cursor, head, tag) if readable else None
 
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
         touched, expired = microseconds(at), self._expired(at)

@@ -75,9 +75,9 @@ def _make_folder(settings: Settings) -> None:
     try:
         settings.images.mkdir(parents=True, exist_ok=True)
     except OSError:
-        raise SettingsError("STAGECAST_IMAGES must be a folder that can be written.") from None
-    if not os.access(settings.images, os.W_OK | os.X_OK):
-        raise SettingsError("STAGECAST_IMAGES must be a folder that can be written.")
+        raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.") from None
+    if not os.access(settings.images, os.R_OK | os.W_OK | os.X_OK):
+        raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.")
 
 
 def _listen(settings: Settings) -> socket.socket:

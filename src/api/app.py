@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
@@ -17,7 +17,7 @@ from pydantic.alias_generators import to_camel
 from starlette.types import ASGIApp
 
 from adapters import openai_editor, replicate_face_swap
-from adapters.image_folder import ImageFolder
+from adapters.image_folder import FolderRefused, ImageFolder
 from adapters.image_work import ImageThreads
 from adapters.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
 from adapters.local_editor import LocalEditor
@@ -32,7 +32,7 @@ from adapters.replicate_face_swap import ReplicateFaceSwap
 from adapters.sample_fetcher import SampleFetcher
 from adapters.socketio_projection import Projection
 from adapters.socketio_server import PATIENCE, SocketServer
-from adapters.sqlite_database import Database, LogRefused
+from adapters.sqlite_database import Database, Examined, LogRefused, examine
 from adapters.sqlite_log import SqliteLog
 from adapters.sqlite_sessions import SqliteSessions
 from adapters.system import SystemEntropy, now
@@ -51,7 +51,7 @@ from domain.attach import Attachments
 from domain.errors import Failure, LogUnavailable
 from domain.external import ExternalWork
 from domain.housekeeping import Housekeeping
-from domain.ports import Clock, EventLog, FaceSwapper, ImageEditor, ImageFetcher, ImageIntake, SessionStore
+from domain.ports import Clock, EventLog, FaceSwapper, ImageEditor, ImageFetcher, ImageIntake, ImageStore, SessionStore
 from domain.quarantine import Quarantine
 from domain.readiness import FOLLOWER, IMAGES, LOG, Readiness, why_not_ready
 from domain.recorder import Recorder
@@ -81,7 +81,7 @@ class Service:
         self.threads = ImageThreads()
         self.log, self.sessions = _log(settings, self.clock, overrides.get("log"))
         self.queue = overrides.get("queue") or MemoryQueue()
-        self.images = overrides.get("images") or ImageFolder(settings.images)
+        self.images = overrides.get("images") or _images(settings, self.log)
         intake = PillowIntake(self.threads)
         recorder = Recorder(self.log, self.clock, entropy)
         self.supervisor = Supervisor()
@@ -194,6 +194,7 @@ class Service:
         await _cancel(self._background)
         await self._readiness.close()
         await self.sockets.shutdown()
+        await self.images.close()
         await self.log.close()
         self.threads.close()
 
@@ -236,6 +237,23 @@ def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventL
         raise Unavailable(str(refused)) from None
     durable = SqliteLog(database, credits=settings.credits, clock=clock, outbox=outbox)
     return durable, SqliteSessions(database, retention)
+
+
+def _images(settings: Settings, log: EventLog) -> ImageStore:
+    """The image folder, taken for this log.
+
+    Raises:
+        Unavailable: it belongs to another log or process, or cannot be used.
+    """
+    try:
+        return ImageFolder(settings.images, log=_kind(settings) if log.durable else "memory", epoch=log.epoch)
+    except FolderRefused as refused:
+        raise Unavailable(str(refused)) from None
+
+
+def _kind(settings: Settings) -> str:
+    """The kind of log, as the mark of an image folder names it."""
+    return settings.log.partition(":")[0]
 
 
 def _fetcher(settings: Settings, intake: ImageIntake, web: UrlFetcher) -> ImageFetcher:
@@ -335,6 +353,30 @@ async def _cancel(*tasks: asyncio.Task[Any] | None) -> None:
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
+
+
+def examine_stores(settings: Settings) -> Sequence[str]:
+    """What is damaged in the stores of a service with these settings, a line each. They are only read.
+
+    Raises:
+        SettingsError: a setting is wrong that only its adapter understands.
+        Unavailable: a store cannot be opened.
+    """
+    threads = ImageThreads()
+    try:
+        _tokens(settings, now)
+        _editor(settings, threads, UrlFetcher(PillowIntake(threads), allow=settings.fetch_allow))
+        _face_swapper(settings, threads)
+        _webhooks(settings, MemoryLog(epoch="", credits=None, clock=now), now)
+    finally:
+        threads.close()
+    try:
+        examined = Examined([]) if settings.log_file is None else examine(settings.log_file)
+        if not examined.damage or examined.epoch is not None:
+            ImageFolder.examine(settings.images, log=_kind(settings), epoch=examined.epoch)
+    except (FolderRefused, LogRefused) as refused:
+        raise Unavailable(str(refused)) from None
+    return examined.damage
 
 
 def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIApp]:

@@ -31,7 +31,9 @@ URL_FIELDS: Final = (
 class Wire(BaseModel):
     """Base of everything clients read: camelCase keys, and no key that is not declared."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
 
 class FaceSwapError(Wire):
@@ -82,8 +84,8 @@ def with_credit(encoded: bytes, credit: int) -> bytes:
 
 
 def decode(encoded: bytes) -> Event:
-    """The event that these bytes, kept by a log, stand for."""
-    return Event.model_validate_json(encoded)
+    """The event that these bytes, kept by a log, stand for. A key that a later version added is left out."""
+    return Event.model_validate_json(encoded, extra="ignore")
 
 
 def timestamp(moment: datetime) -> str:

@@ -42,7 +42,7 @@ class Housekeeping:
     async def sweep(self, *, stored_before: datetime) -> int:
         """Remove pictures stored before that moment which nothing needs. Return how many.
 
-        Needed are those that an event names, and the uploads of what still runs.
+        Needed are those that an event names, the uploads of what still runs, and all of what was set aside.
         """
         names, swept = await self._images.names(older_than=stored_before), 0
 
@@ -74,6 +74,8 @@ class Housekeeping:
 
     async def _sweep(self, generation_id: str, names: Sequence[str]) -> int:
         history = await self._log.generation(generation_id)
+        if history is None and await self._log.set_aside(generation_id):
+            return 0  # A person decides what becomes of it.
         if history is None:
             await self._images.remove(generation_id)
             return len(names)

@@ -13,7 +13,7 @@ InputFidelity = Literal["low", "high"]
 class Options(BaseModel):
     """How the picture should be made; what a provider does not know it ignores."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     quality: Quality = "auto"
     background: Background = "auto"
@@ -24,7 +24,7 @@ class Options(BaseModel):
 class Order(BaseModel):
     """One user's wish for one generation. Stored once, and never sent to a client."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=4000)]
     options: Options = Options()

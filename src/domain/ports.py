@@ -138,6 +138,9 @@ class EventLog(Protocol):
     async def unfinished(self) -> Sequence[History]:
         """Every unfinished generation of every user, oldest first."""
 
+    async def set_aside(self, generation_id: str) -> bool:
+        """Whether it counts as deleted since it cannot be read. What belongs to it is kept until retention ends."""
+
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         """Ids of generations that ended before `moment`, those that ended first first.
 
@@ -242,7 +245,13 @@ class ImageStore(Protocol):
         """Remove all pictures of one generation."""
 
     async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
-        """The names of all pictures stored before that moment, by generation id."""
+        """The names of the pictures stored before that moment, by generation id.
+
+        Those that may belong to another log than the present one are left out.
+        """
+
+    async def close(self) -> None:
+        """Let go of what it holds. Nothing is asked of it any more."""
 
     async def probe(self) -> None:
         """Store 4 kB and remove them again, to find out whether a picture can be stored.

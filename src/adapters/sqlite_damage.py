@@ -1,0 +1,407 @@
+"""Rows of a log that cannot be read: how they are found, and how they are set aside.
+
+The log is checked as a whole, since one unreadable row makes its generation unreadable. Such a generation becomes a
+tombstone, as one that was deleted; its rows are kept in tables of their own until retention removes the tombstone.
+No text made here quotes what a row holds.
+"""
+
+import contextlib
+import itertools
+import re
+import sqlite3
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Final, NamedTuple, cast
+
+from domain.events import decode, event_name
+from domain.feed import zero_id
+from domain.identity import InvalidUserId, user_id
+from domain.orders import Order
+from domain.stages import FLOWS, Kind
+
+#: The tables that keep what was set aside: no column has a type, so that every value stays what it is.
+SCHEMA: Final = """
+    CREATE TABLE damaged_generations (
+        tombstone INTEGER NOT NULL REFERENCES generations ON DELETE CASCADE, reason TEXT NOT NULL,
+        id, generation_id, user, kind, order_json, idempotency_key, fingerprint, reserved, first_position,
+        end_position, ended_at, end_event, deleted, undelivered
+    );
+    CREATE TABLE damaged_events (
+        tombstone INTEGER NOT NULL REFERENCES generations ON DELETE CASCADE,
+        id, user, position, generation, sequence, event_id, name, event
+    );
+    CREATE INDEX damaged_generations_by_tombstone ON damaged_generations (tombstone);
+    CREATE INDEX damaged_events_by_tombstone ON damaged_events (tombstone);
+"""
+
+#: What a balance counts as: none where none is kept, and 0 where it cannot be read.
+CREDIT: Final = """
+    iif(typeof(users.credit) = 'integer' AND users.credit BETWEEN 0 AND 1000000000000000000, users.credit,
+        iif(users.credit IS NULL, NULL, 0))
+"""
+
+#: The largest position that a cursor can name.
+_LAST_POSITION: Final = 10**15 - 1
+_LAST_MOMENT: Final = 253_402_300_799_999_999  # The end of the year 9999.
+_GENERATION_ID: Final = re.compile(r"[a-z0-9_]{1,128}")
+
+
+class _User(NamedTuple):
+    id: int
+    user_id: object
+    credit: object
+    head: Any
+    floor: Any
+    floor_id: object
+
+
+class _Generation(NamedTuple):
+    id: Any
+    generation_id: Any
+    user: Any
+    kind: Any
+    order_json: Any
+    idempotency_key: Any
+    fingerprint: Any
+    reserved: Any
+    first_position: Any
+    end_position: Any
+    ended_at: Any
+    end_event: Any
+    deleted: Any
+    undelivered: Any
+
+    @property
+    def name(self) -> str:
+        """The id, or that of the row where it cannot be read."""
+        readable = isinstance(self.generation_id, str) and _GENERATION_ID.fullmatch(self.generation_id)
+        return self.generation_id if readable else f"(row {self.id!r:.20})"
+
+
+class _Event(NamedTuple):
+    id: Any
+    user: Any
+    position: Any
+    generation: Any
+    sequence: Any
+    event_id: Any
+    name: Any
+    event: Any
+
+
+class Damaged(NamedTuple):
+    """A generation that cannot be read."""
+
+    #: Its id, or its row.
+    name: str
+    #: The row of its user.
+    user: object
+    reason: str
+    #: Whether a credit was taken at its start.
+    reserved: bool
+    generation: _Generation | None
+    events: Sequence[_Event]
+
+
+class Survey(NamedTuple):
+    """What is wrong with a log."""
+
+    generations: Sequence[Damaged]
+    #: Rows of users whose balance or id cannot be read, with the reason.
+    users: Sequence[tuple[int, str]]
+    #: Users whose feed needs other values of head, floor and the floor's event id.
+    feeds: Sequence[tuple[int, int, int, int]]
+    #: The head of each user's feed, where that is corrected.
+    heads: dict[int, int]
+
+
+_GENERATIONS: Final = f"SELECT {', '.join(_Generation._fields)} FROM generations"
+_EVENTS: Final = f"SELECT {', '.join(_Event._fields)} FROM events"
+
+
+def survey(connection: sqlite3.Connection, epoch: str) -> Survey:
+    """Read the whole log, and return what is wrong with it. Changes nothing."""
+    with _any_text(connection):
+        return _survey(connection, epoch)
+
+
+@contextlib.contextmanager
+def _any_text(connection: sqlite3.Connection) -> Iterator[None]:
+    """Read text that is not UTF-8 too, which otherwise is an error."""
+    text_factory = connection.text_factory
+    connection.text_factory = lambda data: data.decode(errors="surrogateescape")
+    try:
+        yield
+    finally:
+        connection.text_factory = text_factory
+
+
+def _survey(connection: sqlite3.Connection, epoch: str) -> Survey:
+    users, feeds, heads, owners = [], [], {}, set()
+    for user in map(_User._make, connection.execute(f"SELECT {', '.join(_User._fields)} FROM users")):
+        if _is_user_id(user.user_id):
+            owners.add(user.id)
+        else:
+            users.append((user.id, "its user id cannot be read"))
+        if user.credit is not None and not _is_int(user.credit, 0, 10**18):
+            users.append((user.id, "its balance cannot be read, and counts as 0"))
+        heads[user.id] = user.head
+        if not _is_feed(connection, user, epoch):
+            heads[user.id] = head = _last_position(connection, user.id)
+            # Nothing is known of what was removed: only cursors at the head stay usable.
+            head_id = _event_id_at(connection, user.id, head)
+            feeds.append((user.id, head, head, _zero_id(epoch, user) if head_id is None else head_id))
+    unreadable = (
+        "SELECT user FROM grants WHERE typeof(amount) != 'integer' OR typeof(credit) != 'integer'"
+        " OR user NOT IN (SELECT id FROM users)"
+    )
+    users += [(user, "a record of a grant cannot be read") for (user,) in connection.execute(unreadable)]
+    return Survey(list(_damaged(connection, heads, owners)), users, feeds, heads)
+
+
+def _damaged(connection: sqlite3.Connection, heads: dict[int, int], owners: Collection[int]) -> Iterator[Damaged]:
+    rows = map(_Event._make, connection.execute(f"{_EVENTS} ORDER BY generation, sequence"))
+    for key, group in itertools.groupby(rows, lambda event: event.generation):
+        events = list(group)
+        row = isinstance(key, int) and connection.execute(f"{_GENERATIONS} WHERE id = ?", (key,)).fetchone()
+        generation = _Generation._make(row) if row else None
+        if generation is None:
+            yield Damaged(f"(row {key!r:.20})", events[0].user, "its row is missing", False, None, events)
+        elif reason := _reason(generation, events, heads, owners):
+            reserved = generation.reserved != 0
+            yield Damaged(generation.name, generation.user, reason, reserved, generation, events)
+    without = f"{_GENERATIONS} WHERE NOT EXISTS (SELECT 1 FROM events WHERE generation = generations.id)"
+    for row in connection.execute(without):
+        generation = _Generation._make(row)
+        emptied = _is_int(generation.end_position, 0, _LAST_POSITION) and _is_int(generation.ended_at, 0, _LAST_MOMENT)
+        if generation.deleted != 1 or not emptied or generation.user not in heads:
+            reserved = generation.reserved != 0
+            yield Damaged(generation.name, generation.user, "it has no events", reserved, generation, [])
+
+
+def _reason(
+    generation: _Generation, events: Sequence[_Event], heads: dict[int, int], owners: Collection[int]
+) -> str | None:
+    """Why the generation cannot be read; ``None`` where it can."""
+    head = heads.get(generation.user)
+    if head is None or (generation.user not in owners and not generation.deleted):
+        return "its user cannot be read"
+    positions = [event.position for event in events]
+    if not all(_is_placed(event, generation.user, head) for event in events) or positions != sorted(positions):
+        return "a position of its events is impossible"
+    if [event.sequence for event in events] != list(range(1, len(events) + 1)):
+        return "the sequence of its events has a hole"
+    if generation.deleted not in (0, 1) or generation.name != generation.generation_id:
+        return "its row cannot be read"
+    if generation.first_position != positions[0]:
+        return "its first position is not that of its first event"
+    if generation.deleted:
+        ended = generation.end_position == positions[-1] and _is_int(generation.ended_at, 0, _LAST_MOMENT)
+        emptied = all(event.event is None for event in events) and all(_is_text(event.name) for event in events)
+        return None if ended and emptied and generation.order_json == b"" else "its tombstone cannot be read"
+    if not _is_order(generation):
+        return "its order cannot be read"
+    if not all(_is_event(event, generation) for event in events):
+        return "an event cannot be read"
+    statuses = [event.name for event in events]
+    ends = [name in ("generation_completed", "generation_failed") for name in statuses]
+    if statuses[0] != "generation_started" or any(ends[:-1]) or "generation_started" in statuses[1:]:
+        return "its events are in an impossible order"
+    end = (generation.end_position, generation.end_event) if ends[-1] else None
+    if end is None:
+        return (
+            None
+            if generation.end_position is generation.ended_at is generation.end_event is None
+            else "its end is wrong"
+        )
+    ended = end == (positions[-1], events[-1].id) and _is_int(generation.ended_at, 0, _LAST_MOMENT)
+    return None if ended else "its end is wrong"
+
+
+def _is_order(generation: _Generation) -> bool:
+    flags = generation.reserved in (0, 1) and generation.undelivered in (0, 1)
+    key = generation.idempotency_key
+    if not flags or generation.kind not in FLOWS or not _is_text(generation.fingerprint):
+        return False
+    if key is not None and not _is_text(key):
+        return False
+    try:
+        return isinstance(generation.order_json, bytes) and bool(Order.model_validate_json(generation.order_json))
+    except ValueError:
+        return False
+
+
+def _is_event(row: _Event, generation: _Generation) -> bool:
+    if not isinstance(row.event, bytes):
+        return False
+    try:
+        event = decode(row.event)
+    except ValueError:
+        return False
+    stated = (event.generation_id, event.kind, event.sequence, event_name(event.status))
+    expected = (generation.generation_id, generation.kind, row.sequence, row.name)
+    return stated == expected and event.status in FLOWS[cast(Kind, generation.kind)]
+
+
+def _is_placed(event: _Event, user: object, head: int) -> bool:
+    """Whether its place in the feed is possible."""
+    return event.user == user and _is_int(event.position, 1, head) and _is_int(event.event_id, 0, 2**63 - 1)
+
+
+def _is_feed(connection: sqlite3.Connection, user: _User, epoch: str) -> bool:
+    if not (_is_int(user.head, 0, _LAST_POSITION) and _is_int(user.floor, 0, user.head)):
+        return False
+    if not _is_int(user.floor_id, 0, 2**63 - 1):
+        return False
+    if user.floor == 0 and user.floor_id != _zero_id(epoch, user):
+        return False
+    return user.head == user.floor or _event_id_at(connection, user.id, user.head) is not None
+
+
+def _zero_id(epoch: str, user: _User) -> int:
+    return zero_id(epoch, str(user.user_id).encode(errors="replace").decode())
+
+
+def _last_position(connection: sqlite3.Connection, user: int) -> int:
+    """The last of the positions that can be."""
+    query = (
+        "SELECT max(position) FROM events WHERE user = ? AND position BETWEEN 1 AND ? AND typeof(position) = 'integer'"
+    )
+    (position,) = connection.execute(query, (user, _LAST_POSITION)).fetchone()
+    return position or 0
+
+
+def _event_id_at(connection: sqlite3.Connection, user: int, position: int) -> int | None:
+    query = "SELECT event_id FROM events WHERE user = ? AND position = ?"
+    row = connection.execute(query, (user, position)).fetchone()
+    return row[0] if row and _is_int(row[0], 0, 2**63 - 1) else None
+
+
+def _is_int(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and least <= value <= most
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_user_id(value: object) -> bool:
+    try:
+        return isinstance(value, str) and user_id(value) == value
+    except InvalidUserId:
+        return value == _NOBODY
+
+
+# --- setting aside -----------------------------------------------------------------------------------------
+
+#: The user to whom what belongs to no user is assigned. Nobody has this id.
+_NOBODY: Final = ""
+
+
+def set_aside(connection: sqlite3.Connection, found: Survey, epoch: str) -> None:
+    """Make a tombstone of every damaged generation, and correct what can be derived. One transaction."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        heads = dict(found.heads)
+        for user, head, floor, floor_id in found.feeds:
+            feed = (head, floor, floor_id, user)
+            connection.execute("UPDATE users SET head = ?, floor = ?, floor_id = ? WHERE id = ?", feed)
+        # All are taken out first: an event of one may be where the tombstone of another belongs.
+        owners = [each.user if each.user in heads else _nobody(connection, epoch) for each in found.generations]
+        rows = [_take_out(connection, *each) for each in zip(found.generations, owners, strict=True)]
+        for damaged, owner, row in zip(found.generations, owners, rows, strict=True):
+            heads[owner] = _entomb(connection, damaged, owner, row, heads.get(owner, 0))
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.rollback()
+        raise
+
+
+def _take_out(connection: sqlite3.Connection, damaged: Damaged, owner: Any) -> int:
+    """Move the rows to the tables that keep them, and return the row that is to be the tombstone."""
+    row = (
+        damaged.generation.id
+        if damaged.generation
+        else connection.execute(
+            "INSERT INTO generations (generation_id, user, kind, order_json, fingerprint, reserved, first_position)"
+            " VALUES ('damaged_0_' || lower(hex(randomblob(8))), ?, 'edit', x'', '', 0, 0)",
+            (owner,),
+        ).lastrowid
+    )
+    connection.execute(
+        f"INSERT INTO damaged_generations SELECT id, ?, {', '.join(_Generation._fields)} FROM generations WHERE id = ?",
+        (damaged.reason, row),
+    )
+    ids = [(event.id,) for event in damaged.events]
+    copied = f"INSERT INTO damaged_events SELECT {row:d}, {', '.join(_Event._fields)} FROM events WHERE id = ?"
+    connection.executemany(copied, ids)
+    connection.executemany("DELETE FROM events WHERE id = ?", ids)
+    return cast(int, row)
+
+
+def _entomb(connection: sqlite3.Connection, damaged: Damaged, owner: Any, row: int, head: int) -> int:
+    """Make the row a tombstone at the places that can be read. Return the head of its owner's feed."""
+    before = damaged.generation
+    events = sorted((each for each in damaged.events if _is_placed(each, owner, head)), key=lambda each: each.position)
+    places = [(each.position, each.event_id) for each in events]
+    if places and (before is None or before.end_position != places[-1][0]):
+        # Who was told that it runs has to learn that it does not: its end lies ahead of every cursor.
+        head += 1
+        places.append((head, connection.execute("SELECT random() & 0x7fffffffffffffff").fetchone()[0]))
+        connection.execute("UPDATE users SET head = ? WHERE id = ?", (head, owner))
+    end_event = None
+    for sequence, place in enumerate(places, 1):
+        end_event = connection.execute(
+            "INSERT INTO events (user, generation, sequence, position, event_id, name) VALUES (?, ?, ?, ?, ?, '')",
+            (owner, row, sequence, *place),
+        ).lastrowid
+    named = before.generation_id if before and before.name == before.generation_id else f"damaged_0_{row}"
+    ended_at = before.ended_at if before and _is_int(before.ended_at, 0, _LAST_MOMENT) else None
+    span = (places[0][0], places[-1][0]) if places else (0, 0)
+    connection.execute(
+        "UPDATE generations SET generation_id = ?, user = ?, kind = 'edit', order_json = x'', idempotency_key = NULL,"
+        " fingerprint = '', reserved = 0, first_position = ?, end_position = ?, end_event = ?, deleted = 1,"
+        " ended_at = coalesce(?, unixepoch() * 1000000), undelivered = 0 WHERE id = ?",
+        (named, owner, *span, end_event, ended_at, row),
+    )
+    return head
+
+
+def _nobody(connection: sqlite3.Connection, epoch: str) -> int:
+    connection.execute(
+        "INSERT OR IGNORE INTO users (user_id, head, floor, floor_id) VALUES (?, 0, 0, ?)",
+        (_NOBODY, zero_id(epoch, _NOBODY)),
+    )
+    (user,) = connection.execute("SELECT id FROM users WHERE user_id = ?", (_NOBODY,)).fetchone()
+    return int(user)
+
+
+# --- reporting ---------------------------------------------------------------------------------------------
+
+
+def report(connection: sqlite3.Connection, epoch: str) -> list[str]:
+    """One line for each thing that is damaged, and for each that was set aside before, with what is to be decided."""
+    with _any_text(connection):
+        return _report(connection, _survey(connection, epoch))
+
+
+def _report(connection: sqlite3.Connection, found: Survey) -> list[str]:
+    damaged = [(each.name, each.user, each.reason, each.reserved) for each in found.generations]
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'damaged_generations'").fetchone():
+        columns = ", ".join(_Generation._fields)
+        for reason, *row in connection.execute(f"SELECT reason, {columns} FROM damaged_generations ORDER BY tombstone"):
+            generation = _Generation._make(row)
+            damaged.append((generation.name, generation.user, f"{reason} (set aside)", generation.reserved != 0))
+    lines = [
+        f"generation {name} of user {_user_name(connection, user)}: {reason}; "
+        + ("a person has to decide about the 1 credit that its start took" if reserved else "it took no credit")
+        for name, user, reason, reserved in damaged
+    ]
+    lines += [f"user {_user_name(connection, user)}: {reason}" for user, reason in found.users]
+    lines += [f"user {_user_name(connection, user)}: the bounds of its feed are wrong" for user, *_ in found.feeds]
+    return lines
+
+
+def _user_name(connection: sqlite3.Connection, row: object) -> str:
+    """The id of the user in this row, or the row where that cannot be read."""
+    found = isinstance(row, int) and connection.execute("SELECT user_id FROM users WHERE id = ?", (row,)).fetchone()
+    return str(found[0]) if found and _is_user_id(found[0]) and found[0] else f"(row {row!r:.20})"
