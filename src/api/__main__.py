@@ -71,6 +71,14 @@ def demo(folder: Path, **overrides: Any) -> None:
         raise SystemExit(130) from None
 
 
+def check(**overrides: Any) -> None:
+    """``stagecast check``: validate the settings and the stores, and change nothing."""
+    settings = load_settings(overrides)
+    from api.check import run
+
+    run(settings)
+
+
 def _make_folder(settings: Settings) -> None:
     try:
         settings.images.mkdir(parents=True, exist_ok=True)
@@ -192,6 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     own = {"--port": "any free one", "--editor": "local", "--face-swap": "local"}
     shown = [setting for setting in settings if setting.flag in {*own, "--local-seconds"}]
     _add_settings(command, (each._replace(default=own.get(each.flag or "", each.default)) for each in shown))
+
+    command = _command(commands, "check", check, "look for damage in settings and stores")
+    command.description = (
+        "Validate the settings and every store, print the settings in effect without their secrets, and list what is "
+        "damaged. Nothing is changed; a service may be running. Exit code 0: all is well; 1: damage was found; 2: a "
+        "setting is wrong; 3: a store cannot be opened."
+    )
+    _add_settings(command, settings)
 
     command = _command(commands, "token", token, "make a token for a user")
     command.description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
