@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-import cases_supervision  # noqa: F401 (registers its cases)
 import cases_storage  # noqa: F401 (registers its cases)
+import cases_supervision  # noqa: F401 (registers its cases)
 import chaos  # noqa: F401 (registers its cases)
 from case_server import Process
 from cases import CASES, Case, Size, attempt

@@ -163,7 +163,7 @@ async def test_all_who_ask_within_a_second_share_one_check(tmp_path: Path) -> No
             self.checks += 1
             await super().probe()
 
-    images = Counting(tmp_path)
+    images = Counting(tmp_path, log="memory", epoch="e1")
     async with running(tmp_path, overrides={"images": images}) as service:
         began = asyncio.get_running_loop().time()
         for _ in range(5):
@@ -176,5 +176,5 @@ async def test_what_a_killed_check_leaves_is_swept(tmp_path: Path) -> None:
     left.write_bytes(bytes(4096))
     os.utime(left, (0, 0))
     log = MemoryLog(epoch="e1", credits=None, clock=now)
-    await Housekeeping(log, ImageFolder(tmp_path)).sweep(stored_before=now())
+    await Housekeeping(log, ImageFolder(tmp_path, log="memory", epoch="e1")).sweep(stored_before=now())
     assert not left.exists()

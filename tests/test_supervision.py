@@ -122,7 +122,7 @@ async def test_retention_sets_aside_what_cannot_be_removed(tmp_path: Path, log: 
                 raise OSError
             await super().remove(generation_id)
 
-    images, hold = Stuck(tmp_path / "images"), Hold()
+    images, hold = Stuck(tmp_path / "images", log="memory", epoch="e1"), Hold()
     editor = ScriptedEditor(hold, hold)
     async with faulty(tmp_path, log, overrides={"images": images, "editor": editor}, retention=0.5) as (service, _):
         images.stuck, other = await service.start(), await service.start()

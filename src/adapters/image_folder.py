@@ -27,8 +27,9 @@ _MEDIA_TYPES: Final = {suffix: media_type for media_type, suffix in _SUFFIXES.it
 # Bounded, so that no name is too long for the file system.
 _ID: Final = re.compile(r"[a-z]{1,16}_[0-9]{1,20}_[a-z0-9]{1,64}")
 _NAME: Final = re.compile(rf"({_ID.pattern})-[0-9a-f]{{32}}\.({'|'.join(_MEDIA_TYPES)})")
-#: A picture on its way into the folder.
+#: What `probe` writes.
 _PROBE: Final = re.compile(r"\.probe-[0-9a-f]{16}")
+#: A picture on its way into the folder.
 _PART: Final = re.compile(rf"\.{_NAME.pattern}\.part")
 #: The mark: one line of JSON that names the log whose pictures these are. Its lock is held as long as the folder is.
 _MARK: Final = ".stagecast"
