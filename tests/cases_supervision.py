@@ -128,7 +128,8 @@ async def _tasks_fail(trial: Trial, name: str, starts: int) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
+    """Whether no generation has pictures there: each has a folder of its own."""
+    return not any(each.is_dir() for each in folder.iterdir())
 
 
 def _all_work(supervisor: Supervisor) -> bool:
