@@ -95,9 +95,9 @@ EVENTS: Final[dict[str, list[dict[str, object]]]] = {
 
 def routes_of(service: Running) -> set[tuple[str, str]]:
     """Every method and path that the application has, in its description or not. HEAD is GET's."""
-    everything: Any = service.server.config.app
-    http = everything._app.other_asgi_app
-    assert isinstance(http, FastAPI)
+    http: Any = service.server.config.app
+    while not isinstance(http, FastAPI):
+        http = getattr(http, "other_asgi_app", None) or http._app
     found = set()
     for context in iter_route_contexts(http.routes):
         if isinstance(context.original_route, Mount):
