@@ -89,7 +89,7 @@ class Trial:
     async def serve(self, *, sockets: int = 100, inside: JSON | None = None, **settings: Any) -> AsyncIterator[Served]:
         """A service for this case, with so many sockets at once. In the end nothing may be left of them."""
         allow_sockets(2 * sockets)
-        settings = {"credits": 1_000_000, **settings}
+        settings = {"credits": 1_000_000, "starts_per_minute": "off", "max_lag_ms": "off", **settings}
         async with self.process.serve(self.images, inside=inside, **settings) as served:
             yield served
             self.tell("tables empty after", await _took(served.until(lambda figures: figures.idle)), "s")

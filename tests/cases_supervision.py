@@ -75,10 +75,10 @@ class FailingQueue(MemoryQueue):
         super().__init__()
         self.chance = chance
 
-    async def claim(self) -> str:
+    async def claim(self, *, fetching: bool = False) -> str:
         if self.chance.random() < 0.2:
             raise self.chance.choice(_ERRORS)
-        return await super().claim()
+        return await super().claim(fetching=fetching)
 
 
 @case(

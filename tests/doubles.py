@@ -13,19 +13,21 @@ from datetime import datetime, timedelta
 from adapters.memory_log import MemoryLog
 from adapters.memory_queue import MemoryQueue
 from builders import NOON, CountedEntropy, Heard, SteppableClock, bodies
+from domain.admission import Admission, Limits
 from domain.errors import Failure, FailureCode, InvalidImage, LogUnavailable
 from domain.external import ExternalWork
 from domain.feed import Cursor, Feed, Logged
 from domain.generation import Snapshot
 from domain.orders import Options
-from domain.ports import Append, Begun, Deliver, EventLog, History, Picture, Report
+from domain.ports import Append, Begun, Content, Deliver, EventLog, History, Load, Picture, Report, Standing, read
 from domain.quarantine import Quarantine
 from domain.queries import generation_of
 from domain.recorder import Recorder
 from domain.runner import Runner
 from domain.stages import Kind
+from domain.stored_images import StoredImages
 from domain.supervisor import OK, Supervisor
-from domain.workflow import Limits, Wish, Workflow
+from domain.workflow import Wish, Workflow
 
 BASE = "http://test/images/"
 FACE_URL = "http://pictures.test/face.png"
@@ -140,8 +142,9 @@ class ScriptedComposer:
         self.acts: Sequence[Act] = acts
         self.calls: list[list[Picture]] = []
 
-    async def compose(self, pictures: Sequence[Picture]) -> Picture:
-        self.calls.append(list(pictures))
+    async def compose(self, loads: Sequence[Load]) -> Picture:
+        pictures = [await load() for load in loads]
+        self.calls.append(pictures)
         for act in self.acts:
             await act(nothing)
         return Picture(b"+".join(picture.data for picture in pictures), "image/png")
@@ -164,7 +167,8 @@ class ScriptedFetcher:
 class TrustingIntake:
     """`domain.ports.ImageIntake`: admits everything but ``b"bad"``."""
 
-    async def admit(self, data: bytes) -> Picture:
+    async def admit(self, content: Content) -> Picture:
+        data = await read(content)
         if data == b"bad":
             raise InvalidImage
         return Picture(data, "image/png")
@@ -191,6 +195,9 @@ class InMemoryImages:
     async def load(self, name: str) -> Picture | None:
         return self.kept.get(name)
 
+    async def size(self, name: str) -> int:
+        return len(self.kept[name].data) if name in self.kept else 0
+
     async def discard(self, name: str) -> None:
         if self.discard_errors:
             raise self.discard_errors.pop(0)
@@ -214,18 +221,17 @@ class InMemoryImages:
 
 
 class Bytes:
-    """`domain.workflow.Upload` of these bytes; where there is a gate, not a second time before it opens."""
+    """`domain.workflow.Upload` of these bytes; where there is a gate, not before it opens."""
 
     def __init__(self, data: bytes, gate: asyncio.Event | None = None) -> None:
         self._data = data
+        self.size = len(data)
         self._gate = gate
-        self.reads = 0
         #: Somebody waits for the gate.
         self.awaited = asyncio.Event()
 
     async def read(self) -> bytes:
-        self.reads += 1
-        if self._gate is not None and self.reads > 1:
+        if self._gate is not None:
             self.awaited.set()
             await self._gate.wait()
         return self._data
@@ -299,6 +305,10 @@ class Passing:
     async def credit(self, user_id: str) -> int | None:
         await self.pass_on()
         return await self.inner.credit(user_id)
+
+    async def standing(self, user_id: str) -> Standing:
+        await self.pass_on()
+        return await self.inner.standing(user_id)
 
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         await self.pass_on()
@@ -407,13 +417,15 @@ class Studio:
         self.supervisor = Supervisor()
         self.quarantine = Quarantine(self.recorder)
         self.external = ExternalWork(self.log, self.recorder, self.quarantine, self.clock, self.deadline)
+        self.stored = stored = StoredImages(self.images)
         limits = Limits(self.max_waiting, self.max_per_user, timedelta(days=1))
         self.workflow = Workflow(
             log=self.log,
             recorder=self.recorder,
             queue=self.queue,
             external=self.external,
-            images=self.images,
+            admission=Admission(self.log, self.queue, stored, limits),
+            images=stored,
             intake=TrustingIntake(),
             clock=self.clock,
             entropy=self.entropy,
@@ -426,7 +438,7 @@ class Studio:
             log=self.log,
             recorder=self.recorder,
             queue=self.queue,
-            images=self.images,
+            images=stored,
             image_url=lambda name: BASE + name,
             composer=self.composer,
             editor=self.editor,

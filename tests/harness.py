@@ -239,7 +239,7 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
     """A service that is checked, once its clients are gone, and then stopped."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        offline = {"editor": "local", "face_swap": "local", "local_seconds": 0}
+        offline = {"editor": "local", "face_swap": "local", "local_seconds": 0, "max_lag_ms": "off"}
         chosen = {**offline, "images": images, "port": port, **settings}
         service, app = create_service(Settings(_env_file=None, **chosen), **(overrides or {}))
         ready = asyncio.Event()

@@ -23,13 +23,15 @@ from adapters.system import SystemEntropy, now
 from api import accounts, generations, info, problems
 from api.auth import Authenticator
 from api.perimeter import OriginGuard
+from domain.admission import Admission, Limits
 from domain.errors import Failure, ImageTooLarge, InvalidImage, UnsupportedImageType
 from domain.external import ExternalWork
-from domain.ports import Picture
+from domain.ports import Content, Picture, read
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
+from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
-from domain.workflow import Limits, Workflow
+from domain.workflow import Workflow
 
 PNG: Final = b"\x89PNG\r\n\x1a\n a picture"
 BROKEN: Final = b"\x89PNG broken"
@@ -39,7 +41,8 @@ HUGE: Final = b"\x89PNG huge"
 class FakeIntake:
     """`domain.ports.ImageIntake` that looks at the first bytes only."""
 
-    async def admit(self, data: bytes) -> Picture:
+    async def admit(self, content: Content) -> Picture:
+        data = await read(content)
         if not data.startswith(b"\x89PNG"):
             raise UnsupportedImageType
         if data == BROKEN:
@@ -65,6 +68,9 @@ class FakeImages:
 
     async def load(self, name: str) -> Picture | None:
         return self.kept.get(name)
+
+    async def size(self, name: str) -> int:
+        return len(self.kept[name].data) if name in self.kept else 0
 
     async def discard(self, name: str) -> None:
         self.kept.pop(name, None)
@@ -135,22 +141,25 @@ async def serve_api(
     credits: int | None = 100,
     max_waiting: int = 200,
     max_per_user: int = 20,
+    starts_per_minute: int | None = None,
     origins: tuple[str, ...] = (),
     hosts: tuple[str, ...] | None = (),
 ) -> AsyncIterator[Api]:
     log = MemoryLog(epoch="e1", credits=credits, clock=now)
     recorder = Recorder(log, now, SystemEntropy())
-    images = FakeImages()
+    images, queue = FakeImages(), MemoryQueue()
+    stored, limits = StoredImages(images), Limits(max_waiting, max_per_user, timedelta(days=1), starts_per_minute)
     workflow = Workflow(
         log=log,
         recorder=recorder,
-        queue=MemoryQueue(),
+        queue=queue,
         external=ExternalWork(log, recorder, Quarantine(recorder), now, 600),
-        images=images,
+        admission=Admission(log, queue, stored, limits),
+        images=stored,
         intake=FakeIntake(),
         clock=now,
         entropy=SystemEntropy(),
-        limits=Limits(max_waiting, max_per_user, timedelta(days=1)),
+        limits=limits,
         supervisor=Supervisor(),
     )
 

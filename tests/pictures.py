@@ -8,7 +8,7 @@ from io import BytesIO
 from PIL import Image, ImageChops
 
 from adapters.image_work import ImageThreads
-from domain.ports import Picture
+from domain.ports import Load, Picture
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
@@ -31,6 +31,18 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 def picture(image: Image.Image, kind: str = "PNG", **options: object) -> Picture:
     return Picture(encoded(image, kind, **options), _MEDIA_TYPES[kind])
+
+
+def loads(pictures: Iterable[Picture]) -> list[Load]:
+    """What loads each of them."""
+
+    def load(picture: Picture) -> Load:
+        async def give() -> Picture:
+            return picture
+
+        return give
+
+    return [load(picture) for picture in pictures]
 
 
 def solid(colour: Colour, size: tuple[int, int] = (60, 40), kind: str = "PNG") -> Picture:

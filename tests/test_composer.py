@@ -23,6 +23,7 @@ from pictures import (
     differing,
     disjoint,
     encoded,
+    loads,
     opened,
     picture,
     quarters,
@@ -71,7 +72,7 @@ def small(sheet: Picture) -> Image.Image:
 )
 async def test_every_picture_is_on_the_sheet_whole_and_in_order(composer: Composer, sizes: list[Size]) -> None:
     pictures = [solid(colour, size) for colour, size in zip(COLOURS, sizes, strict=False)]
-    sheet = small(await composer.compose(pictures))
+    sheet = small(await composer.compose(loads(pictures)))
 
     boxes = [box for colour in COLOURS[: len(sizes)] if (box := box_of(sheet, colour))]
     assert len(boxes) == len(sizes)
@@ -87,7 +88,7 @@ async def test_every_picture_is_on_the_sheet_whole_and_in_order(composer: Compos
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 async def test_nothing_is_cut_off_or_turned(composer: Composer, kind: str) -> None:
-    sheet = small(await composer.compose([picture(quarters((1500, 1000)), kind)]))
+    sheet = small(await composer.compose(loads([picture(quarters((1500, 1000)), kind)])))
     box = differing(sheet, Image.new("RGB", sheet.size, WHITE), 60).getbbox()
     assert box is not None
     assert as_shaped(box, (3, 2))
@@ -100,7 +101,7 @@ async def test_what_can_be_seen_through_lies_on_white(composer: Composer) -> Non
     source = quarters((300, 200)).convert("RGBA")
     source.paste((0, 0, 0, 0), (0, 0, 150, 100))
     source.putpixel((0, 0), (255, 0, 0, 255))
-    sheet = opened(await composer.compose([picture(source)]))
+    sheet = opened(await composer.compose(loads([picture(source)])))
     box = arrange([(300, 200)])[0]
     found = sheet.crop(box)
     assert alike(colour_at(found, 0.25, 0.25), WHITE)
@@ -108,7 +109,7 @@ async def test_what_can_be_seen_through_lies_on_white(composer: Composer) -> Non
 
 
 async def test_a_picture_larger_than_the_sheet_is_made_smaller(composer: Composer) -> None:
-    sheet = small(await composer.compose([solid(RED, (6000, 4000), "JPEG"), solid(BLUE, (20_000, 400))]))
+    sheet = small(await composer.compose(loads([solid(RED, (6000, 4000), "JPEG"), solid(BLUE, (20_000, 400))])))
     boxes = [box_of(sheet, RED), box_of(sheet, BLUE)]
     assert boxes[0] is not None
     assert boxes[1] is not None
@@ -118,13 +119,13 @@ async def test_a_picture_larger_than_the_sheet_is_made_smaller(composer: Compose
 
 async def test_the_same_pictures_give_the_same_sheet(composer: Composer) -> None:
     pictures = [picture(quarters((500, 400)), "JPEG"), picture(quarters((300, 400)), "WEBP")]
-    assert await composer.compose(pictures) == await composer.compose(pictures)
+    assert await composer.compose(loads(pictures)) == await composer.compose(loads(pictures))
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", encoded(quarters())[:60], encoded(quarters(), "GIF")])
 async def test_a_picture_that_cannot_be_read_fails_the_generation(composer: Composer, data: bytes) -> None:
     with pytest.raises(Failure) as failure:
-        await composer.compose([solid(RED), Picture(data, "image/png")])
+        await composer.compose(loads([solid(RED), Picture(data, "image/png")]))
     assert failure.value.code == "invalid_image"
 
 

@@ -88,6 +88,16 @@ def places(entries: Iterable[Logged]) -> list[tuple[str, int]]:
     return [(entry.generation_id, entry.sequence) for entry in entries]
 
 
+async def test_standing_tells_the_balance_and_what_is_unfinished(scribe: Scribe, log: EventLog) -> None:
+    assert await log.standing("ada") == (100, 0)
+    await scribe.start()
+    one = await scribe.start()
+    assert await log.standing("ada") == (98, 2)
+    await scribe.finish(one)
+    assert await log.standing("ada") == (98, 1)
+    assert await log.standing("bob") == (100, 0)
+
+
 # --- one event after another -----------------------------------------------------------------------------
 
 

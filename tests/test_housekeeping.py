@@ -21,7 +21,7 @@ async def test_a_sweep_removes_what_no_event_names_and_nothing_else() -> None:
         needed = dict(studio.images.kept)
         await studio.images.save(done.generation_id, png("of a stage that was lost"))
         await studio.images.save("edit_1_0000000000000000", png("of a start that was lost"))
-        assert await Housekeeping(studio.log, studio.images).sweep(stored_before=studio.clock()) == 2
+        assert await Housekeeping(studio.log, studio.stored).sweep(stored_before=studio.clock()) == 2
         assert studio.images.kept == needed
         assert named.items() <= needed.items()
         hold.let_go.set()
@@ -39,7 +39,7 @@ async def test_finished_generations_go_with_their_pictures_when_retention_ends_a
         running_one = await studio.start()
         await hold.reached.wait()
         studio.clock.step(30)
-        keeper = Housekeeping(studio.log, studio.images)
+        keeper = Housekeeping(studio.log, studio.stored)
         assert await keeper.purge(ended_before=studio.clock() - timedelta(seconds=60)) == 1
         assert await studio.log.generation(first.generation_id) is None
         assert await studio.log.generation(second.generation_id) is not None

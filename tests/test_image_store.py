@@ -52,6 +52,13 @@ async def test_the_same_picture_gets_a_new_name_each_time(store: ImageStore) -> 
     assert len({await store.save(ID, PNG) for _ in range(20)}) == 20
 
 
+async def test_a_picture_has_a_size_as_long_as_it_is_there(store: ImageStore) -> None:
+    name = await store.save(ID, PNG)
+    assert await store.size(name) == len(PNG.data)
+    await store.discard(name)
+    assert [await store.size(each) for each in (name, "", "../secret.png")] == [0, 0, 0]
+
+
 async def test_an_unknown_name_stands_for_nothing(store: ImageStore) -> None:
     assert await store.load(f"{ID}-{'0' * 32}.png") is None
     name = await store.save(ID, PNG)

@@ -14,7 +14,7 @@ from playwright.async_api import Browser, FilePayload, Route, expect
 from api.page import FOLDER, render
 from browser import PHOTO, Tab, needs_axe, needs_chromium, serious_faults, tabs
 from domain.orders import Options
-from domain.ports import Picture, Report
+from domain.ports import Load, Picture, Report
 from doubles import Act, Hold, ScriptedFaceSwapper, fails, reports
 from harness import Running, running
 from node import needs_client
@@ -51,7 +51,7 @@ class PromptedEditor:
 class QuickComposer:
     """`domain.ports.Composer`: a sheet without the pictures on it."""
 
-    async def compose(self, pictures: Sequence[Picture]) -> Picture:
+    async def compose(self, pictures: Sequence[Load]) -> Picture:
         return solid((250, 250, 250), (100, 140))
 
 

@@ -169,3 +169,58 @@ async def test_a_queue_forgets_users_who_wait_for_nothing(queue: WorkQueue) -> N
         await queue.release(await claim(queue))
     sizes = [len(value) for value in vars(queue).values() if hasattr(value, "__len__")]
     assert sizes == [0] * len(sizes)
+
+
+# --- the line of those whose image URLs are to be fetched --------------------------------------------------
+
+
+async def claim_fetch(queue: WorkQueue) -> str:
+    async with asyncio.timeout(20):
+        return await queue.claim(fetching=True)
+
+
+async def test_a_line_of_fetches_is_apart_from_that_of_work(queue: WorkQueue) -> None:
+    await queue.offer("ada", "f1", fetching=True)
+    await queue.offer("ada", "w1")
+    assert (queue.waiting, queue.held) == (2, 0)
+    assert (await claim(queue), await claim_fetch(queue)) == ("w1", "f1")
+    assert (queue.waiting, queue.held) == (0, 2)
+    assert await queue.renew(["w1", "f1", "x"]) == ["x"]
+
+
+async def test_of_one_user_two_are_fetched_for_at_once_and_others_do_not_wait_for_that(queue: WorkQueue) -> None:
+    for name in ("a1", "a2", "a3"):
+        await queue.offer("ada", name, fetching=True)
+    assert [await claim_fetch(queue), await claim_fetch(queue)] == ["a1", "a2"]
+    third = asyncio.create_task(queue.claim(fetching=True))
+    await turns()
+    assert not third.done()
+    await queue.offer("bob", "b1", fetching=True)
+    async with asyncio.timeout(20):
+        assert await third == "b1"
+    await queue.release("a1")
+    assert await claim_fetch(queue) == "a3"
+
+
+async def test_what_is_fetched_for_makes_room_once_it_is_claimed_for_work(queue: WorkQueue) -> None:
+    for name in ("a1", "a2", "a3"):
+        await queue.offer("ada", name, fetching=True)
+    first, _ = await claim_fetch(queue), await claim_fetch(queue)
+    third = asyncio.create_task(queue.claim(fetching=True))
+    await queue.offer("ada", first)
+    await turns()
+    assert not third.done()
+    assert await claim(queue) == first
+    async with asyncio.timeout(20):
+        assert await third == "a3"
+    assert (queue.waiting, queue.held) == (0, 3)
+    await queue.release(first)
+    assert queue.held == 2
+
+
+async def test_what_waits_to_be_fetched_for_can_be_withdrawn(queue: WorkQueue) -> None:
+    await queue.offer("ada", "a1", fetching=True)
+    assert await queue.withdraw("a1") is True
+    assert await queue.withdraw("a1") is False
+    async with asyncio.timeout(20):
+        await queue.settled()

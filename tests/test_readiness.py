@@ -18,6 +18,7 @@ from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.housekeeping import Housekeeping
 from domain.ports import Deliver
+from domain.stored_images import StoredImages
 from doubles import Passing
 from harness import JSON, Running, running
 
@@ -135,10 +136,10 @@ class Unclaimed(MemoryQueue):
 
     broken = True
 
-    async def claim(self) -> str:
+    async def claim(self, *, fetching: bool = False) -> str:
         if self.broken:
             raise OSError
-        return await super().claim()
+        return await super().claim(fetching=fetching)
 
 
 async def test_a_runner_that_cannot_take_work_fails_and_works_again(
@@ -178,5 +179,6 @@ async def test_what_a_killed_check_leaves_is_swept(tmp_path: Path) -> None:
     left.write_bytes(bytes(4096))
     os.utime(left, (0, 0))
     log = MemoryLog(epoch="e1", credits=None, clock=now)
-    await Housekeeping(log, ImageFolder(tmp_path, log="memory", epoch="e1")).sweep(stored_before=now())
+    images = StoredImages(ImageFolder(tmp_path, log="memory", epoch="e1"))
+    await Housekeeping(log, images).sweep(stored_before=now())
     assert not left.exists()

@@ -127,6 +127,12 @@ class ImageFolder:
             return None
         return Picture(data, _MEDIA_TYPES[path.suffix[1:]])
 
+    async def size(self, name: str) -> int:
+        path = self._path(name)
+        with contextlib.suppress(FileNotFoundError):
+            return (await asyncio.to_thread(path.stat)).st_size if path else 0
+        return 0
+
     async def discard(self, name: str) -> None:
         path = self._path(name)
         if path is not None and self._held():

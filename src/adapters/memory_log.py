@@ -27,7 +27,7 @@ from domain.errors import (
 )
 from domain.events import CONTINUE, NAMES, with_credit
 from domain.feed import Cursor, Feed, Logged, zero_id
-from domain.ports import Append, Begun, Clock, Deliver, History, Start
+from domain.ports import Append, Begun, Clock, Deliver, History, Standing, Start
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +276,10 @@ class MemoryLog:
     async def credit(self, user_id: str) -> int | None:
         user = self._users.get(user_id)
         return user.credit if user and self._credits is not None else self._credits
+
+    async def standing(self, user_id: str) -> Standing:
+        user = self._users.get(user_id)
+        return Standing(await self.credit(user_id), len(user.active) if user else 0)
 
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         if self._credits is None:

@@ -7,10 +7,10 @@ from typing import Final, NamedTuple
 
 from PIL import Image
 
-from adapters.image_work import ImageThreads
+from adapters.image_work import GLANCE, ImageThreads
 from adapters.pillow_codec import Unreadable, blank, decoded, encode, opened
 from domain.errors import Failure
-from domain.ports import Picture
+from domain.ports import Load, Picture
 
 #: A4 at 300 dots per inch, and the white around and between the pictures, in pixels.
 SHEET: Final = (2480, 3508)
@@ -33,22 +33,29 @@ class PillowComposer:
     def __init__(self, threads: ImageThreads) -> None:
         self._threads = threads
 
-    async def compose(self, pictures: Sequence[Picture]) -> Picture:
-        return await self._threads.run(_compose, tuple(pictures))
+    async def compose(self, pictures: Sequence[Load]) -> Picture:
+        # Each is loaded twice, and one after the other: what waits is not in memory.
+        try:
+            async with self._threads.turn(GLANCE) as run:
+                sizes = [await run(_size, await load()) for load in pictures]
+            async with self._threads.turn(sum(width * height for width, height in sizes)) as run:
+                sheet = await run(blank, "RGB", SHEET, "white")
+                for load, box in zip(pictures, arrange(sizes), strict=True):
+                    await run(_paste, sheet, await load(), box)
+                composed: Picture = await run(encode, sheet)
+                return composed
+        except Unreadable:
+            raise Failure("invalid_image") from None
 
 
-def _compose(pictures: Sequence[Picture]) -> Picture:
-    sheet = blank("RGB", SHEET, "white")
-    try:
-        images = [opened(picture.data) for picture in pictures]
-        for image, box in zip(images, arrange([image.size for image in images]), strict=True):
-            size = box.right - box.left, box.bottom - box.top
-            fitted = _resized(decoded(image, near=size), size)
-            sheet.paste(fitted, box, fitted if fitted.mode == "RGBA" else None)
-            image.close()
-    except Unreadable:
-        raise Failure("invalid_image") from None
-    return encode(sheet)
+def _size(picture: Picture) -> tuple[int, int]:
+    return opened(picture.data).size
+
+
+def _paste(sheet: Image.Image, picture: Picture, box: Box) -> None:
+    size = box.right - box.left, box.bottom - box.top
+    fitted = _resized(decoded(opened(picture.data), near=size), size)
+    sheet.paste(fitted, box, fitted if fitted.mode == "RGBA" else None)
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

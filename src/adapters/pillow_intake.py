@@ -12,11 +12,11 @@ from typing import Final
 from PIL import Image, ImageChops, ImageCms
 
 from adapters.colour_profiles import SRGB
-from adapters.image_work import ImageThreads
+from adapters.image_work import GLANCE, ImageThreads
 from adapters.picture_files import PictureFile, orientation, read_jpeg, read_png
 from adapters.pillow_codec import Unreadable, blank, encode, load, opened, plain, reading, scratch
 from domain.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
-from domain.ports import Picture
+from domain.ports import Content, Picture, read
 
 MAX_PIXELS: Final = 25_000_000
 
@@ -61,11 +61,23 @@ class PillowIntake:
     def __init__(self, threads: ImageThreads) -> None:
         self._threads = threads
 
-    async def admit(self, data: bytes) -> Picture:
-        return await self._threads.run(_admit, data)
+    async def admit(self, content: Content) -> Picture:
+        # Read twice: what waits in line is not in memory.
+        async with self._threads.turn(GLANCE) as run:
+            cost = await run(_cost, await read(content))
+        async with self._threads.turn(cost) as run:
+            picture: Picture = await run(_admit, await read(content))
+            return picture
 
 
-def _admit(data: bytes) -> Picture:
+def _cost(data: bytes) -> int:
+    """How many pixels have to be decoded, each as often as it is passed over. Raises as `ImageIntake.admit`."""
+    file, image = _recognised(data)
+    return max(1, file.scans) * image.width * image.height
+
+
+def _recognised(data: bytes) -> tuple[PictureFile, Image.Image]:
+    """The file, and the image before it is decoded. Raises as `ImageIntake.admit`."""
     kind = next((kind for kind, magic in _MAGIC.items() if magic.match(data)), None)
     if kind is None:
         raise UnsupportedImageType if data else InvalidImage
@@ -81,6 +93,12 @@ def _admit(data: bytes) -> Picture:
         raise ImageTooLarge
     if file.scans * pixels > _MAX_SCANNED:
         raise InvalidImage
+    return file, image
+
+
+def _admit(data: bytes) -> Picture:
+    file, image = _recognised(data)
+    kind = image.format
     try:
         with reading():
             if kind == "WEBP":

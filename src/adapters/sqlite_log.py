@@ -26,7 +26,7 @@ from domain.errors import (
 )
 from domain.events import with_credit
 from domain.feed import Cursor, Feed, Logged, zero_id
-from domain.ports import Append, Begun, Clock, Deliver, History, Start
+from domain.ports import Append, Begun, Clock, Deliver, History, Standing, Start
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,17 @@ class SqliteLog:
         )
         kept: int | None = row and row[0]
         return self._credits if kept is None or self._credits is None else kept
+
+    async def standing(self, user_id: str) -> Standing:
+        row = await self._database.read(
+            lambda connection: connection.execute(
+                "SELECT credit, (SELECT count(*) FROM generations WHERE user = users.id AND end_position IS NULL)"
+                " FROM users WHERE user_id = ?",
+                (user_id,),
+            ).fetchone()
+        )
+        credit, unfinished = row or (None, 0)
+        return Standing(self._credits if credit is None or self._credits is None else credit, unfinished)
 
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         credits = self._credits

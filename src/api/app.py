@@ -22,6 +22,7 @@ from adapters.image_work import ImageThreads
 from adapters.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
 from adapters.local_editor import LocalEditor
 from adapters.local_face_swap import LocalFaceSwap
+from adapters.loop_lag import LoopLag
 from adapters.memory_log import MemoryLog
 from adapters.memory_queue import MemoryQueue
 from adapters.memory_sessions import MemorySessions
@@ -47,6 +48,7 @@ from api.perimeter import OriginGuard
 from api.proxies import ForwardedHeaders, PathPrefix
 from api.settings import Settings, SettingsError
 from api.sockets import Sockets
+from domain.admission import Admission, Limits
 from domain.attach import Attachments
 from domain.errors import Failure, LogUnavailable
 from domain.external import ExternalWork
@@ -56,9 +58,10 @@ from domain.quarantine import Quarantine
 from domain.readiness import FOLLOWER, IMAGES, LOG, Readiness, why_not_ready
 from domain.recorder import Recorder
 from domain.runner import Runner
+from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.webhooks import Webhooks
-from domain.workflow import Limits, Workflow
+from domain.workflow import Workflow
 
 #: Seconds that sockets have, on leaving, to take what they were sent last, and the webhook.
 _FLUSH: Final = 0.3
@@ -81,7 +84,15 @@ class Service:
         self.threads = ImageThreads()
         self.log, self.sessions = _log(settings, self.clock, overrides.get("log"))
         self.queue = overrides.get("queue") or MemoryQueue()
-        self.images = overrides.get("images") or _images(settings, self.log)
+        self.images = StoredImages(overrides.get("images") or _images(settings, self.log))
+        self._lag = LoopLag(None if settings.max_lag_ms is None else settings.max_lag_ms / 1000)
+        limits = Limits(
+            settings.max_waiting,
+            settings.max_per_user,
+            timedelta(seconds=settings.retention),
+            settings.starts_per_minute,
+            settings.max_stored_per_user,
+        )
         intake = PillowIntake(self.threads)
         recorder = Recorder(self.log, self.clock, entropy)
         self.supervisor = Supervisor()
@@ -92,11 +103,12 @@ class Service:
             recorder=recorder,
             queue=self.queue,
             external=self.external,
+            admission=Admission(self.log, self.queue, self.images, limits, lambda: self._lag.overloaded),
             images=self.images,
             intake=intake,
             clock=self.clock,
             entropy=entropy,
-            limits=Limits(settings.max_waiting, settings.max_per_user, timedelta(seconds=settings.retention)),
+            limits=limits,
             supervisor=self.supervisor,
         )
         web = UrlFetcher(intake, allow=settings.fetch_allow)
@@ -167,6 +179,7 @@ class Service:
             tasks.create_task(every(pause, "retention", self._purge))
             tasks.create_task(every(_SWEEP_EVERY, "sweep", self._sweep, after=_SWEEP_EVERY if swept else 0))
             tasks.create_task(every(pause, "sessions", self._touch))
+            tasks.create_task(keep("lag", self._lag.run))
             if self.webhooks is not None:
                 tasks.create_task(keep("webhooks", self.webhooks.run))
 

@@ -362,6 +362,7 @@ class _Upload:
 
     def __init__(self, file: UploadFile) -> None:
         self._file = file
+        self.size = file.size or 0
 
     async def read(self) -> bytes:
         await self._file.seek(0)

@@ -65,7 +65,10 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
         "image_too_large",
         "idempotency_mismatch",
         "too_many_generations",
+        "too_many_starts",
+        "storage_limit",
         "queue_full",
+        "overloaded",
         "draining",
         "storage_failed",
         *PROBLEMS,
@@ -108,7 +111,7 @@ async def _start(
     if runner is not None:
         require_service(identity)
     async with AsyncExitStack() as form:
-        async with workflow.arriving(key):
+        async with workflow.arriving(identity.user_id, key):
             wish = await form.enter_async_context(read_wish(request, kind, external=runner is not None))
         snapshot = await workflow.start(identity.user_id, wish, key)
     location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"

@@ -53,10 +53,13 @@ _STATUS: Final = {
     "invalid_image": 422,
     "invalid_request": 422,
     "invalid_user_id": 422,
+    "storage_limit": 429,
     "too_many_generations": 429,
+    "too_many_starts": 429,
     "internal": 500,
     "draining": 503,
     "log_unavailable": 503,
+    "overloaded": 503,
     "queue_full": 503,
     "storage_failed": 503,
     "unavailable": 503,
@@ -166,7 +169,8 @@ async def _refusal(request: Request, error: Exception) -> Response:
         return await _invalid(request, Invalid(InvalidField(field=to_camel(error.fact), message=error.reason)))
     if isinstance(error, IllegalTransition):
         return problem(error.code, str(error), allowed=error.allowed)
-    return problem(error.code, str(error))
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return problem(error.code, str(error), headers=headers)
 
 
 async def _failure(_: Request, error: Exception) -> Response:

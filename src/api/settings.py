@@ -341,10 +341,36 @@ class Settings(_Sources):
         Field(description="Networks from which image URLs may be fetched although not public, for development."),
         Allowed("networks such as 127.0.0.0/8, separated by commas", "NETWORKS"),
     ] = ()
-    max_running: Annotated[_Count, Field(description="How many generations are worked on at once.")] = 8
+    max_running: Annotated[
+        _Count,
+        Field(
+            description="How many generations are worked on at once. Those that fetch image URLs do not count: four "
+            "times as many may do so, two of each user."
+        ),
+    ] = 8
     max_per_user: Annotated[_Count, Field(description="How many unfinished generations a user may have.")] = 20
     max_waiting: Annotated[_Count, Field(description="How many generations may wait in all.")] = 200
-    deadline: Annotated[_SomeSeconds, Field(description="Seconds of work after which a generation is stopped.")] = 600
+    starts_per_minute: Annotated[
+        _Count | None,
+        BeforeValidator(_off),
+        Field(description='How many starts per minute are accepted of a user; "off": any number.'),
+        Allowed('a whole number, 1 or more, or "off"', "NUMBER"),
+    ] = 600
+    max_stored_per_user: Annotated[
+        _Count | None,
+        BeforeValidator(_off),
+        Field(description='Bytes of stored images beyond which a user\'s starts are refused; "off": no limit.'),
+        Allowed('a whole number, 1 or more, or "off"', "BYTES"),
+    ] = 2_000_000_000
+    max_lag_ms: Annotated[
+        Annotated[float, Field(gt=0, le=_CENTURY)] | None,
+        BeforeValidator(_off),
+        Field(description='Milliseconds of event-loop lag beyond which starts are refused as overload; "off": never.'),
+        Allowed('a number of milliseconds over 0, or "off"', "MILLISECONDS"),
+    ] = 250
+    deadline: Annotated[
+        _SomeSeconds, Field(description="Seconds of work, waiting excluded, after which a generation is stopped.")
+    ] = 600
     drain: Annotated[
         _Seconds, Field(description="Seconds for which running work is awaited after the signal to stop.")
     ] = 25

@@ -54,6 +54,8 @@ class Refusal(Exception):
     """The request was refused."""
 
     code: ClassVar[str] = "refused"
+    #: Seconds after which another try is worth while, where that is known.
+    retry_after: int | None = None
 
     def __str__(self) -> str:
         """The sentence for people: the docstring of the kind."""
@@ -148,6 +150,28 @@ class TooManyGenerations(Refusal):
     """You have too many unfinished generations. Wait for one to finish."""
 
     code = "too_many_generations"
+
+
+class TooManyStarts(Refusal):
+    """You have started too many generations within a minute. Please wait a moment."""
+
+    code = "too_many_starts"
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+
+class StorageLimit(Refusal):
+    """Your images take up too much room. Delete generations, or wait until older ones expire."""
+
+    code = "storage_limit"
+
+
+class Overloaded(Refusal):
+    """The service is overloaded. Please try again shortly."""
+
+    code = "overloaded"
 
 
 class QueueFull(Refusal):

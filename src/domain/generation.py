@@ -101,6 +101,7 @@ class Generation:
         "face_swap_wanted",
         "failure",
         "generation_id",
+        "image_urls",
         "kind",
         "message",
         "metadata",
@@ -117,6 +118,7 @@ class Generation:
         self.kind: Kind = kind
         self.user_id = user_id
         self.face_swap_wanted = order.face_swap
+        self.image_urls = order.image_urls
         self.metadata = order.metadata
         self.status = BEGIN
         self.progress = 0
@@ -128,6 +130,11 @@ class Generation:
         self.face_swap_error: FaceSwapError | None = None
         #: The terminal ``failed`` event, where that is how it ended.
         self.failure: Event | None = None
+
+    @property
+    def needs_fetching(self) -> bool:
+        """Whether the next work on it begins with fetching image URLs."""
+        return bool(self.image_urls) and "composition_url" not in self.urls
 
     @classmethod
     def fold(cls, generation_id: str, kind: Kind, user_id: str, order: Order, events: Iterable[Event]) -> Self:

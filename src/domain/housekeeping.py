@@ -7,8 +7,9 @@ from datetime import datetime
 from typing import Final
 
 from domain.errors import LogUnavailable
-from domain.ports import EventLog, History, ImageStore
+from domain.ports import EventLog, History
 from domain.queries import order_of
+from domain.stored_images import StoredImages
 from domain.supervisor import reason_of
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ _BATCH: Final = 50
 class Housekeeping:
     """Removes what has expired. One generation that cannot be removed is set aside, and the others go on."""
 
-    def __init__(self, log: EventLog, images: ImageStore) -> None:
+    def __init__(self, log: EventLog, images: StoredImages) -> None:
         self._log = log
         self._images = images
         #: Generations that could not be removed: they are logged once, and tried again in each round.
@@ -79,6 +80,7 @@ class Housekeeping:
         if history is None:
             await self._images.remove(generation_id)
             return len(names)
+        await self._images.count(generation_id, history.user_id, names)
         unneeded = [name for name in names if not _needed(name, history)]
         for name in unneeded:
             await self._images.discard(name)

@@ -1,12 +1,16 @@
 """Who somebody is, and how far the proof of it goes."""
 
 import unicodedata
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Final, NamedTuple
 
 from domain.errors import Refusal
 
 _MAX_LENGTH: Final = 128
+
+#: The user for whom the current task works: what all users share is divided between them by this.
+WORKING_FOR: Final = ContextVar("WORKING_FOR", default="")
 
 
 class Identity(NamedTuple):

@@ -76,6 +76,15 @@ class Begun(NamedTuple):
     fingerprint: str
 
 
+class Standing(NamedTuple):
+    """What a user has left for starts."""
+
+    #: ``None`` where the log keeps no balances.
+    credit: int | None
+    #: How many generations of this user are unfinished.
+    unfinished: int
+
+
 class Session(NamedTuple):
     """What a socket that comes back is restored to."""
 
@@ -162,6 +171,9 @@ class EventLog(Protocol):
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` where this log keeps no balances."""
 
+    async def standing(self, user_id: str) -> Standing:
+        """What a start by this user is checked against: one atomic read."""
+
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         """Change the user's balance by `amount`, to 0 at the least, and return it.
 
@@ -238,6 +250,9 @@ class ImageStore(Protocol):
     async def load(self, name: str) -> Picture | None:
         """The picture of this name; ``None`` where there is none."""
 
+    async def size(self, name: str) -> int:
+        """How many bytes the picture of this name has; 0 where there is none."""
+
     async def discard(self, name: str) -> None:
         """Remove one picture, if it is there."""
 
@@ -261,10 +276,19 @@ class ImageStore(Protocol):
         """
 
 
+#: What a stranger sent, or what reads it as often as asked.
+Content = bytes | Callable[[], Awaitable[bytes]]
+
+
+async def read(content: Content) -> bytes:
+    """What the stranger sent."""
+    return content if isinstance(content, bytes) else await content()
+
+
 class ImageIntake(Protocol):
     """Turns what a stranger sent into a picture of ours."""
 
-    async def admit(self, data: bytes) -> Picture:
+    async def admit(self, content: Content) -> Picture:
         """Decode within limits, turn by EXIF, and encode again without anything else that came along.
 
         Raises:
@@ -283,14 +307,18 @@ class ImageFetcher(Protocol):
         """
 
 
+#: Loads one stored picture, as often as asked.
+Load = Callable[[], Awaitable[Picture]]
+
+
 class Composer(Protocol):
     """Lays pictures out on one sheet."""
 
-    async def compose(self, pictures: Sequence[Picture]) -> Picture:
+    async def compose(self, pictures: Sequence[Load]) -> Picture:
         """One A4 sheet with all pictures, each whole, in the order given.
 
         Raises:
-            Failure: ``invalid_image``.
+            Failure: ``invalid_image``, and as `Load`.
         """
 
 
@@ -337,14 +365,17 @@ class WorkQueue(Protocol):
     def held(self) -> int:
         """How many generations are worked on."""
 
-    async def offer(self, user_id: str, generation_id: str) -> None:
-        """Put a generation in line."""
+    async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> None:
+        """Put a generation in line: in that of work, or in that of those whose image URLs are to be fetched first."""
 
     async def withdraw(self, generation_id: str) -> bool:
         """Take a generation out of the line. False: it does not wait there."""
 
-    async def claim(self) -> str:
-        """Wait for the next generation in line, and hold it.
+    async def claim(self, *, fetching: bool = False) -> str:
+        """Wait for the next generation in this line, and hold it.
+
+        Of one user only so many are held at once from the line of those to be fetched for. One that is held from there,
+        and claimed from the line of work meanwhile, is held for work.
 
         For ever in one process; where several share a line, for a while (a lease), unless it is renewed.
         """

@@ -10,11 +10,13 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
+from domain.identity import WORKING_FOR
 from domain.ports import (
     Composer,
     EventLog,
@@ -22,7 +24,6 @@ from domain.ports import (
     History,
     ImageEditor,
     ImageFetcher,
-    ImageStore,
     Lost,
     Picture,
     WorkQueue,
@@ -32,6 +33,7 @@ from domain.queries import UNREADABLE, generation_of, is_external, order_of
 from domain.readiness import RUNNER
 from domain.recorder import Recorder
 from domain.stages import FLOWS, ceiling
+from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor, being_cancelled, reason_of
 
 logger = logging.getLogger(__name__)
@@ -42,9 +44,16 @@ _AGAIN: Final = 0.2
 #: Seconds after which it is said again who holds what is worked on.
 _RENEW: Final = 2.0
 
+#: How many generations may fetch image URLs at once, for each that may be worked on.
+_FETCHING: Final = 4
+
 
 class Runner:
-    """Works on at most `max_running` generations at once, each for at most `deadline` seconds."""
+    """Works on at most `max_running` generations at once, each for at most `deadline` seconds.
+
+    Those that fetch image URLs do not count: slow sites would keep others from being worked on. They have a line and
+    limits of their own, and wait for a worker once their pictures are there.
+    """
 
     def __init__(
         self,
@@ -52,7 +61,7 @@ class Runner:
         log: EventLog,
         recorder: Recorder,
         queue: WorkQueue,
-        images: ImageStore,
+        images: StoredImages,
         image_url: Callable[[str], str],
         composer: Composer,
         editor: ImageEditor,
@@ -84,7 +93,11 @@ class Runner:
         """Work until cancelled; then leave every generation where it stands."""
         keep = self._supervisor.keep
         await keep(RUNNER, lambda: self._end_interrupted(patient=True))
-        await keep(RUNNER, self._follow, self._hold, *[self._worker] * self._max_running)
+        await keep(RUNNER, self._follow, self._hold, *self._workers())
+
+    def _workers(self) -> list[Callable[[], Awaitable[None]]]:
+        fetchers = [partial(self._worker, fetching=True)] * (_FETCHING * self._max_running)
+        return [*[partial(self._worker, fetching=False)] * self._max_running, *fetchers]
 
     async def _follow(self) -> None:
         async with self.log.follow(self._notice):
@@ -103,7 +116,7 @@ class Runner:
             if FLOWS[generation.kind][generation.status].repeats:
                 self._interrupted.append(history.generation_id)
             else:
-                await self.queue.offer(history.user_id, history.generation_id)
+                await self.queue.offer(history.user_id, history.generation_id, fetching=generation.needs_fetching)
 
         # What cannot be ended now is ended before anything else is done.
         await self._end_interrupted(patient=False)
@@ -139,36 +152,46 @@ class Runner:
                     job.abandon()
                     task.cancel()
 
-    async def _worker(self) -> None:
+    async def _worker(self, *, fetching: bool) -> None:
         while True:
-            generation_id = await self.queue.claim()
+            generation_id = await self.queue.claim(fetching=fetching)
+            handed_over = False
             try:
-                await self._work(generation_id)
+                handed_over = await self._work(generation_id, fetching=fetching)
             except (Exception, asyncio.CancelledError) as error:
                 if being_cancelled():
                     raise
                 await self._quarantine.end(generation_id, RUNNER, error)
             finally:
-                await self.queue.release(generation_id)
+                if not handed_over:
+                    await self.queue.release(generation_id)
 
-    async def _work(self, generation_id: str) -> None:
-        history = await self._history(generation_id)
-        if history is None:
-            return
-        job = _Job(self, history)
-        # A task of its own, so that ending the generation aborts this job and not the worker.
-        task = asyncio.create_task(self._finish(job))
-        self._jobs[generation_id] = job, task
+    async def _work(self, generation_id: str, *, fetching: bool) -> bool:
+        """Work on a generation to its end, or while it fetches. Return whether a worker has taken it over then."""
+        job, task = self._jobs.get(generation_id, (None, None))
+        if job is None or task is None:
+            history = await self._history(generation_id)
+            if history is None:
+                return False
+            job = _Job(self, history, fetching=fetching)
+            # A task of its own, so that ending the generation aborts this job and not the worker.
+            task = asyncio.create_task(self._finish(job))
+            self._jobs[generation_id] = job, task
+        else:
+            job.claimed.set_result(None)
+        waits = [task, job.claimed] if fetching else [task]
         try:
-            await asyncio.wait([task])
-            if not (task.cancelled() and (job.over or job.abandoned)):
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and not (task.cancelled() and (job.over or job.abandoned)):
                 task.result()
         finally:
-            del self._jobs[generation_id]
-            job.abandon()
-            task.cancel()
-            await asyncio.wait([task])
-            await job.clean_up()
+            if not (fetching and job.claimed.done()):
+                del self._jobs[generation_id]
+                job.abandon()
+                task.cancel()
+                await asyncio.wait([task])
+                await job.clean_up()
+        return fetching and job.claimed.done()
 
     async def _history(self, generation_id: str) -> History | None:
         while True:
@@ -179,6 +202,7 @@ class Runner:
 
     async def _finish(self, job: "_Job") -> None:
         """Run the job to its end, whatever happens on the way."""
+        WORKING_FOR.set(job.generation.user_id)
         try:
             failure = await self._attempt(job)
             if failure is not None:
@@ -191,7 +215,7 @@ class Runner:
             logger.error("generation %s: the log does not answer", job.generation.generation_id)
 
     async def _attempt(self, job: "_Job") -> Failure | None:
-        scope = asyncio.timeout(self._deadline - job.worked)
+        job.scope = scope = asyncio.timeout(self._deadline - job.worked)
         try:
             async with scope:
                 await job.run()
@@ -223,14 +247,21 @@ class Runner:
 class _Job:
     """One generation being worked on."""
 
-    def __init__(self, runner: Runner, history: History) -> None:
+    def __init__(self, runner: Runner, history: History, *, fetching: bool) -> None:
         self._runner = runner
+        self._fetching = fetching
+        #: Done once a worker has taken over what has been fetched for.
+        self.claimed = asyncio.get_running_loop().create_future()
+        #: Ends the work at the deadline.
+        self.scope = asyncio.timeout(None)
         self.generation = generation_of(history)
+        runner.images.assign(history.generation_id, history.user_id)
         #: Seconds for which somebody had worked on it before.
         self.worked = _worked(history)
         self._order = order_of(history)
         self._sheet: Picture | None = None
-        self._face: Picture | None = None
+        #: The pictures behind the image URLs, stored as long as this job.
+        self._fetched: list[str] = []
         self._result: Picture | None = None
         #: Pictures stored for an event that the log does not have yet.
         self._unnamed: list[str] = []
@@ -273,18 +304,33 @@ class _Job:
 
     async def clean_up(self) -> None:
         """Remove what no event names, and the uploads once nobody needs them."""
-        for name in [*self._unnamed, *(self._order.images if self.over else ())]:
+        for name in [*self._unnamed, *self._fetched, *(self._order.images if self.over else ())]:
             try:
                 await self._runner.images.discard(name)
             except Exception as error:
                 logger.error("a picture could not be discarded: %s", type(error).__name__)
 
     async def compose(self) -> dict[str, Any]:
-        pictures = [await self._stored(name) for name in self._order.images]
-        fetched = [await self._fetch(url) for url in self._order.image_urls]
-        self._face = next(iter(fetched), None)
-        self._sheet = await self._runner.composer.compose(pictures + fetched)
+        for url in self._order.image_urls:
+            await self._fetch(url)
+        if self._fetching:
+            await self._until_claimed()
+        names = (*self._order.images, *self._fetched)
+        self._sheet = await self._runner.composer.compose([partial(self._stored, name) for name in names])
         return {"composition_url": await self._keep(self._sheet)}
+
+    async def _until_claimed(self) -> None:
+        """Wait in line for a worker. That is no work: the deadline moves by as much."""
+        generation, queue, loop = self.generation, self._runner.queue, asyncio.get_running_loop()
+        left = (self.scope.when() or 0) - loop.time()
+        self.scope.reschedule(None)
+        try:
+            await queue.offer(generation.user_id, generation.generation_id)
+            await asyncio.shield(self.claimed)
+        finally:
+            if not self.claimed.done():
+                await queue.withdraw(generation.generation_id)
+        self.scope.reschedule(loop.time() + left)
 
     async def edit(self) -> dict[str, Any]:
         order = self._order
@@ -299,7 +345,9 @@ class _Job:
         return {"generated_image_url": await self._keep(self._result)}
 
     async def swap_face(self) -> dict[str, Any]:
-        face = self._face or await self._fetch(self._order.image_urls[0])
+        if not self._fetched:
+            await self._fetch(self._order.image_urls[0])
+        face = await self._stored(self._fetched[0])
         picture = self._result or await self._known("edited_image_url")
         swapped = await self._runner.face_swapper.swap(picture, face, self._report)
         return {"face_swap_url": await self._keep(swapped)}
@@ -332,15 +380,20 @@ class _Job:
             raise Failure("storage_failed")
         return picture
 
-    async def _fetch(self, url: str) -> Picture:
-        return await self._runner.fetcher.fetch(url)
+    async def _fetch(self, url: str) -> None:
+        picture = await self._runner.fetcher.fetch(url)
+        self._fetched.append(await self._runner.images.save(self.generation.generation_id, picture))
 
 
 def _worked(history: History) -> float:
-    """Seconds of work that the log tells of: from leaving ``started`` to the last event."""
+    """Seconds of work that the log tells of: from leaving ``started`` to the last event.
+
+    Without ``composition`` where it fetches URLs: nobody knows how long it waited for a worker then.
+    """
+    first = 2 if order_of(history).image_urls else 1
     times = [
         datetime.fromisoformat(decode(entry.event).occurred_at)
-        for entry in (*history.events[1:2], history.events[-1])
+        for entry in (*history.events[first : first + 1], history.events[-1])
         if entry.event is not None
     ]
     return (times[1] - times[0]).total_seconds() if len(times) == 2 else 0.0

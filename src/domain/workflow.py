@@ -7,33 +7,35 @@ somebody else are the same `NotFound`.
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import JsonValue
 from pydantic_core import to_json
 
+from domain.admission import Admission, Limits
 from domain.errors import (
     AlreadyStarted,
     Draining,
     Failure,
     IdempotencyMismatch,
     ImageRefusal,
-    InsufficientCredit,
     LogUnavailable,
     NotFound,
-    QueueFull,
 )
 from domain.events import timestamp
 from domain.external import ExternalWork
 from domain.feed import Logged
 from domain.generation import Generation, Snapshot
+from domain.identity import WORKING_FOR
 from domain.orders import Options, Order
-from domain.ports import Clock, Entropy, EventLog, History, ImageIntake, ImageStore, Start, WorkQueue
+from domain.ports import Clock, Entropy, EventLog, History, ImageIntake, Start, WorkQueue
 from domain.queries import generation_of, is_external, order_of, readable_part_of
 from domain.recorder import Recorder
 from domain.stages import Kind
+from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 
 _Result = TypeVar("_Result")
@@ -46,6 +48,10 @@ RECENT: Final = 20
 
 class Upload(Protocol):
     """A file that came with a request."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
 
     async def read(self) -> bytes:
         """The whole content, as often as asked."""
@@ -65,14 +71,6 @@ class Wish(NamedTuple):
     external: bool = False
 
 
-class Limits(NamedTuple):
-    """See ``STAGECAST_MAX_WAITING``, ``STAGECAST_MAX_PER_USER`` and ``STAGECAST_RETENTION``."""
-
-    max_waiting: int
-    max_per_user: int
-    retention: timedelta
-
-
 class Page(NamedTuple):
     """Generations, newest first, and where the next page begins; ``None`` at the end."""
 
@@ -90,7 +88,8 @@ class Workflow:
         recorder: Recorder,
         queue: WorkQueue,
         external: ExternalWork,
-        images: ImageStore,
+        admission: Admission,
+        images: StoredImages,
         intake: ImageIntake,
         clock: Clock,
         entropy: Entropy,
@@ -101,6 +100,7 @@ class Workflow:
         self._recorder = recorder
         self._queue = queue
         self._external = external
+        self._admission = admission
         self._images = images
         self._intake = intake
         self._clock = clock
@@ -108,6 +108,10 @@ class Workflow:
         self._limits = limits
         self._supervisor = supervisor
         self._starting: set[asyncio.Task[Any]] = set()
+        #: Those of them that came with an idempotency key, by user and key.
+        self._keys: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        #: Files are read for a fingerprint two at a time: what waits is not in memory.
+        self._hashing = asyncio.Semaphore(2)
         self._tasks: set[asyncio.Task[Any]] = set()
         #: What `drain` and `close` put an end to: requests that are still being read, and images being decoded.
         self._arriving: set[asyncio.Timeout] = set()
@@ -120,42 +124,46 @@ class Workflow:
         """Accept a generation: once this returns, it is in the log. A key used again returns what it began.
 
         Raises:
-            IdempotencyMismatch, Draining, QueueFull, TooManyGenerations, InsufficientCredit, ImageRefusal,
-            LogUnavailable: and nothing has happened.
+            IdempotencyMismatch, Draining, ImageRefusal, LogUnavailable, and as `Admission.reserve`: and nothing has
+                happened.
             Failure: ``storage_failed``, likewise.
         """
-        fingerprint = await _fingerprint(wish)
-        # A courtesy, before anything is decoded: the append decides. Read before the key, which may have taken it.
-        broke = await self.log.credit(user_id) == 0
-        if key is not None and (begun := await self.log.begun(user_id, key)) is not None:
-            if begun.fingerprint != fingerprint:
-                raise IdempotencyMismatch
-            return await self.snapshot(user_id, begun.generation_id)
+        while key is not None:
+            if (begun := await self.log.begun(user_id, key)) is not None:
+                if begun.fingerprint != await self._fingerprint(wish):
+                    raise IdempotencyMismatch
+                return await self.snapshot(user_id, begun.generation_id)
+            if (first := self._keys.get((user_id, key))) is None:
+                break
+            # Another request with this key is being accepted, or refused.
+            await asyncio.wait([first])
         if self.draining:
             raise Draining
-        if not wish.external and self._queue.waiting + len(self._starting) >= self._limits.max_waiting:
-            raise QueueFull
-        if broke:
-            raise InsufficientCredit
-        starting = self._spawn(self._start(user_id, wish, key, fingerprint))
+        starting = self._spawn(self._start(user_id, wish, key))
         self._starting.add(starting)
-        starting.add_done_callback(self._started)
+        if key is not None:
+            self._keys[user_id, key] = starting
+        starting.add_done_callback(partial(self._started, user_id, key))
         try:
             return await asyncio.shield(starting)  # A caller that goes away stops nothing.
         except AlreadyStarted as started:
             return await self.snapshot(user_id, started.generation_id)
 
     @asynccontextmanager
-    async def arriving(self, key: str | None) -> AsyncIterator[None]:
+    async def arriving(self, user_id: str, key: str | None) -> AsyncIterator[None]:
         """The time in which a request that starts a generation is read. Ends at once where it cannot be accepted.
 
-        With a key it may have been accepted before, so that it is read also while the service drains.
+        With a key it may have been accepted before, so that it is read also while the service drains. What has been
+        accepted before is limited by nothing.
 
         Raises:
             Draining: no new work is taken, or no longer.
+            Overloaded, TooManyStarts, LogUnavailable
         """
         if self._closed or (self.draining and key is None):
             raise Draining
+        if key is None or ((user_id, key) not in self._keys and await self.log.begun(user_id, key) is None):
+            self._admission.count(user_id)
         async with _ends_with(self._arriving):
             yield
 
@@ -178,16 +186,28 @@ class Workflow:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _started(self, starting: asyncio.Task[Snapshot]) -> None:
+    def _started(self, user_id: str, key: str | None, starting: asyncio.Task[Snapshot]) -> None:
         self._starting.discard(starting)
+        if key is not None:
+            del self._keys[user_id, key]
         if not starting.cancelled():
             starting.exception()  # Whoever asked may be gone.
 
-    async def _start(self, user_id: str, wish: Wish, key: str | None, fingerprint: str) -> Snapshot:
+    async def _start(self, user_id: str, wish: Wish, key: str | None) -> Snapshot:
+        WORKING_FOR.set(user_id)
+        size = sum(upload.size for upload in wish.uploads)
+        async with AsyncExitStack() as reserved:
+            async with _ends_with(self._arriving):
+                await reserved.enter_async_context(self._admission.reserve(user_id, size=size, external=wish.external))
+            return await self._accept(user_id, wish, key)
+
+    async def _accept(self, user_id: str, wish: Wish, key: str | None) -> Snapshot:
         now = self._clock()
         generation_id = f"{_ID_PREFIX[wish.kind]}_{int(now.timestamp() * 1000)}_{self._entropy.token()}"
+        self._images.assign(generation_id, user_id)
         try:
             async with _ends_with(self._admitting):
+                fingerprint = "" if key is None else await self._fingerprint(wish)
                 images = [await self._admit(generation_id, *upload) for upload in enumerate(wish.uploads)]
             if self._closed:
                 raise Draining
@@ -219,7 +239,7 @@ class Workflow:
         if external:
             self._external.watch(generation)
         else:
-            await self._queue.offer(generation.user_id, generation.generation_id)
+            await self._queue.offer(generation.user_id, generation.generation_id, fetching=generation.needs_fetching)
 
     def _reconcile(self, generation_id: str) -> None:
         """Once the log answers again: work on a start whose reply was lost, and forget one that never was."""
@@ -241,7 +261,7 @@ class Workflow:
 
     async def _admit(self, generation_id: str, index: int, upload: Upload) -> str:
         try:
-            picture = await self._intake.admit(await upload.read())
+            picture = await self._intake.admit(upload.read)
         except ImageRefusal as refusal:
             refusal.index = index
             raise
@@ -312,6 +332,15 @@ class Workflow:
         now = self._clock()
         return await self.log.grant(user_id, amount, key=key, at=now, until=now + self._limits.retention)
 
+    async def _fingerprint(self, wish: Wish) -> str:
+        """Tells one request from another: kind, fields, and the contents of its files."""
+        digest = hashlib.sha256(to_json(wish._replace(uploads=())))
+        for upload in wish.uploads:
+            async with self._hashing:
+                data = await upload.read()
+                digest.update((await asyncio.to_thread(hashlib.sha256, data)).digest())
+        return digest.hexdigest()
+
     def _show(self, generation: Generation) -> Snapshot:
         expires_at = None
         if generation.finished:
@@ -340,12 +369,3 @@ async def _ends_with(scopes: set[asyncio.Timeout]) -> AsyncIterator[None]:
 def _end(scopes: Iterable[asyncio.Timeout]) -> None:
     for scope in scopes:
         scope.reschedule(asyncio.get_running_loop().time())
-
-
-async def _fingerprint(wish: Wish) -> str:
-    """Tells one request from another: kind, fields, and the contents of its files."""
-    digest = hashlib.sha256(to_json(wish._replace(uploads=())))
-    for upload in wish.uploads:
-        data = await upload.read()
-        digest.update((await asyncio.to_thread(hashlib.sha256, data)).digest())
-    return digest.hexdigest()

@@ -1,0 +1,143 @@
+"""Whether a start is accepted: what is checked before its body is read, and reserved before an image is decoded."""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from itertools import islice
+from typing import Final, NamedTuple
+
+from domain.errors import InsufficientCredit, Overloaded, QueueFull, StorageLimit, TooManyGenerations, TooManyStarts
+from domain.ports import EventLog, WorkQueue
+from domain.stored_images import StoredImages
+
+#: Seconds for which a start waits for what only other starts in progress keep from it.
+WAIT: Final = 30.0
+
+_MINUTE: Final = 60.0
+
+
+class Limits(NamedTuple):
+    """See the settings of these names; ``None``: no limit."""
+
+    max_waiting: int
+    max_per_user: int
+    retention: timedelta
+    starts_per_minute: int | None = None
+    max_stored_per_user: int | None = None
+
+
+class _Reserved:
+    """What the starts of one user that are in progress have reserved."""
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.size = 0
+        #: Starts that reserve or wait.
+        self.users = 0
+        #: Set, and replaced, as soon as a reservation ends.
+        self.changed = asyncio.Event()
+
+
+class Admission:
+    """Admits starts by all limits. Reservations are those of this process; the append decides."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        queue: WorkQueue,
+        images: StoredImages,
+        limits: Limits,
+        overloaded: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._log = log
+        self._queue = queue
+        self._images = images
+        self._limits = limits
+        self._overloaded = overloaded
+        self._reserved: dict[str, _Reserved] = {}
+        #: Starts of all users that are about to wait for a worker.
+        self._joining = 0
+        #: When each user's starts of the last minute came; users in the order of their last one.
+        self._starts: dict[str, deque[float]] = {}
+
+    def count(self, user_id: str) -> None:
+        """Count a start that has come. One that is refused here does not count.
+
+        Raises:
+            Overloaded, TooManyStarts
+        """
+        if self._overloaded():
+            raise Overloaded
+        most = self._limits.starts_per_minute
+        if most is None:
+            return
+        now = asyncio.get_running_loop().time()
+        for user in list(islice(self._starts, 2)):
+            if self._starts[user][-1] <= now - _MINUTE:
+                del self._starts[user]
+        starts = self._starts.pop(user_id, deque())
+        while starts and starts[0] <= now - _MINUTE:
+            starts.popleft()
+        accepted = len(starts) < most
+        if accepted:
+            starts.append(now)
+        self._starts[user_id] = starts
+        if not accepted:
+            raise TooManyStarts(math.ceil(starts[0] + _MINUTE - now))
+
+    @asynccontextmanager
+    async def reserve(self, user_id: str, *, size: int, external: bool) -> AsyncIterator[None]:
+        """Reserve a credit, a place and `size` bytes for a start, until the log has it or it is refused.
+
+        What only reservations keep from it is waited for, so that a refusal tells of what is in the log.
+
+        Raises:
+            QueueFull, TooManyGenerations, StorageLimit, InsufficientCredit, LogUnavailable
+            Overloaded: it has waited for too long.
+        """
+        reserved = self._reserved.setdefault(user_id, _Reserved())
+        reserved.users += 1
+        try:
+            try:
+                async with asyncio.timeout(WAIT):
+                    while changed := await self._what_to_wait_for(user_id, reserved, size, external):
+                        await changed.wait()
+            except TimeoutError:
+                raise Overloaded from None
+            reserved.starts += 1
+            reserved.size += size
+            self._joining += not external
+            try:
+                yield
+            finally:
+                reserved.starts -= 1
+                reserved.size -= size
+                self._joining -= not external
+                reserved.changed.set()
+                reserved.changed = asyncio.Event()
+        finally:
+            reserved.users -= 1
+            if not reserved.users:
+                del self._reserved[user_id]
+
+    async def _what_to_wait_for(
+        self, user_id: str, reserved: _Reserved, size: int, external: bool
+    ) -> asyncio.Event | None:
+        changed, limits = reserved.changed, self._limits
+        standing = await self._log.standing(user_id)
+        if not external and self._queue.waiting + self._joining >= limits.max_waiting:
+            raise QueueFull
+        if standing.unfinished >= limits.max_per_user:
+            raise TooManyGenerations
+        if standing.credit is not None and standing.credit <= 0:
+            raise InsufficientCredit
+        most = math.inf if limits.max_stored_per_user is None else limits.max_stored_per_user
+        room = most - self._images.stored(user_id) - size
+        if room < 0:
+            raise StorageLimit
+        left = limits.max_per_user - standing.unfinished
+        left = left if standing.credit is None else min(left, standing.credit)
+        return None if reserved.starts < left and reserved.size <= room else changed
