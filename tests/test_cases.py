@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+import cases_admission  # noqa: F401 (registers its cases)
 import cases_storage  # noqa: F401 (registers its cases)
 import cases_supervision  # noqa: F401 (registers its cases)
 import chaos  # noqa: F401 (registers its cases)
