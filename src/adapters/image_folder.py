@@ -113,7 +113,8 @@ class ImageFolder:
         try:
             await asyncio.to_thread(self._write, generation_id, name, picture.data)
         except OSError as error:
-            logger.error("a picture of %s cannot be stored: %s", generation_id, error.strerror)
+            what = "a picture of %s cannot be stored: %s"
+            logger.error(what, generation_id, error.strerror, extra={"repeat_key": (what, error.strerror)})
             raise Failure("storage_failed") from error
         return name
 
@@ -250,7 +251,8 @@ def _remove(file: Path) -> None:
     try:
         file.unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("%s cannot be removed: %s", file.name, error.strerror)
+        what = "%s cannot be removed: %s"
+        logger.warning(what, file.name, error.strerror, extra={"repeat_key": (what, error.strerror)})
     with contextlib.suppress(OSError):
         file.parent.rmdir()
 

@@ -212,7 +212,8 @@ class Runner:
             history = await self._history(job.generation.generation_id)
             job.over = history is None or generation_of(history).finished
         except LogUnavailable:
-            logger.error("generation %s: the log does not answer", job.generation.generation_id)
+            what = "generation %s: the log does not answer"
+            logger.error(what, job.generation.generation_id, extra={"repeat_key": what})
 
     async def _attempt(self, job: "_Job") -> Failure | None:
         job.scope = scope = asyncio.timeout(self._deadline - job.worked)

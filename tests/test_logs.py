@@ -1,0 +1,101 @@
+"""The log on standard error: one line for each record, and for repeats one in a while."""
+
+import io
+import logging
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from api import logs
+from api.logs import OneLine, RepeatHandler
+
+
+@pytest.fixture
+def handler() -> Iterator[RepeatHandler]:
+    handler = RepeatHandler(io.StringIO())
+    handler.setFormatter(OneLine())
+    names = ("repeats.one", "repeats.two")
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    yield handler
+    for name in names:
+        logging.getLogger(name).removeHandler(handler)
+    handler.close()
+
+
+def lines(handler: RepeatHandler) -> list[str]:
+    """What was written, without the times."""
+    assert isinstance(handler.stream, io.StringIO)
+    return [line.split(" ", 2)[2] for line in handler.stream.getvalue().splitlines()]
+
+
+def test_a_record_is_written_at_once_and_its_repeats_are_counted(handler: RepeatHandler) -> None:
+    for _ in range(1_000):
+        logging.getLogger("repeats.one").warning("the disk is %s", "full")
+    assert lines(handler) == ["WARNING repeats.one: the disk is full"]
+    handler.close()
+    assert lines(handler)[1:] == ["WARNING repeats.one: the disk is full (repeats in 10 s: 999)"]
+
+
+def test_other_texts_levels_and_loggers_are_no_repeats(handler: RepeatHandler) -> None:
+    one, two = logging.getLogger("repeats.one"), logging.getLogger("repeats.two")
+    for log in (one.warning, one.error, two.warning):
+        log("the disk is %s", "full")
+        log("the disk is %s", "slow")
+    assert len(lines(handler)) == 6
+    handler.close()
+    assert len(lines(handler)) == 6
+
+
+def test_a_record_may_say_what_it_repeats(handler: RepeatHandler) -> None:
+    for number in range(5):
+        logging.getLogger("repeats.one").warning("refused for user %d", number, extra={"repeat_key": ("code", "route")})
+    logging.getLogger("repeats.one").warning("refused for user 9", extra={"repeat_key": ("code", "another route")})
+    handler.close()
+    assert [line.partition("user ")[2] for line in lines(handler)] == ["0", "9", "4 (repeats in 10 s: 4)"]
+
+
+def test_while_it_repeats_one_line_is_written_per_interval(
+    handler: RepeatHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "REPEAT_INTERVAL", 0.2)
+    began, sent = time.monotonic(), 0
+    while time.monotonic() < began + 0.7:
+        logging.getLogger("repeats.one").warning("again")
+        sent += 1
+        time.sleep(0.01)
+    handler.close()
+    first, *rest = lines(handler)
+    assert first == "WARNING repeats.one: again"
+    assert 3 <= len(rest) <= 5
+    assert sum(int(line.rpartition(": ")[2].rstrip(")")) for line in rest) == sent - 1
+
+
+def test_what_is_not_repeated_is_forgotten(handler: RepeatHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "REPEAT_INTERVAL", 0.01)
+    for number in range(100):
+        logging.getLogger("repeats.one").warning("number %d", number)
+    time.sleep(0.02)
+    for _ in range(100):
+        logging.getLogger("repeats.one").warning("number 0")
+        time.sleep(0.0005)
+    assert len(handler._intervals) < 5
+    assert lines(handler)[100] == "WARNING repeats.one: number 0"
+
+
+def test_repeats_of_exceptions_name_their_type_and_keep_nothing_else(handler: RepeatHandler) -> None:
+    for secret in ("one", "two"):
+        try:
+            raise ValueError(secret)
+        except ValueError:
+            logging.getLogger("repeats.one").exception("it failed\n")
+    [interval] = handler._intervals.values()
+    assert interval.last is not None
+    assert interval.last.exc_info is not None
+    assert interval.last.exc_info[1:] == (None, None)
+    handler.close()
+    assert lines(handler) == [
+        "ERROR repeats.one: it failed (ValueError)",
+        "ERROR repeats.one: it failed (ValueError) (repeats in 10 s: 1)",
+    ]
