@@ -319,7 +319,7 @@ async def test_a_poll_that_waits_ends_when_the_service_leaves(tmp_path: Path) ->
 async def said_at_once(service: Running, head: bytes) -> AsyncIterator[Bare]:
     """A connection on which this was said before the service takes it, which has no patience with it alone."""
     with pytest.MonkeyPatch.context() as impatient:
-        impatient.setattr(uvicorn_server, "HEAD_PATIENCE", 0.05)
+        impatient.setattr(uvicorn_server, "HEADER_TIMEOUT", 0.05)
         line = socket.create_connection(("127.0.0.1", service.port))
         line.sendall(head)
         reader, writer = await asyncio.open_connection(sock=line)

@@ -254,6 +254,10 @@ class Projection:
         self.rooms.setdefault(user_id, set()).add(device)
         return device
 
+    def devices(self, user_id: str) -> int:
+        """How many devices this user has."""
+        return len(self.rooms.get(user_id, ()))
+
     def detach(self, device: Device) -> None:
         """Take the device out of its room."""
         room = self.rooms.get(device.user_id)

@@ -1,7 +1,9 @@
 """This machine's clock and randomness."""
 
+import resource
 import secrets
 import string
+import sys
 from datetime import UTC, datetime
 
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -20,3 +22,9 @@ class SystemEntropy:
 
     def event_id(self) -> int:
         return secrets.randbits(63)
+
+
+def descriptors() -> int:
+    """How many files and connections this process may have open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit

@@ -5,9 +5,11 @@ from api import early_signals
 early_signals.handle()  # Before the imports below, which take the first half second.
 
 import argparse
+import contextlib
 import errno
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(**overrides: Any) -> None:
     """``stagecast serve``: run the service until it is told to stop."""
     settings = load_settings(overrides)
+    _raise_descriptor_limit()
     _make_folder(settings)
     listener = _listen(settings)
     if settings.port == 0:
@@ -77,6 +80,13 @@ def check(**overrides: Any) -> None:
     from api.check import run
 
     run(settings)
+
+
+def _raise_descriptor_limit() -> None:
+    """Let this process have open as many files and connections as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS has less for a process than it says.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _make_folder(settings: Settings) -> None:

@@ -25,7 +25,13 @@ async def get_me(caller: Caller, workflow: UseCases) -> Response:
     "/users/{user_id:path}/credit",
     response_model=Account,
     responses=documented(
-        "bad_request", "content_too_large", "invalid_request", "idempotency_mismatch", "credits_off", *PROBLEMS
+        "bad_request",
+        "request_timeout",
+        "content_too_large",
+        "invalid_request",
+        "idempotency_mismatch",
+        "credits_off",
+        *PROBLEMS,
     ),
     dependencies=[service_only],
     openapi_extra=json_body(Grant),

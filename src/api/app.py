@@ -17,6 +17,7 @@ from pydantic.alias_generators import to_camel
 from starlette.types import ASGIApp
 
 from adapters import openai_editor, replicate_face_swap
+from adapters.connection_table import ConnectionTable
 from adapters.image_folder import FolderRefused, ImageFolder
 from adapters.image_work import ImageThreads
 from adapters.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
@@ -36,12 +37,13 @@ from adapters.socketio_server import PATIENCE, SocketServer
 from adapters.sqlite_database import Database, Examined, LogRefused, examine
 from adapters.sqlite_log import SqliteLog
 from adapters.sqlite_sessions import SqliteSessions
-from adapters.system import SystemEntropy, now
+from adapters.system import SystemEntropy, descriptors, now
 from adapters.url_fetcher import UrlFetcher
-from adapters.uvicorn_server import Server
+from adapters.uvicorn_server import ClientLimit, Server
 from adapters.webhook_sender import WebhookSender
 from api import accounts, feed, generations, info, page, problems, transitions
 from api.auth import Authenticator
+from api.bodies import BodyTimeout
 from api.client import Unavailable
 from api.head import HeadAsGet
 from api.perimeter import OriginGuard
@@ -65,6 +67,8 @@ from domain.workflow import Workflow
 
 #: Seconds that sockets have, on leaving, to take what they were sent last, and the webhook.
 _FLUSH: Final = 0.3
+#: Descriptors that are kept for all else than clients' connections.
+_OTHER_DESCRIPTORS: Final = 64
 #: Seconds that a provider has for one picture, with all waits.
 _PROVIDER: Final = 300
 #: Seconds between two sweeps.
@@ -137,6 +141,7 @@ class Service:
             self.authenticator,
             self.attachments,
             new_pid=lambda: entropy.token() + entropy.token(),
+            max_per_user=settings.max_sockets_per_user,
         )
         self.sockets = SocketServer(
             greet=sockets.greet,
@@ -430,9 +435,12 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
         )
     everything = socketio.ASGIApp(service.sockets, other_asgi_app=HeadAsGet(http), socketio_path=f"{prefix}/socket.io")
     guard = OriginGuard(
-        PathPrefix(everything, prefix), open_mode=settings.open_mode, origins=settings.origins, hosts=hosts
+        PathPrefix(BodyTimeout(everything), prefix),
+        open_mode=settings.open_mode,
+        origins=settings.origins,
+        hosts=hosts,
     )
-    return service, ForwardedHeaders(guard, settings.trusted_proxies)
+    return service, ForwardedHeaders(ClientLimit(guard), settings.trusted_proxies)
 
 
 def create_app(settings: Settings, **overrides: Any) -> ASGIApp:
@@ -443,7 +451,14 @@ def create_app(settings: Settings, **overrides: Any) -> ASGIApp:
 def create_server(settings: Settings, ready: Callable[[], None] = lambda: None, **overrides: Any) -> Server:
     """The service on uvicorn, with SIGTERM and SIGINT handled. `ready` is called once it takes connections."""
     service, app = create_service(settings, **overrides)
-    return Server(app, service.leave, ready, settings.keep_alive)
+    return Server(app, service.leave, ready, settings.keep_alive, connection_table(settings))
+
+
+def connection_table(settings: Settings) -> ConnectionTable:
+    """The limits of connections: never more than there are descriptors for, less some for files."""
+    most = max(descriptors() - _OTHER_DESCRIPTORS, 1)
+    most = min(most, settings.max_connections or most)
+    return ConnectionTable(most, settings.max_connections_per_address, settings.trusted_proxies)
 
 
 def _at_once() -> asyncio.Event:

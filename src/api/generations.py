@@ -57,6 +57,7 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     **documented(
         "bad_request",
         "insufficient_credit",
+        "request_timeout",
         "content_too_large",
         "unsupported_media_type",
         "unsupported_image_type",

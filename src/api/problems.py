@@ -40,6 +40,7 @@ _STATUS: Final = {
     "origin_not_allowed": 403,
     "not_found": 404,
     "method_not_allowed": 405,
+    "request_timeout": 408,
     "conflict": 409,
     "credits_off": 409,
     "illegal_transition": 409,

@@ -94,6 +94,9 @@ def _base_url(value: str) -> str:
 _SQLITE: Final = "sqlite:///"
 _COMPUTED: Final = {
     "public_url": "http://localhost:<port>",
+    "max_connections": "descriptors − 64",
+    "max_connections_per_address": "off",
+    "max_sockets_per_user": "off",
     "editor": "openai or local",
     "face_swap": "replicate or local",
 }
@@ -113,6 +116,9 @@ _Port = Annotated[int, Field(ge=0, le=65535), Allowed("a whole number from 0 to 
 _Seconds = Annotated[float, Field(ge=0, le=_CENTURY), Allowed("a number of seconds, 0 or more", "SECONDS")]
 _SomeSeconds = Annotated[float, Field(gt=0, le=_CENTURY), Allowed("a number of seconds over 0", "SECONDS")]
 _Count = Annotated[int, Field(ge=1), Allowed("a whole number, 1 or more", "NUMBER")]
+_CountOrOff = Annotated[
+    Annotated[int, Field(ge=1)] | None, BeforeValidator(_off), Allowed('a whole number, 1 or more, or "off"', "NUMBER")
+]
 
 
 def _log(value: str) -> str:
@@ -374,6 +380,25 @@ class Settings(_Sources):
     drain: Annotated[
         _Seconds, Field(description="Seconds for which running work is awaited after the signal to stop.")
     ] = 25
+    max_connections: Annotated[
+        _Count | None,
+        Field(
+            description="How many connections there may be in all; never more than the descriptors of the process "
+            "less 64. A new one then takes the place of an idle one, or is closed."
+        ),
+        Allowed("a whole number, 1 or more", "NUMBER"),
+    ] = None
+    max_connections_per_address: Annotated[
+        _CountOrOff,
+        Field(
+            description="How many connections a client address may have; behind `STAGECAST_TRUSTED_PROXIES` the "
+            "forwarded one. Those beyond it are closed."
+        ),
+    ] = None
+    max_sockets_per_user: Annotated[
+        _CountOrOff,
+        Field(description="How many authenticated sockets a user may have. Those beyond it are closed."),
+    ] = None
     webhook_url: Annotated[
         str | None,
         AfterValidator(_url),

@@ -1,6 +1,7 @@
 """What clients say over Socket.IO, and what it does."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -13,6 +14,8 @@ from domain.errors import LogUnavailable, Refusal
 from domain.events import timestamp
 from domain.identity import Identity, InvalidUserId, Unauthenticated, user_id
 from domain.workflow import Workflow
+
+logger = logging.getLogger(__name__)
 
 Answer = tuple[Mapping[str, Any], Callable[[], None]]
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -78,6 +81,9 @@ class Projection(Protocol):
     def attach(self, user_id: str, outbox: Any, beginning: Beginning, *, inline: bool) -> Device:
         """A device at this place of this user's feed."""
 
+    def devices(self, user_id: str) -> int:
+        """How many devices this user has."""
+
 
 class _Argument(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel)
@@ -105,12 +111,14 @@ class Sockets:
         authenticator: Authenticator,
         attachments: Attachments,
         new_pid: Callable[[], str],
+        max_per_user: int | None = None,
     ) -> None:
         self._workflow = workflow
         self._projection = projection
         self._authenticator = authenticator
         self._attachments = attachments
         self._new_pid = new_pid
+        self._max_per_user = max_per_user
         self.events = {
             "authenticate": self.authenticate,
             "subscribe_to_generation": self.subscribe_to_generation,
@@ -141,7 +149,8 @@ class Sockets:
                 recovered = await self._attachments.recover(pid, connection.offset, _named(user), proof)
             if recovered is not None:
                 connection.pid = pid
-                return await self._enter(connection, *recovered, recovery=True, welcome=proof is not None)
+                welcome = proof is not None
+                return await self._enter(connection, *recovered, recovery=True, welcome=welcome, replaces=True)
             connection.pid = self._new_pid()
         if wrong is not None:
             code = BadRequest.code if isinstance(wrong, InvalidUserId) else wrong.code
@@ -180,8 +189,16 @@ class Sockets:
         return await self._enter(connection, identity, beginning, recovery=recovery)
 
     async def _enter(
-        self, connection: Connection, identity: Identity, beginning: Beginning, *, recovery: bool, welcome: bool = True
+        self,
+        connection: Connection,
+        identity: Identity,
+        beginning: Beginning,
+        *,
+        recovery: bool,
+        welcome: bool = True,
+        replaces: bool = False,
     ) -> Answer:
+        """`replaces`: another socket is closed for this one, if it is not closed yet."""
         user = identity.user_id
         generations = await self._generations(user) if welcome else []
         # The session comes last: whatever fails before has changed nothing.
@@ -190,6 +207,10 @@ class Sockets:
                 await self._attachments.keep(connection.pid, identity, beginning)
             else:
                 await self._attachments.leave(connection.pid, for_good=True)
+        if self._max_per_user is not None and self._projection.devices(user) - replaces >= self._max_per_user:
+            logger.warning("a socket is closed: the limit of sockets per user is reached")
+            connection.outbox.abort()
+            return {}, lambda: None
         if connection.gone:
             return {}, lambda: None
         if connection.device is not None:

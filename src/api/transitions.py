@@ -49,6 +49,7 @@ class Transition(Wire):
         "bad_request",
         "not_found",
         "conflict",
+        "request_timeout",
         "illegal_transition",
         "not_external",
         "content_too_large",
