@@ -21,6 +21,7 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import cases_admission  # noqa: F401 (registers its cases)
+import cases_limits  # noqa: F401 (registers its cases)
 import cases_storage  # noqa: F401 (registers its cases)
 import cases_supervision  # noqa: F401 (registers its cases)
 import chaos  # noqa: F401 (registers its cases)

@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 import cases_admission  # noqa: F401 (registers its cases)
+import cases_limits  # noqa: F401 (registers its cases)
 import cases_storage  # noqa: F401 (registers its cases)
 import cases_supervision  # noqa: F401 (registers its cases)
 import chaos  # noqa: F401 (registers its cases)

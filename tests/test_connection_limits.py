@@ -16,6 +16,7 @@ from adapters.uvicorn_server import ClientLimit
 from api.app import connection_table
 from api.proxies import ForwardedHeaders
 from api.settings import Settings, load_settings
+from chaos import Deployment
 from harness import HUNG, running
 from test_connections import serving
 from test_slow_clients import Client
@@ -184,3 +185,18 @@ async def test_a_socket_that_is_taken_up_again_replaces_the_older_one(tmp_path: 
         await asyncio.wait_for(first.wait_closed(), HUNG)
         assert pid in str(await again.recv())
         await again.close()
+
+
+# --- descriptors -------------------------------------------------------------------------------------------
+
+
+def descriptor_limits(pid: int) -> list[str]:
+    """The soft and the hard one of this process."""
+    return Path(f"/proc/{pid}/limits").read_text().split("Max open files")[1].split()[:2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the limit in /proc")
+async def test_the_soft_limit_of_descriptors_is_raised_to_the_hard_one(tmp_path: Path) -> None:
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300))"
+    async with Deployment(tmp_path / "service", prelude=prelude, durable=False).serving() as life:
+        assert descriptor_limits(life.pid.result()) == ["300", "300"]
