@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import sys
 from collections.abc import AsyncIterator
 from ipaddress import ip_network
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from adapters import socketio_server
 from adapters.connection_table import ConnectionTable
 from adapters.system import descriptors
 from adapters.uvicorn_server import ClientLimit
@@ -185,6 +187,23 @@ async def test_a_socket_that_is_taken_up_again_replaces_the_older_one(tmp_path: 
         await asyncio.wait_for(first.wait_closed(), HUNG)
         assert pid in str(await again.recv())
         await again.close()
+
+
+async def test_of_too_many_unauthenticated_sessions_the_oldest_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socketio_server, "MAX_UNAUTHENTICATED", 5)
+    polling = "/socket.io/?EIO=4&transport=polling"
+    async with running(tmp_path) as service, service.phone("ada") as phone:
+        answers = [await service.http.get(polling) for _ in range(8)]
+        sids = [json.loads(answer.text[1:])["sid"] for answer in answers]
+        sessions = service.service.sockets.eio.sockets
+        await service.until(lambda: len(sessions) == 6)
+        assert [sid in sessions for sid in sids] == [False] * 3 + [True] * 5
+        assert (await service.http.post(f"{polling}&sid={sids[0]}", content="40")).status_code == 400
+        await phone.authenticate("ada")
+        for sid in sids[3:]:
+            await service.http.post(f"{polling}&sid={sid}", content="1")
 
 
 # --- descriptors -------------------------------------------------------------------------------------------

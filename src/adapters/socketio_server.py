@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds until a transport has to be authenticated.
 PATIENCE: Final = 15.0
+#: Transports that may be unauthenticated at once; beyond that the oldest is closed. Polling ones cost no connection.
+MAX_UNAUTHENTICATED: int = 10_000
 
 
 @dataclass(eq=False, slots=True)
@@ -104,6 +106,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         self.connections: dict[str, Connection] = {}
         self._turns: dict[str, asyncio.Lock] = {}
         self._deadlines: dict[str, asyncio.TimerHandle] = {}
+        #: The Engine.IO sessions that are not authenticated, the oldest first.
+        self._unauthenticated: dict[str, None] = {}
 
     async def close_all(self) -> None:
         """Close every transport; what is queued is still sent."""
@@ -118,9 +122,8 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
     @property
     def idle(self) -> bool:
         """Whether every table is empty, and nobody is being seen off any more."""
-        return not (
-            self.connections or self._by_pid or self._turns or self._deadlines or self.eio.sockets or self.eio.tasks
-        )
+        tables = (self.connections, self._by_pid, self._turns, self._deadlines, self._unauthenticated)
+        return not (any(tables) or self.eio.sockets or self.eio.tasks)
 
     async def emit(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not available: an empty room would mean everybody. The projection sends."""
@@ -243,6 +246,13 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
 
     def _wait_for_somebody(self, eio_sid: str) -> None:
         self._expect(eio_sid, self._patience, "authentication_required", "unauthenticated")
+        if eio_sid in self._turns:
+            self._unauthenticated[eio_sid] = None
+        if len(self._unauthenticated) > MAX_UNAUTHENTICATED:
+            logger.warning("a socket is closed: the limit of unauthenticated sockets is reached")
+            oldest = next(iter(self._unauthenticated))
+            self._forgive(oldest)
+            self._abort(oldest)
 
     def _settle(self, eio_sid: str, connection: Connection) -> None:
         """From being authenticated on, the deadline is the end of the proof, if it has one."""
@@ -260,6 +270,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
             self._deadlines[eio_sid] = loop.call_later(seconds, self._overdue, eio_sid, notice, code)
 
     def _forgive(self, eio_sid: str) -> None:
+        self._unauthenticated.pop(eio_sid, None)
         deadline = self._deadlines.pop(eio_sid, None)
         if deadline is not None:
             deadline.cancel()
