@@ -17,7 +17,7 @@ from adapters.system import descriptors
 from adapters.uvicorn_server import ClientLimit
 from api.app import connection_table
 from api.proxies import ForwardedHeaders
-from api.settings import Settings, load_settings
+from api.settings import load_settings
 from chaos import Deployment
 from harness import HUNG, running
 from test_connections import serving
@@ -146,10 +146,13 @@ async def test_a_closed_websocket_gives_its_place_back(tmp_path: Path) -> None:
             await service.until(lambda: not table._addresses)
 
 
-def test_the_limit_of_all_is_never_more_than_there_are_descriptors_for(tmp_path: Path) -> None:
-    for chosen, most in ((None, descriptors() - 64), (10, 10), (10**9, descriptors() - 64)):
-        settings = Settings(_env_file=None, images=tmp_path, max_connections=chosen)
-        assert connection_table(settings)._most == most
+def test_the_limit_of_all_is_never_more_than_there_are_descriptors_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for chosen, most in (({}, descriptors() - 64), ({"max_connections": 10}, 10)):
+        assert connection_table(load_settings(chosen))._most == most
+    assert connection_table(load_settings({"max_connections": 10**9}))._most == descriptors() - 64
 
 
 def test_only_some_limits_can_be_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,3 +246,8 @@ def test_a_webhook_secret_is_as_the_scheme_has_it() -> None:
     assert secret.get_secret_value() == good
     for bad in ("whsec_", "whsec_AAAA", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_not base 64 not base 64 not ba"):
         assert refusal(webhook_secret=bad).startswith("STAGECAST_WEBHOOK_SECRET must be ")
+
+
+def test_what_help_says_of_settings_can_be_printed_in_ascii() -> None:
+    for setting in describe_settings():
+        assert all(str(text).isascii() for text in setting), setting

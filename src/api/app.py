@@ -48,7 +48,7 @@ from api.client import Unavailable
 from api.head import HeadAsGet
 from api.perimeter import OriginGuard
 from api.proxies import ForwardedHeaders, PathPrefix
-from api.settings import Settings, SettingsError
+from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
 from api.sockets import Sockets
 from domain.admission import Admission, Limits
 from domain.attach import Attachments
@@ -67,8 +67,6 @@ from domain.workflow import Workflow
 
 #: Seconds that sockets have, on leaving, to take what they were sent last, and the webhook.
 _FLUSH: Final = 0.3
-#: Descriptors that are kept for all else than clients' connections.
-_OTHER_DESCRIPTORS: Final = 64
 #: Seconds that a provider has for one picture, with all waits.
 _PROVIDER: Final = 300
 #: Seconds between two sweeps.
@@ -456,8 +454,7 @@ def create_server(settings: Settings, ready: Callable[[], None] = lambda: None, 
 
 def connection_table(settings: Settings) -> ConnectionTable:
     """The limits of connections: never more than there are descriptors for, less some for files."""
-    most = max(descriptors() - _OTHER_DESCRIPTORS, 1)
-    most = min(most, settings.max_connections or most)
+    most = min(settings.max_connections, max(descriptors() - OTHER_DESCRIPTORS, 1))
     return ConnectionTable(most, settings.max_connections_per_address, settings.trusted_proxies)
 
 

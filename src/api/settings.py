@@ -8,6 +8,8 @@ import base64
 import difflib
 import os
 import re
+import resource
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from ipaddress import IPv4Network, IPv6Network
@@ -91,10 +93,12 @@ def _base_url(value: str) -> str:
     return value.rstrip("/")
 
 
+#: Descriptors of the process that are kept for all else than clients' connections.
+OTHER_DESCRIPTORS: Final = 64
 _SQLITE: Final = "sqlite:///"
 _COMPUTED: Final = {
     "public_url": "http://localhost:<port>",
-    "max_connections": "descriptors − 64",
+    "max_connections": f"descriptors - {OTHER_DESCRIPTORS}",
     "max_connections_per_address": "off",
     "max_sockets_per_user": "off",
     "editor": "openai or local",
@@ -140,6 +144,11 @@ def _webhook_secret(value: SecretStr | None) -> SecretStr | None:
         if kind != "whsec" or not 24 <= len(base64.b64decode(padded, validate=True)) <= 64:
             raise ValueError
     return value
+
+
+def _max_connections() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # The hard one: `serve` raises the other to it.
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(limit - OTHER_DESCRIPTORS, 1)
 
 
 def _editor(known: dict[str, Any]) -> str:
@@ -381,13 +390,13 @@ class Settings(_Sources):
         _Seconds, Field(description="Seconds for which running work is awaited after the signal to stop.")
     ] = 25
     max_connections: Annotated[
-        _Count | None,
+        _Count,
         Field(
+            default_factory=_max_connections,
             description="How many connections there may be in all; never more than the descriptors of the process "
-            "less 64. A new one then takes the place of an idle one, or is closed."
+            "less 64. A new one then takes the place of an idle one, or is closed.",
         ),
-        Allowed("a whole number, 1 or more", "NUMBER"),
-    ] = None
+    ]
     max_connections_per_address: Annotated[
         _CountOrOff,
         Field(
