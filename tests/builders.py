@@ -133,6 +133,7 @@ def append_for(
     event_id: int = 1,
     start: Start | None = None,
     not_after: datetime | None = None,
+    free: bool = False,
     **facts: Any,
 ) -> tuple[Append, Generation]:
     """The append of the generation's next event, and the generation as it is once that is in the log."""
@@ -149,6 +150,7 @@ def append_for(
         terminal=status in ("completed", "failed"),
         start=start,
         not_after=not_after,
+        free=free,
     )
     return append, after
 

@@ -415,7 +415,8 @@ def _id(number: int) -> str:
 
 _CREDITS: Final = 1_000_000
 _ENDS: Final = ("completed", "failed")
-_PAID: Final = ("openai_editing", "ai_generation", "face_swap")
+#: The stages of the paid editor. The face swap is the free one.
+_PAID: Final = ("openai_editing", "ai_generation")
 #: What an external pipeline reports, one after the other.
 _REPORTS: Final[Sequence[JSON]] = (
     {"status": "composition"},
@@ -644,15 +645,17 @@ class Left(NamedTuple):
 class Coroner:
     """Looks at what each killed process has left on the disk: in a copy, so that the next one finds it as it was."""
 
-    def __init__(self, deployment: Deployment, owners: Sequence[Owner]) -> None:
+    def __init__(self, deployment: Deployment, owners: Sequence[Owner], paid: Collection[str]) -> None:
+        """`paid`: the stages whose provider is not free."""
         self._deployment = deployment
         self._owners = owners
+        self._paid = paid
         self._looked_at = {owner.name: 0 for owner in owners}
         #: What was left at first, and has to be ended by the next process that gets ready.
         self._unfinished: dict[str, Left] = {}
         #: In which stages generations were when their process was killed.
         self.found = Counter[str]()
-        self.interrupted = 0
+        self.interrupted = self.repeated = 0
 
     def look(self, *, resumed: bool) -> None:
         """`resumed`: the process had been ready, and so had taken up all that it had found."""
@@ -708,18 +711,19 @@ class Coroner:
             assert same or event["generationId"] in owner.deleted, "a device was told what is not in the log"
 
     def _check_resumed(self, log: sqlite3.Connection) -> None:
-        """What may have been paid for was ended at once (I7), and the credit given back."""
+        """What may have been paid for was ended at once (I7) and refunded; nothing else was interrupted."""
         for generation_id, left in self._unfinished.items():
-            if FLOWS[left.kind][left.status].repeats:  # type: ignore[index]
-                row = log.execute(_EVENT, (generation_id, left.sequence + 1)).fetchone()
-                if row is None or row[0] is None:
+            row = log.execute(_EVENT, (generation_id, left.sequence + 1)).fetchone()
+            following = None if row is None or row[0] is None else json.loads(row[0])
+            if left.status in self._paid:
+                if following is None:
                     assert any(generation_id in owner.deleted for owner in self._owners), "left as it was"
                     continue
-                end = json.loads(row[0])
-                error = end if left.status != "face_swap" else end["faceSwapError"]
-                assert error["code"] == "interrupted", end
-                assert end["status"] == ("completed" if left.status == "face_swap" else "failed")
+                assert (following["status"], following["code"]) == ("failed", "interrupted"), following
                 self.interrupted += 1
+            elif following is not None:
+                assert "interrupted" not in (following.get("code"), following.get("faceSwapError", {}).get("code"))
+                self.repeated += FLOWS[left.kind][left.status].repeats  # type: ignore[index]
 
 
 _LAST_OF_UNFINISHED: Final = """
@@ -780,7 +784,7 @@ async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, ali
             async with deployment.serving(fresh=True) as life:
                 names = [f"user-{number}" for number in range(users)]
                 owners = [await _owner(name, deployment, caller, everybody, faces.address) for name in names]
-                coroner = Coroner(deployment, owners)
+                coroner = Coroner(deployment, owners, _PAID)
                 keeping = [group.create_task(owner.phone.keep(deployment.port)) for owner in owners]
                 living = [group.create_task(owner.live(0.05)) for owner in owners for _ in range(2)]
                 await asyncio.sleep(chance.uniform(0, alive))
@@ -828,6 +832,7 @@ async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, ali
     trial.tell("generations", sum(len(owner.started) for owner in owners))
     trial.tell("in stages when killed", ", ".join(f"{name} {count}" for name, count in coroner.found.most_common()))
     trial.tell("interrupted, and refunded", coroner.interrupted)
+    trial.tell("free face swaps made again", coroner.repeated)
     trial.tell("events told to the devices", sum(len(owner.told) + len(owner.phone.events) for owner in owners))
     trial.tell("returns, all recovered", sum(owner.phone.returns + len(_returns(owner.browser)) for owner in owners))
     trial.tell("calls without an answer, made again", caller.unanswered)
@@ -892,6 +897,12 @@ async def _check_owner(owner: Owner, caller: Caller, calls: Mapping[str, int], d
         assert await caller.events(order.generation_id, name) == history
         assert [event["sequence"] for event in history] == list(range(1, len(history) + 1))
         assert [event["status"] in _ENDS for event in history] == [False] * (len(history) - 1) + [True]
+        progress = [event["progress"] for event in history]
+        assert progress == sorted(progress)
+        flow = FLOWS["edit" if order.kind == "edit" else "generate"]
+        entered = [event["status"] for event in history if event["message"] == flow[event["status"]].message]
+        assert len(entered) == len(set(entered)), "a stage was entered twice"
+        assert history[-1].get("faceSwapError", {}).get("code") != "interrupted", "free work was not repeated"
         assert _fold(order, name, history) == {**snapshots[order.generation_id], "expiresAt": None}
         kept += history[-1]["status"] == "completed"
         stages = {event["status"] for event in history}

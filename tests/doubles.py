@@ -98,7 +98,8 @@ class Hold:
 class ScriptedEditor:
     """`domain.ports.ImageEditor`: acts, and then gives its picture. Counts what would have been paid for."""
 
-    def __init__(self, *acts: Act) -> None:
+    def __init__(self, *acts: Act, free: bool = False) -> None:
+        self.free = free
         self.acts: Sequence[Act] = acts
         self.result = png("edited")
         self.calls: list[tuple[str, Picture, str, Options]] = []
@@ -119,7 +120,8 @@ class ScriptedEditor:
 class ScriptedFaceSwapper:
     """`domain.ports.FaceSwapper`, likewise."""
 
-    def __init__(self, *acts: Act) -> None:
+    def __init__(self, *acts: Act, free: bool = False) -> None:
+        self.free = free
         self.acts: Sequence[Act] = acts
         self.result = png("swapped")
         self.calls: list[tuple[Picture, Picture]] = []
@@ -264,6 +266,10 @@ class Passing:
         logged = await self.inner.append(entry)
         await self.pass_on()
         return logged
+
+    async def mark_paid(self, generation_id: str) -> None:
+        await self.pass_on()
+        await self.inner.mark_paid(generation_id)
 
     async def begun(self, user_id: str, key: str) -> Begun | None:
         await self.pass_on()

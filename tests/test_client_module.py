@@ -39,6 +39,8 @@ needs_react: Final = pytest.mark.skipif(
 class GatedEditor:
     """`domain.ports.ImageEditor`: after two reports it waits, at the prompt ``wait for X``, until ``let go X``."""
 
+    free = False
+
     def __init__(self) -> None:
         self._gates: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
 

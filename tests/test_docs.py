@@ -60,7 +60,7 @@ def test_a_changed_table_is_noticed_and_only_its_document_is_named(
     "stage",
     [
         pytest.param(replace(FLOWS["edit"]["composition"], progress=21), id="percentage"),
-        pytest.param(replace(FLOWS["edit"]["composition"], repeats=True), id="repeats"),
+        pytest.param(replace(FLOWS["edit"]["composition"], provider="editor"), id="provider"),
         pytest.param(
             replace(FLOWS["edit"]["composition"], next=FLOWS["edit"]["openai_editing_completed"].next), id="successors"
         ),

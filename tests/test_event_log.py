@@ -128,6 +128,29 @@ async def test_a_generation_reads_back_as_it_was_written(scribe: Scribe, log: Ev
     assert {(entry.first, entry.end) for entry in history.events} == {(1, 8)}
 
 
+async def test_whether_the_last_stage_is_free_is_read_back_and_can_be_withdrawn(scribe: Scribe, log: EventLog) -> None:
+    async def read() -> set[bool]:
+        history = await log.generation(generation.generation_id)
+        assert history is not None
+        return {each.free for each in (history, *await log.unfinished(), *await log.generations("ada", limit=9))}
+
+    generation = await scribe.move(await scribe.start(), "composition", "composition_completed")
+    assert await read() == {False}
+    generation = await scribe.move(generation, "openai_editing", free=True)
+    assert await read() == {True}
+    append, generation = scribe.prepare(generation, "openai_editing", free=True, progress=70)
+    await log.append(append)
+    await log.append(append)
+    assert await read() == {True}
+    await log.mark_paid(generation.generation_id)
+    assert await read() == {False}
+    generation = await scribe.move(generation, "openai_editing", free=True, progress=75)
+    assert await read() == {True}
+    await scribe.move(generation, "openai_editing_completed")
+    assert await read() == {False}
+    await log.mark_paid("edit_1_there_is_none")
+
+
 async def test_only_the_next_sequence_is_taken(scribe: Scribe, log: EventLog) -> None:
     generation = await scribe.start()
     append, _ = scribe.prepare(generation, "composition")

@@ -28,6 +28,8 @@ ATTACK = '<img src=x onerror="window.broken=1"><script>window.broken=1</script>\
 class PromptedEditor:
     """`domain.ports.ImageEditor`, which does at a prompt what was said beforehand."""
 
+    free = False
+
     def __init__(self) -> None:
         self.acts: dict[str, deque[Act]] = defaultdict(deque)
 

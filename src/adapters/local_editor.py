@@ -25,6 +25,8 @@ _GENERATING: Final = ("Sketching...", "Laying out the shapes...", "Painting...",
 class LocalEditor:
     """Makes, from the same sheet, prompt and options, the same picture. It lasts at least `seconds`."""
 
+    free = True
+
     def __init__(self, threads: ImageThreads, seconds: float) -> None:
         self._pace = Pace(threads, seconds)
 

@@ -26,6 +26,8 @@ _MESSAGES: Final = ("Looking at the face...", "Cutting it out...", "Softening th
 class LocalFaceSwap:
     """Lays the face into the upper right corner of the picture. It lasts at least `seconds`."""
 
+    free = True
+
     def __init__(self, threads: ImageThreads, seconds: float) -> None:
         self._pace = Pace(threads, seconds)
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class _Record:
     """One generation."""
 
-    __slots__ = ("end_name", "ended_at", "events", "generation_id", "ids", "positions", "start", "user")
+    __slots__ = ("end_name", "ended_at", "events", "free", "generation_id", "ids", "positions", "start", "user")
 
     def __init__(self, user: "_User", generation_id: str, start: Start) -> None:
         self.user = user
@@ -46,6 +46,7 @@ class _Record:
         self.ids = array("Q")
         self.ended_at: datetime | None = None
         self.end_name = ""
+        self.free = False
 
     @property
     def deleted(self) -> bool:
@@ -80,6 +81,7 @@ class _Record:
             self.start.kind,
             self.start.order,
             [self.entry(index) for index in range(len(self.events))],
+            self.free,
         )
 
 
@@ -193,6 +195,7 @@ class MemoryLog:
         record.events.append(event)
         record.positions.append(user.head)
         record.ids.append(entry.event_id)
+        record.free = entry.free
         if entry.terminal:
             record.ended_at, record.end_name = entry.at, entry.name
             del self._unfinished[entry.generation_id], user.active[entry.generation_id]
@@ -202,6 +205,10 @@ class MemoryLog:
         logged = record.entry(actual)
         self._deliver(logged)
         return logged
+
+    async def mark_paid(self, generation_id: str) -> None:
+        if record := self._records.get(generation_id):
+            record.free = False
 
     async def begun(self, user_id: str, key: str) -> Begun | None:
         user = self._users.get(user_id)

@@ -82,6 +82,8 @@ _AGAINST_THE_RULES: Final = (
 class OpenAIEditor:
     """One call of the endpoint for each picture, with the sheet as its image."""
 
+    free = False
+
     def __init__(
         self,
         threads: ImageThreads,

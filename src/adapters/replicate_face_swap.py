@@ -106,6 +106,8 @@ T = TypeVar("T")
 class ReplicateFaceSwap:
     """`domain.ports.FaceSwapper` by a model on Replicate."""
 
+    free = False
+
     def __init__(
         self,
         threads: ImageThreads,

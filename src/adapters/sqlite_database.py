@@ -128,6 +128,9 @@ SCHEMA: Final[tuple[str, ...]] = (
     ALTER TABLE sessions ADD COLUMN untold TEXT NOT NULL DEFAULT '[]';  -- in JSON
     """,
     sqlite_damage.SCHEMA,
+    """
+    ALTER TABLE generations ADD COLUMN free INTEGER NOT NULL DEFAULT 0;  -- the work of its present stage costs nothing
+    """,
 )
 
 _HEADER: Final = b"SQLite format 3\0"

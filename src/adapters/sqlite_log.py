@@ -45,7 +45,7 @@ _ENTRIES: Final = """
 #: What an append is checked against: the user and the generation as they are, each NULL where there is none.
 _STATE: Final = f"""
     SELECT users.id, users.head, {CREDIT}, generations.id, generations.first_position, generations.end_position,
-        generations.reserved, generations.deleted,
+        generations.reserved, generations.deleted, generations.free,
         (SELECT max(sequence) FROM events WHERE generation = generations.id)
     FROM (SELECT 1)
     LEFT JOIN users ON users.user_id = ?
@@ -72,7 +72,7 @@ _PRESENT: Final = """
 
 #: Generations without their events.
 _GENERATIONS: Final = """
-    SELECT generations.id, users.user_id, generation_id, kind, order_json
+    SELECT generations.id, users.user_id, generation_id, kind, order_json, free
     FROM generations JOIN users ON users.id = generations.user
 """
 _OF_USER: Final = f"""{_GENERATIONS}
@@ -113,6 +113,13 @@ class SqliteLog:
     async def append(self, entry: Append) -> Logged:
         appended = await self._database.write(lambda connection: self._append(connection, entry), self._deliver)
         return appended.entry
+
+    async def mark_paid(self, generation_id: str) -> None:
+        await self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE generations SET free = 0 WHERE generation_id = ?", (generation_id,)
+            )
+        )
 
     async def begun(self, user_id: str, key: str) -> Begun | None:
         row = await self._database.read(
@@ -275,7 +282,7 @@ class SqliteLog:
         await self._database.close()
 
     def _append(self, connection: sqlite3.Connection, entry: Append) -> _Appended:
-        user, head, credit, generation, first, end, reserved, deleted, last = connection.execute(
+        user, head, credit, generation, first, end, reserved, deleted, free, last = connection.execute(
             _STATE, (entry.user_id, entry.generation_id)
         ).fetchone()
         start = entry.start
@@ -317,6 +324,8 @@ class SqliteLog:
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (user, position, generation, entry.sequence, entry.event_id, entry.name, event),
         )
+        if entry.free != (free == 1):
+            connection.execute("UPDATE generations SET free = ? WHERE id = ?", (entry.free, generation))
         if entry.terminal:
             end = position
             connection.execute(
@@ -347,14 +356,14 @@ class SqliteLog:
 def _histories(connection: sqlite3.Connection, generations: sqlite3.Cursor) -> list[History]:
     """These generations (`_GENERATIONS`) with their events, which are read all at once."""
     rows = generations.fetchall()
-    events: dict[str, list[Logged]] = {generation_id: [] for _, _, generation_id, _, _ in rows}
+    events: dict[str, list[Logged]] = {generation_id: [] for _, _, generation_id, *_ in rows}
     where = "WHERE events.generation IN (SELECT value FROM json_each(?)) ORDER BY events.generation, events.sequence"
     for row in connection.execute(f"{_ENTRIES} {where}", (json.dumps([row[0] for row in rows]),)) if rows else ():
         entry = Logged._make(row)
         events[entry.generation_id].append(entry)
     return [
-        History(user_id, generation_id, kind, order, events[generation_id])
-        for _, user_id, generation_id, kind, order in rows
+        History(user_id, generation_id, kind, order, events[generation_id], free == 1)
+        for _, user_id, generation_id, kind, order, free in rows
     ]
 
 

@@ -52,6 +52,8 @@ class Append:
     start: Start | None = None
     #: The log refuses the append later than this.
     not_after: datetime | None = None
+    #: The provider that works in this stage is free, so the work may be repeated after a crash.
+    free: bool = False
 
 
 class Lost(NamedTuple):
@@ -67,6 +69,8 @@ class History(NamedTuple):
     #: JSON of `domain.orders.Order`.
     order: bytes
     events: Sequence[Logged]
+    #: `Append.free` of the last event, unless `mark_paid` has withdrawn it.
+    free: bool
 
 
 class Begun(NamedTuple):
@@ -128,6 +132,9 @@ class EventLog(Protocol):
             TooManyGenerations: the user already has `max_unfinished`.
             InsufficientCredit: the balance would fall below zero.
         """
+
+    async def mark_paid(self, generation_id: str) -> None:
+        """From now on the present stage of this generation may cost money: withdraw `Append.free` of its last event."""
 
     async def begun(self, user_id: str, key: str) -> Begun | None:
         """What this user began with this idempotency key."""
@@ -327,7 +334,11 @@ Report = Callable[[float, str, Picture | None], Awaitable[None]]
 
 
 class ImageEditor(Protocol):
-    """The AI stage: makes a picture from the sheet and the prompt. One attempt per call; it may cost money."""
+    """The AI stage: makes a picture from the sheet and the prompt. One attempt per call."""
+
+    @property
+    def free(self) -> bool:
+        """Whether its work costs nothing. Free work is repeated after a crash; work that may be paid for never is."""
 
     async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
         """The edited picture.
@@ -341,7 +352,11 @@ class ImageEditor(Protocol):
 
 
 class FaceSwapper(Protocol):
-    """Puts a face into a finished picture. One attempt per call; it may cost money."""
+    """Puts a face into a finished picture. One attempt per call."""
+
+    @property
+    def free(self) -> bool:
+        """As `ImageEditor.free`."""
 
     async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
         """The picture with the face.

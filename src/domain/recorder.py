@@ -48,8 +48,10 @@ class Recorder:
         await self._append(append, ATTENTION)
         return after
 
-    async def move(self, generation: Generation, status: str, facts: Mapping[str, Any] = _NONE) -> Generation:
-        """Append the next event, and return the generation as it then is.
+    async def move(
+        self, generation: Generation, status: str, facts: Mapping[str, Any] = _NONE, *, free: bool = False
+    ) -> Generation:
+        """Append the next event, and return the generation as it then is. `free`: see `domain.ports.Append`.
 
         Raises:
             IllegalTransition: the machine does not allow it; nothing was appended.
@@ -57,7 +59,7 @@ class Recorder:
             LogUnavailable: the log did not answer, however often asked.
         """
         append, after = self._prepare(generation, status, facts, self._clock())
-        await self._append(append, self._patience)
+        await self._append(replace(append, free=free), self._patience)
         return after
 
     async def report(self, generation: Generation, status: str, facts: Mapping[str, Any], event_id: int) -> Logged:

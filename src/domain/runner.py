@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import decode
@@ -32,11 +32,13 @@ from domain.quarantine import Quarantine
 from domain.queries import UNREADABLE, generation_of, is_external, order_of
 from domain.readiness import RUNNER
 from domain.recorder import Recorder
-from domain.stages import FLOWS, ceiling
+from domain.stages import FLOWS, Provider, ceiling
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor, being_cancelled, reason_of
 
 logger = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 #: Seconds before a log that did not answer is asked again.
 _AGAIN: Final = 0.2
@@ -80,13 +82,14 @@ class Runner:
         self.composer = composer
         self.editor = editor
         self.face_swapper = face_swapper
+        self.providers: Mapping[Provider, ImageEditor | FaceSwapper] = {"editor": editor, "face_swapper": face_swapper}
         self.fetcher = fetcher
         self._supervisor = supervisor
         self._quarantine = quarantine
         self._max_running = max_running
         self._deadline = deadline
         self._jobs: dict[str, tuple[_Job, asyncio.Task[None]]] = {}
-        #: What another process may have paid for.
+        #: Generations whose present stage another process may have paid for.
         self._interrupted: list[str] = []
 
     async def run(self) -> None:
@@ -104,7 +107,7 @@ class Runner:
             await asyncio.get_running_loop().create_future()
 
     async def resume(self) -> None:
-        """Take up what another process has left unfinished, or end it where its stage may have been paid for."""
+        """Take up what another process left unfinished, or end it if its stage may have been paid for."""
         for history in await self.log.unfinished():
             try:
                 generation = generation_of(history)
@@ -113,7 +116,7 @@ class Runner:
                 continue
             if is_external(history):
                 continue
-            if FLOWS[generation.kind][generation.status].repeats:
+            if FLOWS[generation.kind][generation.status].provider and not history.free:
                 self._interrupted.append(history.generation_id)
             else:
                 await self.queue.offer(history.user_id, history.generation_id, fetching=generation.needs_fetching)
@@ -194,9 +197,13 @@ class Runner:
         return fetching and job.claimed.done()
 
     async def _history(self, generation_id: str) -> History | None:
+        return await self.patiently(lambda: self.log.generation(generation_id))
+
+    async def patiently(self, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        """The log's answer, asked for again until there is one."""
         while True:
             try:
-                return await self.log.generation(generation_id)
+                return await ask()
             except LogUnavailable:
                 await asyncio.sleep(_AGAIN)
 
@@ -259,6 +266,7 @@ class _Job:
         runner.images.assign(history.generation_id, history.user_id)
         #: Seconds for which somebody had worked on it before.
         self.worked = _worked(history)
+        self._recorded_free = history.free
         self._order = order_of(history)
         self._sheet: Picture | None = None
         #: The pictures behind the image URLs, stored as long as this job.
@@ -275,6 +283,10 @@ class _Job:
         self._recording: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
+        if self._recorded_free and not self._free(self.generation.status):
+            # The stage was entered with a free provider, and is repeated with one that is not: only once.
+            runner, generation_id = self._runner, self.generation.generation_id
+            await runner.patiently(lambda: runner.log.mark_paid(generation_id))
         while not self.generation.finished:
             step = _STEPS.get(self.generation.status)
             facts = await step(self) if step else {}
@@ -292,8 +304,12 @@ class _Job:
                 self._recording.result()
             raise
 
+    def _free(self, status: str) -> bool:
+        provider = FLOWS[self.generation.kind][status].provider
+        return provider is not None and self._runner.providers[provider].free
+
     async def _record(self, status: str, facts: Mapping[str, Any]) -> None:
-        self.generation = await self._runner.recorder.move(self.generation, status, facts)
+        self.generation = await self._runner.recorder.move(self.generation, status, facts, free=self._free(status))
         self._unnamed.clear()
         self.over = self.generation.finished
 

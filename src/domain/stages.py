@@ -10,7 +10,7 @@ Four rules complete the rows, and stand only in `moves`:
 
 1. A generation begins in the pseudo-stage `BEGIN`, from which only the first row can be reached.
 2. ``failed`` may follow every row that is not terminal, so it is written in none of them.
-3. A row marked ``repeats`` may follow itself while a provider works, if the percentage rises and stays
+3. A row with a ``provider`` may follow itself while that works, if the percentage rises and stays
    below that of every stage that may follow.
 4. A move with a guard is legal only where the guard holds. Guards are named here, and are methods of
    `domain.generation.Generation`.
@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 Kind = Literal["edit", "generate"]
+#: Who does the work of a stage: `domain.ports.ImageEditor` or `domain.ports.FaceSwapper`.
+Provider = Literal["editor", "face_swapper"]
 
 BEGIN: Final = "begin"
 FAILED: Final = "failed"
@@ -54,9 +56,14 @@ class Stage:
     progress: int | None
     message: str
     next: Mapping[str, Via] = field(default_factory=dict)
-    #: A provider works in this stage. It may report progress by repeating it, and it may want to be paid, so that
-    #: nobody does the stage's work a second time unasked.
-    repeats: bool = False
+    #: The provider that works in this stage. It may report progress by repeating the stage. Unless it is free, its work
+    #: is never done a second time.
+    provider: Provider | None = None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it may follow itself."""
+        return self.provider is not None
 
     @property
     def terminal(self) -> bool:
@@ -74,7 +81,7 @@ FLOWS: Final[Mapping[Kind, Flow]] = {
             40, "Image composition completed, starting OpenAI editing...", {"openai_editing": Via()}
         ),
         "openai_editing": Stage(
-            60, "OpenAI image editing started...", {"openai_editing_completed": Via()}, repeats=True
+            60, "OpenAI image editing started...", {"openai_editing_completed": Via()}, provider="editor"
         ),
         "openai_editing_completed": Stage(
             80,
@@ -88,7 +95,7 @@ FLOWS: Final[Mapping[Kind, Flow]] = {
                 "face_swap_completed": Via("face_swap_made"),
                 "completed": Via("face_swap_failed", "Image editing completed, but the face swap failed."),
             },
-            repeats=True,
+            provider="face_swapper",
         ),
         "face_swap_completed": Stage(95, "Face swap completed successfully!", {"completed": Via()}),
         "completed": Stage(100, "Image editing completed successfully!"),
@@ -100,7 +107,7 @@ FLOWS: Final[Mapping[Kind, Flow]] = {
         "composition_completed": Stage(
             40, "Image composition completed, starting AI generation...", {"ai_generation": Via()}
         ),
-        "ai_generation": Stage(60, "AI image generation started...", {"completed": Via()}, repeats=True),
+        "ai_generation": Stage(60, "AI image generation started...", {"completed": Via()}, provider="editor"),
         "completed": Stage(100, "Image generation completed successfully!"),
         "failed": Stage(None, "Image generation failed!"),
     },
