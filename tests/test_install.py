@@ -143,6 +143,10 @@ def only_the_three_packages_are_installed(installed: Installation) -> None:
     code = "import importlib.metadata as m; print(*sorted({f.parts[0] for f in m.files('stagecast')}))"
     names = run("python", "-c", code, cwd=installed.root, env=installed.environment()).split()
     assert [name for name in names if not name.endswith(".dist-info")] == ["..", "adapters", "api", "domain"]
+    code = "import importlib.metadata as m; print(*m.metadata('stagecast').get_all('Provides-Extra'))"
+    assert {"all", "openai"} <= set(run("python", "-c", code, cwd=installed.root, env=installed.environment()).split())
+    code = "import openai, importlib.resources as r; print(r.files('domain').joinpath('py.typed').is_file())"
+    assert run("python", "-c", code, cwd=installed.root, env=installed.environment()) == "True\n"
     code = "import api, adapters, domain; print(api.__file__, adapters.__file__, domain.__file__)"
     where = run("python", "-c", code, cwd=installed.root, env=installed.environment())
     assert where.count(str(installed.root / "opt/stagecast")) == 3

@@ -219,15 +219,6 @@ def test_a_provider_is_used_where_there_is_a_key_for_it(
     assert getattr(load_settings({}), field) == provider
 
 
-def test_without_its_extra_a_provider_is_not_chosen_and_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
-    monkeypatch.setattr("api.settings.find_spec", lambda name: None)
-    assert load_settings({}).editor == "local"
-    assert refusal(editor="openai") == (
-        "STAGECAST_EDITOR must be local unless the extra openai is installed: stagecast[openai]."
-    )
-
-
 def test_keys_are_no_flags() -> None:
     secret = {setting.variable for setting in describe_settings() if setting.flag is None}
     assert secret == {

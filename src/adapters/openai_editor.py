@@ -1,4 +1,4 @@
-"""The AI stage by OpenAI's image edit endpoint. Needs the extra ``openai``.
+"""The AI stage by OpenAI's image edit endpoint.
 
 The SDK is imported when it is first used, since that takes a second. Nothing about the account is read from the
 environment, though the SDK would.

@@ -28,6 +28,7 @@ from adapters.memory_log import MemoryLog
 from adapters.memory_queue import MemoryQueue
 from adapters.memory_sessions import MemorySessions
 from adapters.openai_editor import OpenAIEditor
+from adapters.own_provider import OwnEditor, OwnFaceSwap, UnfitProvider
 from adapters.pillow_composer import PillowComposer
 from adapters.pillow_intake import PillowIntake
 from adapters.replicate_face_swap import ReplicateFaceSwap
@@ -84,6 +85,11 @@ class Service:
         self.clock = overrides.get("clock", now)
         entropy = overrides.get("entropy") or SystemEntropy()
         self.threads = ImageThreads()
+        intake = PillowIntake(self.threads)
+        web = UrlFetcher(intake, allow=settings.fetch_allow)
+        # Before the log is opened: a factory of the operator's own may fail.
+        editor = overrides.get("editor") or _editor(settings, self.threads, web)
+        face_swapper = overrides.get("face_swapper") or _face_swapper(settings, self.threads)
         self.log, self.sessions = _log(settings, self.clock, overrides.get("log"))
         self.queue = overrides.get("queue") or MemoryQueue()
         self.images = StoredImages(overrides.get("images") or _images(settings, self.log))
@@ -95,7 +101,6 @@ class Service:
             settings.starts_per_minute,
             settings.max_stored_per_user,
         )
-        intake = PillowIntake(self.threads)
         recorder = Recorder(self.log, self.clock, entropy)
         self.supervisor = Supervisor()
         self._quarantine = Quarantine(recorder)
@@ -113,7 +118,6 @@ class Service:
             limits=limits,
             supervisor=self.supervisor,
         )
-        web = UrlFetcher(intake, allow=settings.fetch_allow)
         self.runner = Runner(
             supervisor=self.supervisor,
             quarantine=self._quarantine,
@@ -123,8 +127,8 @@ class Service:
             images=self.images,
             image_url=lambda name: f"{settings.public_url}/images/{name}",
             composer=overrides.get("composer") or PillowComposer(self.threads),
-            editor=overrides.get("editor") or _editor(settings, self.threads, web),
-            face_swapper=overrides.get("face_swapper") or _face_swapper(settings, self.threads),
+            editor=editor,
+            face_swapper=face_swapper,
             fetcher=overrides.get("fetcher") or _fetcher(settings, intake, web),
             max_running=settings.max_running,
             deadline=settings.deadline,
@@ -279,6 +283,11 @@ def _fetcher(settings: Settings, intake: ImageIntake, web: UrlFetcher) -> ImageF
 def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> ImageEditor:
     if settings.editor == "local":
         return LocalEditor(threads, settings.local_seconds)
+    if settings.editor != "openai":
+        try:
+            return OwnEditor(settings.editor, threads)
+        except UnfitProvider as unfit:
+            raise SettingsError(f"STAGECAST_EDITOR must name a factory of an editor; {unfit}.") from None
     assert settings.openai_api_key is not None
     try:
         return OpenAIEditor(
@@ -296,6 +305,11 @@ def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> Image
 def _face_swapper(settings: Settings, threads: ImageThreads) -> FaceSwapper:
     if settings.face_swap == "local":
         return LocalFaceSwap(threads, settings.local_seconds)
+    if settings.face_swap != "replicate":
+        try:
+            return OwnFaceSwap(settings.face_swap, threads)
+        except UnfitProvider as unfit:
+            raise SettingsError(f"STAGECAST_FACE_SWAP must name a factory of a face swap; {unfit}.") from None
     assert settings.replicate_api_token is not None
     try:
         return ReplicateFaceSwap(

@@ -11,10 +11,9 @@ import re
 import resource
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar, get_args
+from typing import Annotated, Any, Final, NamedTuple, NoReturn, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
@@ -146,13 +145,17 @@ def _webhook_secret(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+#: What makes a provider of the operator's own: ``package.module:factory``.
+_FACTORY: Final = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
+
+
 def _max_connections() -> int:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # The hard one: `serve` raises the other to it.
     return sys.maxsize if limit == resource.RLIM_INFINITY else max(limit - OTHER_DESCRIPTORS, 1)
 
 
 def _editor(known: dict[str, Any]) -> str:
-    return "openai" if known.get("openai_api_key") and find_spec("openai") else "local"
+    return "openai" if known.get("openai_api_key") else "local"
 
 
 def _face_swap(known: dict[str, Any]) -> str:
@@ -318,13 +321,14 @@ class Settings(_Sources):
         Allowed("a name", "NAME"),
     ] = None
     editor: Annotated[
-        Literal["local", "openai"],
+        str,
         Field(
             default_factory=_editor,
-            description="Which editor makes the pictures: openai where OPENAI_API_KEY is set and the extra installed, "
-            "else local, an offline preview, unless told.",
+            pattern=f"^(local|openai|{_FACTORY})$",
+            description="Which editor makes the pictures: openai, local (an offline preview), or one of your own as "
+            "package.module:factory. Unless told, openai where OPENAI_API_KEY is set, else local.",
         ),
-        Allowed('"local" or "openai"', "NAME"),
+        Allowed('"local", "openai" or a factory of an editor as package.module:factory', "NAME"),
     ]
     replicate_api_token: Annotated[
         SecretStr | None,
@@ -337,13 +341,14 @@ class Settings(_Sources):
         Allowed("owner/name or owner/name:version", "NAME"),
     ] = None
     face_swap: Annotated[
-        Literal["local", "replicate"],
+        str,
         Field(
             default_factory=_face_swap,
-            description="Which face swapper is used: replicate where REPLICATE_API_TOKEN is set, else local, an "
-            "offline preview, unless told.",
+            pattern=f"^(local|replicate|{_FACTORY})$",
+            description="Which face swap is used: replicate, local (an offline preview), or one of your own as "
+            "package.module:factory. Unless told, replicate where REPLICATE_API_TOKEN is set, else local.",
         ),
-        Allowed('"local" or "replicate"', "NAME"),
+        Allowed('"local", "replicate" or a factory of a face swap as package.module:factory', "NAME"),
     ]
     local_seconds: Annotated[
         _Seconds,
@@ -450,10 +455,6 @@ class Settings(_Sources):
 
     @model_validator(mode="after")
     def _provided(self) -> Self:
-        if self.editor == "openai" and find_spec("openai") is None:
-            raise PydanticCustomError(
-                "extra", "STAGECAST_EDITOR must be local unless the extra openai is installed: stagecast[openai]."
-            )
         if self.editor == "openai" and self.openai_api_key is None:
             raise PydanticCustomError("key", "OPENAI_API_KEY must be set where STAGECAST_EDITOR is openai.")
         if self.face_swap == "replicate" and self.replicate_api_token is None:
