@@ -11,9 +11,10 @@ CLIENT := src/api/static/vendor/socket.io.min.js
 MAKEFLAGS += --jobs=2
 unexport PYTHONDONTWRITEBYTECODE
 
-# Whatever keys lie about in the environment: nothing is paid for here unless these say so.
-run: export STAGECAST_EDITOR ?= local
-run: export STAGECAST_FACE_SWAP ?= local
+# Whatever keys are in the environment: nothing is paid for here unless these say so, there or in .env.
+local_unless_told = $(if $(shell grep -Es '^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=[[:space:]]*["'"'"']?[[:alnum:]_]' .env),,local)
+run: export STAGECAST_EDITOR ?= $(call local_unless_told,STAGECAST_EDITOR)
+run: export STAGECAST_FACE_SWAP ?= $(call local_unless_told,STAGECAST_FACE_SWAP)
 run: .venv/installed $(CLIENT)
 	@exec $(BIN)/stagecast serve
 

@@ -317,7 +317,7 @@ class Settings(_Sources):
     ] = None
     openai_model: Annotated[
         str | None,
-        Field(description="OpenAI's model; by default one that is good and quick."),
+        Field(description="OpenAI's model; by default gpt-image-2.5-flare."),
         Allowed("a name", "NAME"),
     ] = None
     editor: Annotated[
@@ -337,7 +337,7 @@ class Settings(_Sources):
     ] = None
     replicate_model: Annotated[
         str | None,
-        Field(description="Replicate's model, as owner/name:version."),
+        Field(description="Replicate's model, as owner/name or owner/name:version; by default cdingram/face-swap."),
         Allowed("owner/name or owner/name:version", "NAME"),
     ] = None
     face_swap: Annotated[
