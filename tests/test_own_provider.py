@@ -8,15 +8,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
+import httpx2
 import pytest
 import pytest_asyncio
 from PIL import Image
 
 from api.app import create_service
 from api.settings import SettingsError, load_settings
+from cases import free_port
+from chaos import parts
 from domain.ports import Picture
 from doubles import FACE_URL
-from harness import JSON, Running, running
+from harness import JSON, PHOTO, Running, running
 from pictures import GREEN, solid
 from test_command_line import STAGECAST, stagecast
 
@@ -26,6 +29,7 @@ MODULE: Final = "own_providers"
 SOURCE: Final = f"""
 import asyncio
 import sys
+import threading
 from io import BytesIO
 
 from PIL import Image
@@ -84,6 +88,24 @@ async def _gives(value):
     return value
 
 
+class _Unraisable:
+    def __del__(self):
+        raise ValueError(SECRET)
+
+
+async def _leaves_errors(report):
+    async def stray():
+        raise ValueError(SECRET)
+
+    asyncio.create_task(stray())
+    asyncio.get_running_loop().call_soon(_raise, ValueError(SECRET))
+    thread = threading.Thread(target=_raise, args=[ValueError(SECRET)])
+    thread.start()
+    thread.join()
+    _Unraisable()
+    return picture()
+
+
 async def _cancels_itself(report):
     asyncio.current_task().cancel()
     await asyncio.sleep(1)
@@ -94,6 +116,7 @@ ACTS = {{
     "bmp": lambda report: _gives(picture("BMP")),
     "concurrent": _concurrent,
     "later": _later,
+    "errors": _leaves_errors,
     "hides": _hides,
     "rejects": lambda report: _raise(Failure("provider_rejected", "No hat.")),
     "busy": lambda report: _raise(Failure("provider_rate_limited")),
@@ -286,19 +309,33 @@ async def test_serve_ends_with_2_and_one_sentence_also_where_the_factory_leaves(
     assert str(module) not in sentence
 
 
-async def test_it_is_found_in_the_current_folder_and_named_when_ready(module: Path) -> None:
+async def test_it_is_found_in_the_current_folder_and_its_stray_errors_are_logged_by_type(
+    module: Path,
+) -> None:
+    port = free_port()
+    arguments = ("--port", f"{port}", "--editor", f"{MODULE}:Provider", "--face-swap", f"{MODULE}:Swapper")
     process = await asyncio.create_subprocess_exec(
-        *(*STAGECAST, "serve", "--port", "0", "--editor", f"{MODULE}:Provider", "--face-swap", f"{MODULE}:Swapper"),
-        cwd=module,
-        stdout=asyncio.subprocess.PIPE,
+        *(*STAGECAST, "serve", *arguments), cwd=module, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
     try:
         line = await asyncio.wait_for(process.stdout.readline(), 60)
         assert line.decode().endswith(f"editor: {MODULE}:Provider; face swap: {MODULE}:Swapper)\n")
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            place = (await http.post("/generations/edit", files=parts("errors", PHOTO))).headers["location"]
+            while (await http.get(place)).json()["status"] != "completed":
+                await asyncio.sleep(0.02)
     finally:
         process.terminate()
-        assert await process.wait() == 0
+        _, errors = await process.communicate()
+    assert process.returncode == 0
+    logged = [line.partition(" ERROR ")[2] for line in errors.decode().splitlines()]
+    assert sorted(logged) == [
+        "api.logs: Exception that nobody handles: ValueError",
+        "api.logs: Exception that nobody handles: ValueError",
+        "asyncio: Exception in callback _raise (ValueError)",
+        "asyncio: Task exception was never retrieved (ValueError)",
+    ]
 
 
 class Face:

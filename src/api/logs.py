@@ -4,11 +4,14 @@ import copy
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Hashable
 from itertools import islice
 from threading import Timer
 from typing import Final, TextIO
+
+logger = logging.getLogger(__name__)
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 #: Seconds for which a repeated record is counted, and not written.
@@ -100,12 +103,25 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
             self._intervals[key] = _Interval()
 
 
+def _without_details(record: logging.LogRecord) -> bool:
+    """Keep the beginning of what asyncio says: the rest quotes exceptions, arguments and paths."""
+    record.msg, record.args = record.getMessage().partition("\n")[0].partition("(")[0], ()
+    return True
+
+
+def _unhandled(hook: "threading.ExceptHookArgs | sys.UnraisableHookArgs") -> None:
+    if hook.exc_type is not SystemExit:
+        logger.error("Exception that nobody handles: %s", hook.exc_type.__name__)
+
+
 def configure() -> None:
-    """Log warnings and worse to standard error."""
+    """Log warnings and worse to standard error, also of exceptions that nobody handles, and no traceback."""
     handler = RepeatHandler(sys.stderr)
     handler.setFormatter(OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     # It warns of each write to a client that has gone.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").addFilter(_without_details)
+    threading.excepthook = sys.unraisablehook = _unhandled
     # At WARNING it repeats what clients sent.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
