@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Hashable
 from itertools import islice
-from threading import Timer
 from typing import Final, TextIO
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ class _Interval:
         self.ends = time.monotonic() + REPEAT_INTERVAL
         self.repeats = 0
         self.last: logging.LogRecord | None = None
-        self.timer: Timer | None = None
+        self.timer: threading.Timer | None = None
 
 
 class RepeatHandler(logging.StreamHandler[TextIO]):
@@ -74,7 +73,7 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
         if record.exc_info:
             interval.last.exc_info = (record.exc_info[0], None, None)  # type: ignore[assignment]  # no frames are kept
         if interval.timer is None:
-            interval.timer = Timer(interval.ends - time.monotonic(), self._write_repeats, [key])
+            interval.timer = threading.Timer(interval.ends - time.monotonic(), self._write_repeats, [key])
             interval.timer.daemon = True
             interval.timer.start()
 
