@@ -310,6 +310,35 @@ async def test_restart_markers_and_multiple_scans_are_kept(intake: ImageIntake) 
         assert alike(colour_at(image, 0.25, 0.75), BLUE)
 
 
+@pytest.mark.parametrize("tail", [b"", b"\xff", b"\xff\xff", bytes(300)], ids=["none", "half", "fill", "zeros"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"subsampling": 0}], ids=str
+)
+async def test_a_jpeg_needs_no_end_marker_if_all_its_pixels_are_there(
+    intake: ImageIntake, options: dict[str, object], tail: bytes
+) -> None:
+    photo = encoded(quarters((301, 203)), "JPEG", quality=90, **options)
+    assert await intake.admit(photo.removesuffix(b"\xff\xd9") + tail) == await intake.admit(photo)
+
+
+@pytest.mark.parametrize("missing", [5, 8, 20, 100])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"subsampling": 0}], ids=str
+)
+async def test_a_jpeg_without_its_last_pixels_is_invalid(
+    intake: ImageIntake, options: dict[str, object], missing: int
+) -> None:
+    photo = encoded(Image.effect_noise((301, 203), 60), "JPEG", quality=90, **options)
+    with pytest.raises(InvalidImage):
+        await intake.admit(photo[:-missing])
+
+
+@pytest.mark.parametrize("end", [b"\xff\xda", b"\xff\xda\0\x0c\3\1\0", b"\xff\xc4\0\x1f\0", b"\xff\xfe\0\x02"])
+async def test_a_jpeg_that_ends_between_its_scans_is_invalid(intake: ImageIntake, end: bytes) -> None:
+    with pytest.raises(InvalidImage):
+        await intake.admit(JPEG.removesuffix(b"\xff\xd9") + end)
+
+
 async def test_a_hidden_first_picture_of_an_animation_is_not_shown(intake: ImageIntake) -> None:
     frames = [Image.new("RGB", SIZE, colour) for colour in (RED, GREEN, BLUE)]
     data = encoded(frames[0], save_all=True, append_images=frames[1:], duration=100, default_image=True)

@@ -26,6 +26,9 @@ _MARKER: Final = re.compile(rb"\xff[^\x00\xff]")
 _AFTER_SCAN: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 #: A search keeps the interpreter lock: so many bytes take a few milliseconds at worst.
 _WINDOW: Final = 1 << 18
+_EOI: Final = b"\xff\xd9"
+#: Decodes to other pixels than the zeros that a decoder takes for what is missing before an end marker.
+_FILLER: Final = bytes(range(254, 0, -1))
 _END_OF_IMAGE, _START_OF_SCAN, _APP0, _APP1, _APP2, _APP14, _COMMENT = 0xD9, 0xDA, 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
 _BARE: Final = {0x01, *range(0xD0, 0xD9)}
 _APPLICATION: Final = range(_APP0, 0xF0)
@@ -39,6 +42,8 @@ class PictureFile:
     data: bytes
     icc_profile: bytes = b""
     exif: bytes = b""
+    #: The same JPEG with more behind its pixels, if it has no end marker. Decoded, it differs if pixels are missing.
+    padded: bytes = b""
     #: How often decoding passes over all pixels.
     scans: int = 1
     #: Whether an ICC profile for greyscale applies.
@@ -156,7 +161,7 @@ def read_jpeg(data: bytes) -> PictureFile:
     file = PictureFile(b"", scans=0)
     kept = [view[:2]]
     profile: dict[tuple[int, int], bytes] = {}
-    at, stray = 2, 0
+    at, stray, marker = 2, 0, 0
     for _ in range(_MAX_PIECES):
         found = _search(_AFTER_SCAN if file.scans else _MARKER, data, at)
         start = found.start() if found else len(data)
@@ -188,8 +193,12 @@ def read_jpeg(data: bytes) -> PictureFile:
         raise Unreadable
     if stray > _MAX_PIECES:
         raise Unreadable
-    if found:
-        kept.append(view[start : start + 2])
+    if found is None:
+        if marker != _START_OF_SCAN or at >= len(data):
+            raise Unreadable
+        file.padded = b"".join(kept).rstrip(b"\xff") + _FILLER + _EOI
+        file.scans *= 2
+    kept.append(memoryview(_EOI))
     if sorted(profile) == [(number, len(profile)) for number in range(1, len(profile) + 1)]:
         file.icc_profile = b"".join(profile[key] for key in sorted(profile))
     file.data = b"".join(kept)
