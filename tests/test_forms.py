@@ -186,6 +186,7 @@ async def test_image_urls_may_be_repeated_as_json_strings_or_one_array_of_any_la
         ('"windows-1254"', "çığ".encode("cp1254")),
         ("utf8", "çığ".encode()),
         ("US-ASCII", "çığ".encode()),
+        ("", "çığ".encode()),
     ],
 )
 async def test_a_text_is_read_in_its_charset(api: Api, charset: str, content: bytes) -> None:
@@ -197,9 +198,7 @@ async def test_a_text_is_read_in_its_charset(api: Api, charset: str, content: by
     assert (await order(api, answer)).prompt == wanted
 
 
-@pytest.mark.parametrize(
-    "charset", ["utf-7", "unicode_escape", "idna", "punycode", "hex", "rot13", "nonsense", "ü", ""]
-)
+@pytest.mark.parametrize("charset", ["utf-7", "unicode_escape", "idna", "punycode", "hex", "rot13", "nonsense", "ü"])
 async def test_a_charset_that_is_not_read_is_refused(api: Api, charset: str) -> None:
     body = form(text("prompt", "x", f"Content-Type: text/plain; charset={charset}"), FILE)
     assert_problem(await send(api, body), 415, "unsupported_media_type")
@@ -335,7 +334,7 @@ NOTHING_CHOSEN: Final = part('name="images"; filename=""', "", "Content-Type: ap
 
 @pytest.mark.parametrize("kind", ["edit", "generate"])
 async def test_empty_optional_fields_count_as_not_given(api: Api, kind: str) -> None:
-    names = (*OPTIONAL, "faceSwap") if kind == "edit" else OPTIONAL
+    names = (*OPTIONAL, "faceSwap")  # Which only an edit has.
     plain = [text(name, "") for name in names]
     blobs = [part(f'name="{name}"; filename="blob"', '""', "Content-Type: application/json") for name in names]
     key = {"Idempotency-Key": kind}
@@ -352,6 +351,14 @@ async def test_a_blank_or_nul_is_not_empty(api: Api, name: str) -> None:
         answer = await send(api, form(PROMPT, FILE, text(name, value)))
         field = assert_problem(answer, 422, "invalid_request")["errors"][0]["field"]
         assert field.removesuffix(".0") == name
+
+
+@pytest.mark.parametrize("value", ["true", "false", " "])
+async def test_generate_has_no_face_swap(api: Api, value: str) -> None:
+    answer = await send(api, form(PROMPT, FILE, text("faceSwap", value)), "generate")
+    error = assert_problem(answer, 422, "invalid_request")["errors"][0]
+    assert error["field"] == "faceSwap"
+    assert error["message"].startswith("There is no such field")
 
 
 async def test_an_empty_value_among_others_of_its_field_is_left_out(api: Api) -> None:

@@ -203,11 +203,12 @@ async def read_wish(request: Request, kind: Kind, *, external: bool) -> AsyncIte
     if b"boundary" not in options:
         raise HTTPException(400, "The content type has no boundary. Let the HTTP client set this header.")
     model = _FORMS[kind]
-    names = [field.alias or name for name, field in model.model_fields.items()]
-    async with _form(request, options, names) as form:
+    names = _names(model)
+    known = _names(EditForm)  # What one form has, the other takes empty: pages send every input that they show.
+    async with _form(request, options, known) as form:
         fields: dict[str, Any] = {}
         for name in form:
-            optional = name in names and name != "prompt"
+            optional = name in known and name != "prompt"
             values = [value for value in form.getlist(name) if not (optional and _is_empty(value))]
             if values:
                 fields[name] = values if name in ("images", "imageUrls") or len(values) != 1 else values[0]
@@ -218,12 +219,16 @@ async def read_wish(request: Request, kind: Kind, *, external: bool) -> AsyncIte
         yield _wish(kind, wanted, external)
 
 
+def _names(model: type[GenerateForm]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
 def _explained(error: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
     """The error; of an unknown field it says which one was probably meant."""
     if error["type"] != "extra_forbidden":
         return error
     value = error["input"][0] if isinstance(error["input"], list) else error["input"]
-    if _is_file(value):
+    if isinstance(value, UploadFile) and _is_file(value):
         similar = ["images"]
     else:
         texts = {_plain(name): name for name in names if name != "images"}
@@ -250,7 +255,7 @@ class _Parser(MultiPartParser):
         # Read as the first part, so that the library finds the boundary after it.
         self._preamble = b"--%b\r\n\r\n\r\n" % options[b"boundary"]
         self._in_preamble = True
-        self._form_charset = _codec(options.get(b"charset", b"utf-8"))
+        self._form_charset = options.get(b"charset") or b"utf-8"
         self._texts = {name.encode() for name in names if name != "images"}
         self._json = self._ended = False
 
@@ -266,7 +271,7 @@ class _Parser(MultiPartParser):
         self._json = media_type == b"application/json"
         if options.get(b"name") in self._texts:
             part.content_disposition = b"form-data; name=%b" % options[b"name"]
-            self._charset = _codec(parameters[b"charset"]) if b"charset" in parameters else self._form_charset
+            self._charset = _codec(parameters.get(b"charset") or self._form_charset)
         elif b"filename" not in options:
             # At the front, where nothing that is wrong with the rest can hide it.
             part.content_disposition = b'form-data; filename="";' + (part.content_disposition or b"").partition(b";")[2]
