@@ -298,6 +298,14 @@ async def test_a_text_in_an_unknown_field_is_answered_with_the_right_name(api: A
     assert problem["errors"] == [{"field": name, "message": f"There is no such field; did you mean {meant}?"}]
 
 
+@pytest.mark.parametrize("name", ["prompt", "metadata", "quality", "faceSwap"])
+async def test_a_repeated_field_is_refused_as_such(api: Api, name: str) -> None:
+    given = [] if name == "prompt" else [PROMPT]
+    answer = await send(api, form(*given, FILE, text(name, "{}"), text(name, "{}")))
+    errors = assert_problem(answer, 422, "invalid_request")["errors"]
+    assert errors == [{"field": name, "message": "This field must not be repeated"}]
+
+
 async def test_a_field_like_no_other_is_answered_with_all_names(api: Api) -> None:
     answer = await send(api, form(PROMPT, FILE, text("xyz", "x"), text("xyz", "y")), "generate")
     problem = assert_problem(answer, 422, "invalid_request")

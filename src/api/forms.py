@@ -224,9 +224,10 @@ def _names(model: type[GenerateForm]) -> list[str]:
 
 
 def _explained(error: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
-    """The error; of an unknown field it says which one was probably meant."""
+    """The error; of an unknown field it says which one was probably meant, of a repeated one that it is repeated."""
     if error["type"] != "extra_forbidden":
-        return error
+        repeated = isinstance(error["input"], list) and error["loc"] not in (("images",), ("imageUrls",))
+        return {**error, "msg": "This field must not be repeated"} if repeated else error
     value = error["input"][0] if isinstance(error["input"], list) else error["input"]
     if isinstance(value, UploadFile) and _is_file(value):
         similar = ["images"]
