@@ -293,6 +293,10 @@ class Passing:
         await self.pass_on()
         return await self.inner.set_aside(generation_id)
 
+    async def examine(self) -> None:
+        await self.pass_on()
+        await self.inner.examine()
+
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         await self.pass_on()
         return await self.inner.finished_before(moment, limit)

@@ -5,7 +5,7 @@ import random
 import re
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from domain.events import decode
 from domain.feed import Cursor
 from domain.generation import Generation
 from domain.identity import Identity
-from domain.ports import History, Session
+from domain.ports import EventLog, History, Session
 from domain.queries import generation_of, order_of
 from harness import running
 
@@ -130,6 +130,7 @@ async def test_a_generation_that_cannot_be_read_counts_as_deleted_and_is_kept(
         assert await life.log.set_aside(generation_id) is ("DELETE FROM generations" not in damage)
         assert len(await shown(life, "ada")) == 3
         assert len(await shown(life, "bob")) == 4
+        await life.log.examine()
         [said] = [record.getMessage() for record in caplog.records]
         assert "counts as deleted" in said
         assert SECRET not in said
@@ -158,6 +159,57 @@ async def forget(life: Life) -> None:
     while expired := await life.log.finished_before(datetime(9000, 1, 1, tzinfo=UTC), 10):
         for generation_id in expired:
             await life.log.remove(generation_id, retention=True)
+
+
+async def test_a_start_checks_only_what_is_unfinished_and_the_rest_is_checked_when_it_is_read_or_later(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for [generation] in rows(path, "SELECT id FROM generations WHERE idempotency_key LIKE 'key of %'"):
+        change(path, ONE["a broken order"].format(g=generation))
+    waiting = "(SELECT max(id) FROM generations WHERE user = 1)"
+    change(path, ONE["a broken order"].format(g=waiting))
+
+    def said() -> int:
+        return sum("counts as deleted" in record.getMessage() for record in caplog.records)
+
+    async with opened(path) as life:
+        assert said() == 1
+        await shown(life, "ada")
+        assert said() == 2
+        assert await life.log.begun("bob", "key of bob") is None
+        assert said() == 3
+        await life.log.examine()
+        assert said() == 4
+        await life.log.examine()
+        for user in USERS:
+            await shown(life, user)
+        assert said() == 4
+
+
+READS: Final = {
+    "the generation": lambda log, name: log.generation(name),
+    "the list": lambda log, _: log.generations("ada", limit=10),
+    "the finished": lambda log, _: log.generations("ada", active=False, limit=10),
+    "the feed": lambda log, _: log.feed("ada", after=0, anchor=0, limit=100),
+    "the key": lambda log, _: log.begun("ada", "key of ada"),
+    "the outbox": lambda log, _: log.undelivered(10),
+    "the removal": lambda log, name: log.remove(name, retention=False),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=list(READS))
+async def test_what_is_read_is_checked_before(
+    path: Path, read: Callable[[EventLog, str], Awaitable[object]], caplog: pytest.LogCaptureFixture
+) -> None:
+    [(generation, name)] = rows(path, "SELECT id, generation_id FROM generations WHERE idempotency_key = 'key of ada'")
+    change(path, ONE["invalid UTF-8 in an event"].format(g=generation))
+    async with opened(path) as life:
+        assert caplog.records == []
+        found = await read(life.log, name)
+        # Of a feed the places stay, without their events.
+        assert f'"generationId":"{name}"' not in repr(found)
+        [record] = caplog.records
+        assert name in record.getMessage()
 
 
 async def test_the_pictures_of_a_damaged_generation_are_kept_until_retention_ends(tmp_path: Path) -> None:
@@ -280,13 +332,15 @@ def damage_at_random(path: Path, chance: random.Random, count: int) -> None:
         connection.commit()
 
 
-async def serves(path: Path) -> None:
+async def serves(path: Path, *, examined: bool) -> None:
     """Start, list, feed, work, grants and retention: all that a service does with a log."""
     async with opened(path, count=100) as life:
+        if examined:
+            await life.log.examine()
         for user in (*USERS, "new"):
             await shown(life, user)
             present = await life.log.present(user)
-            assert present.usable(await life.log.feed(user, after=0, anchor=present.live, limit=1_000))
+            assert present.usable(await life.log.feed(user, after=present.seen, anchor=present.live, limit=1_000))
             assert (await life.log.credit(user) or 0) >= 0
             with contextlib.suppress(IdempotencyMismatch):  # Another amount may be written there.
                 await life.log.grant(user, 5, key="k", at=NOON, until=NOON + DAY)
@@ -317,5 +371,5 @@ async def test_whatever_is_damaged_everything_else_goes_on(path: Path, tmp_path:
         damaged = Path(shutil.copy(path, tmp_path / f"{seed}.db"))
         damage_at_random(damaged, chance, chance.choice([1, 2, 5, 10]))
         found += bool(examine(damaged).damage)
-        await serves(damaged)
+        await serves(damaged, examined=chance.random() < 0.5)
     assert found > len(seeds) / 2

@@ -241,6 +241,9 @@ class MemoryLog:
     async def set_aside(self, generation_id: str) -> bool:
         return False
 
+    async def examine(self) -> None:
+        """Nothing was stored before."""
+
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         return [
             record.generation_id

@@ -1,15 +1,21 @@
 """Rows of a log that cannot be read: how they are found, and how they are set aside.
 
-The log is checked as a whole, since one unreadable row makes its generation unreadable. Such a generation becomes a
-tombstone, as one that was deleted; its rows are kept in tables of their own until retention removes the tombstone.
+Generations are checked as a whole, since one unreadable row makes its generation unreadable. Such a generation becomes
+a tombstone, as one that was deleted; its rows are kept in tables of their own until retention removes the tombstone.
 No text made here quotes what a row holds.
+
+To check a million events takes most of a minute. So at the start only what the service begins with is checked: users,
+and what is unfinished. All else is checked before it is read for the first time, and in batches until all has been.
 """
 
 import contextlib
 import itertools
+import json
+import logging
+import math
 import re
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, cast
 
 from domain.events import decode, event_name
@@ -17,6 +23,8 @@ from domain.feed import zero_id
 from domain.identity import InvalidUserId, user_id
 from domain.orders import Order
 from domain.stages import FLOWS, Kind
+
+logger = logging.getLogger(__name__)
 
 #: The tables that keep what was set aside: no column has a type, so that every value stays what it is.
 SCHEMA: Final = """
@@ -102,26 +110,21 @@ class Damaged(NamedTuple):
     events: Sequence[_Event]
 
 
-class Survey(NamedTuple):
-    """What is wrong with a log."""
+class Users(NamedTuple):
+    """What is known of the users, and what is wrong with their rows."""
 
-    generations: Sequence[Damaged]
-    #: Rows of users whose balance or id cannot be read, with the reason.
-    users: Sequence[tuple[int, str]]
-    #: Users whose feed needs other values of head, floor and the floor's event id.
-    feeds: Sequence[tuple[int, int, int, int]]
-    #: The head of each user's feed, where that is corrected.
-    heads: dict[int, int]
+    #: The head of each user's feed, corrected.
+    heads: Mapping[int, int]
+    #: Those whose id can be read.
+    owners: Collection[int]
+    #: Rows whose balance or id cannot be read, with the reason.
+    damaged: Sequence[tuple[int, str]] = ()
+    #: Those whose feed needs other values of head, floor and the floor's event id.
+    feeds: Sequence[tuple[int, int, int, int]] = ()
 
 
 _GENERATIONS: Final = f"SELECT {', '.join(_Generation._fields)} FROM generations"
 _EVENTS: Final = f"SELECT {', '.join(_Event._fields)} FROM events"
-
-
-def survey(connection: sqlite3.Connection, epoch: str) -> Survey:
-    """Read the whole log, and return what is wrong with it. Changes nothing."""
-    with _any_text(connection):
-        return _survey(connection, epoch)
 
 
 @contextlib.contextmanager
@@ -135,7 +138,7 @@ def _any_text(connection: sqlite3.Connection) -> Iterator[None]:
         connection.text_factory = text_factory
 
 
-def _survey(connection: sqlite3.Connection, epoch: str) -> Survey:
+def _check_users(connection: sqlite3.Connection, epoch: str) -> Users:
     users, feeds, heads, owners = [], [], {}, set()
     for user in map(_User._make, connection.execute(f"SELECT {', '.join(_User._fields)} FROM users")):
         if _is_user_id(user.user_id):
@@ -155,35 +158,44 @@ def _survey(connection: sqlite3.Connection, epoch: str) -> Survey:
         " OR user NOT IN (SELECT id FROM users)"
     )
     users += [(user, "a record of a grant cannot be read") for (user,) in connection.execute(unreadable)]
-    return Survey(list(_damaged(connection, heads, owners)), users, feeds, heads)
+    return Users(heads, owners, users, feeds)
 
 
-def _damaged(connection: sqlite3.Connection, heads: dict[int, int], owners: Collection[int]) -> Iterator[Damaged]:
-    rows = map(_Event._make, connection.execute(f"{_EVENTS} ORDER BY generation, sequence"))
+def _users_of(connection: sqlite3.Connection, keys: Collection[int]) -> Users:
+    """The users of these generations, once `_check_users` has been heeded."""
+    query = "SELECT id, user_id, head FROM users WHERE id IN (SELECT user FROM generations WHERE id IN"
+    rows = connection.execute(f"{query} (SELECT value FROM json_each(?)))", (json.dumps(list(keys)),)).fetchall()
+    return Users({user: head for user, _, head in rows}, {user for user, name, _ in rows if _is_user_id(name)})
+
+
+def _damaged(connection: sqlite3.Connection, keys: Iterable[int], users: Users) -> Iterator[Damaged]:
+    """Those of these generations, named by their rows, that cannot be read."""
+    for key in keys:
+        row = connection.execute(f"{_GENERATIONS} WHERE id = ?", (key,)).fetchone()
+        if row is not None:
+            generation = _Generation._make(row)
+            rows = connection.execute(f"{_EVENTS} WHERE generation = ? ORDER BY sequence", (key,))
+            events = list(map(_Event._make, rows))
+            if reason := _reason(generation, events, users):
+                yield Damaged(generation.name, generation.user, reason, generation.reserved != 0, generation, events)
+
+
+def _without_row(connection: sqlite3.Connection) -> Iterator[Damaged]:
+    """Generations of which nothing is left but events."""
+    # The index has all that is needed to find them: without its name, the whole table would be read.
+    ids = "SELECT id FROM events INDEXED BY event_of_sequence WHERE generation NOT IN (SELECT id FROM generations)"
+    rows = map(_Event._make, connection.execute(f"{_EVENTS} WHERE id IN ({ids}) ORDER BY generation, sequence"))
     for key, group in itertools.groupby(rows, lambda event: event.generation):
         events = list(group)
-        row = isinstance(key, int) and connection.execute(f"{_GENERATIONS} WHERE id = ?", (key,)).fetchone()
-        generation = _Generation._make(row) if row else None
-        if generation is None:
-            yield Damaged(f"(row {key!r:.20})", events[0].user, "its row is missing", False, None, events)
-        elif reason := _reason(generation, events, heads, owners):
-            reserved = generation.reserved != 0
-            yield Damaged(generation.name, generation.user, reason, reserved, generation, events)
-    without = f"{_GENERATIONS} WHERE NOT EXISTS (SELECT 1 FROM events WHERE generation = generations.id)"
-    for row in connection.execute(without):
-        generation = _Generation._make(row)
-        emptied = _is_int(generation.end_position, 0, _LAST_POSITION) and _is_int(generation.ended_at, 0, _LAST_MOMENT)
-        if generation.deleted != 1 or not emptied or generation.user not in heads:
-            reserved = generation.reserved != 0
-            yield Damaged(generation.name, generation.user, "it has no events", reserved, generation, [])
+        yield Damaged(f"(row {key!r:.20})", events[0].user, "its row is missing", False, None, events)
 
 
-def _reason(
-    generation: _Generation, events: Sequence[_Event], heads: dict[int, int], owners: Collection[int]
-) -> str | None:
+def _reason(generation: _Generation, events: Sequence[_Event], users: Users) -> str | None:
     """Why the generation cannot be read; ``None`` where it can."""
-    head = heads.get(generation.user)
-    if head is None or (generation.user not in owners and not generation.deleted):
+    head = users.heads.get(generation.user)
+    if not events:
+        return None if _is_emptied(generation) and head is not None else "it has no events"
+    if head is None or (generation.user not in users.owners and not generation.deleted):
         return "its user cannot be read"
     positions = [event.position for event in events]
     if not all(_is_placed(event, generation.user, head) for event in events) or positions != sorted(positions):
@@ -215,6 +227,12 @@ def _reason(
         )
     ended = end == (positions[-1], events[-1].id) and _is_int(generation.ended_at, 0, _LAST_MOMENT)
     return None if ended else "its end is wrong"
+
+
+def _is_emptied(generation: _Generation) -> bool:
+    """Whether it is the tombstone of one of which no place could be read."""
+    ended = _is_int(generation.end_position, 0, _LAST_POSITION) and _is_int(generation.ended_at, 0, _LAST_MOMENT)
+    return generation.deleted == 1 and ended
 
 
 def _is_order(generation: _Generation) -> bool:
@@ -253,6 +271,8 @@ def _is_feed(connection: sqlite3.Connection, user: _User, epoch: str) -> bool:
     if not _is_int(user.floor_id, 0, 2**63 - 1):
         return False
     if user.floor == 0 and user.floor_id != _zero_id(epoch, user):
+        return False
+    if _event_id_at(connection, user.id, user.head + 1) is not None:
         return False
     return user.head == user.floor or _event_id_at(connection, user.id, user.head) is not None
 
@@ -297,26 +317,108 @@ def _is_user_id(value: object) -> bool:
 _NOBODY: Final = ""
 
 
-def set_aside(connection: sqlite3.Connection, found: Survey, epoch: str) -> None:
-    """Make a tombstone of every damaged generation, and correct what can be derived. One transaction."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        heads = dict(found.heads)
-        for user, head, floor, floor_id in found.feeds:
-            feed = (head, floor, floor_id, user)
-            connection.execute("UPDATE users SET head = ?, floor = ?, floor_id = ? WHERE id = ?", feed)
-        # All are taken out first: an event of one may be where the tombstone of another belongs.
-        owners = [each.user if each.user in heads else _nobody(connection, epoch) for each in found.generations]
-        rows = [_take_out(connection, *each) for each in zip(found.generations, owners, strict=True)]
-        for damaged, owner, row in zip(found.generations, owners, rows, strict=True):
-            heads[owner] = _entomb(connection, damaged, owner, row, heads.get(owner, 0))
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.rollback()
-        raise
+class DamageFound(Exception):
+    """These generations, named by their rows, have to be set aside before others can be read with them."""
+
+    def __init__(self, keys: Sequence[int]) -> None:
+        super().__init__()
+        self.keys = keys
 
 
-def _take_out(connection: sqlite3.Connection, damaged: Damaged, owner: Any) -> int:
+class Judge:
+    """What has been checked since the file was opened, and what is damaged of the rest."""
+
+    #: Generations that are checked at a time: others wait for them.
+    _BATCH: Final = 20
+
+    def __init__(self, epoch: str) -> None:
+        self._epoch = epoch
+        #: All generations up to this row have been checked, and these beyond it.
+        self._checked = -math.inf
+        self._also = set[int]()
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has been checked."""
+        return self._checked == math.inf
+
+    def begin(self, connection: sqlite3.Connection) -> Sequence[Damaged]:
+        """Set aside what is damaged of users and of what is unfinished, and return it. Logs the users."""
+        with _any_text(connection):
+            users = _check_users(connection, self._epoch)
+            for user, reason in users.damaged:
+                logger.error("user (row %s) is damaged: %s", user, reason)
+            for user, head, floor, floor_id in users.feeds:
+                feed = (head, floor, floor_id, user)
+                connection.execute("UPDATE users SET head = ?, floor = ?, floor_id = ? WHERE id = ?", feed)
+            # No event may be where the next one is appended, or beyond.
+            ahead = "SELECT generation FROM users CROSS JOIN events ON user = users.id AND position > head"
+            unfinished = "SELECT id FROM generations WHERE end_position IS NULL"
+            query = f"SELECT id FROM generations WHERE id IN ({unfinished} UNION {ahead})"
+            keys = [key for (key,) in connection.execute(query)]
+            found = [*_damaged(connection, keys, users), *_without_row(connection)]
+            _set_aside(connection, found, self._epoch)
+            self._also.update(keys)
+            return found
+
+    def check(self, connection: sqlite3.Connection, keys: Iterable[int]) -> None:
+        """Raises `DamageFound` where some of these generations, named by their rows, are damaged."""
+        unchecked = {key for key in keys if key > self._checked}.difference(self._also)
+        if unchecked:
+            with _any_text(connection):
+                damaged = [each.generation.id for each in self._find(connection, unchecked) if each.generation]
+            self._also.update(unchecked)
+            if damaged:
+                self._also.difference_update(damaged)
+                raise DamageFound(damaged)
+
+    def set_aside(self, connection: sqlite3.Connection, keys: Collection[int]) -> Sequence[Damaged]:
+        """Set aside those of these generations that are damaged, and return them."""
+        with _any_text(connection):
+            found = list(self._find(connection, keys))
+            _set_aside(connection, found, self._epoch)
+            return found
+
+    def next(self, connection: sqlite3.Connection) -> float:
+        """Check the next batch, and return its last row. Raises `DamageFound`."""
+        query = "SELECT id FROM generations WHERE id > ? ORDER BY id LIMIT ?"
+        keys = [key for (key,) in connection.execute(query, (self._checked, self._BATCH))]
+        self.check(connection, keys)
+        return keys[-1] if len(keys) == self._BATCH else math.inf
+
+    def checked(self, last: float) -> None:
+        """Everything up to this row is sound."""
+        self._checked = last
+        self._also = {key for key in self._also if key > last}
+
+    def _find(self, connection: sqlite3.Connection, keys: Collection[int]) -> Iterator[Damaged]:
+        return _damaged(connection, keys, _users_of(connection, keys))
+
+
+def log_damage(found: Sequence[Damaged]) -> None:
+    """One line for each generation that has been set aside."""
+    for damaged in found:
+        logger.error("generation %s counts as deleted, since it is damaged: %s", damaged.name, damaged.reason)
+
+
+def _set_aside(connection: sqlite3.Connection, found: Sequence[Damaged], epoch: str) -> None:
+    """Make a tombstone of every one of these generations."""
+    # All are taken out first: an event of one may be where the tombstone of another belongs.
+    owners = [_owner(connection, each, epoch) for each in found]
+    rows = [_take_out(connection, *each) for each in zip(found, owners, strict=True)]
+    for each in zip(found, owners, rows, strict=True):
+        _entomb(connection, *each)
+
+
+def _owner(connection: sqlite3.Connection, damaged: Damaged, epoch: str) -> int:
+    """The row of its user, or of nobody where there is no such row."""
+    user = damaged.user
+    if isinstance(user, int) and connection.execute("SELECT 1 FROM users WHERE id = ?", (user,)).fetchone():
+        return user
+    return _nobody(connection, epoch)
+
+
+def _take_out(connection: sqlite3.Connection, damaged: Damaged, owner: int) -> int:
     """Move the rows to the tables that keep them, and return the row that is to be the tombstone."""
     row = (
         damaged.generation.id
@@ -338,9 +440,10 @@ def _take_out(connection: sqlite3.Connection, damaged: Damaged, owner: Any) -> i
     return cast(int, row)
 
 
-def _entomb(connection: sqlite3.Connection, damaged: Damaged, owner: Any, row: int, head: int) -> int:
-    """Make the row a tombstone at the places that can be read. Return the head of its owner's feed."""
+def _entomb(connection: sqlite3.Connection, damaged: Damaged, owner: int, row: int) -> None:
+    """Make the row a tombstone at the places that can be read."""
     before = damaged.generation
+    (head,) = connection.execute("SELECT head FROM users WHERE id = ?", (owner,)).fetchone()
     events = sorted((each for each in damaged.events if _is_placed(each, owner, head)), key=lambda each: each.position)
     places = [(each.position, each.event_id) for each in events]
     if places and (before is None or before.end_position != places[-1][0]):
@@ -363,7 +466,6 @@ def _entomb(connection: sqlite3.Connection, damaged: Damaged, owner: Any, row: i
         " ended_at = coalesce(?, unixepoch() * 1000000), undelivered = 0 WHERE id = ?",
         (named, owner, *span, end_event, ended_at, row),
     )
-    return head
 
 
 def _nobody(connection: sqlite3.Connection, epoch: str) -> int:
@@ -381,11 +483,14 @@ def _nobody(connection: sqlite3.Connection, epoch: str) -> int:
 def report(connection: sqlite3.Connection, epoch: str) -> list[str]:
     """One line for each thing that is damaged, and for each that was set aside before, with what is to be decided."""
     with _any_text(connection):
-        return _report(connection, _survey(connection, epoch))
+        users = _check_users(connection, epoch)
+        keys = [key for (key,) in connection.execute("SELECT id FROM generations")]
+        found = [*_damaged(connection, keys, users), *_without_row(connection)]
+        return _report(connection, found, users)
 
 
-def _report(connection: sqlite3.Connection, found: Survey) -> list[str]:
-    damaged = [(each.name, each.user, each.reason, each.reserved) for each in found.generations]
+def _report(connection: sqlite3.Connection, found: Sequence[Damaged], users: Users) -> list[str]:
+    damaged = [(each.name, each.user, each.reason, each.reserved) for each in found]
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'damaged_generations'").fetchone():
         columns = ", ".join(_Generation._fields)
         for reason, *row in connection.execute(f"SELECT reason, {columns} FROM damaged_generations ORDER BY tombstone"):
@@ -396,8 +501,8 @@ def _report(connection: sqlite3.Connection, found: Survey) -> list[str]:
         + ("a person has to decide about the 1 credit that its start took" if reserved else "it took no credit")
         for name, user, reason, reserved in damaged
     ]
-    lines += [f"user {_user_name(connection, user)}: {reason}" for user, reason in found.users]
-    lines += [f"user {_user_name(connection, user)}: the bounds of its feed are wrong" for user, *_ in found.feeds]
+    lines += [f"user {_user_name(connection, user)}: {reason}" for user, reason in users.damaged]
+    lines += [f"user {_user_name(connection, user)}: the bounds of its feed are wrong" for user, *_ in users.feeds]
     return lines
 
 

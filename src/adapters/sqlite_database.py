@@ -173,7 +173,8 @@ class Database:
                 _prepare(path, self._writer, schema)
                 self.epoch = _epoch(path, self._writer) or epoch
                 self._writer.execute("INSERT INTO log SELECT ? WHERE NOT EXISTS (SELECT 1 FROM log)", (epoch,))
-                _set_damage_aside(self._writer, self.epoch)
+                self.judge = sqlite_damage.Judge(self.epoch)
+                _set_damage_aside(self._writer, self.judge)
                 self._reader = undo.enter_context(contextlib.closing(_connect(f"{path.as_uri()}?mode=ro", uri=True)))
             except (OSError, RuntimeError, sqlite3.Error) as error:  # A loop of symbolic links is a RuntimeError.
                 if _is_corrupt(error):
@@ -503,14 +504,15 @@ def _epoch(path: Path, connection: sqlite3.Connection) -> str | None:
     return row and str(row[0], "ascii")
 
 
-def _set_damage_aside(connection: sqlite3.Connection, epoch: str) -> None:
-    found = sqlite_damage.survey(connection, epoch)
-    for damaged in found.generations:
-        logger.error("generation %s counts as deleted, since it is damaged: %s", damaged.name, damaged.reason)
-    for user, reason in found.users:
-        logger.error("user (row %s) is damaged: %s", user, reason)
-    if found.generations or found.feeds:
-        sqlite_damage.set_aside(connection, found, epoch)
+def _set_damage_aside(connection: sqlite3.Connection, judge: sqlite_damage.Judge) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        found = judge.begin(connection)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.rollback()
+        raise
+    sqlite_damage.log_damage(found)
 
 
 def _is_corrupt(error: Exception) -> bool:

@@ -5,8 +5,7 @@ import contextlib
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from datetime import timedelta
-from functools import partial
+from datetime import datetime, timedelta
 from importlib import metadata
 from typing import Any, Final
 
@@ -160,6 +159,8 @@ class Service:
         self._starting: asyncio.Task[None] | None = None
         self._work: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
+        #: The start, until the pictures from before it, which nothing can need that is no event yet, have been swept.
+        self._left_over: datetime | None = None
         self._left = False
 
     async def enter(self) -> None:
@@ -171,7 +172,9 @@ class Service:
 
     async def _start(self) -> None:
         await self.runner.resume()
-        swept = await self.supervisor.attempt("sweep", partial(self._housekeeping.sweep, stored_before=self.clock()))
+        self._left_over = self.clock()
+        # A durable log may have very many generations to look at.
+        swept = not self.log.durable and await self.supervisor.attempt("sweep", self._sweep)
         self._work = asyncio.create_task(self.runner.run())
         self._background = asyncio.create_task(self._run(swept=swept))
 
@@ -183,6 +186,7 @@ class Service:
             tasks.create_task(keep(FOLLOWER, self.projection.run))
             tasks.create_task(keep("quarantine", self._quarantine.run))
             tasks.create_task(keep("external", self.external.run))
+            tasks.create_task(keep("examination", self.log.examine))
             tasks.create_task(every(pause, "retention", self._purge))
             tasks.create_task(every(_SWEEP_EVERY, "sweep", self._sweep, after=_SWEEP_EVERY if swept else 0))
             tasks.create_task(every(pause, "sessions", self._touch))
@@ -234,7 +238,8 @@ class Service:
 
     async def _sweep(self) -> None:
         grace = timedelta(seconds=max(_SWEEP_EVERY, 2 * self.settings.deadline))
-        await self._housekeeping.sweep(stored_before=self.clock() - grace)
+        await self._housekeeping.sweep(stored_before=self._left_over or self.clock() - grace)
+        self._left_over = None
 
     async def _touch(self) -> None:
         await self.sessions.touch(self.sockets.pids, at=self.clock())

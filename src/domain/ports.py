@@ -157,6 +157,9 @@ class EventLog(Protocol):
     async def set_aside(self, generation_id: str) -> bool:
         """Whether it counts as deleted since it cannot be read. What belongs to it is kept until retention ends."""
 
+    async def examine(self) -> None:
+        """Check, a little at a time, all that was stored before, so that what is damaged counts as deleted."""
+
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         """Ids of generations that ended before `moment`, those that ended first first.
 
