@@ -193,6 +193,7 @@ READS: Final = {
     "the feed": lambda log, _: log.feed("ada", after=0, anchor=0, limit=100),
     "the key": lambda log, _: log.begun("ada", "key of ada"),
     "the outbox": lambda log, _: log.undelivered(10),
+    "the expired": lambda log, _: log.finished_before(datetime(9000, 1, 1, tzinfo=UTC), 10),
     "the removal": lambda log, name: log.remove(name, retention=False),
 }
 
@@ -206,7 +207,7 @@ async def test_what_is_read_is_checked_before(
     async with opened(path) as life:
         assert caplog.records == []
         found = await read(life.log, name)
-        # Of a feed the places stay, without their events.
+        # Of it the places stay, without their events.
         assert f'"generationId":"{name}"' not in repr(found)
         [record] = caplog.records
         assert name in record.getMessage()

@@ -191,14 +191,12 @@ class SqliteLog:
         return row is not None
 
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
-        return await self._database.read(
-            lambda connection: [
-                generation_id
-                for (generation_id,) in connection.execute(
-                    "SELECT generation_id FROM generations WHERE ended_at < ? ORDER BY ended_at, end_event LIMIT ?",
-                    (microseconds(moment), limit),
-                )
-            ]
+        which = "FROM generations WHERE ended_at < ? ORDER BY ended_at, end_event LIMIT ?"
+        parameters = (microseconds(moment), limit)
+        return await self._read(
+            lambda connection: [name for (name,) in connection.execute(f"SELECT generation_id {which}", parameters)],
+            f"SELECT id {which}",
+            parameters,
         )
 
     async def present(self, user_id: str) -> Cursor:
