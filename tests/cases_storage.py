@@ -22,6 +22,7 @@ from chaos import Caller, Deployment, Life, parts
 from faults import JSON, Wire, hang_up
 from harness import PHOTO
 
+_WAYS: Final = ("moved", "wal", "removed", "replaced")
 _LOST: Final = "the file of the log was removed, replaced or cut off"
 
 
@@ -104,7 +105,7 @@ async def one_owner(trial: Trial, rounds: int) -> None:
     "{rounds} times random columns of random rows of a log with {users} users are overwritten while it is closed",
     "it starts; the damaged answer 404 and are listed by check; all others are listed, work and end as before; no line "
     "quotes a row",
-    quick={"rounds": 2, "users": 3},
+    quick={"rounds": 1, "users": 2},
     long={"rounds": 100, "users": 10},
 )
 async def damaged_rows(trial: Trial, rounds: int, users: int) -> None:
@@ -182,35 +183,44 @@ def _damage(log: Path, chance: random.Random) -> str:
     long={"rounds": 80},
 )
 async def lost_files(trial: Trial, rounds: int) -> None:
-    noticed, kept = list[float](), 0
-    for number in range(rounds):
-        way = ("moved", "wal", "removed", "replaced")[number % 4]
-        deployment = Deployment(trial.folder / f"service-{number}")
-        async with _served(deployment) as (life, caller):
-            generation = await _completed(caller, await _start(caller))
-            away = deployment.log.with_name("away.db")
-            (Path(f"{deployment.log}-wal") if way == "wal" else deployment.log).rename(away)
-            if way == "replaced":
-                shutil.copy(away, deployment.log)
-            began = time.monotonic()
-            while (ready := await caller.once("GET", "/health/ready", "ada")).status_code == 200:
-                await asyncio.sleep(0.01)
-            noticed.append(time.monotonic() - began)
-            assert ready.status_code == 503
-            refusal = await caller.once("POST", "/generations/edit", "ada", files=parts("x", PHOTO))
-            assert (refusal.status_code, refusal.json()["code"]) == (503, "log_unavailable"), refusal.text
-            assert await caller.get(f"/generations/{generation['generationId']}") == generation, "an answer is lost"
-            await _check_pictures(caller, generation)
-            kept += 1
-            said = sum(_LOST in line for line in life.lines)
-            assert said == 1, life.lines
-            if way == "moved":
-                away.rename(deployment.log)
-                await _completed(caller, await _start(caller))
-            life.send(signal.SIGKILL)
-            await life.ended()
-        if way in ("moved", "wal"):
-            async with _served(deployment) as (_, caller):
-                assert await caller.get(f"/generations/{generation['generationId']}") == generation, "an answer is lost"
+    turns, noticed = asyncio.Semaphore(4), list[float]()
+
+    async def one(number: int) -> None:
+        async with turns:
+            deployment = Deployment(trial.folder / f"service-{number}")
+            noticed.append(await _lose(deployment, _WAYS[number % len(_WAYS)]))
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(rounds):
+            group.create_task(one(number))
     trial.at_most("noticed after, at most", max(noticed), 5, "s", time=True)
-    trial.tell("answers still served", kept)
+    trial.tell("answers still served", len(noticed))
+
+
+async def _lose(deployment: Deployment, way: str) -> float:
+    """Lose the log's file in this way. Return after how many seconds that was noticed."""
+    async with _served(deployment) as (life, caller):
+        generation = await _completed(caller, await _start(caller))
+        away = deployment.log.with_name("away.db")
+        (Path(f"{deployment.log}-wal") if way == "wal" else deployment.log).rename(away)
+        if way == "replaced":
+            shutil.copy(away, deployment.log)
+        began = time.monotonic()
+        while (ready := await caller.once("GET", "/health/ready", "ada")).status_code == 200:
+            await asyncio.sleep(0.01)
+        noticed = time.monotonic() - began
+        assert ready.status_code == 503
+        refusal = await caller.once("POST", "/generations/edit", "ada", files=parts("x", PHOTO))
+        assert (refusal.status_code, refusal.json()["code"]) == (503, "log_unavailable"), refusal.text
+        assert await caller.get(f"/generations/{generation['generationId']}") == generation, "an answer is lost"
+        await _check_pictures(caller, generation)
+        assert sum(_LOST in line for line in life.lines) == 1, life.lines
+        if way == "moved":
+            away.rename(deployment.log)
+            await _completed(caller, await _start(caller))
+        life.send(signal.SIGKILL)
+        await life.ended()
+    if way in ("moved", "wal"):
+        async with _served(deployment) as (_, caller):
+            assert await caller.get(f"/generations/{generation['generationId']}") == generation, "an answer is lost"
+    return noticed
