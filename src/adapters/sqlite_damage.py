@@ -326,7 +326,10 @@ class DamageFound(Exception):
 
 
 class Judge:
-    """What has been checked since the file was opened, and what is damaged of the rest."""
+    """What has been checked since the file was opened, and what is damaged of the rest.
+
+    Only one thread checks: the one that reads.
+    """
 
     #: Generations that are checked at a time: others wait for them.
     _BATCH: Final = 20
@@ -379,17 +382,13 @@ class Judge:
             _set_aside(connection, found, self._epoch)
             return found
 
-    def next(self, connection: sqlite3.Connection) -> float:
-        """Check the next batch, and return its last row. Raises `DamageFound`."""
+    def next(self, connection: sqlite3.Connection) -> None:
+        """Check the next batch. Raises `DamageFound`: it is to be checked again."""
         query = "SELECT id FROM generations WHERE id > ? ORDER BY id LIMIT ?"
         keys = [key for (key,) in connection.execute(query, (self._checked, self._BATCH))]
         self.check(connection, keys)
-        return keys[-1] if len(keys) == self._BATCH else math.inf
-
-    def checked(self, last: float) -> None:
-        """Everything up to this row is sound."""
-        self._checked = last
-        self._also = {key for key in self._also if key > last}
+        self._checked = keys[-1] if len(keys) == self._BATCH else math.inf
+        self._also.difference_update(keys)
 
     def _find(self, connection: sqlite3.Connection, keys: Collection[int]) -> Iterator[Damaged]:
         return _damaged(connection, keys, _users_of(connection, keys))

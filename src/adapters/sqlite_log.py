@@ -310,7 +310,7 @@ class SqliteLog:
         judge = self._database.judge
         while not judge.done:
             began = time.monotonic()
-            judge.checked(await self._sound(judge.next))
+            await self._sound(judge.next)
             # Others come first: it takes a quarter of a processor at most.
             await asyncio.sleep(3 * (time.monotonic() - began))
 
