@@ -243,7 +243,7 @@ class SqliteLog:
     async def standing(self, user_id: str) -> Standing:
         row = await self._database.read(
             lambda connection: connection.execute(
-                "SELECT credit, (SELECT count(*) FROM generations WHERE user = users.id AND end_position IS NULL)"
+                f"SELECT {CREDIT}, (SELECT count(*) FROM generations WHERE user = users.id AND end_position IS NULL)"
                 " FROM users WHERE user_id = ?",
                 (user_id,),
             ).fetchone()
