@@ -42,18 +42,11 @@ async def test_a_log_of_an_earlier_version_is_served_as_it_was(name: str, tmp_pa
             begun = await service.service.log.begun("ada", key)
             assert begun is not None
             assert begun.generation_id == generation_id
-        # Sessions are taken up where they were; a grant is not made twice.
+        # Sessions are taken up where they were.
         wire = await Wire.open(service.port)
         hello = await wire.connect(pid=stored["session"]["pid"], offset=stored["session"]["offset"])
         assert hello["pid"] == stored["session"]["pid"]
         wire.abort()
-        balance = (await service.get("/me"))["credit"]
-        await service.http.post(
-            "/users/ada/credit",
-            json={"amount": stored["grant"]["amount"]},
-            headers={"Idempotency-Key": stored["grant"]["key"]},
-        )
-        assert (await service.get("/me"))["credit"] == balance
         # What ran goes on, or ends refunded.
         ids = stored["unfinished"]
         async with service.phone("ada") as phone:
@@ -61,6 +54,14 @@ async def test_a_log_of_an_earlier_version_is_served_as_it_was(name: str, tmp_pa
             ends = [await ended(service, phone.user, each) for each in ids.values()]
             phone.events.clear()
         assert {end["code"] for end in ends} == {"interrupted", "storage_failed", "cancelled"}
+        # A grant is not made twice.
+        balance = (await service.get("/me"))["credit"]
+        await service.http.post(
+            "/users/ada/credit",
+            json={"amount": stored["grant"]["amount"]},
+            headers={"Idempotency-Key": stored["grant"]["key"]},
+        )
+        assert (await service.get("/me"))["credit"] == balance
         # The invariants know nothing of the grant, nor of what the deleted generation cost.
         await service.http.post("/users/ada/credit", json={"amount": 1 - stored["grant"]["amount"]})
 
