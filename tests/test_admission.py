@@ -253,7 +253,8 @@ async def test_stored_bytes_are_known_after_a_restart(tmp_path: Path, log_settin
         on_disk = sum(file.stat().st_size for file in images.rglob("*") if file.is_file())
         assert 0 < before <= on_disk
     async with running(images, log=log_setting) as service:
-        assert service.service.images.stored("ada") == (before if service.service.log.durable else 0)
+        expected = before if service.service.log.durable else 0
+        await service.until(lambda: service.service.images.stored("ada") == expected)
 
 
 # --- image URLs that take their time ----------------------------------------------------------------------

@@ -82,6 +82,8 @@ def demo_settings(overrides: Mapping[str, Any]) -> Settings:
         for name, field in Settings.model_fields.items()
         if field.default_factory is None and not name.startswith(tuple(shared))
     }
+    # One user, whose few connections need no limit.
+    defaults["max_connections"] = sys.maxsize
     own = {
         "port": 0,
         "public_url": "http://127.0.0.1",

@@ -256,7 +256,7 @@ class _Parser(MultiPartParser):
         # Read as the first part, so that the library finds the boundary after it.
         self._preamble = b"--%b\r\n\r\n\r\n" % options[b"boundary"]
         self._in_preamble = True
-        self._form_charset = options.get(b"charset") or b"utf-8"
+        self._form_charset = _codec(options.get(b"charset") or b"utf-8")
         self._texts = {name.encode() for name in names if name != "images"}
         self._json = self._ended = False
 
@@ -272,7 +272,8 @@ class _Parser(MultiPartParser):
         self._json = media_type == b"application/json"
         if options.get(b"name") in self._texts:
             part.content_disposition = b"form-data; name=%b" % options[b"name"]
-            self._charset = _codec(parameters.get(b"charset") or self._form_charset)
+            charset = parameters.get(b"charset")
+            self._charset = _codec(charset) if charset else self._form_charset
         elif b"filename" not in options:
             # At the front, where nothing that is wrong with the rest can hide it.
             part.content_disposition = b'form-data; filename="";' + (part.content_disposition or b"").partition(b";")[2]
