@@ -1020,7 +1020,7 @@ class Stopped:
         writer.write(data)
 
     async def work(self) -> None:
-        """One generation is in a stage that may have to be paid for, and another waits."""
+        """One generation is with the offline editor, and another waits."""
         self.running = await Ordered("running", "edit", {}, external=False).start(self.caller, "ada")
         await self.phone.wire.until(lambda: self.phone.events[-1:] != [] and self.phone.events[-1]["progress"] >= 60)
         self.waiting = await Ordered("waiting", "edit", {}, external=False).start(self.caller, "ada")
@@ -1045,16 +1045,16 @@ class Stopped:
             async with self.deployment.serving() as life:
                 await self.phone.back(self.deployment.port)
                 await self.phone.wire.until(lambda: len(self._ends()) == 2)
-                assert self._ends()[self.waiting] == ("completed", None)
+                # The offline editor's work is free, and so it is done again.
+                assert set(self._ends().values()) == {("completed", None)}
                 assert await self.caller.feed("ada", self.phone.beginning) == self.phone.events
-                assert (await self.caller.get("/me", "ada"))["credit"] == 99
+                assert (await self.caller.get("/me", "ada"))["credit"] == 98
                 await hang_up([self.phone.wire])
                 life.send(signal.SIGTERM)
                 assert await life.ended() == 0
         else:
-            assert self._ends()[self.waiting] == ("failed", "interrupted")
+            assert set(self._ends().values()) == {("failed", "interrupted")}
             assert self.phone.events[-1]["credit"] == 100
-        assert self._ends()[self.running] == ("failed", "interrupted")
 
     def _ends(self) -> dict[str, tuple[str, str | None]]:
         return {
