@@ -1,137 +1,142 @@
 /**
- * Stagecast's client: a user's generations, live, in a browser or in Node.
+ * Stagecast's client: shows one user's generations live, in a browser or in Node.
  *
  *     import { connect } from "/static/stagecast.js";
- *     const stagecast = connect({ io });                    // `io` of socket.io-client; without it: polling
+ *     const stagecast = connect({ io });                    // `io` of socket.io-client; without it the client polls
  *     stagecast.on("change", () => render(stagecast.generations));
  *     await stagecast.start("edit", { prompt: "a red hat", images: [file] });
  *
- * What it tells of itself; all of it is read, never written:
+ * Properties, all read-only:
  *
- *     generations   the user's, newest first: a new array after each change, and a new object for what has changed
- *     get(id)       one of them
- *     credit        the balance; undefined while it is not known, or where no balances are kept
- *     userId        whose generations these are; with a token: once the service has said so
- *     state         "connecting"   for the first time
- *                   "live"         events come as they happen
- *                   "catching up"  connected again: what was missed is coming in
- *                   "polling"      no socket can be had: events come, up to `pollEvery` late
- *                   "offline"      nothing can be had; it keeps trying, unless it was `cut`
- *                   "refused"      the user or the token is not accepted, `reason` tells the code; see `restore`
+ *     generations   the user's generations, newest first: a new array after each change, and a new object for each
+ *                   generation that changed
+ *     get(id)       one generation
+ *     credit        the balance; undefined while it is not known, or if the service keeps no balances
+ *     userId        the user; with a token: known once the service has confirmed it
+ *     state         "connecting"   the first connection is being made
+ *                   "live"         events arrive as they happen
+ *                   "catching up"  connected again; missed events are arriving
+ *                   "polling"      no socket can be opened; events arrive up to `pollEvery` late
+ *                   "offline"      the service cannot be reached; the client keeps trying, except after `cut`
+ *                   "refused"      the user or the token was rejected, `reason` is the code; see `restore`
  *                   "closed"
- *     reason        the code of the refusal
- *     cursor        the place reached in the user's feed: `connect({cursor})` goes on from there, also elsewhere
+ *     reason        the code of the rejection
+ *     cursor        the position in the user's feed: `connect({cursor})` resumes from it, also in another process
  *
- * What it tells as it happens: `on(name, listener)`, which returns what ends it, and `off(name, listener)`:
+ * Events. `on(name, listener)` returns a function that removes the listener, as `off(name, listener)` does:
  *
- *     "change"      ()                     generations or credit are others than before
- *     "event"       (event, generation)    each event once, in the order of `sequence`; first those so far of what
- *                                          still runs. An event is old news where `event.sequence` is below
- *                                          `generation.sequence`: a snapshot was faster
+ *     "change"      ()                     generations or credit have changed
+ *     "event"       (event, generation)    each event once, in the order of `sequence`, beginning with the past events
+ *                                          of running generations. If `event.sequence` is below
+ *                                          `generation.sequence`, a snapshot with a newer state came first
  *     "state"       (state, reason)
- *     "caughtUp"    ({missed, recovered})  back from being offline: how many events came late; `recovered: false`:
- *                                          the past is gone (a restart, retention), `generations` are what there is
+ *     "caughtUp"    ({missed, recovered})  connected again after being offline: the number of events that came late.
+ *                                          `recovered: false`: the history is gone (a restart, retention), and
+ *                                          `generations` is what the service has now
  *
- * What it does. All of these reject with a `StagecastError` when the service says no, or does not answer:
+ * Methods. Those that send a request reject with a `StagecastError` if the service refuses it or does not answer:
  *
- *     start(kind, wish, {idempotencyKey, attempts, runner})
- *                           the generation; if the network fails it is sent again with the same key, which starts
- *                           nothing twice. Give your own key to try again later yourself
+ *     start(kind, request, {idempotencyKey, attempts, runner})
+ *                           returns the generation. After a network error the request is sent again with the same
+ *                           key, so that it starts only one generation. Pass your own key to retry later yourself
  *     cancel(id)            "cancelled" or "already_finished"
- *     remove(id)            a finished one, for good
+ *     remove(id)            deletes a finished generation permanently
  *     history(id, after)    its events
- *     older(before, limit)  `{generations, next}`: a page of the list, which also joins `generations`. Begin without
- *                           `before`; then it is the `next` of the page before, until there is none
- *     me(), stages()        as `GET /me` and `GET /stages` answer
- *     switchUser({userId, token, cursor})   forgets everything, and is another's from then on
- *     cut(), restore()      drop the transport as a tunnel would, and stay away; come back, also after "refused". While
- *                           it is offline by itself, `restore` tries at once instead of in a moment
- *     close()               for good
+ *     older(before, limit)  `{generations, next}`: a page of the list, which is also added to `generations`. Omit
+ *                           `before` for the first page, then pass the previous page's `next` until there is none
+ *     me(), stages()        the responses of `GET /me` and `GET /stages`
+ *     switchUser({userId, token, cursor})   clears everything and continues as another user
+ *     cut(), restore()      drops the transport, as a lost network does, and stays offline; reconnects, also after
+ *                           "refused". If the client is offline because of the network, `restore` tries at once
+ *     close()               ends the client
  *
- * In a browser it checks the connection whenever the page may have slept or changed networks (`visibilitychange`,
- * `pageshow`, `focus`, `online`, `resume`, a jump of the clock): a connection that does not answer within two seconds
- * is replaced. `offline` counts at once. So `state` is right within three seconds.
+ * In a browser the client checks the connection whenever the page may have slept or changed networks
+ * (`visibilitychange`, `pageshow`, `focus`, `online`, `resume`, a jump of the clock), and replaces a connection that
+ * does not answer within two seconds. `offline` takes effect at once. `state` is therefore right within three seconds.
  *
- * It needs what `docs/browsers.md` lists, or Node 20.
+ * It runs in the browsers that `docs/browsers.md` lists, and in Node 20 or later.
  *
- * `api(options)` is the HTTP part alone, with `call`, `list`, `feed` and `transition` besides.
- * `reduce(generation, news)` is the fold alone, pure.
+ * `api(options)` is the HTTP part alone, and also has `call`, `list`, `feed` and `transition`.
+ * `reduce(generation, update)` is the pure reducer.
  *
  * @typedef {{generationId: string, kind: "edit" | "generate", sequence: number, status: string, message: string,
  *   progress: number, metadata?: Record<string, any>, inputImage?: string, compositionUrl?: string,
  *   previewUrl?: string, editedImageUrl?: string, generatedImageUrl?: string, faceSwapUrl?: string,
  *   faceSwapError?: {code: string, message: string}, error?: string, code?: string, failedStage?: string,
  *   input?: {prompt: string, [field: string]: any},
- *   retryable?: boolean}} Facts
- * @typedef {Facts & {occurredAt: string, credit?: number}} StagecastEvent One fact, as the log has it.
- * @typedef {Facts & {createdAt: string, updatedAt: string, expiresAt?: string, userId?: string}} Generation
- *   What its events have made of it. `userId` and `expiresAt` only where the service has told them.
+ *   retryable?: boolean}} CommonFields The fields that events and generations share.
+ * @typedef {CommonFields & {occurredAt: string, credit?: number}} StagecastEvent One event of the log.
+ * @typedef {CommonFields & {createdAt: string, updatedAt: string, expiresAt?: string, userId?: string}} Generation
+ *   The state after its events. `userId` and `expiresAt` are only in snapshots from the service.
  *
  * @typedef {"connecting" | "live" | "catching up" | "polling" | "offline" | "refused" | "closed"} State
- * @typedef {string | (() => string | Promise<string>)} Token A function is asked for a fresh one when it is needed.
- * @typedef {{userId?: string | number, token?: Token, cursor?: string}} Who
- *   `token` where the service has a key. Without it `userId`, by default "demo".
+ * @typedef {string | (() => string | Promise<string>)} Token A function is called whenever a new token is needed.
+ * @typedef {{userId?: string | number, token?: Token, cursor?: string}} Identity
+ *   `token` if the service has a key configured. Otherwise `userId`, by default "demo".
  * @typedef {{url?: string, userId?: string | number, token?: Token, service?: boolean}} ApiOptions
- *   `url`: the service's URL, with its path if it has one; by default the page's own origin. `service`: the token is a
- *   service's, and acts for `userId`.
+ *   `url`: the service's URL, including its path if it has one; by default the page's own origin. `service`: the token
+ *   is a service token, and acts for `userId`.
  * @typedef {{io?: any, socket?: Record<string, any>, pollEvery?: number}} LiveOptions
- *   `io`: by default the global one; null: polling. `socket`: further options for it. `pollEvery`: milliseconds.
+ *   `io`: by default the global `io`; null: poll. `socket`: further options for `io`. `pollEvery`: milliseconds.
  * @typedef {{prompt?: string, images?: Blob[], imageUrls?: string[], faceSwap?: boolean,
  *   metadata?: Record<string, any>, quality?: string, background?: string, aspectRatio?: string,
- *   inputFidelity?: string}} Wish
+ *   inputFidelity?: string}} GenerationRequest
  * @typedef {{idempotencyKey?: string, attempts?: number, runner?: "external"}} StartOptions
  * @typedef {{generations: Generation[], next?: string}} Page
  * @typedef {{missed: number, recovered: boolean}} CaughtUp
  */
 
 const EVENTS = ["generation_started", "continue", "generation_completed", "generation_failed"];
-/** Codes after which another token may do. */
-const STALE = ["unauthenticated", "invalid_token", "token_expired"];
-/** Statuses of gateways that have no answer of the service's own. */
-const GATEWAY = [502, 504];
-/** So many connections in a row have to fail before it polls meanwhile. */
-const PATIENCE = 3;
-const ATTEMPTS = 6;
-const PAGE = 200;
-const AGAIN = 2_000;
-const ACK = 10_000;
-const ANSWER = 30_000;
-/** A connection that has not answered a check for so long is dead. */
+/** Error codes for which a new token is requested, once. */
+const TOKEN_ERRORS = ["unauthenticated", "invalid_token", "token_expired"];
+/** Statuses that a gateway sends when it gets no response from the service. */
+const GATEWAY_ERRORS = [502, 504];
+/** Consecutive failed connections after which the client polls until a socket opens. */
+const FAILURES_BEFORE_POLLING = 3;
+/** Attempts of a POST that gets no response. */
+const MAX_ATTEMPTS = 6;
+/** Events per page while polling. */
+const PAGE_SIZE = 200;
+// Milliseconds from here on.
+const RETRY_DELAY = 2_000;
+const ACK_TIMEOUT = 10_000;
+const RESPONSE_TIMEOUT = 30_000;
+/** A connection that has not answered a check after this time is dead. */
 const CHECK_TIMEOUT = 2_000;
-/** Checks are at least this far apart. */
-const CHECK_EVERY = 500;
-/** A clock that jumps by more than this: the machine has slept. */
-const SLEPT = 5_000;
-/** Longer than a long poll of the service; an XHR that hangs longer holds one of the browser's few connections. */
+/** The shortest time between two checks. */
+const CHECK_INTERVAL = 500;
+/** A larger jump of the clock means that the machine has slept. */
+const CLOCK_JUMP = 5_000;
+/** Longer than the service's long poll; a stalled XHR occupies one of the browser's few connections. */
 const XHR_TIMEOUT = 35_000;
 
-// ---- The fold ------------------------------------------------------------------------------------------------------
+// ---- The reducer ---------------------------------------------------------------------------------------------------
 
-/** Whether nothing follows any more. @param {{status: string}} generation */
+/** Whether the generation has reached a terminal status. @param {{status: string}} generation */
 export const isFinished = ({ status }) => status === "completed" || status === "failed";
 
 /**
- * The generation after this event, or as this snapshot shows it. What is old, or comes too early (`isGap`), changes
- * nothing: then the answer is `generation` itself.
+ * The generation after an event or a snapshot. An event that is old or arrives too early (`isGap`), and a snapshot that
+ * is old, change nothing: the result is then `generation` itself.
  *
  * @param {Generation | undefined} generation as far as it is known
- * @param {StagecastEvent | Generation} news
+ * @param {StagecastEvent | Generation} update
  * @returns {Generation | undefined}
  */
-export function reduce(generation, news) {
-  if ("updatedAt" in news) {
-    if (generation && news.sequence < generation.sequence) return generation;
-    if (generation?.sequence !== news.sequence) return news;
-    return Object.keys(news).every((key) => key in generation) ? generation : { ...generation, ...news };
+export function reduce(generation, update) {
+  if ("updatedAt" in update) {
+    if (generation && update.sequence < generation.sequence) return generation;
+    if (generation?.sequence !== update.sequence) return update;
+    return Object.keys(update).every((key) => key in generation) ? generation : { ...generation, ...update };
   }
-  if (generation && news.sequence <= generation.sequence) return generation;
-  if (isGap(generation, news)) return generation;
-  const { occurredAt, credit, ...facts } = news;
-  return { ...generation, ...facts, createdAt: generation?.createdAt ?? occurredAt, updatedAt: occurredAt };
+  if (generation && update.sequence <= generation.sequence) return generation;
+  if (isGap(generation, update)) return generation;
+  const { occurredAt, credit, ...fields } = update;
+  return { ...generation, ...fields, createdAt: generation?.createdAt ?? occurredAt, updatedAt: occurredAt };
 }
 
 /**
- * Whether events are missing between the generation as it is known and this one.
+ * Whether events are missing between the generation as it is known and this event.
  *
  * @param {Generation | undefined} generation @param {{sequence: number}} event
  */
@@ -139,7 +144,7 @@ export const isGap = (generation, event) => event.sequence > (generation?.sequen
 
 // ---- HTTP ----------------------------------------------------------------------------------------------------------
 
-/** The service said no (`status` is HTTP's), or did not answer (`code` is "network", `status` 0). */
+/** The service refused a request (`status` is HTTP's), or did not answer (`code` is "network", `status` 0). */
 export class StagecastError extends Error {
   name = "StagecastError";
 
@@ -160,30 +165,30 @@ export class StagecastError extends Error {
   }
 }
 
-/** The present token; `drop` it, and the next is asked for. @param {Token | undefined} source */
-function wallet(source) {
-  /** @type {Promise<string> | undefined} */ let kept;
+/** Keeps the current token. After `clear` the next `get` asks for a new one. @param {Token | undefined} source */
+function tokenCache(source) {
+  /** @type {Promise<string> | undefined} */ let cached;
   return {
     renewable: typeof source === "function",
     /** @returns {Promise<string | undefined>} */
     get() {
       if (typeof source !== "function") return Promise.resolve(source);
-      if (kept) return kept;
-      const asked = Promise.resolve().then(source);
-      asked.catch(() => (kept = undefined));
-      return (kept = asked);
+      if (cached) return cached;
+      const pending = Promise.resolve().then(source);
+      pending.catch(() => (cached = undefined));
+      return (cached = pending);
     },
-    drop: () => (kept = undefined),
+    clear: () => (cached = undefined),
   };
 }
 
-const sleep = (/** @type {number} */ ms) => new Promise((wake) => setTimeout(wake, ms));
+const sleep = (/** @type {number} */ ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 const newKey = () =>
   [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 
-/** @param {Wish} wish */
-function form({ images = [], ...fields }) {
+/** @param {GenerationRequest} request */
+function toFormData({ images = [], ...fields }) {
   const body = new FormData();
   for (const [name, value] of Object.entries(fields)) {
     if (value === undefined || value === null) continue;
@@ -193,8 +198,8 @@ function form({ images = [], ...fields }) {
   return body;
 }
 
-/** What the service said no with. @param {Response} response @param {any} problem */
-function refusal(response, problem) {
+/** The error for a response. @param {Response} response @param {any} problem its JSON body, if it has one */
+function toError(response, problem) {
   const { status, headers } = response;
   const retryAfter = Number(headers.get("Retry-After")) || undefined;
   const detail = problem?.detail ?? `The service answered ${status}.`;
@@ -204,32 +209,32 @@ function refusal(response, problem) {
 }
 
 /**
- * The service by HTTP.
+ * The service's HTTP API.
  *
  * @param {ApiOptions} [options]
  */
 export function api({ url = "", userId, token, service = false } = {}) {
   const origin = url.replace(/\/+$/, "");
-  const tokens = wallet(token);
+  const tokens = tokenCache(token);
 
-  async function identity() {
+  async function authHeaders() {
     const bearer = await tokens.get();
     /** @type {Record<string, string>} */ const headers = bearer ? { Authorization: `Bearer ${bearer}` } : {};
     if (userId !== undefined && (!bearer || service)) {
-      // A header takes bytes, not characters: the user id goes as UTF-8.
+      // `fetch` takes header values as one character per byte: encode the user id as UTF-8.
       headers["X-User-Id"] = String.fromCharCode(...new TextEncoder().encode(String(userId)));
     }
     return headers;
   }
 
   /**
-   * The JSON that the service answers with; undefined where it has none.
+   * Sends a request and returns the JSON body of the response; undefined if it has none.
    *
    * @param {string} method @param {string} path @param {RequestInit} [options] @returns {Promise<any>}
    */
   async function call(method, path, options = {}) {
     for (let renewed = false; ; renewed = true) {
-      const headers = { .../** @type {Record<string, string>} */ (options.headers), ...(await identity()) };
+      const headers = { .../** @type {Record<string, string>} */ (options.headers), ...(await authHeaders()) };
       let response, text;
       try {
         response = await fetch(origin + path, { ...options, method, headers });
@@ -237,31 +242,36 @@ export function api({ url = "", userId, token, service = false } = {}) {
       } catch (cause) {
         throw new StagecastError("network", "The service does not answer. Please try again.", { cause });
       }
-      let answer;
-      try { answer = text ? JSON.parse(text) : undefined; } catch {} // No answer of the service's own.
-      if (response.ok && (answer || !text)) return answer;
-      const problem = refusal(response, answer);
-      if (renewed || !tokens.renewable || !STALE.includes(problem.code)) throw problem;
-      tokens.drop();
+      let body;
+      try { body = text ? JSON.parse(text) : undefined; } catch {} // Not a response of Stagecast.
+      if (response.ok && (body || !text)) return body;
+      const error = toError(response, body);
+      if (renewed || !tokens.renewable || !TOKEN_ERRORS.includes(error.code)) throw error;
+      tokens.clear();
     }
   }
 
-  /** @param {number} attempts @param {string} path @param {RequestInit} options @returns {Promise<any>} */
-  async function insist(attempts, path, options) {
+  /**
+   * Sends a POST, and sends it again after network errors. The request must be idempotent.
+   *
+   * @param {number} attempts @param {string} path @param {RequestInit} options @returns {Promise<any>}
+   */
+  async function retryPost(attempts, path, options) {
     for (let attempt = 1; ; attempt++) {
       try {
         return await call("POST", path, options);
       } catch (error) {
-        const lost = error instanceof StagecastError && (error.code === "network" || GATEWAY.includes(error.status));
-        if (!lost || attempt >= attempts) throw error;
+        if (!(error instanceof StagecastError) || attempt >= attempts) throw error;
+        if (error.code !== "network" && !GATEWAY_ERRORS.includes(error.status)) throw error;
       }
       await sleep(125 * 2 ** attempt);
     }
   }
 
-  const quick = (/** @type {string} */ method, /** @type {string} */ path, /** @type {RequestInit} */ options = {}) =>
-    call(method, path, { signal: AbortSignal.timeout?.(ANSWER), ...options });
-  const one = (/** @type {string} */ id) => `/generations/${encodeURIComponent(id)}`;
+  /** `call` with a timeout. */
+  const request = (/** @type {string} */ method, /** @type {string} */ path, /** @type {RequestInit} */ options = {}) =>
+    call(method, path, { signal: AbortSignal.timeout?.(RESPONSE_TIMEOUT), ...options });
+  const pathOf = (/** @type {string} */ id) => `/generations/${encodeURIComponent(id)}`;
   const query = (/** @type {Record<string, any>} */ values) =>
     new URLSearchParams(Object.entries(values).filter(([, value]) => value !== undefined)).toString();
 
@@ -270,80 +280,85 @@ export function api({ url = "", userId, token, service = false } = {}) {
     tokens,
 
     /**
-     * @param {"edit" | "generate"} kind @param {Wish} wish @param {StartOptions} [options]
+     * @param {"edit" | "generate"} kind @param {GenerationRequest} fields @param {StartOptions} [options]
      * @returns {Promise<Generation>}
      */
-    async start(kind, wish, { idempotencyKey = newKey(), attempts = ATTEMPTS, runner } = {}) {
+    async start(kind, fields, { idempotencyKey = newKey(), attempts = MAX_ATTEMPTS, runner } = {}) {
       const path = `/generations/${kind}${runner ? `?${query({ runner })}` : ""}`;
-      return insist(attempts, path, { body: form(wish), headers: { "Idempotency-Key": idempotencyKey } });
+      return retryPost(attempts, path, { body: toFormData(fields), headers: { "Idempotency-Key": idempotencyKey } });
     },
 
     /** @param {string} id @returns {Promise<"cancelled" | "already_finished">} */
-    cancel: async (id) => (await quick("POST", `${one(id)}/cancel`)).outcome,
+    cancel: async (id) => (await request("POST", `${pathOf(id)}/cancel`)).outcome,
 
     /** @param {string} id @returns {Promise<void>} */
-    remove: (id) => quick("DELETE", one(id)),
+    remove: (id) => request("DELETE", pathOf(id)),
 
     /** @param {string} id @returns {Promise<Generation>} */
-    generation: (id) => quick("GET", one(id)),
+    generation: (id) => request("GET", pathOf(id)),
 
     /** @param {string} id @param {number} [after] a sequence @returns {Promise<StagecastEvent[]>} */
     async history(id, after = 0) {
-      const { events } = await quick("GET", `${one(id)}/events?${query({ after })}`);
+      const { events } = await request("GET", `${pathOf(id)}/events?${query({ after })}`);
       return events.map((/** @type {any} */ { data }) => data);
     },
 
-    /** @param {{status?: "active" | "finished", before?: string, limit?: number}} [which] @returns {Promise<Page>} */
-    list: (which = {}) => quick("GET", `/generations?${query(which)}`),
+    /** @param {{status?: "active" | "finished", before?: string, limit?: number}} [filter] @returns {Promise<Page>} */
+    list: (filter = {}) => request("GET", `/generations?${query(filter)}`),
 
     /**
-     * A page of the user's feed; where the cursor is of no use, `generations` instead of events.
+     * A page of the user's feed; if the cursor is missing or unusable, `generations` instead of `events`.
      *
      * @param {string} [after] a cursor @param {number} [limit] @param {AbortSignal} [signal]
      * @returns {Promise<{recovered: boolean, cursor: string, events?: {event: string, data: StagecastEvent}[],
      *   generations?: Generation[]}>}
      */
-    feed: (after, limit, signal) => quick("GET", `/events?${query({ after, limit })}`, signal && { signal }),
+    feed: (after, limit, signal) => request("GET", `/events?${query({ after, limit })}`, signal && { signal }),
 
     /** @returns {Promise<{userId: string, credit?: number}>} */
-    me: () => quick("GET", "/me"),
+    me: () => request("GET", "/me"),
 
     /** @returns {Promise<Record<"edit" | "generate", any[]>>} */
-    stages: () => quick("GET", "/stages"),
+    stages: () => request("GET", "/stages"),
 
     /**
-     * For services: moves a generation that was started with `runner: "external"`. If the network fails it is sent
-     * again, which moves nothing twice.
+     * For services: reports a stage of a generation that was started with `runner: "external"`. After a network error
+     * the request is sent again; the stage is entered only once.
      *
-     * @param {string} id @param {{status: string, [fact: string]: any}} transition @returns {Promise<StagecastEvent>}
+     * @param {string} id @param {{status: string, [field: string]: any}} transition @returns {Promise<StagecastEvent>}
      */
-    transition: (id, transition) => insist(ATTEMPTS, `${one(id)}/transitions`, {
+    transition: (id, transition) => retryPost(MAX_ATTEMPTS, `${pathOf(id)}/transitions`, {
       body: JSON.stringify(transition), headers: { "Content-Type": "application/json" },
     }),
   };
 }
 
-// ---- One user ------------------------------------------------------------------------------------------------------
+// ---- A user's session ----------------------------------------------------------------------------------------------
 
 /**
- * What is known of a generation, and the sequence of the last event told of it: a snapshot may be ahead of that.
- * Events up to `past` had happened when the service told how things stand, and say nothing of the balance now.
+ * What the session knows of one generation. `generation` may be ahead of `delivered`: snapshots overtake events.
  *
- * @typedef {{generation?: Generation, heard?: number, past: number, wanted: number, filling: boolean}} Known
+ * @typedef {object} Entry
+ * @property {Generation} [generation]
+ * @property {number} [delivered] the sequence of the last event that listeners got
+ * @property {number} snapshotSequence events up to this one precede the last snapshot: their `credit` is outdated
+ * @property {number} fillTo the sequence up to which missing events are requested
+ * @property {boolean} filling `fillGap` is running for this generation
  */
 
 /**
- * Watches one user's feed, until `end`.
+ * Follows one user's feed, by socket or by polling, until `close`.
  *
- * @param {ApiOptions & LiveOptions & Who} options
- * @param {(name: string, ...values: any[]) => void} tellAll
+ * @param {ApiOptions & LiveOptions & Identity} options
+ * @param {(name: string, ...values: any[]) => void} emit
  */
-function watch(options, tellAll) {
-  const { io, url, socket: socketOptions, pollEvery = AGAIN } = options;
+function openSession(options, emit) {
+  const { io, url, socket: socketOptions, pollEvery = RETRY_DELAY } = options;
   const http = api(options);
   const { tokens } = http;
-  /** @type {Map<string, Known>} */ const known = new Map();
-  /** What has to come in before it is caught up: sequences. @type {Map<string, number>} */ const awaited = new Map();
+  /** @type {Map<string, Entry>} */ const entries = new Map();
+  /** By generation, the sequence to receive before catching up is done. @type {Map<string, number>} */
+  const pending = new Map();
   /** @type {any} */ let socket;
   /** @type {State} */ let state = "connecting";
   /** @type {string | undefined} */ let reason;
@@ -351,99 +366,100 @@ function watch(options, tellAll) {
   /** @type {number | undefined} */ let credit;
   let userId = options.userId === undefined ? undefined : String(options.userId);
   let cursor = options.cursor;
-  let first = true; // The service has not yet told how things stand.
-  let elsewhere = false; // The cursor is from another process: what came before it is not known here.
-  let away = false; // Events that come now come late.
+  let synced = false; // A first snapshot has been applied.
+  let resumed = false; // The cursor came from another process: events before it were not delivered here.
+  let interrupted = false; // The connection was lost: events that arrive now count as missed.
   let missed = 0;
-  let whole = true; // Nothing was lost while away.
-  let tidings = 0; // How often the balance was told: an answer that was asked for before that is out of date.
-  let failures = 0;
-  let halted = false; // By `cut` or a refusal: nothing is tried.
-  let over = false;
-  /** @type {any} */ let renewal;
-  /** @type {any} */ let retrial;
-  /** @type {{timer?: any, request?: AbortController} | undefined} */ let polling;
-  /** @type {any} */ let checking; // The timer or the answer that a check waits for.
-  let checked = -CHECK_EVERY; // When the last check began.
+  let recovered = true; // No events were lost during the interruption.
+  let creditVersion = 0; // Incremented with each known balance: a response to an earlier request is outdated.
+  let failures = 0; // Consecutive failed connections.
+  let stopped = false; // By `cut` or a rejection: do not reconnect.
+  let closed = false;
+  /** @type {any} */ let renewalTimer;
+  /** Retries `authenticate`, or ends catching up. @type {any} */ let authTimer;
+  /** The current polling loop. @type {{timer?: any, request?: AbortController} | undefined} */ let poller;
+  /** The timer of a scheduled or running check. @type {any} */ let checkTimer;
+  let lastCheck = -CHECK_INTERVAL;
 
-  const tell = (/** @type {string} */ name, /** @type {any[]} */ ...values) => over || tellAll(name, ...values);
+  const notify = (/** @type {string} */ name, /** @type {any[]} */ ...values) => closed || emit(name, ...values);
 
-  /** @param {State} to @param {string} [why] */
-  function move(to, why) {
-    if (over || (state === to && reason === why)) return;
-    [state, reason] = [to, why];
-    tell("state", to, why);
+  /** @param {State} newState @param {string} [newReason] */
+  function setState(newState, newReason) {
+    if (closed || (state === newState && reason === newReason)) return;
+    [state, reason] = [newState, newReason];
+    notify("state", state, reason);
   }
 
-  function changed() {
+  function notifyChange() {
     sorted = undefined;
-    tell("change");
+    notify("change");
   }
 
-  // -- What is known
+  // -- Generations and credit
 
-  /** @param {string} id @returns {Known} */
-  function entryOf(id) {
-    const entry = known.get(id) ?? { past: 0, wanted: 0, filling: false };
-    known.set(id, entry);
+  /** @param {string} id @returns {Entry} */
+  function getEntry(id) {
+    const entry = entries.get(id) ?? { snapshotSequence: 0, fillTo: 0, filling: false };
+    entries.set(id, entry);
     return entry;
   }
 
-  /** Takes snapshots, unless more is known. @param {...Generation} snapshots */
-  function take(...snapshots) {
+  /** Stores snapshots that are newer than what is known. @param {...Generation} snapshots */
+  function mergeSnapshots(...snapshots) {
     for (const snapshot of snapshots) {
-      const entry = entryOf(snapshot.generationId);
+      const entry = getEntry(snapshot.generationId);
       entry.generation = reduce(entry.generation, snapshot);
     }
-    changed();
+    notifyChange();
   }
 
-  /** @param {string} id */
+  /** Drops a deleted generation. @param {string} id */
   function forget(id) {
-    if (known.delete(id)) changed();
-    reached(id, Infinity);
+    if (entries.delete(id)) notifyChange();
+    markReceived(id, Infinity);
   }
 
-  /** An event came in, live or replayed. @param {StagecastEvent} event @param {unknown} [place] the cursor behind it */
-  function hear(event, place) {
-    if (over) return;
-    if (typeof place === "string") cursor = place;
-    const entry = entryOf(event.generationId);
-    entry.heard ??= elsewhere ? event.sequence - 1 : 0;
-    if (event.sequence <= entry.heard) return;
-    if (event.sequence > entry.heard + 1 || isGap(entry.generation, event)) return fill(event);
-    apply(entry, event);
-    if ("credit" in event && event.sequence > entry.past) setCredit(event.credit);
+  /** Handles a live or replayed event. @param {StagecastEvent} event @param {unknown} [newCursor] */
+  function onEvent(event, newCursor) {
+    if (closed) return;
+    if (typeof newCursor === "string") cursor = newCursor;
+    const entry = getEntry(event.generationId);
+    entry.delivered ??= resumed ? event.sequence - 1 : 0;
+    if (event.sequence <= entry.delivered) return;
+    if (event.sequence > entry.delivered + 1 || isGap(entry.generation, event)) return fillGap(event);
+    applyEvent(entry, event);
+    if ("credit" in event && event.sequence > entry.snapshotSequence) setCredit(event.credit);
   }
 
-  /** @param {Known} entry @param {StagecastEvent} event the next one */
-  function apply(entry, event) {
+  /** @param {Entry} entry @param {StagecastEvent} event the next one in order */
+  function applyEvent(entry, event) {
     const before = entry.generation;
     entry.generation = reduce(before, event);
-    if (event.sequence > (entry.heard ?? 0)) {
-      entry.heard = event.sequence;
-      if (away) missed++;
-      tell("event", event, entry.generation);
+    if (event.sequence > (entry.delivered ?? 0)) {
+      entry.delivered = event.sequence;
+      if (interrupted) missed++;
+      notify("event", event, entry.generation);
     }
-    if (entry.generation !== before) changed();
-    reached(event.generationId, event.sequence);
+    if (entry.generation !== before) notifyChange();
+    markReceived(event.generationId, event.sequence);
   }
 
-  /** Asks for the events that are missing before this one, until they are there. @param {StagecastEvent} event */
-  async function fill({ generationId, sequence }) {
-    const entry = entryOf(generationId);
-    entry.wanted = Math.max(entry.wanted, sequence);
+  /** Requests the events up to this one, until they have been delivered. @param {StagecastEvent} event */
+  async function fillGap({ generationId, sequence }) {
+    const entry = getEntry(generationId);
+    entry.fillTo = Math.max(entry.fillTo, sequence);
     if (entry.filling) return;
     entry.filling = true;
-    const missing = () => !over && known.get(generationId) === entry && (entry.heard ?? 0) < entry.wanted;
-    while (missing()) {
+    const incomplete = () =>
+      !closed && entries.get(generationId) === entry && (entry.delivered ?? 0) < entry.fillTo;
+    while (incomplete()) {
       try {
-        const after = Math.min(entry.heard ?? 0, entry.generation?.sequence ?? 0);
-        for (const event of await http.history(generationId, after)) if (!over) apply(entry, event);
+        const after = Math.min(entry.delivered ?? 0, entry.generation?.sequence ?? 0);
+        for (const event of await http.history(generationId, after)) if (!closed) applyEvent(entry, event);
       } catch (error) {
         if (/** @type {StagecastError} */ (error).code === "not_found") forget(generationId);
       }
-      if (missing()) await sleep(AGAIN);
+      if (incomplete()) await sleep(RETRY_DELAY);
     }
     entry.filling = false;
     refreshCredit();
@@ -451,251 +467,259 @@ function watch(options, tellAll) {
 
   /** @param {number | undefined} balance */
   function setCredit(balance) {
-    tidings++;
+    creditVersion++;
     if (balance === credit) return;
     credit = balance;
-    tell("change");
+    notify("change");
   }
 
   async function refreshCredit() {
-    const asked = tidings;
+    const version = creditVersion;
     const me = await http.me().catch(() => undefined);
-    if (me && !over && asked === tidings) setCredit(me.credit);
+    if (me && !closed && version === creditVersion) setCredit(me.credit);
   }
 
-  // -- Being away, and being back
+  // -- Connection state
 
   /**
-   * The service has told how things stand: what is not among that is gone, unless it goes on from the cursor.
-   * Returns up to which sequences events are on their way.
+   * Applies the service's snapshot. If the feed was not recovered, generations that are not in it are gone. Returns the
+   * generations of which events are still to come, each with the last sequence to expect.
    *
-   * @param {{recovered: boolean, cursor: string, generations: Generation[]}} answer
+   * @param {{recovered: boolean, cursor: string, generations: Generation[]}} snapshot
    */
-  function stand({ recovered, cursor: place, generations }) {
-    if (first) elsewhere = recovered;
-    if (!recovered) {
+  function applySnapshot(snapshot) {
+    const { generations } = snapshot;
+    if (!synced) resumed = snapshot.recovered;
+    if (!snapshot.recovered) {
       const ids = new Set(generations.map(({ generationId }) => generationId));
-      for (const id of known.keys()) if (!ids.has(id)) known.delete(id);
+      for (const id of entries.keys()) if (!ids.has(id)) entries.delete(id);
     }
-    whole &&= recovered;
-    cursor = place;
-    const coming = /** @type {[string, number][]} */ ([]);
-    for (const snapshot of generations) {
-      const { generationId: id, sequence } = snapshot;
-      const { heard, generation } = known.get(id) ?? {};
-      // Of what had finished before, no events come.
-      const ended = recovered ? heard === undefined && generation && isFinished(generation) : isFinished(snapshot);
-      if (!ended && (heard ?? 0) < sequence) coming.push([id, sequence]);
-      if (!recovered) entryOf(id).past = sequence;
+    recovered &&= snapshot.recovered;
+    cursor = snapshot.cursor;
+    const expected = /** @type {[string, number][]} */ ([]);
+    for (const latest of generations) {
+      const { generationId: id, sequence } = latest;
+      const { delivered, generation } = entries.get(id) ?? {};
+      // The service replays nothing of generations that had finished before the cursor.
+      const noReplay = snapshot.recovered
+        ? delivered === undefined && generation && isFinished(generation)
+        : isFinished(latest);
+      if (!noReplay && (delivered ?? 0) < sequence) expected.push([id, sequence]);
+      if (!snapshot.recovered) getEntry(id).snapshotSequence = sequence;
     }
-    first = false;
-    take(...generations);
+    synced = true;
+    mergeSnapshots(...generations);
     refreshCredit();
-    return coming;
+    return expected;
   }
 
-  /** This generation's events up to this one are here. @param {string} id @param {number} sequence */
-  function reached(id, sequence) {
-    if (sequence >= (awaited.get(id) ?? Infinity) && awaited.delete(id) && !awaited.size) current("live");
+  /** Notes that events up to this sequence were received. @param {string} id @param {number} sequence */
+  function markReceived(id, sequence) {
+    if (sequence >= (pending.get(id) ?? Infinity) && pending.delete(id) && !pending.size) setUpToDate("live");
   }
 
-  /** Nothing is missing any more. @param {"live" | "polling"} how */
-  function current(how) {
-    const caughtUp = away && { missed, recovered: whole };
-    [away, missed, whole] = [false, 0, true];
-    awaited.clear();
-    clearTimeout(retrial);
-    move(how);
-    if (caughtUp) tell("caughtUp", caughtUp);
+  /** Ends catching up: no event is missing. @param {"live" | "polling"} newState */
+  function setUpToDate(newState) {
+    const caughtUp = interrupted && { missed, recovered };
+    [interrupted, missed, recovered] = [false, 0, true];
+    pending.clear();
+    clearTimeout(authTimer);
+    setState(newState);
+    if (caughtUp) notify("caughtUp", caughtUp);
   }
 
-  function lost() {
-    if (state === "live" || state === "polling") away = true;
-    awaited.clear();
-    clearTimeout(retrial);
-    move("offline");
+  function setOffline() {
+    if (state === "live" || state === "polling") interrupted = true;
+    pending.clear();
+    clearTimeout(authTimer);
+    setState("offline");
   }
 
   /** @param {string} code */
-  function refuse(code) {
-    halt();
+  function setRefused(code) {
+    stop();
     socket?.disconnect();
-    move("refused", code);
+    setState("refused", code);
   }
 
-  function halt() {
-    halted = true;
-    clearTimeout(retrial);
+  /** Stops all attempts to connect. */
+  function stop() {
+    stopped = true;
+    clearTimeout(authTimer);
     stopPolling();
   }
 
-  // -- By socket
+  // -- Socket
 
-  function plug() {
+  function openSocket() {
     const [, origin, path] = /** @type {RegExpExecArray} */ (/^(\w+:\/\/[^/]*)?(.*?)\/*$/.exec(url ?? ""));
-    // It comes back by WebSocket, if it had one: a request could be put on an idle connection that is dead as well.
+    // After an upgrade, reconnect by WebSocket: a polling request might go out on an idle connection that is dead too.
     const defaults = { path: `${path}/socket.io`, rememberUpgrade: true, requestTimeout: XHR_TIMEOUT };
     socket = io(origin || undefined, { ...defaults, ...socketOptions, forceNew: true });
     socket.on("connect", () => {
       failures = 0;
       stopPolling();
-      if (away) move("catching up");
-      else if (state !== "polling") move("connecting");
+      if (interrupted) setState("catching up");
+      else if (state !== "polling") setState("connecting");
       authenticate();
     });
-    socket.on("disconnect", () => halted || over || lost());
+    socket.on("disconnect", () => stopped || closed || setOffline());
     socket.on("connect_error", (/** @type {any} */ error) => {
-      if (halted || over) return;
-      if (error.data?.code) return refuse(error.data.code);
-      if (!polling) lost();
-      if (++failures >= PATIENCE) poll();
+      if (stopped || closed) return;
+      if (error.data?.code) return setRefused(error.data.code);
+      if (!poller) setOffline();
+      if (++failures >= FAILURES_BEFORE_POLLING) startPolling();
     });
-    // Who is to authenticate, because the token has ended, is cut off, comes back, and is asked then.
-    for (const name of EVENTS) socket.on(name, hear);
+    // `authentication_expired` needs no listener: the service closes the transport, and `connect` authenticates again.
+    for (const name of EVENTS) socket.on(name, onEvent);
   }
 
-  /** Says who is watching, and from where on; to the user it has already it proves itself anew. */
+  /**
+   * Authenticates the socket from `cursor` on. `renewing`: only presents a new token for the same user. `renewed`: a
+   * new token has already been requested after a rejection.
+   */
   async function authenticate({ renewing = false, renewed = false } = {}) {
     const { id } = socket;
-    const stale = () => over || halted || !socket.connected || socket.id !== id;
-    const again = () => {
-      clearTimeout(retrial);
-      retrial = setTimeout(() => stale() || authenticate({ renewing }), AGAIN);
+    const outdated = () => closed || stopped || !socket.connected || socket.id !== id;
+    const retryLater = () => {
+      clearTimeout(authTimer);
+      authTimer = setTimeout(() => outdated() || authenticate({ renewing }), RETRY_DELAY);
     };
     let token;
-    try { token = await tokens.get(); } catch { return stale() || again(); }
-    if (stale()) return;
-    const who = { userId, token, cursor };
-    socket.timeout(ACK).emit("authenticate", who, (/** @type {unknown} */ silence, /** @type {any} */ ack) => {
-      if (stale()) return;
-      if (silence) return socket.io.engine.close(); // It comes back by itself.
-      if (ack.code === "unavailable") return again();
-      if (STALE.includes(ack.code) && tokens.renewable && !renewed) {
-        tokens.drop();
+    try { token = await tokens.get(); } catch { return outdated() || retryLater(); }
+    if (outdated()) return;
+    const payload = { userId, token, cursor };
+    socket.timeout(ACK_TIMEOUT).emit("authenticate", payload, (/** @type {any} */ timeout, /** @type {any} */ ack) => {
+      if (outdated()) return;
+      if (timeout) return socket.io.engine.close(); // Socket.IO reconnects.
+      if (ack.code === "unavailable") return retryLater();
+      if (TOKEN_ERRORS.includes(ack.code) && tokens.renewable && !renewed) {
+        tokens.clear();
         return authenticate({ renewing, renewed: true });
       }
-      if (ack.ok) renewBefore(ack.expiresAt);
-      if (renewing) return; // Refused or not: it is heard until its time is over.
-      if (!ack.ok) return refuse(ack.code);
+      if (ack.ok) scheduleRenewal(ack.expiresAt);
+      if (renewing) return; // Even after a rejection the socket stays authenticated until its token expires.
+      if (!ack.ok) return setRefused(ack.code);
       userId = ack.userId;
-      const coming = stand(ack);
-      if (stale()) return;
-      if (!away || !coming.length) return current("live");
-      for (const [generation, sequence] of coming) awaited.set(generation, sequence);
-      move("catching up");
-      // What was deleted in this very moment never comes in.
-      retrial = setTimeout(() => current("live"), ACK);
+      const expected = applySnapshot(ack);
+      if (outdated()) return;
+      if (!interrupted || !expected.length) return setUpToDate("live");
+      for (const [generation, sequence] of expected) pending.set(generation, sequence);
+      setState("catching up");
+      // A generation that was deleted just now sends no events: do not wait for them forever.
+      authTimer = setTimeout(() => setUpToDate("live"), ACK_TIMEOUT);
     });
   }
 
-  function renewBefore(/** @type {string | undefined} */ expiresAt) {
-    clearTimeout(renewal);
-    const left = Date.parse(expiresAt ?? "") - Date.now();
-    if (!tokens.renewable || !(left > 0)) return; // By a clock that is wrong nothing is timed: the service tells.
-    renewal = setTimeout(() => {
-      tokens.drop();
+  function scheduleRenewal(/** @type {string | undefined} */ expiresAt) {
+    clearTimeout(renewalTimer);
+    const remaining = Date.parse(expiresAt ?? "") - Date.now();
+    if (!tokens.renewable || !(remaining > 0)) return; // If this clock is wrong, the service reports the expiry.
+    renewalTimer = setTimeout(() => {
+      tokens.clear();
       if (socket.connected) authenticate({ renewing: true });
-    }, Math.min(left - Math.min(60_000, left / 2), 2 ** 31 - 1));
+    }, Math.min(remaining - Math.min(60_000, remaining / 2), 2 ** 31 - 1));
   }
 
-  // -- By polling
+  // -- Polling
 
-  function poll() {
-    if (!polling) look((polling = {}));
+  function startPolling() {
+    if (!poller) poll((poller = {}));
   }
 
   function stopPolling() {
-    clearTimeout(polling?.timer);
-    polling?.request?.abort();
-    polling = undefined;
+    clearTimeout(poller?.timer);
+    poller?.request?.abort();
+    poller = undefined;
   }
 
-  async function look(/** @type {NonNullable<typeof polling>} */ mine) {
-    const given = () => over || polling !== mine;
-    const request = (mine.request = new AbortController());
-    mine.timer = setTimeout(() => request.abort(), ANSWER);
-    let wait = pollEvery;
+  /** Requests the next page of the feed, and schedules the request after it. */
+  async function poll(/** @type {NonNullable<typeof poller>} */ own) {
+    const cancelled = () => closed || poller !== own;
+    const request = (own.request = new AbortController());
+    own.timer = setTimeout(() => request.abort(), RESPONSE_TIMEOUT);
+    let delay = pollEvery;
     try {
-      const page = await http.feed(cursor, PAGE, request.signal);
-      // A cursor tells what is new, but not what there was.
-      const snapshots = page.generations ?? (first ? (await http.list()).generations : undefined);
-      if (given()) return;
-      if (snapshots) stand({ ...page, generations: snapshots });
-      if (away && page.events?.length) move("catching up");
-      for (const { data } of page.events ?? []) hear(data);
-      if (given()) return;
+      const page = await http.feed(cursor, PAGE_SIZE, request.signal);
+      // With a usable cursor the feed has only new events: the generations so far come from the list.
+      const generations = page.generations ?? (synced ? undefined : (await http.list()).generations);
+      if (cancelled()) return;
+      if (generations) applySnapshot({ ...page, generations });
+      if (interrupted && page.events?.length) setState("catching up");
+      for (const { data } of page.events ?? []) onEvent(data);
+      if (cancelled()) return;
       cursor = page.cursor;
-      if (page.events?.length === PAGE) wait = 0;
-      else current("polling");
+      if (page.events?.length === PAGE_SIZE) delay = 0;
+      else setUpToDate("polling");
     } catch (error) {
-      if (given()) return;
+      if (cancelled()) return;
       const { status, code } = /** @type {StagecastError} */ (error);
-      if ([401, 403, 422].includes(status)) return refuse(code);
-      lost();
+      if ([401, 403, 422].includes(status)) return setRefused(code);
+      setOffline();
     }
-    if (given()) return;
-    clearTimeout(mine.timer);
-    mine.timer = setTimeout(look, wait, mine);
+    if (cancelled()) return;
+    clearTimeout(own.timer);
+    own.timer = setTimeout(poll, delay, own);
   }
 
   function cut() {
-    if (halted || over) return;
-    halt();
-    socket?.io.disconnect(); // The transport; not `socket.disconnect()`, which says goodbye.
-    lost();
+    if (stopped || closed) return;
+    stop();
+    socket?.io.disconnect(); // Closes the transport only; `socket.disconnect()` would end the session on the server.
+    setOffline();
   }
 
-  const resume = () => (socket ? socket.connect() : io ? plug() : poll());
+  const open = () => (socket ? socket.connect() : io ? openSocket() : startPolling());
 
   /** Replaces the transport; the new connection recovers what the old one missed. */
-  function restart() {
-    if (over) return;
+  function reconnect() {
+    if (closed) return;
     cut();
-    halted = false;
+    stopped = false;
     failures = 0;
-    move(away ? "offline" : "connecting");
-    resume();
+    setState(interrupted ? "offline" : "connecting");
+    open();
   }
 
-  // -- Checking a connection that may have died unnoticed
+  // -- Checking a connection that may have died without a close
 
-  /** Checks the connection soon. Signals that come together cause one check. */
-  function check() {
-    if (over || halted || checking !== undefined) return;
-    checking = setTimeout(checkNow, Math.max(0, checked + CHECK_EVERY - performance.now()));
+  /** Checks the connection soon. Signals in quick succession cause one check. */
+  function scheduleCheck() {
+    if (closed || stopped || checkTimer !== undefined) return;
+    checkTimer = setTimeout(runCheck, Math.max(0, lastCheck + CHECK_INTERVAL - performance.now()));
   }
 
-  function checkNow() {
-    checked = performance.now();
+  function runCheck() {
+    lastCheck = performance.now();
     const { id } = socket ?? {};
-    const done = (/** @type {unknown} */ dead, same = socket?.id === id) => {
-      checking = undefined;
-      if (dead && same && !halted) restart();
+    const finish = (/** @type {unknown} */ dead, current = socket?.id === id) => {
+      checkTimer = undefined;
+      if (dead && current && !stopped) reconnect();
     };
-    if (over || halted) return done(false);
+    if (closed || stopped) return finish(false);
     if (socket?.connected) {
-      // The service answers an event that it does not know with "bad_request": a check costs it nothing.
-      return socket.timeout(CHECK_TIMEOUT).emit("probe", (/** @type {unknown} */ silence) => done(silence));
+      // The service acknowledges an unknown event with "bad_request", which costs it next to nothing.
+      return socket.timeout(CHECK_TIMEOUT).emit("probe", (/** @type {unknown} */ timeout) => finish(timeout));
     }
-    if (state === "offline") return done(true);
-    if (!polling) return done(false); // The first connection is on its way.
+    if (state === "offline") return finish(true);
+    if (!poller) return finish(false); // The first connection is being made.
     stopPolling();
-    const mine = (polling = {});
-    Promise.race([look(mine), sleep(CHECK_TIMEOUT).then(() => true)]).then((late) => done(late, polling === mine));
+    const own = (poller = {});
+    Promise.race([poll(own), sleep(CHECK_TIMEOUT).then(() => true)]).then((late) => finish(late, poller === own));
   }
 
-  const stopListening = onWake(check, () => halted || restart());
+  const stopListening = onWake(scheduleCheck, () => stopped || reconnect());
 
-  // A listener that is added right behind `connect` hears of everything.
-  queueMicrotask(() => over || halted || resume());
+  // In a microtask, so that listeners added directly after `connect` get everything.
+  queueMicrotask(() => closed || stopped || open());
 
   return {
-    http, take, forget,
+    http, mergeSnapshots, forget,
     /** @returns {readonly Generation[]} */
     get generations() {
-      return sorted ??= [...known.values()].flatMap(({ generation }) => generation ?? []).sort(newestFirst);
+      return sorted ??= [...entries.values()].flatMap(({ generation }) => generation ?? []).sort(newestFirst);
     },
-    get: (/** @type {string} */ id) => known.get(id)?.generation,
+    get: (/** @type {string} */ id) => entries.get(id)?.generation,
     get state() { return state; },
     get reason() { return reason; },
     get credit() { return credit; },
@@ -703,12 +727,12 @@ function watch(options, tellAll) {
     get userId() { return userId; },
     cut,
     restore() {
-      if (halted || state === "offline") restart();
+      if (stopped || state === "offline") reconnect();
     },
-    end() {
-      over = true;
+    close() {
+      closed = true;
       state = "closed";
-      for (const timer of [renewal, retrial, checking]) clearTimeout(timer);
+      for (const timer of [renewalTimer, authTimer, checkTimer]) clearTimeout(timer);
       stopListening();
       stopPolling();
       socket?.disconnect();
@@ -717,65 +741,65 @@ function watch(options, tellAll) {
 }
 
 /**
- * Calls `check` when the page may have slept or changed networks, and `drop` when the network is gone. In Node there
- * is nothing to listen to.
+ * Calls `onSignal` when the page may have slept or changed networks, and `onOffline` when the browser loses its
+ * network. Node has no such events.
  *
- * @param {() => void} check @param {() => void} drop @returns {() => void} ends it
+ * @param {() => void} onSignal @param {() => void} onOffline @returns {() => void} removes the listeners
  */
-function onWake(check, drop) {
-  const world = /** @type {any} */ (globalThis);
-  if (!world.addEventListener) return () => {};
-  const page = world.document ?? world;
-  const shown = () => page.hidden || check();
-  let ticked = Date.now();
+function onWake(onSignal, onOffline) {
+  const global = /** @type {any} */ (globalThis);
+  if (!global.addEventListener) return () => {};
+  const page = global.document ?? global;
+  const onVisible = () => page.hidden || onSignal();
+  let lastTick = Date.now();
   const clock = setInterval(() => {
-    const [before, now] = [ticked, (ticked = Date.now())];
-    if (Math.abs(now - before) > SLEPT) shown();
+    const [before, now] = [lastTick, (lastTick = Date.now())];
+    if (Math.abs(now - before) > CLOCK_JUMP) onVisible();
   }, 1_000);
-  const signals = /** @type {[any, string, () => void][]} */ ([
-    [page, "visibilitychange", shown], [page, "resume", check], [world, "pageshow", check], [world, "focus", check],
-    [world, "online", check], [world, "offline", drop],
+  const listeners = /** @type {[any, string, () => void][]} */ ([
+    [page, "visibilitychange", onVisible], [page, "resume", onSignal], [global, "pageshow", onSignal],
+    [global, "focus", onSignal], [global, "online", onSignal], [global, "offline", onOffline],
   ]);
-  for (const [target, name, listener] of signals) target.addEventListener(name, listener);
+  for (const [target, name, listener] of listeners) target.addEventListener(name, listener);
   return () => {
     clearInterval(clock);
-    for (const [target, name, listener] of signals) target.removeEventListener(name, listener);
+    for (const [target, name, listener] of listeners) target.removeEventListener(name, listener);
   };
 }
 
-/** @param {Generation} one @param {Generation} other */
-function newestFirst(one, other) {
-  const [a, b] = [one, other].map(({ createdAt, generationId }) => `${createdAt} ${generationId}`);
+/** @param {Generation} first @param {Generation} second */
+function newestFirst(first, second) {
+  const [a, b] = [first, second].map(({ createdAt, generationId }) => `${createdAt} ${generationId}`);
   return a < b ? 1 : -1;
 }
 
 // ---- The client ----------------------------------------------------------------------------------------------------
 
 /**
- * @param {ApiOptions & LiveOptions & Who} [options]
+ * @param {ApiOptions & LiveOptions & Identity} [options]
  */
 export function connect(options = {}) {
   /** @type {Map<string, Set<Function>>} */ const listeners = new Map();
-  const tell = (/** @type {string} */ name, /** @type {any[]} */ ...values) => {
+  const emit = (/** @type {string} */ name, /** @type {any[]} */ ...values) => {
     for (const listener of [...(listeners.get(name) ?? [])]) {
-      // A listener that throws is its author's affair, and stops nothing here.
+      // Report an exception of a listener as uncaught, and call the other listeners.
       try { listener(...values); } catch (error) { queueMicrotask(() => { throw error; }); }
     }
   };
   const { io = /** @type {any} */ (globalThis).io } = options;
-  const begin = (/** @type {Who} */ { token, userId = token === undefined ? "demo" : undefined, cursor }) =>
-    watch({ ...options, io, token, userId, cursor }, tell);
-  let session = begin(options);
+  const open = (/** @type {Identity} */ { token, userId = token === undefined ? "demo" : undefined, cursor }) =>
+    openSession({ ...options, io, token, userId, cursor }, emit);
+  let session = open(options);
 
   /**
-   * What has answered "not found" is no longer shown.
+   * Makes a request about one generation, and drops the generation if the service no longer has it.
    *
-   * @template T @param {string} id @param {(http: ReturnType<typeof api>) => Promise<T>} ask @returns {Promise<T>}
+   * @template T @param {string} id @param {(http: ReturnType<typeof api>) => Promise<T>} send @returns {Promise<T>}
    */
-  async function about(id, ask) {
+  async function requestFor(id, send) {
     const { http, forget } = session;
     try {
-      return await ask(http);
+      return await send(http);
     } catch (error) {
       if (error instanceof StagecastError && error.code === "not_found") forget(id);
       throw error;
@@ -792,57 +816,57 @@ export function connect(options = {}) {
     get credit() { return session.credit; },
     get cursor() { return session.cursor; },
     get userId() { return session.userId; },
-    /** The HTTP part, as the present user. */
+    /** The HTTP API, as the current user. */
     get http() { return session.http; },
     get: (/** @type {string} */ id) => session.get(id),
 
     /** @type {{(name: "change", listener: () => void): () => void;
      *   (name: "event", listener: (event: StagecastEvent, generation: Generation) => void): () => void;
      *   (name: "state", listener: (state: State, reason?: string) => void): () => void;
-     *   (name: "caughtUp", listener: (told: CaughtUp) => void): () => void}} */
+     *   (name: "caughtUp", listener: (result: CaughtUp) => void): () => void}} */
     on(/** @type {string} */ name, /** @type {Function} */ listener) {
       listeners.set(name, (listeners.get(name) ?? new Set()).add(listener));
       return () => off(name, listener);
     },
     off,
 
-    /** @param {"edit" | "generate"} kind @param {Wish} wish @param {StartOptions} [how] */
-    async start(kind, wish, how) {
-      const { http, take } = session;
-      const snapshot = await http.start(kind, wish, how);
-      take(snapshot);
+    /** @param {"edit" | "generate"} kind @param {GenerationRequest} request @param {StartOptions} [startOptions] */
+    async start(kind, request, startOptions) {
+      const { http, mergeSnapshots } = session;
+      const snapshot = await http.start(kind, request, startOptions);
+      mergeSnapshots(snapshot);
       return snapshot;
     },
-    cancel: (/** @type {string} */ id) => about(id, (http) => http.cancel(id)),
+    cancel: (/** @type {string} */ id) => requestFor(id, (http) => http.cancel(id)),
     /** @param {string} id */
     async remove(id) {
       const { forget } = session;
-      await about(id, (http) => http.remove(id));
+      await requestFor(id, (http) => http.remove(id));
       forget(id);
     },
-    history: (/** @type {string} */ id, after = 0) => about(id, (http) => http.history(id, after)),
+    history: (/** @type {string} */ id, after = 0) => requestFor(id, (http) => http.history(id, after)),
     /** @param {string} [before] @param {number} [limit] @returns {Promise<Page>} */
     async older(before, limit) {
-      const { http, take } = session;
+      const { http, mergeSnapshots } = session;
       const page = await http.list({ before, limit });
-      take(...page.generations);
+      mergeSnapshots(...page.generations);
       return page;
     },
     me: () => session.http.me(),
     stages: () => session.http.stages(),
 
-    /** @param {Who} who */
-    switchUser(who) {
-      session.end();
-      session = begin(who);
-      tell("state", session.state);
-      tell("change");
+    /** @param {Identity} identity */
+    switchUser(identity) {
+      session.close();
+      session = open(identity);
+      emit("state", session.state);
+      emit("change");
     },
     cut: () => session.cut(),
     restore: () => session.restore(),
     close() {
-      session.end();
-      tell("state", session.state);
+      session.close();
+      emit("state", session.state);
     },
   };
 }
