@@ -1,4 +1,4 @@
-// Nothing that the page is made of is newer than the oldest browsers in docs/browsers.md.
+// The page uses nothing that is newer than the oldest browsers in docs/browsers.md.
 import assert from "node:assert/strict";
 import { readdirSync } from "node:fs";
 import { describe, test } from "node:test";
@@ -7,14 +7,14 @@ import { newInPage, newInScript, newInStyle, number, OLDEST, read } from "./olde
 const FOLDER = "src/api/static";
 const CHECKS = { js: newInScript, css: newInStyle, html: newInPage };
 
-describe("the oldest browsers", () => {
-  test("are named", () => {
+describe("the oldest supported browsers", () => {
+  test("are listed", () => {
     for (const version of Object.values(OLDEST)) assert.ok(number(version).every(Number.isInteger));
   });
 
   for (const name of readdirSync(new URL(`../${FOLDER}`, import.meta.url))) {
     const check = CHECKS[name.split(".").pop()];
-    if (check) test(`have everything that is in ${name}`, () => assert.deepEqual(check(read(`${FOLDER}/${name}`)), []));
+    if (check) test(`support everything in ${name}`, () => assert.deepEqual(check(read(`${FOLDER}/${name}`)), []));
   }
 
   for (const [kind, samples] of Object.entries({
@@ -30,11 +30,11 @@ describe("the oldest browsers", () => {
     html: ['<div popover id="a">', '<button popovertarget="a">', "<search>"],
   })) {
     for (const sample of samples) {
-      test(`do not all have ${sample}`, () => assert.notDeepEqual(CHECKS[kind](sample), []));
+      test(`do not all support ${sample}`, () => assert.notDeepEqual(CHECKS[kind](sample), []));
     }
   }
 
-  test("may lack what is asked for before it is used", () => {
+  test("may lack a method that is called only if it exists", () => {
     assert.deepEqual(newInScript("AbortSignal.timeout?.(3)"), []);
   });
 });

@@ -1,22 +1,23 @@
-// The client by sockets, through a network that fails.
+// The client on Socket.IO, over a network that fails.
 import assert from "node:assert/strict";
 import { after, describe, test } from "node:test";
 import { io } from "socket.io-client";
 import { isFinished, reduce } from "../src/api/static/stagecast.js";
 import {
-  closeAll, finished, gate, heardAll, live, midway, newUser, open, other, tunnel, until, watch, wish,
-} from "./client_world.mjs";
+  assertFullHistory, closeAll, gate, newUser, observe, openUrl, otherUrl, requestFields, startProxy, untilFinished,
+  untilLive, untilMidway, waitFor,
+} from "./client_support.mjs";
 
 after(closeAll);
 
 describe("the client", { concurrency: true }, () => {
-  test("tells the story of one edit on two devices, event by event, and knows its end and its price", async () => {
+  test("emits every event of an edit on two devices, and has its final state and the balance", async () => {
     const userId = newUser();
-    const [phone, laptop] = [watch({ url: open, userId }), watch({ url: open, userId })];
-    await Promise.all([live(phone), live(laptop)]);
-    const { generationId: id } = await phone.client.start("edit", wish({ metadata: { title: "Ada" } }));
-    await Promise.all([finished(phone, id), finished(laptop, id)]);
-    await heardAll(phone, id);
+    const [phone, laptop] = [observe({ url: openUrl, userId }), observe({ url: openUrl, userId })];
+    await Promise.all([untilLive(phone), untilLive(laptop)]);
+    const { generationId: id } = await phone.client.start("edit", requestFields({ metadata: { title: "Ada" } }));
+    await Promise.all([untilFinished(phone, id), untilFinished(laptop, id)]);
+    await assertFullHistory(phone, id);
     assert.deepEqual(laptop.events, phone.events);
     assert.deepEqual(phone.states, ["connecting", "live"]);
     assert.deepEqual(phone.caughtUp, []);
@@ -28,118 +29,119 @@ describe("the client", { concurrency: true }, () => {
     assert.deepEqual(await phone.client.me(), { userId, credit: 99 });
   });
 
-  test("that comes late shows how things stand at once, and is told what led there", async () => {
+  test("that connects late shows the current state at once, and gets the past events", async () => {
     const userId = newUser();
-    const early = watch({ url: open, userId });
-    await live(early);
-    const { prompt, letGo } = gate();
-    const { generationId: id } = await early.client.start("edit", wish({ prompt }));
-    const done = await early.client.start("generate", wish());
-    await finished(early, done.generationId);
-    await midway(early, id);
-    const late = watch({ url: open, userId });
-    await live(late);
+    const early = observe({ url: openUrl, userId });
+    await untilLive(early);
+    const { prompt, release } = gate();
+    const { generationId: id } = await early.client.start("edit", requestFields({ prompt }));
+    const done = await early.client.start("generate", requestFields());
+    await untilFinished(early, done.generationId);
+    await untilMidway(early, id);
+    const late = observe({ url: openUrl, userId });
+    await untilLive(late);
     assert.deepEqual(late.client.generations.map(({ generationId }) => generationId), [done.generationId, id]);
     assert.equal(late.client.get(id).sequence, 6);
-    await midway(late, id);
-    await until(late, () => late.client.credit !== undefined);
+    await untilMidway(late, id);
+    await waitFor(late, () => late.client.credit !== undefined);
     assert.equal(late.client.credit, 98);
-    await letGo();
-    await finished(late, id);
-    await heardAll(late, id);
+    await release();
+    await untilFinished(late, id);
+    await assertFullHistory(late, id);
     assert.deepEqual(late.of(done.generationId), []);
     assert.equal(late.client.credit, 98);
     assert.deepEqual(late.caughtUp, []);
   });
 
-  /** A socket of a client that cannot recover by itself, as those before 4.6. */
-  function old(url, options) {
+  /** A socket without connection state recovery, as in clients before 4.6. */
+  function withoutRecovery(url, options) {
     const socket = io(url, options);
     return socket.on("disconnect", () => delete socket._pid);
   }
 
-  for (const [can, how] of Object.entries({ "": {}, ", although its socket cannot recover": { io: old } })) {
-    test(`that was cut in mid-generation misses nothing, and says what it caught up${can}`, async () => {
+  const variants = { "": {}, ", without connection state recovery": { io: withoutRecovery } };
+  for (const [suffix, options] of Object.entries(variants)) {
+    test(`that was cut in mid-generation misses nothing, and reports how many events came late${suffix}`, async () => {
       const userId = newUser();
-      const [here, there] = [watch({ url: open, userId, ...how }), watch({ url: open, userId })];
-      await Promise.all([live(here), live(there)]);
-      const { prompt, letGo } = gate();
-      const { generationId: id } = await there.client.start("edit", wish({ prompt }));
-      await midway(here, id);
+      const [here, there] = [observe({ url: openUrl, userId, ...options }), observe({ url: openUrl, userId })];
+      await Promise.all([untilLive(here), untilLive(there)]);
+      const { prompt, release } = gate();
+      const { generationId: id } = await there.client.start("edit", requestFields({ prompt }));
+      await untilMidway(here, id);
       here.client.cut();
       assert.equal(here.client.state, "offline");
-      await letGo();
-      await finished(there, id);
-      const second = await there.client.start("generate", wish());
-      await finished(there, second.generationId);
+      await release();
+      await untilFinished(there, id);
+      const second = await there.client.start("generate", requestFields());
+      await untilFinished(there, second.generationId);
       assert.equal(here.events.length, 6);
       here.client.restore();
-      await until(here, () => here.caughtUp.length > 0);
-      await heardAll(here, id);
-      await heardAll(here, second.generationId);
+      await waitFor(here, () => here.caughtUp.length > 0);
+      await assertFullHistory(here, id);
+      await assertFullHistory(here, second.generationId);
       assert.deepEqual(here.caughtUp, [{ missed: here.events.length - 6, recovered: true }]);
       assert.deepEqual(here.states, ["connecting", "live", "offline", "catching up", "live"]);
       for (const each of [id, second.generationId]) {
         assert.deepEqual(here.client.get(each), await there.client.http.generation(each));
       }
-      await until(here, () => here.client.credit === 98);
+      await waitFor(here, () => here.client.credit === 98);
     });
   }
 
-  test("that is cut and missed nothing says so", async () => {
-    const heard = watch({ url: open, userId: newUser() });
-    await live(heard);
-    heard.client.cut();
-    heard.client.cut();
-    heard.client.restore();
-    await until(heard, () => heard.caughtUp.length > 0);
-    assert.deepEqual(heard.caughtUp, [{ missed: 0, recovered: true }]);
+  test("that was cut and missed nothing reports that", async () => {
+    const observer = observe({ url: openUrl, userId: newUser() });
+    await untilLive(observer);
+    observer.client.cut();
+    observer.client.cut();
+    observer.client.restore();
+    await waitFor(observer, () => observer.caughtUp.length > 0);
+    assert.deepEqual(observer.caughtUp, [{ missed: 0, recovered: true }]);
   });
 
-  test("whose server's log does not answer waits until it does", async () => {
-    for (const how of [{}, { io: null }]) {
-      const heard = watch({ url: other, userId: `shy-${newUser()}`, ...how });
-      await until(heard, () => ["live", "polling"].includes(heard.client.state));
-      assert.ok(!heard.states.includes("refused"));
+  test("waits while the service's log is unavailable", async () => {
+    for (const options of [{}, { io: null }]) {
+      const observer = observe({ url: otherUrl, userId: `shy-${newUser()}`, ...options });
+      await waitFor(observer, () => ["live", "polling"].includes(observer.client.state));
+      assert.ok(!observer.states.includes("refused"));
     }
   });
 
-  test("that waits for its next try comes back at once when it is told to", async () => {
-    const link = await tunnel(open);
+  test("reconnects at once on restore() while it waits for the next attempt", async () => {
+    const proxy = await startProxy(openUrl);
     const slow = { reconnectionDelay: 60_000, reconnectionDelayMax: 60_000 };
-    const heard = watch({ url: link.url, userId: newUser(), socket: slow });
-    await live(heard);
-    heard.client.restore();
-    assert.equal(heard.client.state, "live");
-    link.cut();
-    await until(heard, () => heard.client.state === "offline");
-    heard.client.restore();
-    await live(heard);
-    assert.deepEqual(heard.caughtUp, [{ missed: 0, recovered: true }]);
+    const observer = observe({ url: proxy.url, userId: newUser(), socket: slow });
+    await untilLive(observer);
+    observer.client.restore();
+    assert.equal(observer.client.state, "live");
+    proxy.cut();
+    await waitFor(observer, () => observer.client.state === "offline");
+    observer.client.restore();
+    await untilLive(observer);
+    assert.deepEqual(observer.caughtUp, [{ missed: 0, recovered: true }]);
   });
 
-  test("whose connection breaks after each event hears each event once, in order", async () => {
-    const link = await tunnel(open);
+  test("gets each event once and in order although the connection breaks after each event", async () => {
+    const proxy = await startProxy(openUrl);
     const userId = newUser();
-    const heard = watch({ url: link.url, userId });
-    await live(heard);
-    heard.client.on("event", link.cut);
-    const safe = watch({ io: null, url: open, userId });
+    const observer = observe({ url: proxy.url, userId });
+    await untilLive(observer);
+    observer.client.on("event", proxy.cut);
+    const safe = observe({ io: null, url: openUrl, userId });
     const { http } = safe.client;
     const { generationId: id } = await http.start("generate", { prompt: "a red hat" }, { runner: "external" });
-    const broken = () => heard.states.filter((state) => state === "offline").length;
+    const broken = () => observer.states.filter((state) => state === "offline").length;
     const steps = ["composition", "composition_completed", "ai_generation"].map((status) => ({ status }));
     steps.push({ status: "completed", generatedImageUrl: "https://example.org/a.png" });
     for (const [index, step] of steps.entries()) {
-      await until(heard, () => broken() > index);
+      await waitFor(observer, () => broken() > index);
       await http.transition(id, step);
     }
-    await until(heard, () => broken() > steps.length && heard.client.state === "live");
-    await heardAll(heard, id, safe);
-    assert.ok(heard.caughtUp.length > 0 && heard.caughtUp.every(({ recovered }) => recovered));
+    await waitFor(observer, () => broken() > steps.length && observer.client.state === "live");
+    await assertFullHistory(observer, id, safe);
+    assert.ok(observer.caughtUp.length > 0 && observer.caughtUp.every(({ recovered }) => recovered));
   });
 
-  test("puts in order what a faulty transport shuffles, doubles and loses, by asking for what is missing", async () => {
+  test("requests missing events, and restores the order, if a transport reorders, doubles and loses events", async () => {
     const faulty = (url, options) => {
       const socket = io(url, options);
       const on = socket.on.bind(socket);
@@ -147,83 +149,84 @@ describe("the client", { concurrency: true }, () => {
         if (name !== "continue") return on(name, listener);
         let kept;
         return on(name, (event, cursor) => {
-          if (event.sequence === 2) kept = event; // It comes after the next.
-          else if (event.sequence !== 4) listener(event, cursor); // The fourth never comes.
+          if (event.sequence === 2) kept = event; // Delivered after the next one.
+          else if (event.sequence !== 4) listener(event, cursor); // The fourth is lost.
           if (event.sequence === 3) listener(kept, cursor), listener(event, cursor);
         });
       };
       return socket;
     };
-    const heard = watch({ io: faulty, url: open, userId: newUser() });
-    await live(heard);
-    const { generationId: id } = await heard.client.start("edit", wish());
-    await finished(heard, id);
-    await heardAll(heard, id);
-    await until(heard, () => heard.client.credit === 99);
+    const observer = observe({ io: faulty, url: openUrl, userId: newUser() });
+    await untilLive(observer);
+    const { generationId: id } = await observer.client.start("edit", requestFields());
+    await untilFinished(observer, id);
+    await assertFullHistory(observer, id);
+    await waitFor(observer, () => observer.client.credit === 99);
   });
 
-  test("that changes hands forgets everything, and hears nothing more of the former user", async () => {
+  test("clears everything on switchUser(), and emits nothing more of the previous user", async () => {
     const [ada, bob] = [newUser(), newUser()];
-    const heard = watch({ url: open, userId: ada });
-    await live(heard);
-    const { prompt, letGo } = gate();
-    const mine = await heard.client.start("edit", wish({ prompt }));
-    await midway(heard, mine.generationId);
-    heard.client.switchUser({ userId: bob });
-    assert.deepEqual([heard.client.generations, heard.client.credit, heard.client.cursor], [[], undefined, undefined]);
-    const before = heard.events.length;
-    const still = watch({ url: open, userId: ada });
-    await letGo();
-    await until(still, () => still.client.generations.some(isFinished));
-    const ours = await heard.client.start("generate", wish());
-    await finished(heard, ours.generationId);
-    assert.deepEqual(heard.events.slice(before), await heard.client.history(ours.generationId));
-    assert.deepEqual(heard.client.generations.map(({ generationId }) => generationId), [ours.generationId]);
-    assert.equal(heard.client.userId, bob);
-    heard.client.switchUser({ userId: ada });
-    await live(heard);
-    assert.deepEqual(heard.client.generations.map(({ generationId }) => generationId), [mine.generationId]);
+    const observer = observe({ url: openUrl, userId: ada });
+    await untilLive(observer);
+    const { prompt, release } = gate();
+    const mine = await observer.client.start("edit", requestFields({ prompt }));
+    await untilMidway(observer, mine.generationId);
+    observer.client.switchUser({ userId: bob });
+    const { generations, credit, cursor } = observer.client;
+    assert.deepEqual([generations, credit, cursor], [[], undefined, undefined]);
+    const before = observer.events.length;
+    const still = observe({ url: openUrl, userId: ada });
+    await release();
+    await waitFor(still, () => still.client.generations.some(isFinished));
+    const ours = await observer.client.start("generate", requestFields());
+    await untilFinished(observer, ours.generationId);
+    assert.deepEqual(observer.events.slice(before), await observer.client.history(ours.generationId));
+    assert.deepEqual(observer.client.generations.map(({ generationId }) => generationId), [ours.generationId]);
+    assert.equal(observer.client.userId, bob);
+    observer.client.switchUser({ userId: ada });
+    await untilLive(observer);
+    assert.deepEqual(observer.client.generations.map(({ generationId }) => generationId), [mine.generationId]);
   });
 
-  test("whose server has lost its memory shows what there is now, and says that the past is gone", async () => {
-    const link = await tunnel(open);
+  test("shows what the service has now, and reports the loss, after the service has lost its log", async () => {
+    const proxy = await startProxy(openUrl);
     const userId = newUser();
-    const heard = watch({ url: link.url, userId });
-    const lost = await heard.client.start("edit", wish({ prompt: gate().prompt }));
-    await midway(heard, lost.generationId);
-    const direct = watch({ url: other, userId });
-    await live(direct);
-    const kept = await direct.client.start("generate", wish());
-    await finished(direct, kept.generationId);
-    link.target = other;
-    link.cut();
-    await until(heard, () => heard.caughtUp.length > 0);
-    assert.deepEqual(heard.caughtUp, [{ missed: 0, recovered: false }]);
-    assert.deepEqual(heard.client.generations.map(({ generationId }) => generationId), [kept.generationId]);
-    const next = await heard.client.start("edit", wish());
-    await finished(heard, next.generationId);
-    await heardAll(heard, next.generationId);
+    const observer = observe({ url: proxy.url, userId });
+    const lost = await observer.client.start("edit", requestFields({ prompt: gate().prompt }));
+    await untilMidway(observer, lost.generationId);
+    const direct = observe({ url: otherUrl, userId });
+    await untilLive(direct);
+    const kept = await direct.client.start("generate", requestFields());
+    await untilFinished(direct, kept.generationId);
+    proxy.target = otherUrl;
+    proxy.cut();
+    await waitFor(observer, () => observer.caughtUp.length > 0);
+    assert.deepEqual(observer.caughtUp, [{ missed: 0, recovered: false }]);
+    assert.deepEqual(observer.client.generations.map(({ generationId }) => generationId), [kept.generationId]);
+    const next = await observer.client.start("edit", requestFields());
+    await untilFinished(observer, next.generationId);
+    await assertFullHistory(observer, next.generationId);
   });
 
-  test("goes on from a cursor that another process has left", async () => {
+  test("resumes from a cursor of another process", async () => {
     const userId = newUser();
-    const former = watch({ url: open, userId });
-    await live(former);
-    const { prompt, letGo } = gate();
-    const { generationId: id } = await former.client.start("edit", wish({ prompt }));
-    await midway(former, id);
+    const former = observe({ url: openUrl, userId });
+    await untilLive(former);
+    const { prompt, release } = gate();
+    const { generationId: id } = await former.client.start("edit", requestFields({ prompt }));
+    await untilMidway(former, id);
     const { cursor } = former.client;
     former.client.close();
     assert.equal(former.client.state, "closed");
-    await letGo();
-    const { generationId: whole } = await former.client.start("generate", wish());
-    for (const how of [{}, { io: null }]) {
-      const later = watch({ url: open, userId, cursor, ...how });
-      await finished(later, id);
+    await release();
+    const { generationId: whole } = await former.client.start("generate", requestFields());
+    for (const options of [{}, { io: null }]) {
+      const later = observe({ url: openUrl, userId, cursor, ...options });
+      await untilFinished(later, id);
       const history = await later.client.history(id);
       assert.deepEqual(later.of(id), history.slice(6));
-      await finished(later, whole);
-      await heardAll(later, whole);
+      await untilFinished(later, whole);
+      await assertFullHistory(later, whole);
       assert.equal(later.client.get(id).createdAt, history[0].occurredAt);
     }
     assert.equal(former.events.length, 6);

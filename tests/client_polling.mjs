@@ -1,79 +1,80 @@
-// The client where no socket can be had.
+// The client when no socket can be opened.
 import assert from "node:assert/strict";
 import { after, describe, test } from "node:test";
 import {
-  closeAll, finished, gate, heardAll, live, midway, newUser, open, other, tunnel, until, watch, wish,
-} from "./client_world.mjs";
+  assertFullHistory, closeAll, gate, newUser, observe, openUrl, otherUrl, requestFields, startProxy, untilFinished,
+  untilLive, untilMidway, waitFor,
+} from "./client_support.mjs";
 
 after(closeAll);
 
-describe("where no socket can be had, the client", { concurrency: true }, () => {
-  test("polls, and hears the same", async () => {
+describe("without a socket, the client", { concurrency: true }, () => {
+  test("polls, and emits the same events", async () => {
     const userId = newUser();
-    const heard = watch({ io: null, url: open, userId });
-    await until(heard, () => heard.client.state === "polling");
-    const { generationId: id } = await heard.client.start("edit", wish());
-    await finished(heard, id);
-    await heardAll(heard, id);
-    assert.deepEqual(heard.states, ["connecting", "polling"]);
-    assert.equal(heard.client.credit, 99);
-    heard.client.cut();
-    const { generationId: missed } = await heard.client.start("generate", wish());
-    const socket = watch({ url: open, userId });
-    await until(socket, () => socket.client.get(missed)?.status === "completed");
-    heard.client.restore();
-    await until(heard, () => heard.caughtUp.length > 0);
-    await heardAll(heard, missed);
-    assert.deepEqual(heard.caughtUp, [{ missed: heard.of(missed).length, recovered: true }]);
-    assert.deepEqual(heard.states.slice(2), ["offline", "catching up", "polling"]);
+    const observer = observe({ io: null, url: openUrl, userId });
+    await waitFor(observer, () => observer.client.state === "polling");
+    const { generationId: id } = await observer.client.start("edit", requestFields());
+    await untilFinished(observer, id);
+    await assertFullHistory(observer, id);
+    assert.deepEqual(observer.states, ["connecting", "polling"]);
+    assert.equal(observer.client.credit, 99);
+    observer.client.cut();
+    const { generationId: missed } = await observer.client.start("generate", requestFields());
+    const socket = observe({ url: openUrl, userId });
+    await waitFor(socket, () => socket.client.get(missed)?.status === "completed");
+    observer.client.restore();
+    await waitFor(observer, () => observer.caughtUp.length > 0);
+    await assertFullHistory(observer, missed);
+    assert.deepEqual(observer.caughtUp, [{ missed: observer.of(missed).length, recovered: true }]);
+    assert.deepEqual(observer.states.slice(2), ["offline", "catching up", "polling"]);
   });
 
-  test("is told of what was lost with the server's memory", async () => {
-    const link = await tunnel(open);
-    const heard = watch({ io: null, url: link.url, userId: newUser() });
-    await until(heard, () => heard.client.state === "polling");
-    const { generationId: lost } = await heard.client.start("edit", wish());
-    await finished(heard, lost);
-    link.target = other;
-    link.cut();
-    await until(heard, () => heard.client.generations.length === 0);
-    const { generationId: id } = await heard.client.start("edit", wish());
-    await finished(heard, id);
-    await heardAll(heard, id);
+  test("removes generations that the service has lost", async () => {
+    const proxy = await startProxy(openUrl);
+    const observer = observe({ io: null, url: proxy.url, userId: newUser() });
+    await waitFor(observer, () => observer.client.state === "polling");
+    const { generationId: lost } = await observer.client.start("edit", requestFields());
+    await untilFinished(observer, lost);
+    proxy.target = otherUrl;
+    proxy.cut();
+    await waitFor(observer, () => observer.client.generations.length === 0);
+    const { generationId: id } = await observer.client.start("edit", requestFields());
+    await untilFinished(observer, id);
+    await assertFullHistory(observer, id);
   });
 
-  test("polls while a proxy lets no socket through, and is live once it does", async () => {
-    const link = await tunnel(open);
-    link.blocks = (head) => head.includes("/socket.io/");
-    const heard = watch({ url: link.url, userId: newUser() });
-    await until(heard, () => heard.client.state === "polling");
-    const { prompt, letGo } = gate();
-    const { generationId: id } = await heard.client.start("edit", wish({ prompt }));
-    await midway(heard, id);
-    assert.deepEqual(heard.states.slice(-2), ["offline", "polling"]);
-    link.blocks = () => false;
-    await live(heard);
-    await letGo();
-    await finished(heard, id);
-    await heardAll(heard, id);
-    link.blocks = (head) => head.includes("/socket.io/");
-    link.cut();
-    await until(heard, () => heard.client.state === "polling");
-    const { generationId: next } = await heard.client.start("generate", wish());
-    await finished(heard, next);
-    await heardAll(heard, next);
+  test("polls while a proxy blocks Socket.IO, and is live once it does not", async () => {
+    const proxy = await startProxy(openUrl);
+    proxy.refuses = (head) => head.includes("/socket.io/");
+    const observer = observe({ url: proxy.url, userId: newUser() });
+    await waitFor(observer, () => observer.client.state === "polling");
+    const { prompt, release } = gate();
+    const { generationId: id } = await observer.client.start("edit", requestFields({ prompt }));
+    await untilMidway(observer, id);
+    assert.deepEqual(observer.states.slice(-2), ["offline", "polling"]);
+    proxy.refuses = () => false;
+    await untilLive(observer);
+    await release();
+    await untilFinished(observer, id);
+    await assertFullHistory(observer, id);
+    proxy.refuses = (head) => head.includes("/socket.io/");
+    proxy.cut();
+    await waitFor(observer, () => observer.client.state === "polling");
+    const { generationId: next } = await observer.client.start("generate", requestFields());
+    await untilFinished(observer, next);
+    await assertFullHistory(observer, next);
   });
 
-  test("is offline where nothing answers at all, and polls again when something does", async () => {
-    const link = await tunnel(open);
-    const heard = watch({ io: null, url: link.url, userId: newUser() });
-    await until(heard, () => heard.client.state === "polling");
-    link.closed = true;
-    link.cut();
-    await until(heard, () => heard.client.state === "offline");
-    link.closed = false;
-    await until(heard, () => heard.caughtUp.length > 0);
-    assert.deepEqual(heard.caughtUp, [{ missed: 0, recovered: true }]);
-    assert.equal(heard.client.state, "polling");
+  test("is offline while nothing answers, and polls again afterwards", async () => {
+    const proxy = await startProxy(openUrl);
+    const observer = observe({ io: null, url: proxy.url, userId: newUser() });
+    await waitFor(observer, () => observer.client.state === "polling");
+    proxy.closed = true;
+    proxy.cut();
+    await waitFor(observer, () => observer.client.state === "offline");
+    proxy.closed = false;
+    await waitFor(observer, () => observer.caughtUp.length > 0);
+    assert.deepEqual(observer.caughtUp, [{ missed: 0, recovered: true }]);
+    assert.equal(observer.client.state, "polling");
   });
 });

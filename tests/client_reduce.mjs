@@ -1,4 +1,4 @@
-// The fold alone: pure, so that no service is needed.
+// The reducer: pure, so that no service is needed.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { isFinished, isGap, reduce } from "../src/api/static/stagecast.js";
@@ -8,8 +8,8 @@ const FLOWS = {
   generate: ["started", "composition", "composition_completed", "ai_generation", "completed"],
 };
 
-/** The same numbers for the same seed: mulberry32. */
-function numbers(seed) {
+/** A pseudo-random generator (mulberry32): the same numbers for the same seed. */
+function seededRandom(seed) {
   return () => {
     seed = (seed + 0x6d2b79f5) | 0;
     let mixed = Math.imul(seed ^ (seed >>> 15), 1 | seed);
@@ -18,14 +18,14 @@ function numbers(seed) {
   };
 }
 
-/** The events of one generation: some stage repeats, it may fail on the way, it may still run. */
+/** The events of one generation: stages may repeat, and it may fail or still be running. */
 function history(random, generationId = "edit_1_a") {
   const kind = random() < 0.5 ? "edit" : "generate";
   const times = (status) => (/ing$|^ai/.test(status) && random() < 0.3 ? 3 : 1);
   const statuses = FLOWS[kind].flatMap((status) => Array(times(status)).fill(status));
-  const upto = 1 + Math.floor(random() * statuses.length);
-  const failed = upto < statuses.length && random() < 0.3 ? ["failed"] : [];
-  return [...statuses.slice(0, upto), ...failed].map((status, index) => ({
+  const count = 1 + Math.floor(random() * statuses.length);
+  const failed = count < statuses.length && random() < 0.3 ? ["failed"] : [];
+  return [...statuses.slice(0, count), ...failed].map((status, index) => ({
     generationId, kind, sequence: index + 1, status, message: `${status}!`, progress: index * 10,
     occurredAt: new Date(1_763_829_000_000 + index).toISOString(),
     ...(index === 0 && { inputImage: "https://example.org/a.png", credit: 9 }),
@@ -34,7 +34,7 @@ function history(random, generationId = "edit_1_a") {
   }));
 }
 
-const fold = (events) => events.reduce(reduce, undefined);
+const reduceAll = (events) => events.reduce(reduce, undefined);
 
 function shuffled(items, random) {
   const all = [...items];
@@ -45,27 +45,27 @@ function shuffled(items, random) {
   return all;
 }
 
-test("a generation is the fold of its events: what one brings stays, and the balance is none of its", () => {
+test("a generation is the result of its events: fields stay, and credit is not one of them", () => {
   const [started, composition] = [
     { generationId: "edit_1_a", kind: "edit", sequence: 1, status: "started", message: "Begun", progress: 0,
       occurredAt: "2026-11-22T17:30:00.000Z", inputImage: "https://example.org/a.png", metadata: { a: 1 }, credit: 9 },
     { generationId: "edit_1_a", kind: "edit", sequence: 2, status: "composition", message: "On", progress: 20,
       occurredAt: "2026-11-22T17:30:01.000Z", metadata: { a: 1 } },
   ];
-  assert.deepEqual(fold([started, composition]), {
+  assert.deepEqual(reduceAll([started, composition]), {
     generationId: "edit_1_a", kind: "edit", sequence: 2, status: "composition", message: "On", progress: 20,
     createdAt: "2026-11-22T17:30:00.000Z", updatedAt: "2026-11-22T17:30:01.000Z",
     inputImage: "https://example.org/a.png", metadata: { a: 1 },
   });
 });
 
-test("an event that is old, or told twice, changes nothing, and the answer is the same object", () => {
-  const events = history(numbers(7));
-  const whole = fold(events);
+test("an old or repeated event changes nothing, and the result is the same object", () => {
+  const events = history(seededRandom(7));
+  const whole = reduceAll(events);
   for (const event of events) assert.equal(reduce(whole, event), whole);
 });
 
-test("an event that comes too early is a gap, and changes nothing", () => {
+test("an event that arrives too early is a gap, and changes nothing", () => {
   const [first, , third] = history(() => 0.9);
   const generation = reduce(undefined, first);
   assert.equal(isGap(generation, third), true);
@@ -74,9 +74,9 @@ test("an event that comes too early is a gap, and changes nothing", () => {
   assert.equal(reduce(undefined, third), undefined);
 });
 
-test("however events are shuffled and doubled, asking for what is missing gives the fold of all", () => {
+test("however events are shuffled and doubled, requesting the missing ones leads to the same generation", () => {
   for (let seed = 1; seed <= 500; seed++) {
-    const random = numbers(seed);
+    const random = seededRandom(seed);
     const events = history(random);
     const delivered = shuffled([...events, ...events.filter(() => random() < 0.5)], random);
     let generation;
@@ -87,38 +87,38 @@ test("however events are shuffled and doubled, asking for what is missing gives 
       generation = reduce(generation, event);
       assert.ok(generation.sequence === before || generation.sequence === before + 1);
     }
-    assert.deepEqual(generation, fold(events), `seed ${seed}`);
+    assert.deepEqual(generation, reduceAll(events), `seed ${seed}`);
   }
 });
 
-test("what reduce was given is never changed", () => {
-  const events = history(numbers(3)).map(Object.freeze);
+test("reduce does not change its arguments", () => {
+  const events = history(seededRandom(3)).map(Object.freeze);
   let generation;
   for (const event of events) generation = Object.freeze(reduce(generation, event));
   assert.equal(generation.sequence, events.length);
 });
 
-test("snapshots and events may come in any order: the newest is what is shown", () => {
+test("snapshots and events may arrive in any order: the newest state wins", () => {
   for (let seed = 1; seed <= 300; seed++) {
-    const random = numbers(seed);
+    const random = seededRandom(seed);
     const events = history(random);
     const at = 1 + Math.floor(random() * events.length);
-    const snapshot = { ...fold(events.slice(0, at)), userId: "ada" };
+    const snapshot = { ...reduceAll(events.slice(0, at)), userId: "ada" };
     const when = Math.floor(random() * (events.length + 1));
     const known = [...events.slice(0, when), snapshot, ...events.slice(when)].reduce(reduce, undefined);
     const { userId, ...rest } = known;
-    assert.deepEqual(rest, fold(events), `seed ${seed}`);
+    assert.deepEqual(rest, reduceAll(events), `seed ${seed}`);
   }
 });
 
-test("a snapshot as new as what is known adds what events do not tell", () => {
-  const generation = fold(history(numbers(5)));
-  const told = { ...generation, expiresAt: "2026-11-23T17:30:00.000Z" };
-  assert.deepEqual(reduce(generation, told), told);
-  assert.equal(reduce(told, generation), told);
+test("a snapshot of the same sequence adds the fields that events do not have", () => {
+  const generation = reduceAll(history(seededRandom(5)));
+  const snapshot = { ...generation, expiresAt: "2026-11-23T17:30:00.000Z" };
+  assert.deepEqual(reduce(generation, snapshot), snapshot);
+  assert.equal(reduce(snapshot, generation), snapshot);
 });
 
-test("completed and failed are the end", () => {
+test("completed and failed are terminal", () => {
   const ends = ["completed", "failed"];
   for (const status of new Set([...Object.values(FLOWS).flat(), "failed"])) {
     assert.equal(isFinished({ status }), ends.includes(status));

@@ -1,70 +1,73 @@
 // The client and its tokens.
 import assert from "node:assert/strict";
 import { after, describe, test } from "node:test";
-import { closeAll, finished, heardAll, keyed, live, newUser, tokenOf, until, watch, wish } from "./client_world.mjs";
+import {
+  assertFullHistory, closeAll, keyedUrl, newUser, observe, requestFields, tokenOf, untilFinished, untilLive, waitFor,
+} from "./client_support.mjs";
 
 after(closeAll);
 
 describe("with tokens the client", { concurrency: true }, () => {
-  test("renews its token before it ends, and stays live beyond", async () => {
+  test("renews its token before it expires, and stays live", async () => {
     const userId = newUser();
-    const seconds = [6]; // Half of it is left for the renewal, however slow the machine.
+    const seconds = [6]; // Half of it is left for the renewal, even on a slow machine.
     const ends = Date.now() + 6_000;
-    const heard = watch({ url: keyed, token: () => tokenOf(userId, { seconds: seconds.pop() ?? 3_600 }) });
-    await live(heard);
-    assert.equal(heard.client.userId, userId);
+    const observer = observe({ url: keyedUrl, token: () => tokenOf(userId, { seconds: seconds.pop() ?? 3_600 }) });
+    await untilLive(observer);
+    assert.equal(observer.client.userId, userId);
     await new Promise((later) => setTimeout(later, ends + 200 - Date.now()));
-    const { generationId: id } = await heard.client.start("edit", wish());
-    await finished(heard, id);
-    await heardAll(heard, id);
-    assert.deepEqual(heard.states, ["connecting", "live"]);
+    const { generationId: id } = await observer.client.start("edit", requestFields());
+    await untilFinished(observer, id);
+    await assertFullHistory(observer, id);
+    assert.deepEqual(observer.states, ["connecting", "live"]);
   });
 
-  test("is refused where its only token has ended, and comes back with another", async () => {
+  test("is refused when its only token has expired, and is live again with another", async () => {
     const userId = newUser();
-    const heard = watch({ url: keyed, token: tokenOf(userId, { seconds: 1 }) });
-    await until(heard, () => heard.client.state === "refused");
-    assert.equal(heard.client.reason, "token_expired");
-    heard.client.switchUser({ token: tokenOf(userId) });
-    await live(heard);
-    assert.equal(heard.client.userId, userId);
+    const observer = observe({ url: keyedUrl, token: tokenOf(userId, { seconds: 1 }) });
+    await waitFor(observer, () => observer.client.state === "refused");
+    assert.equal(observer.client.reason, "token_expired");
+    observer.client.switchUser({ token: tokenOf(userId) });
+    await untilLive(observer);
+    assert.equal(observer.client.userId, userId);
   });
 
-  test("asks once for another token where the first is not good, and tells when that is not good either", async () => {
+  test("requests one new token after a rejected one, and is refused if that is rejected too", async () => {
     const userId = newUser();
-    for (const how of [{}, { io: null }]) {
+    for (const options of [{}, { io: null }]) {
       const tokens = [tokenOf(userId, { seconds: -5 }), tokenOf(userId)];
-      const lucky = watch({ url: keyed, ...how, token: async () => tokens.shift() });
-      await until(lucky, () => ["live", "polling"].includes(lucky.client.state));
+      const renewing = observe({ url: keyedUrl, ...options, token: async () => tokens.shift() });
+      await waitFor(renewing, () => ["live", "polling"].includes(renewing.client.state));
       assert.deepEqual(tokens, []);
       let good = false;
-      const heard = watch({ url: keyed, ...how, token: () => tokenOf(userId, good ? {} : { key: "not the key" }) });
-      await until(heard, () => heard.client.state === "refused");
-      assert.equal(heard.client.reason, "invalid_token");
+      const token = () => tokenOf(userId, good ? {} : { key: "not the key" });
+      const observer = observe({ url: keyedUrl, ...options, token });
+      await waitFor(observer, () => observer.client.state === "refused");
+      assert.equal(observer.client.reason, "invalid_token");
       good = true;
-      heard.client.restore();
-      await until(heard, () => ["live", "polling"].includes(heard.client.state));
+      observer.client.restore();
+      await waitFor(observer, () => ["live", "polling"].includes(observer.client.state));
     }
   });
 
-  test("is refused where it has none, or another user's", async () => {
-    const nobody = watch({ url: keyed });
-    await until(nobody, () => nobody.client.state === "refused");
+  test("is refused without a token, and with another user's", async () => {
+    const nobody = observe({ url: keyedUrl });
+    await waitFor(nobody, () => nobody.client.state === "refused");
     assert.equal(nobody.client.reason, "unauthenticated");
-    const thief = watch({ url: keyed, userId: newUser(), token: tokenOf(newUser()) });
-    await until(thief, () => thief.client.state === "refused");
+    const thief = observe({ url: keyedUrl, userId: newUser(), token: tokenOf(newUser()) });
+    await waitFor(thief, () => thief.client.state === "refused");
     assert.equal(thief.client.reason, "user_mismatch");
   });
 
-  test("tries again while its token cannot be had", async () => {
+  test("tries again while its token cannot be obtained", async () => {
     const userId = newUser();
     let asked = 0;
     const token = () => {
       if (++asked === 1) throw new Error("The sign-in service is down.");
       return tokenOf(userId);
     };
-    const heard = watch({ url: keyed, token });
-    await live(heard);
+    const observer = observe({ url: keyedUrl, token });
+    await untilLive(observer);
     assert.equal(asked, 2);
   });
 });

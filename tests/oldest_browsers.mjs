@@ -1,4 +1,4 @@
-// What the oldest browsers in docs/browsers.md do not have, by MDN's compatibility data.
+// Finds features that the oldest browsers in docs/browsers.md lack, according to MDN's compatibility data.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { parse } from "acorn";
@@ -6,13 +6,13 @@ import { parse } from "acorn";
 const bcd = createRequire(import.meta.url)("@mdn/browser-compat-data");
 export const read = (path) => readFileSync(new URL(`../${path}`, import.meta.url), "utf8");
 
-/** What may be missing, or may have gaps: the page is the same without it, or a little plainer. */
+/** Features that may be missing or incomplete: the page works without them. */
 const OPTIONAL = new Set([
   "text-wrap", "text-size-adjust", "@property", "outline", "resize", "cursor", "@media (forced-colors)",
   "align-content: start", "<input autocapitalize>",
 ]);
-/** Names of the page's own, which later APIs have as well. */
-const OWN = new Set(["draw", "connection", "aspectRatio"]);
+/** Names in the page's code that happen to be names of newer APIs too. */
+const OWN = new Set(["connection", "aspectRatio"]);
 
 const rows = read("docs/browsers.md").matchAll(/^\| \w.*? \| ([\d.]+) \|/gm);
 const [chrome, firefox, safari] = [...rows].map(([, version]) => version);
@@ -28,7 +28,7 @@ function isAtMost(added, oldest) {
   return a[0] < b[0] || (a[0] === b[0] && (a[1] ?? 0) <= (b[1] ?? 0));
 }
 
-/** The browsers that do not have this. @param {any} feature an entry of the data */
+/** The browsers that lack this feature. @param {any} feature an entry of the data */
 const missingIn = (feature) => Object.entries(OLDEST).filter(([browser, oldest]) => {
   const supports = [feature.__compat?.support[browser] ?? []].flat();
   const has = (it) => !it.flags && !it.version_removed && isAtMost(it.version_added, oldest);
@@ -37,7 +37,7 @@ const missingIn = (feature) => Object.entries(OLDEST).filter(([browser, oldest])
 
 const isNew = (feature) => Boolean(feature) && missingIn(feature).length > 0;
 
-/** All entries below this one, by their last name. */
+/** All entries below this one, by the last part of their path. */
 function byName(root, index = new Map()) {
   for (const [key, feature] of Object.entries(root)) {
     if (key === "__compat" || typeof feature !== "object") continue;
@@ -59,11 +59,11 @@ function* nodesOf(node) {
   for (const child of Object.values(node ?? {})) if (child && typeof child === "object") yield* nodesOf(child);
 }
 
-/** What of this program the oldest browsers do not have. */
+/** The features used in this script that one of the oldest browsers lacks. */
 export function newInScript(text) {
   const found = new Set();
   const nodes = [...nodesOf(parse(text, { ecmaVersion: 2022, sourceType: "module" }))];
-  // What is called only where it is there: `a.b?.()`.
+  // Methods that are called only if they exist: `a.b?.()`.
   const guarded = new Set(nodes.filter((it) => it.type === "CallExpression" && it.optional).map((it) => it.callee));
   const declared = new Set(nodes.flatMap((it) => (it.type === "VariableDeclarator" && it.id.name) || []));
   for (const node of nodes) {
@@ -88,18 +88,18 @@ export function newInScript(text) {
 export function newInStyle(source) {
   const found = new Set();
   const text = source.replace(/\/\*.*?\*\/|"[^"]*"/gs, '""');
-  const blamed = (name, feature) => !OPTIONAL.has(name) && isNew(feature) && found.add(name);
+  const check = (name, feature) => !OPTIONAL.has(name) && isNew(feature) && found.add(name);
   for (const [, name, value] of text.matchAll(/[{;]\s*([a-z-]+)\s*:\s*([^;{}]+)/g)) {
     const property = bcd.css.properties[name.replace(/^-webkit-/, "")];
-    if (!name.startsWith("-webkit-")) blamed(name, property);
-    for (const word of value.split(/[\s,()]+/)) if (!OPTIONAL.has(name)) blamed(`${name}: ${word}`, property?.[word]);
+    if (!name.startsWith("-webkit-")) check(name, property);
+    for (const word of value.split(/[\s,()]+/)) if (!OPTIONAL.has(name)) check(`${name}: ${word}`, property?.[word]);
   }
   for (const [, name] of text.matchAll(/([a-z-]+)\(/g)) if (isNewName(CSS_TYPES, name)) found.add(`${name}()`);
   for (const [, name] of text.matchAll(/::?([a-z-]+)/g)) {
-    if (!name.startsWith("-")) blamed(`:${name}`, bcd.css.selectors[name]);
+    if (!name.startsWith("-")) check(`:${name}`, bcd.css.selectors[name]);
   }
-  for (const [, name] of text.matchAll(/@([a-z-]+)/g)) blamed(`@${name}`, bcd.css["at-rules"][name]);
-  for (const [, name] of text.matchAll(/\(([a-z-]+):/g)) blamed(`@media (${name})`, bcd.css["at-rules"].media[name]);
+  for (const [, name] of text.matchAll(/@([a-z-]+)/g)) check(`@${name}`, bcd.css["at-rules"][name]);
+  for (const [, name] of text.matchAll(/\(([a-z-]+):/g)) check(`@media (${name})`, bcd.css["at-rules"].media[name]);
   if (text.includes("&")) found.add("&");
   return [...found];
 }
@@ -117,9 +117,9 @@ export function newInPage(text) {
   return [...found];
 }
 
-// ---- A browser without all of it -----------------------------------------------------------------------------------
+// ---- A browser reduced to the oldest --------------------------------------------------------------------------------
 
-/** What a newer browser has to delete to be like the oldest: `[type]`, or `[type, member, static]`. */
+/** What a newer browser must delete to resemble the oldest: `[type]`, or `[type, member, static]`. */
 export function newerThanOldest() {
   return Object.entries({ ...bcd.api, ...bcd.javascript.builtins }).flatMap(([type, feature]) => {
     if (isNew(feature)) return [[type]];

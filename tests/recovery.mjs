@@ -1,5 +1,5 @@
-// The official client on strings: it does what lines of JSON on stdin say, and prints what it sees as lines of JSON.
-// One process hosts any number of sockets, each by the name that `open` gave it.
+// Drives the official client: executes commands from stdin and prints what happens, both as lines of JSON.
+// One process hosts any number of sockets; `open` gives each its id.
 import { Agent } from "node:http";
 import { createInterface } from "node:readline";
 import { io } from "socket.io-client";
@@ -11,13 +11,13 @@ const emit = (id, ref, name, args) =>
   sockets.get(id).socket.emit(name, ...args, (ack) => print({ id, on: "ack", ref, ack }));
 
 const commands = {
-  // `first`: emitted once, at once, as the seed does. `always`: emitted by each `connect` handler.
+  // `first`: the payload of an `authenticate` that is emitted at once. `always`: the same in each `connect` handler.
   open({ id, url, options, first, always }) {
     const agent = new Agent();
     const settings = { forceNew: true, reconnectionDelay: 20, reconnectionDelayMax: 50, agent, ...options };
     const socket = io(url, settings);
     sockets.set(id, { socket, agent });
-    // Not first, so that it is seen whether an app's handler runs while `recovered` already says so.
+    // Printed from a `connect` handler, to show whether `recovered` is already set when an app's handler runs.
     socket.on("connect", () => {
       const { recovered, _pid: pid, id: sid } = socket;
       print({ id, on: "connect", recovered: recovered === true, pid, sid, transport: socket.io.engine.transport.name });
@@ -33,22 +33,22 @@ const commands = {
   },
   emit: ({ id, ref, name, args }) => emit(id, ref, name, args),
   connect: ({ id }) => sockets.get(id).socket.connect(),
-  // A Socket.IO DISCONNECT: it does not come back.
+  // Sends a Socket.IO DISCONNECT: the client does not reconnect.
   disconnect: ({ id }) => sockets.get(id).socket.disconnect(),
-  // The transport alone says goodbye.
+  // Closes the transport only.
   close: ({ id }) => sockets.get(id).socket.io.engine.close(),
-  // The cable is pulled: nobody says goodbye.
+  // Destroys the connections without a close, as a pulled cable does.
   cut({ id }) {
     const { socket, agent } = sockets.get(id);
     socket.io.engine?.transport.ws?.terminate();
-    for (const line of Object.values(agent.sockets).flat()) line.destroy();
+    for (const connection of Object.values(agent.sockets).flat()) connection.destroy();
   },
   pause({ id }) {
     sockets.get(id).socket.io.engine.transport.ws.pause();
     print({ id, on: "paused" });
   },
   resume: ({ id }) => sockets.get(id).socket.io.engine.transport.ws.resume(),
-  // It is no longer of interest.
+  // Disconnects, and releases the socket.
   forget({ id }) {
     sockets.get(id).socket.disconnect();
     sockets.delete(id);

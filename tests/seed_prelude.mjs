@@ -1,5 +1,5 @@
-// What the seed's snippet finds around it: a page, a user, and the two functions that it leaves to the application.
-// Each event that the snippet handles is printed as a line of JSON, with the bars that are on the page afterwards.
+// The environment of the seed's snippet: a page, a user, and the two functions that it leaves to the application.
+// Prints each event that the snippet handles as a line of JSON, with the bars on the page afterwards.
 import { JSDOM } from "jsdom";
 import { Socket } from "socket.io-client";
 

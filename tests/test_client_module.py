@@ -97,7 +97,7 @@ async def node_test(*names: str, world: JSON) -> None:
         "--test-concurrency=2",
         *(str(TESTS / name) for name in names),
         cwd=ROOT,
-        env={**os.environ, "STAGECAST_WORLD": json.dumps(world)},
+        env={**os.environ, "STAGECAST_SERVICES": json.dumps(world)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

@@ -253,7 +253,7 @@ async def test_a_service_that_comes_back_without_the_past_is_shown_as_it_is(
             await tab.is_connected("offline")
             async with serving(tmp_path / "second", port):
                 await try_now(tab)
-                await expect(tab["#notice"]).to_contain_text("The service no longer has the past")
+                await expect(tab["#notice"]).to_contain_text("The service no longer has the history")
                 await tab.shows("empty")
                 await tab.start("a new hat")
                 await tab.shows("completed", "a new hat")

@@ -141,7 +141,7 @@ async def test_what_fails_says_why_and_is_tried_again(browser: Browser, service:
         await tab.start("a lost hat")
         await tab.shows("failed", "a lost hat")
         await expect(tab["#outcome"]).to_have_text(
-            "The image service is not available right now. Please try again. The credit was given back."
+            "The image service is not available right now. Please try again. The credit was refunded."
         )
         await expect(tab["#credit"]).to_have_text("100 credits")
         await expect(tab["#announcer"]).to_contain_text("The image service is not available")
@@ -276,15 +276,15 @@ async def test_files_are_dropped_and_urls_are_pasted(browser: Browser, service: 
         )
         await expect(tab["#tray li"]).to_have_count(3)
         await expect(tab["#tray .where:visible"]).to_have_text(["example.com", "example.org"])
-        await expect(tab["#face-hint"]).to_have_text("The face: a.jpg")
+        await expect(tab["#face-hint"]).to_have_text("Face: a.jpg")
         await expect(tab["#face-swap"]).to_be_checked()
         await tab.page.get_by_role("button", name="Remove example.com").click()
-        await expect(tab["#face-hint"]).to_have_text("The face: b.jpg")
+        await expect(tab["#face-hint"]).to_have_text("Face: b.jpg")
         await tab["#files"].set_input_files([PHOTO] * 4)
         await expect(tab["#tray li"]).to_have_count(5)
-        await expect(tab["#problem"]).to_have_text("There may be 5 pictures at most.")
+        await expect(tab["#problem"]).to_have_text("At most 5 pictures can be used.")
         await tab["#files"].set_input_files([FilePayload(name="d.gif", mimeType="image/gif", buffer=b"GIF89a")])
-        await expect(tab["#problem"]).to_have_text("d.gif is no PNG, JPEG or WebP.")
+        await expect(tab["#problem"]).to_have_text("d.gif is not a PNG, JPEG or WebP picture.")
 
 
 async def test_a_face_is_swapped_where_an_image_url_is_given(browser: Browser, service: Running) -> None:
@@ -340,7 +340,7 @@ async def test_pictures_from_elsewhere_are_named_and_not_fetched(browser: Browse
         link = tab.page.get_by_role("link", name="Generated (at pictures.example.com)")
         await expect(link).to_have_attribute("href", picture)
         await expect(link).to_have_attribute("rel", "noopener noreferrer")
-        await expect(tab["#no-picture"]).to_contain_text("The picture is kept elsewhere")
+        await expect(tab["#no-picture"]).to_contain_text("The picture is stored on another site")
 
 
 async def test_another_user_sees_other_pictures(browser: Browser, service: Running) -> None:

@@ -1,71 +1,75 @@
 /**
- * The page: starts generations, and shows the user's, live. Everything that is live is the client's, `stagecast.js`;
- * the page draws what it tells.
+ * The page: starts generations, and shows the user's generations live. `stagecast.js` keeps the live state; the page
+ * renders it.
  *
  * @typedef {import("./timeline.js").Stage} Stage
  * @typedef {import("./stagecast.js").Generation} Generation
  */
 
 import * as connection from "./connection.js";
-import { BASE, announce, byId, write } from "./dom.js";
+import { BASE, announce, byId, setText } from "./dom.js";
 import * as form from "./form.js";
+import { formatPercent, switchLanguage, t, titleOf, translate, usePreferredLanguage } from "./i18n.js";
 import * as identity from "./identity.js";
 import * as lists from "./lists.js";
 import * as stage from "./stage.js";
 import { connect, isFinished } from "./stagecast.js";
 import * as strip from "./strip.js";
 import * as timeline from "./timeline.js";
-import { percent, saying, speak, t, titleOf } from "./words.js";
 
-/** The Socket.IO client. Where the service has no copy of it, it says where there is one: that comes, or does not. */
-async function client() {
+/**
+ * Returns the Socket.IO client, or null if it cannot be loaded. A service without its own copy puts a template into the
+ * page that loads the client from a CDN.
+ */
+async function loadSocketIo() {
   const script = byId("client")?.content.firstElementChild.cloneNode();
-  if (script) await new Promise((done) => {
-    script.onload = script.onerror = done;
-    setTimeout(done, 5_000);
+  if (script) await new Promise((resolve) => {
+    script.onload = script.onerror = resolve;
+    setTimeout(resolve, 5_000);
     document.head.append(script);
   });
   return /** @type {any} */ (globalThis).io ?? null;
 }
 
-speak();
+usePreferredLanguage();
 byId("language").textContent = t("otherLanguage");
-const coming = client();
-const who = await identity.identify();
-const stagecast = connect({ ...who, url: BASE, io: await coming });
+const socketIo = loadSocketIo();
+const user = await identity.identify();
+const stagecast = connect({ ...user, url: BASE, io: await socketIo });
 
-/** @type {Record<string, Stage[]>} */
-let tables = {};
-/** Nothing has been shown yet. */
-let first = true;
-/** What has been started here, to start it again. @type {Map<string, form.Order>} */
-const orders = new Map();
+/** The stages of each kind, as `GET /stages` lists them. @type {Record<string, Stage[]>} */
+let stages = {};
+/** Whether the page has not been connected yet. */
+let firstConnection = true;
+/** What was submitted in this tab, by generation, for "Try again". @type {Map<string, form.Submission>} */
+const submissions = new Map();
 
-// ---- Drawing -------------------------------------------------------------------------------------------------------
+// ---- Rendering -----------------------------------------------------------------------------------------------------
 
-let waiting = false;
+let renderScheduled = false;
 
-/** Draws soon, and once for all that changes at once. Not in an animation frame: a hidden tab has none. */
-function draw() {
-  if (waiting) return;
-  waiting = true;
+/** Renders once for all changes of the current task. Not in an animation frame: hidden tabs get none. */
+function render() {
+  if (renderScheduled) return;
+  renderScheduled = true;
   queueMicrotask(() => {
-    waiting = false;
-    drawNow();
+    renderScheduled = false;
+    renderNow();
   });
 }
 
-function drawNow(anew = false) {
+/** @param {boolean} [force] also what has not changed, after a change of language */
+function renderNow(force = false) {
   const { credit, userId, generations } = stagecast;
   byId("credit").hidden = credit === undefined || stagecast.state === "refused";
-  write(byId("credit"), credit === undefined ? "" : t("credit")(credit));
-  identity.draw(userId);
-  connection.draw(stagecast);
-  stage.draw(stagecast, tables, anew);
-  strip.draw(stagecast);
-  lists.draw(stagecast, anew);
+  setText(byId("credit"), credit === undefined ? "" : t("credit")(credit));
+  identity.render(userId);
+  connection.render(stagecast);
+  stage.render(stagecast, stages, force);
+  strip.render(stagecast);
+  lists.render(stagecast, force);
   const [running] = generations.filter((generation) => !isFinished(generation));
-  document.title = running ? `${percent(running.progress)} · Stagecast` : "Stagecast";
+  document.title = running ? `${formatPercent(running.progress)} · Stagecast` : "Stagecast";
 }
 
 setInterval(() => {
@@ -73,86 +77,86 @@ setInterval(() => {
   lists.tick();
 }, 1_000);
 
-// ---- What is done --------------------------------------------------------------------------------------------------
+// ---- Actions -------------------------------------------------------------------------------------------------------
 
-/** @param {form.Order} order @param {string} [idempotencyKey] */
-async function start(order, idempotencyKey) {
-  const { generationId } = await stagecast.start(order.kind, order.wish, { idempotencyKey });
-  orders.set(generationId, order);
-  const roomy = form.makeRoom();
-  look("");
-  drawNow();
+/** @param {form.Submission} submission @param {string} [idempotencyKey] */
+async function start(submission, idempotencyKey) {
+  const { generationId } = await stagecast.start(submission.kind, submission.request, { idempotencyKey });
+  submissions.set(generationId, submission);
+  const wide = form.collapseIfNarrow();
+  select("");
+  renderNow();
   byId("stage").scrollIntoView();
-  if (!roomy) byId("stage-title").focus({ preventScroll: true }); // The form has closed over the button.
-  const now = stagecast.get(generationId);
-  if (now && !isFinished(now)) announce(t("saidStarted")(titleOf(now)));
+  if (!wide) byId("stage-title").focus({ preventScroll: true }); // The focused button is now in the collapsed form.
+  const generation = stagecast.get(generationId);
+  if (generation && !isFinished(generation)) announce(t("announceStarted")(titleOf(generation)));
 }
 
 /**
- * The same again; where that cannot help, or is no longer known, the form is filled to change it.
+ * Starts a generation again. If that cannot succeed, or this tab does not have its pictures, fills the form instead.
  *
  * @param {Generation} generation
  */
-async function again(generation) {
+async function tryAgain(generation) {
   const { generationId, kind, metadata, inputImage, retryable } = generation;
-  const order = orders.get(generationId);
-  if (order && retryable !== false) return start(order);
-  form.fill(kind, order?.wish ?? {
+  const submission = submissions.get(generationId);
+  if (submission && retryable !== false) return start(submission);
+  form.fill(kind, submission?.request ?? {
     prompt: String(metadata?.prompt ?? metadata?.title ?? ""), imageUrls: inputImage ? [inputImage] : [],
     faceSwap: metadata?.faceSwap, aspectRatio: metadata?.aspectRatio,
   });
 }
 
-/** Looks at this generation, or at the newest. */
-function look(/** @type {string} */ id) {
+/** Selects the generation to show; an empty id selects the newest. */
+function select(/** @type {string} */ id) {
   if (location.hash.slice(1) !== id) history.pushState(null, "", id ? `#${id}` : location.pathname);
-  draw();
+  render();
   byId("stage").scrollIntoView({ block: "nearest" });
 }
 
-// ---- What happens --------------------------------------------------------------------------------------------------
+// ---- Events --------------------------------------------------------------------------------------------------------
 
-stagecast.on("change", draw);
+stagecast.on("change", render);
 stagecast.on("event", (event, generation) => {
   if (event.sequence < generation.sequence) return;
   const title = titleOf(generation);
-  if (event.status === "completed") announce(t("saidCompleted")(title));
-  const { text } = saying(event.error ?? event.message, event.code);
-  if (event.status === "failed") announce(t("saidFailed")(title, text));
+  if (event.status === "completed") announce(t("announceCompleted")(title));
+  const { text } = translate(event.error ?? event.message, event.code);
+  if (event.status === "failed") announce(t("announceFailed")(title, text));
 });
 stagecast.on("state", async (state, reason) => {
-  draw();
+  render();
   if (state === "live" || state === "polling") {
-    if (first && stagecast.generations.length) form.makeRoom();
-    first = false;
-    tables = await stagecast.stages().catch(() => tables);
-    draw();
+    if (firstConnection && stagecast.generations.length) form.collapseIfNarrow();
+    firstConnection = false;
+    stages = await stagecast.stages().catch(() => stages);
+    render();
   }
-  if (state === "refused" && identity.guarded) stagecast.switchUser(await identity.identifyAnew(reason));
+  if (state === "refused" && identity.tokenRequired) stagecast.switchUser(await identity.askForNewToken(reason));
 });
 
-connection.listen(stagecast);
-timeline.listen(stagecast, draw);
-lists.listen(stagecast);
-stage.listen(stagecast, { again, promptOf: ({ generationId }) => orders.get(generationId)?.wish.prompt });
-strip.listen(stagecast);
-form.listen(start);
-identity.listen((next) => {
-  look("");
+connection.init(stagecast);
+timeline.init(stagecast, render);
+lists.init(stagecast);
+stage.init(stagecast, { tryAgain, promptOf: ({ generationId }) => submissions.get(generationId)?.request.prompt });
+strip.init(stagecast);
+form.init(start);
+identity.init((next) => {
+  select("");
   form.clear();
-  orders.clear();
+  submissions.clear();
   stagecast.switchUser(next);
 });
 byId("language").addEventListener("click", () => {
-  speak(true);
+  switchLanguage();
   byId("language").textContent = t("otherLanguage");
-  form.draw();
-  drawNow(true);
+  form.render();
+  renderNow(true);
 });
 addEventListener("hashchange", () => {
-  draw();
+  render();
   byId("stage").scrollIntoView();
   byId("stage-title").focus({ preventScroll: true });
 });
-addEventListener("popstate", draw);
-drawNow();
+addEventListener("popstate", render);
+renderNow();

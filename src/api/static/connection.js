@@ -1,91 +1,90 @@
 /**
- * How the page is connected: the line in the header, what is said when it breaks and comes back, and the button
- * that breaks it.
+ * The connection: its state in the header, the notice when it breaks and comes back, and the button that disconnects.
  *
  * @typedef {ReturnType<typeof import("./stagecast.js").connect>} Stagecast
  * @typedef {{tone: "offline" | "back" | "plain", text: string, action?: "retry" | "dismiss"}} Notice
  */
 
-import { byId, stamp, write } from "./dom.js";
-import { guarded } from "./identity.js";
-import { t } from "./words.js";
+import { byId, cloneTemplate, setText } from "./dom.js";
+import { t } from "./i18n.js";
+import { tokenRequired } from "./identity.js";
 
-/** What is told once, on coming back, until it is dismissed. @type {(() => string) | undefined} */
-let told;
-/** The user has cut it. */
+/** The notice after a reconnect, until it is dismissed. @type {(() => string) | undefined} */
+let backNotice;
+/** Whether the user has pressed the button. */
 let cut = false;
-/** The user knows that it polls. */
-let known = false;
-/** @type {any} */
-let passing;
+/** Whether the user has dismissed the notice about polling. */
+let pollingDismissed = false;
+/** Hides the notice after a while. @type {any} */
+let hideTimer;
 
 /** @param {import("./stagecast.js").State} state @returns {Notice | undefined} */
-function notice(state) {
-  if (state === "refused") return guarded ? undefined : { tone: "offline", text: t("userRefused") };
+function noticeFor(state) {
+  if (state === "refused") return tokenRequired ? undefined : { tone: "offline", text: t("userRefused") };
   if (state === "offline" && cut) return { tone: "offline", text: t("cutNotice") };
   if (state === "offline") return { tone: "offline", text: t("offlineNotice"), action: "retry" };
   if (state === "catching up") return { tone: "plain", text: t("catching up") };
-  if (told) return { tone: "back", text: told(), action: "dismiss" };
-  if (state !== "polling" || known) return;
+  if (backNotice) return { tone: "back", text: backNotice(), action: "dismiss" };
+  if (state !== "polling" || pollingDismissed) return;
   return { tone: "plain", text: t("io" in globalThis ? "pollingMeanwhile" : "pollingNotice"), action: "dismiss" };
 }
 
 /** @param {Stagecast} stagecast @param {() => string} [text] */
-function tell(stagecast, text) {
-  clearTimeout(passing);
-  told = text;
-  if (told) passing = setTimeout(tell, 20_000, stagecast);
-  draw(stagecast);
+function setBackNotice(stagecast, text) {
+  clearTimeout(hideTimer);
+  backNotice = text;
+  if (text) hideTimer = setTimeout(setBackNotice, 20_000, stagecast);
+  render(stagecast);
 }
 
 /** @param {Stagecast} stagecast */
-function comeBack(stagecast) {
+function reconnect(stagecast) {
   cut = false;
-  stagecast.cut(); // What is on its way is not waited for.
+  stagecast.cut(); // Abandon an attempt that is under way.
   stagecast.restore();
-  draw(stagecast);
+  render(stagecast);
 }
 
 /** @param {Stagecast} stagecast */
-export function draw(stagecast) {
+export function render(stagecast) {
   const { state } = stagecast;
   document.body.dataset.connection = state;
-  write(byId("connection"), t(state));
-  write(byId("cut"), t(cut ? "restore" : "cut"));
+  setText(byId("connection"), t(state));
+  setText(byId("cut"), t(cut ? "restore" : "cut"));
   byId("cut").hidden = state === "refused";
-  const next = notice(state);
-  const root = byId("notice");
-  if (!next) return root.replaceChildren();
-  if (root.dataset.said !== next.text || !root.firstChild) {
-    const { root: shown, part } = stamp("notice-template");
-    part("span").textContent = next.text;
-    part("button").hidden = !next.action;
-    part("button").textContent = next.action ? t(next.action) : "";
+  const notice = noticeFor(state);
+  const container = byId("notice");
+  if (!notice) return container.replaceChildren();
+  if (container.dataset.notice !== notice.text || !container.firstChild) {
+    const { root, part } = cloneTemplate("notice-template");
+    part("span").textContent = notice.text;
+    part("button").hidden = !notice.action;
+    part("button").textContent = notice.action ? t(notice.action) : "";
     part("button").addEventListener("click", () => {
       byId("cut").focus();
-      if (next.action === "retry") return comeBack(stagecast);
-      known ||= next.tone === "plain";
-      tell(stagecast);
+      if (notice.action === "retry") return reconnect(stagecast);
+      pollingDismissed ||= notice.tone === "plain";
+      setBackNotice(stagecast);
     });
-    root.replaceChildren(shown);
-    Object.assign(root.dataset, { said: next.text, tone: next.tone });
+    container.replaceChildren(root);
+    Object.assign(container.dataset, { notice: notice.text, tone: notice.tone });
   }
 }
 
 /** @param {Stagecast} stagecast */
-export function listen(stagecast) {
+export function init(stagecast) {
   byId("cut").addEventListener("click", () => {
-    if (cut) return comeBack(stagecast);
+    if (cut) return reconnect(stagecast);
     cut = true;
     stagecast.cut();
-    draw(stagecast);
+    render(stagecast);
   });
   stagecast.on("state", (state) => {
     if (state === "live" || state === "polling" || state === "connecting") cut = false;
-    if (state === "offline" || state === "connecting") told = undefined;
-    draw(stagecast);
+    if (state === "offline" || state === "connecting") backNotice = undefined;
+    render(stagecast);
   });
   stagecast.on("caughtUp", ({ missed, recovered }) => {
-    tell(stagecast, () => (recovered ? t("back")(missed) : t("backAnew")));
+    setBackNotice(stagecast, () => (recovered ? t("back")(missed) : t("backWithoutHistory")));
   });
 }

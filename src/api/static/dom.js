@@ -1,49 +1,49 @@
-/** Small hands for the page. Texts go in as text, never as HTML. */
+/** Helpers for the DOM. Texts are set as text, never as HTML. */
 
-/** The service's URL, as this page has it: with a path where the service is behind one. */
+/** The URL of the service that the page was loaded from, with its path if it is served below one. */
 export const BASE = new URL("..", import.meta.url).href.slice(0, -1);
 
 export const byId = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
 
-/** The URL that this is, if it is one. @param {string | undefined} text @returns {URL | undefined} */
+/** The parsed URL; undefined if the text is not a URL. @param {string | undefined} text @returns {URL | undefined} */
 export function parseUrl(text) {
-  try { return text ? new URL(text) : undefined; } catch {} // It is not one.
+  try { return text ? new URL(text) : undefined; } catch {} // Not a URL.
 }
 
-/** A new copy of a template's element, and its parts. */
-export function stamp(/** @type {string} */ template) {
+/** Clones the root element of a template. `part` finds an element in the clone. */
+export function cloneTemplate(/** @type {string} */ template) {
   const root = byId(template).content.firstElementChild.cloneNode(true);
   return { root, part: (/** @type {string} */ selector) => root.querySelector(selector) };
 }
 
-/** Changes nothing where nothing is new: what is read out is not read out again. */
-export function write(/** @type {HTMLElement} */ element, /** @type {string} */ text) {
+/** Sets an element's text only if it differs, so that screen readers do not repeat a live region. */
+export function setText(/** @type {HTMLElement} */ element, /** @type {string} */ text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** A picture, or none. What is there stays until the next one has come in. */
-export function show(/** @type {HTMLImageElement} */ img, /** @type {string | undefined} */ src, alt = "") {
+/** Shows an image, or hides the element if there is none. The old image stays until the new one has loaded. */
+export function setImage(/** @type {HTMLImageElement} */ img, /** @type {string | undefined} */ src, alt = "") {
   img.alt = alt;
   if (!src) {
     img.hidden = true;
     img.removeAttribute("src");
   } else if (img.getAttribute("src") !== src) {
-    img.onerror = () => (img.hidden = true); // It was deleted meanwhile, or is none.
+    img.onerror = () => (img.hidden = true); // Deleted meanwhile, or not an image.
     img.hidden = false;
     img.src = src;
   }
 }
 
-/** Puts these elements there in this order, and moves none that stands right: it would lose its focus. */
-export function arrange(/** @type {Element} */ list, /** @type {Element[]} */ roots) {
-  for (const element of [...list.children]) if (!roots.includes(element)) element.remove();
-  roots.forEach((root, index) => {
-    if (list.children[index] !== root) list.insertBefore(root, list.children[index] ?? null);
+/** Makes these elements the children of `list`. Does not move elements that are in place: they would lose focus. */
+export function setChildren(/** @type {Element} */ list, /** @type {Element[]} */ children) {
+  for (const element of [...list.children]) if (!children.includes(element)) element.remove();
+  children.forEach((child, index) => {
+    if (list.children[index] !== child) list.insertBefore(child, list.children[index] ?? null);
   });
 }
 
-/** Sets a bar, and what is told of it to those who do not see it. */
-export function setBar(
+/** Sets a progress bar, and its description for screen readers. */
+export function setProgress(
   /** @type {HTMLElement} */ bar,
   /** @type {{label: string, progress: number, text: string}} */ { label, progress, text },
 ) {
@@ -53,5 +53,5 @@ export function setBar(
   bar.style.setProperty("--progress", `${progress}%`);
 }
 
-/** For what has no place of its own on the page. Said once. */
+/** Has screen readers announce a text that is shown nowhere else. */
 export const announce = (/** @type {string} */ text) => (byId("announcer").textContent = text);

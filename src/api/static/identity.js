@@ -1,38 +1,39 @@
 /**
- * Who is using the page: anybody by name where the service asks for no token, else whom the token names.
+ * The user: any name if the service needs no token, otherwise the user that the token names.
  *
- * @typedef {import("./stagecast.js").Who} Who
+ * @typedef {import("./stagecast.js").Identity} Identity
  */
 
 import { BASE, byId } from "./dom.js";
-import { t } from "./words.js";
+import { t } from "./i18n.js";
 
-export const guarded = document.documentElement.dataset.callers === "token";
+export const tokenRequired = document.documentElement.dataset.callers === "token";
 
 const USER = "stagecast.user";
 const TOKEN = "stagecast.token";
 
-/** What the browser keeps for us: this tab, and, for the user's name, those that are opened later. */
-const kept = (/** @type {string} */ name) => {
-  try { return sessionStorage.getItem(name) || localStorage.getItem(name) || undefined; } catch {} // It keeps nothing.
+/** Reads a value that this tab, or any tab, has stored. */
+const load = (/** @type {string} */ key) => {
+  try { return sessionStorage.getItem(key) || localStorage.getItem(key) || undefined; } catch {} // Access denied.
 };
-const keep = (/** @type {string} */ name, /** @type {string} */ value, everywhere = false) => {
+/** Stores a value for this tab, and if `allTabs` for tabs that are opened later. */
+const store = (/** @type {string} */ key, /** @type {string} */ value, allTabs = false) => {
   try {
-    sessionStorage.setItem(name, value);
-    if (everywhere) localStorage.setItem(name, value);
-  } catch {} // Not kept, then.
+    sessionStorage.setItem(key, value);
+    if (allTabs) localStorage.setItem(key, value);
+  } catch {} // Access denied: not remembered, then.
 };
 
-function reveal(/** @type {boolean} */ inside) {
-  byId("sign-in").hidden = inside;
-  byId("work").hidden = !inside;
-  byId("user-button").hidden = !inside;
-  document.querySelector(".line")?.toggleAttribute("hidden", !inside);
+function showSignedIn(/** @type {boolean} */ signedIn) {
+  byId("sign-in").hidden = signedIn;
+  byId("work").hidden = !signedIn;
+  byId("user-button").hidden = !signedIn;
+  document.querySelector(".line")?.toggleAttribute("hidden", !signedIn);
 }
 
-/** Asks for a token until there is one. @returns {Promise<Who>} */
-function askToken(problem = "") {
-  reveal(false);
+/** Shows the sign-in form until a token is entered. @returns {Promise<Identity>} */
+function askForToken(problem = "") {
+  showSignedIn(false);
   byId("token-problem").textContent = problem;
   byId("token").focus();
   return new Promise((resolve) => {
@@ -41,65 +42,65 @@ function askToken(problem = "") {
       const token = byId("token").value.trim().replace(/^Bearer\s+/i, "");
       if (!/^[\w.~+/-]+=*$/.test(token)) return (byId("token-problem").textContent = t("notToken"));
       byId("token").value = "";
-      keep(TOKEN, token);
-      reveal(true);
+      store(TOKEN, token);
+      showSignedIn(true);
       resolve({ token });
     };
   });
 }
 
-/** Who is there at first. @returns {Promise<Who>} */
+/** The stored user or token, or the one that the sign-in form asks for. @returns {Promise<Identity>} */
 export async function identify() {
-  byId("user-form").hidden = guarded;
-  byId("sign-out").hidden = !guarded;
-  const token = kept(TOKEN);
-  if (guarded && !token) return askToken();
-  reveal(true);
-  return guarded ? { token } : { userId: kept(USER) ?? "demo" };
+  byId("user-form").hidden = tokenRequired;
+  byId("sign-out").hidden = !tokenRequired;
+  const token = load(TOKEN);
+  if (tokenRequired && !token) return askForToken();
+  showSignedIn(true);
+  return tokenRequired ? { token } : { userId: load(USER) ?? "demo" };
 }
 
-/** Who is there instead of whom the service does not accept. @param {string} [code] */
-export function identifyAnew(code) {
-  return askToken(t(code === "token_expired" ? "tokenExpired" : "tokenRefused"));
+/** Asks for another token after the service has rejected one. @param {string} [code] the code of the rejection */
+export function askForNewToken(code) {
+  return askForToken(t(code === "token_expired" ? "tokenExpired" : "tokenRefused"));
 }
 
-function openPanel(/** @type {boolean} */ open) {
+function togglePanel(/** @type {boolean} */ open) {
   byId("user-panel").hidden = !open;
   byId("user-button").setAttribute("aria-expanded", String(open));
-  if (open && !guarded) byId("user").select();
+  if (open && !tokenRequired) byId("user").select();
 }
 
-/** @param {(who: Who) => void} become */
-export function listen(become) {
+/** @param {(identity: Identity) => void} switchUser */
+export function init(switchUser) {
   byId("user-form").addEventListener("submit", (/** @type {Event} */ event) => {
     event.preventDefault();
     const userId = byId("user").value.trim();
     if (!userId) return;
-    keep(USER, userId, true);
-    openPanel(false);
-    become({ userId });
+    store(USER, userId, true);
+    togglePanel(false);
+    switchUser({ userId });
   });
-  byId("user-button").addEventListener("click", () => openPanel(byId("user-panel").hidden));
+  byId("user-button").addEventListener("click", () => togglePanel(byId("user-panel").hidden));
   document.addEventListener("click", ({ target }) => {
-    if (!(/** @type {Element} */ (target).closest("#user-panel, #user-button"))) openPanel(false);
+    if (!(/** @type {Element} */ (target).closest("#user-panel, #user-button"))) togglePanel(false);
   });
   document.addEventListener("keydown", ({ key }) => {
     if (key !== "Escape" || byId("user-panel").hidden) return;
-    openPanel(false);
+    togglePanel(false);
     byId("user-button").focus();
   });
   byId("sign-out").addEventListener("click", () => {
-    keep(TOKEN, "");
-    location.assign(`${BASE}/`); // Nothing of the user's stays in this page.
+    store(TOKEN, "");
+    location.assign(`${BASE}/`); // A reload, so that nothing of this user stays in memory.
   });
 }
 
-let drawn = "";
+let renderedUser = "";
 
 /** @param {string | undefined} userId */
-export function draw(userId = "") {
+export function render(userId = "") {
   byId("user-button").textContent = userId || "…";
   byId("user-button").setAttribute("aria-label", t("userMenu")(userId));
-  if (userId === drawn) return; // Somebody may be writing another name.
-  byId("user").value = drawn = userId;
+  if (userId === renderedUser) return; // Keep what is being typed.
+  byId("user").value = renderedUser = userId;
 }

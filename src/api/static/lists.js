@@ -1,104 +1,109 @@
 /**
- * The other generations: rows of those that run, and tiles of those that are over.
+ * The lists of generations: rows for those that run, tiles for those that have finished.
  *
  * @typedef {import("./stagecast.js").Generation} Generation
  * @typedef {import("./connection.js").Stagecast} Stagecast
- * @typedef {{root: HTMLElement, part: (selector: string) => any, drawn?: Generation}} View
+ * @typedef {{root: HTMLElement, part: (selector: string) => any, rendered?: Generation}} View
  */
 
-import { arrange, byId, setBar, show, stamp, write } from "./dom.js";
-import { bestOf, sheetOf } from "./pictures.js";
+import { byId, cloneTemplate, setChildren, setImage, setProgress, setText } from "./dom.js";
+import { formatDate, formatDuration, formatPercent, statusName, t, titleOf } from "./i18n.js";
+import { latestOf, sheetOf } from "./pictures.js";
 import { age, selected } from "./stage.js";
 import { isFinished } from "./stagecast.js";
-import { moment, percent, seconds, standing, t, titleOf } from "./words.js";
 
-const PAGE = 20;
+const PAGE_SIZE = 20;
 
-/** By the id of the generation, and whether it is over. @type {Map<string, View>} */
+/** The elements on the page, by generation id and whether it has finished. @type {Map<string, View>} */
 const views = new Map();
-/** Where the next page of the history begins; undefined: nothing has been asked for, null: there is none. */
-let next = /** @type {string | null | undefined} */ (undefined);
+/** The start of the next page of the history; undefined: not requested yet, null: there is none. */
+let nextPage = /** @type {string | null | undefined} */ (undefined);
+
+/** @param {Generation} generation */
+const keyOf = (generation) => `${generation.generationId} ${isFinished(generation)}`;
 
 /** @param {Stagecast} stagecast @param {Generation} generation */
-function view(stagecast, generation, anew = false) {
+function renderView(stagecast, generation, force = false) {
   const { generationId: id, status } = generation;
-  const over = isFinished(generation);
-  const view = views.get(`${id} ${over}`) ?? /** @type {View} */ (stamp(over ? "tile-template" : "row-template"));
-  if (!views.has(`${id} ${over}`)) {
-    views.set(`${id} ${over}`, view);
+  const finished = isFinished(generation);
+  const key = keyOf(generation);
+  const view = views.get(key) ?? /** @type {View} */ (cloneTemplate(finished ? "tile-template" : "row-template"));
+  if (!views.has(key)) {
+    views.set(key, view);
     view.part("a").href = `#${id}`;
-    if (!over) view.part("button").addEventListener("click", () => stagecast.cancel(id).catch(() => {}));
+    if (!finished) view.part("button").addEventListener("click", () => stagecast.cancel(id).catch(() => {}));
   }
-  const { root, part, drawn } = view;
-  if (drawn === generation && !anew) return root;
-  view.drawn = generation;
-  root.dataset.state = over ? status : "active";
+  const { root, part, rendered } = view;
+  if (rendered === generation && !force) return root;
+  view.rendered = generation;
+  root.dataset.state = finished ? status : "active";
   const title = titleOf(generation);
   part(".title").textContent = title;
-  show(part("img"), bestOf(generation));
-  part("img").classList.toggle("sheet", bestOf(generation) === sheetOf(generation));
-  if (over) {
-    const when = moment(generation.createdAt);
-    write(part(".meta"), status === "completed" ? when : `${standing(generation)} · ${when}`);
+  setImage(part("img"), latestOf(generation));
+  part("img").classList.toggle("sheet", latestOf(generation) === sheetOf(generation));
+  if (finished) {
+    const date = formatDate(generation.createdAt);
+    setText(part(".meta"), status === "completed" ? date : `${statusName(generation)} · ${date}`);
   } else {
     const { progress } = generation;
-    const text = t("stageOf")(standing(generation), percent(progress));
-    setBar(part(".bar"), { label: t("progressOf")(title), progress, text });
-    write(part("button"), t("cancel"));
+    const text = t("stageOf")(statusName(generation), formatPercent(progress));
+    setProgress(part(".bar"), { label: t("progressOf")(title), progress, text });
+    setText(part("button"), t("cancel"));
     part("button").setAttribute("aria-label", t("cancelOne")(title));
-    tickRow(view);
+    renderElapsed(view);
   }
   return root;
 }
 
 /** @param {View} view */
-function tickRow({ part, drawn }) {
-  if (!drawn || isFinished(drawn)) return;
-  write(part(".meta"), `${t("stageOf")(standing(drawn), percent(drawn.progress))} · ${seconds(age(drawn))}`);
+function renderElapsed({ part, rendered }) {
+  if (!rendered || isFinished(rendered)) return;
+  const stage = t("stageOf")(statusName(rendered), formatPercent(rendered.progress));
+  setText(part(".meta"), `${stage} · ${formatDuration(age(rendered))}`);
 }
 
-/** What changes with time alone. */
-export const tick = () => views.forEach(tickRow);
+/** Renders what changes with time. */
+export const tick = () => views.forEach(renderElapsed);
 
-/** @param {Stagecast} stagecast @param {boolean} [anew] */
-export function draw(stagecast, anew) {
+/** @param {Stagecast} stagecast @param {boolean} [force] */
+export function render(stagecast, force) {
   const { generations } = stagecast;
-  const keys = new Set(generations.map((generation) => `${generation.generationId} ${isFinished(generation)}`));
+  const keys = new Set(generations.map(keyOf));
   for (const key of views.keys()) if (!keys.has(key)) views.delete(key);
-  const large = selected(stagecast);
-  const running = generations.filter((generation) => !isFinished(generation) && generation !== large);
-  const over = generations.filter(isFinished);
-  for (const [id, ones] of /** @type {[string, Generation[]][]} */ ([["running", running], ["history", over]])) {
-    byId(id).hidden = !ones.length;
-    arrange(byId(id).querySelector("ul"), ones.map((generation) => {
-      const root = view(stagecast, generation, anew);
-      root.querySelector("a")?.setAttribute("aria-current", String(generation === large));
+  const current = selected(stagecast);
+  const running = generations.filter((generation) => !isFinished(generation) && generation !== current);
+  const finished = generations.filter(isFinished);
+  for (const [id, listed] of /** @type {[string, Generation[]][]} */ ([["running", running], ["history", finished]])) {
+    byId(id).hidden = !listed.length;
+    setChildren(byId(id).querySelector("ul"), listed.map((generation) => {
+      const root = renderView(stagecast, generation, force);
+      root.querySelector("a")?.setAttribute("aria-current", String(generation === current));
       return root;
     }));
   }
-  byId("older").hidden = !next;
+  byId("older").hidden = !nextPage;
 }
 
-/** Asks for the next page of the history. @param {Stagecast} stagecast */
-async function older(stagecast) {
+/** Loads the next page of the history. @param {Stagecast} stagecast */
+async function loadNextPage(stagecast) {
   const { userId } = stagecast;
-  const page = await stagecast.older(next ?? undefined, PAGE);
+  const page = await stagecast.older(nextPage ?? undefined, PAGE_SIZE);
   if (stagecast.userId !== userId) return;
-  next = page.next ?? null;
-  draw(stagecast);
+  nextPage = page.next ?? null;
+  render(stagecast);
 }
 
 /** @param {Stagecast} stagecast */
-export function listen(stagecast) {
-  // What comes by itself is the newest; where the list goes on from there is told with its first page.
-  const begin = () => {
-    next = undefined;
-    older(stagecast).catch(() => {});
+export function init(stagecast) {
+  // The client already has the newest generations; the first page tells where the next one starts.
+  const loadFirstPage = () => {
+    nextPage = undefined;
+    loadNextPage(stagecast).catch(() => {});
   };
   stagecast.on("state", (state) => {
-    if (state === "connecting") next = undefined;
-    if ((state === "live" || state === "polling") && next === undefined) begin();
+    if (state === "connecting") nextPage = undefined;
+    if ((state === "live" || state === "polling") && nextPage === undefined) loadFirstPage();
   });
-  stagecast.on("caughtUp", ({ recovered }) => recovered || begin());
-  byId("older").addEventListener("click", () => older(stagecast).catch(() => {}));
+  stagecast.on("caughtUp", ({ recovered }) => recovered || loadFirstPage());
+  byId("older").addEventListener("click", () => loadNextPage(stagecast).catch(() => {}));
 }

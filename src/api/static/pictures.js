@@ -2,8 +2,8 @@
  * The pictures of a generation.
  *
  * @typedef {import("./stagecast.js").Generation} Generation
- * @typedef {{name: "sheet" | "edited" | "generated" | "faceSwapped", url: string, own?: string}} Picture
- *   `own`: the URL of one that the service keeps.
+ * @typedef {{name: "sheet" | "edited" | "generated" | "faceSwapped", url: string, ownUrl?: string}} Picture
+ *   `ownUrl`: only if the service stores the picture.
  */
 
 import { BASE, parseUrl } from "./dom.js";
@@ -13,27 +13,27 @@ const NAMES = /** @type {const} */ ({
 });
 
 /**
- * The URL as the page has it, which may have another name than the service's public URL. Pictures from elsewhere (an
- * external pipeline's) have none: the page fetches nothing from strangers.
+ * The URL of a stored picture on the host that the page was loaded from, which may differ from the service's public
+ * URL. Undefined for pictures on other sites (of an external pipeline): the page makes no requests to other sites.
  *
  * @param {Generation} generation @param {string | undefined} url
  */
-function ownPath({ generationId }, url) {
+function ownUrlOf({ generationId }, url) {
   const path = parseUrl(url)?.pathname ?? "";
   return path.includes(`/images/${generationId}-`) ? BASE + path.slice(path.lastIndexOf("/images/")) : undefined;
 }
 
-/** Those that are there, in the order in which they are made. @param {Generation} generation @returns {Picture[]} */
+/** The pictures so far, in the order in which they are made. @param {Generation} generation @returns {Picture[]} */
 export const picturesOf = (generation) =>
   Object.entries(NAMES).flatMap(([key, name]) => {
     const url = generation[/** @type {keyof typeof NAMES} */ (key)];
-    return url && /^https?:/i.test(url) && parseUrl(url) ? [{ name, url, own: ownPath(generation, url) }] : [];
+    return url && /^https?:/i.test(url) && parseUrl(url) ? [{ name, url, ownUrl: ownUrlOf(generation, url) }] : [];
   });
 
-/** The sheet's URL. @param {Generation} generation */
-export const sheetOf = (generation) => ownPath(generation, generation.compositionUrl);
+/** The URL of the composed sheet. @param {Generation} generation */
+export const sheetOf = (generation) => ownUrlOf(generation, generation.compositionUrl);
 
-/** The URL of the best picture there is so far. @param {Generation} generation */
-export const bestOf = (generation) =>
+/** The URL of the most advanced picture so far. @param {Generation} generation */
+export const latestOf = (generation) =>
   [generation.faceSwapUrl, generation.editedImageUrl, generation.generatedImageUrl, generation.previewUrl,
-    generation.compositionUrl].map((url) => ownPath(generation, url)).find(Boolean);
+    generation.compositionUrl].map((url) => ownUrlOf(generation, url)).find(Boolean);

@@ -1,39 +1,40 @@
 /**
- * The line at the top of the screen while the head of what is made has scrolled away: connection, percent and stage.
+ * The line at the top of the screen with connection, percent and stage, shown while the heading of the selected
+ * generation is scrolled out of view.
  *
  * @typedef {import("./connection.js").Stagecast} Stagecast
  */
 
-import { byId, write } from "./dom.js";
+import { byId, setText } from "./dom.js";
+import { formatPercent, statusName, t } from "./i18n.js";
 import { selected } from "./stage.js";
 import { isFinished } from "./stagecast.js";
-import { percent, standing, t } from "./words.js";
 
-/** The head is on the screen. */
-let seen = true;
-/** The generation whose progress the line shows; its end, too, until the head is seen again. */
+/** Whether the heading is on the screen. */
+let headingVisible = true;
+/** The id of the generation in the line. It stays after the generation has finished, until the heading is visible. */
 let followed = "";
 
 /** @param {Stagecast} stagecast */
-export function draw(stagecast) {
+export function render(stagecast) {
   const strip = byId("strip");
   const generation = selected(stagecast);
-  if (seen || followed !== generation?.generationId) followed = "";
-  if (!seen && generation && !isFinished(generation)) followed = generation.generationId;
+  if (headingVisible || followed !== generation?.generationId) followed = "";
+  if (!headingVisible && generation && !isFinished(generation)) followed = generation.generationId;
   strip.classList.toggle("shown", followed !== "");
   if (!generation || !followed) return;
-  write(strip.querySelector(".connection"), t(stagecast.state));
-  write(strip.querySelector(".percent"), isFinished(generation) ? "" : percent(generation.progress));
-  write(strip.querySelector(".stage-name"), standing(generation));
+  setText(strip.querySelector(".connection"), t(stagecast.state));
+  setText(strip.querySelector(".percent"), isFinished(generation) ? "" : formatPercent(generation.progress));
+  setText(strip.querySelector(".stage-name"), statusName(generation));
   strip.dataset.state = generation.status;
   strip.style.setProperty("--progress", `${generation.progress}%`);
 }
 
 /** @param {Stagecast} stagecast */
-export function listen(stagecast) {
+export function init(stagecast) {
   new IntersectionObserver((entries) => {
-    seen = entries[entries.length - 1].isIntersecting;
-    draw(stagecast);
+    headingVisible = entries[entries.length - 1].isIntersecting;
+    render(stagecast);
   }).observe(byId("standing"));
   byId("strip").addEventListener("click", () => {
     byId("stage").scrollIntoView();

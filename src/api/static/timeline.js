@@ -1,5 +1,5 @@
 /**
- * A generation's history: its events, as far as they have happened, and the stages that the table has for it then.
+ * The timeline of the selected generation: its events so far, then the stages to come.
  *
  * @typedef {import("./stagecast.js").Generation} Generation
  * @typedef {import("./stagecast.js").StagecastEvent} StagecastEvent
@@ -7,108 +7,110 @@
  * @typedef {{status: string, progress?: number, next: string[], terminal: boolean}} Stage As in `GET /stages`.
  */
 
-import { arrange, byId, stamp } from "./dom.js";
+import { byId, cloneTemplate, setChildren } from "./dom.js";
+import { formatDuration, formatPercent, formatTime, showMessage, stageName, statusName, t } from "./i18n.js";
 import { isFinished } from "./stagecast.js";
-import { clock, percent, quote, seconds, standing, stageName, t } from "./words.js";
 
-/** From the first one on, without a gap. @type {Map<string, StagecastEvent[]>} */
-const known = new Map();
-/** Those that came in after the page had been away. @type {WeakSet<StagecastEvent>} */
+/** The events of each generation, from the first on, without a gap. @type {Map<string, StagecastEvent[]>} */
+const eventsOf = new Map();
+/** Events that arrived while catching up. @type {WeakSet<StagecastEvent>} */
 const late = new WeakSet();
-/** @type {Set<string>} */
-const asked = new Set();
-/** The rows that are shown, and whose they are. */
-let shown = { id: "", rows: /** @type {HTMLElement[]} */ ([]) };
+/** Generations whose history is being requested. @type {Set<string>} */
+const loading = new Set();
+/** The rows on the page, and the generation they belong to. */
+let rendered = { id: "", rows: /** @type {HTMLElement[]} */ ([]) };
 
-/** @param {StagecastEvent} event */
-function take(event) {
-  const events = known.get(event.generationId) ?? [];
-  if (event.sequence === events.length + 1) known.set(event.generationId, [...events, event]);
+/** Adds an event if it is the next one. @param {StagecastEvent} event */
+function addEvent(event) {
+  const events = eventsOf.get(event.generationId) ?? [];
+  if (event.sequence === events.length + 1) eventsOf.set(event.generationId, [...events, event]);
 }
 
 /**
- * The stages to come, by the table. Where the way forks, a face swap that was asked for is the longer one.
+ * The stages to come. If one of several stages may be next, a requested face swap takes the one with the lowest
+ * progress, as it is on the longer path.
  *
  * @param {Stage[]} table @param {Generation} generation
  */
-export function ahead(table, { status, metadata, inputImage }) {
-  const detour = metadata?.faceSwap ?? Boolean(inputImage);
-  const ahead = /** @type {Stage[]} */ ([]);
-  for (let at = table.find((stage) => stage.status === status); at && !at.terminal; ahead.push(at)) {
-    const { next } = at;
-    const onward = table.filter((stage) => next.includes(stage.status) && stage.progress !== undefined);
-    onward.sort((one, other) => (one.progress ?? 0) - (other.progress ?? 0));
-    at = onward.at(detour ? 0 : -1);
-    if (!at) break;
+export function upcomingStages(table, { status, metadata, inputImage }) {
+  const faceSwap = metadata?.faceSwap ?? Boolean(inputImage);
+  const upcoming = /** @type {Stage[]} */ ([]);
+  for (let stage = table.find((each) => each.status === status); stage && !stage.terminal; upcoming.push(stage)) {
+    const { next } = stage;
+    const candidates = table.filter((each) => next.includes(each.status) && each.progress !== undefined);
+    candidates.sort((a, b) => (a.progress ?? 0) - (b.progress ?? 0));
+    stage = candidates.at(faceSwap ? 0 : -1);
+    if (!stage) break;
   }
-  return ahead;
+  return upcoming;
 }
 
-/** @param {StagecastEvent} event @param {StagecastEvent | undefined} before @param {Generation} generation */
-function happened(event, before, { createdAt }) {
-  const { root, part } = stamp("moment-template");
-  const again = event.status === before?.status;
-  root.dataset.state = again ? "again" : event.status;
-  part(".what").textContent = standing(event);
-  part(".what").hidden = again;
-  quote(part(".message"), event.error ?? event.message, event.code);
+/** @param {StagecastEvent} event @param {StagecastEvent | undefined} previous @param {Generation} generation */
+function eventRow(event, previous, { createdAt }) {
+  const { root, part } = cloneTemplate("moment-template");
+  const repeated = event.status === previous?.status;
+  root.dataset.state = repeated ? "again" : event.status;
+  part(".what").textContent = statusName(event);
+  part(".what").hidden = repeated;
+  showMessage(part(".message"), event.error ?? event.message, event.code);
   part("time").dateTime = event.occurredAt;
   part("time").title = event.occurredAt;
-  part("time").textContent = clock(event.occurredAt);
-  const since = seconds(Date.parse(event.occurredAt) - Date.parse(createdAt), 1);
-  part(".when span").textContent = [`+${since}`, percent(event.progress), late.has(event) ? t("late") : ""]
+  part("time").textContent = formatTime(event.occurredAt);
+  const elapsed = formatDuration(Date.parse(event.occurredAt) - Date.parse(createdAt), 1);
+  part(".when span").textContent = [`+${elapsed}`, formatPercent(event.progress), late.has(event) ? t("late") : ""]
     .filter(Boolean).join(" · ");
   root.classList.toggle("late", late.has(event));
   return root;
 }
 
 /** @param {Stage} stage */
-function toCome(stage) {
-  const { root, part } = stamp("moment-template");
+function upcomingRow(stage) {
+  const { root, part } = cloneTemplate("moment-template");
   root.dataset.state = "to-come";
   part(".what").textContent = stageName(stage.status);
   part(".message").remove();
   part("time").remove();
-  part(".when span").textContent = percent(stage.progress ?? 0);
+  part(".when span").textContent = formatPercent(stage.progress ?? 0);
   return root;
 }
 
 /**
- * @param {Stagecast} stagecast @param {Generation} generation @param {Stage[]} table @param {boolean} [anew]
+ * @param {Stagecast} stagecast @param {Generation} generation @param {Stage[]} table
+ * @param {boolean} [force] renders all rows again, after a change of language
  */
-export function draw(stagecast, generation, table, anew) {
+export function render(stagecast, generation, table, force) {
   const { generationId: id, sequence } = generation;
-  const events = known.get(id) ?? [];
-  if (shown.id !== id || anew) shown = { id, rows: [] };
-  const { rows } = shown;
-  for (const event of events.slice(rows.length)) rows.push(happened(event, events[event.sequence - 2], generation));
+  const events = eventsOf.get(id) ?? [];
+  if (rendered.id !== id || force) rendered = { id, rows: [] };
+  const { rows } = rendered;
+  for (const event of events.slice(rows.length)) rows.push(eventRow(event, events[event.sequence - 2], generation));
   rows.forEach((row, index) => {
     if (index === rows.length - 1 && !isFinished(generation)) row.setAttribute("aria-current", "step");
     else row.removeAttribute("aria-current");
   });
-  arrange(byId("timeline"), [...rows, ...ahead(table, generation).map(toCome)]);
-  if (events.length < sequence && !asked.has(id)) complete(stagecast, id, events.length);
+  setChildren(byId("timeline"), [...rows, ...upcomingStages(table, generation).map(upcomingRow)]);
+  if (events.length < sequence && !loading.has(id)) loadHistory(stagecast, id, events.length);
 }
 
-/** Asks for what has not come by itself. @param {Stagecast} stagecast @param {string} id @param {number} after */
-async function complete(stagecast, id, after) {
-  asked.add(id);
+/** Requests events that did not arrive live. @param {Stagecast} stagecast @param {string} id @param {number} after */
+async function loadHistory(stagecast, id, after) {
+  loading.add(id);
   const events = await stagecast.history(id, after).catch(() => []);
-  asked.delete(id);
-  events.forEach(take);
-  if (events.length) redraw();
+  loading.delete(id);
+  events.forEach(addEvent);
+  if (events.length) onLoaded();
 }
 
-let redraw = () => {};
+let onLoaded = () => {};
 
-/** @param {Stagecast} stagecast @param {() => void} changed what is called when more is known */
-export function listen(stagecast, changed) {
-  redraw = changed;
+/** @param {Stagecast} stagecast @param {() => void} loaded called when events have been loaded */
+export function init(stagecast, loaded) {
+  onLoaded = loaded;
   stagecast.on("event", (event) => {
     if (stagecast.state === "catching up") late.add(event);
-    take(event);
+    addEvent(event);
   });
   stagecast.on("change", () => {
-    for (const id of known.keys()) if (!stagecast.get(id)) known.delete(id);
+    for (const id of eventsOf.keys()) if (!stagecast.get(id)) eventsOf.delete(id);
   });
 }
