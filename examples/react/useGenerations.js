@@ -1,4 +1,4 @@
-// A user's generations in React. The client is made once, outside of the components:
+// A user's generations in React. Create the client once, outside of the components:
 //
 //     const stagecast = connect({ io, url, token });
 //
@@ -10,13 +10,13 @@ import { useCallback, useSyncExternalStore } from "react";
 
 export function useGenerations(stagecast) {
   const subscribe = useCallback(
-    (changed) => {
-      const ends = ["change", "state"].map((name) => stagecast.on(name, changed));
-      return () => ends.forEach((end) => end());
+    (onChange) => {
+      const removers = ["change", "state"].map((name) => stagecast.on(name, onChange));
+      return () => removers.forEach((remove) => remove());
     },
     [stagecast],
   );
-  // Each is the same value until it changes, as React asks for.
+  // Each getter returns the same value until it changes, as useSyncExternalStore requires.
   const generations = useSyncExternalStore(subscribe, () => stagecast.generations);
   const state = useSyncExternalStore(subscribe, () => stagecast.state);
   const credit = useSyncExternalStore(subscribe, () => stagecast.credit);
