@@ -1,4 +1,4 @@
-"""The official JavaScript client, through Node; tests that need it are skipped, loudly, where it is not."""
+"""The official JavaScript client in Node. Without Node, tests that need it are skipped with a reason."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ ROOT: Final = TESTS.parent
 
 _CLIENT: Final = ROOT / "src" / "api" / "static" / "vendor" / "socket.io.min.js"
 
-#: In CI nothing is skipped: what is missing there is a failure.
+#: In CI nothing is skipped: a missing program fails the test.
 _CI: Final = "CI" in os.environ
 
 needs_node: Final = pytest.mark.skipif(
@@ -52,13 +52,13 @@ class Script:
 
     @property
     def data(self) -> list[dict[str, Any]]:
-        """What came with the seed's four events, in order."""
+        """The data of the seed's four events, in order."""
         return [line["data"] for line in self.lines if "data" in line]
 
 
 @asynccontextmanager
 async def seed(url: str, user: int) -> AsyncIterator[Script]:
-    """The seed's own JavaScript, not a character of it changed but for the address of the server."""
+    """The seed's JavaScript, unchanged except for the address of the server."""
     snippet = (TESTS / "seed.mjs").read_text()
     assert snippet.count('"http://localhost:3000"') == 1
     process = await asyncio.create_subprocess_exec(
@@ -85,21 +85,21 @@ async def seed(url: str, user: int) -> AsyncIterator[Script]:
 
 @dataclass
 class Browser:
-    """One socket of the official client, as `recovery.mjs` tells of it."""
+    """One socket of the official client, driven and reported by `recovery.mjs`."""
 
     id: str
-    _tell: Callable[[dict[str, Any]], None]
+    _send: Callable[[dict[str, Any]], None]
     lines: list[dict[str, Any]] = field(default_factory=list)
     #: The events of generations: name and data.
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    #: What each of them carried behind its data.
+    #: The further arguments of each of them, after its data.
     further: list[list[Any]] = field(default_factory=list)
-    #: Every other event, whole.
+    #: All other events: name and arguments.
     notices: list[list[Any]] = field(default_factory=list)
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _refs: int = 0
 
-    def hear(self, line: dict[str, Any]) -> None:
+    def on_line(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         if line["on"] == "event":
             if line["name"] == "continue" or line["name"].startswith("generation_"):
@@ -107,17 +107,17 @@ class Browser:
                 self.further.append(line["args"][1:])
             else:
                 self.notices.append([line["name"], *line["args"]])
-        self._news.set()
+        self._changed.set()
 
     async def until(self, happened: Callable[[], bool]) -> None:
         async with asyncio.timeout(40):
             while not happened():
-                self._news.clear()
-                await self._news.wait()
+                self._changed.clear()
+                await self._changed.wait()
 
     def do(self, command: str, **rest: Any) -> None:
-        """Say this to the program: see its commands."""
-        self._tell({"do": command, "id": self.id, **rest})
+        """Send a command to `recovery.mjs`."""
+        self._send({"do": command, "id": self.id, **rest})
 
     async def call(self, name: str, *args: Any) -> dict[str, Any]:
         """Send an event and return its ack."""
@@ -127,20 +127,20 @@ class Browser:
         return await self.ack(ref)
 
     def on(self, kind: str) -> list[dict[str, Any]]:
-        """What has been told of this kind: ``connect``, ``disconnect``, ``ack`` …"""
+        """The lines of this kind: ``connect``, ``disconnect``, ``ack`` …"""
         return [line for line in self.lines if line["on"] == kind]
 
     async def ack(self, ref: str | int = "first", count: int = 1) -> dict[str, Any]:
-        """The `count`-th ack of what was sent with this ref: ``first`` and ``always`` are sent of themselves."""
+        """The `count`-th ack with this ref. ``first`` and ``always`` are the payloads given to `Browsers.open`."""
         line = await self._line(lambda: [line for line in self.on("ack") if line["ref"] == ref], count)
         return dict(line["ack"])
 
     async def connected(self, count: int = 1) -> dict[str, Any]:
-        """How it was the `count`-th time that it connected."""
+        """The `count`-th connect."""
         return await self._line(lambda: self.on("connect"), count)
 
     async def disconnected(self, count: int = 1) -> str:
-        """The reason of the `count`-th time that it was disconnected."""
+        """The reason of the `count`-th disconnect."""
         line = await self._line(lambda: self.on("disconnect"), count)
         return str(line["reason"])
 
@@ -150,44 +150,44 @@ class Browser:
 
 
 class Browsers:
-    """Any number of sockets in one Node."""
+    """Any number of sockets in one Node process."""
 
     def __init__(self, stdin: asyncio.StreamWriter) -> None:
         self._stdin = stdin
         self._opened = 0
-        #: Those that are listened to.
-        self.everybody: dict[str, Browser] = {}
+        #: The open sockets by id.
+        self.open_browsers: dict[str, Browser] = {}
 
     def open(self, url: str, *, first: Any = None, always: Any = None, **options: Any) -> Browser:
-        """A socket like the seed's, which sends `first` once; or one that sends `always` with each connection."""
+        """Open a socket that authenticates with `first` once, as the seed does, or with `always` on each connect."""
         self._opened += 1
-        browser = Browser(f"{self._opened}", self._tell)
-        self.everybody[browser.id] = browser
+        browser = Browser(f"{self._opened}", self._send)
+        self.open_browsers[browser.id] = browser
         browser.do("open", url=url, options=options, first=first, always=always)
         return browser
 
-    def _tell(self, command: dict[str, Any]) -> None:
+    def _send(self, command: dict[str, Any]) -> None:
         self._stdin.write(json.dumps(command).encode() + b"\n")
 
     async def listen(self, stream: asyncio.StreamReader) -> None:
         async for text in stream:
             line = json.loads(text)
-            if line["id"] in self.everybody:
-                self.everybody[line["id"]].hear(line)
+            if line["id"] in self.open_browsers:
+                self.open_browsers[line["id"]].on_line(line)
 
     async def forget_all(self) -> list[Browser]:
-        """Close every socket for good, and return all that there were."""
-        everybody = list(self.everybody.values())
-        self.everybody.clear()
-        for browser in everybody:
+        """Disconnect all sockets, and return them."""
+        browsers = list(self.open_browsers.values())
+        self.open_browsers.clear()
+        for browser in browsers:
             browser.do("forget")
         await self._stdin.drain()
-        return everybody
+        return browsers
 
 
 @asynccontextmanager
 async def browsers() -> AsyncIterator[Browsers]:
-    """The official client, which does what the test says."""
+    """The official client in a Node process, driven by the test."""
     process = await asyncio.create_subprocess_exec(
         "node",
         str(TESTS / "recovery.mjs"),
@@ -198,10 +198,10 @@ async def browsers() -> AsyncIterator[Browsers]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    everybody = Browsers(process.stdin)
-    listening = asyncio.create_task(everybody.listen(process.stdout))
+    sockets = Browsers(process.stdin)
+    listening = asyncio.create_task(sockets.listen(process.stdout))
     try:
-        yield everybody
+        yield sockets
     finally:
         process.kill()
         await process.wait()

@@ -141,7 +141,7 @@ async def test_the_client_module_works_below_the_path(place: tuple[Running, str]
 @needs_client
 async def test_the_page_works_below_the_path(place: tuple[Running, str], browser: Browser) -> None:
     service, public_url = place
-    async with tabs(browser, public_url, user="eve", forgive="/cast$") as [tab]:
+    async with tabs(browser, public_url, user="eve", ignore="/cast$") as [tab]:
         await tab["#try-samples"].click()
         await expect(tab["#tray li"]).to_have_count(4)
         for picture in await tab["#tray img"].all():
@@ -150,7 +150,7 @@ async def test_the_page_works_below_the_path(place: tuple[Running, str], browser
         await tab.shows("completed")
         await expect(tab["#after"]).to_have_js_property("naturalWidth", 1024)
         assert await tab["footer a"].evaluate("link => link.href") == f"{public_url}/docs"
-        await tab.settled()
+        await tab.upgraded()
         await tab.page.goto(public_url, wait_until="domcontentloaded")  # Without a slash at its end.
         await tab.is_connected()
         await tab.shows("completed")

@@ -37,7 +37,7 @@ needs_react: Final = pytest.mark.skipif(
 
 
 class GatedEditor:
-    """`domain.ports.ImageEditor`: after two reports it waits, at the prompt ``wait for X``, until ``let go X``."""
+    """`domain.ports.ImageEditor`: with the prompt ``wait for X`` it waits, after two reports, for ``let go X``."""
 
     free = False
 
@@ -57,39 +57,39 @@ class GatedEditor:
     generate = edit
 
 
-class ShyLog(MemoryLog):
-    """Does not answer the first question about how things stand with a user whose name begins with ``shy``."""
+class FirstReadFails(MemoryLog):
+    """Raises `LogUnavailable` at the first read for a user whose name begins with ``shy``."""
 
     def __init__(self) -> None:
         super().__init__(epoch="shy", credits=100, clock=now)
-        self._asked: set[str] = set()
+        self._failed: set[str] = set()
 
     async def present(self, user_id: str) -> Cursor:
-        if user_id.startswith("shy") and user_id not in self._asked:
-            self._asked.add(user_id)
+        if user_id.startswith("shy") and user_id not in self._failed:
+            self._failed.add(user_id)
             raise LogUnavailable
         return await super().present(user_id)
 
 
 @asynccontextmanager
-async def world(folder: Path) -> AsyncIterator[JSON]:
-    """Three services, and what the tests in Node have to know of them."""
-    # Whatever waits at a gate, there is somebody left to let it go.
-    rest: list[dict[str, Any]] = [
+async def services_for_node(folder: Path) -> AsyncIterator[JSON]:
+    """Three services, and what the tests in Node need to know about them."""
+    # Enough runners that one is left to open a gate while others wait.
+    options: list[dict[str, Any]] = [
         {"overrides": {"editor": GatedEditor(), "composer": ScriptedComposer()}, "max_running": 50} for _ in range(3)
     ]
-    rest[1]["overrides"]["log"] = ShyLog()
+    options[1]["overrides"]["log"] = FirstReadFails()
     async with (
-        running(folder / "open", **rest[0]) as open_mode,
-        running(folder / "other", max_per_user=2, **rest[1]) as other,
-        guarded(folder / "keyed", **rest[2]) as keyed,
+        running(folder / "open", **options[0]) as open_mode,
+        running(folder / "other", max_per_user=2, **options[1]) as other,
+        guarded(folder / "keyed", **options[2]) as keyed,
     ):
-        places = {"open": open_mode.url, "other": other.url, "keyed": keyed.url}
-        yield {**places, "secret": SECRET, "photo": b64encode(PHOTO).decode()}
+        urls = {"open": open_mode.url, "other": other.url, "keyed": keyed.url}
+        yield {**urls, "secret": SECRET, "photo": b64encode(PHOTO).decode()}
 
 
-async def node_test(*names: str, world: JSON) -> None:
-    """Run these files with Node's own test runner; what it says of a failure is what pytest says."""
+async def node_test(*names: str, services: JSON) -> None:
+    """Run these files with Node's test runner, and fail with its report."""
     process = await asyncio.create_subprocess_exec(
         "node",
         "--test",
@@ -97,17 +97,17 @@ async def node_test(*names: str, world: JSON) -> None:
         "--test-concurrency=2",
         *(str(TESTS / name) for name in names),
         cwd=ROOT,
-        env={**os.environ, "STAGECAST_SERVICES": json.dumps(world)},
+        env={**os.environ, "STAGECAST_SERVICES": json.dumps(services)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        said, _ = await asyncio.wait_for(process.communicate(), 100)
+        output, _ = await asyncio.wait_for(process.communicate(), 100)
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    report = said.decode()
+    report = output.decode()
     counts = dict(line[2:].split(" ") for line in report.splitlines() if line.startswith("# ") and line.count(" ") == 2)
     assert process.returncode == 0, report
     assert int(counts["pass"]) == int(counts["tests"]) > 0, report
@@ -115,7 +115,7 @@ async def node_test(*names: str, world: JSON) -> None:
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The files of this folder, on an origin of their own."""
+    """The files of this folder, served on another origin."""
 
     class Files(SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None: ...
@@ -131,33 +131,33 @@ def served(folder: Path) -> Iterator[str]:
 
 
 @needs_node
-async def test_the_fold_orders_what_comes_in_any_order() -> None:
-    await node_test("client_reduce.mjs", world={})
+async def test_the_reducer_accepts_updates_in_any_order() -> None:
+    await node_test("client_reduce.mjs", services={})
 
 
 @needs_node
-async def test_the_client_misses_nothing_and_hears_nothing_twice_whatever_the_network_does(tmp_path: Path) -> None:
-    async with world(tmp_path) as services:
-        await node_test(*LIVE, world=services)
+async def test_the_client_emits_each_event_once_whatever_the_network_does(tmp_path: Path) -> None:
+    async with services_for_node(tmp_path) as services:
+        await node_test(*LIVE, services=services)
 
 
 @needs_node
 @needs_react
-async def test_the_react_hook_and_the_node_backend_do_what_they_show(tmp_path: Path) -> None:
-    async with world(tmp_path) as services:
-        await node_test("client_examples.mjs", world=services)
+async def test_the_react_hook_and_the_node_backend_work(tmp_path: Path) -> None:
+    async with services_for_node(tmp_path) as services:
+        await node_test("client_examples.mjs", services=services)
 
 
 @needs_client
 @needs_chromium
-async def test_the_plain_page_shows_an_edit_live_from_an_origin_of_its_own(tmp_path: Path) -> None:
+async def test_the_plain_page_shows_an_edit_live_from_another_origin(tmp_path: Path) -> None:
     editor = GatedEditor()
     overrides = {"editor": editor, "composer": ScriptedComposer()}
-    complaints: list[str] = []
+    errors: list[str] = []
     with served(ROOT / "examples" / "plain") as origin:
         async with running(tmp_path, overrides=overrides) as service, chromium() as browser:
             page = await browser.new_page()
-            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("pageerror", lambda error: errors.append(str(error)))
             await page.goto(f"{origin}/?service={service.url}")
             await expect(page.locator("#state")).to_have_text("live")
             await expect(page.locator("#credit")).to_have_text("100 credits")
@@ -169,11 +169,11 @@ async def test_the_plain_page_shows_an_edit_live_from_an_origin_of_its_own(tmp_p
             await expect(page.locator("progress")).to_have_js_property("value", 70)
             await service.start("demo", "generate", prompt="let go it")
             await expect(page.locator("li").nth(1)).to_contain_text("Image editing completed successfully!")
-            # Now there is no other button that cancels.
+            # Both have finished: the only Cancel button is that of the next one.
             await expect(page.locator("li").nth(0)).to_contain_text("Image generation completed successfully!")
             await page.fill("[name=prompt]", "wait for ever")
             await page.click("text=Start")
             await page.click("text=Cancel")
             await expect(page.locator("li").first).to_contain_text("cancelled")
             await page.close()
-    assert complaints == []
+    assert errors == []

@@ -1,4 +1,4 @@
-"""The page over HTTP, and once in a real browser with everything real behind it."""
+"""The page over HTTP, and once in a browser with a complete service."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ def directives(text: str) -> dict[str, list[str]]:
     return {name: sources for name, *sources in (part.split() for part in text.split("; "))}
 
 
-async def test_the_page_may_load_its_own_files_and_nothing_else(tmp_path: Path) -> None:
+async def test_the_csp_allows_only_the_pages_own_files(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
         answer = await service.http.get("/")
         assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -45,7 +45,7 @@ async def test_the_page_may_load_its_own_files_and_nothing_else(tmp_path: Path) 
             assert path == "/docs" or file.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_what_is_only_read_takes_no_other_method(tmp_path: Path) -> None:
+async def test_read_only_routes_refuse_other_methods(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
         for path in ("/", "/docs", "/openapi.json", "/static/stagecast.js"):
             for method in ("POST", "DELETE", "OPTIONS"):
@@ -54,7 +54,7 @@ async def test_what_is_only_read_takes_no_other_method(tmp_path: Path) -> None:
                 assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
-def test_nothing_in_the_page_is_a_script_or_a_style() -> None:
+def test_the_page_has_no_inline_script_or_style() -> None:
     assert not re.search(r"\sstyle=|\son[a-z]+=|javascript:", INDEX)
     assert not re.search(r"<style|<script(?![^>]*\ssrc=)", INDEX)
     for file in FOLDER.glob("*.js"):
@@ -63,7 +63,7 @@ def test_nothing_in_the_page_is_a_script_or_a_style() -> None:
         )
 
 
-def test_a_service_without_the_client_has_it_taken_from_its_cdn_and_one_with_it_has_not() -> None:
+def test_the_cdn_is_used_only_without_an_own_copy_of_the_client() -> None:
     own = render(INDEX, guarded=False, own_client=True)
     assert own == INDEX
     assert CDN not in policy("x", own_client=True)
@@ -74,29 +74,29 @@ def test_a_service_without_the_client_has_it_taken_from_its_cdn_and_one_with_it_
 
 
 @needs_client
-def test_the_client_of_the_cdn_has_to_be_the_one_that_npm_brings() -> None:
+def test_the_cdn_client_has_the_hash_of_the_npm_package() -> None:
     client = (FOLDER / "vendor" / "socket.io.min.js").read_bytes()
     digest = base64.b64encode(hashlib.sha384(client).digest()).decode()
     assert f'integrity="sha384-{digest}"' in render(INDEX, guarded=False, own_client=False)
 
 
-def test_the_page_offers_a_face_where_the_service_can_fetch_one() -> None:
+def test_the_page_contains_the_url_of_the_sample_face() -> None:
     assert 'data-face=""' in render(INDEX, guarded=False, own_client=True)
     face = "http://localhost:3000/static/samples/face.webp?a=1&b=2"
     assert f'data-face="{face.replace("&", "&amp;")}"' in render(INDEX, guarded=False, own_client=True, face=face)
 
 
 @pytest.mark.parametrize("host", ["localhost:3000", "a-b.example.com", "[::1]:3000"])
-def test_the_sockets_of_the_pages_own_host_are_its_own(host: str) -> None:
+def test_the_csp_allows_websockets_to_the_pages_host(host: str) -> None:
     assert directives(policy(host, own_client=True))["connect-src"] == ["'self'", f"ws://{host}", f"wss://{host}"]
 
 
 @pytest.mark.parametrize("host", ["", "x; script-src *", "a b", "x,y", "*", "*.example.com", "é.example.com"])
-def test_a_host_that_is_none_allows_nothing(host: str) -> None:
+def test_an_invalid_host_is_not_added_to_the_csp(host: str) -> None:
     assert directives(policy(host, own_client=True))["connect-src"] == ["'self'"]
 
 
-async def test_the_page_knows_whether_callers_need_a_token(tmp_path: Path) -> None:
+async def test_the_page_states_whether_a_token_is_required(tmp_path: Path) -> None:
     async with running(tmp_path / "open") as service:
         assert 'data-callers="anybody"' in (await service.http.get("/")).text
     async with guarded(tmp_path / "guarded") as service, httpx2.AsyncClient(base_url=service.url) as stranger:
@@ -105,7 +105,7 @@ async def test_the_page_knows_whether_callers_need_a_token(tmp_path: Path) -> No
 
 @needs_chromium
 @needs_client
-async def test_one_click_on_the_samples_makes_a_real_picture(tmp_path: Path) -> None:
+async def test_one_click_on_the_samples_makes_a_picture(tmp_path: Path) -> None:
     async with running(tmp_path) as service, chromium() as browser, tabs(browser, service.url) as [tab]:
         await tab["#try-samples"].click()
         face = await tab["html"].get_attribute("data-face")

@@ -1,4 +1,4 @@
-"""The page in the oldest browsers that it is made for, as far as a new one can be made like them."""
+"""The page in the oldest supported browsers, as far as a new browser can simulate them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ needs_browser_data: Final = pytest.mark.skipif(
 )
 pytestmark = [needs_node, needs_browser_data, pytest.mark.asyncio(loop_scope="module")]
 
-#: Deletes what the oldest browsers do not have. Chromium itself needs some of it, and Playwright some.
+#: Deletes the APIs that the oldest browsers lack. Some cannot be deleted, as Chromium and Playwright need them.
 _DELETE: Final = """
 for (const [type, member, isStatic] of %s) {
   const owner = member ? (isStatic ? globalThis[type] : globalThis[type]?.prototype) : globalThis;
@@ -43,18 +43,16 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
         yield service
 
 
-async def test_nothing_in_the_page_is_newer_than_the_oldest_browsers() -> None:
-    await node_test("client_browsers.mjs", world={})
+async def test_the_page_uses_only_features_of_the_oldest_browsers() -> None:
+    await node_test("client_browsers.mjs", services={})
 
 
 @needs_chromium
 @needs_client
-async def test_without_newer_interfaces_the_page_shows_pictures_and_its_menus_work(
-    browser: Browser, service: Running
-) -> None:
+async def test_pictures_and_menus_work_without_newer_browser_apis(browser: Browser, service: Running) -> None:
     missing = newer()
     assert ["URL", "canParse", True] in json.loads(missing)
-    async with tabs(browser, service.url, user="old", at_once=False) as [tab]:
+    async with tabs(browser, service.url, user="old", open_page=False) as [tab]:
         await tab.page.add_init_script(_DELETE % missing)
         await tab.goto()
         await tab.is_connected()
@@ -78,5 +76,5 @@ async def test_without_newer_interfaces_the_page_shows_pictures_and_its_menus_wo
         await tab["#user-button"].click()
         await tab["#user"].press("Escape")
         await expect(tab["#user-panel"]).to_be_hidden()
-        await tab.become("older")
+        await tab.switch_user("older")
         await tab.shows("empty")

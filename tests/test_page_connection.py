@@ -1,4 +1,4 @@
-"""The page in a real browser: when the network, the service or the token lets it down."""
+"""The page in a browser when the network, the service or the token fails."""
 
 import asyncio
 import re
@@ -19,7 +19,7 @@ from adapters.uvicorn_server import Server
 from api.app import create_service
 from api.page import CDN, FOLDER
 from api.settings import Settings
-from browser import Tab, needs_axe, needs_chromium, serious_faults, tabs
+from browser import Tab, axe_violations, needs_axe, needs_chromium, tabs
 from builders import SteppableClock
 from doubles import Hold
 from harness import Running, running
@@ -31,7 +31,7 @@ pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="modu
 
 EDITOR = PromptedEditor()
 
-#: What a browser says by itself where the network fails.
+#: The browser's own error messages when the network fails.
 NETWORK = r"net::ERR_|^WebSocket connection to "
 
 
@@ -43,7 +43,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 
 async def started(tab: Tab, prompt: str) -> Hold:
-    """Start this, and wait until it is at work."""
+    """Start an edit, and wait until its editor works."""
     hold = EDITOR.hold(prompt)
     await tab.start(prompt)
     await hold.reached.wait()
@@ -51,7 +51,7 @@ async def started(tab: Tab, prompt: str) -> Hold:
     return hold
 
 
-async def test_who_cuts_the_connection_misses_nothing_and_is_told_what_came_meanwhile(
+async def test_after_a_manual_disconnect_nothing_is_missed_and_late_events_are_reported(
     browser: Browser, service: Running
 ) -> None:
     async with tabs(browser, service.url, 2, user="ada") as [away, there]:
@@ -71,10 +71,8 @@ async def test_who_cuts_the_connection_misses_nothing_and_is_told_what_came_mean
         await expect(away["#notice"]).to_be_empty()
 
 
-async def test_who_loses_the_network_misses_nothing_and_can_start_again_at_once(
-    browser: Browser, service: Running
-) -> None:
-    async with tabs(browser, service.url, user="ben", forgive=NETWORK) as [tab]:
+async def test_after_a_network_loss_nothing_is_missed(browser: Browser, service: Running) -> None:
+    async with tabs(browser, service.url, user="ben", ignore=NETWORK) as [tab]:
         hold = await started(tab, "a lone hat")
         await tab.page.context.set_offline(True)
         await tab.is_connected("offline")
@@ -90,8 +88,10 @@ async def test_who_loses_the_network_misses_nothing_and_can_start_again_at_once(
         assert await tab.timeline() == await logged(service, "ben")
 
 
-async def test_without_the_socket_io_client_the_page_polls_and_says_so(browser: Browser, service: Running) -> None:
-    async with tabs(browser, service.url, user="cem", forgive=NETWORK, at_once=False) as [tab]:
+async def test_without_the_socket_io_client_the_page_polls_and_shows_a_notice(
+    browser: Browser, service: Running
+) -> None:
+    async with tabs(browser, service.url, user="cem", ignore=NETWORK, open_page=False) as [tab]:
         await tab.page.route("**/vendor/socket.io.min.js", lambda route: route.abort("failed"))
         await tab.goto()
         await tab.is_connected("polling")
@@ -103,7 +103,7 @@ async def test_without_the_socket_io_client_the_page_polls_and_says_so(browser: 
 
 
 @pytest.mark.parametrize("reachable", [True, False])
-async def test_a_service_without_the_client_has_it_taken_from_the_cdn_or_is_polled(
+async def test_without_an_own_client_the_page_uses_the_cdn_or_polls(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool
 ) -> None:
     async def client(route: Route) -> None:
@@ -117,15 +117,15 @@ async def test_a_service_without_the_client_has_it_taken_from_the_cdn_or_is_poll
     monkeypatch.setattr("api.page.FOLDER", tmp_path / "static")
     async with (
         running(tmp_path / "images") as service,
-        tabs(browser, service.url, forgive=f"{NETWORK}|^{re.escape(CDN)}$", at_once=False) as [tab],
+        tabs(browser, service.url, ignore=f"{NETWORK}|^{re.escape(CDN)}$", open_page=False) as [tab],
     ):
         await tab.page.route(CDN, client)
         await tab.goto()
         await tab.is_connected("live" if reachable else "polling")
 
 
-async def test_a_user_that_the_service_does_not_accept_is_told_so(browser: Browser, service: Running) -> None:
-    async with tabs(browser, service.url, user="a\u0085b", at_once=False) as [tab]:
+async def test_a_rejected_user_id_is_reported(browser: Browser, service: Running) -> None:
+    async with tabs(browser, service.url, user="a\u0085b", open_page=False) as [tab]:
         await tab.goto()
         await tab.is_connected("refused")
         await expect(tab["#notice"]).to_contain_text("The service does not accept this user.")
@@ -142,13 +142,11 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runni
 
 
 @needs_axe
-async def test_where_a_key_is_configured_one_signs_in_by_token_in_this_tab_only(
-    browser: Browser, keyed: Running
-) -> None:
-    async with tabs(browser, keyed.url, 2, at_once=False) as [other, tab]:
+async def test_with_a_key_configured_each_tab_signs_in_by_token(browser: Browser, keyed: Running) -> None:
+    async with tabs(browser, keyed.url, 2, open_page=False) as [other, tab]:
         await tab.goto()
         await expect(tab["#work"]).to_be_hidden()
-        assert await serious_faults(tab.page) == []
+        assert await axe_violations(tab.page) == []
         for wrong, why in (
             ("no token at all", "This is not a token."),
             (token(secret="another secret, which is long enough"), "The service does not accept this token."),
@@ -173,7 +171,7 @@ async def test_where_a_key_is_configured_one_signs_in_by_token_in_this_tab_only(
         await other["#token"].press("Enter")
         await other.shows("empty")
         await tab.page.bring_to_front()
-        await tab.settled()
+        await tab.upgraded()
         await tab["#user-button"].click()
         await tab["#sign-out"].click()
         await expect(tab["#sign-in"]).to_be_visible()
@@ -182,13 +180,14 @@ async def test_where_a_key_is_configured_one_signs_in_by_token_in_this_tab_only(
         await expect(tab["#stage-title"]).to_be_empty()
 
 
-async def test_who_is_signed_out_by_an_old_token_signs_in_anew_and_goes_on(browser: Browser, tmp_path: Path) -> None:
-    # The service closes the socket a second after the token was shown, and takes it again until the clock goes on.
+async def test_after_its_token_expired_a_user_signs_in_again_and_continues(browser: Browser, tmp_path: Path) -> None:
+    # The socket is closed after one real second. The service's clock stands still until `step`, so that the token is
+    # accepted again until then.
     clock = SteppableClock(now())
     overrides = {"editor": EDITOR, "composer": QuickComposer(), "clock": clock}
     async with (
         guarded(tmp_path, overrides=overrides) as keyed,
-        tabs(browser, keyed.url, at_once=False, forgive=f"{NETWORK}|status of 401") as [tab],
+        tabs(browser, keyed.url, open_page=False, ignore=f"{NETWORK}|status of 401") as [tab],
     ):
         await tab.goto()
         await tab["#token"].fill(token("eva", exp=clock().timestamp() + 1))
@@ -203,12 +202,12 @@ async def test_who_is_signed_out_by_an_old_token_signs_in_anew_and_goes_on(brows
         await tab.shows("completed", "a fresh hat")
 
 
-# ---- The service goes, and comes back ------------------------------------------------------------------------------
+# ---- The service restarts -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port that nobody else gets while no service listens on it."""
+    """A port that stays reserved while no service listens on it."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
@@ -217,7 +216,7 @@ def port() -> Iterator[int]:
 
 @asynccontextmanager
 async def serving(images: Path, port: int, **overrides: Any) -> AsyncIterator[None]:
-    """A service on this port, which leaves at once in the end."""
+    """A service on this port, which shuts down at once at the end."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         settings = Settings(_env_file=None, port=port, images=images)
         service, app = create_service(settings, editor=EDITOR, composer=QuickComposer(), **overrides)
@@ -233,22 +232,22 @@ async def serving(images: Path, port: int, **overrides: Any) -> AsyncIterator[No
 
 
 async def try_now(tab: Tab) -> None:
-    """Press the button that comes back at once, unless the page has come back by itself."""
+    """Press "Try now", unless the page has reconnected by itself."""
     await tab.page.evaluate(
         "() => [...document.querySelectorAll('#notice button')].find((it) => it.textContent === 'Try now')?.click()"
     )
 
 
-async def test_a_service_that_comes_back_without_the_past_is_shown_as_it_is(
+async def test_after_a_restart_without_history_the_page_shows_the_current_state(
     browser: Browser, tmp_path: Path, port: int
 ) -> None:
     async with AsyncExitStack() as first:
         await first.enter_async_context(serving(tmp_path / "first", port))
-        async with tabs(browser, f"http://127.0.0.1:{port}", user="fay", forgive=NETWORK) as [tab]:
-            await started(tab, "a doomed hat")
-            await tab.settled()
+        async with tabs(browser, f"http://127.0.0.1:{port}", user="fay", ignore=NETWORK) as [tab]:
+            await started(tab, "a lost hat")
+            await tab.upgraded()
             await first.aclose()
-            await tab.shows("failed", "a doomed hat")
+            await tab.shows("failed", "a lost hat")
             await expect(tab["#outcome"]).to_contain_text("The service stopped while working on this.")
             await tab.is_connected("offline")
             async with serving(tmp_path / "second", port):
@@ -259,16 +258,14 @@ async def test_a_service_that_comes_back_without_the_past_is_shown_as_it_is(
                 await tab.shows("completed", "a new hat")
 
 
-async def test_a_service_that_comes_back_with_its_log_has_everything(
-    browser: Browser, tmp_path: Path, port: int
-) -> None:
+async def test_after_a_restart_with_its_log_nothing_is_missing(browser: Browser, tmp_path: Path, port: int) -> None:
     log = MemoryLog(epoch="e", credits=100, clock=now)
     async with AsyncExitStack() as first:
         await first.enter_async_context(serving(tmp_path, port, log=log))
-        async with tabs(browser, f"http://127.0.0.1:{port}", user="gus", forgive=NETWORK) as [tab]:
+        async with tabs(browser, f"http://127.0.0.1:{port}", user="gus", ignore=NETWORK) as [tab]:
             await tab.start("a kept hat")
             await tab.shows("completed")
-            await tab.settled()
+            await tab.upgraded()
             await first.aclose()
             await tab.is_connected("offline")
             async with serving(tmp_path, port, log=log):

@@ -1,4 +1,4 @@
-"""The page on a phone and on a small laptop: what matters is on the screen, and what is said is true."""
+"""The page on a phone and on a small laptop."""
 
 from collections.abc import AsyncIterator
 
@@ -6,7 +6,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, FilePayload, Locator, expect
 
-from browser import PHOTO, Tab, needs_axe, needs_chromium, serious_faults, tabs
+from browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
 from harness import Running, running
 from node import needs_client
 from test_page_connection import NETWORK
@@ -32,7 +32,7 @@ def viewport(size: tuple[int, int]) -> dict[str, int]:
 
 
 async def is_on_screen(element: Locator) -> bool:
-    """Whether all of it is on the screen, and nothing lies over it."""
+    """Whether the whole element is on the screen, and its centre is not covered."""
     return bool(
         await element.evaluate(
             """(element) => {
@@ -49,7 +49,7 @@ async def fits(tab: Tab) -> bool:
 
 
 @pytest.mark.parametrize("size", [PHONE, NARROW, LAPTOP])
-async def test_start_is_within_reach_and_leads_to_what_it_started(
+async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
     browser: Browser, service: Running, size: tuple[int, int]
 ) -> None:
     user = f"start {size[0]}"
@@ -85,9 +85,7 @@ async def test_start_is_within_reach_and_leads_to_what_it_started(
 
 
 @needs_axe
-async def test_the_line_at_the_top_is_readable_and_tells_that_the_page_is_offline(
-    browser: Browser, service: Running
-) -> None:
+async def test_the_strip_is_readable_and_shows_that_the_page_is_offline(browser: Browser, service: Running) -> None:
     hold = EDITOR.hold("a far hat")
     async with tabs(browser, service.url, user="strip", viewport=viewport(PHONE), locale="tr-TR") as [tab]:
         await tab.start("a far hat")
@@ -95,7 +93,7 @@ async def test_the_line_at_the_top_is_readable_and_tells_that_the_page_is_offlin
         await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
         await tab.page.evaluate("scrollTo(0, document.body.scrollHeight)")
         await expect(tab["#strip"]).to_contain_text("Canlı")
-        assert await serious_faults(tab.page, "color-contrast", "button-name") == []
+        assert await axe_violations(tab.page, "color-contrast", "button-name") == []
         await tab["#cut"].evaluate("(button) => button.click()")
         await expect(tab["#strip"]).to_contain_text("Çevrimdışı")
         hold.let_go.set()
@@ -110,9 +108,9 @@ async def test_the_samples_start_with_one_click(browser: Browser, service: Runni
         assert len((await service.get("/generations", user))["generations"]) == 1
 
 
-async def test_a_picture_that_is_refused_is_marked_and_named(browser: Browser, service: Running) -> None:
+async def test_a_refused_picture_is_marked_and_named(browser: Browser, service: Running) -> None:
     broken = FilePayload(name="broken.png", mimeType="image/png", buffer=b"\x89PNG\r\n\x1a\nno picture at all")
-    async with tabs(browser, service.url, user="refused", forgive="status of 4", viewport=viewport(PHONE)) as [tab]:
+    async with tabs(browser, service.url, user="refused", ignore="status of 4", viewport=viewport(PHONE)) as [tab]:
         await tab["#files"].set_input_files([PHOTO, broken])
         await tab["#prompt"].fill("a broken hat")
         await tab["#start"].click()
@@ -127,8 +125,8 @@ async def test_a_picture_that_is_refused_is_marked_and_named(browser: Browser, s
         await tab.shows("completed", "a broken hat")
 
 
-async def test_a_field_that_is_refused_is_not_called_by_its_name_in_the_api(browser: Browser, service: Running) -> None:
-    async with tabs(browser, service.url, user="nul", forgive="status of 4") as [tab]:
+async def test_errors_do_not_show_api_field_names(browser: Browser, service: Running) -> None:
+    async with tabs(browser, service.url, user="nul", ignore="status of 4") as [tab]:
         await tab["#files"].set_input_files([PHOTO])
         await tab["#prompt"].evaluate("(prompt) => prompt.removeAttribute('maxlength')")
         await tab["#prompt"].fill("hat " * 1_001)
@@ -139,7 +137,7 @@ async def test_a_field_that_is_refused_is_not_called_by_its_name_in_the_api(brow
 
 
 @pytest.mark.parametrize("size", [NARROW, LAPTOP])
-async def test_a_long_prompt_can_be_read_whole(browser: Browser, service: Running, size: tuple[int, int]) -> None:
+async def test_a_long_prompt_can_be_expanded(browser: Browser, service: Running, size: tuple[int, int]) -> None:
     user = f"long {size[0]}"
     async with tabs(browser, service.url, user=user, viewport=viewport(size)) as [tab]:
         await tab["#files"].set_input_files([PHOTO])
@@ -161,9 +159,9 @@ async def test_a_long_prompt_can_be_read_whole(browser: Browser, service: Runnin
         await expect(tab["#whole"]).to_be_hidden()
 
 
-async def test_nothing_is_said_of_a_service_that_cannot_be_reached(browser: Browser, service: Running) -> None:
+async def test_offline_notices_make_no_claims_about_the_service(browser: Browser, service: Running) -> None:
     for locale, claims in (("en-GB", ("goes on", "service")), ("tr-TR", ("sürüyor", "servis"))):
-        async with tabs(browser, service.url, user="dead", forgive=NETWORK, locale=locale) as [tab]:
+        async with tabs(browser, service.url, user="dead", ignore=NETWORK, locale=locale) as [tab]:
             await tab.page.context.set_offline(True)
             await tab.is_connected("offline")
             for _ in range(2):

@@ -1,4 +1,4 @@
-"""The page in a real browser: starting, watching, failing, cancelling, deleting, looking back."""
+"""The page in a browser: starting, watching, failing, cancelling, deleting, and the history."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, FilePayload, Route, expect
 
 from api.page import FOLDER, render
-from browser import PHOTO, Tab, needs_axe, needs_chromium, serious_faults, tabs
+from browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
 from domain.orders import Options
 from domain.ports import Load, Picture, Report
 from doubles import Act, Hold, ScriptedFaceSwapper, fails, reports
@@ -26,7 +26,7 @@ ATTACK = '<img src=x onerror="window.broken=1"><script>window.broken=1</script>\
 
 
 class PromptedEditor:
-    """`domain.ports.ImageEditor`, which does at a prompt what was said beforehand."""
+    """`domain.ports.ImageEditor` that runs the acts registered for a prompt."""
 
     free = False
 
@@ -34,7 +34,7 @@ class PromptedEditor:
         self.acts: dict[str, deque[Act]] = defaultdict(deque)
 
     def at(self, prompt: str, *acts: Act) -> None:
-        """What is done at this prompt, one act each time."""
+        """Register acts for a prompt; each edit with it runs the next one."""
         self.acts[prompt].extend(acts)
 
     def hold(self, prompt: str) -> Hold:
@@ -51,7 +51,7 @@ class PromptedEditor:
 
 
 class QuickComposer:
-    """`domain.ports.Composer`: a sheet without the pictures on it."""
+    """`domain.ports.Composer`: returns an empty sheet."""
 
     async def compose(self, pictures: Sequence[Load]) -> Picture:
         return solid((250, 250, 250), (100, 140))
@@ -71,12 +71,12 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 
 async def logged(service: Running, user: str) -> list[str]:
-    """When the events of the user's newest generation happened."""
+    """The times of the events of the user's newest generation."""
     [newest, *_] = (await service.get("/generations", user))["generations"]
     return [event["occurredAt"] for event in await service.events(newest["generationId"], user)]
 
 
-async def test_two_tabs_see_each_stage_and_the_picture_at_once(browser: Browser, service: Running) -> None:
+async def test_two_tabs_show_each_stage_and_the_picture_live(browser: Browser, service: Running) -> None:
     hold = EDITOR.hold("a red hat")
     async with tabs(browser, service.url, 2, user="ada") as both:
         await both[0].start("a red hat")
@@ -104,7 +104,7 @@ async def test_two_tabs_see_each_stage_and_the_picture_at_once(browser: Browser,
             assert await tab.timeline() == await logged(service, "ada")
 
 
-async def test_before_and_after_are_shown_by_keyboard_and_by_button(browser: Browser, service: Running) -> None:
+async def test_the_before_and_after_slider_works_by_keyboard_and_by_button(browser: Browser, service: Running) -> None:
     async with tabs(browser, service.url, user="ben") as [tab]:
         await tab.start("a blue hat")
         await tab.shows("completed")
@@ -120,7 +120,7 @@ async def test_before_and_after_are_shown_by_keyboard_and_by_button(browser: Bro
         await expect(slider).to_have_attribute("aria-valuetext", "After: 100%")
 
 
-async def test_a_reload_in_the_middle_of_it_loses_nothing(browser: Browser, service: Running) -> None:
+async def test_a_reload_during_a_generation_loses_nothing(browser: Browser, service: Running) -> None:
     hold = EDITOR.hold("a slow hat")
     async with tabs(browser, service.url, user="cem") as [tab]:
         await tab.start("a slow hat")
@@ -134,7 +134,7 @@ async def test_a_reload_in_the_middle_of_it_loses_nothing(browser: Browser, serv
         assert await tab.timeline() == await logged(service, "cem")
 
 
-async def test_what_fails_says_why_and_is_tried_again(browser: Browser, service: Running) -> None:
+async def test_a_failure_shows_its_reason_and_can_be_tried_again(browser: Browser, service: Running) -> None:
     EDITOR.at("a lost hat", reports(0.5, "Painting..."), fails("provider_unavailable"))
     EDITOR.acts["a lost hat"].rotate(-1)
     async with tabs(browser, service.url, user="dora") as [tab]:
@@ -150,9 +150,7 @@ async def test_what_fails_says_why_and_is_tried_again(browser: Browser, service:
         await expect(tab["#history .tile"]).to_have_count(2)
 
 
-async def test_what_this_tab_did_not_start_is_tried_again_with_the_form_filled(
-    browser: Browser, service: Running
-) -> None:
+async def test_trying_again_a_generation_of_another_tab_fills_the_form(browser: Browser, service: Running) -> None:
     prompt = f"a torn hat{' at noon' * 100}"
     EDITOR.at(prompt, fails("provider_timeout"))
     async with tabs(browser, service.url, user="eva", viewport={"width": 390, "height": 844}) as [tab]:
@@ -170,9 +168,7 @@ async def test_what_this_tab_did_not_start_is_tried_again_with_the_form_filled(
         await expect(tab["#problem"]).to_contain_text("choose the pictures again")
 
 
-async def test_a_cancel_in_one_tab_is_seen_in_the_other_and_gives_the_credit_back(
-    browser: Browser, service: Running
-) -> None:
+async def test_a_cancellation_shows_in_both_tabs_and_refunds_the_credit(browser: Browser, service: Running) -> None:
     holds = [EDITOR.hold("a small hat"), EDITOR.hold("a big hat")]
     async with tabs(browser, service.url, 2, user="fay") as [first, second]:
         await first.start("a small hat")
@@ -190,7 +186,7 @@ async def test_a_cancel_in_one_tab_is_seen_in_the_other_and_gives_the_credit_bac
             await expect(tab["#credit"]).to_have_text("100 credits")
 
 
-async def test_what_is_deleted_is_gone_and_only_after_asking_twice(browser: Browser, service: Running) -> None:
+async def test_deleting_needs_a_confirmation_and_removes_the_generation(browser: Browser, service: Running) -> None:
     async with tabs(browser, service.url, user="gus") as [tab]:
         for prompt in ("an old hat", "a new hat"):
             await tab.start(prompt)
@@ -203,8 +199,8 @@ async def test_what_is_deleted_is_gone_and_only_after_asking_twice(browser: Brow
         assert len((await service.get("/generations", "gus"))["generations"]) == 1
 
 
-async def older(tab: Tab) -> None:
-    """Ask for the next page of the history. It begins where the first one ends, which is only now being asked for."""
+async def load_older(tab: Tab) -> None:
+    """Load the next page of the history. Until the first page has loaded, its start is unknown: click again."""
     url = ""
     while "before=" not in url:
         async with tab.page.expect_request(re.compile(r"/generations\?")) as asked:
@@ -213,15 +209,15 @@ async def older(tab: Tab) -> None:
         await (await asked.value).response()
 
 
-async def test_the_history_goes_back_page_by_page_and_each_has_its_timeline(browser: Browser, service: Running) -> None:
+async def test_the_history_loads_page_by_page_and_each_entry_has_a_timeline(browser: Browser, service: Running) -> None:
     started = [await service.start("hal", metadata=json.dumps({"title": f"hat {n}"})) for n in range(42)]
-    await service.service.queue.settled()  # What is over now is counted apart from what ends later.
+    await service.service.queue.settled()  # Otherwise generations that end later are added to the history.
     async with tabs(browser, service.url, user="hal") as [tab]:
         tiles = tab["#history .tile"]
         await expect(tiles).to_have_count(20)
-        await older(tab)
+        await load_older(tab)
         await expect(tiles).to_have_count(40)
-        await older(tab)
+        await load_older(tab)
         await expect(tiles).to_have_count(42)
         await expect(tab["#older"]).to_be_hidden()
         await tiles.last.get_by_role("link").press("Enter")
@@ -233,7 +229,7 @@ async def test_the_history_goes_back_page_by_page_and_each_has_its_timeline(brow
         await tab.shows("completed", "hat 41")
 
 
-async def test_what_people_write_stays_text(browser: Browser, service: Running) -> None:
+async def test_user_input_is_shown_as_text(browser: Browser, service: Running) -> None:
     EDITOR.at(ATTACK, fails("provider_rejected"))
     async with tabs(browser, service.url, user="ivy") as [tab]:
         name = f"{ATTACK.replace('/', '')}.png"
@@ -252,14 +248,14 @@ async def test_what_people_write_stays_text(browser: Browser, service: Running) 
             "ivy", metadata=json.dumps({"title": f"{ATTACK}2", "aspectRatio": ATTACK, "prompt": [ATTACK]})
         )
         await tab.shows("completed", f"{ATTACK}2")
-        await tab.become(ATTACK)
+        await tab.switch_user(ATTACK)
         await expect(tab["#user-button"]).to_have_text(ATTACK)
         await tab.is_connected()
         assert await tab.page.evaluate("window.broken") is None
         assert await tab["main script, main [onerror], main img[src=x]"].count() == 0
 
 
-async def test_files_are_dropped_and_urls_are_pasted(browser: Browser, service: Running) -> None:
+async def test_files_can_be_dropped_and_urls_pasted(browser: Browser, service: Running) -> None:
     async with tabs(browser, service.url, user="jan") as [tab]:
         data = list(solid(RED).data)
         await tab.page.evaluate(
@@ -287,7 +283,7 @@ async def test_files_are_dropped_and_urls_are_pasted(browser: Browser, service: 
         await expect(tab["#problem"]).to_have_text("d.gif is not a PNG, JPEG or WebP picture.")
 
 
-async def test_a_face_is_swapped_where_an_image_url_is_given(browser: Browser, service: Running) -> None:
+async def test_an_image_url_enables_the_face_swap(browser: Browser, service: Running) -> None:
     hold = EDITOR.hold("another face")
     async with tabs(browser, service.url, user="kim") as [tab]:
         await expect(tab["#face-swap"]).to_be_disabled()
@@ -304,7 +300,7 @@ async def test_a_face_is_swapped_where_an_image_url_is_given(browser: Browser, s
         await expect(tab["#timeline time"]).to_have_count(8)
 
 
-async def test_a_face_of_the_services_own_is_one_click_away(
+async def test_the_sample_face_is_added_with_one_click(
     browser: Browser, service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     face = f"{service.url}/static/samples/face.webp"
@@ -321,11 +317,11 @@ async def test_a_face_of_the_services_own_is_one_click_away(
         await expect(tab["#face-swap"]).not_to_be_checked()
 
 
-async def test_pictures_from_elsewhere_are_named_and_not_fetched(browser: Browser, service: Running) -> None:
+async def test_pictures_on_other_sites_are_linked_and_not_fetched(browser: Browser, service: Running) -> None:
     headers = {"X-User-Id": "max"}
-    wish = {"prompt": (None, "a hat from elsewhere"), "metadata": (None, '{"prompt": "a hat from elsewhere"}')}
-    begun = await service.http.post("/generations/generate?runner=external", files=wish, headers=headers)
-    path = begun.headers["location"]
+    fields = {"prompt": (None, "a hat from elsewhere"), "metadata": (None, '{"prompt": "a hat from elsewhere"}')}
+    started = await service.http.post("/generations/generate?runner=external", files=fields, headers=headers)
+    path = started.headers["location"]
     picture = "https://pictures.example.com/images/hat.png"
     for transition in (
         {"status": "composition"},
@@ -343,22 +339,24 @@ async def test_pictures_from_elsewhere_are_named_and_not_fetched(browser: Browse
         await expect(tab["#no-picture"]).to_contain_text("The picture is stored on another site")
 
 
-async def test_another_user_sees_other_pictures(browser: Browser, service: Running) -> None:
+async def test_switching_users_shows_the_other_users_generations(browser: Browser, service: Running) -> None:
     await service.start("leo")
     async with tabs(browser, service.url, user="leo") as [tab]:
         await tab.shows("completed")
-        await tab.become("Ağaç 🌳")
+        await tab.switch_user("Ağaç 🌳")
         await tab.shows("empty")
         await expect(tab["#credit"]).to_have_text("100 credits")
         await tab.start("a tree")
         await tab.shows("completed", "a tree")
         await tab.page.reload()
         await tab.shows("completed", "a tree")
-        await tab.become("leo")
+        await tab.switch_user("leo")
         await tab.shows("completed", "Untitled")
 
 
-async def test_the_page_speaks_turkish_and_can_be_told_not_to(browser: Browser, service: Running) -> None:
+async def test_the_page_is_turkish_by_preference_and_can_be_switched_to_english(
+    browser: Browser, service: Running
+) -> None:
     EDITOR.at("bir şapka", fails("provider_timeout"))
     async with tabs(browser, service.url, user="mert", locale="tr-TR") as [tab]:
         await expect(tab["html"]).to_have_attribute("lang", "tr")
@@ -376,7 +374,7 @@ async def test_the_page_speaks_turkish_and_can_be_told_not_to(browser: Browser, 
         await expect(tab["#start"]).to_have_text("Start")
 
 
-async def test_everything_is_reached_by_keyboard(browser: Browser, service: Running) -> None:
+async def test_all_controls_can_be_reached_by_keyboard(browser: Browser, service: Running) -> None:
     async with tabs(browser, service.url, user="nil") as [tab]:
         keyboard = tab.page.keyboard
         await keyboard.press("Tab")
@@ -397,30 +395,30 @@ async def test_everything_is_reached_by_keyboard(browser: Browser, service: Runn
 
 @needs_axe
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_axe_finds_no_fault_in_any_state(browser: Browser, service: Running, scheme: str) -> None:
-    user, wishes = f"oya {scheme}", [f"{what} {scheme}" for what in ("run", "fail", "done")]
+async def test_axe_finds_no_violations_in_any_state(browser: Browser, service: Running, scheme: str) -> None:
+    user, prompts = f"oya {scheme}", [f"{what} {scheme}" for what in ("run", "fail", "done")]
     rules = () if scheme == "light" else ("color-contrast",)
-    hold = EDITOR.hold(wishes[0])
-    EDITOR.at(wishes[1], fails("provider_unavailable"))
+    hold = EDITOR.hold(prompts[0])
+    EDITOR.at(prompts[1], fails("provider_unavailable"))
     async with tabs(browser, service.url, user=user, color_scheme=scheme) as [tab]:
-        assert await serious_faults(tab.page, *rules) == [], "empty"
-        await tab.start(wishes[0])
+        assert await axe_violations(tab.page, *rules) == [], "empty"
+        await tab.start(prompts[0])
         await hold.reached.wait()
         await tab.cut()
-        assert await serious_faults(tab.page, *rules) == [], "running, cut off"
+        assert await axe_violations(tab.page, *rules) == [], "running, cut off"
         await tab["#cut"].click()
         await tab.is_connected()
-        await tab.start(wishes[1])
+        await tab.start(prompts[1])
         await tab.shows("failed")
-        assert await serious_faults(tab.page, *rules) == [], "failed, another runs"
+        assert await axe_violations(tab.page, *rules) == [], "failed, another runs"
         hold.let_go.set()
-        await tab.start(wishes[2])
+        await tab.start(prompts[2])
         await tab.shows("completed")
         await tab["#user-button"].click()
-        assert await serious_faults(tab.page, *rules) == [], "finished, the user's menu is open"
+        assert await axe_violations(tab.page, *rules) == [], "finished, the user's menu is open"
 
 
-async def test_a_phone_of_360_pixels_shows_all_of_it(browser: Browser, service: Running) -> None:
+async def test_the_page_fits_a_phone_of_360_pixels(browser: Browser, service: Running) -> None:
     hold = EDITOR.hold("wide")
     async with tabs(browser, service.url, user="pia", viewport={"width": 360, "height": 640}) as [tab]:
         await fits(tab)
@@ -440,17 +438,15 @@ async def fits(tab: Tab) -> None:
     assert await tab.page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-async def test_the_same_start_is_sent_again_with_the_same_key_until_it_is_answered(
-    browser: Browser, service: Running
-) -> None:
-    forgive = "net::ERR_FAILED"
-    async with tabs(browser, service.url, user="rex", forgive=forgive) as [tab]:
+async def test_an_unanswered_start_is_retried_with_the_same_key(browser: Browser, service: Running) -> None:
+    ignore = "net::ERR_FAILED"
+    async with tabs(browser, service.url, user="rex", ignore=ignore) as [tab]:
         keys: list[str | None] = []
 
         async def lose(route: Route) -> None:
             keys.append(route.request.headers.get("idempotency-key"))
             if len(keys) < 3:
-                await route.fetch()  # It arrives; the answer is lost.
+                await route.fetch()  # The request arrives, the response is lost.
                 await route.abort("failed")
             else:
                 await route.continue_()

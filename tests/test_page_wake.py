@@ -1,4 +1,4 @@
-"""The page on a connection that dies without a word, in a real browser: in a tunnel, asleep, on another network."""
+"""The page in a browser on a connection that dies without a close: in a tunnel, asleep, on another network."""
 
 import re
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="modu
 
 EDITOR = PromptedEditor()
 
-#: How a browser tells that the page may have slept or changed networks.
+#: How a browser signals that the page may have slept or changed networks.
 SIGNALS = {
     "visibilitychange": "document.dispatchEvent(new Event('visibilitychange'))",
     "resume": "document.dispatchEvent(new Event('resume'))",
@@ -30,7 +30,7 @@ SIGNALS = {
     "clock": "Date.now = ((now) => () => now() + 3_600_000)(Date.now.bind(Date))",
 }
 
-#: What keeps the page from a WebSocket, so that it polls: by Socket.IO, or without it.
+#: Scripts that leave the page without a WebSocket, so that it polls: with Socket.IO, or without it.
 POLLING = {
     "Socket.IO": "delete globalThis.WebSocket",
     "HTTP": "Object.defineProperty(globalThis, 'io', { get() {}, set() {} })",
@@ -46,9 +46,9 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 @asynccontextmanager
 async def half_open(browser: Browser, service: Running, user: str, *scripts: str) -> AsyncIterator[tuple[Tab, Proxy]]:
-    """A tab whose connection has died unnoticed while it watched a generation, which has ended meanwhile."""
-    # A poll of the session that was replaced may still reach the service, which no longer knows it.
-    options: dict[str, Any] = {"user": user, "forgive": f"{NETWORK}|status of 400", "at_once": False}
+    """A tab whose connection died unnoticed while it showed a generation, which has finished meanwhile."""
+    # A poll of the replaced session may still reach the service, which then answers 400.
+    options: dict[str, Any] = {"user": user, "ignore": f"{NETWORK}|status of 400", "open_page": False}
     async with Proxy.open(service.port) as proxy, tabs(browser, proxy.url, **options) as [tab]:
         for script in scripts:
             await tab.page.add_init_script(script)
@@ -59,7 +59,7 @@ async def half_open(browser: Browser, service: Running, user: str, *scripts: str
         await hold.reached.wait()
         await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
         if not scripts:
-            await tab.settled()
+            await tab.upgraded()
         proxy.strike("half_open")
         async with service.phone(user) as phone:
             [generation] = (await service.get("/generations", user))["generations"]
@@ -70,9 +70,7 @@ async def half_open(browser: Browser, service: Running, user: str, *scripts: str
 
 
 @pytest.mark.parametrize("signal", ["focus", *(pytest.param(each, marks=pytest.mark.long) for each in SIGNALS)])
-async def test_a_connection_that_died_unnoticed_is_replaced_after(
-    browser: Browser, service: Running, signal: str
-) -> None:
+async def test_a_dead_connection_is_replaced_after(browser: Browser, service: Running, signal: str) -> None:
     async with half_open(browser, service, signal) as (tab, _):
         await tab.is_connected("live")
         await tab.page.evaluate(SIGNALS[signal])
@@ -82,20 +80,18 @@ async def test_a_connection_that_died_unnoticed_is_replaced_after(
 
 
 @pytest.mark.parametrize("how", ["Socket.IO", pytest.param("HTTP", marks=pytest.mark.long)])
-async def test_without_a_websocket_a_dead_network_is_noticed_too(browser: Browser, service: Running, how: str) -> None:
+async def test_a_dead_network_is_detected_without_a_websocket_too(browser: Browser, service: Running, how: str) -> None:
     async with half_open(browser, service, how, POLLING[how]) as (tab, proxy):
         await tab.page.evaluate(SIGNALS["focus"])
         await tab.is_connected("offline")
-        proxy.strike("reset")  # The browser notices that the lines are dead.
+        proxy.strike("reset")  # The browser notices that the connections are dead.
         await tab.shows("completed")
         await expect(tab["#notice"]).to_contain_text("Back: 2 events you missed.")
         await tab["#cut"].click()
 
 
 @pytest.mark.parametrize("how", ["WebSocket", pytest.param("HTTP", marks=pytest.mark.long)])
-async def test_a_browser_that_says_it_is_offline_is_believed_at_once(
-    browser: Browser, service: Running, how: str
-) -> None:
+async def test_the_offline_event_takes_effect_at_once(browser: Browser, service: Running, how: str) -> None:
     scripts = [POLLING[how]] if how in POLLING else []
     async with half_open(browser, service, f"{how} offline", *scripts) as (tab, _):
         state = "document.body.dataset.connection"
@@ -103,19 +99,19 @@ async def test_a_browser_that_says_it_is_offline_is_believed_at_once(
         await tab["#cut"].click()
 
 
-async def test_a_connection_that_lives_is_asked_once_for_many_signals_and_kept(
-    browser: Browser, service: Running
-) -> None:
+async def test_many_signals_cause_one_check_and_keep_a_working_connection(browser: Browser, service: Running) -> None:
     sockets: list[WebSocket] = []
     sent: list[str] = []
-    async with tabs(browser, service.url, user="many", at_once=False) as [tab]:
+    async with tabs(browser, service.url, user="many", open_page=False) as [tab]:
         tab.page.on("websocket", lambda socket: sockets.append(socket))
         await tab.goto()
         await tab.is_connected()
-        await tab.settled()
+        await tab.upgraded()
         [socket] = sockets
         socket.on("framesent", lambda frame: sent.append(str(frame)))
-        each = [script for signal, script in SIGNALS.items() if signal != "clock"]  # Socket.IO itself leaves after it.
+        each = [
+            script for signal, script in SIGNALS.items() if signal != "clock"
+        ]  # After a jump of the clock, Socket.IO itself disconnects.
         for signals in (f"for (let i = 0; i < 100; i++) {{ {'; '.join(each)} }}", *each):
             async with socket.expect_event("framereceived", lambda frame: "bad_request" in str(frame)):
                 await tab.page.evaluate(f"() => {{ {signals} }}")
@@ -125,7 +121,7 @@ async def test_a_connection_that_lives_is_asked_once_for_many_signals_and_kept(
         assert not socket.is_closed()
 
 
-async def test_a_connection_that_was_cut_on_purpose_stays_cut(browser: Browser, service: Running) -> None:
+async def test_wake_signals_do_not_restore_a_manual_disconnect(browser: Browser, service: Running) -> None:
     async with tabs(browser, service.url, user="cut") as [tab]:
         await tab.cut()
         await tab.page.evaluate(f"{'; '.join(SIGNALS.values())}; dispatchEvent(new Event('offline'))")

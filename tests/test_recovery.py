@@ -1139,9 +1139,9 @@ async def test_after_a_restart_with_a_log_in_memory_nothing_is_recovered_and_eve
         pid = (await client.connected())["pid"]
         line.down = True
         line.fall()
-        del stage.browsers.everybody[client.id]  # Whom the end of this stage does not send away.
+        del stage.browsers.open_browsers[client.id]  # Whom the end of this stage does not send away.
     async with other_stage(theatre, tmp_path / "two") as stage:
-        stage.browsers.everybody[client.id] = client
+        stage.browsers.open_browsers[client.id] = client
         await stage.scribe.start("eve")
         count = len(client.on("connect"))
         line.port, line.down = stage.service.port, False
