@@ -271,7 +271,7 @@ async def test_files_can_be_dropped_and_urls_pasted(browser: Browser, service: R
             data,
         )
         await expect(tab["#tray li"]).to_have_count(3)
-        await expect(tab["#tray .where:visible"]).to_have_text(["example.com", "example.org"])
+        await expect(tab["#tray .host:visible"]).to_have_text(["example.com", "example.org"])
         await expect(tab["#face-hint"]).to_have_text("Face: a.jpg")
         await expect(tab["#face-swap"]).to_be_checked()
         await tab.page.get_by_role("button", name="Remove example.com").click()

@@ -109,9 +109,8 @@ async def test_many_signals_cause_one_check_and_keep_a_working_connection(browse
         await tab.upgraded()
         [socket] = sockets
         socket.on("framesent", lambda frame: sent.append(str(frame)))
-        each = [
-            script for signal, script in SIGNALS.items() if signal != "clock"
-        ]  # After a jump of the clock, Socket.IO itself disconnects.
+        # Without the clock: after a jump of it, Socket.IO itself disconnects.
+        each = [script for signal, script in SIGNALS.items() if signal != "clock"]
         for signals in (f"for (let i = 0; i < 100; i++) {{ {'; '.join(each)} }}", *each):
             async with socket.expect_event("framereceived", lambda frame: "bad_request" in str(frame)):
                 await tab.page.evaluate(f"() => {{ {signals} }}")

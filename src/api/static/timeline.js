@@ -50,15 +50,15 @@ function eventRow(event, previous, { createdAt }) {
   const { root, part } = cloneTemplate("moment-template");
   const repeated = event.status === previous?.status;
   root.dataset.state = repeated ? "again" : event.status;
-  part(".what").textContent = statusName(event);
-  part(".what").hidden = repeated;
+  part(".event-name").textContent = statusName(event);
+  part(".event-name").hidden = repeated;
   showMessage(part(".message"), event.error ?? event.message, event.code);
   part("time").dateTime = event.occurredAt;
   part("time").title = event.occurredAt;
   part("time").textContent = formatTime(event.occurredAt);
   const elapsed = formatDuration(Date.parse(event.occurredAt) - Date.parse(createdAt), 1);
-  part(".when span").textContent = [`+${elapsed}`, formatPercent(event.progress), late.has(event) ? t("late") : ""]
-    .filter(Boolean).join(" · ");
+  const notes = [`+${elapsed}`, formatPercent(event.progress), late.has(event) ? t("late") : ""];
+  part(".event-time span").textContent = notes.filter(Boolean).join(" · ");
   root.classList.toggle("late", late.has(event));
   return root;
 }
@@ -67,10 +67,10 @@ function eventRow(event, previous, { createdAt }) {
 function upcomingRow(stage) {
   const { root, part } = cloneTemplate("moment-template");
   root.dataset.state = "to-come";
-  part(".what").textContent = stageName(stage.status);
+  part(".event-name").textContent = stageName(stage.status);
   part(".message").remove();
   part("time").remove();
-  part(".when span").textContent = formatPercent(stage.progress ?? 0);
+  part(".event-time span").textContent = formatPercent(stage.progress ?? 0);
   return root;
 }
 

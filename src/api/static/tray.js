@@ -81,8 +81,8 @@ export function render() {
     if ("url" in item && item.url.startsWith(`${BASE}/static/`)) src = item.url;
     if ("url" in item && item.url === sampleFace) src = `${BASE}/static/samples/face.webp`;
     setImage(part("img"), src);
-    part(".where").hidden = Boolean(src);
-    part(".where").textContent = nameOf(item);
+    part(".host").hidden = Boolean(src);
+    part(".host").textContent = nameOf(item);
     root.classList.toggle("wrong", Boolean(item.refused));
     root.title = "url" in item ? item.url : item.file.name;
     part("button").setAttribute("aria-label", t("remove")(nameOf(item)));
