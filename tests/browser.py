@@ -121,7 +121,7 @@ class Tab:
             await expect(self["#stage-title"]).to_have_text(title)
 
     async def start(self, prompt: str) -> None:
-        """Start an edit with this prompt, with a small picture if none is chosen."""
+        """Start an edit with this prompt; of a small picture if none is chosen."""
         if not await self["#tray li"].count():
             await self["#files"].set_input_files([PHOTO])
         await self["#prompt"].fill(prompt)
