@@ -23,8 +23,8 @@ from typing import Any, Final
 import httpx2
 import socketio
 
-from adapters import engineio_server
 from adapters.jwt_tokens import issue
+from adapters.realtime import engineio_server
 from adapters.system import now
 from adapters.uvicorn_server import Server
 from api import logs

@@ -17,9 +17,9 @@ import pytest
 import pytest_asyncio
 import websockets
 
-from adapters import engineio_server
 from adapters.jwt_tokens import JwksKeys
 from adapters.memory_log import MemoryLog
+from adapters.realtime import engineio_server
 from adapters.system import now
 from builders import NOON, SteppableClock
 from domain.events import timestamp

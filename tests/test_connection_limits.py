@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from adapters import socketio_server
 from adapters.connection_table import ConnectionTable
+from adapters.realtime import socketio_server
 from adapters.system import descriptors
 from adapters.uvicorn_server import ClientLimit
 from api.app import connection_table

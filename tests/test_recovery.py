@@ -22,8 +22,8 @@ import pytest
 import pytest_asyncio
 import websockets
 
-from adapters import engineio_server
 from adapters.memory_log import MemoryLog
+from adapters.realtime import engineio_server
 from adapters.system import now
 from builders import IN_MEMORY, Scribe, SteppableClock, body
 from domain.errors import LogUnavailable

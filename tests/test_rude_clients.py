@@ -17,9 +17,10 @@ import pytest
 import pytest_asyncio
 import websockets
 
-from adapters import engineio_server, uvicorn_server
-from adapters.engineio_server import MAX_BYTES, MAX_EVENTS, EngineSocket
+from adapters import uvicorn_server
 from adapters.memory_log import MemoryLog
+from adapters.realtime import engineio_server
+from adapters.realtime.engineio_server import MAX_BYTES, MAX_EVENTS, EngineSocket
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.ports import History

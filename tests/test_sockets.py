@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 import websockets
 
-from adapters import engineio_server
 from adapters.memory_log import MemoryLog
+from adapters.realtime import engineio_server
 from adapters.system import now
 from builders import IN_MEMORY
 from domain.errors import LogUnavailable
@@ -509,7 +509,7 @@ async def test_a_slow_reader_that_comes_back_gets_all_it_missed(
 
 
 async def test_rooms_of_the_library_are_not_to_be_used() -> None:
-    from adapters.socketio_server import SocketServer
+    from adapters.realtime.socketio_server import SocketServer
 
     async def nobody(*_: Any) -> Any: ...
 

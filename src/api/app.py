@@ -30,10 +30,10 @@ from adapters.openai_editor import OpenAIEditor
 from adapters.own_provider import OwnEditor, OwnFaceSwap, UnfitProvider
 from adapters.pillow_composer import PillowComposer
 from adapters.pillow_intake import PillowIntake
+from adapters.realtime.socketio_projection import Projection
+from adapters.realtime.socketio_server import PATIENCE, SocketServer
 from adapters.replicate_face_swap import ReplicateFaceSwap
 from adapters.sample_fetcher import SampleFetcher
-from adapters.socketio_projection import Projection
-from adapters.socketio_server import PATIENCE, SocketServer
 from adapters.sqlite_database import Database, Examined, LogRefused, examine
 from adapters.sqlite_log import SqliteLog
 from adapters.sqlite_sessions import SqliteSessions
@@ -48,12 +48,12 @@ from api.client import Unavailable
 from api.head import HeadAsGet
 from api.perimeter import OriginGuard
 from api.proxies import ForwardedHeaders, PathPrefix
+from api.realtime.sockets import Sockets
 from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
-from api.sockets import Sockets
 from domain.admission import Admission, Limits
-from domain.attach import Attachments
 from domain.errors import Failure, LogUnavailable
 from domain.external import ExternalWork
+from domain.feed_sessions import Attachments
 from domain.housekeeping import Housekeeping
 from domain.ports import Clock, EventLog, FaceSwapper, ImageEditor, ImageFetcher, ImageIntake, ImageStore, SessionStore
 from domain.quarantine import Quarantine

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from domain.attach import Attachments
+from domain.feed_sessions import Attachments
 from domain.ports import ImageStore
 from domain.workflow import Workflow
 

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from pydantic.alias_generators import to_camel
 
 from api.auth import Authenticator, UserMismatch
-from domain.attach import Attachments, Beginning
 from domain.errors import LogUnavailable, Refusal
 from domain.events import timestamp
+from domain.feed_sessions import Attachments, Beginning
 from domain.identity import Identity, InvalidUserId, Unauthenticated, user_id
 from domain.workflow import Workflow
 

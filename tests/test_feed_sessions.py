@@ -6,8 +6,8 @@ import pytest
 
 from adapters.memory_sessions import MemorySessions
 from builders import SteppableClock
-from domain.attach import Attachments, Beginning
 from domain.feed import Cursor, feed_name
+from domain.feed_sessions import Attachments, Beginning
 from domain.identity import Identity
 from doubles import Studio
 

@@ -13,10 +13,10 @@ import pytest
 from engineio.packet import Packet
 
 from adapters.memory_log import MemoryLog
-from adapters.socketio_projection import Device, Projection
+from adapters.realtime.socketio_projection import Device, Projection
 from adapters.system import SystemEntropy, now
-from domain.attach import Beginning
 from domain.feed import Cursor, Feed, Logged, feed_name
+from domain.feed_sessions import Beginning
 from domain.ports import Append, Deliver, History, Lost, Start
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder

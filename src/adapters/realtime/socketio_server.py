@@ -22,8 +22,8 @@ import socketio
 from engineio import packet as engine
 from socketio import packet as wire
 
-from adapters.engineio_server import EngineServer, EngineSocket
-from adapters.socketio_projection import Device
+from adapters.realtime.engineio_server import EngineServer, EngineSocket
+from adapters.realtime.socketio_projection import Device
 from domain.errors import LogUnavailable, Refusal
 from domain.identity import Identity, KeysUnavailable
 from domain.ports import Clock
@@ -46,7 +46,7 @@ class Connection:
     device: Device | None = None
     #: Who it has proved to be.
     identity: Identity | None = None
-    #: Whether its client can recover: see `api.sockets`.
+    #: Whether its client can recover: see `api.realtime.sockets`.
     recovery: bool = True
     #: The session that its client may take up again; ``None``: none.
     pid: str | None = None

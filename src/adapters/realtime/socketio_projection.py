@@ -17,9 +17,9 @@ from typing import Final, Protocol
 
 from engineio.packet import MESSAGE, Packet
 
-from domain.attach import Beginning
 from domain.errors import LogUnavailable
 from domain.feed import Cursor, Logged, feed_name
+from domain.feed_sessions import Beginning
 from domain.ports import EventLog, Lost
 from domain.quarantine import Quarantine
 from domain.readiness import FOLLOWER
@@ -37,7 +37,7 @@ _AGAIN: Final = 0.1
 
 
 class Outbox(Protocol):
-    """Where frames wait for a client: `adapters.engineio_server.EngineSocket`."""
+    """Where frames wait for a client: `adapters.realtime.engineio_server.EngineSocket`."""
 
     def has_room(self, frame: Packet) -> bool:
         """Whether this frame may wait here too."""

@@ -1,0 +1,1 @@
+"""Socket.IO over Engine.IO: packets, connections and the buffers of their clients."""
