@@ -22,7 +22,7 @@ from domain.events import encode, event_name
 from domain.feed import Logged
 from domain.generation import Generation
 from domain.orders import Order
-from domain.ports import Append, Clock, EventLog, History, Lost, Start
+from domain.ports import Append, Clock, EventLog, Gap, History, Start
 from domain.stages import Kind
 
 #: For every property: as thorough as CI can pay for, and never judged by how long one example took.
@@ -256,7 +256,7 @@ class Heard:
         self.entries: list[Logged] = []
         self._news = asyncio.Event()
 
-    def __call__(self, entry: Logged | Lost) -> None:
+    def __call__(self, entry: Logged | Gap) -> None:
         assert isinstance(entry, Logged), "the follower missed entries"
         self.entries.append(entry)
         self._news.set()

@@ -24,7 +24,7 @@ import httpx2
 import socketio
 
 from adapters.jwt_tokens import issue
-from adapters.realtime import engineio_server
+from adapters.realtime import send_buffer
 from adapters.system import now
 from adapters.uvicorn_server import Server
 from api import logs
@@ -114,7 +114,7 @@ class Process:
     async def serve(self, images: Path, *, inside: JSON | None = None, **settings: Any) -> AsyncIterator["Served"]:
         """A service in this process, with its images in this folder. It is stopped at once in the end.
 
-        `inside` is what is no setting: `patience` and `ping` (two numbers), all in seconds.
+        `inside` is what is no setting: `auth_timeout` and `ping` (two numbers), all in seconds.
         """
         chosen = {"images": str(images), "local_seconds": 0, **settings}
         port = (await self.ask("serve", settings=chosen, inside=inside or {}))["port"]
@@ -222,7 +222,7 @@ class Served(Reader):
                 await asyncio.sleep(0.02)
             return figures
 
-    async def stall(self, seconds: float = engineio_server.STALL) -> None:
+    async def stall(self, seconds: float = send_buffer.STALL_TIMEOUT) -> None:
         """From now on, who takes nothing for so long is cut; by default, as long as the service has by itself."""
         await self.process.ask("stall", seconds=seconds)
 
@@ -261,7 +261,7 @@ class _Host:
         port = listener.getsockname()[1]
         service, app = create_service(
             load_settings({**settings, "port": port}),
-            **{name: inside[name] for name in ("patience",) if name in inside},
+            **{name: inside[name] for name in ("auth_timeout",) if name in inside},
         )
         if "ping" in inside:
             service.sockets.eio.ping_interval, service.sockets.eio.ping_timeout = inside["ping"]
@@ -307,7 +307,7 @@ class _Host:
             await asyncio.sleep(2 * _LOOK)  # That was no fault of the service.
             self.lag = 0.0
         rss, peak = _memory(afresh)
-        sockets, rooms = self.here.service.sockets, self.here.service.projection.rooms
+        sockets, rooms = self.here.service.sockets, self.here.service.hub.rooms
         return {
             "rss": rss,
             "peak": peak,
@@ -321,8 +321,8 @@ class _Host:
     async def sids(self) -> JSON:
         return {"sids": list(self.here.service.sockets.eio.sockets)}
 
-    async def stall(self, seconds: float = engineio_server.STALL) -> JSON:
-        engineio_server.STALL = seconds  # type: ignore[misc]
+    async def stall(self, seconds: float = send_buffer.STALL_TIMEOUT) -> JSON:
+        send_buffer.STALL_TIMEOUT = seconds
         return {}
 
     async def worked(self) -> JSON:

@@ -488,15 +488,15 @@ async def reconnect_storms(trial: Trial, sockets: int, users: int, rounds: int) 
     12,
     "{each} sockets that never send CONNECT, {each} that never authenticate, {each} that poll once and never again",
     "all closed within 20 s; health answers throughout",
-    quick={"each": 40, "patience": 1},
-    long={"each": 1_000, "patience": 15},
+    quick={"each": 40, "auth_timeout": 1},
+    long={"each": 1_000, "auth_timeout": 15},
 )
-async def loiterers(trial: Trial, each: int, patience: float) -> None:
-    async with trial.serve(sockets=3 * each, inside={"patience": patience}) as served:
+async def loiterers(trial: Trial, each: int, auth_timeout: float) -> None:
+    async with trial.serve(sockets=3 * each, inside={"auth_timeout": auth_timeout}) as served:
         stays, answers, door, opened = list[float](), list[float](), asyncio.Semaphore(50), 0.0
 
         async def open_in_time(*, connect: bool) -> Wire:
-            """One whose CONNECT comes well before its patience is over, also where everybody is slow."""
+            """One whose CONNECT comes well before the timeout ends, also where everybody is slow."""
             while True:
                 began = time.monotonic()
                 with contextlib.suppress(ConnectionResetError):
@@ -504,7 +504,7 @@ async def loiterers(trial: Trial, each: int, patience: float) -> None:
                     if not connect:
                         return wire
                     await wire.connect()
-                    if time.monotonic() < began + patience / 2:
+                    if time.monotonic() < began + auth_timeout / 2:
                         return wire
                     await hang_up([wire])
 
@@ -537,7 +537,7 @@ async def loiterers(trial: Trial, each: int, patience: float) -> None:
         asking.cancel()
         await asyncio.wait([asking])
         assert asking.cancelled(), "health did not answer"
-        trial.tell("patience", patience, "s")
+        trial.tell("auth_timeout", auth_timeout, "s")
         trial.at_most("longest stay", max(stays), 20, "s", time=True)
         trial.tell("health answers", len(answers))
         trial.tell("slowest of them", max(answers), "ms")

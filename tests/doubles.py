@@ -301,9 +301,9 @@ class Passing:
         await self.pass_on()
         return await self.inner.finished_before(moment, limit)
 
-    async def present(self, user_id: str) -> Cursor:
+    async def head_cursor(self, user_id: str) -> Cursor:
         await self.pass_on()
-        return await self.inner.present(user_id)
+        return await self.inner.head_cursor(user_id)
 
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
         await self.pass_on()

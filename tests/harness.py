@@ -184,7 +184,7 @@ class Running(Reader):
 
         Whose program was killed while it polled is missed only by two pings, which takes 47 seconds.
         """
-        await self.until(lambda: self.service.sockets.idle and not self.service.projection.rooms, 60)
+        await self.until(lambda: self.service.sockets.idle and not self.service.hub.rooms, 60)
 
     async def _moment(self, user: str) -> tuple[list[tuple[JSON, list[JSON], History]], int | None]:
         """The user's generations, each as told, event by event and in the log, and the balance: all of one moment."""

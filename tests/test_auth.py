@@ -19,7 +19,7 @@ import websockets
 
 from adapters.jwt_tokens import JwksKeys
 from adapters.memory_log import MemoryLog
-from adapters.realtime import engineio_server
+from adapters.realtime import engineio_socket
 from adapters.system import now
 from builders import NOON, SteppableClock
 from domain.events import timestamp
@@ -618,7 +618,7 @@ async def test_nothing_else_refuses_the_connection_and_nobody_is_authenticated(s
         nack = await bare.call("subscribe_to_generation", {"generationId": MISSING})
         assert nack["code"] == "unauthenticated"
         assert bare.events() == []
-        assert service.service.projection.rooms == {}
+        assert service.service.hub.rooms == {}
         assert (await bare.authenticate(token=token("ada")))["userId"] == "ada"
 
 
@@ -633,7 +633,7 @@ async def test_a_handshake_that_names_another_user_than_its_token_is_told_so_fir
         assert nack["code"] == "unauthenticated"
         [(name, answer)] = bare.events()
         assert (name, answer["ok"], answer["code"], set(answer)) == ("authenticated", False, code, {*nack})
-        assert service.service.projection.rooms == {}
+        assert service.service.hub.rooms == {}
         assert (await bare.authenticate(token=token("ada")))["userId"] == "ada"
 
 
@@ -673,7 +673,7 @@ async def test_who_proves_nothing_is_refused_by_code_and_stays_nobody(
     async with wire(service) as bare:
         nack = await bare.call("authenticate", argument)
         assert (nack["ok"], nack["code"], set(nack)) == (False, code, {"ok", "code", "message"})
-        assert service.service.projection.rooms == {}
+        assert service.service.hub.rooms == {}
         assert (await bare.authenticate())["code"] == "unauthenticated"
 
 
@@ -765,12 +765,12 @@ class TestWithTokensThatEnd:
             await bare.closed()
             assert asyncio.get_running_loop().time() - begun >= SHORT - 0.1, "too early"
             assert bare.frames[-2:] == ['42["authentication_expired",{"code":"token_expired"}]', "1"]
-            assert service.service.projection.rooms == {}
+            assert service.service.hub.rooms == {}
 
     async def test_so_it_is_over_polling_where_the_end_comes_in_an_answer_of_its_own(
         self, service: Running, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(engineio_server, "_GOODBYE", 60.0)  # The next poll is awaited for so long.
+        monkeypatch.setattr(engineio_socket, "CLOSE_GRACE", 60.0)  # The next poll is awaited for so long.
         address = "/socket.io/?EIO=4&transport=polling"
         for seconds in (SHORT, 10 * SHORT):
             opened = await service.http.get(address)
@@ -863,11 +863,11 @@ class GatedLog(MemoryLog):
         self.asked[user] = asyncio.Event()
         return self.gates.setdefault(user, asyncio.Event())
 
-    async def present(self, user_id: str) -> Cursor:
+    async def head_cursor(self, user_id: str) -> Cursor:
         if user_id in self.gates:
             self.asked[user_id].set()
             await self.gates[user_id].wait()
-        return await super().present(user_id)
+        return await super().head_cursor(user_id)
 
 
 class TestOneUserAfterTheOther:
@@ -911,7 +911,7 @@ class TestOneUserAfterTheOther:
             assert [ack["userId"] for ack in acks] == order
             last = order[-1]
             switched = next(n for n, frame in enumerate(bare.frames) if frame.startswith(beginnings[-1]))
-            assert set(service.service.projection.rooms) == {last}
+            assert set(service.service.hub.rooms) == {last}
             hold.let_go.set()
             await bare.until_over(ids[last])
             await self.settle(service, bare)
@@ -934,7 +934,7 @@ class TestOneUserAfterTheOther:
             assert (await bare.ack(first))["userId"] == slow
             assert (await bare.ack(second))["userId"] == quick
             switched = next(n for n, frame in enumerate(bare.frames) if frame.startswith(second))
-            assert set(service.service.projection.rooms) == {quick}
+            assert set(service.service.hub.rooms) == {quick}
             hold.let_go.set()
             await bare.until_over(ids[quick])
             await self.settle(service, bare)
@@ -957,5 +957,5 @@ class TestOneUserAfterTheOther:
     async def settle(self, service: Running, bare: Wire) -> None:
         """Wait until everything is over, and has been sent."""
         await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
-        await service.service.projection.settled()
+        await service.service.hub.flushed()
         await bare.call("nothing", {})

@@ -64,11 +64,11 @@ class FirstReadFails(MemoryLog):
         super().__init__(epoch="shy", credits=100, clock=now)
         self._failed: set[str] = set()
 
-    async def present(self, user_id: str) -> Cursor:
+    async def head_cursor(self, user_id: str) -> Cursor:
         if user_id.startswith("shy") and user_id not in self._failed:
             self._failed.add(user_id)
             raise LogUnavailable
-        return await super().present(user_id)
+        return await super().head_cursor(user_id)
 
 
 @asynccontextmanager

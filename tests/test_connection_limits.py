@@ -175,7 +175,7 @@ async def test_a_user_has_as_many_sockets_as_allowed(tmp_path: Path) -> None:
                     await one_too_many.send(frame)
                 await asyncio.wait_for(one_too_many.wait_closed(), HUNG)
             await other.authenticate("bob")
-        await service.until(lambda: service.service.projection.devices("ada") == 1)
+        await service.until(lambda: service.service.hub.device_count("ada") == 1)
         async with service.phone("ada") as again:
             await again.authenticate("ada")  # The same socket counts once.
 

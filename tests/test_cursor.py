@@ -38,15 +38,15 @@ def feed(
     head: int | None = None,
     floor: int = 0,
     anchor_id: int | None = 0,
-    severed: Collection[int] = (),
+    deleted_spans: Collection[int] = (),
 ) -> Feed:
-    return Feed(entries, upto, upto if head is None else head, floor, anchor_id, severed)
+    return Feed(entries, upto, upto if head is None else head, floor, anchor_id, deleted_spans)
 
 
 # --- text ------------------------------------------------------------------------------------------------
 
 cursors = st.builds(
-    lambda live, event_id, seen, untold: Cursor(max(live, seen), event_id, min(live, seen), tuple(untold)),
+    lambda live, event_id, seen, tombstones: Cursor(max(live, seen), event_id, min(live, seen), tuple(tombstones)),
     st.integers(0, 10**15 - 1),
     st.integers(0, 2**63 - 1),
     st.integers(0, 10**15 - 1),
@@ -158,25 +158,25 @@ def test_a_cursor_is_usable_where_the_id_stands_and_nothing_wanted_is_lost() -> 
     assert not cursor.usable(feed(upto=9, anchor_id=50, floor=6))
     assert not cursor.usable(feed(upto=5, anchor_id=51))
     assert not cursor.usable(feed(upto=5, anchor_id=None))
-    assert not cursor.usable(feed(upto=5, anchor_id=50, severed=[3]))
+    assert not cursor.usable(feed(upto=5, anchor_id=50, deleted_spans=[3]))
 
 
 def test_who_never_heard_of_what_was_deleted_goes_on() -> None:
     cursor = Cursor(5, 50, 5, (2, 3))
-    assert cursor.usable(feed(upto=5, anchor_id=50, severed=[3]))
-    assert cursor.usable(feed(upto=5, anchor_id=50, severed=[3, 2]))
-    assert not cursor.usable(feed(upto=5, anchor_id=50, severed=[2, 3, 4]))
+    assert cursor.usable(feed(upto=5, anchor_id=50, deleted_spans=[3]))
+    assert cursor.usable(feed(upto=5, anchor_id=50, deleted_spans=[3, 2]))
+    assert not cursor.usable(feed(upto=5, anchor_id=50, deleted_spans=[2, 3, 4]))
 
 
 def test_what_was_deleted_is_remembered_from_its_first_place_to_its_last() -> None:
     places = [entry(2, first=2, end=5, gone=True), entry(3, first=3), entry(4, first=4, end=6, gone=True)]
     cursor = Cursor(1, 10, 1)
-    untold = []
+    tombstones = []
     for each in (*places, entry(5, first=2, end=5, gone=True), entry(6, first=4, end=6, gone=True)):
-        cursor = cursor.past(each)
-        untold.append(cursor.untold)
-    assert untold == [(2,), (2,), (2, 4), (4,), ()]
-    assert Cursor(2, 20, 2).past(entry(3, first=2, end=5, gone=True)).untold == ()
+        cursor = cursor.advanced_past(each)
+        tombstones.append(cursor.open_tombstones)
+    assert tombstones == [(2,), (2,), (2, 4), (4,), ()]
+    assert Cursor(2, 20, 2).advanced_past(entry(3, first=2, end=5, gone=True)).open_tombstones == ()
 
 
 def test_retention_below_live_does_not_touch_what_was_not_seen() -> None:
@@ -205,9 +205,9 @@ def test_up_to_live_only_what_had_not_ended_by_then_is_wanted_and_after_it_every
 
 def test_in_the_past_only_seen_moves_and_beyond_it_both_move() -> None:
     cursor = Cursor(5, 50, 2)
-    assert cursor.past(entry(3)) == Cursor(5, 50, 3)
-    assert cursor.past(entry(5)) == Cursor(5, 50, 5)
-    assert cursor.past(entry(6)) == Cursor(6, 60, 6)
+    assert cursor.advanced_past(entry(3)) == Cursor(5, 50, 3)
+    assert cursor.advanced_past(entry(5)) == Cursor(5, 50, 5)
+    assert cursor.advanced_past(entry(6)) == Cursor(6, 60, 6)
 
 
 def test_advancing_tells_each_wanted_event_with_the_cursor_behind_it() -> None:
@@ -305,7 +305,7 @@ class World:
             self.purged.add(gone)
 
     async def attach(self, _: int) -> None:
-        cursor = await self.log.present("ada")
+        cursor = await self.log.head_cursor("ada")
         self.handed_out.append(Told(cursor, len(self.ids), 0, ()))
 
     async def read(self, which: int) -> None:
@@ -388,7 +388,7 @@ async def play(open_log: OpenLog, commands: list[tuple[str, int]], limits: list[
             await getattr(world, name)(which)
         for turn, holder in enumerate(list(world.handed_out)):
             await world.catch_up(holder, limits[turn % len(limits)])
-        attached = Told(await log.present("ada"), len(world.ids), 0, ())
+        attached = Told(await log.head_cursor("ada"), len(world.ids), 0, ())
         assert not world.may_be_refused(attached)
         await world.catch_up(attached, 1_000)
         return world
@@ -436,6 +436,6 @@ async def test_a_log_that_came_back_in_an_older_state_is_recognised(open_log: Op
         await scribe.whole()
         again.entropy.event_id()
         await again.whole()
-        cursor = await log.present("ada")
+        cursor = await log.head_cursor("ada")
         assert cursor.usable(await log.feed("ada", after=cursor.seen, anchor=cursor.live, limit=0))
         assert not cursor.usable(await older.feed("ada", after=cursor.seen, anchor=cursor.live, limit=0))

@@ -137,7 +137,7 @@ async def test_a_generation_that_cannot_be_read_counts_as_deleted_and_is_kept(
         # Who comes with any cursor goes on, or is told that its past is gone.
         feed = await life.log.feed("ada", after=0, anchor=0, limit=1_000)
         assert [entry for entry in feed.entries if entry.generation_id == generation_id and entry.event] == []
-        present = await life.log.present("ada")
+        present = await life.log.head_cursor("ada")
         whole = await life.whole("ada", key="key of ada")
         after = await life.log.feed("ada", after=present.live, anchor=present.live, limit=100)
         assert present.usable(after)
@@ -230,7 +230,7 @@ async def test_the_pictures_of_a_damaged_generation_are_kept_until_retention_end
 
 async def test_who_knows_that_a_damaged_generation_runs_is_told_that_its_past_is_gone(path: Path) -> None:
     async with opened(path) as life:
-        cursor = await life.log.present("ada")
+        cursor = await life.log.head_cursor("ada")
         feed = await life.log.feed("ada", after=0, anchor=0, limit=1_000)
         assert cursor.live == feed.head
         position, before = feed.entries[-2].position, feed.entries[-2].event_id
@@ -241,7 +241,7 @@ async def test_who_knows_that_a_damaged_generation_runs_is_told_that_its_past_is
         for live, event_id in ((cursor.live, cursor.event_id), (position, before)):
             known = Cursor(live, event_id, live)
             assert not known.usable(await life.log.feed("ada", after=live, anchor=live, limit=0))
-        fresh = await life.log.present("ada")
+        fresh = await life.log.head_cursor("ada")
         assert fresh.usable(await life.log.feed("ada", after=fresh.seen, anchor=fresh.live, limit=0))
 
 
@@ -340,7 +340,7 @@ async def serves(path: Path, *, examined: bool) -> None:
             await life.log.examine()
         for user in (*USERS, "new"):
             await shown(life, user)
-            present = await life.log.present(user)
+            present = await life.log.head_cursor(user)
             assert present.usable(await life.log.feed(user, after=present.seen, anchor=present.live, limit=1_000))
             assert (await life.log.credit(user) or 0) >= 0
             with contextlib.suppress(IdempotencyMismatch):  # Another amount may be written there.

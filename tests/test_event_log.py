@@ -23,7 +23,7 @@ from domain.errors import (
     TooManyGenerations,
 )
 from domain.feed import Cursor, Feed, Logged
-from domain.ports import Begun, EventLog, Lost
+from domain.ports import Begun, EventLog, Gap
 
 
 class Opener:
@@ -80,7 +80,7 @@ async def image(log: EventLog, user_id: str, *generation_ids: str) -> object:
         await log.generations(user_id, limit=1_000),
         [await log.generation(generation_id) for generation_id in generation_ids],
         await log.unfinished(),
-        await log.present(user_id),
+        await log.head_cursor(user_id),
     )
 
 
@@ -592,9 +592,9 @@ async def test_a_follower_that_raises_undoes_nothing_and_stops_nobody(
     scribe: Scribe, log: EventLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, after = Heard(), Heard()
-    tries: list[Logged | Lost] = []
+    tries: list[Logged | Gap] = []
 
-    def broken(entry: Logged | Lost) -> None:
+    def broken(entry: Logged | Gap) -> None:
         tries.append(entry)
         raise RuntimeError("a secret")
 
@@ -636,7 +636,7 @@ async def test_refused_and_repeated_appends_are_not_heard(scribe: Scribe, log: E
 
 async def test_an_unknown_user_has_an_empty_feed(log: EventLog) -> None:
     feed = await log.feed("nobody", after=0, anchor=0, limit=10)
-    assert (list(feed.entries), feed.upto, feed.head, feed.floor, [*feed.severed]) == ([], 0, 0, 0, [])
+    assert (list(feed.entries), feed.upto, feed.head, feed.floor, [*feed.deleted_spans]) == ([], 0, 0, 0, [])
     assert feed.anchor_id is not None
     assert (await log.feed("nobody", after=0, anchor=1, limit=10)).anchor_id is None
 
@@ -672,7 +672,7 @@ async def test_the_anchor_of_every_position_is_the_id_of_its_event(scribe: Scrib
     await scribe.whole()
     for entry in (await whole_feed(log)).entries:
         feed = await log.feed("ada", after=0, anchor=entry.position, limit=0)
-        assert (feed.anchor_id, [*feed.severed]) == (entry.event_id, [])
+        assert (feed.anchor_id, [*feed.deleted_spans]) == (entry.event_id, [])
     for beyond in (7, 8, 1_000_000):
         assert (await log.feed("ada", after=0, anchor=beyond, limit=0)).anchor_id is None
 
@@ -717,7 +717,7 @@ async def usable(log: EventLog, user_id: str, cursor: Cursor) -> bool:
 
 
 async def test_the_present_of_nobody_is_where_their_first_event_will_come(scribe: Scribe, log: EventLog) -> None:
-    cursor = await log.present("ada")
+    cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (0, 0)
     generation = await scribe.start()
     told, _ = await pull(log, "ada", cursor)
@@ -728,7 +728,7 @@ async def test_the_present_holds_what_still_runs_and_nothing_that_has_ended(scri
     await scribe.whole()
     running = await scribe.move(await scribe.start(), "composition")
     await scribe.whole()
-    cursor = await log.present("ada")
+    cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (14, 6)
     told, behind = await pull(log, "ada", cursor)
     assert places(told) == [(running.generation_id, 1), (running.generation_id, 2)]
@@ -737,13 +737,13 @@ async def test_the_present_holds_what_still_runs_and_nothing_that_has_ended(scri
 
 async def test_the_present_of_a_user_with_nothing_running_is_the_head(scribe: Scribe, log: EventLog) -> None:
     ended = await scribe.whole()
-    cursor = await log.present("ada")
+    cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (6, 6)
     assert await usable(log, "ada", cursor)
     assert not await usable(log, "bob", cursor)
     assert (await pull(log, "ada", cursor))[0] == []
     assert await log.remove(ended.generation_id, retention=True)
-    assert await usable(log, "ada", await log.present("ada"))
+    assert await usable(log, "ada", await log.head_cursor("ada"))
 
 
 # --- what is yet to be told ------------------------------------------------------------------------------
@@ -924,7 +924,7 @@ async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
     assert feed.floor == (max(2 * index + 2 for index in which) if retention else 0)
     # Whoever attaches anew, and whoever was at the head, goes on without a hole.
     at_head = Cursor(6, every[-1].event_id, 6)
-    attached = await log.present("ada")
+    attached = await log.head_cursor("ada")
     assert attached == at_head
     following = await scribe.whole()
     for cursor in (at_head, attached):
@@ -956,7 +956,7 @@ async def test_a_running_generation_older_than_the_floor_stays_readable(scribe: 
     assert (feed.floor, [entry.position for entry in feed.entries]) == (3, [1, 4])
     history = await log.generation(old.generation_id)
     assert statuses(history) == ["started", "composition"]
-    cursor = await log.present("ada")
+    cursor = await log.head_cursor("ada")
     assert places((await pull(log, "ada", cursor))[0]) == [(old.generation_id, 1), (old.generation_id, 2)]
     await scribe.finish(old)
     assert places((await pull(log, "ada", cursor, 1))[0]) == [(old.generation_id, n) for n in range(1, 7)]
@@ -968,7 +968,7 @@ async def test_reading_goes_on_from_before_the_floor_when_only_unwanted_events_w
     running = await scribe.start()
     ended = await scribe.short()
     running = await scribe.move(running, "composition")
-    cursor = await log.present("ada")
+    cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (4, 0)
     assert await log.remove(ended.generation_id, retention=True)
     assert await usable(log, "ada", cursor)
@@ -980,7 +980,7 @@ async def test_a_cursor_is_lost_once_a_generation_it_wanted_to_the_end_is_gone(
     scribe: Scribe, log: EventLog, retention: bool
 ) -> None:
     wanted = await scribe.start()
-    cursor = await log.present("ada")
+    cursor = await log.head_cursor("ada")
     wanted = await scribe.move(wanted, "composition")
     middle = (await whole_feed(log)).entries[-1]
     await scribe.move(wanted, "failed")
@@ -991,17 +991,17 @@ async def test_a_cursor_is_lost_once_a_generation_it_wanted_to_the_end_is_gone(
     assert await usable(log, "ada", Cursor(behind.position, behind.event_id, behind.position))
 
 
-async def test_severed_is_told_from_the_first_event_on_and_before_the_last(scribe: Scribe, log: EventLog) -> None:
+async def test_deleted_spans_is_told_from_the_first_event_on_and_before_the_last(scribe: Scribe, log: EventLog) -> None:
     await scribe.short()
     gone = await scribe.move(await scribe.start(), "composition", "failed")
     await scribe.short()
     assert await log.remove(gone.generation_id, retention=False)
-    severed = [[*(await log.feed("ada", after=0, anchor=anchor, limit=0)).severed] for anchor in range(8)]
-    assert severed == [[], [], [], [3], [3], [], [], []]
+    deleted_spans = [[*(await log.feed("ada", after=0, anchor=anchor, limit=0)).deleted_spans] for anchor in range(8)]
+    assert deleted_spans == [[], [], [], [3], [3], [], [], []]
 
 
 async def test_one_deleted_before_it_was_seen_at_all_is_skipped(scribe: Scribe, log: EventLog) -> None:
-    cursor = await log.present("ada")
+    cursor = await log.head_cursor("ada")
     gone = await scribe.short()
     kept = await scribe.short()
     assert await log.remove(gone.generation_id, retention=False)
@@ -1016,8 +1016,8 @@ async def test_places_left_by_delete_go_once_the_floor_has_passed_them(scribe: S
     assert await log.remove(deleted.generation_id, retention=False)
     assert await log.remove(purged.generation_id, retention=True)
     feed = await whole_feed(log)
-    assert (list(feed.entries), feed.upto, feed.head, feed.floor, [*feed.severed]) == ([], 4, 4, 4, [])
-    assert not (await log.feed("ada", after=0, anchor=1, limit=0)).severed
+    assert (list(feed.entries), feed.upto, feed.head, feed.floor, [*feed.deleted_spans]) == ([], 4, 4, 4, [])
+    assert not (await log.feed("ada", after=0, anchor=1, limit=0)).deleted_spans
 
 
 async def test_deleting_below_the_floor_leaves_no_places(scribe: Scribe, log: EventLog) -> None:
@@ -1025,7 +1025,7 @@ async def test_deleting_below_the_floor_leaves_no_places(scribe: Scribe, log: Ev
     assert await log.remove(high.generation_id, retention=True)
     assert await log.remove(low.generation_id, retention=False)
     feed = await whole_feed(log)
-    assert (list(feed.entries), feed.floor, feed.head, [*feed.severed]) == ([], 4, 4, [])
+    assert (list(feed.entries), feed.floor, feed.head, [*feed.deleted_spans]) == ([], 4, 4, [])
 
 
 async def test_two_users_do_not_share_a_floor(scribe: Scribe, log: EventLog) -> None:
@@ -1208,9 +1208,9 @@ async def test_the_place_of_a_feed_does_not_move_by_a_grant(scribe: Scribe, log:
     for user_id in ("ada", "new"):
         if user_id == "ada":
             await scribe.start(user_id)
-        before = await log.present(user_id)
+        before = await log.head_cursor(user_id)
         await grant(scribe, 1, user_id=user_id)
-        assert await log.present(user_id) == before
+        assert await log.head_cursor(user_id) == before
 
 
 async def test_a_grant_with_a_key_happens_once_and_returns_what_it_had_brought(scribe: Scribe, log: EventLog) -> None:
@@ -1360,6 +1360,6 @@ async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: Ev
 async def test_a_log_that_can_be_written_says_so_and_is_not_changed_by_being_asked(log: EventLog) -> None:
     scribe = Scribe(log)
     generation = await scribe.short()
-    before = await log.present("ada"), await log.generation(generation.generation_id), log.epoch
+    before = await log.head_cursor("ada"), await log.generation(generation.generation_id), log.epoch
     await log.probe()
-    assert before == (await log.present("ada"), await log.generation(generation.generation_id), log.epoch)
+    assert before == (await log.head_cursor("ada"), await log.generation(generation.generation_id), log.epoch)

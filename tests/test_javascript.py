@@ -19,8 +19,8 @@ async def test_the_seeds_snippet_shows_every_stage_on_both_devices_and_none_to_o
         seed(service.url, 123) as laptop,
         seed(service.url, 7) as stranger,
     ):
-        projection = service.service.projection
-        await service.until(lambda: len(projection.rooms.get("123", ())) == 2 and "7" in projection.rooms)
+        rooms = service.service.hub.rooms
+        await service.until(lambda: len(rooms.get("123", ())) == 2 and "7" in rooms)
         generation_id = await service.start("123", images=2)
         await phone.until(lambda: bool(phone.named("generation_completed")))
         await laptop.until(lambda: bool(laptop.named("generation_completed")))

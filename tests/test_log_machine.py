@@ -268,7 +268,7 @@ class LogMachine(RuleBasedStateMachine):
 
     @rule(user_id=st.sampled_from(USERS))
     def attach(self, user_id: str) -> None:
-        cursor = self.run(self.log.present(user_id))
+        cursor = self.run(self.log.head_cursor(user_id))
         assert cursor.live == self.head[user_id]
         self.places[user_id].append(Place(cursor, self.head[user_id], 0, ()))
 
@@ -319,7 +319,7 @@ class LogMachine(RuleBasedStateMachine):
     def catch_up(self) -> None:
         """I4: whoever reads on to the head has been told all that was wanted, once and in order."""
         for user_id in USERS:
-            attached = Place(self.run(self.log.present(user_id)), self.head[user_id], 0, ())
+            attached = Place(self.run(self.log.head_cursor(user_id)), self.head[user_id], 0, ())
             for place in (attached, self.places[user_id][-1]):
                 reader: Place | None = place
                 every = [*place.told, *(position for position, *_ in self.wanted(user_id, place))]

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from domain.feed import Logged
-from domain.ports import Lost
+from domain.ports import Gap
 from faults import Fault, Proxy
 from harness import JSON, Running, running
 from node import ROOT, needs_node
@@ -154,7 +154,7 @@ async def test_when_the_user_cancels_it_stops(service: Running, tmp_path: Path, 
     user = f"{language} who changes their mind"
     cancels: list[asyncio.Task[str]] = []
 
-    def cancel_half_way(entry: Logged | Lost) -> None:
+    def cancel_half_way(entry: Logged | Gap) -> None:
         if isinstance(entry, Logged) and entry.user_id == user and entry.sequence == 5:
             cancels.append(asyncio.create_task(service.service.workflow.cancel(user, entry.generation_id)))
 

@@ -46,10 +46,20 @@ async def fails_with(service: Running, code: str, part: str) -> None:
 async def test_every_background_task_is_listed(tmp_path: Path) -> None:
     async with running(tmp_path, webhook_url="http://127.0.0.1:9/") as service:
         status, body = await ready(service)
-        names = {"log", "follower", "runner", "images", "external", "retention", "sweep", "sessions", "webhooks"}
+        names = {"log", "follower", "runner", "images", "external", "retention", "sweep", "webhooks"}
+        names |= {"sessions", "sockets"}
         assert (status, body["status"]) == (200, "ready")
         assert names <= body["parts"].keys()
         assert set(body["parts"].values()) == {"ok"}
+
+
+async def test_a_check_for_stalled_readers_that_fails_is_retried(tmp_path: Path) -> None:
+    async with running(tmp_path) as service:
+        sockets, supervisor = service.service.sockets.eio.sockets, service.service.supervisor
+        sockets["broken"] = None  # type: ignore[assignment]
+        await service.until(lambda: supervisor.parts["sockets"] == "internal")
+        del sockets["broken"]
+        await service.until(lambda: supervisor.parts["sockets"] == "ok")
 
 
 async def test_an_image_folder_that_cannot_be_written_fails_and_works_again(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import pytest_asyncio
 import websockets
 
 from adapters.memory_log import MemoryLog
-from adapters.realtime import engineio_server
+from adapters.realtime import engineio_socket, send_buffer
 from adapters.system import now
 from builders import IN_MEMORY, Scribe, SteppableClock, body
 from domain.errors import LogUnavailable
@@ -297,7 +297,7 @@ async def test_connect_carries_a_pid_and_every_event_its_cursor_and_nothing_else
     clients = [stage.open(user, way) for way in WAYS] + [stage.open(None, auth={"userId": user})]
     for client in clients:
         await client.connected()
-        await stage.service.until(lambda: len(stage.service.service.projection.rooms.get(user, ())) == len(clients))
+        await stage.service.until(lambda: len(stage.service.service.hub.rooms.get(user, ())) == len(clients))
     await stage.scribe.whole(user)
     await stage.scribe.whole(user, "generate")
     for client in clients:
@@ -365,7 +365,7 @@ async def test_a_connection_may_fall_after_any_event_of_a_replay(
     stage: Stage, way: str, silently: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two generations run, interleaved; when the clients come back, one has ended and a third has come and gone."""
-    monkeypatch.setattr(engineio_server, "_TURN", 1)  # One event in each polling answer.
+    monkeypatch.setattr(engineio_socket, "MAX_BATCH", 1)  # One event in each polling answer.
     user, scribe = stage.user(), stage.scribe
     one, two = await scribe.start(user), await scribe.start(user, "generate")
     for status, other in [("composition", "composition"), ("composition_completed", "composition_completed")]:
@@ -389,7 +389,7 @@ async def test_a_connection_may_fall_after_any_event_of_a_replay(
     for client in clients:
         assert (await client.connected(2))["recovered"] is True
     # Those that the server had not noticed have been replaced.
-    await stage.service.until(lambda: len(stage.service.service.projection.rooms[user]) == len(clients))
+    await stage.service.until(lambda: len(stage.service.service.hub.rooms[user]) == len(clients))
     await scribe.finish(two)
     await stage.complete(user, *clients)
 
@@ -780,7 +780,7 @@ async def test_a_pid_taken_up_again_closes_the_older_socket(stage: Stage) -> Non
             await stage.scribe.short(user)
             assert await newer.events(2) == (await stage.feed(user))[6:]
             assert len(client.events) == 6
-            assert len(stage.service.service.projection.rooms[user]) == 1
+            assert len(stage.service.service.hub.rooms[user]) == 1
             client.do("connect")  # And that one has it back in the same way.
             assert (await client.connected(2))["recovered"] is True
             assert not [frame for frame in await rest_of(newer.connection) if frame.startswith("41")]
@@ -874,7 +874,7 @@ async def test_an_authenticate_that_the_log_did_not_answer_leaves_the_pid_where_
         await client.disconnected()
         client.do("connect")
         assert (await client.connected(2))["recovered"] is True
-        assert list(stage.service.service.projection.rooms) == ["eve"]
+        assert list(stage.service.service.hub.rooms) == ["eve"]
 
 
 @pytest.mark.parametrize("where", ["handshake", "authenticate"])
@@ -937,7 +937,7 @@ async def test_a_client_without_recovery_has_no_usable_pid(stage: Stage) -> None
 async def test_a_replay_that_was_asked_for_is_not_resumed_and_takes_no_cursor_back(
     stage: Stage, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engineio_server, "_TURN", 1)
+    monkeypatch.setattr(engineio_socket, "MAX_BATCH", 1)
     user = stage.user()
     old = await stage.scribe.whole(user)
     line = await stage.line()
@@ -1018,7 +1018,7 @@ async def test_with_a_key_a_pid_is_good_until_its_token_ends(
         ]
         for client in clients:
             await client.connected()
-        await stage.service.until(lambda: len(stage.service.service.projection.rooms.get("eve", ())) == 3)
+        await stage.service.until(lambda: len(stage.service.service.hub.rooms.get("eve", ())) == 3)
         # The last of them shows a token in each handshake; the second extends its own.
         running = await stage.scribe.start("eve")
         ack = await clients[1].call("authenticate", {"token": token(clock, "eve", 120)})
@@ -1158,7 +1158,7 @@ async def test_after_a_restart_with_a_log_in_memory_nothing_is_recovered_and_eve
 async def test_a_slow_reader_recovers_thousands_of_events_and_is_never_cut_while_it_moves(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engineio_server, "STALL", 3.0)
+    monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 3.0)
     # Each takes a log in a file long to write; read they are by pages, which does not change with their number.
     count = 1_500 if stage.service.service.log.durable else 5_000
     user = stage.user()
@@ -1178,7 +1178,7 @@ async def test_a_slow_reader_recovers_thousands_of_events_and_is_never_cut_while
 
 
 async def test_a_reader_that_stops_is_closed_and_recovers_later(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engineio_server, "STALL", 0.5)
+    monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 0.5)
     user = stage.user()
     client = stage.open(user)
     await client.ack()
@@ -1186,7 +1186,7 @@ async def test_a_reader_that_stops_is_closed_and_recovers_later(stage: Stage, mo
     client.do("pause")
     await client.until(lambda: bool(client.on("paused")))
     await stage.pour(user, 1_500, filler=1_900)
-    await stage.service.until(lambda: user not in stage.service.service.projection.rooms)
+    await stage.service.until(lambda: user not in stage.service.service.hub.rooms)
     monkeypatch.undo()
     assert server.pids == set()
     client.do("resume")
@@ -1200,7 +1200,7 @@ async def test_of_many_that_take_up_one_pid_at_once_one_stays(stage: Stage) -> N
     await stage.scribe.whole(user)
     connections = await asyncio.gather(*(stage.service.raw() for _ in range(8)))
     await asyncio.gather(*(each.send("40" + json.dumps({"pid": pid})) for each in connections))
-    server, rooms = stage.service.service.sockets, stage.service.service.projection.rooms
+    server, rooms = stage.service.service.sockets, stage.service.service.hub.rooms
     await stage.service.until(lambda: len(rooms.get(user, ())) == len(server.connections) == 1)
     await stage.scribe.short(user)
     assert list(server.pids) == [pid]
@@ -1215,7 +1215,7 @@ async def test_who_has_been_recovered_is_not_asked_to_authenticate(
         client = stage.open("eve")
         await client.ack()
         # It comes back by itself, and tries again where a slow machine is not in time.
-        monkeypatch.setattr(stage.service.service.sockets, "_patience", 0.3)
+        monkeypatch.setattr(stage.service.service.sockets, "_auth_timeout", 0.3)
         client.do("cut")
         assert (await client.connected(2))["recovered"] is True
         await asyncio.sleep(0.6)  # Longer than the patience: what is awaited is that nothing happens.

@@ -19,8 +19,9 @@ import websockets
 
 from adapters import uvicorn_server
 from adapters.memory_log import MemoryLog
-from adapters.realtime import engineio_server
-from adapters.realtime.engineio_server import MAX_BYTES, MAX_EVENTS, EngineSocket
+from adapters.realtime import engineio_socket
+from adapters.realtime.engineio_socket import EngineSocket
+from adapters.realtime.send_buffer import MAX_BYTES, MAX_EVENTS
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.ports import History
@@ -121,8 +122,8 @@ async def test_who_asks_on_and_on_and_takes_no_answer_is_cut_off(service: Runnin
             for _ in range(20):
                 await connection.send('421["authenticate",{"userId":"ada"}]')
             await asyncio.sleep(0)
-            assert asking.queue.qsize() <= 2 * MAX_EVENTS + 1
-            assert asking.queue.bytes <= 4 * MAX_BYTES + 65_536
+            assert len(asking.buffer) <= 2 * MAX_EVENTS + 1
+            assert asking.buffer.bytes <= 4 * MAX_BYTES + 65_536
     connection.transport.abort()
 
 
@@ -185,7 +186,7 @@ async def test_sockets_that_are_gone_are_forgotten_at_once(service: Running) -> 
 async def test_an_upgrade_that_goes_no_further_does_not_starve_the_poller(
     service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engineio_server, "_PROBE", 0.2)
+    monkeypatch.setattr(engineio_socket, "UPGRADE_TIMEOUT", 0.2)
     sid = await polling(service)
     path = f"/socket.io/?EIO=4&transport=polling&sid={sid}"
     await service.http.post(path, content='40{"userId":"ada"}')
@@ -200,7 +201,7 @@ async def test_an_upgrade_that_goes_no_further_does_not_starve_the_poller(
 async def test_a_second_upgrade_at_once_is_refused_and_the_first_goes_on(
     service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engineio_server, "_PROBE", 60)
+    monkeypatch.setattr(engineio_socket, "UPGRADE_TIMEOUT", 60)
     sid = await polling(service)
     async with bare(service, query=f"&sid={sid}") as first:
         await first.send(first.frame(TEXT, b"2probe"))
@@ -236,7 +237,7 @@ async def test_a_request_that_breaks_off_and_one_without_an_upgrade_are_refused(
 
 
 async def test_who_comes_and_goes_without_authenticating_wins_no_time(tmp_path: Path) -> None:
-    async with running(tmp_path, overrides={"patience": 0.4}) as service:
+    async with running(tmp_path, overrides={"auth_timeout": 0.4}) as service:
         connection = await service.raw()
 
         async def come_and_go() -> None:

@@ -15,7 +15,7 @@ import pytest_asyncio
 import websockets
 
 from adapters.memory_log import MemoryLog
-from adapters.realtime import engineio_server
+from adapters.realtime import send_buffer
 from adapters.system import now
 from builders import IN_MEMORY
 from domain.errors import LogUnavailable
@@ -309,8 +309,8 @@ async def test_a_device_without_recovery_gets_one_argument_with_the_cursor_in_it
     connection = await service.raw()
     for frame in hello:
         await connection.send(frame)
-    await service.until(lambda: bool(service.service.projection.rooms))
-    [user] = service.service.projection.rooms
+    await service.until(lambda: bool(service.service.hub.rooms))
+    [user] = service.service.hub.rooms
     await service.start(user)
     seen: list[Any] = []
     while not seen or seen[-1][0] != "generation_completed":
@@ -383,13 +383,13 @@ async def test_an_unasked_ack_is_ignored(service: Running) -> None:
 
 
 async def test_a_socket_that_never_connects_is_closed(tmp_path: Path) -> None:
-    async with running(tmp_path, overrides={"patience": 0.1}) as service:
+    async with running(tmp_path, overrides={"auth_timeout": 0.1}) as service:
         connection = await service.raw()
         assert await rest_of(connection) == ["1"]
 
 
 async def test_a_socket_that_never_authenticates_is_told_and_closed(tmp_path: Path) -> None:
-    async with running(tmp_path, overrides={"patience": 0.1}) as service:
+    async with running(tmp_path, overrides={"auth_timeout": 0.1}) as service:
         frames = list[str]()
         while not any(frame.startswith("40") for frame in frames):  # A machine may be too slow to connect in time.
             connection = await service.raw()
@@ -401,7 +401,7 @@ async def test_a_socket_that_never_authenticates_is_told_and_closed(tmp_path: Pa
 
 
 async def test_one_who_authenticated_in_time_stays(tmp_path: Path) -> None:
-    async with running(tmp_path, overrides={"patience": 0.2}) as service:
+    async with running(tmp_path, overrides={"auth_timeout": 0.2}) as service:
         frame = ""
         while not frame.startswith("430"):  # A machine may be too slow to do it in time.
             connection = await service.raw()
@@ -422,7 +422,7 @@ class BrokenLog(MemoryLog):
 
     error: Exception = RuntimeError("secret of /the/path")
 
-    async def present(self, user_id: str) -> Cursor:
+    async def head_cursor(self, user_id: str) -> Cursor:
         raise self.error
 
 
@@ -473,16 +473,16 @@ async def test_a_reader_that_takes_nothing_is_bounded_and_closed_and_slows_nobod
     own_service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = own_service
-    monkeypatch.setattr(engineio_server, "STALL", 60.0)  # Which nobody else is to reach, however slow the machine.
+    monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 60.0)  # Which nobody else is to reach, however slow the machine.
     stalled = await reluctant(service)
     [waiting] = service.service.sockets.eio.sockets.values()
     async with service.phone("ada") as neighbour:
         async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
-            assert waiting.queue.qsize() <= engineio_server.MAX_EVENTS + 2
-            assert waiting.queue.bytes <= engineio_server.MAX_BYTES + 1000
+            assert len(waiting.buffer) <= send_buffer.MAX_EVENTS + 2
+            assert waiting.buffer.bytes <= send_buffer.MAX_BYTES + 1000
         await neighbour.until_over("edit_1_0000000000000000")
         assert neighbour.sequences("edit_1_0000000000000000") == list(range(1, FLOOD + 1))
-        monkeypatch.setattr(engineio_server, "STALL", 0.3)
+        monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 0.3)
         await service.until(lambda: waiting.gone)
     stalled.transport.abort()
 
@@ -491,13 +491,13 @@ async def test_a_slow_reader_that_comes_back_gets_all_it_missed(
     own_service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = own_service
-    monkeypatch.setattr(engineio_server, "STALL", 60.0)
+    monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 60.0)
     slow = await reluctant(service)
     [waiting] = service.service.sockets.eio.sockets.values()
     async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
         pass
     # Never, where the kernel has taken it all.
-    await service.until(lambda: waiting.queue.qsize() > engineio_server.MAX_EVENTS // 4)
+    await service.until(lambda: len(waiting.buffer) > send_buffer.MAX_EVENTS // 4)
     slow.transport.resume_reading()
     seen: list[int] = []
     while len(seen) < FLOOD:
@@ -513,7 +513,7 @@ async def test_rooms_of_the_library_are_not_to_be_used() -> None:
 
     async def nobody(*_: Any) -> Any: ...
 
-    server = SocketServer(greet=nobody, handlers={}, leaves=nobody, clock=now)
+    server = SocketServer(on_connect=nobody, handlers={}, on_disconnect=nobody, clock=now)
     for attempt in (server.emit("x", {}, to=""), server.enter_room("sid", "user:")):
         with pytest.raises(NotImplementedError):
             await attempt
@@ -529,7 +529,7 @@ async def test_a_client_that_disconnects_and_comes_back_on_the_same_transport_is
     frames = [str(await connection.recv()), str(await connection.recv())]
     assert frames[0].startswith('42["authenticated"')
     assert frames[1].startswith('40{"sid"')
-    assert service.service.projection.rooms == {}
+    assert service.service.hub.rooms == {}
     await connection.close()
 
 

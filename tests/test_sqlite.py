@@ -82,7 +82,7 @@ async def image(log: SqliteLog, *user_ids: str) -> object:
             await log.feed(user_id, after=0, anchor=0, limit=10_000),
             await log.credit(user_id),
             await log.generations(user_id, limit=1_000),
-            await log.present(user_id),
+            await log.head_cursor(user_id),
             await log.begun(user_id, "k"),
         )
         for user_id in user_ids
@@ -103,7 +103,7 @@ async def test_a_log_that_is_opened_again_is_as_it_was_left(path: Path) -> None:
         await first.log.delivered(told.generation_id)
         await first.log.remove(purged.generation_id, retention=True)
         await first.log.remove(gone.generation_id, retention=False)
-        cursor = await first.log.present("ada")
+        cursor = await first.log.head_cursor("ada")
         assert await first.log.grant("cy", 5, key="g", at=NOON, until=NOON + RETENTION) == 105
         session = Session(Identity("ada", NOON + RETENTION, service=True), cursor, cursor.live, "tag")
         await first.sessions.save("pid", session, at=NOON)

@@ -251,7 +251,7 @@ class MemoryLog:
             if record.ended_at is not None and record.ended_at < moment
         ]
 
-    async def present(self, user_id: str) -> Cursor:
+    async def head_cursor(self, user_id: str) -> Cursor:
         user = self._users.get(user_id)
         if user is None:
             return Cursor(0, zero_id(self.epoch, user_id), 0)
@@ -272,8 +272,8 @@ class MemoryLog:
             if record is not None:
                 entries.append(record.at(position))
         spans = [(record.positions[0], record.positions[-1]) for record in user.deleted]
-        severed = [first for first, last in spans if first <= anchor < last]
-        return Feed(entries, position, user.head, user.floor, user.id_at(anchor), severed)
+        deleted_spans = [first for first, last in spans if first <= anchor < last]
+        return Feed(entries, position, user.head, user.floor, user.id_at(anchor), deleted_spans)
 
     @asynccontextmanager
     async def follow(self, deliver: Deliver) -> AsyncIterator[None]:

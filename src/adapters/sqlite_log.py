@@ -199,7 +199,7 @@ class SqliteLog:
             parameters,
         )
 
-    async def present(self, user_id: str) -> Cursor:
+    async def head_cursor(self, user_id: str) -> Cursor:
         row = await self._read(
             lambda connection: connection.execute(_PRESENT, (user_id,)).fetchone(), _SINCE_OLDEST, (user_id,)
         )
@@ -213,13 +213,13 @@ class SqliteLog:
             row = connection.execute(_FEED, {"user_id": user_id, "anchor": anchor}).fetchone()
             if row is None:
                 return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, ())
-            user, head, floor, floor_id, id_there, severed = row
+            user, head, floor, floor_id, id_there, deleted_spans = row
             where = "WHERE events.user = ? AND events.position > ? ORDER BY events.position LIMIT ?"
             rows = connection.execute(f"{_ENTRIES} {where}", (user, after, limit)) if limit else ()
             entries = [Logged._make(row) for row in rows]
             upto = max(after, head) if len(entries) < limit else entries[-1].position if entries else after
             anchor_id = floor_id if anchor == floor else id_there if anchor > floor else None
-            return Feed(entries, upto, head, floor, anchor_id, json.loads(severed))
+            return Feed(entries, upto, head, floor, anchor_id, json.loads(deleted_spans))
 
         return await self._read(read, _IN_FEED, (user_id, min(after, anchor), limit))
 

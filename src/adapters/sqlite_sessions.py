@@ -28,7 +28,7 @@ class SqliteSessions:
     async def save(self, pid: str, session: Session, *, at: datetime) -> None:
         user_id, expires_at, service = session.identity
         expires = None if expires_at is None else microseconds(expires_at)
-        base = (*session.base[:3], json.dumps(session.base.untold))
+        base = (*session.base[:3], json.dumps(session.base.open_tombstones))
         row = (pid, user_id, expires, service, *base, session.head, session.tag, microseconds(at))
 
         def save(connection: sqlite3.Connection) -> None:

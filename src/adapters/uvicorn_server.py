@@ -21,7 +21,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.http11 import Response
 
 from adapters.connection_table import ConnectionTable
-from adapters.realtime.engineio_server import TRANSPORT
+from adapters.realtime.engineio_socket import TRANSPORT
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 from importlib import metadata
 from typing import Any, Final
 
-import socketio
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from pydantic.alias_generators import to_camel
@@ -30,8 +29,8 @@ from adapters.openai_editor import OpenAIEditor
 from adapters.own_provider import OwnEditor, OwnFaceSwap, UnfitProvider
 from adapters.pillow_composer import PillowComposer
 from adapters.pillow_intake import PillowIntake
-from adapters.realtime.socketio_projection import Projection
-from adapters.realtime.socketio_server import PATIENCE, SocketServer
+from adapters.realtime.send_buffer import PROGRESS_INTERVAL
+from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
 from adapters.replicate_face_swap import ReplicateFaceSwap
 from adapters.sample_fetcher import SampleFetcher
 from adapters.sqlite_database import Database, Examined, LogRefused, examine
@@ -51,9 +50,10 @@ from api.proxies import ForwardedHeaders, PathPrefix
 from api.realtime.sockets import Sockets
 from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
 from domain.admission import Admission, Limits
+from domain.delivery import Hub
 from domain.errors import Failure, LogUnavailable
 from domain.external import ExternalWork
-from domain.feed_sessions import Attachments
+from domain.feed_sessions import FeedSessions
 from domain.housekeeping import Housekeeping
 from domain.ports import Clock, EventLog, FaceSwapper, ImageEditor, ImageFetcher, ImageIntake, ImageStore, SessionStore
 from domain.quarantine import Quarantine
@@ -132,24 +132,24 @@ class Service:
             max_running=settings.max_running,
             deadline=settings.deadline,
         )
-        self.projection = Projection(self.log, self._quarantine)
+        self.hub = Hub(self.log, self._quarantine)
         self.webhooks = _webhooks(settings, self.log, self.clock)
         self.authenticator = Authenticator(_tokens(settings, self.clock), self.clock)
-        self.attachments = Attachments(self.log, self.sessions, self.clock, new_tag=lambda: entropy.token()[:8])
+        self.feed_sessions = FeedSessions(self.log, self.sessions, self.clock, new_tag=lambda: entropy.token()[:8])
         sockets = Sockets(
             self.workflow,
-            self.projection,
+            self.hub,
             self.authenticator,
-            self.attachments,
+            self.feed_sessions,
             new_pid=lambda: entropy.token() + entropy.token(),
             max_per_user=settings.max_sockets_per_user,
         )
         self.sockets = SocketServer(
-            greet=sockets.greet,
+            on_connect=sockets.on_connect,
             handlers=sockets.events,
-            leaves=sockets.left,
+            on_disconnect=sockets.on_disconnect,
             clock=self.clock,
-            patience=overrides.get("patience", PATIENCE),
+            auth_timeout=overrides.get("auth_timeout", AUTH_TIMEOUT),
         )
         self._housekeeping = Housekeeping(self.log, self.images)
         self._readiness = Readiness(
@@ -183,7 +183,7 @@ class Service:
         keep, every = self.supervisor.keep, self.supervisor.every
         pause = min(max(self.settings.retention / 10, 0.1), 60)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(keep(FOLLOWER, self.projection.run))
+            tasks.create_task(keep(FOLLOWER, self.hub.run))
             tasks.create_task(keep("quarantine", self._quarantine.run))
             tasks.create_task(keep("external", self.external.run))
             tasks.create_task(keep("examination", self.log.examine))
@@ -191,6 +191,7 @@ class Service:
             tasks.create_task(every(_SWEEP_EVERY, "sweep", self._sweep, after=_SWEEP_EVERY if swept else 0))
             tasks.create_task(every(pause, "sessions", self._touch))
             tasks.create_task(keep("lag", self._lag.run))
+            tasks.create_task(every(PROGRESS_INTERVAL, "sockets", self.sockets.eio.check_progress))
             if self.webhooks is not None:
                 tasks.create_task(keep("webhooks", self.webhooks.run))
 
@@ -212,12 +213,11 @@ class Service:
             await self.runner.interrupt()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH):
-                told = [self.projection.settled()] + ([self.webhooks.settled()] if self.webhooks else [])
+                told = [self.hub.flushed()] + ([self.webhooks.settled()] if self.webhooks else [])
                 await asyncio.gather(*told)
-        await self.sockets.close_all()
+        self.sockets.close_all()
         await _cancel(self._background)
         await self._readiness.close()
-        await self.sockets.shutdown()
         await self.images.close()
         await self.log.close()
         self.threads.close()
@@ -435,7 +435,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
         generate_unique_id_function=lambda route: to_camel(route.name),
     )
     http.state.workflow = service.workflow
-    http.state.attachments = service.attachments
+    http.state.feed_sessions = service.feed_sessions
     http.state.images = service.images
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
@@ -450,7 +450,7 @@ def create_service(settings: Settings, **overrides: Any) -> tuple[Service, ASGIA
         raise SettingsError(
             "STAGECAST_PUBLIC_URL must not have a path that begins like one of the service, such as /images."
         )
-    everything = socketio.ASGIApp(service.sockets, other_asgi_app=HeadAsGet(http), socketio_path=f"{prefix}/socket.io")
+    everything = service.sockets.app(HeadAsGet(http), f"{prefix}/socket.io")
     guard = OriginGuard(
         PathPrefix(BodyTimeout(everything), prefix),
         open_mode=settings.open_mode,

@@ -21,10 +21,10 @@ async def get_feed(
     after: Annotated[str | None, Query(description="a cursor, of this route or of Socket.IO")] = None,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 200,
 ) -> Response:
-    """What has happened since a cursor, in all of the caller's generations. Without one: how things stand now."""
-    stretch = None if after is None else await feeds.read(caller, after, limit)
-    if stretch is None:
-        cursor = await feeds.present(caller)  # Before the snapshots: what comes in between is told twice, not never.
+    """The events after a cursor, of all of the caller's generations. Without a cursor: the present state."""
+    page = None if after is None else await feeds.read(caller, after, limit)
+    if page is None:
+        cursor = await feeds.head_cursor(caller)  # Before the snapshots, so that nothing in between is missed.
         return json_response(FeedPage(recovered=False, cursor=cursor, generations=list(await workflow.recent(caller))))
-    body = b'{"recovered":true,"cursor":%b,"events":[%b]}' % (to_json(stretch.cursor), named(stretch.events))
+    body = b'{"recovered":true,"cursor":%b,"events":[%b]}' % (to_json(page.cursor), named(page.events))
     return Response(body, media_type="application/json")

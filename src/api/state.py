@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from domain.feed_sessions import Attachments
+from domain.feed_sessions import FeedSessions
 from domain.ports import ImageStore
 from domain.workflow import Workflow
 
@@ -14,9 +14,9 @@ async def _workflow(request: Request) -> Workflow:
     return workflow
 
 
-async def _attachments(request: Request) -> Attachments:
-    attachments: Attachments = request.app.state.attachments
-    return attachments
+async def _feed_sessions(request: Request) -> FeedSessions:
+    feed_sessions: FeedSessions = request.app.state.feed_sessions
+    return feed_sessions
 
 
 async def _images(request: Request) -> ImageStore:
@@ -25,5 +25,5 @@ async def _images(request: Request) -> ImageStore:
 
 
 UseCases = Annotated[Workflow, Depends(_workflow)]
-Feeds = Annotated[Attachments, Depends(_attachments)]
+Feeds = Annotated[FeedSessions, Depends(_feed_sessions)]
 Images = Annotated[ImageStore, Depends(_images)]

@@ -1,17 +1,18 @@
 """A user's feed, and cursors in it.
 
-The feed is all events of all the user's generations, at positions 1, 2, 3 … A cursor is a place in it, and what
-of the past is still to come. Somebody who attaches without a past wants two things: the events so far of what still
-runs, and everything from now on. So a cursor has two places. Up to ``live`` only generations that had not ended by
-then are wanted, and of those, events up to ``seen`` have been sent; after ``live`` everything is wanted. Once the past
-has been sent both places are one, and move together.
+The feed is all events of all generations of one user, at the positions 1, 2, 3 … A client that starts without a cursor
+wants the events so far of every unfinished generation, and everything from now on. So a cursor has two positions. Up to
+``live``, only events of generations that were unfinished there are wanted, and of these, the events up to ``seen`` have
+been sent. After ``live``, every event is wanted. Once the earlier events have been sent, both positions are equal and
+advance together.
 
-``event_id`` is the id of the event at ``live``. It recognises a cursor that was made up, and a log that came back in an
-older state; the name of the feed, in the cursor's text, recognises one of another user or of another log. A tag at the
-text's end tells which session sent it.
+``event_id`` is the id of the event at ``live``. It detects a fabricated cursor, and a log that was restored in an older
+state. The name of the feed, in the cursor's text, detects a cursor of another user or another log. A tag at the end of
+the text names the session that sent it.
 
-A generation may be deleted. Who was told that it runs cannot be told any more that it ended, and has to look anew; who
-comes to its first event only after that never hears of it, and goes on. ``untold`` tells the one from the other.
+A deleted generation leaves tombstones: entries without an event. A client that has seen the generation's start can no
+longer be sent its end, so its cursor becomes unusable. A client that reaches only tombstones never sees the generation
+and goes on. ``open_tombstones`` distinguishes the two.
 """
 
 import hashlib
@@ -19,10 +20,10 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Final, NamedTuple
 
-_PLACE: Final = "(0|[1-9][0-9]{0,14})"
-_UNTOLD: Final = "((?:-[1-9][0-9]{0,14}){0,100})"
+_POSITION: Final = "(0|[1-9][0-9]{0,14})"
+_TOMBSTONES: Final = "((?:-[1-9][0-9]{0,14}){0,100})"
 _TEXT: Final = re.compile(
-    rf"([a-z0-9]{{1,32}})\.{_PLACE}\.(0|[1-9a-f][0-9a-f]{{0,15}})\.{_PLACE}{_UNTOLD}(?:\.([a-z0-9]{{1,32}}))?"
+    rf"([a-z0-9]{{1,32}})\.{_POSITION}\.(0|[1-9a-f][0-9a-f]{{0,15}})\.{_POSITION}{_TOMBSTONES}(?:\.([a-z0-9]{{1,32}}))?"
 )
 
 
@@ -35,7 +36,7 @@ class Logged(NamedTuple):
     generation_id: str
     sequence: int
     name: str
-    #: The event's JSON. ``None``: its generation was deleted, only the place remains.
+    #: The event's JSON. ``None``: a tombstone, because its generation was deleted.
     event: bytes | None
     #: The positions of its generation's first and terminal events; ``None`` while it runs.
     first: int
@@ -43,94 +44,95 @@ class Logged(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """A stretch of one user's feed: one atomic read."""
+    """A slice of one user's feed: one atomic read."""
 
-    #: What the log has from the place asked for on, oldest first. Purged positions may be missing.
+    #: The entries from the requested position on, oldest first. Purged positions may be missing.
     entries: Sequence[Logged]
-    #: The place up to which this read has looked; the next one goes on from here.
+    #: The position up to which this read has looked; the next read continues from here.
     upto: int
-    #: The newest position of the feed; 0 where there is none.
+    #: The newest position of the feed; 0 if it is empty.
     head: int
     #: The highest position that retention has purged.
     floor: int
-    #: The id of the event at the anchor asked for; ``None`` where the log cannot tell.
+    #: The id of the event at the requested anchor; ``None`` if the log does not have it.
     anchor_id: int | None
     #: The first positions of deleted generations that began at or before the anchor and ended after it.
-    severed: Collection[int]
+    deleted_spans: Collection[int]
 
 
 def feed_name(epoch: str, user_id: str) -> str:
-    """Tells one user's feed in one log from every other, in ``[0-9a-f]``."""
+    """A name that distinguishes one user's feed in one log from every other, in ``[0-9a-f]``."""
     return hashlib.blake2b(f"{epoch}.{user_id}".encode(), digest_size=6).hexdigest()
 
 
 def zero_id(epoch: str, user_id: str) -> int:
-    """The event id at position 0 of a feed, where there is no event: the same whenever it is asked for."""
+    """The event id at position 0 of a feed, where there is no event: always the same."""
     return int.from_bytes(hashlib.blake2b(f"{epoch}.{user_id}".encode(), digest_size=8).digest()) >> 1
 
 
 def tag_of(text: object) -> str | None:
-    """The tag of the session that a cursor was sent in; ``None`` where it is none, or has none."""
+    """The tag in a cursor's text; ``None`` if the text is not a cursor, or has no tag."""
     match = _TEXT.fullmatch(text) if isinstance(text, str) else None
     return match and match[6]
 
 
 class Cursor(NamedTuple):
-    """See the module. Immutable; `past` makes the next one."""
+    """See the module. Immutable; `advanced_past` makes the next one."""
 
     live: int
     event_id: int
     seen: int
-    #: The first positions of generations that span ``live``, and were deleted when the reader came there.
-    untold: tuple[int, ...] = ()
+    #: The first positions of deleted generations that span ``live`` and were deleted before the reader got there.
+    open_tombstones: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: object, feed: str) -> "Cursor | None":
-        """The cursor that a client gave back; ``None`` where it is not one of the feed of this name."""
+        """The cursor with this text, as sent by a client; ``None`` if it is not one of the feed with this name."""
         match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None or match[1] != feed:
             return None
-        untold = tuple(map(int, match[5].split("-")[1:]))
-        cursor = cls(int(match[2]), int(match[3], 16), int(match[4]), untold)
+        tombstones = tuple(map(int, match[5].split("-")[1:]))
+        cursor = cls(int(match[2]), int(match[3], 16), int(match[4]), tombstones)
         return cursor if cursor.seen <= cursor.live else None
 
     def text(self, feed: str, tag: str | None = None) -> str:
-        """What clients are given: opaque to them."""
-        text = "-".join((f"{feed}.{self.live}.{self.event_id:x}.{self.seen}", *map(str, self.untold)))
+        """The text for clients, to whom it is opaque."""
+        text = "-".join((f"{feed}.{self.live}.{self.event_id:x}.{self.seen}", *map(str, self.open_tombstones)))
         return text if tag is None else f"{text}.{tag}"
 
     def usable(self, feed: Feed) -> bool:
-        """Whether a read anchored at ``live`` shows that nothing wanted has been lost.
+        """Whether a read anchored at ``live`` shows that no wanted event is lost.
 
-        Retention (`floor`) counts against ``live`` only: what was purged had ended, and up to ``live``
-        what had ended by then is not wanted. A deleted generation that ended after ``live`` is wanted
-        where the reader knows of it, and its end can no longer be told.
+        The floor is compared with ``live`` only: what retention has purged had ended, and up to ``live``
+        generations that had ended are not wanted. A deleted generation that ended after ``live`` is wanted
+        if the reader has seen its start, and its end can no longer be sent.
         """
-        return feed.anchor_id == self.event_id and self.live >= feed.floor and set(self.untold).issuperset(feed.severed)
+        known = set(self.open_tombstones).issuperset(feed.deleted_spans)
+        return known and feed.anchor_id == self.event_id and self.live >= feed.floor
 
     def wants(self, entry: Logged) -> bool:
-        """Whether an entry beyond ``seen`` is to be sent."""
+        """Whether an entry beyond ``seen`` must be sent."""
         return entry.event is not None and (entry.position > self.live or entry.end is None or entry.end > self.live)
 
-    def past(self, entry: Logged) -> "Cursor":
-        """The cursor behind this entry."""
+    def advanced_past(self, entry: Logged) -> "Cursor":
+        """The cursor after this entry."""
         if entry.position <= self.live:
             return self._replace(seen=entry.position)
-        untold = self.untold
+        tombstones = self.open_tombstones
         if entry.event is None and entry.position == entry.first:
-            untold = (*untold, entry.first)
+            tombstones = (*tombstones, entry.first)
         if entry.position == entry.end:
-            untold = tuple(first for first in untold if first != entry.first)
-        return Cursor(entry.position, entry.event_id, entry.position, untold)
+            tombstones = tuple(first for first in tombstones if first != entry.first)
+        return Cursor(entry.position, entry.event_id, entry.position, tombstones)
 
     def advance(self, feed: Feed) -> "tuple[list[tuple[Logged, Cursor]], Cursor]":
-        """The wanted events of a read after ``seen``, each with the cursor behind it, and the cursor behind all."""
+        """The wanted events of a read after ``seen``, each with the cursor after it, and the cursor after all."""
         cursor, wanted = self, []
         for entry in feed.entries:
-            # `wants` asks where the reader stood before this entry: beyond `live` every event is wanted.
+            # `wants` is about the cursor before this entry: beyond `live` every event is wanted.
             is_wanted = cursor.wants(entry)
-            cursor = cursor.past(entry)
+            cursor = cursor.advanced_past(entry)
             if is_wanted:
                 wanted.append((entry, cursor))
-        # Purged positions have no entry. They lie at or below the floor, and so below `live`.
+        # Purged positions have no entry. They are at or below the floor, and so below `live`.
         return wanted, cursor._replace(seen=max(cursor.seen, min(feed.upto, cursor.live)))

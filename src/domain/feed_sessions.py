@@ -1,12 +1,12 @@
-"""Where a reader of a feed begins: at the place it had reached, or at the present.
+"""Where a reader of a feed starts: at a cursor that its client has reached, or at the head.
 
-A cursor is given by the client's own code; a session is what the official client asks for by itself when it
-comes back (connection state recovery: ``pid`` and ``offset`` in the handshake, Socket.IO 4.6).
+A client gives a cursor itself, or it reconnects with a session (Socket.IO's connection state recovery: ``pid`` and
+``offset`` in the handshake, from version 4.6).
 
-The official client keeps the last cursor it saw whatever becomes of its socket, and says it as the offset although
-the socket may since have begun anew, at an earlier place. Then a cursor up to where the feed ended when the session
-began carries the session's tag; what lies beyond, the same for all devices, can only have been sent since. An offset
-that is neither has not been reached in this session.
+The official client keeps the last cursor it saw and sends it as the offset, even if its socket has started again at an
+earlier position since. So the cursors that a session sends carry the session's tag up to the head at its start. Later
+cursors are the same for all devices and cannot have been sent before. An offset that is neither tagged nor later was
+not reached in this session.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,55 +17,55 @@ from domain.identity import Identity
 from domain.ports import Clock, EventLog, Session, SessionStore
 
 
-class Beginning(NamedTuple):
-    """Where a socket begins."""
+class StartPosition(NamedTuple):
+    """Where a device starts."""
 
     cursor: Cursor
-    #: Whether it goes on from where it was; otherwise it has missed what the present does not show.
+    #: Whether it continues from a cursor of its client; otherwise it starts at the head.
     resumed: bool
     #: As in `domain.ports.Session`.
     head: int
     tag: str | None
 
 
-class Stretch(NamedTuple):
-    """A part of a feed."""
+class FeedSlice(NamedTuple):
+    """Consecutive events of a feed."""
 
     events: Sequence[Logged]
-    #: The text of the cursor behind them.
+    #: The text of the cursor after them.
     cursor: str
 
 
-class Attachments:
-    """Finds the beginning, reads on from it, and keeps sessions."""
+class FeedSessions:
+    """Finds start positions, reads on from them, and keeps sessions."""
 
     def __init__(self, log: EventLog, sessions: SessionStore, clock: Clock, new_tag: Callable[[], str]) -> None:
         self._log = log
         self._sessions = sessions
         self._clock = clock
         self._new_tag = new_tag
-        #: Sessions that are being ended. Their clients may be faster than the store.
+        #: Pids of sessions that are being ended. Their clients may reconnect before the store has ended them.
         self._ending: set[str] = set()
 
-    async def begin(self, identity: Identity, text: object, *, anew: bool = False) -> Beginning:
-        """Begin at the cursor of this text, if it is usable, else at the present.
+    async def open(self, identity: Identity, text: object, *, fresh: bool = False) -> StartPosition:
+        """The position of the cursor with this text if it is usable, else the head.
 
-        `anew`: the client may remember a place that it reached otherwise.
+        `fresh`: the client may still send an offset from before this start, so the session gets a tag.
         """
-        user_id, tag = identity.user_id, self._new_tag() if anew else None
+        user_id, tag = identity.user_id, self._new_tag() if fresh else None
         cursor = self._parse(text, user_id)
         feed = None if cursor is None else await self._feed_at(user_id, cursor)
         if cursor is not None and feed is not None:
-            return Beginning(cursor, True, feed.head, tag)
-        cursor = await self._log.present(user_id)
-        return Beginning(cursor, False, cursor.live, tag)
+            return StartPosition(cursor, True, feed.head, tag)
+        cursor = await self._log.head_cursor(user_id)
+        return StartPosition(cursor, False, cursor.live, tag)
 
-    async def present(self, user_id: str) -> str:
-        """The text of the cursor of somebody who has seen nothing."""
-        return (await self._log.present(user_id)).text(feed_name(self._log.epoch, user_id))
+    async def head_cursor(self, user_id: str) -> str:
+        """The text of the cursor at the feed's head, for a client that has seen nothing."""
+        return (await self._log.head_cursor(user_id)).text(feed_name(self._log.epoch, user_id))
 
-    async def read(self, user_id: str, text: str, limit: int) -> Stretch | None:
-        """At most `limit` events after the cursor of this text; ``None`` where it is not usable."""
+    async def read(self, user_id: str, text: str, limit: int) -> FeedSlice | None:
+        """At most `limit` events after the cursor with this text; ``None`` if it is not usable."""
         cursor = self._parse(text, user_id)
         events: list[Logged] = []
         while cursor is not None and len(events) < limit:
@@ -76,26 +76,26 @@ class Attachments:
             events.extend(entry for entry, _ in wanted)
             if feed.upto >= feed.head:
                 break
-        return cursor and Stretch(events, cursor.text(feed_name(self._log.epoch, user_id)))
+        return cursor and FeedSlice(events, cursor.text(feed_name(self._log.epoch, user_id)))
 
-    async def keep(self, pid: str, identity: Identity, beginning: Beginning) -> None:
-        """From now on `pid` stands for this user, from this place on."""
-        session = Session(identity, beginning.cursor, beginning.head, beginning.tag)
+    async def save(self, pid: str, identity: Identity, start: StartPosition) -> None:
+        """Store the session under its `pid`, in place of an earlier one."""
+        session = Session(identity, start.cursor, start.head, start.tag)
         await self._sessions.save(pid, session, at=self._clock())
 
-    async def recover(
-        self, pid: str, offset: object, named: str | None = None, proof: Identity | None = None
-    ) -> tuple[Identity, Beginning] | None:
-        """Take up a session again, to be kept from where it is; ``None`` where it cannot be.
+    async def resume(
+        self, pid: str, offset: object, claimed_user: str | None = None, proof: Identity | None = None
+    ) -> tuple[Identity, StartPosition] | None:
+        """The user and position at which a session continues, to be saved again; ``None`` if it cannot.
 
-        `named` is the user that the client says it is now, if it says so: a session of somebody else is not taken up.
-        `proof` is who has been proved anew. An `offset` that is none of this feed's, older than the session's base, or
-        not reached in this session, counts as the base.
+        `claimed_user` is the user that the client names, `proof` the identity that it has proved now, each if there is
+        one: a session of another user is not resumed. An `offset` that is not of this feed, older than the session's
+        base, or not reached in this session counts as the base.
         """
         session = None if pid in self._ending else await self._sessions.load(pid, at=self._clock())
-        if session is None or not self._good(session.identity):
+        if session is None or not self._valid(session.identity):
             return None
-        if {named, proof and proof.user_id} - {None, session.identity.user_id}:
+        if {claimed_user, proof and proof.user_id} - {None, session.identity.user_id}:
             return None
         identity = proof or session.identity
         cursor = session.base
@@ -107,17 +107,17 @@ class Attachments:
                 cursor = given
         if await self._feed_at(identity.user_id, cursor) is None:
             return None
-        return identity, Beginning(cursor, True, session.head, session.tag)
+        return identity, StartPosition(cursor, True, session.head, session.tag)
 
     async def renew(self, pid: str, identity: Identity) -> None:
-        """The session's user has proved anew who it is."""
+        """Store the identity that the session's user has proved again, with its new expiry."""
         session = await self._sessions.load(pid, at=self._clock())
         if session is not None:
             await self._sessions.save(pid, session._replace(identity=identity), at=self._clock())
 
-    async def leave(self, pid: str, *, for_good: bool) -> None:
-        """The session's socket is gone; `for_good`: its client said that it does not come back."""
-        if for_good:
+    async def close(self, pid: str, *, permanent: bool) -> None:
+        """The session's connection has ended. `permanent`: its client said that it will not reconnect."""
+        if permanent:
             self._ending.add(pid)
             try:
                 await self._sessions.end(pid)
@@ -126,14 +126,14 @@ class Attachments:
         else:
             await self._sessions.touch([pid], at=self._clock())
 
-    def _good(self, identity: Identity) -> bool:
+    def _valid(self, identity: Identity) -> bool:
         return identity.expires_at is None or identity.expires_at > self._clock()
 
     def _parse(self, text: object, user_id: str) -> Cursor | None:
         return Cursor.parse(text, feed_name(self._log.epoch, user_id))
 
     async def _feed_at(self, user_id: str, cursor: Cursor) -> Feed | None:
-        """The feed as it is, none of its entries; ``None`` where the cursor is not usable in it."""
+        """The feed's present state without entries; ``None`` if the cursor is not usable in it."""
         feed = await self._log.feed(user_id, after=cursor.seen, anchor=cursor.live, limit=0)
         return feed if cursor.usable(feed) else None
 

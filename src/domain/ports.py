@@ -56,8 +56,8 @@ class Append:
     free: bool = False
 
 
-class Lost(NamedTuple):
-    """The follower missed entries, and everybody has to read."""
+class Gap(NamedTuple):
+    """The follower missed entries: whoever follows must read the log again."""
 
 
 class History(NamedTuple):
@@ -101,7 +101,7 @@ class Session(NamedTuple):
     tag: str | None
 
 
-Deliver = Callable[[Logged | Lost], None]
+Deliver = Callable[[Logged | Gap], None]
 
 
 class EventLog(Protocol):
@@ -166,14 +166,14 @@ class EventLog(Protocol):
         Deleted ones too, of which the places are left.
         """
 
-    async def present(self, user_id: str) -> Cursor:
-        """The cursor of somebody who has seen nothing and wants only what still runs, and what comes."""
+    async def head_cursor(self, user_id: str) -> Cursor:
+        """The cursor at the feed's head: after it come the events so far of unfinished generations, and new events."""
 
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
-        """At most `limit` entries with a position over `after`, and what tells whether `anchor` is known."""
+        """At most `limit` entries with a position above `after`, and what a cursor at `anchor` is compared with."""
 
     def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
-        """Deliver every entry appended from now on, in order of position per user, or `Lost`.
+        """Deliver every entry appended from now on, in order of position per user, or `Gap`.
 
         `deliver` must not block. What it raises is logged and undoes nothing.
         """

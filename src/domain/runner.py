@@ -21,10 +21,10 @@ from domain.ports import (
     Composer,
     EventLog,
     FaceSwapper,
+    Gap,
     History,
     ImageEditor,
     ImageFetcher,
-    Lost,
     Picture,
     WorkQueue,
 )
@@ -243,8 +243,8 @@ class Runner:
             return Failure("internal")
         return None
 
-    def _notice(self, entry: Logged | Lost) -> None:
-        if isinstance(entry, Lost) or entry.end != entry.position:
+    def _notice(self, entry: Logged | Gap) -> None:
+        if isinstance(entry, Gap) or entry.end != entry.position:
             return
         job, task = self._jobs.get(entry.generation_id, (None, None))
         if job is not None and task is not None and not job.ending:

@@ -16,7 +16,7 @@ from pydantic_core import to_json
 from domain.errors import LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
-from domain.ports import EventLog, Lost
+from domain.ports import EventLog, Gap
 from domain.queries import UNREADABLE
 from domain.supervisor import being_cancelled
 
@@ -115,8 +115,8 @@ class Webhooks:
         """Wait until every event has been posted once, taken or not."""
         await self._settled.wait()
 
-    def _notice(self, entry: Logged | Lost) -> None:
-        if isinstance(entry, Lost) or entry.end == entry.position:
+    def _notice(self, entry: Logged | Gap) -> None:
+        if isinstance(entry, Gap) or entry.end == entry.position:
             self._settled.clear()
             self._woken.set()
 

@@ -1,4 +1,4 @@
-"""What clients say over Socket.IO, and what it does."""
+"""The handlers of the events that clients send over Socket.IO."""
 
 import contextlib
 import logging
@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from pydantic.alias_generators import to_camel
 
 from api.auth import Authenticator, UserMismatch
+from domain.delivery import Hub
+from domain.device import Device, Encoder, SendBuffer
 from domain.errors import LogUnavailable, Refusal
 from domain.events import timestamp
-from domain.feed_sessions import Attachments, Beginning
+from domain.feed_sessions import FeedSessions, StartPosition
 from domain.identity import Identity, InvalidUserId, Unauthenticated, user_id
 from domain.workflow import Workflow
 
@@ -22,67 +24,40 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 class BadRequest(Refusal):
-    """The argument of this event is not what it should be."""
+    """The argument of this event is invalid."""
 
     code = "bad_request"
 
 
-class Nobody(Refusal):
-    """This socket belongs to nobody yet: authenticate first."""
+class NotAuthenticated(Refusal):
+    """This socket is not authenticated yet. Send authenticate first."""
 
     code = "unauthenticated"
-
-
-class Device(Protocol):
-    """A socket that is shown one user's feed."""
-
-    user_id: str
-    resumed: bool
-
-    @property
-    def cursor(self) -> str:
-        """Where it is."""
-
-    def start(self) -> None:
-        """Begin to send."""
-
-    def replay(self, generation_id: str, after: int | None) -> None:
-        """Send events of one generation again, or those never sent."""
-
-    def close(self) -> None:
-        """Send nothing more."""
 
 
 class Connection(Protocol):
     """A client."""
 
-    device: Any
-    #: Who it has proved to be.
+    device: Device[Any] | None
+    #: The identity that it has proved.
     identity: Identity | None
-    #: Whether its client can recover: it then takes each event's cursor as a further argument.
+    #: Whether its client can recover; it then gets each event's cursor as a further argument.
     recovery: bool
-    #: The session that its client may take up again; ``None``: none.
+    #: The session that its client may resume; ``None``: none.
     pid: str | None
-    #: How far its client had come in a session that cannot be taken up again.
+    #: The client's cursor in a session that cannot be resumed.
     offset: object
 
     @property
-    def outbox(self) -> Any:
-        """Where what is sent to it waits."""
+    def buffer(self) -> SendBuffer[Any]:
+        """What waits to be sent to it."""
 
     @property
     def gone(self) -> bool:
-        """Whether it has left."""
+        """Whether the transport is closed; a device can no longer be made for it."""
 
-
-class Projection(Protocol):
-    """Shows feeds on devices."""
-
-    def attach(self, user_id: str, outbox: Any, beginning: Beginning, *, inline: bool) -> Device:
-        """A device at this place of this user's feed."""
-
-    def devices(self, user_id: str) -> int:
-        """How many devices this user has."""
+    def encoder(self, *, recovery: bool) -> Encoder[Any]:
+        """The form of its events: with the cursor as an argument (`recovery`) or as a key."""
 
 
 class _Argument(BaseModel):
@@ -102,21 +77,21 @@ class _Subscribe(_Argument):
 
 
 class Sockets:
-    """The handlers."""
+    """The handlers. Each returns the ack, and what is done once the ack is queued."""
 
     def __init__(
         self,
         workflow: Workflow,
-        projection: Projection,
+        hub: Hub,
         authenticator: Authenticator,
-        attachments: Attachments,
+        feed_sessions: FeedSessions,
         new_pid: Callable[[], str],
         max_per_user: int | None = None,
     ) -> None:
         self._workflow = workflow
-        self._projection = projection
+        self._hub = hub
         self._authenticator = authenticator
-        self._attachments = attachments
+        self._feed_sessions = feed_sessions
         self._new_pid = new_pid
         self._max_per_user = max_per_user
         self.events = {
@@ -124,75 +99,75 @@ class Sockets:
             "subscribe_to_generation": self.subscribe_to_generation,
         }
 
-    async def greet(self, connection: Connection, auth: Any) -> Answer:
-        """The handshake: whom it names is authenticated, and a session that it takes up again goes on.
+    async def on_connect(self, connection: Connection, auth: Any) -> Answer:
+        """The handshake: authenticates the user that it identifies, or resumes its session.
 
-        Where what it says of itself does not hold together, it is told so, and nobody is authenticated.
+        If its parts contradict each other, the answer says so and nobody is authenticated.
 
         Raises:
-            InvalidToken, TokenExpired: it is refused. Nothing else refuses it.
-            LogUnavailable, KeysUnavailable: nothing can be said.
+            InvalidToken, TokenExpired: the handshake is refused. Nothing else refuses it.
+            LogUnavailable, KeysUnavailable: the credentials or the log cannot be checked now.
         """
-        said = auth if isinstance(auth, dict) else {}
-        connection.recovery = said.get("recovery") is not False
-        user, proof, wrong = said.get("userId"), None, None
+        fields = auth if isinstance(auth, dict) else {}
+        connection.recovery = fields.get("recovery") is not False
+        user, proof, invalid = fields.get("userId"), None, None
         try:
-            proof = await self._authenticator.of_socket(user, said.get("token"), None)
+            proof = await self._authenticator.of_socket(user, fields.get("token"), None)
         except Unauthenticated:
-            pass  # It proves nothing, and authenticates nobody.
+            pass  # It has no credentials and authenticates nobody.
         except (InvalidUserId, UserMismatch) as error:
-            wrong = None if user is None else error
+            invalid = None if user is None else error
         if connection.recovery:
-            pid, connection.offset = said.get("pid"), said.get("offset")
-            recovered = None
-            if isinstance(pid, str) and wrong is None:
-                recovered = await self._attachments.recover(pid, connection.offset, _named(user), proof)
-            if recovered is not None:
+            pid, connection.offset = fields.get("pid"), fields.get("offset")
+            resumed = None
+            if isinstance(pid, str) and invalid is None:
+                resumed = await self._feed_sessions.resume(pid, connection.offset, _claimed_user(user), proof)
+            if resumed is not None:
                 connection.pid = pid
                 welcome = proof is not None
-                return await self._enter(connection, *recovered, recovery=True, welcome=welcome, replaces=True)
+                return await self._join(connection, *resumed, recovery=True, welcome=welcome, replaces=True)
             connection.pid = self._new_pid()
-        if wrong is not None:
-            code = BadRequest.code if isinstance(wrong, InvalidUserId) else wrong.code
-            return {"ok": False, "code": code, "message": str(wrong)}, lambda: None
+        if invalid is not None:
+            code = BadRequest.code if isinstance(invalid, InvalidUserId) else invalid.code
+            return {"ok": False, "code": code, "message": str(invalid)}, lambda: None
         if proof is None:
             return {}, lambda: None
-        return await self._begin(connection, proof, said.get("cursor"), recovery=connection.recovery)
+        return await self._open(connection, proof, fields.get("cursor"), recovery=connection.recovery)
 
     async def authenticate(self, connection: Connection, argument: Any) -> Answer:
-        """``{userId, token?, cursor?, recovery?}``: the socket belongs to this user, and is shown this user's feed."""
-        said = _read(_Authenticate, argument)
+        """``{userId, token?, cursor?, recovery?}``: bind the socket to this user and send the user's feed."""
+        fields = _parse(_Authenticate, argument)
         try:
-            identity = await self._authenticator.of_socket(said.user_id, said.token, connection.identity)
+            identity = await self._authenticator.of_socket(fields.user_id, fields.token, connection.identity)
         except InvalidUserId as error:
             raise BadRequest from error
-        device: Device | None = connection.device
+        device = connection.device
         if device is None or device.user_id != identity.user_id:
-            recovery = said.recovery and connection.recovery
-            return await self._begin(connection, identity, said.cursor, recovery=recovery)
+            recovery = fields.recovery and connection.recovery
+            return await self._open(connection, identity, fields.cursor, recovery=recovery)
         generations = await self._generations(identity.user_id)
         if connection.pid is not None and identity != connection.identity:
-            await self._attachments.renew(connection.pid, identity)
+            await self._feed_sessions.renew(connection.pid, identity)
         connection.identity = identity
         return self._welcome(device, identity, generations), lambda: None
 
-    async def left(self, connection: Connection, for_good: bool) -> None:
-        """A connection has ended; `for_good`: its client said that it does not come back."""
+    async def on_disconnect(self, connection: Connection, permanent: bool) -> None:
+        """A connection has ended. `permanent`: its client said that it will not reconnect."""
         if connection.pid is not None and connection.identity is not None:
             with contextlib.suppress(LogUnavailable):
-                await self._attachments.leave(connection.pid, for_good=for_good)
+                await self._feed_sessions.close(connection.pid, permanent=permanent)
 
-    async def _begin(self, connection: Connection, identity: Identity, cursor: object, *, recovery: bool) -> Answer:
+    async def _open(self, connection: Connection, identity: Identity, cursor: object, *, recovery: bool) -> Answer:
         text = connection.offset if cursor is None else cursor
-        anew = connection.device is not None or None not in (connection.offset, cursor)
-        beginning = await self._attachments.begin(identity, text, anew=anew)
-        return await self._enter(connection, identity, beginning, recovery=recovery)
+        fresh = connection.device is not None or None not in (connection.offset, cursor)
+        start = await self._feed_sessions.open(identity, text, fresh=fresh)
+        return await self._join(connection, identity, start, recovery=recovery)
 
-    async def _enter(
+    async def _join(
         self,
         connection: Connection,
         identity: Identity,
-        beginning: Beginning,
+        start: StartPosition,
         *,
         recovery: bool,
         welcome: bool = True,
@@ -201,35 +176,35 @@ class Sockets:
         """`replaces`: another socket is closed for this one, if it is not closed yet."""
         user = identity.user_id
         generations = await self._generations(user) if welcome else []
-        # The session comes last: whatever fails before has changed nothing.
+        # The session is written last: a failure before it changes nothing.
         if connection.pid is not None:
             if recovery:
-                await self._attachments.keep(connection.pid, identity, beginning)
+                await self._feed_sessions.save(connection.pid, identity, start)
             else:
-                await self._attachments.leave(connection.pid, for_good=True)
-        if self._max_per_user is not None and self._projection.devices(user) - replaces >= self._max_per_user:
+                await self._feed_sessions.close(connection.pid, permanent=True)
+        if self._max_per_user is not None and self._hub.device_count(user) - replaces >= self._max_per_user:
             logger.warning("a socket is closed: the limit of sockets per user is reached")
-            connection.outbox.abort()
+            connection.buffer.abort()
             return {}, lambda: None
         if connection.gone:
             return {}, lambda: None
         if connection.device is not None:
             connection.device.close()
-        device = self._projection.attach(user, connection.outbox, beginning, inline=not recovery)
+        device = self._hub.join(user, connection.buffer, connection.encoder(recovery=recovery), start)
         connection.device, connection.identity, connection.offset = device, identity, None
         return self._welcome(device, identity, generations) if welcome else {}, device.start
 
     async def subscribe_to_generation(self, connection: Connection, argument: Any) -> Answer:
         """``{generationId, after?}``: replay one generation to this socket."""
-        said = _read(_Subscribe, argument)
-        device: Device | None = connection.device
+        fields = _parse(_Subscribe, argument)
+        device = connection.device
         if device is None:
-            raise Nobody
-        snapshot = await self._workflow.snapshot(device.user_id, said.generation_id)
+            raise NotAuthenticated
+        snapshot = await self._workflow.snapshot(device.user_id, fields.generation_id)
         ack = {"ok": True, **snapshot.model_dump(by_alias=True, exclude_none=True)}
-        return ack, lambda: device.replay(said.generation_id, said.after)
+        return ack, lambda: device.replay(fields.generation_id, fields.after)
 
-    def _welcome(self, device: Device, identity: Identity, generations: list[dict[str, Any]]) -> dict[str, Any]:
+    def _welcome(self, device: Device[Any], identity: Identity, generations: list[dict[str, Any]]) -> dict[str, Any]:
         until = {} if identity.expires_at is None else {"expiresAt": timestamp(identity.expires_at)}
         return {
             "ok": True,
@@ -245,15 +220,15 @@ class Sockets:
         return [snapshot.model_dump(by_alias=True, exclude_none=True) for snapshot in recent]
 
 
-def _named(user: object) -> str | None:
-    """The user whom a handshake names; ``""`` where there can be no such one."""
+def _claimed_user(user: object) -> str | None:
+    """The user that a handshake names, if it does; ``""`` if that is not a valid user id."""
     try:
         return None if user is None else user_id(user)
     except InvalidUserId:
         return ""
 
 
-def _read(model: type[_Model], argument: Any) -> _Model:
+def _parse(model: type[_Model], argument: Any) -> _Model:
     try:
         return model.model_validate(argument)
     except ValidationError:

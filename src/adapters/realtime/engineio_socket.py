@@ -1,0 +1,212 @@
+"""One client's Engine.IO session over polling or a WebSocket, by the protocol's specification."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import engineio
+from engineio import exceptions, payload
+from engineio.packet import CLOSE, MESSAGE, NOOP, PING, PONG, UPGRADE, Packet
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from adapters.realtime.send_buffer import BoundedSendBuffer
+
+#: The ASGI scope extension with the connection's transport, where the server lets it be aborted.
+TRANSPORT: Final = "stagecast.transport"
+
+#: Seconds in which an upgrade must complete: nothing is sent to the client meanwhile.
+UPGRADE_TIMEOUT = 5.0
+
+#: Seconds that a client has to take the last packets before a WebSocket's transport is aborted.
+CLOSE_GRACE = 1.0
+
+#: Packets in one polling answer or one pass of the writer; python-engineio's client refuses more in one answer.
+MAX_BATCH = 16
+
+
+class EngineSocket:
+    """One session: its heartbeat, its transports, and the buffer of what waits for its client."""
+
+    def __init__(self, server: engineio.AsyncServer, sid: str) -> None:
+        """`server` has the table of sessions, the ping times and the handlers."""
+        self.sid = sid
+        self.buffer = BoundedSendBuffer[Packet](_size, self.abort)
+        #: A request has opened the session.
+        self.connected = False
+        #: A WebSocket is about to take over from polling; or is the transport.
+        self.upgrading = self.upgraded = False
+        self._server = server
+        self._transport: asyncio.WriteTransport | None = None
+        #: Until the next ping, or until the last one must be answered.
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._polling = False
+        #: Close once the buffer is empty and the client polls again.
+        self._finishing = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self.buffer.closed
+
+    def schedule_ping(self) -> None:
+        """Restart the heartbeat: the session is new, or its client has answered a ping."""
+        self._set_heartbeat(self._server.ping_interval, self._ping)
+
+    def _ping(self) -> None:
+        self.buffer.put(Packet(PING))
+        self._set_heartbeat(self._server.ping_timeout, self.close)
+
+    def _set_heartbeat(self, seconds: float, then: Callable[[], None]) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        if not self.gone:
+            self._heartbeat = asyncio.get_running_loop().call_later(seconds, then)
+
+    def check_progress(self) -> None:
+        """Called every `PROGRESS_INTERVAL`: abort if the client reads nothing."""
+        unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        self.buffer.check_progress(unsent, paused=self.upgrading)
+
+    def abort(self) -> None:
+        """End the transport now and drop what waits. The disconnect handler runs after this call has returned."""
+        asyncio.get_running_loop().call_soon(partial(self.close, abort=True))
+        _abort(self._transport)
+
+    def finish(self) -> None:
+        """Send what waits, then close."""
+        if self.upgraded or not len(self.buffer):
+            self.close()
+        else:
+            # The JavaScript client reads a CLOSE before the other packets of the same answer, and loses those.
+            self._finishing = True
+            asyncio.get_running_loop().call_later(CLOSE_GRACE, self.close)
+
+    def close(self, *, abort: bool = False) -> None:
+        """Close without waiting for the client. `abort`: send nothing that still waits."""
+        if not self.gone:
+            self.buffer.close(None if abort else Packet(CLOSE))
+            if self._heartbeat is not None:
+                self._heartbeat.cancel()
+            self._server.sockets.pop(self.sid, None)
+            self._server.handlers["disconnect"](self.sid)
+            asyncio.get_running_loop().call_later(CLOSE_GRACE, _abort, self._transport)
+        if abort:
+            self.buffer.clear()
+
+    async def answer_poll(self) -> list[Packet]:
+        """The packets that answer a polling request; none: it is refused, because another one is waiting."""
+        if self.upgrading:
+            return [Packet(NOOP)]
+        if self._polling:
+            self.close()
+            return []
+        self._polling = True
+        try:
+            return await self._take() or [Packet(NOOP)]
+        finally:
+            self._polling = False
+
+    async def _take(self) -> list[Packet]:
+        if self._finishing and not len(self.buffer):
+            self.close()
+        return await self.buffer.take(MAX_BATCH)
+
+    async def handle_post(self, request: Request) -> None:
+        """Handle the packets of a polling request. Raises if there are none, or they are malformed."""
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self._server.max_http_buffer_size:
+                raise exceptions.ContentTooLongError
+        if not body:
+            raise exceptions.EngineIOError
+        for received in _Payload(encoded_payload=body.decode()).packets:
+            await self._handle(received)
+            await asyncio.sleep(0)  # Let other clients run between two packets of this one.
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run a WebSocket until it ends: of a new session, or one that takes over from polling."""
+        transport = scope.get("extensions", {}).get(TRANSPORT)
+        # Clients that offer subprotocols fail unless one is accepted.
+        await send({"type": "websocket.accept", "subprotocol": next(iter(scope.get("subprotocols", ())), None)})
+        if self.upgrading or self.upgraded:
+            await send({"type": "websocket.close"})
+            asyncio.get_running_loop().call_later(CLOSE_GRACE, _abort, transport)
+            return
+        self._transport = transport
+        if self.connected and not await self._upgrade(receive, send):
+            self._transport = None  # Polling continues.
+            return
+        self.connected = self.upgraded = True
+        writer = asyncio.create_task(self._write(send))
+        # Until the WebSocket ends, a frame is malformed, or the server shuts down.
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            while True:
+                with contextlib.suppress(exceptions.UnknownPacketError):
+                    await self._handle(self._parse(await receive()))
+                await asyncio.sleep(0)  # As in `handle_post`.
+        self.close(abort=True)
+        await writer
+
+    async def _upgrade(self, receive: Receive, send: Send) -> bool:
+        """Take over from polling, within `UPGRADE_TIMEOUT`."""
+        self.upgrading = True
+        timeout = asyncio.get_running_loop().call_later(UPGRADE_TIMEOUT, _abort, self._transport)
+        try:
+            probe = self._parse(await receive())
+            if (probe.packet_type, probe.data) != (PING, "probe"):
+                return False
+            await send({"type": "websocket.send", "text": Packet(PONG, data="probe").encode()})
+            if self._polling:
+                self.buffer.put(Packet(NOOP))
+            self.upgraded = self._parse(await receive()).packet_type == UPGRADE and not self.gone
+        except Exception:
+            return False
+        finally:
+            self.upgrading = False
+            timeout.cancel()
+        return self.upgraded
+
+    async def _handle(self, received: Packet) -> None:
+        kind = received.packet_type
+        if kind == PONG:
+            self.schedule_ping()
+        elif kind == MESSAGE:
+            await self._server.handlers["message"](self.sid, received.data)
+        elif kind == UPGRADE:
+            self.buffer.put(Packet(NOOP))
+        elif kind == CLOSE:
+            self.close(abort=True)
+        else:
+            raise exceptions.UnknownPacketError
+
+    def _parse(self, message: Message) -> Packet:
+        """The packet in an ASGI message. Raises if the WebSocket has ended, or this is none."""
+        frame = message.get("text") or message.get("bytes")
+        if message["type"] != "websocket.receive" or not frame or len(frame) > self._server.max_http_buffer_size:
+            raise ConnectionError
+        return Packet(encoded_packet=frame)
+
+    async def _write(self, send: Send) -> None:
+        with contextlib.suppress(Exception):
+            while packets := await self._take():
+                for each in packets:
+                    frame = each.encode()
+                    await send({"type": "websocket.send", "text" if isinstance(frame, str) else "bytes": frame})
+            await send({"type": "websocket.close"})
+
+
+def _size(packet: Packet) -> int:
+    return len(packet.data) if isinstance(packet.data, str | bytes) else 0
+
+
+def _abort(transport: asyncio.WriteTransport | None) -> None:
+    if transport is not None:
+        transport.abort()
+
+
+class _Payload(payload.Payload):  # type: ignore[misc]  # python-engineio has no types
+    max_decode_packets = 256

@@ -1,0 +1,65 @@
+"""Live delivery: the hub follows the log and hands each entry to the devices of its user.
+
+The hub decides nothing and stores nothing. Whatever it loses, the devices read from the log again.
+"""
+
+import asyncio
+from typing import Any
+
+from domain.device import Device, EncodedEntry, Encoder, F, SendBuffer
+from domain.feed import Cursor, Logged
+from domain.feed_sessions import StartPosition
+from domain.ports import EventLog, Gap
+from domain.quarantine import Quarantine
+
+
+class Hub:
+    """The devices of all users on this node, and the one follower of the log."""
+
+    def __init__(self, log: EventLog, quarantine: Quarantine) -> None:
+        self._log = log
+        self._quarantine = quarantine
+        #: Devices by user id. A room exists as long as a device is in it.
+        self.rooms: dict[str, set[Device[Any]]] = {}
+
+    async def run(self) -> None:
+        """Follow the log until cancelled."""
+        async with self._log.follow(self.deliver):
+            self.deliver(Gap())  # Entries from before, for example while the follower had failed, must be read.
+            await asyncio.get_running_loop().create_future()
+
+    def join(self, user_id: str, buffer: SendBuffer[F], encoder: Encoder[F], start: StartPosition) -> Device[F]:
+        """A device that is in its user's room from now on, and sends once it is started."""
+        device = Device(self._log, self._quarantine, user_id, buffer, encoder, start, on_close=self._remove)
+        self.rooms.setdefault(user_id, set()).add(device)
+        return device
+
+    def device_count(self, user_id: str) -> int:
+        """How many devices this user has."""
+        return len(self.rooms.get(user_id, ()))
+
+    def deliver(self, entry: Logged | Gap) -> None:
+        """Hand one entry of the log to the devices of its user, in one pass."""
+        if isinstance(entry, Gap):
+            for device in self._devices():
+                device.read_again()
+        elif room := self.rooms.get(entry.user_id):
+            feed = next(iter(room)).feed
+            cursor = Cursor(entry.position, entry.event_id, entry.position).text(feed)
+            encoded = EncodedEntry(entry, cursor, self._quarantine)
+            for device in room:
+                device.offer(encoded)
+
+    async def flushed(self) -> None:
+        """Wait until every device has been sent everything known, and its client has taken it."""
+        await asyncio.gather(*(device.flushed() for device in self._devices()))
+
+    def _remove(self, device: Device[Any]) -> None:
+        room = self.rooms.get(device.user_id)
+        if room is not None:
+            room.discard(device)
+            if not room:
+                del self.rooms[device.user_id]
+
+    def _devices(self) -> list[Device[Any]]:
+        return [device for room in self.rooms.values() for device in room]

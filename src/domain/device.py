@@ -1,0 +1,251 @@
+"""A device: a cursor in one user's feed, and what is sent to the client there.
+
+The cursor moves in two ways. A *pull* reads pages of the log after the cursor and puts the wanted events into the
+client's send buffer until it reaches the newest known position. After that, *live* delivery puts each event when the
+hub delivers it. Live delivery puts only the event at the next position, and only while no pull runs. Everything else
+(a gap, a full buffer, a follower that lost entries) starts a pull from the cursor. A pull puts only what it has read
+contiguously, and neither awaits between the comparison and the put. So there is no gap and no duplicate, however late
+the log's entries arrive.
+
+How an event looks on the wire is up to an `Encoder`; where it waits for the client, to a `SendBuffer`.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from domain.errors import LogUnavailable
+from domain.feed import Cursor, Logged, feed_name
+from domain.feed_sessions import StartPosition
+from domain.ports import EventLog
+from domain.quarantine import Quarantine
+from domain.readiness import FOLLOWER
+
+logger = logging.getLogger(__name__)
+
+#: Entries read from the log at a time.
+PAGE: Final = 64
+
+#: Replay requests that one device may have open.
+MAX_REPLAYS: Final = 1_000
+
+#: Seconds before a log that did not answer, or does not show an announced entry yet, is read again.
+_RETRY_DELAY: Final = 0.1
+
+#: What a client is sent: a packet, or a block of bytes.
+F = TypeVar("F")
+_FrameIn = TypeVar("_FrameIn", contravariant=True)
+_FrameOut = TypeVar("_FrameOut", covariant=True)
+
+
+class SendBuffer(Protocol[_FrameIn]):
+    """Frames that wait for one client, within limits."""
+
+    def has_room(self, frame: _FrameIn) -> bool:
+        """Whether this frame fits within the limits."""
+
+    def put(self, frame: _FrameIn) -> None:
+        """Queue a frame, without waiting. Does nothing once the connection has ended."""
+
+    async def drained(self) -> bool:
+        """Wait until the client has taken enough for more to be read. False: the connection has ended."""
+
+    async def flushed(self) -> None:
+        """Wait until the client has taken everything, or the connection has ended."""
+
+    def abort(self) -> None:
+        """End the connection without sending what waits. Returns before anybody is notified of the end."""
+
+
+class Encoder(Protocol[_FrameOut]):
+    """Turns entries into frames of one form. Instances are compared by identity: share one per form."""
+
+    def event(self, entry: Logged, cursor: str) -> _FrameOut:
+        """The frame of this entry, which has an event; `cursor` is the text of the cursor after it."""
+
+
+class EncodedEntry:
+    """One entry with its frames. Each form is encoded once for however many devices."""
+
+    __slots__ = ("_cursor", "_frames", "_quarantine", "entry")
+
+    def __init__(self, entry: Logged, cursor: str, quarantine: Quarantine) -> None:
+        self.entry = entry
+        self._cursor = cursor
+        self._quarantine = quarantine
+        self._frames: dict[Encoder[Any], Any] = {}
+
+    def frame(self, encoder: Encoder[F]) -> F | None:
+        """The entry in the encoder's form. ``None``: it cannot be encoded, and its generation is ended."""
+        if encoder not in self._frames:
+            frame: F | None = None
+            try:
+                frame = encoder.event(self.entry, self._cursor)
+            except Exception as error:
+                self._quarantine.put(self.entry.generation_id, FOLLOWER, error)
+            self._frames[encoder] = frame
+        result: F | None = self._frames[encoder]
+        return result
+
+
+class Device(Generic[F]):
+    """One client of one user. Made by `domain.delivery.Hub.join`."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        quarantine: Quarantine,
+        user_id: str,
+        buffer: SendBuffer[F],
+        encoder: Encoder[F],
+        start: StartPosition,
+        on_close: Callable[["Device[F]"], None],
+    ) -> None:
+        self.user_id = user_id
+        #: Whether the device continues from a cursor that its client had reached before.
+        self.resumed = start.resumed
+        #: The name of the feed, in the texts of its cursors.
+        self.feed = feed_name(log.epoch, user_id)
+        self._log = log
+        self._quarantine = quarantine
+        self._buffer = buffer
+        self._encoder = encoder
+        self._start = start
+        self._on_close = on_close
+        self._cursor = start.cursor
+        #: The newest known position.
+        self._head = start.cursor.seen
+        #: The log has to be read even if nothing beyond the cursor is known.
+        self._must_read = True
+        self._pulling = True
+        self._replays: deque[tuple[str, int | None]] = deque()
+        self._replayed: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def cursor(self) -> str:
+        """The text of the present cursor."""
+        return self._cursor.text(self.feed)
+
+    def start(self) -> None:
+        """Begin to send. Nothing that came since the device joined its room is missed."""
+        self._task = asyncio.create_task(self._pull())
+
+    def close(self) -> None:
+        """Send nothing more, and leave the room."""
+        self._closed = True
+        self._on_close(self)
+        if self._task is not None:
+            self._task.cancel()
+
+    def replay(self, generation_id: str, after: int | None) -> None:
+        """Send this generation's events with a sequence above `after` again; ``None``: those never sent here."""
+        if len(self._replays) >= MAX_REPLAYS:
+            self._buffer.abort()
+        else:
+            self._replays.append((generation_id, after))
+            self._start_pull()
+
+    def offer(self, encoded: EncodedEntry) -> None:
+        """Take a live entry: put it if it is the next one and fits, otherwise read it from the log."""
+        entry = encoded.entry
+        self._head = max(self._head, entry.position)
+        if self._pulling or entry.position <= self._cursor.seen:
+            return
+        if entry.position == self._cursor.seen + 1 and self._put(encoded):
+            self._cursor = Cursor(entry.position, entry.event_id, entry.position)
+        else:
+            self._start_pull()
+
+    def read_again(self) -> None:
+        """Read the log: the follower may have missed entries."""
+        self._must_read = True
+        self._start_pull()
+
+    async def flushed(self) -> None:
+        """Wait until everything known has been sent and taken by the client, or the device is closed."""
+        while self._task is not None and not self._task.done():
+            await asyncio.wait([self._task])
+        await self._buffer.flushed()
+
+    def _start_pull(self) -> None:
+        if not self._pulling and not self._closed:
+            self._pulling = True
+            self.start()
+
+    async def _pull(self) -> None:
+        try:
+            while self._must_read or self._cursor.seen < self._head or self._replays:
+                if not await self._buffer.drained():
+                    return
+                if self._must_read or self._cursor.seen < self._head:
+                    await self._read_page()
+                else:
+                    await self._replay(*self._replays[0])
+                    self._replays.popleft()
+                    await asyncio.sleep(0)  # Let other clients run between two replays of this one.
+                if self._closed:
+                    return
+            self._pulling = False  # No await since the loop's condition, so nothing can have come in between.
+        except LogUnavailable:
+            await asyncio.sleep(_RETRY_DELAY)
+            self.start()
+        except Exception as error:
+            logger.error("a device could not be served: %s", type(error).__name__)
+            self._buffer.abort()
+
+    async def _read_page(self) -> None:
+        cursor = self._cursor
+        feed = await self._log.feed(self.user_id, after=cursor.seen, anchor=cursor.live, limit=PAGE)
+        if self._closed:
+            return
+        if not cursor.usable(feed):
+            self._buffer.abort()  # The history is gone. The client reconnects and is told so.
+            self._closed = True
+            return
+        self._must_read = False
+        self._head = max(self._head, feed.head)
+        wanted, after_page = cursor.advance(feed)
+        for entry, after in wanted:
+            if not self._put(self._encoded(entry, after)):
+                return  # Continue from here once there is room.
+            self._cursor = after
+        self._cursor = after_page
+        if after_page.seen == cursor.seen < self._head:
+            await asyncio.sleep(_RETRY_DELAY)  # Announced, but not readable yet.
+
+    async def _replay(self, generation_id: str, after: int | None) -> None:
+        history = await self._log.generation(generation_id)
+        if history is None or history.user_id != self.user_id:
+            return
+        if after is None:
+            # The feed from the start position has all generations that were unfinished there, and no others.
+            end = history.events[-1].end
+            if self.resumed or generation_id in self._replayed or end is None or end > self._start.cursor.live:
+                return
+        for entry in history.events[after or 0 :]:
+            if entry.position > self._cursor.seen:
+                return
+            self._replayed.add(generation_id)
+            # Sent out of feed order, with the newest cursor: a client's cursor must never move back.
+            while not self._put(self._encoded(entry, self._cursor)):
+                if not await self._buffer.drained():
+                    self._closed = True
+                    return
+
+    def _encoded(self, entry: Logged, after: Cursor) -> EncodedEntry:
+        """With the session's tag on cursors up to the head at the start; later cursors are the same for all devices."""
+        tag = self._start.tag if after.live <= self._start.head else None
+        return EncodedEntry(entry, after.text(self.feed, tag), self._quarantine)
+
+    def _put(self, encoded: EncodedEntry) -> bool:
+        """False: there is no room. An entry that cannot be encoded is skipped."""
+        frame = encoded.frame(self._encoder)
+        if frame is not None:
+            if not self._buffer.has_room(frame):
+                return False
+            self._buffer.put(frame)
+        return True
