@@ -1,4 +1,4 @@
-"""A cursor tells exactly what is still to come, or is found unusable. Compared with a reader too simple to be wrong."""
+"""A cursor yields exactly the events still to be sent, or is unusable. Compared with a trivially correct reader."""
 
 import asyncio
 from collections.abc import Collection
@@ -54,19 +54,19 @@ cursors = st.builds(
 )
 epochs = st.from_regex(r"\A[a-z0-9]{1,32}\Z")
 
-#: Texts that look as if they could be cursors.
+#: Texts that resemble cursors.
 near = st.from_regex(r"\A[a-z0-9]{0,3}[.]?0{0,3}[0-9]{0,17}[.]-?[0-9a-fA-F]{0,18}[.][0-9 _+٣]{0,5}\n?\Z")
 
 
 @PROPERTY
 @given(cursors, epochs)
-def test_what_was_handed_out_is_read_back_as_it_was(cursor: Cursor, epoch: str) -> None:
+def test_the_text_of_a_cursor_parses_to_the_same_cursor(cursor: Cursor, epoch: str) -> None:
     assert Cursor.parse(cursor.text(epoch), epoch) == cursor
 
 
 @PROPERTY
 @given(cursors, epochs, epochs)
-def test_a_cursor_of_another_epoch_is_none_of_ours(cursor: Cursor, epoch: str, other: str) -> None:
+def test_a_cursor_of_another_epoch_does_not_parse(cursor: Cursor, epoch: str, other: str) -> None:
     parsed = Cursor.parse(cursor.text(epoch), other)
     assert parsed == (cursor if epoch == other else None)
 
@@ -86,14 +86,14 @@ anything = st.one_of(
 
 @PROPERTY
 @given(anything)
-def test_parsing_never_raises_whatever_it_is_given(text: object) -> None:
+def test_parsing_never_raises(text: object) -> None:
     parsed = Cursor.parse(text, "e1")
     assert parsed is None or (isinstance(text, str) and text.startswith("e1."))
 
 
 @PROPERTY
 @given(cursors, st.data())
-def test_one_changed_character_is_another_cursor_or_none(cursor: Cursor, data: st.DataObject) -> None:
+def test_a_changed_character_makes_another_cursor_or_none(cursor: Cursor, data: st.DataObject) -> None:
     text = cursor.text("e1")
     index = data.draw(st.integers(0, len(text) - 1))
     changed = text[:index] + data.draw(st.characters()) + text[index + 1 :]
@@ -103,7 +103,7 @@ def test_one_changed_character_is_another_cursor_or_none(cursor: Cursor, data: s
 
 
 def _canonical(text: str) -> bool:
-    """Without zeros in front: those are tried on their own, below."""
+    """Without leading zeros, which have a test of their own below."""
     return all(part == "0" or not part.startswith("0") for part in text.replace("-", ".").split("."))
 
 
@@ -139,19 +139,19 @@ def _canonical(text: str) -> bool:
         "\ud800",
     ],
 )
-def test_what_was_never_handed_out_is_no_cursor(text: str) -> None:
+def test_a_malformed_text_does_not_parse(text: str) -> None:
     assert Cursor.parse(text, "e1") is None
 
 
 @pytest.mark.parametrize("text", ["e1.01.a.1", "e1.1.0a.1", "e1.1.a.01", "e1.00.a.0"])
-def test_only_the_exact_text_is_read(text: str) -> None:
+def test_only_the_exact_text_parses(text: str) -> None:
     assert Cursor.parse(text, "e1") is None
 
 
 # --- usable, wants, advance ------------------------------------------------------------------------------
 
 
-def test_a_cursor_is_usable_where_the_id_stands_and_nothing_wanted_is_lost() -> None:
+def test_a_cursor_is_usable_if_its_event_id_matches_and_nothing_wanted_is_lost() -> None:
     cursor = Cursor(5, 50, 2)
     assert cursor.usable(feed(upto=5, anchor_id=50))
     assert cursor.usable(feed(upto=5, anchor_id=50, floor=5))
@@ -161,14 +161,14 @@ def test_a_cursor_is_usable_where_the_id_stands_and_nothing_wanted_is_lost() -> 
     assert not cursor.usable(feed(upto=5, anchor_id=50, deleted_spans=[3]))
 
 
-def test_who_never_heard_of_what_was_deleted_goes_on() -> None:
+def test_a_reader_that_never_saw_a_deleted_generation_goes_on() -> None:
     cursor = Cursor(5, 50, 5, (2, 3))
     assert cursor.usable(feed(upto=5, anchor_id=50, deleted_spans=[3]))
     assert cursor.usable(feed(upto=5, anchor_id=50, deleted_spans=[3, 2]))
     assert not cursor.usable(feed(upto=5, anchor_id=50, deleted_spans=[2, 3, 4]))
 
 
-def test_what_was_deleted_is_remembered_from_its_first_place_to_its_last() -> None:
+def test_a_tombstone_is_open_from_its_first_position_to_its_last() -> None:
     places = [entry(2, first=2, end=5, gone=True), entry(3, first=3), entry(4, first=4, end=6, gone=True)]
     cursor = Cursor(1, 10, 1)
     tombstones = []
@@ -179,7 +179,7 @@ def test_what_was_deleted_is_remembered_from_its_first_place_to_its_last() -> No
     assert Cursor(2, 20, 2).advanced_past(entry(3, first=2, end=5, gone=True)).open_tombstones == ()
 
 
-def test_retention_below_live_does_not_touch_what_was_not_seen() -> None:
+def test_retention_below_live_leaves_a_cursor_usable() -> None:
     assert Cursor(5, 50, 0).usable(feed(upto=9, anchor_id=50, floor=4))
 
 
@@ -197,20 +197,20 @@ def test_retention_below_live_does_not_touch_what_was_not_seen() -> None:
         (3, None, True, False),
     ],
 )
-def test_up_to_live_only_what_had_not_ended_by_then_is_wanted_and_after_it_everything(
+def test_up_to_live_only_unfinished_generations_are_wanted_and_after_it_everything(
     position: int, end: int | None, gone: bool, wanted: bool
 ) -> None:
     assert Cursor(5, 50, 2).wants(entry(position, end=end, gone=gone)) is wanted
 
 
-def test_in_the_past_only_seen_moves_and_beyond_it_both_move() -> None:
+def test_up_to_live_only_seen_advances_and_after_it_both() -> None:
     cursor = Cursor(5, 50, 2)
     assert cursor.advanced_past(entry(3)) == Cursor(5, 50, 3)
     assert cursor.advanced_past(entry(5)) == Cursor(5, 50, 5)
     assert cursor.advanced_past(entry(6)) == Cursor(6, 60, 6)
 
 
-def test_advancing_tells_each_wanted_event_with_the_cursor_behind_it() -> None:
+def test_advancing_returns_each_wanted_event_with_the_cursor_after_it() -> None:
     cursor = Cursor(5, 50, 2)
     read = feed(entry(3), entry(4, end=4), entry(5, end=7), entry(6, gone=True), entry(7, end=7), upto=7, anchor_id=50)
     wanted, behind = cursor.advance(read)
@@ -222,20 +222,20 @@ def test_advancing_tells_each_wanted_event_with_the_cursor_behind_it() -> None:
     assert behind == Cursor(7, 70, 7)
 
 
-def test_advancing_over_purged_and_unwanted_places_still_goes_on() -> None:
+def test_advancing_passes_purged_and_unwanted_positions() -> None:
     cursor = Cursor(5, 50, 0)
     assert cursor.advance(feed(upto=3, head=9, anchor_id=50)) == ([], Cursor(5, 50, 3))
     assert cursor.advance(feed(entry(4, end=4), upto=4, head=9, anchor_id=50)) == ([], Cursor(5, 50, 4))
     assert cursor.advance(feed(upto=5, head=5, anchor_id=50)) == ([], Cursor(5, 50, 5))
 
 
-def test_empty_places_beyond_live_are_passed_without_a_word() -> None:
+def test_tombstones_after_live_are_skipped() -> None:
     assert Cursor(5, 50, 5).advance(feed(entry(6, gone=True), upto=6, anchor_id=50)) == ([], Cursor(6, 60, 6))
 
 
 @PROPERTY
 @given(cursors, st.integers(0, 10), st.integers(0, 10))
-def test_advancing_never_goes_back_and_never_beyond_what_was_read(cursor: Cursor, count: int, step: int) -> None:
+def test_advancing_never_moves_back_or_beyond_the_read_positions(cursor: Cursor, count: int, step: int) -> None:
     positions = [cursor.seen + 1 + index * (step + 1) for index in range(count)]
     upto = max(positions, default=cursor.seen)
     _, behind = cursor.advance(feed(*map(entry, positions), upto=upto, anchor_id=cursor.event_id))
@@ -244,11 +244,11 @@ def test_advancing_never_goes_back_and_never_beyond_what_was_read(cursor: Cursor
     assert behind.live == max(cursor.live, *positions, 0)
 
 
-# --- the property: from any place, exactly what is wanted -------------------------------------------------
+# --- the property: from any position, exactly the wanted events -------------------------------------------
 
 
 class Told(NamedTuple):
-    """A cursor that was handed out, and what whoever holds it has attached at and been told so far."""
+    """A cursor that was handed out, the start of the reader that holds it, and what this reader has been sent."""
 
     cursor: Cursor
     attached_at: int
@@ -257,13 +257,13 @@ class Told(NamedTuple):
 
 
 class World:
-    """A log with one user, and beside it a list of everything that ever happened."""
+    """A log with one user, and a list of every event that was ever appended."""
 
     def __init__(self, log: EventLog) -> None:
         self.log = log
         self.scribe = Scribe(log, SteppableClock(NOON))
         self.running: list[Generation] = []
-        #: Position by position: whose event it was.
+        #: The generation of the event at each position.
         self.ids: list[str] = []
         self.ends: dict[str, int] = {}
         self.purged: set[str] = set()
@@ -297,7 +297,7 @@ class World:
             self.deleted.add(gone)
 
     async def purge(self, which: int) -> None:
-        """Retention takes what ended first; now and then it is behind with one."""
+        """Retention removes the generation that ended first; sometimes it skips one."""
         there = [name for name in self.ends if name not in self.purged | self.deleted]
         if there:
             gone = there[1 if which % 4 == 0 and len(there) > 1 else 0]
@@ -309,7 +309,7 @@ class World:
         self.handed_out.append(Told(cursor, len(self.ids), 0, ()))
 
     async def read(self, which: int) -> None:
-        """One page behind some cursor, which may have been handed out long ago."""
+        """One page after a cursor, which may have been handed out long ago."""
         if self.handed_out:
             await self.page(self.handed_out[-1 - which % len(self.handed_out)], 1 + which % 5)
 
@@ -318,7 +318,7 @@ class World:
         return max((self.ends[name] for name in self.purged), default=0)
 
     def may_be_refused(self, holder: Told) -> bool:
-        """The floor has passed the cursor, or it lies in a deleted generation of which the holder knows."""
+        """The floor has passed the cursor, or it lies in a deleted generation whose start its reader has seen."""
         live = holder.cursor.live
         spans = [(self.ids.index(name) + 1, self.ends[name]) for name in self.deleted]
         return live < self.floor or any(
@@ -326,7 +326,7 @@ class World:
         )
 
     def wanted(self, holder: Told) -> list[int]:
-        """What is still to come: everything since attaching, and all of what ran then."""
+        """The events still to be sent: everything since the start, and all of what was unfinished then."""
         gone = self.purged | self.deleted
         return [
             position
@@ -363,7 +363,7 @@ class World:
         return after
 
     async def catch_up(self, holder: Told, limit: int) -> None:
-        """From any place to the head: all that was wanted, once, in order; or told that it is lost."""
+        """From any position to the head: every wanted event once, in order, or the cursor is unusable."""
         expected = [*holder.told, *self.wanted(holder)]
         present: Told | None = holder
         while present is not None:
@@ -397,7 +397,7 @@ async def play(open_log: OpenLog, commands: list[tuple[str, int]], limits: list[
 @logs
 @settings(PROPERTY, max_examples=150)
 @given(commands=st.lists(command, min_size=5, max_size=60), limits=st.lists(st.integers(1, 9), min_size=1, max_size=4))
-def test_from_any_cursor_the_wanted_events_come_once_in_order_or_it_is_reported_unusable(
+def test_from_any_cursor_the_wanted_events_come_once_in_order_or_it_is_unusable(
     open_log: OpenLog, commands: list[tuple[str, int]], limits: list[int]
 ) -> None:
     world = asyncio.run(play(open_log, commands, limits))
@@ -414,7 +414,7 @@ async def test_the_property_is_not_empty(open_log: OpenLog) -> None:
 
 
 @logs
-async def test_another_users_cursor_is_none_of_ones_own(open_log: OpenLog) -> None:
+async def test_another_users_cursor_does_not_parse(open_log: OpenLog) -> None:
     async with open_log(clock=SteppableClock()) as log:
         scribe = Scribe(log)
         for user_id in ("ada", "bob"):
@@ -429,8 +429,8 @@ async def test_another_users_cursor_is_none_of_ones_own(open_log: OpenLog) -> No
 
 
 @logs
-async def test_a_log_that_came_back_in_an_older_state_is_recognised(open_log: OpenLog) -> None:
-    """The same epoch and the same positions, but other events: only the ids tell."""
+async def test_a_log_restored_in_an_older_state_is_detected(open_log: OpenLog) -> None:
+    """The same epoch and positions, but other events: only the ids differ."""
     async with open_log(clock=SteppableClock()) as log, open_log(clock=SteppableClock()) as older:
         scribe, again = Scribe(log), Scribe(older)
         await scribe.whole()

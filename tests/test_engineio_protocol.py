@@ -1,4 +1,4 @@
-"""The Engine.IO protocol, where the official test suites found the service to differ, and the rest of each kind."""
+"""Engine.IO protocol cases in which the official test suites found a deviation, and similar cases."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 @contextlib.asynccontextmanager
 async def session(service: Running) -> AsyncIterator[str]:
-    """The path of a polling session, which is closed in the end."""
+    """The path of a polling session, which is closed at the end."""
     answer = await service.http.get(PATH)
     path = f"{PATH}&sid={json.loads(answer.text[1:])['sid']}"
     try:
@@ -36,7 +36,7 @@ async def session(service: Running) -> AsyncIterator[str]:
 
 
 async def waiting(service: Running, path: str) -> asyncio.Task[httpx2.Response]:
-    """A poll that the service has begun to wait with."""
+    """A poll that the service has received and is holding."""
     poll = asyncio.create_task(service.http.get(path))
     sid = path.rpartition("=")[2]
     await service.until(lambda: service.service.sockets.eio.sockets[sid]._polling)
@@ -52,7 +52,7 @@ async def websocket(service: Running, path: str, **options: Any) -> AsyncIterato
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("transport", ["", "&transport=", "&transport=abc", "&transport=polling&transport=polling"])
-async def test_a_request_names_its_transport(service: Running, method: str, transport: str) -> None:
+async def test_a_request_without_a_known_transport_is_refused(service: Running, method: str, transport: str) -> None:
     async with session(service) as path:
         for query in ("EIO=4", path.partition("?")[2].replace("&transport=polling", "")):
             answer = await service.http.request(method, f"/socket.io/?{query}{transport}", content=b"4")
@@ -60,13 +60,13 @@ async def test_a_request_names_its_transport(service: Running, method: str, tran
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"])
-async def test_a_session_is_opened_by_get_alone(service: Running, method: str) -> None:
+async def test_only_get_opens_a_session(service: Running, method: str) -> None:
     assert (await service.http.request(method, PATH)).status_code == 400
     assert service.service.sockets.idle
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "HEAD", "OPTIONS"])
-async def test_a_session_takes_get_and_post_alone_and_survives_others(service: Running, method: str) -> None:
+async def test_a_session_accepts_only_get_and_post_and_survives_others(service: Running, method: str) -> None:
     async with session(service) as path:
         assert (await service.http.request(method, path)).status_code == 400
         assert (await service.http.post(path, content="3")).text == "ok"
@@ -78,7 +78,7 @@ async def test_other_protocols_are_refused(service: Running, query: str) -> None
 
 
 @pytest.mark.parametrize("query", ["EIO=4", "EIO=4&transport=polling", "transport=websocket", "EIO=4&transport=x"])
-async def test_a_websocket_that_is_refused_gets_400_and_is_no_error_of_the_service(
+async def test_a_refused_websocket_gets_400_and_logs_no_error(
     service: Running, query: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(websockets.InvalidStatus) as refused:
@@ -105,7 +105,7 @@ async def test_a_second_poll_at_once_closes_the_session(service: Running) -> Non
         assert (await service.http.get(path)).status_code == 400
 
 
-async def test_an_upgrade_brings_no_packet_of_the_poll(service: Running) -> None:
+async def test_an_upgrade_delivers_no_packet_of_the_poll(service: Running) -> None:
     async with session(service) as path, websocket(service, path) as connection:
         await connection.send("2probe")
         assert await connection.recv() == "3probe"
@@ -140,7 +140,7 @@ async def test_a_websocket_for_a_session_that_has_one_is_opened_and_closed(servi
     async with session(service) as path, websocket(service, path) as connection:
         await connection.send("2probe")
         await connection.recv()
-        async with websocket(service, path) as second:  # While the first one is about to take over.
+        async with websocket(service, path) as second:  # While the first one is upgrading.
             await second.wait_closed()
         await connection.send("5")
         await connection.send('40{"userId":"ada"}')
@@ -197,7 +197,7 @@ async def test_polling_answers_have_a_length_and_are_not_stored(service: Running
         assert answer.headers["cache-control"] == "no-store"
 
 
-async def test_large_polling_answers_are_compressed_for_those_who_take_it(service: Running) -> None:
+async def test_large_polling_answers_are_compressed_where_the_client_accepts_it(service: Running) -> None:
     await service.start("ada", metadata=json.dumps({"filler": "x" * 1900}))
     for accepted, coding in (("gzip, br", "gzip"), ("identity", None)):
         async with session(service) as path:
@@ -208,7 +208,7 @@ async def test_large_polling_answers_are_compressed_for_those_who_take_it(servic
 
 
 @pytest.mark.parametrize("offered", [["stagecast"], ["b", "a"], ["v1.x", "base64"]])
-async def test_the_first_protocol_that_a_websocket_offers_is_taken(service: Running, offered: list[str]) -> None:
+async def test_the_first_offered_subprotocol_is_accepted(service: Running, offered: list[str]) -> None:
     async with websocket(service, PATH, subprotocols=offered) as connection:
         assert connection.subprotocol == offered[0]
     async with session(service) as path, websocket(service, path, subprotocols=offered) as connection:

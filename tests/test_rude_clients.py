@@ -35,14 +35,14 @@ TEXT, PING = 1, 9
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
-    gc.collect()  # What other tests have left may still have something to log.
+    gc.collect()  # Objects of other tests may still log something.
     async with running(tmp_path_factory.mktemp("images")) as service:
         yield service
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def service(shared: Running) -> AsyncIterator[Running]:
-    """The service of all these tests. Whatever each does, it is idle afterwards."""
+    """Shared by all these tests. It is idle after each of them."""
     yield shared
     await shared.until_nobody_is_here()
     await shared.service.queue.settled()
@@ -56,7 +56,7 @@ def nothing_is_logged_that_an_operator_would_fear(caplog: pytest.LogCaptureFixtu
 
 
 class Bare:
-    """A WebSocket by hand, which never reads what it does not want to."""
+    """A WebSocket written by hand, which reads only when told to."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -71,7 +71,7 @@ class Bare:
         await self.writer.drain()
 
     async def gone(self) -> None:
-        """Wait until the other side has hung up."""
+        """Wait until the server has closed the connection."""
         async with asyncio.timeout(30):
             with contextlib.suppress(ConnectionError):
                 while await self.reader.read(1 << 20):
@@ -100,19 +100,19 @@ async def bare(service: Running, *headers: str, query: str = "") -> AsyncIterato
 
 
 async def polling(service: Running) -> str:
-    """The sid of a transport that polls."""
+    """The sid of a polling session."""
     answer = await service.http.get("/socket.io/?EIO=4&transport=polling")
     return str(json.loads(answer.text[1:])["sid"])
 
 
-async def test_an_opening_handshake_that_cannot_be_read_is_hung_up_on(service: Running) -> None:
+async def test_an_oversized_websocket_handshake_closes_the_connection(service: Running) -> None:
     async with bare(service, "Cookie: " + "a" * 9_000) as client:
         await client.gone()
     async with bare(service, *(f"X-{n}: 1" for n in range(200))) as client:
         await client.gone()
 
 
-async def test_who_asks_on_and_on_and_takes_no_answer_is_cut_off(service: Running) -> None:
+async def test_a_client_that_requests_acks_and_never_reads_is_disconnected(service: Running) -> None:
     for _ in range(5):
         await service.start("ada", metadata=json.dumps({"filler": "x" * 1900}))
     connection = await reluctant(service)
@@ -127,7 +127,7 @@ async def test_who_asks_on_and_on_and_takes_no_answer_is_cut_off(service: Runnin
     connection.transport.abort()
 
 
-async def test_pings_of_the_websocket_are_not_answered_without_end(service: Running) -> None:
+async def test_a_client_that_floods_websocket_pings_is_disconnected(service: Running) -> None:
     async with bare(service) as client:
         await client.send(client.frame(TEXT, b'40{"userId":"ada"}'))
         with contextlib.suppress(ConnectionError):
@@ -136,7 +136,7 @@ async def test_pings_of_the_websocket_are_not_answered_without_end(service: Runn
         await client.gone()
 
 
-async def test_a_message_of_endless_pieces_is_hung_up_on(service: Running) -> None:
+async def test_a_message_of_endless_fragments_closes_the_connection(service: Running) -> None:
     async with bare(service) as client:
         with contextlib.suppress(ConnectionError):
             await client.send(client.frame(TEXT, final=False), client.frame(0, final=False) * 5_000)
@@ -151,13 +151,15 @@ async def test_a_message_of_endless_pieces_is_hung_up_on(service: Running) -> No
         pytest.param([(3, b"")], id="an opcode there is not"),
     ],
 )
-async def test_what_is_no_websocket_message_is_hung_up_on(service: Running, frames: list[tuple[int, bytes]]) -> None:
+async def test_an_invalid_websocket_message_closes_the_connection(
+    service: Running, frames: list[tuple[int, bytes]]
+) -> None:
     async with bare(service) as client:
         await client.send(*(client.frame(*frame) for frame in frames))
         await client.gone()
 
 
-async def test_a_stalled_websocket_that_says_goodbye_leaves_nothing_behind(service: Running) -> None:
+async def test_a_stalled_websocket_that_closes_its_session_leaves_nothing_behind(service: Running) -> None:
     async with bare(service) as client:
         await client.send(client.frame(TEXT, b'40{"userId":"ada"}'))
         await client.send(*[client.frame(TEXT, b'421["authenticate",{"userId":"ada"}]')] * 200)
@@ -167,12 +169,12 @@ async def test_a_stalled_websocket_that_says_goodbye_leaves_nothing_behind(servi
 
 
 def kept() -> int:
-    """How many sockets this process still has, those of other tests' servers included."""
+    """How many `EngineSocket` objects this process has, including those of other tests' servers."""
     gc.collect()
     return sum(type(thing) is EngineSocket for thing in gc.get_objects())
 
 
-async def test_sockets_that_are_gone_are_forgotten_at_once(service: Running) -> None:
+async def test_closed_sockets_are_freed_at_once(service: Running) -> None:
     before = kept()
     for _ in range(5):
         connection = await service.raw()
@@ -183,7 +185,7 @@ async def test_sockets_that_are_gone_are_forgotten_at_once(service: Running) -> 
     await service.until(lambda: kept() <= before)
 
 
-async def test_an_upgrade_that_goes_no_further_does_not_starve_the_poller(
+async def test_an_upgrade_that_stalls_does_not_starve_polling(
     service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engineio_socket, "UPGRADE_TIMEOUT", 0.2)
@@ -213,7 +215,7 @@ async def test_a_second_upgrade_at_once_is_refused_and_the_first_goes_on(
 
 
 @pytest.mark.parametrize("body", ["1\x1e6", "1\x1e5", "4", "x", "", "4" * 70_000, "b!", "42[" + "[" * 20_000])
-async def test_a_polling_request_that_makes_no_sense_is_refused(service: Running, body: str) -> None:
+async def test_a_malformed_polling_request_is_refused(service: Running, body: str) -> None:
     sid = await polling(service)
     answer = await service.http.post(f"/socket.io/?EIO=4&transport=polling&sid={sid}", content=body)
     assert answer.status_code in (200, 400)
@@ -223,7 +225,7 @@ async def test_a_polling_request_that_makes_no_sense_is_refused(service: Running
     service.service.sockets.eio.sockets.pop(sid, None)
 
 
-async def test_a_request_that_breaks_off_and_one_without_an_upgrade_are_refused(service: Running) -> None:
+async def test_an_aborted_request_and_one_without_an_upgrade_are_refused(service: Running) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(
         b"POST /socket.io/?EIO=4&transport=polling&sid=x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
@@ -236,7 +238,7 @@ async def test_a_request_that_breaks_off_and_one_without_an_upgrade_are_refused(
     del reader
 
 
-async def test_who_comes_and_goes_without_authenticating_wins_no_time(tmp_path: Path) -> None:
+async def test_reconnecting_does_not_extend_the_time_to_authenticate(tmp_path: Path) -> None:
     async with running(tmp_path, overrides={"auth_timeout": 0.4}) as service:
         connection = await service.raw()
 
@@ -252,14 +254,14 @@ async def test_who_comes_and_goes_without_authenticating_wins_no_time(tmp_path: 
 
 
 @pytest.mark.parametrize("frame", ['42/admin,7["authenticate",{"userId":"bob"}]', "41/admin,", "43/admin,7[]"])
-async def test_another_namespace_is_not_taken_for_ours(service: Running, frame: str) -> None:
+async def test_packets_of_another_namespace_are_not_handled(service: Running, frame: str) -> None:
     connection = await service.raw()
     await connection.send('40{"userId":"ada"}')
     await connection.send(frame)
     assert not [each for each in await rest_of(connection) if "bob" in each]
 
 
-async def test_a_client_that_wishes_for_replays_without_end_is_cut_off(service: Running) -> None:
+async def test_a_client_that_requests_endless_replays_is_disconnected(service: Running) -> None:
     over = await service.start("ada")
     connection = await service.raw()
     await connection.send('40{"userId":"ada"}')
@@ -286,7 +288,7 @@ class Forgetful(MemoryLog):
         return await super().generation(generation_id)
 
 
-async def test_a_replay_that_the_log_did_not_answer_is_sent_when_it_does(tmp_path: Path) -> None:
+async def test_a_replay_waits_until_the_log_is_available(tmp_path: Path) -> None:
     log = Forgetful(epoch="e1", credits=100, clock=now)
     async with running(tmp_path, overrides={"log": log}) as service, service.phone("ada") as phone:
         generation_id = await service.start("ada")
@@ -298,7 +300,7 @@ async def test_a_replay_that_the_log_did_not_answer_is_sent_when_it_does(tmp_pat
         assert phone.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
 
-async def test_a_wish_that_sent_nothing_does_not_count_as_sent(service: Running) -> None:
+async def test_a_replay_that_sent_nothing_does_not_count_as_sent(service: Running) -> None:
     generation_id = await service.start("ada")
     await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
     async with service.phone("ada") as phone:
@@ -307,7 +309,7 @@ async def test_a_wish_that_sent_nothing_does_not_count_as_sent(service: Running)
         await phone.until_over(generation_id)
 
 
-async def test_a_poll_that_waits_ends_when_the_service_leaves(tmp_path: Path) -> None:
+async def test_a_waiting_poll_ends_at_shutdown(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
         sid = await polling(service)
         poll = asyncio.create_task(service.http.get(f"/socket.io/?EIO=4&transport=polling&sid={sid}"))
@@ -319,7 +321,7 @@ async def test_a_poll_that_waits_ends_when_the_service_leaves(tmp_path: Path) ->
 
 @contextlib.asynccontextmanager
 async def said_at_once(service: Running, head: bytes) -> AsyncIterator[Bare]:
-    """A connection on which this was said before the service takes it, which has no patience with it alone."""
+    """A connection on which these bytes were sent before it is accepted, with a very short header timeout."""
     with pytest.MonkeyPatch.context() as impatient:
         impatient.setattr(uvicorn_server, "HEADER_TIMEOUT", 0.05)
         line = socket.create_connection(("127.0.0.1", service.port))
@@ -332,13 +334,13 @@ async def said_at_once(service: Running, head: bytes) -> AsyncIterator[Bare]:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX: "])
-async def test_who_connects_and_does_not_say_what_for_is_hung_up_on(tmp_path: Path, said: bytes) -> None:
+async def test_a_connection_without_a_whole_request_head_is_closed(tmp_path: Path, said: bytes) -> None:
     async with running(tmp_path) as service, said_at_once(service, said) as client, asyncio.timeout(30):
         with contextlib.suppress(ConnectionResetError):
             assert await client.reader.read() == b""
 
 
-async def test_who_has_said_it_may_take_its_time(tmp_path: Path) -> None:
+async def test_a_body_may_arrive_later_than_the_head_timeout(tmp_path: Path) -> None:
     head = b"POST /generations/edit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
     async with running(tmp_path) as service, service.phone("ada") as phone:
         async with said_at_once(service, head) as client:

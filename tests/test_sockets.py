@@ -1,4 +1,4 @@
-"""Socket.IO as its clients see it: a real server, python-socketio's client, and bare WebSockets for the rude ones."""
+"""Socket.IO as its clients see it: a real server, python-socketio's client, and bare WebSockets."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def service(shared: Running) -> AsyncIterator[Running]:
-    """The service of all these tests. Each leaves it idle."""
+    """Shared by all these tests. Each leaves it idle."""
     yield shared
     await shared.until_nobody_is_here()
     await shared.service.queue.settled()
@@ -65,7 +65,7 @@ async def test_a_device_is_sent_every_stage_in_order(service: Running) -> None:
         assert phone.of(generation_id) == await service.events(generation_id)
 
 
-async def test_all_devices_of_a_user_move_together_and_nobody_elses(service: Running) -> None:
+async def test_an_event_reaches_all_devices_of_its_user_and_no_others(service: Running) -> None:
     async with service.phone("ada") as phone, service.phone("ada") as laptop, service.phone("bob") as other:
         mine, his = await service.start("ada"), await service.start("bob", "generate", images=2)
         await asyncio.gather(phone.until_over(mine), laptop.until_over(mine), other.until_over(his))
@@ -75,14 +75,14 @@ async def test_all_devices_of_a_user_move_together_and_nobody_elses(service: Run
 
 
 @pytest.mark.parametrize("transports", [["polling"], ["websocket"], ["polling", "websocket"]])
-async def test_every_transport_brings_the_same(service: Running, transports: list[str]) -> None:
+async def test_every_transport_delivers_the_same_events(service: Running, transports: list[str]) -> None:
     async with service.phone("ada", transports=transports) as phone:
         generation_id = await service.start("ada")
         await phone.until_over(generation_id)
         assert phone.of(generation_id) == await service.events(generation_id)
 
 
-async def test_authenticate_is_acknowledged_with_who_and_where_and_what(service: Running) -> None:
+async def test_the_ack_of_authenticate_has_user_cursor_and_generations(service: Running) -> None:
     done = await service.start("123")
     await service.service.queue.settled()
     async with service.phone() as phone:
@@ -95,7 +95,7 @@ async def test_authenticate_is_acknowledged_with_who_and_where_and_what(service:
         assert set(ack) == {"ok", "userId", "cursor", "recovered", "generations"}
 
 
-async def test_a_number_and_its_text_are_one_user(service: Running) -> None:
+async def test_a_number_and_its_text_are_the_same_user(service: Running) -> None:
     async with service.phone() as phone:
         ack = await phone.call("authenticate", {"userId": 123})
         phone.user = "123"
@@ -107,7 +107,9 @@ async def test_a_number_and_its_text_are_one_user(service: Running) -> None:
 @pytest.mark.parametrize(
     "argument", [None, "ada", 7, [], {}, {"userId": ""}, {"userId": True}, {"userId": 1.5}, {"userId": "a\x00"}]
 )
-async def test_authenticate_with_nobody_is_a_bad_request_and_changes_nothing(service: Running, argument: Any) -> None:
+async def test_authenticate_with_an_invalid_user_is_a_bad_request_and_changes_nothing(
+    service: Running, argument: Any
+) -> None:
     async with service.phone("ada") as phone:
         nack = await phone.call("authenticate", argument)
         assert (nack["ok"], nack["code"]) == (False, "bad_request")
@@ -115,7 +117,7 @@ async def test_authenticate_with_nobody_is_a_bad_request_and_changes_nothing(ser
         await phone.until_over(generation_id)
 
 
-async def test_the_handshake_can_say_who_it_is_and_is_answered_by_the_first_event(service: Running) -> None:
+async def test_the_handshake_can_authenticate_and_is_answered_by_the_first_event(service: Running) -> None:
     async with service.phone(userId="ada") as phone:
         phone.user = "ada"
         await phone.until(lambda: bool(phone.notices))
@@ -126,14 +128,14 @@ async def test_the_handshake_can_say_who_it_is_and_is_answered_by_the_first_even
 
 
 @pytest.mark.parametrize("auth", [{"x": 1}, {"userId": None}, {"token": "t"}])
-async def test_a_handshake_that_names_nobody_connects_and_authenticates_nobody(service: Running, auth: Any) -> None:
+async def test_a_handshake_without_a_user_connects_unauthenticated(service: Running, auth: Any) -> None:
     async with service.phone(**auth) as phone:
         nack = await phone.call("subscribe_to_generation", {"generationId": "edit_1_x"})
         assert nack["code"] == "unauthenticated"
         assert phone.notices == []
 
 
-async def test_a_handshake_that_names_somebody_who_cannot_be_is_told_so(service: Running) -> None:
+async def test_a_handshake_with_an_invalid_user_is_answered_with_an_error(service: Running) -> None:
     async with service.phone(userId="") as phone:
         await phone.until(lambda: bool(phone.notices))
         [(name, answer)] = phone.notices
@@ -154,7 +156,7 @@ class TestWithWorkHeldUp:
             yield service
             await service.service.queue.settled()
 
-    async def test_a_late_device_gets_what_was_and_then_what_comes(self, service: Running, hold: Hold) -> None:
+    async def test_a_late_device_gets_earlier_events_and_then_live_ones(self, service: Running, hold: Hold) -> None:
         generation_id = await service.start("ada")
         await hold.reached.wait()
         async with service.phone("ada") as phone:
@@ -163,7 +165,7 @@ class TestWithWorkHeldUp:
             await phone.until_over(generation_id)
             assert phone.of(generation_id) == await service.events(generation_id)
 
-    async def test_what_had_ended_is_told_in_the_ack_and_not_replayed(self, service: Running, hold: Hold) -> None:
+    async def test_finished_generations_are_in_the_ack_and_not_replayed(self, service: Running, hold: Hold) -> None:
         hold.let_go.set()
         async with service.phone("ada") as phone:
             over = await service.start("ada")
@@ -201,7 +203,7 @@ class TestWithWorkHeldUp:
             await phone.until_over(generation_id)
             assert phone.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
-    async def test_another_user_takes_the_socket_over_whole(self, service: Running, hold: Hold) -> None:
+    async def test_authenticating_as_another_user_replaces_the_first(self, service: Running, hold: Hold) -> None:
         adas, bobs = await service.start("ada"), await service.start("bob")
         await hold.reached.wait()
         async with service.phone("ada") as phone:
@@ -213,7 +215,7 @@ class TestWithWorkHeldUp:
             assert phone.sequences(adas) == []
             assert phone.sequences(bobs) == [1, 2, 3, 4, 5, 6]
 
-    async def test_a_device_goes_on_from_its_cursor(self, service: Running, hold: Hold) -> None:
+    async def test_a_device_continues_from_its_cursor(self, service: Running, hold: Hold) -> None:
         async with service.phone("ada") as phone:
             generation_id = await service.start("ada")
             await hold.reached.wait()
@@ -226,7 +228,7 @@ class TestWithWorkHeldUp:
             await phone.until_over(generation_id)
             assert phone.sequences(generation_id) == [3, 4, 5, 6]
 
-    async def test_going_away_stops_nothing(self, service: Running, hold: Hold) -> None:
+    async def test_a_client_that_disconnects_stops_no_work(self, service: Running, hold: Hold) -> None:
         async with service.phone("ada"):
             generation_id = await service.start("ada")
             await hold.reached.wait()
@@ -238,7 +240,7 @@ class TestWithWorkHeldUp:
             assert ack["generations"][0]["generationId"] == generation_id
 
 
-async def test_a_finished_generation_is_replayed_once_on_request_and_again_only_from_a_given_place(
+async def test_a_finished_generation_is_replayed_once_and_again_only_with_after(
     service: Running,
 ) -> None:
     generation_id = await service.start("ada")
@@ -250,7 +252,7 @@ async def test_a_finished_generation_is_replayed_once_on_request_and_again_only_
         await phone.call("subscribe_to_generation", {"generationId": generation_id, "after": 4})
         await phone.until(lambda: len(phone.events) == 8)
         assert phone.sequences(generation_id) == [1, 2, 3, 4, 5, 6, 5, 6]
-        assert len(set(phone.cursors)) == 1  # Out of feed order: the newest place, which never goes back.
+        assert len(set(phone.cursors)) == 1  # Out of feed order: the newest cursor, which never moves back.
         phone.events.clear()
 
 
@@ -265,13 +267,13 @@ async def test_a_finished_generation_is_replayed_once_on_request_and_again_only_
         ({"generationId": "edit_1_x", "after": True}, "bad_request"),
     ],
 )
-async def test_a_subscription_that_cannot_be_is_refused(service: Running, argument: Any, code: str) -> None:
+async def test_an_invalid_subscription_is_refused(service: Running, argument: Any, code: str) -> None:
     async with service.phone("ada") as phone:
         nack = await phone.call("subscribe_to_generation", argument)
         assert (nack["ok"], nack["code"]) == (False, code)
 
 
-async def test_somebody_elses_generation_is_as_unknown_as_one_that_never_was(service: Running) -> None:
+async def test_another_users_generation_is_answered_like_an_unknown_one(service: Running) -> None:
     theirs = await service.start("bob")
     async with service.phone("ada") as phone:
         foreign = await phone.call("subscribe_to_generation", {"generationId": theirs})
@@ -346,7 +348,7 @@ async def test_a_device_without_recovery_gets_one_argument_with_the_cursor_in_it
         pytest.param("4" + "2" * 70_000, id="too large"),
     ],
 )
-async def test_abuse_of_the_protocol_closes_the_transport_and_nothing_else(
+async def test_protocol_abuse_closes_the_transport_and_nothing_else(
     service: Running, frame: str | bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with service.phone("ada") as neighbour:
@@ -366,7 +368,7 @@ async def test_an_event_before_connect_closes_the_transport(service: Running) ->
     assert await rest_of(connection) == []
 
 
-async def test_an_unknown_namespace_is_refused_and_the_default_one_goes_on(service: Running) -> None:
+async def test_an_unknown_namespace_is_refused_and_the_default_one_stays_usable(service: Running) -> None:
     connection = await service.raw()
     await connection.send("40/admin,")
     assert str(await connection.recv()) == '44/admin,{"message":"Invalid namespace"}'
@@ -375,7 +377,7 @@ async def test_an_unknown_namespace_is_refused_and_the_default_one_goes_on(servi
     await connection.close()
 
 
-async def test_an_unasked_ack_is_ignored(service: Running) -> None:
+async def test_an_unrequested_ack_is_ignored(service: Running) -> None:
     async with service.phone("ada") as phone:
         await phone.client._send_packet(phone.client.packet_class(3, data=["x"], id=5))
         generation_id = await service.start("ada")
@@ -388,7 +390,7 @@ async def test_a_socket_that_never_connects_is_closed(tmp_path: Path) -> None:
         assert await rest_of(connection) == ["1"]
 
 
-async def test_a_socket_that_never_authenticates_is_told_and_closed(tmp_path: Path) -> None:
+async def test_a_socket_that_never_authenticates_is_notified_and_closed(tmp_path: Path) -> None:
     async with running(tmp_path, overrides={"auth_timeout": 0.1}) as service:
         frames = list[str]()
         while not any(frame.startswith("40") for frame in frames):  # A machine may be too slow to connect in time.
@@ -400,7 +402,7 @@ async def test_a_socket_that_never_authenticates_is_told_and_closed(tmp_path: Pa
         assert not any(frame.startswith("41") for frame in frames)
 
 
-async def test_one_who_authenticated_in_time_stays(tmp_path: Path) -> None:
+async def test_a_socket_that_authenticates_in_time_stays_open(tmp_path: Path) -> None:
     async with running(tmp_path, overrides={"auth_timeout": 0.2}) as service:
         frame = ""
         while not frame.startswith("430"):  # A machine may be too slow to do it in time.
@@ -410,7 +412,7 @@ async def test_one_who_authenticated_in_time_stays(tmp_path: Path) -> None:
                 await connection.send('420["authenticate",{"userId":"ada"}]')
                 while not frame.startswith("430"):
                     frame = str(await connection.recv())
-        await asyncio.sleep(0.4)  # Longer than the patience: what is awaited is that nothing happens.
+        await asyncio.sleep(0.4)  # Longer than the timeout: nothing may happen.
         await service.start("ada")
         while not frame.startswith('42["generation_completed"'):
             frame = str(await connection.recv())
@@ -418,7 +420,7 @@ async def test_one_who_authenticated_in_time_stays(tmp_path: Path) -> None:
 
 
 class BrokenLog(MemoryLog):
-    """Breaks, or does not answer, when a device wants to attach."""
+    """Fails, or does not answer, when a device joins."""
 
     error: Exception = RuntimeError("secret of /the/path")
 
@@ -440,9 +442,7 @@ async def test_a_handler_that_fails_is_acknowledged_as_unavailable(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("secret"), LogUnavailable()])
-async def test_a_handshake_that_the_log_does_not_answer_closes_the_transport_and_does_not_refuse(
-    tmp_path: Path, error: Exception
-) -> None:
+async def test_a_handshake_while_the_log_is_unavailable_closes_the_transport(tmp_path: Path, error: Exception) -> None:
     log = BrokenLog(epoch="e", credits=100, clock=now)
     log.error = error
     async with running(tmp_path, overrides={"log": log}) as service:
@@ -451,12 +451,12 @@ async def test_a_handshake_that_the_log_does_not_answer_closes_the_transport_and
         assert not [frame for frame in await rest_of(connection) if frame.startswith("4")]
 
 
-#: Of 2 kB each: more than what the kernel takes for a reader that does not read, and what may wait in the service.
+#: Events of 2 kB each: more than the kernel buffers for a stalled reader and the service queues.
 FLOOD = 1_000
 
 
 async def reluctant(service: Running) -> websockets.ClientConnection:
-    """The one device of ada's, which has stopped to read."""
+    """The only device of ada, which has stopped reading."""
     line = socket.socket()
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
     line.connect(("127.0.0.1", service.port))
@@ -469,11 +469,11 @@ async def reluctant(service: Running) -> websockets.ClientConnection:
     return connection
 
 
-async def test_a_reader_that_takes_nothing_is_bounded_and_closed_and_slows_nobody(
+async def test_a_stalled_reader_is_bounded_and_closed_and_slows_no_others(
     own_service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = own_service
-    monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 60.0)  # Which nobody else is to reach, however slow the machine.
+    monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 60.0)  # Which no other client reaches, however slow the machine.
     stalled = await reluctant(service)
     [waiting] = service.service.sockets.eio.sockets.values()
     async with service.phone("ada") as neighbour:
@@ -487,7 +487,7 @@ async def test_a_reader_that_takes_nothing_is_bounded_and_closed_and_slows_nobod
     stalled.transport.abort()
 
 
-async def test_a_slow_reader_that_comes_back_gets_all_it_missed(
+async def test_a_slow_reader_that_resumes_gets_every_event(
     own_service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = own_service
@@ -496,7 +496,7 @@ async def test_a_slow_reader_that_comes_back_gets_all_it_missed(
     [waiting] = service.service.sockets.eio.sockets.values()
     async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
         pass
-    # Never, where the kernel has taken it all.
+    # Never happens if the kernel has taken everything.
     await service.until(lambda: len(waiting.buffer) > send_buffer.MAX_EVENTS // 4)
     slow.transport.resume_reading()
     seen: list[int] = []
@@ -508,7 +508,7 @@ async def test_a_slow_reader_that_comes_back_gets_all_it_missed(
     await slow.close()
 
 
-async def test_rooms_of_the_library_are_not_to_be_used() -> None:
+async def test_emit_and_rooms_of_the_library_are_not_available() -> None:
     from adapters.realtime.socketio_server import SocketServer
 
     async def nobody(*_: Any) -> Any: ...
@@ -520,7 +520,7 @@ async def test_rooms_of_the_library_are_not_to_be_used() -> None:
     assert logging.getLogger("socketio.server").handlers == []
 
 
-async def test_a_client_that_disconnects_and_comes_back_on_the_same_transport_is_new(service: Running) -> None:
+async def test_a_client_that_reconnects_on_the_same_transport_is_unauthenticated(service: Running) -> None:
     connection = await service.raw()
     await connection.send('40{"userId":"ada"}')
     assert str(await connection.recv()).startswith('40{"sid"')
@@ -533,7 +533,7 @@ async def test_a_client_that_disconnects_and_comes_back_on_the_same_transport_is
     await connection.close()
 
 
-async def test_leaving_tells_the_devices_before_their_sockets_close(tmp_path: Path) -> None:
+async def test_shutdown_notifies_devices_before_it_closes_their_sockets(tmp_path: Path) -> None:
     hold = Hold()
     async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}) as service:
         connection = await service.raw()
