@@ -11,7 +11,7 @@ FROM python:3.13-slim AS build
 WORKDIR /build
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src
-COPY --from=client /build/node_modules/socket.io-client/dist/socket.io.min.js src/api/static/vendor/
+COPY --from=client /build/node_modules/socket.io-client/dist/socket.io.min.js src/api/web/static/vendor/
 RUN python -m venv --without-pip /opt/stagecast
 RUN pip --python /opt/stagecast/bin/python install --constraint constraints.txt '.[all]'
 

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NPM := npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts
-CLIENT := src/api/static/vendor/socket.io.min.js
+CLIENT := src/api/web/static/vendor/socket.io.min.js
 
 .PHONY: run test test-long check style types arrows documents collection docs clean
 

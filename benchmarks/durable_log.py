@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from adapters.memory_log import MemoryLog
-from adapters.sqlite_database import Database
-from adapters.sqlite_log import SqliteLog
+from adapters.memory.log import MemoryLog
+from adapters.sqlite.database import Database
+from adapters.sqlite.log import SqliteLog
 from adapters.system import SystemEntropy, now
 from domain.events import Event, encode
 from domain.orders import Order

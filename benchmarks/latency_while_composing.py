@@ -21,8 +21,8 @@ import httpx2
 import websockets
 from PIL import Image
 
+from adapters.serving.uvicorn_server import Server
 from adapters.system import SystemEntropy, now
-from adapters.uvicorn_server import Server
 from api.app import create_service
 from api.settings import load_settings
 from domain.events import Event, encode

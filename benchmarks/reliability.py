@@ -20,12 +20,14 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import cases_admission  # noqa: F401 (registers its cases)
-import cases_limits  # noqa: F401 (registers its cases)
-import cases_storage  # noqa: F401 (registers its cases)
-import cases_supervision  # noqa: F401 (registers its cases)
-import chaos  # noqa: F401 (registers its cases)
-from cases import CASES, Outcome, Size, attempt
+from reliability import (
+    cases_admission,  # noqa: F401 (registers its cases)
+    cases_limits,  # noqa: F401 (registers its cases)
+    cases_storage,  # noqa: F401 (registers its cases)
+    cases_supervision,  # noqa: F401 (registers its cases)
+    chaos,  # noqa: F401 (registers its cases)
+)
+from reliability.cases import CASES, Outcome, Size, attempt
 
 #: The columns, and how wide they are.
 _COLUMNS: Final = {"case": 4, "what was done": 36, "expected": 30, "figures": 46, "": 6}

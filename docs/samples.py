@@ -11,9 +11,9 @@ from typing import Final, NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
-from adapters.local_art import Box, Chance, Colour, around, faded, mask, mesh, oklch
+from adapters.offline.art import Box, Chance, Colour, around, faded, mask, mesh, oklch
 
-FOLDER: Final = Path(__file__).resolve().parent.parent / "src" / "api" / "static" / "samples"
+FOLDER: Final = Path(__file__).resolve().parent.parent / "src" / "api" / "web" / "static" / "samples"
 
 #: Everything is drawn this much larger, and made smaller in the end: no edge shows its steps.
 _SCALE: Final = 2

@@ -19,9 +19,9 @@ import httpx2
 from PIL import Image
 from playwright.async_api import Browser, Page, async_playwright, expect
 
-from adapters.image_work import ImageThreads
-from adapters.local_editor import LocalEditor
-from adapters.local_face_swap import LocalFaceSwap
+from adapters.images.threads import ImageThreads
+from adapters.offline.editor import LocalEditor
+from adapters.offline.face_swap import LocalFaceSwap
 from adapters.system import now
 from api.app import create_server
 from api.settings import Settings
@@ -31,7 +31,7 @@ from domain.ports import Picture, Report
 Scheme = Literal["light", "dark"]
 
 FOLDER: Final = Path(__file__).resolve().parent / "images"
-_SAMPLES: Final = Path(__file__).resolve().parent.parent / "src" / "api" / "static" / "samples"
+_SAMPLES: Final = Path(__file__).resolve().parent.parent / "src" / "api" / "web" / "static" / "samples"
 
 _BEGIN: Final = datetime(2026, 11, 22, 17, 30, tzinfo=UTC)
 _USER: Final = "ada"

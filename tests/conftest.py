@@ -9,9 +9,9 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser
 
-from browser import chromium
-from builders import IN_MEMORY
-from http_app import Api, serve_api
+from support.browser import chromium
+from support.builders import IN_MEMORY
+from support.http_app import Api, serve_api
 
 # Nothing here is paid for, whatever keys lie about: neither in this process nor in those that it starts.
 for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):

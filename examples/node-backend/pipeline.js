@@ -1,6 +1,6 @@
 // An external pipeline: paints a poster and reports its progress to Stagecast, which shows it on the user's devices.
 import { randomUUID } from "node:crypto";
-import { api, StagecastError } from "../../src/api/static/stagecast.js";
+import { api, StagecastError } from "../../src/api/web/static/stagecast.js";
 
 /** Pictures by name, for the server to serve. */
 export const pictures = new Map();

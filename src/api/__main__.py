@@ -1,6 +1,6 @@
 """The command line: ``stagecast``."""
 
-from api import early_signals
+from api.cli import early_signals
 
 early_signals.handle()  # Before the imports below, which take the first half second.
 
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 from urllib.parse import quote
 
-from api import client, logs
-from api.client import Refused, Unavailable
+from api import logs
+from api.cli import client
+from api.cli.client import Refused, Unavailable
 from api.settings import Setting, Settings, SettingsError, describe_settings, load_remote, load_settings, masked
 from domain.identity import InvalidUserId, user_id
 
@@ -65,7 +66,7 @@ def serve(**overrides: Any) -> None:
 def demo(folder: Path, **overrides: Any) -> None:
     """``stagecast demo``: watch one edit, from the first event to the picture."""
     try:
-        from api.demo import demo_settings, run
+        from api.cli.demo import demo_settings, run
 
         settings = demo_settings(overrides)
         with _listen(settings) as listener:
@@ -77,7 +78,7 @@ def demo(folder: Path, **overrides: Any) -> None:
 def check(**overrides: Any) -> None:
     """``stagecast check``: validate the settings and the stores, and change nothing."""
     settings = load_settings(overrides)
-    from api.check import run
+    from api.cli.check import run
 
     run(settings)
 

@@ -14,41 +14,43 @@ from fastapi.routing import iter_route_contexts
 from pydantic.alias_generators import to_camel
 from starlette.types import ASGIApp
 
-from adapters import openai_editor, replicate_face_swap
-from adapters.connection_table import ConnectionTable
-from adapters.image_folder import FolderRefused, ImageFolder
-from adapters.image_work import ImageThreads
-from adapters.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
-from adapters.local_editor import LocalEditor
-from adapters.local_face_swap import LocalFaceSwap
-from adapters.loop_lag import LoopLag
-from adapters.memory_log import MemoryLog
-from adapters.memory_queue import MemoryQueue
-from adapters.memory_sessions import MemorySessions
-from adapters.openai_editor import OpenAIEditor
-from adapters.own_provider import OwnEditor, OwnFaceSwap, UnfitProvider
-from adapters.pillow_composer import PillowComposer
-from adapters.pillow_intake import PillowIntake
+from adapters.images.composer import PillowComposer
+from adapters.images.folder import FolderRefused, ImageFolder
+from adapters.images.intake import PillowIntake
+from adapters.images.threads import ImageThreads
+from adapters.memory.log import MemoryLog
+from adapters.memory.queue import MemoryQueue
+from adapters.memory.sessions import MemorySessions
+from adapters.offline.editor import LocalEditor
+from adapters.offline.face_swap import LocalFaceSwap
+from adapters.outbound.sample_fetcher import SampleFetcher
+from adapters.outbound.url_fetcher import UrlFetcher
+from adapters.outbound.webhook_sender import WebhookSender
+from adapters.providers import openai as openai_editor
+from adapters.providers import replicate as replicate_face_swap
+from adapters.providers.openai import OpenAIEditor
+from adapters.providers.own_provider import OwnEditor, OwnFaceSwap, UnfitProvider
+from adapters.providers.replicate import ReplicateFaceSwap
 from adapters.realtime.send_buffer import PROGRESS_INTERVAL
 from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
-from adapters.replicate_face_swap import ReplicateFaceSwap
-from adapters.sample_fetcher import SampleFetcher
-from adapters.sqlite_database import Database, Examined, LogRefused, examine
-from adapters.sqlite_log import SqliteLog
-from adapters.sqlite_sessions import SqliteSessions
+from adapters.serving.connection_table import ConnectionTable
+from adapters.serving.loop_lag import LoopLag
+from adapters.serving.uvicorn_server import ClientLimit, Server
+from adapters.sqlite.database import Database, Examined, LogRefused, examine
+from adapters.sqlite.log import SqliteLog
+from adapters.sqlite.sessions import SqliteSessions
 from adapters.system import SystemEntropy, descriptors, now
-from adapters.url_fetcher import UrlFetcher
-from adapters.uvicorn_server import ClientLimit, Server
-from adapters.webhook_sender import WebhookSender
-from api import accounts, feed, generations, info, page, problems, transitions
+from adapters.tokens.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
 from api.auth import Authenticator
-from api.bodies import BodyTimeout
-from api.client import Unavailable
-from api.head import HeadAsGet
-from api.perimeter import OriginGuard
-from api.proxies import ForwardedHeaders, PathPrefix
+from api.cli.client import Unavailable
 from api.realtime.sockets import Sockets
+from api.rest import accounts, feed, generations, info, problems, transitions
+from api.rest.bodies import BodyTimeout
+from api.rest.head import HeadAsGet
+from api.rest.origin_guard import OriginGuard
+from api.rest.proxies import ForwardedHeaders, PathPrefix
 from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
+from api.web import page
 from domain.admission import Admission, Limits
 from domain.delivery import Hub
 from domain.errors import Failure, LogUnavailable

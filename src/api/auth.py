@@ -25,7 +25,7 @@ class UserMismatch(Refusal):
 
 
 class TokenVerifier(Protocol):
-    """Checks tokens: `adapters.jwt_tokens`."""
+    """Checks tokens: `adapters.tokens.jwt_tokens`."""
 
     async def verify(self, token: str) -> Identity:
         """Whom the token names. Raises `InvalidToken`, `TokenExpired`, `KeysUnavailable`."""

@@ -1,0 +1,1 @@
+"""Images: stored, decoded, composed."""

@@ -1,0 +1,178 @@
+"""What strangers send, turned into pictures of ours."""
+
+import mmap
+import os
+import re
+import subprocess
+import sys
+from io import BytesIO
+from itertools import chain, product
+from typing import Final
+
+from PIL import Image, ImageChops, ImageCms
+
+from adapters.images.codec import Unreadable, blank, encode, load, opened, plain, reading, scratch
+from adapters.images.colour_profiles import SRGB
+from adapters.images.file_structure import PictureFile, orientation, read_jpeg, read_png
+from adapters.images.threads import GLANCE, ImageThreads
+from domain.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
+from domain.ports import Content, Picture, read
+
+MAX_PIXELS: Final = 25_000_000
+
+#: Scans times pixels: a hundred scans of 25 megapixels. Cameras make about ten. Each costs a pass over the whole
+#: picture and as little as 64 bytes, so that ten megabytes could keep a core busy for an hour.
+_MAX_SCANNED: Final = 2_500_000_000
+
+_MAGIC: Final = {
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+}
+
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+#: Run by a Python of its own: WebP on its input, bare pixels of the first frame on its output.
+_DECODE_WEBP: Final = """
+import sys
+from PIL import Image
+with Image.open(sys.stdin.buffer, formats=("WEBP",)) as image:
+    sys.stdout.buffer.write(image.tobytes())
+"""
+_DECODE_SECONDS: Final = 60
+
+_READERS: Final = {"PNG": read_png, "JPEG": read_jpeg, "WEBP": PictureFile}
+
+#: 729 colours from all over the cube.
+_COLOURS: Final = Image.frombytes("RGB", (27, 27), bytes(chain.from_iterable(product(range(0, 256, 31), repeat=3))))
+
+
+class PillowIntake:
+    """Admits PNG, JPEG and WebP; of an animation, its first frame."""
+
+    def __init__(self, threads: ImageThreads) -> None:
+        self._threads = threads
+
+    async def admit(self, content: Content) -> Picture:
+        # Read twice: what waits in line is not in memory.
+        async with self._threads.turn(GLANCE) as run:
+            cost = await run(_cost, await read(content))
+        async with self._threads.turn(cost) as run:
+            picture: Picture = await run(_admit, await read(content))
+            return picture
+
+
+def _cost(data: bytes) -> int:
+    """How many pixels have to be decoded, each as often as it is passed over. Raises as `ImageIntake.admit`."""
+    file, image = _recognised(data)
+    return max(1, file.scans) * image.width * image.height
+
+
+def _recognised(data: bytes) -> tuple[PictureFile, Image.Image]:
+    """The file, and the image before it is decoded. Raises as `ImageIntake.admit`."""
+    kind = next((kind for kind, magic in _MAGIC.items() if magic.match(data)), None)
+    if kind is None:
+        raise UnsupportedImageType if data else InvalidImage
+    try:
+        with reading():
+            file = _READERS[kind](data)
+        image = opened(file.data, (kind,))
+    except Unreadable as unreadable:
+        bomb = isinstance(unreadable.__cause__, Image.DecompressionBombError)
+        raise (ImageTooLarge if bomb else InvalidImage) from None
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ImageTooLarge
+    if file.scans * pixels > _MAX_SCANNED:
+        raise InvalidImage
+    return file, image
+
+
+def _admit(data: bytes) -> Picture:
+    file, image = _recognised(data)
+    kind = image.format
+    try:
+        with reading():
+            if kind == "WEBP":
+                still = _webp(image, file.data)
+                file.exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+                file.icc_profile = image.info.get("icc_profile", b"")
+            else:
+                load(still := image)
+                if file.padded and not _is_complete(image, file.padded):
+                    raise Unreadable
+            turn = _TURNS.get(orientation(file.exif))
+            still = _in_srgb(still, file)
+            return encode(still if turn is None else still.transpose(turn), quality=97, fine=True)
+    except Unreadable:
+        raise InvalidImage from None
+
+
+def _is_complete(image: Image.Image, padded: bytes) -> bool:
+    """Whether what follows the pixels makes no difference to them."""
+    load(other := opened(padded, ("JPEG",)))
+    # `ImageChops` would compare pixel by pixel, and keep the interpreter lock for 100 ms.
+    return image.histogram() == other.histogram()
+
+
+def _webp(image: Image.Image, data: bytes) -> Image.Image:
+    """The pixels of a WebP, decoded by another process.
+
+    Pillow decodes WebP without giving up the interpreter lock: in here, everybody's events would stand still
+    for 200 ms over 12 megapixels. The other process is given nothing but the bytes, no environment either.
+    """
+    command = [sys.executable, "-S", "-P", "-W", "ignore", "-c", _DECODE_WEBP]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with scratch() as file:
+        subprocess.run(  # noqa: S603 (our own program; the stranger's bytes are its input)
+            command,
+            input=data,
+            stdout=file,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            timeout=_DECODE_SECONDS,
+            check=True,
+        )
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as raw:
+            pixels = Image.frombytes(image.mode, image.size, raw)
+    return pixels
+
+
+def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
+    """The image in our modes; its colours converted where a profile says what they are."""
+    flat = plain(image, file.transparent_sample)
+    if not file.icc_profile:
+        return flat
+    try:
+        # Floating-point pipelines take LittleCMS minutes where they have many steps; browsers ignore them, too.
+        profile = ImageCms.ImageCmsProfile(BytesIO(file.icc_profile.replace(b"D2B", b"\0\0\0")))
+        space = profile.profile.xcolor_space.strip()
+        if (space == "CMYK") != (image.mode == "CMYK") or (space == "GRAY" and not file.grey):
+            return flat
+        source = {"CMYK": image, "GRAY": flat.getchannel(0)}.get(space, flat)
+        mode = "RGBA" if source.mode == "RGBA" else "RGB"
+        transform = ImageCms.buildTransform(profile, SRGB, source.mode, mode)
+        if source is flat and _changes_nothing(transform, mode):
+            return flat
+        converted = transform.apply(source, blank(mode, source.size))
+        if flat.mode == "RGBA" and mode == "RGB":
+            converted.putalpha(flat.getchannel("A"))
+        return converted
+    except (ImageCms.PyCMSError, OSError):
+        # A profile that is broken, or of another kind of image.
+        return flat
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether the colours are those of sRGB; most profiles say so, and converting takes long."""
+    before = _COLOURS.convert(mode)
+    levels = ImageChops.difference(before, transform.apply(before)).histogram()
+    return not any(count for place, count in enumerate(levels) if place % 256 > 2)

@@ -1,0 +1,1 @@
+"""The storage in this process's memory."""

@@ -1,0 +1,1 @@
+"""The offline editor and face swap: free, and they say so."""

@@ -1,0 +1,110 @@
+"""Type on the offline pictures: the font that comes with Pillow, and where it falls short one of the system's."""
+
+import unicodedata
+from bisect import bisect_right
+from functools import cache
+from typing import Final
+
+from PIL import Image, ImageDraw, ImageFont
+
+from adapters.offline.art import Box, Colour
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+#: What Pillow's font can draw beside ASCII. It has no accents.
+_SIGNS: Final = "«»‘’“”…‹›·°±©™"
+#: How that is spelled which cannot be drawn, and which Unicode does not take apart.
+_SPELLINGS: Final = str.maketrans({
+    "ı": "i", "ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d",
+    "Đ": "D", "þ": "th", "Þ": "Th", "ð": "d", "–": "-", "—": "-", "‑": "-", "−": "-", "€": "EUR", "„": "“", "•": "·",
+})  # fmt: skip
+
+#: Common fonts of systems. Each has at least all of Latin, Greek and Cyrillic: the letters below this code.
+_SYSTEM_FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
+_SYSTEM_LETTERS: Final = 0x530
+
+#: From one line to the next, in sizes of the type.
+_LEADING: Final = 1.32
+#: A longer word is taken for several.
+_LONGEST: Final = 120
+
+
+def letters(text: str) -> str:
+    """The text as it can be drawn: other accents dropped, and other letters left out."""
+    drawn = "".join(map(_drawable, unicodedata.normalize("NFC", text)))
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in drawn).split())
+
+
+def write(image: Image.Image, text: str, box: Box, colour: Colour, sizes: tuple[int, ...]) -> float:
+    """Set the text at the bottom of the box, in the first of the sizes that lets it fit, and return its top.
+
+    What does not even fit in the last size is cut off.
+    """
+    for size in sizes:
+        font = _font(text, size)
+        lines, whole = _lines(text, font, box[2] - box[0], most=max(1, int((box[3] - box[1]) / (size * _LEADING))))
+        if whole:
+            break
+    draw = ImageDraw.Draw(image)
+    top = box[3] - len(lines) * size * _LEADING
+    for place, line in enumerate(lines):
+        draw.text((box[0], top + place * size * _LEADING), line, fill=colour, font=font)
+    return top
+
+
+def _drawable(sign: str) -> str:
+    if sign.isascii() or sign in _SIGNS:
+        return sign
+    if ord(sign) < _SYSTEM_LETTERS and sign.isalpha() and _system_font():
+        return sign
+    if sign.isspace():
+        return " "
+    spelled = unicodedata.normalize("NFKD", sign.translate(_SPELLINGS))
+    return "".join(part for part in spelled if part.isascii() or part in _SIGNS)
+
+
+def _font(text: str, size: int) -> _Font:
+    path = _system_font()
+    if path is None or all(sign.isascii() or sign in _SIGNS for sign in text):
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@cache
+def _system_font() -> str | None:
+    for name in _SYSTEM_FONTS:
+        try:
+            return str(ImageFont.truetype(name).path)
+        except OSError:
+            continue
+    return None
+
+
+def _lines(text: str, font: _Font, width: float, most: int) -> tuple[list[str], bool]:
+    """At most so many lines of the text, and whether that was all of it."""
+    words = [word[at : at + _LONGEST] for word in text.split() for at in range(0, len(word), _LONGEST)][::-1]
+    line = ""
+    lines: list[str] = []
+    while words and len(lines) < most:
+        word = words.pop()
+        longer = f"{line} {word}".lstrip()
+        if font.getlength(longer) <= width:
+            line = longer
+        elif line:
+            words.append(word)
+            lines.append(line)
+            line = ""
+        else:
+            # One word wider than a line.
+            cut = max(1, bisect_right(range(len(word)), width, key=lambda end: font.getlength(word[:end])) - 1)
+            words.append(word[cut:])
+            lines.append(word[:cut])
+    if line and len(lines) < most:
+        lines.append(line)
+        line = ""
+    whole = not words and not line
+    if not whole:
+        while lines[-1] and font.getlength(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] = lines[-1].rstrip() + "…"
+    return lines, whole

@@ -1,0 +1,56 @@
+"""The pace of the offline AI stages: slow enough for a person to watch."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from PIL import ImageFilter
+
+from adapters.images.codec import Unreadable, decoded, encode, opened
+from adapters.images.threads import ImageThreads
+from domain.errors import Failure
+from domain.ports import Picture, Report
+
+#: Seconds between two reports.
+_BEAT: Final = 0.5
+#: The longer side of a preview, in pixels.
+_PREVIEW: Final = 320
+
+
+class Pace:
+    """Makes pictures in the threads, each in at least so many seconds; with 0 seconds as fast as it goes."""
+
+    def __init__(self, threads: ImageThreads, seconds: float) -> None:
+        self._threads = threads
+        self._seconds = seconds
+
+    async def make(self, render: Callable[[], Picture], messages: Sequence[str], report: Report) -> Picture:
+        """What `render` makes. Until the time is over its progress is reported, once with a preview of it.
+
+        Raises:
+            Failure: ``provider_rejected``, where it was given something that is no picture.
+        """
+        clock = asyncio.get_running_loop().time
+        end = clock() + self._seconds
+        try:
+            picture = await self._threads.run(render)
+        except Unreadable:
+            raise Failure("provider_rejected") from None
+        if self._seconds <= 0:
+            return picture
+        preview = await self._threads.run(_preview, picture)
+        steps = max(3, round(self._seconds / _BEAT))
+        begun = min(clock(), end)
+        for step in range(1, steps):
+            await asyncio.sleep(begun + (end - begun) * step / steps - clock())
+            message = messages[step * len(messages) // steps]
+            await report(step / steps, message, preview if step == steps // 2 else None)
+        await asyncio.sleep(end - clock())
+        return picture
+
+
+def _preview(picture: Picture) -> Picture:
+    """The picture, small and not yet sharp."""
+    image = decoded(opened(picture.data), near=(_PREVIEW, _PREVIEW))
+    image.thumbnail((_PREVIEW, _PREVIEW))
+    return encode(image.filter(ImageFilter.GaussianBlur(_PREVIEW / 64)), quality=75)

@@ -1,0 +1,299 @@
+"""Pictures from URLs that strangers give: fetched from the public internet, and from nowhere else.
+
+No proxy, no cookie, no credential, no environment. Every hop is a connection of its own, to an address that was
+checked, and nothing outlives a fetch.
+"""
+
+import asyncio
+import re
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, suppress
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from threading import Thread
+from typing import Any, Final
+
+import httpcore2
+import httpx2
+
+from adapters.outbound.content_coding import compressions
+from adapters.outbound.tls import authorities
+from domain.errors import Failure, ImageRefusal
+from domain.ports import ImageIntake, Picture
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+#: All addresses of a host name. Raises `OSError` where there are none.
+Resolver = Callable[[str], Awaitable[Sequence[IPAddress]]]
+
+MAX_BYTES: Final = 10 * 1024 * 1024
+_MAX_URL: Final = 2_048
+_MAX_REDIRECTS: Final = 3
+_MAX_ADDRESSES_TRIED: Final = 3
+
+#: A connection is read in sips, and an answer has so much head, framing and pieces at most: the parser, which is
+#: Python, would otherwise take seconds of everybody's time over a few bytes at a time.
+_SIP: Final = 8 * 1024
+_MAX_HEAD: Final = 32 * 1024
+_MAX_FRAMING: Final = 1024 * 1024
+_MIN_PIECE: Final = 512
+
+_HEADERS: Final = [
+    (b"User-Agent", b"stagecast-image-fetcher"),
+    (b"Accept", b"image/png, image/jpeg, image/webp"),
+    (b"Accept-Encoding", b"identity"),
+    (b"Connection", b"close"),
+]
+
+#: Letters, digits, hyphens and underscores, and a last label that nobody reads as a number, as in ``0x7f.1``.
+_NAME: Final = re.compile(r"(?!.{254})([a-z0-9_-]{1,63}\.)*(?!([0-9]+|0x[0-9a-f]*)$)[a-z0-9_-]{1,63}")
+
+_GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
+#: What `is_global` lets through, in one version of Python or another.
+_NOT_PUBLIC: Final[Sequence[IPNetwork]] = [
+    ip_network(text)
+    for text in (
+        "192.0.0.0/24",  # protocol assignments; a cloud's metadata at .192
+        "192.88.99.0/24",  # 6to4 relays
+        "168.63.129.16",  # a cloud's own services
+        "2001::/23",  # protocol assignments: Teredo, benchmarking, ORCHID
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4: an IPv4 address inside
+        "3fff::/20",  # documentation
+    )
+]
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether this is a host on the internet, under its plain address.
+
+    Of IPv6 only global unicast is: no address of ours, and none that carries an IPv4 address inside.
+    """
+    if isinstance(address, IPv6Address) and (address.scope_id or address not in _GLOBAL_UNICAST):
+        return False
+    return address.is_global and not address.is_multicast and not any(address in network for network in _NOT_PUBLIC)
+
+
+async def system_resolver(host: str) -> Sequence[IPAddress]:
+    """What the system says, asked in a thread of its own: a name server that stalls holds up nothing else."""
+    answer: Future[Sequence[IPAddress]] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            answer.set_result([ip_address(address[0]) for *_, address in found])
+        except Exception as error:
+            answer.set_exception(error)
+
+    Thread(target=ask, name="resolver", daemon=True).start()
+    return await asyncio.wrap_future(answer)
+
+
+class UrlFetcher:
+    """`domain.ports.ImageFetcher` for http and https, from public addresses and those in `allow`.
+
+    How many fetches run at once is up to the caller: a line in here would let slow sites hold up quick ones.
+    """
+
+    def __init__(
+        self,
+        intake: ImageIntake,
+        *,
+        allow: Sequence[IPNetwork] = (),
+        resolve: Resolver = system_resolver,
+        trust: ssl.SSLContext | None = None,
+        deadline: float = 20,
+        connect_timeout: float = 5,
+    ) -> None:
+        """`deadline`: seconds for all hops together; `connect_timeout`: for a lookup, a connect, a handshake each."""
+        self._intake = intake
+        self._allow = allow
+        self._resolve = resolve
+        self._trust = trust or authorities()
+        self._deadline = deadline
+        self._timeouts = {"connect": connect_timeout}
+
+    async def fetch(self, url: str) -> Picture:
+        if len(url) > _MAX_URL:
+            raise _failure("it is too long.")
+        data = await self.download(url)
+        try:
+            return await self._intake.admit(data)
+        except ImageRefusal as refusal:
+            raise _failure(f"it leads to no image that can be used. {refusal}") from None
+
+    async def download(self, url: str, limit: int = MAX_BYTES) -> bytes:
+        """What is at this URL, whatever it is, up to `limit` bytes. Raises `Failure`, as `fetch`."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await self._download(url, limit)
+        except (TimeoutError, httpcore2.TimeoutException):
+            raise _failure("it took too long.", retryable=True) from None
+        except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
+            if isinstance(error.args[0] if error.args else None, ssl.SSLCertVerificationError):
+                raise _failure("its site has no valid certificate.") from None
+            raise _failure("its site could not be reached, or broke off.", retryable=True) from None
+
+    async def _download(self, text: str, limit: int) -> bytes:
+        url = _parsed(text)
+        for _ in range(1 + _MAX_REDIRECTS):
+            answer = await self._get(url, limit)
+            if isinstance(answer, bytes):
+                return answer
+            if (url.scheme, answer.scheme) == ("https", "http"):
+                raise _failure("it redirects from https to http.")
+            url = answer
+        raise _failure("it redirects too often.")
+
+    async def _get(self, url: httpx2.URL, limit: int) -> bytes | httpx2.URL:
+        """What is there, or where it redirects to."""
+        target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        request = httpcore2.Request(
+            "GET", target, headers=[(b"Host", url.netloc), *_HEADERS], extensions={"timeout": self._timeouts}
+        )
+        gate = _Gate(self._resolve, self._allow)
+        connection = httpcore2.AsyncHTTPConnection(target.origin, self._trust, network_backend=gate)
+        try:
+            response = await connection.handle_async_request(request)
+            headers = {name.lower(): value for name, value in response.headers}
+            if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
+                return _parsed(headers[b"location"].decode(errors="replace"), url)
+            gate.allow_body(limit)
+            return await _body(response, headers, limit)
+        finally:
+            await gate.aclose()
+
+
+async def _body(response: httpcore2.Response, headers: dict[bytes, bytes], limit: int) -> bytes:
+    if response.status in (404, 410):
+        raise _failure(f"there is nothing there ({response.status}).")
+    if response.status != 200:
+        again = response.status in (408, 425, 429) or response.status >= 500
+        raise _failure(f"its site answered with status {response.status}.", retryable=again)
+    encodings = (value.decode("latin-1") for name, value in response.headers if name.lower() == b"content-encoding")
+    if compressions(encodings):
+        raise _failure("its site sends it compressed, which was not asked for.")
+    if int(headers.get(b"content-length", 0)) > limit:
+        raise _failure(f"it is larger than {limit // 2**20} MB.")
+    body, count = bytearray(), 0
+    async with aclosing(response.aiter_stream()) as pieces:
+        async for piece in pieces:
+            body += piece
+            count += 1
+            if len(body) > limit:
+                raise _failure(f"it is larger than {limit // 2**20} MB.")
+            if count > limit // _MIN_PIECE:
+                raise httpcore2.RemoteProtocolError
+    return bytes(body)
+
+
+class _Gate(httpcore2.AsyncNetworkBackend):
+    """Makes one connection, to an address that may be connected to: checked here, and not looked up again."""
+
+    def __init__(self, resolve: Resolver, allow: Sequence[IPNetwork]) -> None:
+        self._resolve = resolve
+        self._allow = allow
+        self._net = httpcore2.AnyIOBackend()
+        self._line: _Line | None = None
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 (not ours)
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        async with asyncio.timeout(timeout):
+            addresses = await self._addresses(host)
+        if not addresses or not all(map(self._may_connect, addresses)):
+            # One sentence for both, which does not tell what names there are inside.
+            raise _failure("its address does not exist or is not allowed.")
+        failed: Exception | None = None
+        for address in addresses[:_MAX_ADDRESSES_TRIED]:
+            try:
+                self._line = _Line(await self._net.connect_tcp(str(address), port, timeout))
+                return self._line
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                failed = error
+        raise failed or httpcore2.ConnectError
+
+    async def _addresses(self, host: str) -> Sequence[IPAddress]:
+        with suppress(ValueError):
+            return [ip_address(host)]
+        if not _NAME.fullmatch(host):
+            return []
+        try:
+            return await self._resolve(host)
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_AGAIN:
+                raise
+            return []
+
+    def _may_connect(self, address: IPAddress) -> bool:
+        scoped = isinstance(address, IPv6Address) and address.scope_id is not None
+        return is_public(address) or (not scoped and any(address in network for network in self._allow))
+
+    def allow_body(self, limit: int) -> None:
+        """The head has come; let as much in as a body of `limit` bytes takes."""
+        if self._line is not None:
+            self._line.left = limit + _MAX_FRAMING
+
+    async def aclose(self) -> None:
+        if self._line is not None:
+            await self._line.aclose()
+
+
+class _Line(httpcore2.AsyncNetworkStream):
+    """A connection from which not more than `left` bytes are read, in sips."""
+
+    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self.left = _MAX_HEAD
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (not ours)
+        data = await self._stream.read(min(max_bytes, _SIP), timeout)
+        self.left -= len(data)
+        if self.left < 0:
+            raise httpcore2.RemoteProtocolError
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 (not ours)
+        await self._stream.write(buffer, timeout)
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 (not ours)
+    ) -> httpcore2.AsyncNetworkStream:
+        self._stream = await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        return self
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _parsed(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
+    try:
+        url = base.join(text) if base else httpx2.URL(text)
+        if url.raw_host.endswith(b"."):
+            url = url.copy_with(host=url.raw_host[:-1].decode())
+    except (httpx2.InvalidURL, ValueError):
+        raise _failure("it is not a valid URL.") from None
+    if url.scheme not in ("http", "https") or not url.raw_host or url.userinfo:
+        raise _failure("it must be a plain http or https URL without a user name.")
+    # Mail, remote shells and the like live below 1024, and no image does.
+    if url.port not in (None, 80, 443) and not 1024 <= (url.port or 0) <= 65535:
+        raise _failure("its port is not allowed.")
+    return url
+
+
+def _failure(reason: str, *, retryable: bool = False) -> Failure:
+    return Failure("image_fetch_failed", f"One of the image URLs could not be fetched: {reason}", retryable=retryable)

@@ -1,0 +1,382 @@
+"""The AI stage by OpenAI's image edit endpoint.
+
+The SDK is imported when it is first used, since that takes a second. Nothing about the account is read from the
+environment, though the SDK would.
+"""
+
+import asyncio
+import codecs
+import contextlib
+import json
+import re
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx2
+
+from adapters.images.threads import ImageThreads
+from adapters.outbound.url_fetcher import UrlFetcher
+from adapters.providers.attempts import (
+    MISCONFIGURED,
+    Declined,
+    answered,
+    attempt,
+    broken,
+    download,
+    provider_client,
+    tell_operator,
+)
+from adapters.providers.pictures import Found, Unusable, candidates, inline, preview, usable
+from domain.errors import Failure
+from domain.orders import Options
+from domain.ports import Picture, Report
+
+if TYPE_CHECKING:
+    from openai import APIError, AsyncAPIResponse
+    from openai.resources import AsyncImages
+
+DEFAULT_MODEL: Final = "gpt-image-2.5-flare"
+
+BASE_URL: Final = "https://api.openai.com/v1"
+
+SIZES: Final = {"2:3": "1024x1536", "1:1": "1024x1024", "3:2": "1536x1024"}
+
+#: These stream, and know quality and background. Of another model, behind another base URL, only what every edit
+#: endpoint has is asked.
+_GPT_IMAGE: Final = ("gpt-image-", "chatgpt-image-")
+#: The models that can be told. Later ones look closely at every input, and refuse the question.
+_FIDELITIES: Final[Mapping[str, tuple[str, ...]]] = {"gpt-image-1.5": ("low", "high"), "gpt-image-1-mini": ("low",)}
+_PARTIAL_IMAGES: Final = 2
+
+#: Around the user's own words, which stay as they are.
+_ANEW: Final = (
+    "Make a new picture after the attached sheet, which shows one or more reference pictures on white paper. "
+    "Take up their subjects, style and mood; do not copy the sheet, its layout or its white margins. "
+    "The new picture is to show:\n\n"
+)
+
+#: The shorter side that a picture has at least, in pixels.
+_MIN_SIDE: Final = 64
+#: The most that is read of one answer, in bytes. Three pictures of 1.5 megapixels that could not be compressed, with
+#: transparency, in base64, are 26 MB.
+MAX_ANSWER: Final = 32 * 1024 * 1024
+#: How many of the texts that may be the picture are tried.
+_MAX_TRIED: Final = 8
+
+#: How an event stream begins, and how many bytes tell.
+_STREAM: Final = re.compile(rb"(?:data|event|id|retry)?:")
+_ENOUGH: Final = 6
+
+#: Codes of OpenAI's errors.
+_CONTENT_RULES: Final = ("moderation_blocked", "content_policy_violation")
+_ACCOUNT: Final = ("insufficient_quota", "billing_hard_limit_reached", "model_not_found")
+_USER_ERRORS: Final = ("invalid_request_error", "image_generation_user_error")
+
+_AGAINST_THE_RULES: Final = (
+    "The image service declined this request because of its content rules. Please change the prompt or the images."
+)
+
+
+class OpenAIEditor:
+    """One call of the endpoint for each picture, with the sheet as its image."""
+
+    free = False
+
+    def __init__(
+        self,
+        threads: ImageThreads,
+        fetcher: UrlFetcher,
+        *,
+        api_key: str,
+        base_url: str | None = None,
+        model: str = DEFAULT_MODEL,
+        deadline: float,
+        backoff: float = 1,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
+        """`base_url`: OpenAI's own, if none is given. `deadline`: seconds for a picture, with all waits.
+
+        `backoff`: see `attempt`. `fetcher`: for pictures that lie elsewhere.
+
+        Raises:
+            ValueError: `api_key` is empty, or has what no key has: a space, an end of line, a letter beyond ASCII.
+        """
+        if not re.fullmatch("[!-~]+", api_key):
+            # The HTTP library would quote it.
+            raise ValueError("The OpenAI API key is printable ASCII without spaces.")
+        self._threads = threads
+        self._fetcher = fetcher
+        self._api_key = api_key
+        self._base_url = base_url or BASE_URL
+        self._model = model
+        self._deadline = deadline
+        self._backoff = backoff
+        self._trust = trust
+        self._images: AsyncImages | None = None
+
+    async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        return await self._make(_request(self._model, sheet, prompt, options), report)
+
+    async def generate(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        return await self._make(_request(self._model, sheet, _ANEW + prompt, options), report)
+
+    async def _make(self, request: dict[str, Any], report: Report) -> Picture:
+        call = partial(self._call, request, report)
+        return await attempt(call, report, within=self._deadline, backoff=self._backoff)
+
+    def _connect(self) -> "AsyncImages":
+        from openai import AsyncOpenAI
+
+        http = provider_client(self._deadline, MAX_ANSWER, self._trust)
+        client = AsyncOpenAI(
+            api_key=self._api_key, base_url=self._base_url, timeout=http.timeout, max_retries=0, http_client=http
+        )
+        # These it has taken from the environment, where they are there.
+        client.organization = client.project = client.admin_api_key = client.webhook_secret = None
+        client._custom_headers = {}
+        return client.images
+
+    async def _call(self, request: dict[str, Any], report: Report) -> Picture:
+        if self._images is None:
+            self._images = await asyncio.to_thread(self._connect)
+        from openai import APIError
+
+        request_id: str | None = None
+        try:
+            async with self._images.with_streaming_response.edit(**request) as response:
+                request_id = response.request_id
+                found = await self._read(response, report)
+            return await self._picture(found, response.http_request.url.copy_with(userinfo=b""), report, request_id)
+        except asyncio.CancelledError:
+            # The deadline, or somebody who does not want it any more. It may be on the bill.
+            self._tell("gave up waiting", "", request_id)
+            raise
+        except APIError as error:
+            outcome = _outcome(error)
+            request_id = request_id or getattr(error, "request_id", None)
+            what, words = f"{type(error.__cause__ or error).__name__} {error.code or ''}".strip(), error.message
+        except httpx2.HTTPError as error:
+            outcome = broken(error)
+            what, words = type(error).__name__, str(error)
+        except (Unusable, ValueError, RecursionError) as error:
+            outcome = Failure("provider_unavailable")
+            what, words = "unusable answer", str(error)
+        self._tell(what, words, request_id)
+        # Out here, so that the SDK's error, which holds the key, is not its context.
+        raise outcome
+
+    def _tell(self, what: str, words: object, request_id: str | None) -> None:
+        tell_operator("OpenAI", what, words, request_id=request_id, secret=self._api_key)
+
+    async def _read(self, response: "AsyncAPIResponse[Any]", report: Report) -> list[Found | bytes]:
+        """What may be the finished picture, the best first. Pictures that come before it are reported."""
+        from openai import APIError
+
+        found: list[Found | bytes] = []
+        previews = 0
+        document: Any = None
+        documents = _documents(response)
+        try:
+            async for name, document in documents:
+                if isinstance(document, bytes):
+                    return [document]
+                if not isinstance(document, dict):
+                    document = {"data": document}
+                kind = str(document.get("type") or name).rpartition(".")[2]
+                if kind == "partial_image":
+                    try:
+                        shown = await self._threads.run(_preview, document)
+                    except Unusable:
+                        continue  # A preview is not worth a paid picture.
+                    previews += 1
+                    message = "The picture takes shape..." if previews == 1 else "Working on the details..."
+                    await report(1 - 0.5**previews, message, shown)
+                    continue
+                # Some gateways send the picture first, and then an event that it is complete.
+                found[:0] = candidates(document)
+                if found and kind == "completed":
+                    break
+                error = document.get("error") or (document if kind == "error" else None)
+                if error and not found and name is not None:
+                    raise APIError(_words(error), response.http_request, body=error)
+        except httpx2.HTTPError:
+            if not found:
+                raise
+        finally:
+            await _end(response, documents)
+        if not found:
+            # Only the names of what is there: in it the prompt may be repeated.
+            names = ", ".join(document) if isinstance(document, dict) else ""
+            raise Unusable(f"no picture in an answer with {names or 'nothing'}. {_words(document)}")
+        return found
+
+    async def _picture(
+        self, found: Sequence[Found | bytes], base: httpx2.URL, report: Report, request_id: str | None
+    ) -> Picture:
+        """The first of these that is a picture. Raises `Unusable`."""
+        reasons = []
+        for each in found[:_MAX_TRIED]:
+            try:
+                if isinstance(each, bytes):
+                    return await self._threads.run(usable, each, _MIN_SIDE)
+                with contextlib.suppress(Unusable):
+                    return await self._threads.run(_inline, each.text)
+                url = _url(each, base)
+                get = partial(self._get, url, partial(self._tell, request_id=request_id))
+                data = await attempt(get, report, within=self._deadline, backoff=self._backoff)
+                return await self._threads.run(usable, data, _MIN_SIDE)
+            except (Unusable, Failure) as error:
+                reasons.append(each.decode(errors="replace") if isinstance(each, bytes) else str(error))
+        raise Unusable("; ".join(reasons))
+
+    async def _get(self, url: httpx2.URL, log: Callable[[str, object], None]) -> bytes:
+        """The picture at this URL, fetched without the key.
+
+        It may be anywhere where the API is; elsewhere, and after a redirect, only where image URLs may be.
+        """
+        if _origin(url) == _origin(httpx2.URL(self._base_url)) and not url.userinfo:
+            async with provider_client(self._deadline, MAX_ANSWER, self._trust) as web:
+                answer = await download(web, url, log)
+            if isinstance(answer, bytes):
+                return answer
+            target = _joined(url, answer)
+            if (url.scheme, target.scheme) == ("https", "http"):
+                raise Unusable("a redirect from https to http")
+            url = target
+        try:
+            return await self._fetcher.download(str(url), MAX_ANSWER)
+        except Failure as failure:
+            log("the picture could not be fetched", failure.sentence)
+            unavailable = Failure("provider_unavailable")
+            raise (Declined(unavailable) if failure.retryable else unavailable) from None
+
+
+def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[str, Any]:
+    """What `openai.types.ImageEditParams` describes. ``auto`` is what is left out."""
+    name = "sheet." + sheet.media_type.removeprefix("image/")
+    request: dict[str, Any] = {
+        "model": model,
+        "image": (name, sheet.data, sheet.media_type),
+        "prompt": prompt,
+        "size": SIZES[options.aspect_ratio],
+    }
+    if not model.startswith(_GPT_IMAGE):
+        return request | {"response_format": "b64_json"}
+    # PNG has transparency and loses nothing.
+    request |= {"output_format": "png", "stream": True, "partial_images": _PARTIAL_IMAGES}
+    if options.quality != "auto":
+        request["quality"] = options.quality
+    if options.background != "auto":
+        request["background"] = options.background
+    fidelities = next((known for family, known in _FIDELITIES.items() if model.startswith(family)), ())
+    if options.input_fidelity in fidelities:
+        request["input_fidelity"] = options.input_fidelity
+    return request
+
+
+async def _documents(response: "AsyncAPIResponse[Any]") -> AsyncGenerator[tuple[str | None, Any]]:
+    """The JSON values of an answer, each with its event's name, or ``None`` where it is no stream. Bytes are no JSON.
+
+    What it is can be told from how it begins; gateways send either with any media type.
+    """
+    from openai._streaming import SSEDecoder
+
+    pieces = response.iter_bytes()
+    start = b""
+    async for piece in pieces:
+        start = (start + piece).removeprefix(codecs.BOM_UTF8).lstrip()
+        if len(start) >= _ENOUGH:
+            break
+    if not _STREAM.match(start):
+        body = start + b"".join([piece async for piece in pieces])
+        try:
+            document = json.loads(body)
+        except ValueError:
+            document = body
+        yield None, document
+        return
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield start
+        async for piece in pieces:
+            yield piece
+        yield b"\n\n"  # Not every stream ends its last event.
+
+    async for event in SSEDecoder().aiter_bytes(stream()):
+        if event.data.startswith("[DONE]"):
+            return
+        try:
+            document = json.loads(event.data)
+        except ValueError:
+            continue
+        yield event.event or "", document
+
+
+async def _end(response: "AsyncAPIResponse[Any]", documents: AsyncGenerator[tuple[str | None, Any]]) -> None:
+    """Close an answer that may have been left before its end, with generators inside one another.
+
+    Else the garbage collector would close each, when there may be no event loop any more to do it in.
+    """
+    await response.close()
+    with contextlib.suppress(Exception):  # It reads on from what is closed.
+        async for _ in documents:
+            pass
+
+
+def _inline(text: str) -> Picture:
+    return usable(inline(text), _MIN_SIDE)
+
+
+def _preview(document: Mapping[str, object]) -> Picture:
+    encoded = document.get("partial_image_b64") or next((found.text for found in candidates(document)), "")
+    return preview(inline(str(encoded)))
+
+
+def _words(error: object) -> str:
+    """The message of an error, or of an answer that has one inside."""
+    if not isinstance(error, dict):
+        return error if isinstance(error, str) else ""
+    return _words(error.get("message") or error.get("error"))
+
+
+def _url(found: Found, base: httpx2.URL) -> httpx2.URL:
+    """The URL that this is. Raises `Unusable`."""
+    text = found.text.strip()
+    if found.key not in ("url", "image_url") and not text[:8].lower().startswith(("http://", "https://")):
+        raise Unusable("no image")
+    return _joined(base, text)
+
+
+def _joined(base: httpx2.URL, text: str) -> httpx2.URL:
+    try:
+        return base.join(text)
+    except (httpx2.InvalidURL, ValueError):
+        raise Unusable("no URL") from None
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+def _outcome(error: "APIError") -> Failure | Declined:
+    from openai import APIConnectionError, APIStatusError
+
+    rejected = error.code in _CONTENT_RULES
+    if isinstance(error, APIStatusError):
+        outcome = answered(error.status_code, error.response.headers)
+        if rejected and isinstance(outcome, Failure) and outcome.code == "provider_rejected":
+            return Failure("provider_rejected", _AGAINST_THE_RULES)
+        if error.code in _ACCOUNT:
+            failure = outcome.failure if isinstance(outcome, Declined) else outcome
+            return Failure(failure.code, MISCONFIGURED, retryable=False)
+        return outcome
+    if isinstance(error, APIConnectionError):
+        return broken(error.__cause__)
+    # It broke off in the middle of a stream, and said why.
+    if rejected:
+        return Failure("provider_rejected", _AGAINST_THE_RULES)
+    if error.code == "rate_limit_exceeded":
+        return Failure("provider_rate_limited")
+    return Failure("provider_rejected" if error.type in _USER_ERRORS else "provider_unavailable")

@@ -1,0 +1,113 @@
+"""Pictures in the answers of providers and gateways, in every place, spelling and image format that they use."""
+
+import binascii
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image
+
+from adapters.images.codec import FORMATS, Unreadable, decoded, encode, load, opened, reading
+from adapters.images.intake import MAX_PIXELS
+from domain.ports import Picture
+
+#: What Pillow decodes by itself. EPS is left out because it starts Ghostscript; the others left out have no decoder.
+_FORMATS: Final = (
+    *FORMATS, "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO",
+    "IM", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA",
+    "TIFF", "XBM", "XPM",
+)  # fmt: skip
+
+#: The longer side of a preview, in pixels.
+_PREVIEW: Final = 768
+
+#: The keys under which a picture is found, the best first: in base64, as a data URL, or as a URL.
+_KEYS: Final = ("b64_json", "url", "image_url", "image", "images", "base64", "data", "result", "output")
+#: The keys of objects that have a picture somewhere inside.
+_WRAPPERS: Final = ("response", "item", "results", "choices", "message", "content")
+
+_URL_SAFE: Final = str.maketrans("-_", "+/")
+
+
+class Unusable(Exception):
+    """A good answer by its status, and no picture in it."""
+
+
+class Found(NamedTuple):
+    """A text that may be a picture, and the key under which it was."""
+
+    key: str
+    text: str
+
+
+def candidates(value: object, key: str = "") -> Iterator[Found]:
+    """Every text in this JSON value that may be a picture, the best first."""
+    if isinstance(value, str) and value and key in _KEYS:
+        yield Found(key, value)
+    elif isinstance(value, list):
+        for each in value:
+            yield from candidates(each, key)
+    elif isinstance(value, dict):
+        for inner in (*_KEYS, *_WRAPPERS):
+            yield from candidates(value.get(inner), inner)
+
+
+def inline(text: str) -> bytes:
+    """The bytes of a data URL or of base64: either alphabet, wrapped or not, with padding or without.
+
+    Raises:
+        Unusable: it is neither.
+    """
+    head, comma, content = text.partition(",")
+    in_base64 = head.rstrip().lower().endswith("base64")
+    if comma and not (in_base64 or head.lstrip()[:5].lower() == "data:"):
+        raise Unusable("no base64")
+    try:
+        if comma:
+            data = unquote_to_bytes(content)
+            if not in_base64:
+                return data
+            text = data.decode("ascii")
+        text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
+        return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
+    except ValueError:
+        raise Unusable("no base64") from None
+
+
+def usable(data: bytes, min_side: int = 1) -> Picture:
+    """The picture, decoded once: as it came where browsers show its format, else as a PNG.
+
+    Raises:
+        Unusable: it is no picture, too large, or its shorter side has fewer than `min_side` pixels.
+    """
+    image = _opened(data)
+    if min(image.size) < min_side:
+        raise Unusable(f"an image of {image.width} × {image.height} pixels")
+    try:
+        if image.format not in FORMATS:
+            return encode(decoded(image), lossless=True)
+        with reading():
+            load(image)
+    except Unreadable:
+        raise Unusable("a broken image") from None
+    return Picture(data, Image.MIME[image.format])
+
+
+def preview(data: bytes) -> Picture:
+    """A small picture of it. Raises `Unusable`."""
+    try:
+        image = decoded(_opened(data), near=(_PREVIEW, _PREVIEW))
+    except Unreadable:
+        raise Unusable("a broken image") from None
+    image.thumbnail((_PREVIEW, _PREVIEW))
+    return encode(image, quality=80)
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        image = opened(data, _FORMATS)
+    except Unreadable:
+        raise Unusable("no image") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise Unusable(f"an image of {image.width} × {image.height} pixels")
+    return image

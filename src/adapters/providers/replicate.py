@@ -1,0 +1,327 @@
+"""Face swap by a model on Replicate, over its HTTP API.
+
+A prediction is created once: where the reply is lost nobody knows whether it runs, and is paid for. All the rest
+costs nothing and is asked for again. What we give up on we cancel; and should that not reach Replicate, it ends the
+prediction itself soon after our deadline (``Cancel-After``). Of the URLs in its answers only the output's is used.
+"""
+
+import asyncio
+import base64
+import codecs
+import math
+import re
+import ssl
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
+from functools import partial
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
+
+import httpx2
+from pydantic import BaseModel, Field, JsonValue, ValidationError
+
+from adapters.images.threads import ImageThreads
+from adapters.providers.attempts import (
+    Declined,
+    answered,
+    attempt,
+    broken,
+    download,
+    provider_client,
+    tell_operator,
+)
+from adapters.providers.pictures import Unusable, candidates, inline, usable
+from domain.errors import Failure
+from domain.ports import Picture, Report
+
+#: The most used one. A community model, so that the version has to be given.
+DEFAULT_MODEL: Final = "cdingram/face-swap:d1d6ea8c8be89d664a07a457526f7128109dee7030fdac424788d762c71ed111"
+BASE_URL: Final = "https://api.replicate.com/v1"
+#: Where Replicate serves outputs from: these hosts and what lies below them.
+OUTPUT_HOSTS: Final = ("replicate.delivery",)
+
+#: Pictures up to this size, in bytes, are sent inside the request, as Replicate recommends; larger ones before it,
+#: as files, which Replicate keeps for a day.
+MAX_DATA_URL: Final = 256 * 1024
+#: The most that is read of the API's answers, which repeat the request, and of an output, in bytes.
+_MAX_ANSWER: Final = 2 * 1024 * 1024
+MAX_OUTPUT: Final = 32 * 1024 * 1024
+_MAX_REDIRECTS: Final = 3
+
+#: Seconds that a step of one request may take, and seconds that Retry-After is obeyed between polls.
+_STEP: Final = 30
+_MAX_WAIT: Final = 30
+#: Seconds that who cancels a swap waits for the prediction to be cancelled too, which goes on without them.
+_LINGER: Final = 0.5
+
+_MODEL: Final = re.compile(r"([a-z0-9][\w.-]*/[a-z0-9][\w.-]*)(?::([0-9a-z]+))?", re.IGNORECASE | re.ASCII)
+
+_TERMINAL: Final = ("succeeded", "failed", "canceled", "aborted")
+#: How far a stage of the work leads, at most, and what it is called.
+_STARTING: Final = 0.4, "Waiting for the face swap to begin..."
+_PROCESSING: Final = 0.9, "Swapping the face..."
+
+#: The models' ways to say so; most find faces with insightface, and some trip over it when there is none.
+_NO_FACE: Final = re.compile(
+    r"\bno\b[\w ]{0,20}\bface|\bface[\w ]{0,20}\bnot\b[\w ]{0,9}(found|detect)|\b(find|detect)\b[\w ]{0,20}\bface"
+    r"|'NoneType' object has no attribute '(kps|bbox|embedding|normed_embedding)'",
+    re.IGNORECASE,
+)
+
+
+class _Inputs(NamedTuple):
+    """What a model calls the picture and the face."""
+
+    picture: str
+    face: str
+
+
+_INPUTS: Final = {
+    "lucataco/faceswap": _Inputs("target_image", "swap_image"),
+    "yan-ops/face_swap": _Inputs("target_image", "source_image"),
+    "ddvinh1/faceswap-photo-id": _Inputs("target_image", "source_image"),
+    "xiankgx/face-swap": _Inputs("local_target", "local_source"),
+}
+_OTHERS: Final = _Inputs("input_image", "swap_image")
+
+
+class _Prediction(BaseModel):
+    id: Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,100}$")]
+    status: str
+    output: JsonValue = None
+    error: JsonValue = None
+
+
+class _Urls(BaseModel):
+    get: str
+
+
+class _File(BaseModel):
+    urls: _Urls
+
+
+Answer = TypeVar("Answer", bound=BaseModel)
+T = TypeVar("T")
+
+
+class ReplicateFaceSwap:
+    """`domain.ports.FaceSwapper` by a model on Replicate."""
+
+    free = False
+
+    def __init__(
+        self,
+        threads: ImageThreads,
+        token: str,
+        model: str = DEFAULT_MODEL,
+        *,
+        base_url: str = BASE_URL,
+        deadline: float = 300,
+        grace: float = 5,
+        pace: float = 1,
+        output_hosts: Collection[str] = OUTPUT_HOSTS,
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
+        """`model`: ``owner/name`` for one of Replicate's official models, else ``owner/name:version``.
+
+        It has two inputs, by the names that are known for it, else ``input_image`` for the picture and
+        ``swap_image`` for the face, as most have. Its output is an image, or a list of images, the first of which
+        counts, or an object with one inside, as its ``image`` for example.
+
+        `deadline`: seconds for all of a swap; `grace`: on top of that, to cancel the prediction; `pace`: before the
+        first poll, and the first repetition. An output comes from `output_hosts` by https, or from where the API is.
+
+        Raises:
+            ValueError: `model` is no such name.
+        """
+        found = _MODEL.fullmatch(model)
+        if found is None:
+            raise ValueError("A model on Replicate is owner/name, or owner/name:version.")
+        self.name, self.version = found.groups()
+        self.inputs = _INPUTS.get(self.name.lower(), _OTHERS)
+        self.threads = threads
+        self.token = token
+        self.base = httpx2.URL(base_url)
+        self.deadline = deadline
+        self.grace = grace
+        self.pace = pace
+        self._output_hosts = output_hosts
+        self.trust = trust
+        self._swaps: set[asyncio.Task[Picture]] = set()
+
+    async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
+        # A task of its own, which can still cancel the prediction when we have to leave.
+        swap = asyncio.create_task(self._swapped(picture, face, report))
+        self._swaps.add(swap)
+        swap.add_done_callback(self._swaps.discard)
+        try:
+            return await asyncio.shield(swap)
+        except asyncio.CancelledError:
+            swap.cancel()
+            await asyncio.wait([swap], timeout=_LINGER)
+            raise
+
+    async def _swapped(self, picture: Picture, face: Picture, report: Report) -> Picture:
+        headers = {"Authorization": f"Bearer {self.token}"}
+        async with provider_client(_STEP, _MAX_ANSWER, self.trust, base_url=self.base, headers=headers) as api:
+            return await _Swap(self, api, report).run(picture, face)
+
+    def may_download(self, url: httpx2.URL) -> bool:
+        """Whether an output may be there."""
+        here = (url.scheme, url.host, url.port) == (self.base.scheme, self.base.host, self.base.port)
+        there = url.scheme == "https" and any(f".{url.host}".endswith(f".{host}") for host in self._output_hosts)
+        return (here or there) and not url.userinfo
+
+
+class _Swap:
+    """One swap. What it raises is a `Failure`, and within `attempt` also `Declined`."""
+
+    def __init__(self, swapper: ReplicateFaceSwap, api: httpx2.AsyncClient, report: Report) -> None:
+        self._swapper = swapper
+        self._api = api
+        self._report = report
+        self._end = asyncio.get_running_loop().time() + swapper.deadline
+        self._creating: asyncio.Task[_Prediction] | None = None
+        #: There is nothing left that could be cancelled.
+        self._over = False
+
+    async def run(self, picture: Picture, face: Picture) -> Picture:
+        inputs = self._swapper.inputs
+        try:
+            async with asyncio.timeout_at(self._end):
+                sent = {inputs.picture: await self._input(picture), inputs.face: await self._input(face)}
+                prediction = await self._attempt(partial(self._created, sent))
+                output = self._output(await self._ended(prediction))
+                await self._report(_PROCESSING[0], "Fetching the picture...", None)
+                return await self._admitted(await self._attempt(partial(self._downloaded, output)))
+        except TimeoutError:
+            self._tell(f"there was no result within {self._swapper.deadline} s")
+            raise Failure("provider_timeout") from None
+        finally:
+            await self._withdraw()
+
+    @property
+    def _left(self) -> float:
+        return max(0.0, self._end - asyncio.get_running_loop().time())
+
+    async def _attempt(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await attempt(call, self._report, within=self._left, backoff=self._swapper.pace)
+
+    # --- the pictures, on their way there
+
+    async def _input(self, picture: Picture) -> str:
+        if len(picture.data) <= MAX_DATA_URL:
+            return f"data:{picture.media_type};base64,{base64.b64encode(picture.data).decode()}"
+        return (await self._attempt(partial(self._uploaded, picture))).urls.get
+
+    async def _uploaded(self, picture: Picture) -> _File:
+        name = f"picture.{picture.media_type.rpartition('/')[2]}"
+        try:
+            return await self._call(_File, "POST", "files", files={"content": (name, *picture)})
+        except Failure as failure:
+            raise (Declined(failure) if failure.retryable else failure) from None
+
+    # --- the prediction
+
+    async def _created(self, sent: dict[str, str]) -> _Prediction:
+        name, version = self._swapper.name, self._swapper.version
+        path = "predictions" if version else f"models/{name}/predictions"
+        body = {"input": sent} | ({"version": version} if version else {})
+        headers = {"Cancel-After": f"{math.ceil(self._left) + 5}s"}
+        # Its reply is what tells how to cancel it: that is waited for, whatever happens here.
+        self._creating = asyncio.create_task(self._call(_Prediction, "POST", path, json=body, headers=headers))
+        return await asyncio.shield(self._creating)
+
+    async def _ended(self, prediction: _Prediction) -> _Prediction:
+        """The prediction once it runs no more."""
+        path = f"predictions/{prediction.id}"
+        fraction, pause = 0.0, self._swapper.pace
+        while prediction.status not in _TERMINAL:
+            most, message = _STARTING if prediction.status == "starting" else _PROCESSING
+            fraction += max(0.0, most - fraction) / 5
+            await self._report(fraction, message, None)
+            await asyncio.sleep(pause)
+            pause = min(1.2 * pause, 4 * self._swapper.pace)
+            try:
+                prediction = await self._call(_Prediction, "GET", path)
+            except Declined as declined:
+                await asyncio.sleep(min(declined.after or 0, _MAX_WAIT))
+            except Failure as failure:
+                if not failure.retryable:
+                    raise
+        self._over = True
+        return prediction
+
+    def _output(self, prediction: _Prediction) -> str:
+        """Where the picture is."""
+        found = next(candidates(prediction.output, "output"), None)
+        if prediction.status == "succeeded" and found is not None:
+            return found.text
+        words = prediction.error or prediction.output
+        self._tell(f"the prediction ended as {prediction.status!r} without a picture", words, prediction.id)
+        if _NO_FACE.search(str(words)):
+            raise Failure("provider_rejected", "No face was found in one of the pictures.")
+        raise Failure("provider_timeout" if prediction.status == "aborted" else "provider_unavailable")
+
+    async def _withdraw(self) -> None:
+        """Cancel the prediction where it may still run."""
+        if self._creating is None or self._over:
+            return
+        try:
+            async with asyncio.timeout(self._swapper.grace):
+                prediction = await self._creating
+                await self._call(_Prediction, "POST", f"predictions/{prediction.id}/cancel")
+        except TimeoutError:
+            self._tell("a prediction could not be cancelled in time, and may run on for a while")
+        except (Declined, Failure):
+            pass  # There is none, or it has ended; and it has been told.
+
+    # --- the picture, on its way back
+
+    async def _downloaded(self, output: str) -> bytes:
+        with suppress(Unusable):
+            return inline(output)
+        async with provider_client(_STEP, MAX_OUTPUT, self._swapper.trust) as web:
+            url = httpx2.URL()
+            for _ in range(1 + _MAX_REDIRECTS):
+                try:
+                    url = url.join(output)
+                except (httpx2.InvalidURL, ValueError):
+                    url = httpx2.URL()
+                if not self._swapper.may_download(url):
+                    break
+                answer = await download(web, url, self._tell)
+                if isinstance(answer, bytes):
+                    return answer
+                output = answer
+        self._tell("the output is not where it may be", output)
+        raise Failure("provider_unavailable")
+
+    async def _admitted(self, data: bytes) -> Picture:
+        try:
+            return await self._swapper.threads.run(usable, data)
+        except Unusable as error:
+            self._tell("the output is no picture", error)
+            raise Failure("provider_unavailable") from None
+
+    # --- the API
+
+    async def _call(self, kind: type[Answer], method: str, path: str, **content: Any) -> Answer:
+        what = f"{method} {path}"
+        try:
+            async with self._api.stream(method, path, **content) as response:
+                body = await response.aread()
+        except httpx2.HTTPError as error:
+            self._tell(f"{what} brought no answer: {type(error).__name__}", error)
+            raise broken(error) from None
+        words, request_id = body.decode(errors="replace"), response.headers.get("cf-ray")
+        if not response.is_success:
+            self._tell(f"{what} was answered with {response.status_code}", words, request_id)
+            raise answered(response.status_code, response.headers)
+        try:
+            return kind.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
+        except ValidationError:
+            self._tell(f"{what} was answered with something else", words, request_id)
+            raise Failure("provider_unavailable") from None
+
+    def _tell(self, what: str, words: object = "", request_id: str | None = None) -> None:
+        tell_operator("Replicate", what, words, request_id=request_id, secret=self._swapper.token)

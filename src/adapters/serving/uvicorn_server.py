@@ -1,0 +1,444 @@
+"""uvicorn, with what it lacks: shutdown by the contract, transports that can be aborted, and corrections of HTTP."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from http import HTTPStatus
+from types import FrameType
+from typing import Any, Final
+
+import httptools
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.http11 import Response
+
+from adapters.realtime.engineio_socket import TRANSPORT
+from adapters.serving.connection_table import ConnectionTable
+
+logger = logging.getLogger(__name__)
+
+#: Called when the process is asked to leave; returns when it may. The event is set once there is no time left.
+Leave = Callable[[asyncio.Event], Awaitable[None]]
+
+
+#: What may wait to be written because the other side asked for it and does not read, in bytes.
+_MAX_UNREAD: Final = 1_000_000
+#: What the kernel takes beyond what it has on the way to the other side, in bytes.
+_MAX_UNSENT: Final = 64 * 1024
+#: Of how many frames one message may be made.
+_MAX_FRAGMENTS: Final = 1_000
+
+
+#: Of how many bytes the head of a request may be, and in how many seconds it has to be there.
+_MAX_HEAD: Final = 128 * 1024
+HEADER_TIMEOUT = 20.0
+#: Seconds for which what still comes is discarded, after a response that did not wait for the whole request. Closing at
+#: once would make the kernel send RST, which destroys a response that the client has not read yet.
+LINGER = 4.0
+#: Seconds after which a connection is aborted whose client takes nothing of what waits for it.
+SEND_TIMEOUT = 30.0
+#: What the kernel queues of connections that are not accepted yet, and how many are accepted in a row: few, so that
+#: those beyond the limit are closed before descriptors run out.
+_BACKLOG: Final = 2048
+_ACCEPTED_AT_ONCE: Final = 8
+#: The ASGI scope extension by which `ClientLimit` says whose request this is.
+_ATTRIBUTE: Final = "stagecast.attribute"
+
+
+#: Headers that announce a body.
+_BODY: Final = (b"transfer-encoding", b"content-length")
+
+
+def problem(status: HTTPStatus, detail: str) -> bytes:
+    """What a request is answered that no application can be asked about (RFC 9457)."""
+    content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, "code": "bad_request"}
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """uvicorn's, with limits on the size and the time of a request's head, and with rules of RFC 9110 and 9112.
+
+    An ``Upgrade`` header that is not a WebSocket handshake is ignored, and HTTP/1.0 gets no chunked framing. A response
+    that does not wait for the whole request announces that the connection closes, and what still comes is discarded.
+    """
+
+    _in_head = True
+    _head = 0
+    #: No request is read any more: the last response is on its way.
+    _lingering = False
+    _deadline: asyncio.TimerHandle | None = None
+
+    def __init__(self, table: ConnectionTable, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._table = table
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def _host(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def connection_made(self, transport: Any) -> None:
+        """Called with a new connection."""
+        line = transport.get_extra_info("socket")
+        # asyncio does this only where the listening socket was made with the protocol's number. Without it, what is
+        # written in two pieces waits for the other side to acknowledge the first, which it delays by 40 ms.
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The kernel would take megabytes for a client that does not read, and after that take nothing for many seconds
+        # from one that reads slowly: neither could be told from the other.
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT)
+        super().connection_made(transport)
+        self._set_deadline(HEADER_TIMEOUT)
+        self._table.add(transport, self._host)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called when the connection has ended."""
+        self._table.remove(self.transport)
+        self._cancel_deadline()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called with what is no HTTP."""
+        self._refuse(HTTPStatus.BAD_REQUEST, "The request is not valid HTTP.")
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        """Answer what no application can be asked about, and end the connection."""
+        body = problem(status, detail)
+        head = "HTTP/1.1 {} {}\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\nconnection: close\r\n"
+        self.transport.write(f"{head.format(status.value, status.phrase, len(body))}\r\n".encode() + body)
+        if self.idle:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Called with the first byte of a request; not with empty lines before it."""
+        self._unset_keepalive_if_required()
+        self._in_head = True
+        self._set_deadline(HEADER_TIMEOUT)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Called with the end of the head."""
+        self._in_head, self._head = False, 0
+        self._cancel_deadline()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """Called when the present response has been written."""
+        if not self._lingering:
+            super().on_response_complete()
+            self._table.attribute(self.transport, self._host)
+        else:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Send what is written and FIN, and discard what still comes, until the client closes or for `LINGER`."""
+        self._lingering = True
+        self.pipeline.clear()
+        self._unset_keepalive_if_required()
+        self.flow.resume_reading()
+        with contextlib.suppress(OSError):
+            self.transport.write_eof()
+        self._set_deadline(LINGER)
+
+    def _set_deadline(self, seconds: float) -> None:
+        self._cancel_deadline()
+        self._deadline = self.loop.call_later(seconds, self.transport.abort)
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """Called with what has come."""
+        if self._lingering and self.idle:
+            return
+        if self._in_head:
+            self._head += len(data)
+            if self._head > _MAX_HEAD:
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request's head is too large.")
+                return
+        rest = memoryview(data)
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as stopped:
+                    rest = rest[stopped.args[0] :]
+                if self._is_websocket_handshake():
+                    self.headers.append((b"upgrade", b"websocket"))
+                    self.handle_websocket_upgrade()
+                    return
+                # A new parser: the present one takes nothing more after a request that ends the connection.
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(self._head_without_upgrade())
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _should_upgrade(self) -> bool:
+        """Called by uvicorn at each head that has an upgrade: `data_received` decides on it."""
+        return True
+
+    def _is_websocket_handshake(self) -> bool:
+        """Take the ``Upgrade`` headers off the request, and tell whether it is a WebSocket handshake."""
+        wanted = b",".join(value for name, value in self.headers if name == b"upgrade")
+        self.headers[:] = [header for header in self.headers if header[0] != b"upgrade"]
+        names = {name for name, value in self.headers if value != b"0" or name not in _BODY}
+        return (
+            (self.scope["method"], self.scope["http_version"]) == ("GET", "1.1")
+            and b"websocket" in [token.strip() for token in wanted.lower().split(b",")]
+            and b"sec-websocket-key" in names
+            and names.isdisjoint(_BODY)
+        )
+
+    def _head_without_upgrade(self) -> bytes:
+        """The request's head for the parser, which stops at each upgrade and takes the body for another protocol."""
+        if self.scope["method"] == "CONNECT":
+            raise httptools.HttpParserError  # An upgrade whatever its headers, and this is no proxy.
+        head = [f"{self.scope['method']} ".encode(), self.url, f" HTTP/{self.scope['http_version']}\r\n".encode()]
+        for name, value in self.headers:
+            head += [name, b": ", value, b"\r\n"]
+        return b"".join([*head, b"\r\n"])
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Called by uvicorn for each request."""
+        extensions: dict[str, Any] = {_ATTRIBUTE: partial(self._table.attribute, self.transport)}
+        cycle.scope["extensions"] = extensions
+
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            async def send_early(message: Any) -> None:
+                early = message["type"] == "http.response.start" and cycle.more_body
+                if early:
+                    cycle.keep_alive = False
+                await send(message)
+                if early:
+                    # The header is sent. uvicorn would close when the response is complete, with RST.
+                    self._lingering = cycle.keep_alive = True
+
+            await app(scope, receive, send_early)
+
+        if cycle.scope["http_version"] == "1.0":
+            app = _without_chunks(app, cycle)
+        super()._start_asgi_task(cycle, answer)
+
+
+def _without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
+    """The application for one HTTP/1.0 request: a response of unknown length ends with the connection."""
+    cycle.waiting_for_100_continue = False
+    sized = False
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        async def unchunked(message: Any) -> None:
+            nonlocal sized
+            if message["type"] == "http.response.start":
+                sized = any(name.lower() == b"content-length" for name, _ in message["headers"])
+                cycle.chunked_encoding = None if sized else False
+            elif not sized:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, unchunked)
+
+    return answer
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's, which also hands its transport to the application, and has bounds where it has none."""
+
+    def __init__(self, table: ConnectionTable, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._table = table
+        self._reject = self.conn.reject
+        self.conn.reject = self._reject_with_problem  # type: ignore[method-assign]
+
+    def _reject_with_problem(self, status: Any, text: str) -> Response:
+        response = self._reject(status, text)
+        response.body = problem(HTTPStatus(status), text.strip())
+        for name, value in (("Content-Length", str(len(response.body))), ("Content-Type", "application/problem+json")):
+            del response.headers[name]
+            response.headers[name] = value
+        return response
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called when the connection has ended."""
+        self._table.remove(self.transport)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Called with what has come. Who breaks the protocol, or floods it, is hung up on."""
+        if self.transport.is_closing():
+            return
+        try:
+            super().data_received(data)
+        except Exception as error:
+            logger.warning("a WebSocket was closed: %s", type(error).__name__)
+            self.transport.abort()
+            return
+        unread = self.transport.get_write_buffer_size()
+        # An opening handshake that cannot be read would stay without an answer.
+        if self.conn.handshake_exc is not None or unread > _MAX_UNREAD or len(self.frames) > _MAX_FRAGMENTS:
+            self.transport.abort()
+
+    def send_receive_event_to_app(self) -> None:
+        """Called with a whole message."""
+        if self.curr_msg_data_type == "text":
+            b"".join(self.frames).decode()  # What is no text ends the connection, in `data_received`.
+        super().send_receive_event_to_app()
+
+    def handle_connect(self, event: Any) -> None:
+        """Called with the client's opening handshake."""
+        super().handle_connect(event)
+        if self.handshake_initiated and not self.handshake_complete:
+            extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
+            ours = {TRANSPORT: self.transport, _ATTRIBUTE: partial(self._table.attribute, self.transport)}
+            self.scope["extensions"] = extensions | ours
+
+    async def send(self, message: Any) -> None:
+        """Called by the application."""
+        if self.handshake_complete and self.transport.is_closing():
+            raise ClientDisconnected
+        await super().send(message)
+        # A handshake that is refused with a response is complete; uvicorn would log it as an error of the application.
+        self.handshake_complete = self.handshake_complete or self.close_sent
+
+
+class ClientLimit:
+    """An ASGI layer that counts each connection as its client's, where a proxy in front names the client.
+
+    It belongs behind the layer that takes ``scope["client"]`` from a trusted proxy's headers. If the client has too
+    many connections, this one is closed, and the request goes no further.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one request or connection."""
+        attribute = scope.get("extensions", {}).get(_ATTRIBUTE)
+        if attribute is None or scope["client"] is None or attribute(scope["client"][0]):
+            await self._app(scope, receive, send)
+            return
+        while not (await receive())["type"].endswith(".disconnect"):
+            pass
+
+
+class Server(uvicorn.Server):
+    """SIGTERM lets the work be finished first; SIGINT and every second signal do not wait. Both exit with 0."""
+
+    def __init__(
+        self,
+        app: Any,
+        leave: Leave,
+        ready: Callable[[], None],
+        keep_alive: float = 80,
+        table: ConnectionTable | None = None,
+    ) -> None:
+        """`ready` is called once connections are taken; `keep_alive` is how many seconds an idle one is kept.
+
+        `table` limits how many connections there are; without it, any number.
+        """
+        table = table or ConnectionTable()
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=partial(HttpProtocol, table),  # type: ignore[arg-type]  # any factory is fine
+                timeout_keep_alive=keep_alive,  # type: ignore[arg-type]  # fractions of a second are fine
+                ws=partial(WebSocketProtocol, table),  # type: ignore[arg-type]
+                backlog=_ACCEPTED_AT_ONCE,
+                ws_max_size=64 * 1024,
+                ws_per_message_deflate=False,
+                ws_ping_interval=None,  # Engine.IO has pings of its own.
+                log_config=None,
+                log_level=logging.WARNING,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # `api.rest.proxies` handles them.
+            )
+        )
+        self._leave = leave
+        self._ready = ready
+        self._hurry = asyncio.Event()
+        self._leaving: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        #: By connection whose client has to take something: how much it is, and for how many seconds it has been that.
+        self._unsent: dict[Any, tuple[int, float]] = {}
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called once by uvicorn, within the loop."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_BACKLOG)  # uvicorn has set it to the number that asyncio accepts in a row.
+        if self.started and self._leaving is None:
+            self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second."""
+        if counter % 5 == 0:
+            self._check_progress(0.5)
+        return await super().on_tick(counter)
+
+    def _check_progress(self, seconds: float) -> None:
+        """Called every so many seconds. Counts ticks, not wall time, as a paused process sends nothing."""
+        unsent: dict[Any, tuple[int, float]] = {}
+        for connection in self.server_state.connections:
+            size = connection.transport.get_write_buffer_size()
+            if size:
+                before, stalled_for = self._unsent.get(connection, (0, 0.0))
+                unsent[connection] = size, stalled_for + seconds if size == before else 0.0
+                if unsent[connection][1] >= SEND_TIMEOUT:
+                    connection.transport.abort()
+        self._unsent = unsent
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the signal handler."""
+        if self._loop is None:
+            os._exit(0)  # Nothing has been begun.
+        else:
+            self._loop.call_soon_threadsafe(self.leave, sig == signal.SIGINT)
+
+    def leave(self, now: bool = False) -> None:
+        """Begin to leave; `now`, or asked a second time, without waiting for work."""
+        if now or self._leaving is not None:
+            self._hurry.set()
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._depart())
+
+    async def _depart(self) -> None:
+        try:
+            await self._leave(self._hurry)
+        finally:
+            self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close what is still open. Everything that had to be said has been said: nobody is waited for long."""
+        ending = asyncio.create_task(self._end())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end(self) -> None:
+        await asyncio.sleep(0.15)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        # In turns, so that who was hung up on has heard of it, however late it is.
+        await asyncio.sleep(0.15)
+        for task in self.server_state.tasks:
+            task.cancel()

@@ -1,0 +1,529 @@
+"""The file of the durable log: who may open it, and how it is written and read.
+
+One thread writes. It takes all that has been asked for so far into one transaction, and so into one wait for the disk
+(group commit); an operation that is refused undoes only what it did itself. A second thread reads, each time one
+snapshot, and is never held up by the first (write-ahead log). The event loop waits for neither.
+
+What a write returns has been synced: it survives a killed process, and a power cut as far as the disk tells the truth.
+
+What is deleted is overwritten with zeros, in the write-ahead log too after a second without writes, at the latest when
+that has grown to its limit. SQLite copies within its pages when it makes room; of about one generation in a thousand
+such a copy stays until the page is used again. Freed pages are, so the file has the size of the most that it ever held.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar, cast
+
+from adapters.sqlite import damage as sqlite_damage
+from adapters.sqlite.batch_thread import BatchThread
+from domain.errors import LogUnavailable
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Operation = Callable[[sqlite3.Connection], T]
+
+#: Tells our files from other SQLite files: "Stag".
+_APPLICATION_ID: Final = 0x53746167
+
+#: Operations in one transaction at most: those at its front wait for those at its end.
+_WRITES: Final = 256
+_READS: Final = 16
+
+#: Seconds for which a write waits for a stranger, such as SQLite's shell, who writes to the file.
+_PATIENCE: Final = 1.0
+
+#: Seconds for which writes wait until nobody reads the write-ahead log, so that it can be emptied.
+_PAUSE: Final = 0.1
+
+#: The write-ahead log is written back into the file when the writing thread is idle, or at so many bytes.
+_WAL_LIMIT: Final = 4_000_000
+
+#: Each step takes a file from the schema of its index to the next. A step that was ever released is never changed.
+SCHEMA: Final[tuple[str, ...]] = (
+    """
+    CREATE TABLE log (epoch TEXT NOT NULL);
+
+    CREATE TABLE users (
+        id INTEGER PRIMARY KEY,
+        user_id TEXT NOT NULL UNIQUE,
+        credit INTEGER,                     -- NULL: no balance has been kept
+        head INTEGER NOT NULL,
+        floor INTEGER NOT NULL,
+        floor_id INTEGER NOT NULL
+    );
+
+    CREATE TABLE generations (
+        id INTEGER PRIMARY KEY,             -- in order of their starts
+        generation_id TEXT NOT NULL UNIQUE,
+        user INTEGER NOT NULL REFERENCES users,
+        kind TEXT NOT NULL,
+        order_json BLOB NOT NULL,
+        idempotency_key TEXT,
+        fingerprint TEXT NOT NULL,
+        reserved INTEGER NOT NULL,          -- whether its start took a credit, which a failure gives back
+        first_position INTEGER NOT NULL,
+        end_position INTEGER,               -- this and the next two: NULL while it runs
+        ended_at INTEGER,                   -- microseconds since 1970
+        end_event INTEGER,                  -- events.id, and so in order of the ends
+        deleted INTEGER NOT NULL DEFAULT 0, -- nothing but its places is left
+        undelivered INTEGER NOT NULL DEFAULT 0
+    );
+    CREATE UNIQUE INDEX generation_of_key ON generations (user, idempotency_key) WHERE idempotency_key IS NOT NULL;
+    CREATE INDEX listed_generations ON generations (user, first_position) WHERE deleted = 0;
+    CREATE INDEX active_generations ON generations (user, first_position) WHERE end_position IS NULL;
+    CREATE INDEX deleted_generations ON generations (user, end_position, first_position) WHERE deleted = 1;
+    CREATE INDEX ended_generations ON generations (ended_at, end_event) WHERE ended_at IS NOT NULL;
+    CREATE INDEX undelivered_generations ON generations (end_event) WHERE undelivered = 1;
+
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY,             -- in order of the appends
+        user INTEGER NOT NULL,
+        position INTEGER NOT NULL,
+        generation INTEGER NOT NULL REFERENCES generations ON DELETE CASCADE,
+        sequence INTEGER NOT NULL,
+        event_id INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        event BLOB                          -- NULL: deleted, and the place is left
+    );
+    CREATE UNIQUE INDEX event_at_position ON events (user, position);
+    CREATE UNIQUE INDEX event_of_sequence ON events (generation, sequence);
+
+    CREATE TABLE grants (
+        user INTEGER NOT NULL REFERENCES users,
+        idempotency_key TEXT NOT NULL,
+        amount INTEGER NOT NULL,
+        credit INTEGER NOT NULL,
+        until INTEGER NOT NULL,             -- microseconds since 1970
+        PRIMARY KEY (user, idempotency_key)
+    ) WITHOUT ROWID;
+    CREATE INDEX expiring_grants ON grants (until);
+
+    CREATE TABLE sessions (
+        id INTEGER PRIMARY KEY,             -- in order of their last save
+        pid TEXT NOT NULL UNIQUE,
+        user_id TEXT NOT NULL,
+        expires_at INTEGER,                 -- microseconds since 1970, as is touched_at
+        service INTEGER NOT NULL,
+        live INTEGER NOT NULL,
+        event_id INTEGER NOT NULL,
+        seen INTEGER NOT NULL,
+        head INTEGER NOT NULL,
+        tag TEXT,
+        touched_at INTEGER NOT NULL
+    );
+    CREATE INDEX sessions_of_user ON sessions (user_id, touched_at);
+    CREATE INDEX expiring_sessions ON sessions (touched_at);
+    """,
+    """
+    ALTER TABLE sessions ADD COLUMN untold TEXT NOT NULL DEFAULT '[]';  -- in JSON
+    """,
+    sqlite_damage.SCHEMA,
+    """
+    ALTER TABLE generations ADD COLUMN free INTEGER NOT NULL DEFAULT 0;  -- the work of its present stage costs nothing
+    """,
+)
+
+_HEADER: Final = b"SQLite format 3\0"
+
+
+_MALFORMED: Final = (
+    "The log {} is damaged: its pages do not fit together. Restore it from a backup, or recover it with SQLite's shell."
+)
+
+
+class LogRefused(Exception):
+    """This file cannot be the log. Its text is one sentence, fit for whoever runs the service."""
+
+
+class LogDamaged(LogRefused):
+    """It is damaged beyond single rows."""
+
+
+class Database:
+    """An open file. It is written and read from one event loop, and by no other process."""
+
+    def __init__(self, path: Path, *, epoch: str, schema: Sequence[str] = SCHEMA) -> None:
+        """Open the file; it is made, with its folder, where there is none.
+
+        `epoch` becomes that of a new log. `schema` are the steps that lead to the schema that this code knows.
+
+        Raises:
+            LogRefused: it is in use, is no log, is one of a newer version, or cannot be opened.
+        """
+        with contextlib.ExitStack() as undo:
+            try:
+                # By whichever name it is opened, one file has one lock.
+                path = path.resolve()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._lock = undo.enter_context(contextlib.closing(_lock(path)))
+                # Closed after the connections: closing any descriptor of a file drops SQLite's own locks on it.
+                self._file = _hold(path)
+                undo.callback(os.close, self._file)
+                self._writer = undo.enter_context(contextlib.closing(_connect(str(path))))
+                _prepare(path, self._writer, schema)
+                self.epoch = _epoch(path, self._writer) or epoch
+                self._writer.execute("INSERT INTO log SELECT ? WHERE NOT EXISTS (SELECT 1 FROM log)", (epoch,))
+                self.judge = sqlite_damage.Judge(self.epoch)
+                _set_damage_aside(self._writer, self.judge)
+                self._reader = undo.enter_context(contextlib.closing(_connect(f"{path.as_uri()}?mode=ro", uri=True)))
+            except (OSError, RuntimeError, sqlite3.Error) as error:  # A loop of symbolic links is a RuntimeError.
+                if _is_corrupt(error):
+                    raise LogDamaged(_MALFORMED.format(path)) from None
+                raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from error
+            undo.pop_all()
+        #: Why the log did not answer the last time, until it can be written again: logged once.
+        self._reason = ""
+        self._wal = Path(f"{path}-wal")
+        self._wal_limit = _WAL_LIMIT
+        self._files = {name: name.stat() for name in (path, self._wal, Path(f"{path}-shm"))}
+        self._path, self._wal_size, self._lost = path, 0, False
+        self._writing: BatchThread[Operation[Any]] = BatchThread(
+            "log-writer", self._write, most=_WRITES, afterwards=self._write_back
+        )
+        self._reading: BatchThread[Operation[Any]] = BatchThread("log-reader", self._read, most=_READS)
+        self._closed = False
+
+    async def write(self, operation: Operation[T], then: Callable[[T], None] | None = None) -> T:
+        """What the operation returns, once what it did has been synced.
+
+        An operation runs on the writing thread, in a transaction that it must not end. Where it raises, that is
+        raised here, and it has changed nothing. `then` is told first what it returned, on the event loop and in the
+        order of the operations, also where nobody waits any more.
+
+        Raises:
+            LogUnavailable: it could not be written, and has changed nothing.
+        """
+        if self._closed:
+            raise LogUnavailable
+        return cast(T, await self._writing.ask(operation, then))
+
+    async def read(self, query: Operation[T]) -> T:
+        """What the query, which runs on the reading thread, finds in one snapshot.
+
+        Raises:
+            LogUnavailable: it could not be read.
+        """
+        if self._closed:
+            raise LogUnavailable
+        return cast(T, await self._reading.ask(query))
+
+    async def probe(self) -> None:
+        """Commit one row and read it. Raises `LogUnavailable`."""
+        await self.write(self._probe)
+        await self.read(lambda connection: connection.execute("SELECT epoch FROM log").fetchone())
+
+    def _probe(self, connection: sqlite3.Connection) -> None:
+        # A row that comes and goes: SQLite does not write what an update leaves as it was.
+        connection.execute("INSERT INTO log (epoch) VALUES ('')")
+        connection.execute("DELETE FROM log WHERE epoch = ''")
+
+    async def close(self) -> None:
+        """Do what has been asked for, and let go of the file."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._reading.close()
+        self._writing.close()
+        # The last connection to the file writes the write-ahead log back.
+        self._reader.close()
+        self._writer.close()
+        os.close(self._file)
+        self._lock.close()
+
+    def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[object]:
+        """Do the operations in one transaction."""
+        if not self._intact():
+            return [LogUnavailable() for _ in operations]
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            outcomes = [self._write_one(operation) for operation in operations]
+            self._writer.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.rollback()
+            return self._unavailable(error, len(operations))
+        if not any(isinstance(outcome, LogUnavailable) for outcome in outcomes):
+            self._reason = ""
+        self._wal_size = _size(self._wal)
+        return outcomes
+
+    def _write_one(self, operation: Operation[Any]) -> object:
+        self._writer.execute("SAVEPOINT operation")
+        try:
+            outcome = operation(self._writer)
+        except Exception as error:
+            if not self._writer.in_transaction:
+                raise  # SQLite has undone the whole transaction.
+            self._writer.execute("ROLLBACK TO operation")
+            [outcome] = self._unavailable(error) if isinstance(error, sqlite3.Error) else [error]
+        self._writer.execute("RELEASE operation")
+        return outcome
+
+    def _read(self, queries: Sequence[Operation[Any]]) -> Sequence[object]:
+        """Make the queries in one snapshot."""
+        try:
+            self._reader.execute("BEGIN")
+            outcomes = [self._read_one(query) for query in queries]
+            self._reader.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._reader.rollback()
+            return self._unavailable(error, len(queries))
+        return outcomes
+
+    def _read_one(self, query: Operation[Any]) -> object:
+        try:
+            return query(self._reader)
+        except Exception as error:
+            [outcome] = self._unavailable(error) if isinstance(error, sqlite3.Error) else [error]
+            return outcome
+
+    def _write_back(self, idle: bool) -> None:
+        """Write the write-ahead log back into the file, and empty it, when there is time or need for it."""
+        try:
+            if not self._intact() or not ((idle and self._wal_size) or self._wal_size >= self._wal_limit):
+                return
+            self._writer.execute(f"PRAGMA busy_timeout = {_PAUSE * 1000:.0f}")
+            try:
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000:.0f}")
+            # Not empty where somebody still reads it. Then it grows on.
+            self._wal_size = _size(self._wal)
+            self._wal_limit = self._wal_size + _WAL_LIMIT
+        except Exception as error:  # The thread has to live: everybody waits for it.
+            logger.error("the log cannot be written back: %s", _reason(error) or type(error).__name__)
+
+    def _intact(self) -> bool:
+        """Whether the files at their names are those that are open, and whole. Logs once when that changes.
+
+        What is written to a file that was removed, replaced or cut off is lost with this process.
+        """
+        whole = intact = False
+        with contextlib.suppress(OSError, sqlite3.Error):
+            whole = self._same(self._path) and self._whole()
+            intact = whole and self._same(self._wal, Path(f"{self._path}-shm")) and self._wal_whole()
+        if intact == self._lost:
+            self._lost = not intact
+            state = "is back" if intact else "was removed, replaced or cut off; nothing is appended until it is back"
+            logger.error("the file of the log %s", state)
+            if whole and not intact:
+                # What was answered is then in the file itself, whatever becomes of the write-ahead log.
+                with contextlib.suppress(sqlite3.Error):
+                    self._writer.execute("PRAGMA wal_checkpoint")
+        return intact
+
+    def _same(self, *names: Path) -> bool:
+        return all(os.path.samestat(self._files[name], name.stat()) for name in names)
+
+    def _whole(self) -> bool:
+        header = os.pread(self._file, 32, 0)
+        pages, page_size = int.from_bytes(header[28:32]), int.from_bytes(header[16:18])
+        return header.startswith(_HEADER) and os.fstat(self._file).st_size >= pages * page_size
+
+    def _wal_whole(self) -> bool:
+        if (size := _size(self._wal)) < self._wal_size:
+            # By somebody who wrote it back, or who cut it off: only in the first case is nothing left to write back.
+            _, frames, written = self._writer.execute("PRAGMA wal_checkpoint").fetchone()
+            if written != frames:
+                return False
+            self._wal_size = size
+        return True
+
+    def _unavailable(self, error: sqlite3.Error, count: int = 1) -> Sequence[LogUnavailable]:
+        """What so many callers get. The reason is logged once, unless it is that of `_intact`."""
+        if not self._lost and (reason := _reason(error)) != self._reason:
+            self._reason = reason
+            logger.error("the log does not answer: %s", reason)
+        return [LogUnavailable() for _ in range(count)]
+
+
+class Examined(NamedTuple):
+    """What was found in a file."""
+
+    #: What is damaged, a line each.
+    damage: Sequence[str]
+    #: Of the log; ``None`` where it has none, or it cannot be read.
+    epoch: str | None = None
+
+
+def examine(path: Path) -> Examined:
+    """Look for damage in the log of this file, which is only read, also while a service has it open.
+
+    Raises:
+        LogRefused: it is no log, is one of a newer version, or cannot be opened.
+    """
+    try:
+        path = path.resolve()
+        path.stat()
+        wal = Path(f"{path}-wal")
+        while True:
+            # Where nobody has it open there is no write-ahead log, and SQLite has to make none.
+            untouched = not wal.exists()
+            name = f"{path.as_uri()}?mode=ro{'&immutable=1' if untouched else ''}"
+            with contextlib.closing(_connect(name, uri=True)) as connection:
+                connection.execute("BEGIN")
+                _check_version(path, connection, len(SCHEMA))
+                epoch = _epoch(path, connection)
+                damage = sqlite_damage.report(connection, epoch) if epoch is not None else []
+            if not untouched or not wal.exists():
+                return Examined(damage, epoch)
+    except FileNotFoundError:
+        return Examined([])
+    except LogDamaged as damaged:
+        return Examined([str(damaged)])
+    except (OSError, RuntimeError, sqlite3.Error) as error:
+        if _is_corrupt(error):
+            return Examined([_MALFORMED.format(path)])
+        raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from None
+
+
+# --- what a file can hold --------------------------------------------------------------------------------
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be looked for. Half a surrogate pair, which JSON may bring, is in no file."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def microseconds(moment: datetime) -> int:
+    """Since 1970: how moments are kept, exact and in order."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)
+
+
+def moment(microseconds: int) -> datetime:
+    """The moment that is kept as this number."""
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
+# --- opening ---------------------------------------------------------------------------------------------
+
+
+def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
+    # Each connection is used by one thread at a time, but not always by the one that made it.
+    return sqlite3.connect(name, timeout=_PATIENCE, isolation_level=None, check_same_thread=False, uri=uri)
+
+
+def _lock(path: Path) -> sqlite3.Connection:
+    """What keeps other processes out until it is closed, or its process ends, however it ends.
+
+    A transaction on a file of its own: SQLite knows how to lock a file everywhere, and one log can then
+    still be looked at with SQLite's shell.
+    """
+    lock = _connect(f"{path}-lock")
+    try:
+        lock.execute("PRAGMA busy_timeout = 0")
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        lock.close()
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise LogRefused(f"The log {path} is in use by another process.") from None
+        raise
+    return lock
+
+
+def _hold(path: Path) -> int:
+    """Lock the file itself, by whichever name it was opened: of two names, each has its own ``-lock``.
+
+    No child process inherits the descriptor. The lock does not concern SQLite, whose locks are of another kind.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise LogRefused(f"The log {path} is in use by another process, by this or another name.") from None
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_version(path: Path, connection: sqlite3.Connection, known: int) -> int:
+    """See that it is a log of a version that is known, with all its pages, and return its version."""
+    try:
+        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            raise LogRefused(f"{path} is not a log of Stagecast.") from None
+        raise
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application_id != _APPLICATION_ID and (application_id or version or objects):
+        raise LogRefused(f"{path} is not a log of Stagecast.")
+    if version > known:
+        raise LogRefused(f"The log {path} was written by a newer Stagecast (schema {version}; this one knows {known}).")
+    if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+        raise LogDamaged(_MALFORMED.format(path))
+    return int(version)
+
+
+def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) -> None:
+    """See that it is a log, and bring it to the present schema. A file that is refused is left as it was."""
+    version = _check_version(path, connection, len(schema))
+    if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+        raise LogRefused(f"The log {path} cannot be opened: its file system has no write-ahead logging.")
+    for step, script in enumerate(schema[version:], version + 1):
+        try:
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {_APPLICATION_ID};"
+                f" PRAGMA user_version = {step}; COMMIT;"
+            )
+        except sqlite3.Error:
+            connection.rollback()
+            raise
+    for pragma in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON", "wal_autocheckpoint = 0"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _epoch(path: Path, connection: sqlite3.Connection) -> str | None:
+    """The epoch of the log; ``None`` where it has none yet."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone():
+        return None
+    row = connection.execute("SELECT CAST(epoch AS BLOB) FROM log").fetchone()
+    if row and not re.fullmatch(rb"[a-z0-9]{1,64}", row[0]):
+        raise LogDamaged(f"The log {path} is damaged: its epoch cannot be read.")
+    return row and str(row[0], "ascii")
+
+
+def _set_damage_aside(connection: sqlite3.Connection, judge: sqlite_damage.Judge) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        found = judge.begin(connection)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.rollback()
+        raise
+    sqlite_damage.log_damage(found)
+
+
+def _is_corrupt(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode"):
+        return type(error).__name__  # The text may quote what a row holds.
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

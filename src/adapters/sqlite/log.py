@@ -1,0 +1,485 @@
+"""The event log in a file: what it has answered survives this process, however that ends.
+
+An append that has returned was synced before (see `adapters.sqlite.database`). One that was given up while it waited,
+or whose process was killed, may have been made or not: trying it again tells, by its event id.
+"""
+
+import asyncio
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import partial
+from typing import Final, NamedTuple
+
+from adapters.sqlite.damage import CREDIT, DamageFound, log_damage
+from adapters.sqlite.database import Database, Operation, T, is_text, microseconds
+from domain.errors import (
+    AlreadyStarted,
+    Conflict,
+    CreditsOff,
+    IdempotencyMismatch,
+    InsufficientCredit,
+    LogUnavailable,
+    NotFinished,
+    TooManyGenerations,
+)
+from domain.events import with_credit
+from domain.feed import Cursor, Feed, Logged, zero_id
+from domain.ports import Append, Begun, Clock, Deliver, History, Standing, Start
+
+logger = logging.getLogger(__name__)
+
+#: A position beyond every other.
+_BEYOND: Final = 2**63 - 1
+
+#: Entries as they are read: the columns are the fields of `domain.feed.Logged`.
+_ENTRIES: Final = """
+    SELECT users.user_id, events.position, events.event_id, generations.generation_id, events.sequence, events.name,
+        events.event, generations.first_position, generations.end_position
+    FROM events
+    JOIN generations ON generations.id = events.generation
+    JOIN users ON users.id = events.user
+"""
+
+#: What an append is checked against: the user and the generation as they are, each NULL where there is none.
+_STATE: Final = f"""
+    SELECT users.id, users.head, {CREDIT}, generations.id, generations.first_position, generations.end_position,
+        generations.reserved, generations.deleted, generations.free,
+        (SELECT max(sequence) FROM events WHERE generation = generations.id)
+    FROM (SELECT 1)
+    LEFT JOIN users ON users.user_id = ?
+    LEFT JOIN generations ON generations.generation_id = ?
+"""
+
+#: A feed as it lies around an anchor.
+_FEED: Final = """
+    SELECT id, head, floor, floor_id,
+        (SELECT event_id FROM events WHERE user = users.id AND position = :anchor),
+        (
+            SELECT json_group_array(first_position) FROM generations
+            WHERE user = users.id AND deleted = 1 AND end_position > :anchor AND first_position <= :anchor
+        )
+    FROM users WHERE user_id = :user_id
+"""
+
+_PRESENT: Final = """
+    SELECT head, floor, floor_id,
+        (SELECT event_id FROM events WHERE user = users.id AND position = head),
+        (SELECT min(first_position) FROM generations WHERE user = users.id AND end_position IS NULL)
+    FROM users WHERE user_id = ?
+"""
+
+#: Generations without their events.
+_GENERATIONS: Final = """
+    SELECT generations.id, users.user_id, generation_id, kind, order_json, free
+    FROM generations JOIN users ON users.id = generations.user
+"""
+_OF_USER: Final = f"""{_GENERATIONS}
+    WHERE users.user_id = ? AND deleted = 0 AND first_position < ? {{}} ORDER BY first_position DESC LIMIT ?
+"""
+_LISTS: Final = {
+    None: _OF_USER.format(""),
+    True: _OF_USER.format("AND end_position IS NULL"),
+    False: _OF_USER.format("AND end_position IS NOT NULL"),
+}
+
+
+_NAMED: Final = "SELECT id FROM generations WHERE generation_id = ?"
+#: Those whose events are at or after a place in a feed.
+_IN_FEED: Final = """
+    SELECT DISTINCT generations.id
+    FROM (
+        SELECT generation FROM events WHERE user = (SELECT id FROM users WHERE user_id = ?) AND position >= ?
+        ORDER BY position LIMIT 1 + ?
+    ) JOIN generations ON generations.id = generation
+"""
+
+#: Those whose events are at or after the first of what still runs.
+_SINCE_OLDEST: Final = """
+    SELECT DISTINCT generations.id
+    FROM users
+    JOIN events ON events.user = users.id AND position >=
+        coalesce((SELECT min(first_position) FROM generations WHERE user = users.id AND end_position IS NULL), head)
+    JOIN generations ON generations.id = generation
+    WHERE user_id = ?
+"""
+
+
+class _Appended(NamedTuple):
+    """What an append has come to."""
+
+    entry: Logged
+    #: False: it had been made before.
+    new: bool
+
+
+class SqliteLog:
+    """`domain.ports.EventLog` in a file, for one server."""
+
+    durable = True
+
+    def __init__(self, database: Database, *, credits: int | None, clock: Clock, outbox: bool = False) -> None:
+        """`credits` is a new user's balance; ``None`` keeps no balances. `outbox`: ends are kept until told.
+
+        The clock is read on the thread that writes.
+        """
+        self.epoch = database.epoch
+        self._database = database
+        self._credits = credits
+        self._clock = clock
+        self._outbox = outbox
+        self._followers: list[Deliver] = []
+
+    async def append(self, entry: Append) -> Logged:
+        appended = await self._database.write(lambda connection: self._append(connection, entry), self._deliver)
+        return appended.entry
+
+    async def mark_paid(self, generation_id: str) -> None:
+        await self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE generations SET free = 0 WHERE generation_id = ?", (generation_id,)
+            )
+        )
+
+    async def begun(self, user_id: str, key: str) -> Begun | None:
+        where = "WHERE user = (SELECT id FROM users WHERE user_id = ?) AND idempotency_key = ?"
+        row = await self._read(
+            lambda connection: connection.execute(
+                f"SELECT generation_id, fingerprint FROM generations {where}", (user_id, key)
+            ).fetchone(),
+            f"SELECT id FROM generations {where}",
+            (user_id, key),
+        )
+        return row and Begun(*row)
+
+    async def generation(self, generation_id: str) -> History | None:
+        def read(connection: sqlite3.Connection) -> Sequence[History]:
+            where = "WHERE generation_id = ? AND deleted = 0"
+            return _histories(connection, connection.execute(f"{_GENERATIONS} {where}", (generation_id,)))
+
+        if not is_text(generation_id):
+            return None
+        return next(iter(await self._read(read, _NAMED, (generation_id,))), None)
+
+    async def generations(
+        self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
+    ) -> Sequence[History]:
+        parameters = (user_id, _BEYOND if before is None else min(before, _BEYOND), limit)
+        return await self._read(
+            lambda connection: _histories(connection, connection.execute(_LISTS[active], parameters)),
+            f"SELECT id FROM ({_LISTS[active]})",
+            parameters,
+        )
+
+    async def unfinished(self) -> Sequence[History]:
+        # The plus keeps SQLite from reading the whole table for the sake of the order.
+        where = "WHERE end_position IS NULL ORDER BY +generations.id"
+        return await self._database.read(
+            lambda connection: _histories(connection, connection.execute(f"{_GENERATIONS} {where}"))
+        )
+
+    async def set_aside(self, generation_id: str) -> bool:
+        query = (
+            "SELECT 1 FROM damaged_generations JOIN generations ON generations.id = tombstone"
+            " WHERE generations.generation_id = ?"
+        )
+        row = await self._database.read(lambda connection: connection.execute(query, (generation_id,)).fetchone())
+        return row is not None
+
+    async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
+        which = "FROM generations WHERE ended_at < ? ORDER BY ended_at, end_event LIMIT ?"
+        parameters = (microseconds(moment), limit)
+        return await self._read(
+            lambda connection: [name for (name,) in connection.execute(f"SELECT generation_id {which}", parameters)],
+            f"SELECT id {which}",
+            parameters,
+        )
+
+    async def head_cursor(self, user_id: str) -> Cursor:
+        row = await self._read(
+            lambda connection: connection.execute(_PRESENT, (user_id,)).fetchone(), _SINCE_OLDEST, (user_id,)
+        )
+        if row is None:
+            return Cursor(0, zero_id(self.epoch, user_id), 0)
+        head, floor, floor_id, head_id, oldest = row
+        return Cursor(head, floor_id if head == floor else head_id, head if oldest is None else oldest - 1)
+
+    async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
+        def read(connection: sqlite3.Connection) -> Feed:
+            row = connection.execute(_FEED, {"user_id": user_id, "anchor": anchor}).fetchone()
+            if row is None:
+                return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, ())
+            user, head, floor, floor_id, id_there, deleted_spans = row
+            where = "WHERE events.user = ? AND events.position > ? ORDER BY events.position LIMIT ?"
+            rows = connection.execute(f"{_ENTRIES} {where}", (user, after, limit)) if limit else ()
+            entries = [Logged._make(row) for row in rows]
+            upto = max(after, head) if len(entries) < limit else entries[-1].position if entries else after
+            anchor_id = floor_id if anchor == floor else id_there if anchor > floor else None
+            return Feed(entries, upto, head, floor, anchor_id, json.loads(deleted_spans))
+
+        return await self._read(read, _IN_FEED, (user_id, min(after, anchor), limit))
+
+    @asynccontextmanager
+    async def follow(self, deliver: Deliver) -> AsyncIterator[None]:
+        self._followers.append(deliver)
+        try:
+            yield
+        finally:
+            self._followers.remove(deliver)
+
+    async def credit(self, user_id: str) -> int | None:
+        row = await self._database.read(
+            lambda connection: connection.execute(
+                f"SELECT {CREDIT} FROM users WHERE user_id = ?", (user_id,)
+            ).fetchone()
+        )
+        kept: int | None = row and row[0]
+        return self._credits if kept is None or self._credits is None else kept
+
+    async def standing(self, user_id: str) -> Standing:
+        row = await self._database.read(
+            lambda connection: connection.execute(
+                f"SELECT {CREDIT}, (SELECT count(*) FROM generations WHERE user = users.id AND end_position IS NULL)"
+                " FROM users WHERE user_id = ?",
+                (user_id,),
+            ).fetchone()
+        )
+        credit, unfinished = row or (None, 0)
+        return Standing(self._credits if credit is None or self._credits is None else credit, unfinished)
+
+    async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
+        credits = self._credits
+        if credits is None:
+            raise CreditsOff
+
+        def grant(connection: sqlite3.Connection) -> int:
+            connection.execute("DELETE FROM grants WHERE until <= ?", (microseconds(at),))
+            row = connection.execute(f"SELECT id, {CREDIT} FROM users WHERE user_id = ?", (user_id,)).fetchone()
+            user, kept = row or (None, None)
+            before = connection.execute(
+                "SELECT amount, credit FROM grants WHERE user = ? AND idempotency_key = ?"
+                " AND typeof(amount) = 'integer' AND typeof(credit) = 'integer'",
+                (user, key),
+            ).fetchone()
+            if before is not None:
+                if before[0] != amount:
+                    raise IdempotencyMismatch
+                return int(before[1])
+            credit = max(0, (credits if kept is None else kept) + amount)
+            if user is None:
+                user = self._insert_user(connection, user_id, 0, credit)
+            else:
+                connection.execute("UPDATE users SET credit = ? WHERE id = ?", (credit, user))
+            if key is not None:
+                connection.execute(
+                    "REPLACE INTO grants (user, idempotency_key, amount, credit, until) VALUES (?, ?, ?, ?, ?)",
+                    (user, key, amount, credit, microseconds(until)),
+                )
+            return credit
+
+        return await self._database.write(grant)
+
+    async def remove(self, generation_id: str, *, retention: bool) -> bool:
+        if not is_text(generation_id):
+            return False
+        await self._read(lambda _: None, _NAMED, (generation_id,))
+        return await self._database.write(lambda connection: _remove(connection, generation_id, retention))
+
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        if not self._outbox:
+            return []
+        where = "WHERE undelivered = 1 AND events.id = end_event ORDER BY end_event LIMIT ?"
+        return await self._read(
+            lambda connection: [Logged._make(row) for row in connection.execute(f"{_ENTRIES} {where}", (limit,))],
+            "SELECT id FROM generations WHERE undelivered = 1 ORDER BY end_event LIMIT ?",
+            (limit,),
+        )
+
+    async def delivered(self, generation_id: str) -> None:
+        await self._database.write(
+            lambda connection: connection.execute(
+                "UPDATE generations SET undelivered = 0 WHERE generation_id = ? AND undelivered = 1", (generation_id,)
+            )
+        )
+
+    async def examine(self) -> None:
+        judge = self._database.judge
+        while not judge.done:
+            began = time.monotonic()
+            await self._sound(judge.next)
+            # Others come first: it takes a quarter of a processor at most.
+            await asyncio.sleep(3 * (time.monotonic() - began))
+
+    async def probe(self) -> None:
+        await self._database.probe()
+
+    async def close(self) -> None:
+        """Close the file. Everything that was asked for before has been done."""
+        await self._database.close()
+
+    async def _read(self, query: Operation[T], rows: str, parameters: Sequence[object]) -> T:
+        """What the query finds, once what is damaged has been set aside of the generations whose `rows` it needs."""
+        judge = self._database.judge
+
+        def read(connection: sqlite3.Connection) -> T:
+            if not judge.done:
+                judge.check(connection, (key for (key,) in connection.execute(rows, parameters)))
+            return query(connection)
+
+        return await self._sound(read)
+
+    async def _sound(self, query: Operation[T]) -> T:
+        """What the query finds, once what `Judge.check` finds damaged in it has been set aside."""
+        while True:
+            try:
+                return await self._database.read(query)
+            except DamageFound as found:
+                await self._database.write(partial(self._database.judge.set_aside, keys=found.keys), log_damage)
+
+    def _append(self, connection: sqlite3.Connection, entry: Append) -> _Appended:
+        user, head, credit, generation, first, end, reserved, deleted, free, last = connection.execute(
+            _STATE, (entry.user_id, entry.generation_id)
+        ).fetchone()
+        start = entry.start
+        actual = 0 if deleted or last is None else last
+        if entry.sequence <= actual:
+            where = "WHERE events.generation = ? AND events.sequence = ? AND events.event_id = ?"
+            parameters = (generation, entry.sequence, entry.event_id)
+            if row := connection.execute(f"{_ENTRIES} {where}", parameters).fetchone():
+                return _Appended(Logged._make(row), new=False)
+        if entry.not_after is not None and self._clock() > entry.not_after:
+            raise LogUnavailable
+        if start is not None and start.key is not None:
+            _check_key(connection, user, start.key, start.fingerprint)
+        # Of one that was deleted the places are left: it is not there, and its id is taken.
+        if entry.sequence != actual + 1 or (start is None) != (generation is not None) or end is not None:
+            raise Conflict(entry.sequence, actual)
+        if start is not None and _active(connection, user) >= start.max_unfinished:
+            raise TooManyGenerations
+        # Where balances were not kept at its start, nothing was reserved, and nothing is given back.
+        if start is not None:
+            reserved = self._credits is not None
+        credit = self._credits if credit is None else credit
+        event = entry.event
+        if entry.credit is not None and credit is not None:
+            credit += entry.credit if reserved else 0
+            if credit < 0:
+                raise InsufficientCredit
+            if self._credits is not None:
+                event = with_credit(event, credit)
+        position = (head or 0) + 1
+        if user is None:
+            user = self._insert_user(connection, entry.user_id, position, credit)
+        else:
+            connection.execute("UPDATE users SET head = ?, credit = ? WHERE id = ?", (position, credit, user))
+        if start is not None:
+            first, generation = position, _insert_generation(connection, entry, start, user, position, reserved)
+        inserted = connection.execute(
+            "INSERT INTO events (user, position, generation, sequence, event_id, name, event)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (user, position, generation, entry.sequence, entry.event_id, entry.name, event),
+        )
+        if entry.free != (free == 1):
+            connection.execute("UPDATE generations SET free = ? WHERE id = ?", (entry.free, generation))
+        if entry.terminal:
+            end = position
+            connection.execute(
+                "UPDATE generations SET end_position = ?, ended_at = ?, end_event = ?, undelivered = ? WHERE id = ?",
+                (position, microseconds(entry.at), inserted.lastrowid, self._outbox, generation),
+            )
+        logged = Logged(
+            entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence, entry.name, event, first, end
+        )
+        return _Appended(logged, new=True)
+
+    def _insert_user(self, connection: sqlite3.Connection, user_id: str, head: int, credit: int | None) -> int:
+        inserted = connection.execute(
+            "INSERT INTO users (user_id, credit, head, floor, floor_id) VALUES (?, ?, ?, 0, ?)",
+            (user_id, credit, head, zero_id(self.epoch, user_id)),
+        )
+        assert inserted.lastrowid is not None
+        return inserted.lastrowid
+
+    def _deliver(self, appended: _Appended) -> None:
+        for deliver in self._followers if appended.new else ():
+            try:
+                deliver(appended.entry)
+            except Exception as error:
+                logger.error("a follower of the log failed: %s", type(error).__name__)
+
+
+def _histories(connection: sqlite3.Connection, generations: sqlite3.Cursor) -> list[History]:
+    """These generations (`_GENERATIONS`) with their events, which are read all at once."""
+    rows = generations.fetchall()
+    events: dict[str, list[Logged]] = {generation_id: [] for _, _, generation_id, *_ in rows}
+    where = "WHERE events.generation IN (SELECT value FROM json_each(?)) ORDER BY events.generation, events.sequence"
+    for row in connection.execute(f"{_ENTRIES} {where}", (json.dumps([row[0] for row in rows]),)) if rows else ():
+        entry = Logged._make(row)
+        events[entry.generation_id].append(entry)
+    return [
+        History(user_id, generation_id, kind, order, events[generation_id], free == 1)
+        for _, user_id, generation_id, kind, order, free in rows
+    ]
+
+
+def _check_key(connection: sqlite3.Connection, user: int | None, key: str, fingerprint: str) -> None:
+    row = connection.execute(
+        "SELECT generation_id, fingerprint FROM generations WHERE user = ? AND idempotency_key = ?", (user, key)
+    ).fetchone()
+    if row is not None:
+        if row[1] != fingerprint:
+            raise IdempotencyMismatch
+        raise AlreadyStarted(row[0])
+
+
+def _active(connection: sqlite3.Connection, user: int | None) -> int:
+    """How many unfinished generations the user has."""
+    (count,) = connection.execute(
+        "SELECT count(*) FROM generations WHERE user = ? AND end_position IS NULL", (user,)
+    ).fetchone()
+    return int(count)
+
+
+def _insert_generation(
+    connection: sqlite3.Connection, entry: Append, start: Start, user: int, first: int, reserved: bool
+) -> int | None:
+    return connection.execute(
+        "INSERT INTO generations (generation_id, user, kind, order_json, idempotency_key, fingerprint, reserved,"
+        " first_position) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (entry.generation_id, user, start.kind, start.order, start.key, start.fingerprint, reserved, first),
+    ).lastrowid
+
+
+def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool) -> bool:
+    row = connection.execute(
+        "SELECT generations.id, user, end_position, deleted, floor"
+        " FROM generations JOIN users ON users.id = user WHERE generation_id = ?",
+        (generation_id,),
+    ).fetchone()
+    if row is None:
+        return False
+    generation, user, end, deleted, floor = row
+    if end is None:
+        raise NotFinished
+    if deleted and not retention:
+        return False
+    if retention and end > floor:
+        floor = end
+        connection.execute(
+            "UPDATE users SET floor = ?, floor_id = (SELECT event_id FROM events WHERE user = ? AND position = ?)"
+            " WHERE id = ?",
+            (end, user, end, user),
+        )
+    connection.execute("UPDATE events SET event = NULL WHERE generation = ?", (generation,))
+    connection.execute(
+        "UPDATE generations SET deleted = 1, order_json = x'', idempotency_key = NULL, fingerprint = '',"
+        " undelivered = 0 WHERE id = ?",
+        (generation,),
+    )
+    # With their places, by the foreign key.
+    connection.execute("DELETE FROM generations WHERE user = ? AND deleted = 1 AND end_position <= ?", (user, floor))
+    return True

@@ -1,0 +1,295 @@
+"""JSON Web Tokens by PyJWT: HS256 with a secret of ours, or RS256 and ES256 with the keys an issuer publishes."""
+
+import asyncio
+import base64
+import json
+import logging
+import math
+import ssl
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Protocol
+
+import httpx2
+import jwt
+from jwt.types import Options
+
+from adapters.outbound.tls import authorities
+from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
+from domain.identity import user_id as valid_user_id
+from domain.ports import Clock
+
+logger = logging.getLogger(__name__)
+
+SERVICE_SCOPE: Final = "stagecast:service"
+
+_MAX_TOKEN: Final = 8 * 1024
+#: How far another clock may be ahead of ours. `exp` gets none: sockets end at the very moment.
+_LEEWAY: Final = timedelta(seconds=5)
+#: The last second a `datetime` can hold.
+_LAST: Final = 253_402_300_799
+
+# PyJWT takes no clock, reads "1" as a moment, and refuses an integer `sub`: those claims are checked here.
+_OPTIONS: Final[Options] = {
+    "require": ["exp"],
+    "verify_exp": False,
+    "verify_nbf": False,
+    "verify_iat": False,
+    "verify_sub": False,
+    "verify_jti": False,
+}
+
+#: How long fetched keys are good, and how long they serve on while the issuer does not answer.
+_FRESH: Final = timedelta(minutes=5)
+_STALE: Final = timedelta(hours=1)
+#: Made-up key ids, or a failure while there are keys to go on with, bring the issuer one request in this time.
+_REST: Final = timedelta(seconds=10)
+#: The same for a failure that leaves somebody without an answer.
+_RETRY: Final = timedelta(seconds=1)
+_MAX_DOCUMENT: Final = 256 * 1024
+
+#: By algorithm: what tells its keys from others, and the members that make the public key.
+_PUBLIC: Final = {
+    "RS256": ({"kty": "RSA"}, ("n", "e")),
+    "ES256": ({"kty": "EC", "crv": "P-256"}, ("x", "y")),
+}
+_MIN_RSA_BITS: Final = 2048
+
+
+class KeySource(Protocol):
+    """Where the keys come from. Each is bound to one algorithm and verifies by no other."""
+
+    async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
+        """The key for a token whose header says this; None where there is none. May raise `KeysUnavailable`."""
+
+
+class Tokens:
+    """Verifies tokens and tells whom they name.
+
+    A token must have an `exp`, and the user in `user_claim`. With an `audience` or `issuer` it must name that
+    one. Without an audience a token that names any is refused, as RFC 7519 wants: it was made for somebody else.
+    """
+
+    def __init__(
+        self,
+        keys: KeySource,
+        *,
+        clock: Clock,
+        user_claim: str = "sub",
+        audience: str | None = None,
+        issuer: str | None = None,
+    ) -> None:
+        self._keys, self._clock, self._user_claim = keys, clock, user_claim
+        self._audience, self._issuer = audience, issuer
+        self._hinted = False
+
+    async def verify(self, token: str) -> Identity:
+        """Whom the token names. Of an expired one nothing else is wrong.
+
+        Raises:
+            InvalidToken, TokenExpired
+            KeysUnavailable: the issuer would have to be asked for its keys, and does not answer.
+        """
+        # What was sent is not always what it should be, whatever its type here says.
+        if not isinstance(token, str) or len(token) > _MAX_TOKEN or not token.isascii():
+            raise InvalidToken
+        try:
+            header = jwt.get_unverified_header(token)
+            key = await self._keys.find(header.get("alg"), header.get("kid"))
+            if key is None:
+                raise InvalidToken
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=[key.algorithm_name],
+                audience=self._audience,
+                issuer=self._issuer,
+                options=_OPTIONS,
+            )
+        except jwt.PyJWTError as error:
+            self._hint(error)
+            raise InvalidToken from None
+        return self._identity(claims)
+
+    def _identity(self, claims: dict[str, Any]) -> Identity:
+        now = self._clock()
+        expires_at = _moment(claims["exp"])
+        if any(_moment(claims[name]) > now + _LEEWAY for name in ("nbf", "iat") if name in claims):
+            raise InvalidToken
+        try:
+            user = valid_user_id(claims.get(self._user_claim))
+        except InvalidUserId:
+            raise InvalidToken from None
+        if expires_at <= now:
+            raise TokenExpired
+        scope = claims.get("scope")
+        scopes = scope.split(" ") if isinstance(scope, str) else scope if isinstance(scope, list) else []
+        return Identity(user, expires_at, SERVICE_SCOPE in scopes)
+
+    def _hint(self, error: jwt.PyJWTError) -> None:
+        """Tell the operator, once, what no client can."""
+        if isinstance(error, jwt.InvalidAudienceError) and self._audience is None and not self._hinted:
+            self._hinted = True
+            logger.warning("a token that names an audience was refused, since no audience is configured")
+
+
+def _moment(value: object) -> datetime:
+    """A NumericDate. `nan` and the infinities lie outside, and so do milliseconds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LAST:
+        raise InvalidToken
+    return datetime.fromtimestamp(value, UTC)
+
+
+def issue(
+    secret: bytes,
+    user_id: str,
+    *,
+    service: bool,
+    ttl: timedelta,
+    now: datetime,
+    user_claim: str = "sub",
+    audience: str | None = None,
+    issuer: str | None = None,
+) -> str:
+    """A token by HS256 that `Tokens` set up in the same way takes until `ttl` is over, up to a second longer.
+
+    Raises:
+        InvalidUserId
+        ValueError: the secret is not fit to be one; `ttl` is not positive, or ends after the year 9999.
+    """
+    expires = math.ceil(now.timestamp() + ttl.total_seconds())
+    if ttl <= timedelta() or expires > _LAST:
+        raise ValueError("the time to live must be positive, and end before the year 10000")
+    optional = {"aud": audience, "iss": issuer, "scope": SERVICE_SCOPE if service else None}
+    claims = {user_claim: valid_user_id(user_id), "iat": int(now.timestamp()), "exp": expires}
+    claims |= {name: value for name, value in optional.items() if value is not None}
+    return jwt.encode(claims, SecretKey(secret).key, "HS256")
+
+
+class SecretKey:
+    """One secret for HS256, of at least 32 bytes; ValueError for any that is not fit to be one."""
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) < 32:
+            raise ValueError("the secret must have at least 32 bytes")
+        try:
+            jwt.encode({}, secret, "HS256")
+        except jwt.InvalidKeyError:
+            raise ValueError("the secret must not be a public key, a certificate or a JWK") from None
+        self.key: Final = jwt.PyJWK({"kty": "oct", "k": base64.urlsafe_b64encode(secret).decode()}, "HS256")
+
+    async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
+        return self.key if algorithm == "HS256" else None
+
+
+class JwksKeys:
+    """An issuer's public keys for RS256 and ES256, by their address (http or https). Redirects are not followed."""
+
+    def __init__(self, url: str, *, clock: Clock, timeout: float = 5, trust: ssl.SSLContext | None = None) -> None:
+        """One fetch takes at most `timeout` seconds. Proxies of the environment are not used."""
+        self._url, self._clock, self._timeout = url, clock, timeout
+        self._trust = trust or authorities()
+        self._keys: list[jwt.PyJWK] = []
+        self._fetched: datetime | None = None
+        #: The last fetch for an unknown key id while the keys were fresh.
+        self._searched: datetime | None = None
+        #: The last fetch, if it failed.
+        self._failed: datetime | None = None
+        self._turn = asyncio.Lock()
+
+    async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
+        if algorithm not in tuple(_PUBLIC):
+            return None
+        key = self._known(algorithm, kid)
+        # Who has a key that was good until now does not wait for what somebody else already asks.
+        if self._due(key) and not (key and self._turn.locked()):
+            async with self._turn:
+                if self._due(self._known(algorithm, kid)):
+                    await self._refresh()
+            key = self._known(algorithm, kid)
+        if key is None and self._failed is not None:
+            raise KeysUnavailable
+        return key
+
+    def _within(self, age: timedelta, moment: datetime | None) -> bool:
+        # A moment to come is none: the clock was set back.
+        return moment is not None and timedelta() <= self._clock() - moment < age
+
+    def _known(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
+        if not self._within(_STALE, self._fetched):
+            return None
+        keys = [key for key in self._keys if key.algorithm_name == algorithm]
+        for key in keys:
+            if kid is not None and key.key_id == kid:
+                return key
+        return keys[0] if len(keys) == 1 and None in (kid, keys[0].key_id) else None
+
+    def _due(self, key: jwt.PyJWK | None) -> bool:
+        if not self._within(_FRESH, self._fetched):
+            return not self._within(_REST if key else _RETRY, self._failed)
+        return key is None and not self._within(_REST, self._searched)
+
+    async def _refresh(self) -> None:
+        begun = self._clock()
+        was_fresh = self._within(_FRESH, self._fetched)
+        try:
+            async with asyncio.timeout(self._timeout):
+                keys = _usable(await self._fetch())
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RecursionError) as error:
+            self._failed = self._clock()
+            logger.warning("the issuer's keys cannot be fetched: %s", _reason(error))
+        else:
+            self._keys, self._fetched, self._failed = keys, begun, None
+        if was_fresh:
+            self._searched = self._clock()
+
+    async def _fetch(self) -> bytes:
+        client = httpx2.AsyncClient(trust_env=False, timeout=self._timeout, verify=self._trust)
+        # Not compressed, so that the limit counts what is kept.
+        async with client, client.stream("GET", self._url, headers={"Accept-Encoding": "identity"}) as answer:
+            if answer.status_code != 200:
+                raise _BadAnswer(f"status {answer.status_code}")
+            body = bytearray()
+            async for chunk in answer.aiter_raw():
+                body += chunk
+                if len(body) > _MAX_DOCUMENT:
+                    raise _BadAnswer("over 256 kB")
+            return bytes(body)
+
+
+class _BadAnswer(ValueError):
+    """The issuer's answer is none."""
+
+
+def _reason(error: Exception) -> str:
+    # Only texts of ours: others may hold the address, and what the issuer sent.
+    return str(error) if isinstance(error, _BadAnswer) else type(error).__name__
+
+
+def _usable(document: bytes) -> list[jwt.PyJWK]:
+    match json.loads(document):
+        case {"keys": [*entries]}:
+            keys = [key for entry in entries if isinstance(entry, dict) and (key := _public_key(entry))]
+            if keys:
+                return keys
+    raise _BadAnswer("no usable key")
+
+
+def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
+    """The key, unless it is for something else, too short, broken, or published with its private half."""
+    kid, operations = entry.get("kid"), entry.get("key_ops", ["verify"])
+    for algorithm, (marks, members) in _PUBLIC.items():
+        if (
+            marks.items() <= entry.items()
+            and entry.get("use", "sig") == "sig"
+            and entry.get("alg", algorithm) == algorithm
+            and isinstance(operations, list)
+            and "verify" in operations
+            and (kid is None or isinstance(kid, str))
+            and "d" not in entry
+        ):
+            try:
+                key = jwt.PyJWK({**marks, "kid": kid, **{name: entry[name] for name in members}}, algorithm)
+            except (jwt.PyJWTError, LookupError, TypeError, ValueError):
+                return None
+            return key if algorithm != "RS256" or key.key.key_size >= _MIN_RSA_BITS else None
+    return None

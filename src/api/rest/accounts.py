@@ -1,0 +1,42 @@
+"""HTTP: users' balances."""
+
+from typing import Final
+
+from fastapi import APIRouter, Request, Response
+
+from api.auth import PROBLEMS, Caller, service_only
+from api.rest.bodies import json_body, read_json
+from api.rest.generations import IdempotencyKey
+from api.rest.problems import documented
+from api.rest.schemas import Account, Grant, json_response
+from api.rest.state import UseCases
+from domain.identity import user_id as valid_user_id
+
+router: Final = APIRouter(tags=["accounts"])
+
+
+@router.get("/me", response_model=Account, responses=documented(*PROBLEMS))
+async def get_me(caller: Caller, workflow: UseCases) -> Response:
+    """Who is calling, and the remaining balance."""
+    return json_response(Account(user_id=caller, credit=await workflow.credit(caller)))
+
+
+@router.post(
+    "/users/{user_id:path}/credit",
+    response_model=Account,
+    responses=documented(
+        "bad_request",
+        "request_timeout",
+        "content_too_large",
+        "invalid_request",
+        "idempotency_mismatch",
+        "credits_off",
+        *PROBLEMS,
+    ),
+    dependencies=[service_only],
+    openapi_extra=json_body(Grant),
+)
+async def grant_credit(request: Request, user_id: str, workflow: UseCases, key: IdempotencyKey = None) -> Response:
+    """Give a user credit, or take it back, but never below 0. For services."""
+    user, grant = valid_user_id(user_id), await read_json(request, Grant)
+    return json_response(Account(user_id=user, credit=await workflow.grant(user, grant.amount, key)))

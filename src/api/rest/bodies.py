@@ -1,0 +1,130 @@
+"""Request bodies, read within limits. Routes read them last: once it is known who is calling."""
+
+import asyncio
+from collections import deque
+from typing import Any, Final, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.rest.problems import Invalid, invalid_fields, problem
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_MAX_JSON: Final = 64 * 1024
+#: A body has to come at so many bytes per second over any so many seconds, and be whole after so many.
+_MIN_RATE: Final = 1_000
+BODY_WINDOW = 20.0
+BODY_TIMEOUT = 900.0
+
+
+def limited(request: Request, size: int, sentence: str) -> Request:
+    """The request, whose body may not grow beyond so many bytes, declared or not: 413, with this sentence."""
+    too_large = HTTPException(413, sentence)
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > size:
+        raise too_large
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > size:
+            raise too_large
+        return message
+
+    return Request(request.scope, receive)
+
+
+async def read_json(request: Request, model: type[Model]) -> Model:
+    """The body as this model. (FastAPI would read it, however large, before it asks who is calling.)
+
+    Raises:
+        Invalid: it is not as it has to be.
+        HTTPException: 413.
+    """
+    body = await limited(request, _MAX_JSON, "The request may have 64 kB at most.").body()
+    try:
+        return model.model_validate_json(body, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise Invalid(*invalid_fields(error.errors())) from None
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The body as OpenAPI shows it."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # What a body is made of is part of an answer too, and so a component anyway.
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class BodyTimeout:
+    """An ASGI layer that ends requests whose body comes too slowly.
+
+    The application sees such a client disconnect, and gives up what it has received; the client is answered with
+    ``408 request_timeout``. Only the time is counted for which the application waits for the body. A response that has
+    begun without it is not ended.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request or connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = _Body(receive)
+
+        async def send_unless_late(message: Message) -> None:
+            body.answered = True
+            if not body.late:
+                await send(message)
+
+        await self._app(scope, body.receive, send_unless_late)
+        if body.late:
+            detail = "The body was sent too slowly: it needs 1 kB/s at least, and 15 minutes at most."
+            await problem("request_timeout", detail)(scope, receive, send)
+
+
+class _Body:
+    """The body of one request, and how fast it comes."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._waited = 0.0
+        self._received = 0
+        #: Moments, at least a second apart, after which too little has come so far: seconds waited, bytes received.
+        self._marks = deque([(0.0, 0)])
+        self._whole = False
+        self._ends = asyncio.get_running_loop().time() + BODY_TIMEOUT
+        #: Whether a response has begun, and whether the body took too long before that.
+        self.answered = self.late = False
+
+    async def receive(self) -> Message:
+        """Wait for the next part."""
+        began = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout_at(self._limit(began)):
+                message = await self._receive()
+        except TimeoutError:
+            if self.answered:
+                return await self._receive()
+            self.late = True
+        if self.late:
+            return {"type": "http.disconnect"}
+        self._waited += asyncio.get_running_loop().time() - began
+        self._received += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        while self._marks and self._received - self._marks[0][1] >= _MIN_RATE * BODY_WINDOW:
+            self._marks.popleft()
+        if not self._marks or self._waited - self._marks[-1][0] >= 1:
+            self._marks.append((self._waited, self._received))
+        return message
+
+    def _limit(self, now: float) -> float | None:
+        if self._whole or self.answered:
+            return None
+        return min(self._ends, now + self._marks[0][0] + BODY_WINDOW - self._waited)

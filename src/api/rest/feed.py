@@ -1,0 +1,30 @@
+"""HTTP: the caller's feed, for clients that poll."""
+
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Query, Response
+from pydantic_core import to_json
+
+from api.auth import PROBLEMS, Caller
+from api.rest.problems import documented
+from api.rest.schemas import FeedPage, json_response, named
+from api.rest.state import Feeds, UseCases
+
+router: Final = APIRouter(tags=["generations"])
+
+
+@router.get("/events", response_model=FeedPage, responses=documented("invalid_request", *PROBLEMS))
+async def get_feed(
+    caller: Caller,
+    workflow: UseCases,
+    feeds: Feeds,
+    after: Annotated[str | None, Query(description="a cursor, of this route or of Socket.IO")] = None,
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 200,
+) -> Response:
+    """The events after a cursor, of all of the caller's generations. Without a cursor: the present state."""
+    page = None if after is None else await feeds.read(caller, after, limit)
+    if page is None:
+        cursor = await feeds.head_cursor(caller)  # Before the snapshots, so that nothing in between is missed.
+        return json_response(FeedPage(recovered=False, cursor=cursor, generations=list(await workflow.recent(caller))))
+    body = b'{"recovered":true,"cursor":%b,"events":[%b]}' % (to_json(page.cursor), named(page.events))
+    return Response(body, media_type="application/json")

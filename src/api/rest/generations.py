@@ -1,0 +1,184 @@
+"""HTTP: start a generation, look at it, cancel it, delete it."""
+
+import re
+from contextlib import AsyncExitStack
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from pydantic import AfterValidator
+from pydantic_core import to_json
+
+from api.auth import PROBLEMS, Caller, Identified, require_service
+from api.rest.forms import form_body, read_wish
+from api.rest.problems import documented
+from api.rest.schemas import CancelOutcome, EventPage, GenerationPage, json_response, named
+from api.rest.state import UseCases
+from domain.errors import NotFound
+from domain.generation import Snapshot
+from domain.identity import Identity
+from domain.queries import generation_of
+from domain.stages import Kind
+from domain.workflow import Workflow
+
+router: Final = APIRouter(tags=["generations"])
+
+_ID: Final = re.compile(r"(edit|gen)_[0-9]{1,15}_[a-z0-9]{16,64}")
+_MAX_INT: Final = 2**63 - 1
+
+
+def _known_shape(generation_id: str) -> str:
+    if _ID.fullmatch(generation_id) is None:
+        raise NotFound
+    return generation_id
+
+
+GenerationId = Annotated[str, Path(examples=["edit_1763829000123_k3v9x2ab4c6d8e0f"]), AfterValidator(_known_shape)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=200,
+        pattern="^[ -~]*$",
+        description="the same request with the same key again starts nothing: it answers what was started",
+    ),
+]
+
+Runner = Annotated[
+    Literal["external"] | None,
+    Query(description="for services: a pipeline of your own does the work, and reports it by `/transitions`"),
+]
+
+_ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
+    202: {
+        "description": "the generation has started, or had been by this Idempotency-Key",
+        "headers": {"Location": {"description": "/generations/<id>", "schema": {"type": "string"}}},
+    },
+    **documented(
+        "bad_request",
+        "insufficient_credit",
+        "request_timeout",
+        "content_too_large",
+        "unsupported_media_type",
+        "unsupported_image_type",
+        "invalid_request",
+        "invalid_image",
+        "image_too_large",
+        "idempotency_mismatch",
+        "too_many_generations",
+        "too_many_starts",
+        "storage_limit",
+        "queue_full",
+        "overloaded",
+        "draining",
+        "storage_failed",
+        *PROBLEMS,
+    ),
+}
+_ONE: Final = documented("not_found", *PROBLEMS)
+
+
+@router.post(
+    "/generations/edit",
+    status_code=202,
+    response_model=Snapshot,
+    responses=_ACCEPTED,
+    openapi_extra=form_body("edit"),
+)
+async def start_edit(
+    request: Request, identity: Identified, workflow: UseCases, key: IdempotencyKey = None, runner: Runner = None
+) -> Response:
+    """Start an edit: the images are laid out on one sheet, edited, and given a face where that is asked for."""
+    return await _start(request, identity, workflow, key, runner, "edit")
+
+
+@router.post(
+    "/generations/generate",
+    status_code=202,
+    response_model=Snapshot,
+    responses=_ACCEPTED,
+    openapi_extra=form_body("generate"),
+)
+async def start_generate(
+    request: Request, identity: Identified, workflow: UseCases, key: IdempotencyKey = None, runner: Runner = None
+) -> Response:
+    """Start a generation: the images are laid out on one sheet, and a new one is made after it."""
+    return await _start(request, identity, workflow, key, runner, "generate")
+
+
+async def _start(
+    request: Request, identity: Identity, workflow: Workflow, key: str | None, runner: str | None, kind: Kind
+) -> Response:
+    if runner is not None:
+        require_service(identity)
+    async with AsyncExitStack() as form:
+        async with workflow.arriving(identity.user_id, key):
+            wish = await form.enter_async_context(read_wish(request, kind, external=runner is not None))
+        snapshot = await workflow.start(identity.user_id, wish, key)
+    location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"
+    return json_response(snapshot, 202, {"Location": location})
+
+
+@router.get(
+    "/generations",
+    response_model=GenerationPage,
+    responses=documented("invalid_request", *PROBLEMS),
+)
+async def list_generations(
+    caller: Caller,
+    workflow: UseCases,
+    status: Annotated[Literal["active", "finished"] | None, Query(description="only these")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    before: Annotated[int | None, Query(ge=1, le=_MAX_INT, description="`next` of the page before")] = None,
+) -> Response:
+    """The caller's generations, newest first."""
+    active = None if status is None else status == "active"
+    page = await workflow.page(caller, active=active, before=before, limit=limit)
+    following = None if page.next is None else str(page.next)
+    return json_response(GenerationPage(generations=list(page.generations), next=following))
+
+
+@router.get("/generations/{generation_id}", response_model=Snapshot, responses=_ONE)
+async def get_generation(generation_id: GenerationId, caller: Caller, workflow: UseCases) -> Response:
+    """The generation as it is now."""
+    return json_response(await workflow.snapshot(caller, generation_id))
+
+
+@router.get(
+    "/generations/{generation_id}/events",
+    response_model=EventPage,
+    responses=documented("not_found", "invalid_request", *PROBLEMS),
+)
+async def get_events(
+    generation_id: GenerationId,
+    caller: Caller,
+    workflow: UseCases,
+    after: Annotated[int, Query(ge=0, le=_MAX_INT, description="only those with a higher sequence")] = 0,
+) -> Response:
+    """The generation's events, as they were sent live."""
+    history = await workflow.history(caller, generation_id)
+    status = generation_of(history).status
+    body = b'{"generationId":%b,"status":%b,"events":[%b]}' % (
+        to_json(generation_id),
+        to_json(status),
+        named(entry for entry in history.events if entry.sequence > after),
+    )
+    return Response(body, media_type="application/json")
+
+
+@router.post("/generations/{generation_id}/cancel", response_model=CancelOutcome, responses=_ONE)
+async def cancel_generation(generation_id: GenerationId, caller: Caller, workflow: UseCases) -> Response:
+    """End the generation, and give the credit back, unless it has ended."""
+    return json_response(CancelOutcome(outcome=await workflow.cancel(caller, generation_id)))
+
+
+@router.delete(
+    "/generations/{generation_id}",
+    status_code=204,
+    response_class=Response,
+    responses=documented("not_found", "not_finished", *PROBLEMS),
+)
+async def delete_generation(generation_id: GenerationId, caller: Caller, workflow: UseCases) -> Response:
+    """Remove a finished generation: its history and its images are gone at once."""
+    await workflow.delete(caller, generation_id)
+    return Response(status_code=204)

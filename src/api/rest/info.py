@@ -1,0 +1,87 @@
+"""HTTP: what needs no caller: stages, images, health."""
+
+import re
+from typing import Final
+
+from fastapi import APIRouter, Request, Response
+
+from api.rest.problems import documented, problem
+from api.rest.schemas import STAGES, Health, Stages, json_response
+from api.rest.state import Images
+from domain.errors import Draining, LogUnavailable, NotFound
+
+router: Final = APIRouter()
+
+#: As `domain.ports.ImageStore.save` makes them: the generation's id, 128 random bits, a suffix.
+_NAME: Final = re.compile(r"[a-z0-9_]+-[A-Za-z0-9_-]+\.[a-z]+")
+
+#: Why the service cannot take a start, by code. Of everything else only the code of its part is told.
+_NOT_READY: Final = {
+    Draining.code: str(Draining()),
+    LogUnavailable.code: str(LogUnavailable()),
+    "storage_failed": "The image store cannot be written. Please try again shortly.",
+    "unavailable": "A part of the service does not work. Please try again shortly.",
+}
+
+
+@router.get("/stages", tags=["generations"], response_model=Stages, responses=documented())
+async def get_stages() -> Response:
+    """The sequences that generations go through."""
+    return json_response(STAGES)
+
+
+@router.get(
+    "/images/{name}",
+    tags=["images"],
+    response_class=Response,
+    responses={
+        200: {
+            "description": "the image",
+            "content": {
+                media_type: {"schema": {"type": "string", "format": "binary"}}
+                # The last is never sent. Several generators leave out an operation of which they know no media type.
+                for media_type in ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
+            },
+        },
+        **documented("not_found"),
+    },
+)
+async def get_image(name: str, images: Images) -> Response:
+    """A stored image. Whoever knows its name may see it."""
+    picture = await images.load(name) if _NAME.fullmatch(name) else None
+    if picture is None:
+        raise NoSuchImage
+    return Response(
+        picture.data,
+        media_type=picture.media_type,
+        headers={
+            "Cache-Control": "private, max-age=3600, immutable",
+            "Content-Disposition": "inline",
+            "X-Content-Type-Options": "nosniff",
+        },
+    )
+
+
+class NoSuchImage(NotFound):
+    """There is no such image."""
+
+
+@router.get("/health/live", tags=["health"], response_model=Health, responses=documented())
+async def get_live() -> Response:
+    """The process answers."""
+    return json_response(Health(status="live"))
+
+
+@router.get(
+    "/health/ready",
+    tags=["health"],
+    response_model=Health,
+    responses=documented(*_NOT_READY),
+)
+async def get_ready(request: Request) -> Response:
+    """The service can take a start. `parts` tells of every background task, in 200 and 503 alike."""
+    reason, parts = await request.app.state.readiness()
+    if reason is None:
+        return json_response(Health(status="ready", parts=parts))
+    code = reason if reason in _NOT_READY else "unavailable"
+    return problem(code, _NOT_READY[code], parts=parts)

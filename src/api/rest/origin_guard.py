@@ -1,0 +1,141 @@
+"""CORS for every response, and the refusal of foreign hosts and origins in open mode.
+
+In open mode anybody on this machine may act for any user, but web pages must not be able to. Before a body is read, the
+service refuses a Host that is not its own (DNS rebinding) and an Origin that is not allowed. Socket.IO, errors
+and preflights pass through here too; no other layer sets CORS headers.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.loopback import HOST, is_loopback
+from api.rest.problems import problem
+
+_SCHEMES: Final = {"ws": "http", "wss": "https"}
+_DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
+
+_REQUESTED_METHOD: Final = "access-control-request-method"
+_REQUESTED_HEADERS: Final = "access-control-request-headers"
+_PRIVATE_NETWORK: Final = "access-control-request-private-network"
+
+_METHODS: Final = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
+_EXPOSED: Final = "Location, Retry-After, X-Request-Id"
+#: A header name. Not ``*``: without credentials, browsers would take it as a wildcard.
+_HEADER: Final = re.compile(r"[!#$%&'+.^_`|~0-9a-z-]+", re.IGNORECASE)
+#: Headers that only browsers, proxies and other nodes may set.
+_DENIED: Final = re.compile(r"cookie|host|x-(forwarded|stagecast)-.*", re.IGNORECASE)
+
+
+class OriginGuard:
+    """Refuses foreign hosts and origins in open mode, and adds the CORS headers to every response."""
+
+    def __init__(self, app: ASGIApp, *, open_mode: bool, origins: Iterable[str], hosts: Collection[str] | None) -> None:
+        """Wrap `app`.
+
+        Args:
+            app: everything the service answers with.
+            open_mode: refuse foreign hosts and origins, and allow loopback origins. Otherwise only preflights are
+                refused: a page of another origin has no token, and cannot read a response without CORS headers.
+            origins: allowed besides the same origin; lower case. ``*`` stands for one label of a host name, or for a
+                part of one.
+            hosts: allowed besides loopback names; lower case, without port. ``None`` allows all.
+        """
+        self._app = app
+        self._open_mode = open_mode
+        patterns = (re.escape(_without_default_port(origin)).replace(r"\*", "[a-z0-9_-]{1,63}") for origin in origins)
+        self._origins = re.compile("|".join(patterns) or "(?!)")
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request or connection."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        origin_allowed = self._origin_allowed(scope["scheme"], headers)
+        preflight = origin is not None and scope.get("method") == "OPTIONS" and _REQUESTED_METHOD in headers
+        refusal = self._refusal(headers, origin_allowed, preflight)
+        if scope["type"] == "websocket":
+            if refusal is None:
+                await self._app(scope, receive, send)
+            elif "websocket.http.response" in scope.get("extensions", {}):
+                await refusal(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
+            return
+
+        async def send_with_cors(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                response = MutableHeaders(scope=message)
+                response["Vary"] = ", ".join([*response.getlist("Vary"), "Origin"])
+                if origin is not None and origin_allowed:
+                    response["Access-Control-Allow-Origin"] = origin
+                    response["Access-Control-Allow-Credentials"] = "true"
+                    response["Access-Control-Expose-Headers"] = _EXPOSED
+            await send(message)
+
+        answer = refusal or (_preflight(headers) if preflight else self._app)
+        await answer(scope, receive, send_with_cors)
+
+    def _refusal(self, headers: Headers, origin_allowed: bool, preflight: bool) -> Response | None:
+        if self._open_mode and not self._host_allowed(headers):
+            detail = "This host name is not allowed. Add it to STAGECAST_ALLOWED_HOSTS to allow it."
+            return problem("host_not_allowed", detail)
+        if (self._open_mode or preflight) and not origin_allowed:
+            detail = "This origin is not allowed. Add it to STAGECAST_CORS_ORIGINS to allow it."
+            return problem("origin_not_allowed", detail)
+        return None
+
+    def _host_allowed(self, headers: Headers) -> bool:
+        if self._hosts is None:
+            return True
+        hosts = headers.getlist("host")
+        name = _name(hosts[0]) if len(hosts) == 1 else None
+        return name is not None and (is_loopback(name) or name in self._hosts)
+
+    def _origin_allowed(self, scheme: str, headers: Headers) -> bool:
+        """Whether the request has no origin (it needs no permission) or one that is allowed."""
+        origins = headers.getlist("origin")
+        if not origins:
+            return True
+        if len(origins) > 1:
+            return False
+        origin = _without_default_port(origins[0].lower())
+        scheme = _SCHEMES.get(scheme, scheme)
+        same = _without_default_port(f"{scheme}://{headers.get('host', '').lower()}")
+        origin_scheme, _, host = origin.partition("://")
+        name = _name(host) if origin_scheme in _DEFAULT_PORTS else None
+        loopback = self._open_mode and name is not None and is_loopback(name)
+        return loopback or origin == same or self._origins.fullmatch(origin) is not None
+
+
+def _preflight(headers: Headers) -> Response:
+    """The answer to a preflight of an allowed origin: what it requests is allowed, except the denied headers."""
+    requested = [name.strip() for line in headers.getlist(_REQUESTED_HEADERS) for name in line.split(",")]
+    allowed = {
+        "Access-Control-Allow-Methods": _METHODS,
+        "Access-Control-Allow-Headers": ", ".join(
+            name for name in requested if _HEADER.fullmatch(name) and not _DENIED.fullmatch(name)
+        ),
+        "Access-Control-Max-Age": "600",
+        "Vary": ", ".join((_REQUESTED_METHOD, _REQUESTED_HEADERS, _PRIVATE_NETWORK)).title(),
+    }
+    if _PRIVATE_NETWORK in headers:
+        allowed["Access-Control-Allow-Private-Network"] = "true"
+    return Response(headers=allowed)
+
+
+def _without_default_port(origin: str) -> str:
+    return origin.removesuffix(_DEFAULT_PORTS.get(origin.partition("://")[0], ""))
+
+
+def _name(host: str) -> str | None:
+    """The host name in ``name:port``, lower case and without brackets; ``None`` if it is malformed."""
+    match = HOST.fullmatch(host.lower())
+    return match and (match[1] or match[2])

@@ -1,0 +1,233 @@
+"""The contract of `domain.ports.ImageStore`: every adapter of it passes this suite."""
+
+import asyncio
+import errno
+import os
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from adapters.images.folder import ImageFolder
+from adapters.system import now
+from domain.errors import Failure
+from domain.ports import ImageStore, Picture
+
+PNG = Picture(b"the bytes of a PNG", "image/png")
+ID, OTHER_ID = "edit_1763829000123_k3v9x2ab4c6d8e0f", "gen_1763829000124_0000000000000000"
+
+
+def folder(path: Path) -> ImageFolder:
+    """A folder as it is usually found: with the mark of a memory log that has ended."""
+    path.mkdir(exist_ok=True)
+    (path / ".stagecast").write_text('{"log": "memory", "epoch": "e0"}\n')
+    return ImageFolder(path, log="memory", epoch="e1")
+
+
+STORES: dict[str, Callable[[Path], ImageStore]] = {"folder": lambda path: folder(path / "images")}
+
+
+def soon() -> datetime:
+    return datetime.now(UTC) + timedelta(minutes=1)
+
+
+@pytest.fixture(params=list(STORES))
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ImageStore:
+    return STORES[request.param](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("media_type", "suffix"), [("image/png", "png"), ("image/jpeg", "jpg"), ("image/webp", "webp")]
+)
+async def test_what_was_saved_is_loaded(store: ImageStore, media_type: str, suffix: str) -> None:
+    saved = Picture(bytes(range(256)), media_type)
+    name = await store.save(ID, saved)
+    assert await store.load(name) == saved
+    assert re.fullmatch(rf"{ID}-[0-9a-f]{{32}}\.{suffix}", name)
+
+
+async def test_the_same_picture_gets_a_new_name_each_time(store: ImageStore) -> None:
+    assert len({await store.save(ID, PNG) for _ in range(20)}) == 20
+
+
+async def test_a_picture_has_a_size_as_long_as_it_is_there(store: ImageStore) -> None:
+    name = await store.save(ID, PNG)
+    assert await store.size(name) == len(PNG.data)
+    await store.discard(name)
+    assert [await store.size(each) for each in (name, "", "../secret.png")] == [0, 0, 0]
+
+
+async def test_an_unknown_name_stands_for_nothing(store: ImageStore) -> None:
+    assert await store.load(f"{ID}-{'0' * 32}.png") is None
+    name = await store.save(ID, PNG)
+    assert await store.load(name.replace(".png", ".jpg")) is None
+    assert await store.load(name.replace(ID, OTHER_ID)) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "secret.png",
+        f"../{ID}-{'0' * 32}.png",
+        f"{ID}/../../secret.png",
+        f"..%2f{ID}-{'0' * 32}.png",
+        f"{ID}-{'0' * 32}.png\n",
+        f"{ID}-{'0' * 32}.png\0.jpg",
+        f"{ID}-{'0' * 32}.svg",
+        f"{ID}-{'A' * 32}.png",
+        f"{ID}-{'0' * 31}.png",
+        f".{ID}-{'0' * 32}.png.part",
+        f"edit_1_{'a' * 5000}-{'0' * 32}.png",
+        f"edit_١_a-{'0' * 32}.png",
+        "/etc/passwd",
+    ],
+)
+async def test_a_name_that_is_none_of_ours_stands_for_nothing(store: ImageStore, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    await store.save(ID, PNG)
+    assert await store.load(name) is None
+    await store.discard(name)
+    assert (tmp_path / "secret.png").exists()
+
+
+async def test_a_discarded_picture_is_gone_and_the_others_stay(store: ImageStore) -> None:
+    one, other = await store.save(ID, PNG), await store.save(ID, PNG)
+    await store.discard(one)
+    await store.discard(one)
+    assert await store.load(one) is None
+    assert await store.load(other) == PNG
+
+
+async def test_removing_a_generation_removes_all_its_pictures_and_no_others(store: ImageStore) -> None:
+    gone = [await store.save(ID, PNG) for _ in range(3)]
+    stays = await store.save(OTHER_ID, PNG)
+    await store.remove(ID)
+    await store.remove(ID)
+    assert [await store.load(name) for name in gone] == [None, None, None]
+    assert await store.load(stays) == PNG
+    assert await store.names(older_than=soon()) == {OTHER_ID: [stays]}
+
+
+@pytest.mark.parametrize("generation_id", ["", ".", "..", "../images", "*", "edit_1_a/.."])
+async def test_removing_what_is_no_generation_removes_nothing(
+    store: ImageStore, tmp_path: Path, generation_id: str
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    name = await store.save(ID, PNG)
+    await store.remove(generation_id)
+    assert await store.load(name) == PNG
+    assert (tmp_path / "mine.txt").exists()
+
+
+async def test_names_are_told_by_generation_and_age(store: ImageStore) -> None:
+    before = datetime.now(UTC) - timedelta(minutes=1)
+    assert await store.names(older_than=soon()) == {}
+    names = [await store.save(ID, PNG) for _ in range(2)]
+    other = await store.save(OTHER_ID, PNG)
+    assert await store.names(older_than=before) == {}
+    told = await store.names(older_than=soon())
+    assert {generation_id: sorted(found) for generation_id, found in told.items()} == {
+        ID: sorted(names),
+        OTHER_ID: [other],
+    }
+
+
+async def test_many_at_once_do_not_get_in_each_others_way(store: ImageStore) -> None:
+    async def come_and_go() -> None:
+        for _ in range(10):
+            name = await store.save(ID, PNG)
+            assert await store.load(name) == PNG
+            await store.discard(name)
+
+    await asyncio.gather(*(come_and_go() for _ in range(8)))
+    assert await store.names(older_than=soon()) == {}
+
+
+# --- the folder alone ------------------------------------------------------------------------------------
+
+
+def files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file() and file.name != ".stagecast"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+async def test_a_full_disk_fails_the_save_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = folder(tmp_path / "images")
+    monkeypatch.setattr({"fsync": os, "replace": Path}[step], step, full)
+    with pytest.raises(Failure) as failure:
+        await store.save(ID, PNG)
+    assert failure.value.code == "storage_failed"
+    assert str(tmp_path) not in str(failure.value)
+    assert files(tmp_path) == []
+
+
+async def test_a_picture_is_not_there_until_it_is_there_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = folder(tmp_path)
+    told: list[dict[str, list[str]]] = []
+    sync = os.fsync
+
+    def look(descriptor: int) -> None:
+        told.append(store._scan(soon().timestamp() - 3600))
+        assert all(file.name.startswith(".") for file in files(tmp_path))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    name = await store.save(ID, PNG)
+    assert told == [{}]
+    assert [file.name for file in files(tmp_path)] == [name]
+
+
+async def test_the_folder_of_a_generation_goes_with_its_last_picture(tmp_path: Path) -> None:
+    store = folder(tmp_path)
+    name = await store.save(ID, PNG)
+    await store.discard(name)
+    assert not (tmp_path / ID).exists()
+
+
+async def test_a_folder_that_goes_while_it_is_looked_at_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another thread discards its last picture just after mkdir has found the folder there."""
+    store = folder(tmp_path)
+    (tmp_path / ID).mkdir()
+    is_dir = Path.is_dir
+
+    def go_first(path: Path) -> bool:
+        monkeypatch.undo()
+        path.rmdir()
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", go_first)
+    assert await store.load(await store.save(ID, PNG)) == PNG
+
+
+async def test_the_sweep_removes_what_dead_writers_left_and_nothing_of_others(tmp_path: Path) -> None:
+    store = folder(tmp_path)
+    name = await store.save(ID, PNG)
+    stale, fresh = (tmp_path / ID / f".{ID}-{digit * 32}.png.part" for digit in "01")
+    foreign = [tmp_path / "notes.txt", tmp_path / "my_folder" / "a.png", tmp_path / ID / "notes.txt"]
+    for file in (stale, fresh, *foreign):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"")
+    hour_ago = (datetime.now(UTC) - timedelta(hours=1)).timestamp()
+    for file in (stale, *foreign, tmp_path / ID / name):
+        os.utime(file, (hour_ago, hour_ago))
+    assert await store.names(older_than=datetime.now(UTC) - timedelta(minutes=30)) == {ID: [name]}
+    assert not stale.exists()
+    assert all(file.exists() for file in (fresh, *foreign))
+
+
+async def test_a_store_that_can_be_written_says_so_and_keeps_nothing_of_it(store: ImageStore) -> None:
+    for _ in range(2):
+        await store.probe()
+    assert await store.names(older_than=now() + timedelta(hours=1)) == {}

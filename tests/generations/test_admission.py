@@ -1,0 +1,363 @@
+"""What is checked and reserved before a start is accepted, and what one user may take of what all share."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from adapters.serving.loop_lag import LoopLag
+from domain import admission
+from domain.errors import (
+    Failure,
+    IdempotencyMismatch,
+    InsufficientCredit,
+    InvalidImage,
+    Overloaded,
+    TooManyGenerations,
+)
+from domain.generation import Snapshot
+from domain.workflow import Wish
+from support.doubles import (
+    FACE_URL,
+    Bytes,
+    Hold,
+    Passing,
+    ScriptedEditor,
+    ScriptedFetcher,
+    Studio,
+    pass_time,
+    swap_wish,
+    wish,
+)
+from support.harness import running
+from support.http_app import assert_problem, serve_api
+
+
+def held(gate: asyncio.Event, data: bytes = b"one") -> tuple[Wish, Bytes]:
+    """A wish whose upload cannot be read before the gate opens."""
+    file = Bytes(data, gate)
+    return wish(uploads=[file]), file
+
+
+# --- reservations -----------------------------------------------------------------------------------------
+
+
+async def test_a_start_whose_credit_is_reserved_by_another_waits_for_it_and_reads_nothing() -> None:
+    studio, gate = Studio(credits=1, line=Passing), asyncio.Event()
+    first_wish, first_file = held(gate)
+    first = asyncio.create_task(studio.start(first_wish))
+    await first_file.awaited.wait()
+    others = [held(gate) for _ in range(5)]
+    waiting = [asyncio.create_task(studio.start(each)) for each, _ in others]
+    done, _ = await asyncio.wait(waiting, timeout=0.05)
+    assert not done
+    gate.set()
+    assert isinstance(await first, Snapshot)
+    for each in waiting:
+        with pytest.raises(InsufficientCredit):
+            await each
+    assert not any(file.awaited.is_set() for _, file in others)
+
+
+async def test_a_reservation_is_given_back_by_a_start_that_is_refused() -> None:
+    studio, gate = Studio(credits=1), asyncio.Event()
+    bad, file = held(gate, b"bad")
+    refused = asyncio.create_task(studio.start(bad))
+    await file.awaited.wait()
+    next_one = asyncio.create_task(studio.start())
+    gate.set()
+    with pytest.raises(InvalidImage):
+        await refused
+    assert isinstance(await next_one, Snapshot)
+    assert await studio.workflow.credit("ada") == 0
+
+
+async def test_a_start_waits_for_others_for_so_long_and_is_then_told_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission, "WAIT", 0.05)
+    studio, gate = Studio(credits=1), asyncio.Event()
+    slow, file = held(gate)
+    first = asyncio.create_task(studio.start(slow))
+    await file.awaited.wait()
+    with pytest.raises(Overloaded):
+        await studio.start()
+    gate.set()
+    await first
+
+
+async def test_reservations_of_one_user_concern_no_other() -> None:
+    studio, gate = Studio(credits=1), asyncio.Event()
+    slow, file = held(gate)
+    first = asyncio.create_task(studio.start(slow))
+    await file.awaited.wait()
+    assert isinstance(await studio.start(user_id="bob"), Snapshot)
+    gate.set()
+    await first
+
+
+async def test_places_of_a_user_are_reserved_too() -> None:
+    studio, gate = Studio(max_per_user=2, line=Passing), asyncio.Event()
+    starts = [held(gate) for _ in range(4)]
+    tasks = [asyncio.create_task(studio.start(each)) for each, _ in starts]
+    for _, file in starts[:2]:
+        await file.awaited.wait()
+    assert not any(file.awaited.is_set() for _, file in starts[2:])
+    gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [Snapshot, Snapshot, TooManyGenerations, TooManyGenerations]
+
+
+async def test_a_repeat_waits_for_the_first_request_and_not_for_reservations() -> None:
+    studio, gate = Studio(credits=1), asyncio.Event()
+    slow, file = held(gate)
+    first = asyncio.create_task(studio.start(slow, key="k"))
+    await file.awaited.wait()
+    repeats = [asyncio.create_task(studio.start(held(gate)[0], key="k")) for _ in range(3)]
+    other = asyncio.create_task(studio.start(wish(uploads=[Bytes(b"other")]), key="k"))
+    gate.set()
+    begun = await first
+    assert {(await each).generation_id for each in repeats} == {begun.generation_id}
+    with pytest.raises(IdempotencyMismatch):
+        await other
+
+
+async def test_a_repeat_of_a_request_that_was_refused_is_decided_anew() -> None:
+    studio, gate = Studio(), asyncio.Event()
+    bad, file = held(gate, b"bad")
+    first = asyncio.create_task(studio.start(bad, key="k"))
+    await file.awaited.wait()
+    repeat = asyncio.create_task(studio.start(key="k"))
+    gate.set()
+    with pytest.raises(InvalidImage):
+        await first
+    assert (await repeat).status == "started"
+
+
+async def test_nothing_is_kept_of_starts_that_are_over() -> None:
+    studio = Studio()
+    async with studio.open():
+        for number in range(20):
+            await studio.start(user_id=f"user{number}", key="k")
+        await studio.settled()
+    assert not vars(studio.workflow)["_keys"]
+    assert not vars(vars(studio.workflow)["_admission"])["_reserved"]
+
+
+# --- starts per minute ------------------------------------------------------------------------------------
+
+
+async def test_more_starts_than_allowed_per_minute_are_refused_for_this_user_only() -> None:
+    async with serve_api(starts_per_minute=3) as api:
+        for _ in range(3):
+            assert (await api.start()).status_code == 202
+        for _ in range(2):
+            refused = await api.start()
+            assert_problem(refused, 429, "too_many_starts")
+            assert 0 < int(refused.headers["retry-after"]) <= 60
+        assert (await api.start(headers={"X-User-Id": "bob"})).status_code == 202
+
+
+async def test_a_start_counts_also_where_it_is_refused_later_and_a_repeat_does_not() -> None:
+    async with serve_api(starts_per_minute=2) as api:
+        first = await api.start(headers={"Idempotency-Key": "k"})
+        assert_problem(await api.start(pictures=[b"no picture"]), 415, "unsupported_image_type")
+        assert_problem(await api.start(), 429, "too_many_starts")
+        for _ in range(5):
+            again = await api.start(headers={"Idempotency-Key": "k"})
+            assert (again.status_code, again.headers["location"]) == (202, first.headers["location"])
+
+
+async def test_a_start_too_many_is_refused_before_its_body_is_read() -> None:
+    async with serve_api(starts_per_minute=1) as api:
+        await api.started()
+        answer = await api.raw(
+            b"POST /generations/edit HTTP/1.1",
+            b"Host: localhost",
+            b"Connection: close",
+            b"Content-Type: multipart/form-data; boundary=x",
+            b"Content-Length: 1000000",
+        )
+        assert answer.startswith(b"HTTP/1.1 429 ")
+
+
+async def test_starts_of_a_minute_ago_count_no_more_and_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "_MINUTE", 0.2)
+    async with serve_api(starts_per_minute=1) as api:
+        for number in range(20):
+            assert (await api.start(headers={"X-User-Id": f"user{number}"})).status_code == 202
+        await api.started()
+        assert_problem(await api.start(), 429, "too_many_starts")
+        await asyncio.sleep(0.25)
+        await api.started()
+        for _ in range(20):
+            await asyncio.sleep(0.25 / 20)
+            await api.start(headers={"X-User-Id": "bob"})
+        assert len(vars(vars(api.workflow)["_admission"])["_starts"]) <= 2
+
+
+# --- stored images ----------------------------------------------------------------------------------------
+
+
+def kept(studio: Studio) -> int:
+    return sum(len(picture.data) for picture in studio.images.kept.values())
+
+
+async def test_stored_bytes_are_counted_as_images_come_and_go() -> None:
+    studio, stored = Studio(), 0
+    async with studio.open():
+        whole = await studio.make(swap_wish())
+        assert studio.stored.stored("ada") == kept(studio) > 0
+        hold = Hold()
+        studio.fetcher.acts = [hold]
+        cancelled = await studio.start(swap_wish())
+        await hold.reached.wait()
+        await studio.cancel(cancelled)
+        await studio.settled()
+        assert studio.stored.stored("ada") == kept(studio)
+        studio.fetcher.acts = []
+        studio.editor.result = studio.editor.result._replace(data=b"unstorable")
+        studio.images.refused = {b"unstorable"}
+        await studio.make()
+        assert studio.stored.stored("ada") == kept(studio)
+        with pytest.raises(InvalidImage):
+            await studio.start(wish(uploads=[Bytes(b"good"), Bytes(b"bad")]))
+        stored = kept(studio)
+        assert studio.stored.stored("ada") == stored
+        await studio.workflow.delete("ada", whole.generation_id)
+        assert studio.stored.stored("ada") == kept(studio) < stored
+        assert studio.stored.stored("bob") == 0
+
+
+async def test_beyond_the_limit_starts_are_refused_and_running_work_is_not(tmp_path: Path) -> None:
+    async with running(tmp_path, max_stored_per_user=20_000, credits="off") as service, service.phone("ada") as phone:
+        first = await service.start()
+        await phone.until_over(first)
+        assert [name for name, _ in phone.events if name.startswith("generation_")][-1] == "generation_completed"
+        assert_problem(await service.post("ada", "edit"), 429, "storage_limit")
+        async with service.phone("bob") as other:
+            await other.until_over(await service.start("bob"))
+        await service.until(lambda: not service.service.queue.held)
+        await service.http.delete(f"/generations/{first}", headers={"X-User-Id": "ada"})
+        assert service.service.images.stored("ada") == 0
+        await phone.until_over(await service.start())
+
+
+async def test_stored_bytes_are_known_after_a_restart(tmp_path: Path, log_setting: str) -> None:
+    images = tmp_path / "images"
+    async with running(images, log=log_setting) as service, service.phone("ada") as phone:
+        await phone.until_over(await service.start())
+        await service.service.queue.settled()
+        before = service.service.images.stored("ada")
+        on_disk = sum(file.stat().st_size for file in images.rglob("*") if file.is_file())
+        assert 0 < before <= on_disk
+    async with running(images, log=log_setting) as service:
+        expected = before if service.service.log.durable else 0
+        await service.until(lambda: service.service.images.stored("ada") == expected)
+
+
+# --- image URLs that take their time ----------------------------------------------------------------------
+
+
+async def test_those_that_fetch_keep_nobody_from_work_and_wait_for_no_worker_at_the_cost_of_their_deadline() -> None:
+    fetching, editing = Hold(), Hold()
+    studio = Studio(max_running=1, fetcher=ScriptedFetcher(fetching))
+    async with studio.open():
+        stuck = [await studio.start(swap_wish()) for _ in range(5)]
+        await fetching.reached.wait()
+        quick = await studio.start(user_id="bob")
+        await studio.reached(quick.generation_id, "completed")
+        assert [(await studio.statuses(each))[-1] for each in stuck] == ["composition"] * 2 + ["started"] * 3
+        studio.editor.acts = [editing]
+        busy = await studio.start(user_id="bob")
+        await editing.reached.wait()
+        fetching.let_go.set()
+        while studio.queue.waiting < 5:
+            await asyncio.sleep(0)
+        # They have what they need, and wait for bob's.
+        assert [(await studio.statuses(each))[-1] for each in stuck[:2]] == ["composition"] * 2
+        assert await studio.cancel(stuck[0]) == "cancelled"
+        editing.let_go.set()
+        await studio.settled()
+        ends = [(await studio.statuses(each))[-1] for each in (busy, *stuck)]
+        assert ends == ["completed", "failed", *["completed"] * 4]
+        await studio.check("ada", "bob")
+        assert studio.stored.stored("ada") + studio.stored.stored("bob") == kept(studio)
+
+
+async def test_waiting_for_a_worker_after_fetching_is_no_work() -> None:
+    hold = Hold()
+    studio = Studio(max_running=1, editor=ScriptedEditor(hold))
+    async with studio.open():
+        overdue = await studio.start(user_id="bob")
+        await hold.reached.wait()
+        hold.reached.clear()
+        patient = await studio.start(wish(image_urls=(FACE_URL,)))
+        await studio.reached(patient.generation_id, "composition")
+        while not studio.queue.waiting:
+            await asyncio.sleep(0)
+        await pass_time(studio.deadline)
+        await hold.reached.wait()
+        assert (await studio.statuses(overdue))[-1] == "failed"
+        hold.let_go.set()
+        await studio.settled()
+        assert (await studio.statuses(patient))[-1] == "completed"
+        await studio.check("ada", "bob")
+
+
+async def test_a_fetch_that_fails_makes_room_for_the_next() -> None:
+    studio = Studio(max_running=1)
+
+    async def fail(report: object) -> None:
+        raise Failure("image_fetch_failed")
+
+    studio.fetcher.acts = [fail]
+    async with studio.open():
+        begun = [await studio.start(wish(image_urls=(FACE_URL,))) for _ in range(6)]
+        await studio.settled()
+        assert {(await studio.statuses(each))[-1] for each in begun} == {"failed"}
+        await studio.check()
+
+
+# --- overload ---------------------------------------------------------------------------------------------
+
+
+async def test_lag_over_the_limit_is_overload_and_a_single_pause_is_not() -> None:
+    lag = LoopLag(0.02)
+    measuring = asyncio.create_task(lag.run())
+    try:
+        await asyncio.sleep(0.06)
+        time.sleep(0.3)  # noqa: ASYNC251 (the pause)
+        await asyncio.sleep(0.12)
+        assert not lag.overloaded
+        async with asyncio.timeout(20):
+            while not lag.overloaded:
+                time.sleep(0.1)  # noqa: ASYNC251 (the load)
+                await asyncio.sleep(0)
+            while lag.overloaded:
+                await asyncio.sleep(0.01)
+    finally:
+        measuring.cancel()
+
+
+async def test_under_overload_starts_are_refused_and_everything_else_is_served(tmp_path: Path) -> None:
+    async with running(tmp_path) as service, service.phone("ada") as phone:
+        first = await service.post("ada", "edit", key="k")
+        external = await service.http.post(
+            "/generations/edit?runner=external", files=[("prompt", (None, "x"))], headers={"X-User-Id": "ada"}
+        )
+        lag = vars(service.service)["_lag"]
+        lag.overloaded = True
+        refused = await service.post("ada", "edit")
+        assert_problem(refused, 503, "overloaded")
+        assert (await service.post("ada", "edit", key="k")).headers["location"] == first.headers["location"]
+        path = external.headers["location"]
+        report = await service.http.post(
+            f"{path}/transitions", json={"status": "composition"}, headers={"X-User-Id": "ada"}
+        )
+        assert report.status_code == 200
+        cancelled = await service.http.post(f"{path}/cancel", headers={"X-User-Id": "ada"})
+        assert cancelled.json() == {"outcome": "cancelled"}
+        lag.overloaded = False
+        await phone.until_over(first.json()["generationId"], await service.start())

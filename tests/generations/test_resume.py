@@ -1,0 +1,225 @@
+"""What one process has left unfinished, the next takes up again, or ends."""
+
+from collections.abc import Collection
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from adapters.memory.queue import MemoryQueue
+from domain import runner
+from domain.errors import LogUnavailable
+from domain.generation import Generation
+from domain.queries import generation_of
+from support.builders import EDIT_WITH_SWAP, Scribe, bodies
+from support.doubles import (
+    BASE,
+    Flaky,
+    Hold,
+    ScriptedEditor,
+    ScriptedFaceSwapper,
+    Studio,
+    png,
+    reports,
+    swap_wish,
+    wish,
+)
+
+FREE_EDITING = {"status": "openai_editing", "free": True}
+
+
+async def leave(studio: Studio, *events: dict[str, Any]) -> Generation:
+    """An edit with a face swap that another process has left after these events."""
+    begun = await studio.start(swap_wish())
+    await studio.queue.withdraw(begun.generation_id)
+    history = await studio.memory.generation(begun.generation_id)
+    assert history is not None
+    left = generation_of(history)
+    scribe = Scribe(studio.memory, studio.clock, studio.entropy)
+    for event in events:
+        facts = dict(event)
+        status = facts.pop("status")
+        for stage, field in (
+            ("composition_completed", "composition_url"),
+            ("openai_editing_completed", "edited_image_url"),
+            ("face_swap_completed", "face_swap_url"),
+        ):
+            if status == stage:
+                facts[field] = BASE + await studio.images.save(begun.generation_id, png(status))
+        left = await scribe.move(left, status, **facts)
+    return left
+
+
+async def go_on(studio: Studio, left: Generation) -> list[dict[str, object]]:
+    """Let the next process take up what is left, and return all events once it has ended."""
+    await studio.runner.resume()
+    async with studio.open():
+        await studio.settled()
+    events = bodies(await studio.memory.generation(left.generation_id))
+    assert [event["sequence"] for event in events] == list(range(1, len(events) + 1))
+    progress = [event["progress"] for event in events]
+    assert progress == sorted(progress)
+    return events
+
+
+def before(status: str) -> list[dict[str, Any]]:
+    """The events from the first stage after ``started`` to this one."""
+    return [{"status": each} for each in EDIT_WITH_SWAP[1 : EDIT_WITH_SWAP.index(status) + 1]]
+
+
+@pytest.mark.parametrize("status", EDIT_WITH_SWAP[:-1])
+async def test_a_stage_without_provider_is_repeated_and_one_that_may_have_been_paid_for_is_not(status: str) -> None:
+    studio = Studio()
+    events = await go_on(studio, await leave(studio, *before(status)))
+    told = events[-1]
+    edits, swaps = len(studio.editor.calls), len(studio.face_swapper.calls)
+    assert (edits, swaps) == {
+        "started": (1, 1),
+        "composition": (1, 1),
+        "composition_completed": (1, 1),
+        "openai_editing": (0, 0),
+        "openai_editing_completed": (0, 1),
+        "face_swap": (0, 0),
+        "face_swap_completed": (0, 0),
+    }[status]
+    match status:
+        case "openai_editing":
+            assert (told["status"], told["code"], told["failedStage"]) == ("failed", "interrupted", status)
+            assert told["credit"] == 10
+        case "face_swap":  # The edit that was paid for is kept.
+            assert told["status"] == "completed"
+            error = told["faceSwapError"]
+            assert isinstance(error, dict)
+            assert error["code"] == "interrupted"
+        case _:
+            assert told["status"] == "completed"
+            assert "faceSwapError" not in told
+
+
+@pytest.mark.parametrize("status", ["openai_editing", "face_swap"])
+@pytest.mark.parametrize("reached", [None, 0.5])
+async def test_a_stage_that_was_entered_with_a_free_provider_is_repeated_without_being_entered_again(
+    status: str, reached: float | None
+) -> None:
+    low, high = (60, 80) if status == "openai_editing" else (85, 95)
+    acts = [reports(fraction, f"at {fraction}") for fraction in (0.2, 0.5, 0.8)]
+    studio = Studio(editor=ScriptedEditor(*acts, free=True), face_swapper=ScriptedFaceSwapper(*acts, free=True))
+    events = [*before(status)[:-1], {"status": status, "free": True}]
+    if reached is not None:
+        halfway = low + int(reached * (high - low))
+        events.append({"status": status, "free": True, "progress": halfway, "message": "Halfway"})
+    told = await go_on(studio, await leave(studio, *events))
+    assert told[-1]["status"] == "completed"
+    assert "faceSwapError" not in told[-1]
+    of_stage = [(event["progress"], event["message"]) for event in told if event["status"] == status]
+    expected = [0.2, 0.5, 0.8] if reached is None else [0.8]
+    assert of_stage[len(events) - len(before(status)) + 1 :] == [
+        (low + int(fraction * (high - low)), f"at {fraction}") for fraction in expected
+    ]
+
+
+async def test_a_free_stage_before_does_not_make_a_paid_one_free() -> None:
+    studio = Studio(editor=ScriptedEditor(free=True))
+    edited = [*before("composition_completed"), FREE_EDITING, {"status": "openai_editing_completed"}]
+    left = await leave(studio, *edited, {"status": "face_swap"})
+    error = (await go_on(studio, left))[-1]["faceSwapError"]
+    assert isinstance(error, dict)
+    assert error["code"] == "interrupted"
+
+
+async def test_work_that_was_free_is_done_by_a_paid_provider_once_and_not_again() -> None:
+    """The service is killed, started with a paid editor, killed while that works, and started once more."""
+    hold = Hold()
+    studio = Studio(editor=ScriptedEditor(hold, free=False))
+    left = await leave(studio, *before("composition_completed"), FREE_EDITING)
+    await studio.runner.resume()
+    async with studio.open():
+        await hold.reached.wait()
+    assert len(studio.editor.calls) == 1
+    assert len(bodies(await studio.memory.generation(left.generation_id))) == left.sequence, "an event says so"
+    end = (await go_on(studio, left))[-1]
+    assert (end["status"], end["code"], end["credit"]) == ("failed", "interrupted", 10)
+    assert len(studio.editor.calls) == 1
+
+
+async def test_nothing_is_paid_for_before_the_log_knows_that_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_AGAIN", 0.01)
+    studio = Studio(line=Unwilling)
+    left = await leave(studio, *before("composition_completed"), FREE_EDITING)
+    log = studio.log
+    assert isinstance(log, Unwilling)
+    log.editor = studio.editor
+    assert (await go_on(studio, left))[-1]["status"] == "completed"
+    assert log.refusals == 0
+
+
+class Unwilling(Flaky):
+    """A log that is not available for the first notes that a stage is paid."""
+
+    editor: ScriptedEditor
+    refusals = 3
+
+    async def mark_paid(self, generation_id: str) -> None:
+        assert self.editor.calls == []
+        if self.refusals:
+            self.refusals -= 1
+            raise LogUnavailable
+        await super().mark_paid(generation_id)
+
+
+async def test_a_paid_stage_stays_paid_where_the_next_provider_is_free() -> None:
+    studio = Studio(editor=ScriptedEditor(free=True))
+    end = (await go_on(studio, await leave(studio, *before("openai_editing"))))[-1]
+    assert (end["status"], end["code"]) == ("failed", "interrupted")
+    assert studio.editor.calls == []
+
+
+async def test_the_deadline_counts_the_work_that_was_done_before_and_not_the_time_in_between() -> None:
+    studio = Studio(deadline=600)
+    ok, late = [await studio.start() for _ in range(2)]
+    scribe = Scribe(studio.memory, studio.clock, studio.entropy)
+    for begun, worked in ((ok, 540), (late, 600)):
+        history = await studio.memory.generation(begun.generation_id)
+        assert history is not None
+        composing = await scribe.move(generation_of(history), "composition")
+        studio.clock.step(worked)
+        name = await studio.images.save(begun.generation_id, next(iter(studio.images.kept.values())))
+        await scribe.move(composing, "composition_completed", composition_url=f"http://test/images/{name}")
+        await studio.queue.withdraw(begun.generation_id)
+    studio.clock.present += timedelta(hours=1)
+    await studio.runner.resume()
+    async with studio.open():
+        await studio.settled()
+    assert (await studio.events(ok))[-1]["status"] == "completed"
+    assert (await studio.events(late))[-1]["code"] == "deadline_exceeded"
+
+
+async def test_what_a_pipeline_of_the_users_own_works_on_is_left_to_it() -> None:
+    studio = Studio()
+    begun = await studio.start(wish()._replace(external=True))
+    await studio.runner.resume()
+    assert studio.queue.waiting == 0
+    assert await studio.statuses(begun) == ["started"]
+
+
+class Taken(MemoryQueue):
+    """A line shared with another process, which takes everything over at some time."""
+
+    taken = False
+
+    async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
+        return generation_ids if self.taken else ()
+
+
+async def test_what_somebody_else_has_taken_over_is_let_go_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_RENEW", 0.01)
+    hold = Hold()
+    studio = Studio(editor=ScriptedEditor(hold))
+    studio.queue = studio.runner.queue = studio.workflow._queue = queue = Taken()
+    async with studio.open():
+        begun = await studio.start()
+        await hold.reached.wait()
+        queue.taken = True
+        await studio.settled()
+        assert hold.aborted.is_set()
+    assert (await studio.statuses(begun))[-1] == "openai_editing"

@@ -1,0 +1,415 @@
+"""The use cases: what a user asks for, and what is in the log afterwards."""
+
+import asyncio
+import re
+from datetime import timedelta
+
+import pytest
+
+from domain.errors import (
+    Draining,
+    Failure,
+    IdempotencyMismatch,
+    InsufficientCredit,
+    InvalidImage,
+    LogUnavailable,
+    NotFinished,
+    NotFound,
+    QueueFull,
+    Refusal,
+    TooManyGenerations,
+)
+from domain.events import timestamp
+from domain.generation import Snapshot
+from domain.queries import generation_of
+from domain.stages import Kind
+from domain.workflow import Wish
+from support.builders import NOON, Scribe
+from support.doubles import FACE_URL, Bytes, Flaky, Hold, Passing, ScriptedEditor, Studio, fails, swap_wish, wish
+
+# --- starting --------------------------------------------------------------------------------------------
+
+
+async def test_what_was_accepted_is_in_the_log_and_in_line() -> None:
+    studio = Studio()
+    begun = await studio.start()
+    assert (begun.status, begun.sequence, begun.progress, begun.user_id) == ("started", 1, 0, "ada")
+    assert await studio.statuses(begun) == ["started"]
+    assert studio.queue.waiting == 1
+    assert await studio.workflow.snapshot("ada", begun.generation_id) == begun
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("edit", "edit"), ("generate", "gen")])
+async def test_an_id_tells_kind_and_time_and_cannot_be_guessed(kind: Kind, prefix: str) -> None:
+    studio = Studio()
+    begun = await studio.start(wish(kind))
+    milliseconds = int(NOON.timestamp() * 1000)
+    assert re.fullmatch(rf"{prefix}_{milliseconds}_[a-z0-9]{{16}}", begun.generation_id)
+
+
+async def test_the_first_event_shows_the_image_url_the_metadata_and_the_balance() -> None:
+    studio = Studio()
+    begun = await studio.start(wish(image_urls=(FACE_URL, "http://pictures.test/2.png"), shop="izmir"))
+    [event] = await studio.events(begun)
+    assert event["inputImage"] == FACE_URL
+    assert event["metadata"] == {"shop": "izmir"}
+    assert event["credit"] == 9
+    assert list(event)[-1] == "credit"
+
+
+async def test_a_refused_image_says_which_and_nothing_is_left() -> None:
+    studio = Studio()
+    with pytest.raises(InvalidImage) as refusal:
+        await studio.start(wish(uploads=[Bytes(b"one"), Bytes(b"bad"), Bytes(b"two")]))
+    assert refusal.value.index == 1
+    assert studio.images.kept == {}
+    assert await studio.memory.generations("ada", limit=1) == []
+    assert await studio.workflow.credit("ada") == 10
+
+
+async def test_an_upload_that_cannot_be_stored_starts_nothing() -> None:
+    studio = Studio()
+    studio.images.refused = {b"two"}
+    with pytest.raises(Failure) as failure:
+        await studio.start()
+    assert failure.value.code == "storage_failed"
+    assert studio.images.kept == {}
+    assert studio.queue.waiting == 0
+
+
+async def test_without_credit_nothing_is_even_decoded() -> None:
+    studio = Studio(credits=0)
+    with pytest.raises(InsufficientCredit):
+        await studio.start()
+    assert studio.images.saved == []
+
+
+async def test_of_two_starts_with_credit_for_one_one_is_accepted() -> None:
+    studio = Studio(credits=1, line=Passing)
+    results = await asyncio.gather(studio.start(), studio.start(), return_exceptions=True)
+    assert {type(result) for result in results} == {Snapshot, InsufficientCredit}
+    assert await studio.workflow.credit("ada") == 0
+    assert len(studio.images.kept) == 2
+
+
+async def test_a_full_line_refuses_and_counts_those_that_are_about_to_join() -> None:
+    studio = Studio(max_waiting=3, line=Passing)
+    gate = asyncio.Event()
+    files = [Bytes(b"x", gate) for _ in range(3)]
+    starting = [asyncio.create_task(studio.start(wish(uploads=[file]))) for file in files]
+    for file in files:
+        await file.awaited.wait()
+    with pytest.raises(QueueFull):
+        await studio.start()
+    gate.set()
+    await asyncio.gather(*starting)
+    with pytest.raises(QueueFull):
+        await studio.start(user_id="bob")
+    assert studio.queue.waiting == 3
+
+
+async def test_no_user_has_more_unfinished_than_allowed_however_many_race() -> None:
+    studio = Studio(max_per_user=2, line=Passing)
+    results = await asyncio.gather(*(studio.start() for _ in range(8)), return_exceptions=True)
+    assert [type(result) for result in results].count(Snapshot) == 2
+    assert [type(result) for result in results].count(TooManyGenerations) == 6
+    await studio.start(user_id="bob")
+    assert len(studio.images.kept) == 6
+
+
+async def test_while_draining_nothing_new_is_taken_but_a_known_key_is_answered() -> None:
+    studio = Studio()
+    begun = await studio.start(key="k")
+    studio.workflow.draining = True
+    with pytest.raises(Draining):
+        await studio.start()
+    assert await studio.start(key="k") == begun
+
+
+# --- idempotency -----------------------------------------------------------------------------------------
+
+
+async def test_a_key_used_again_returns_the_generation_as_it_is_now() -> None:
+    studio = Studio()
+    async with studio.open():
+        begun = await studio.start(key="k")
+        await studio.settled()
+        again = await studio.start(key="k")
+        assert (again.generation_id, again.status) == (begun.generation_id, "completed")
+        assert len(studio.editor.calls) == 1
+        await studio.check()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(wish(prompt="a blue hat"), id="prompt"),
+        pytest.param(wish("generate"), id="kind"),
+        pytest.param(wish(uploads=[Bytes(b"two"), Bytes(b"one")]), id="order of files"),
+        pytest.param(wish(uploads=[Bytes(b"onetwo")]), id="boundaries of files"),
+        pytest.param(wish(uploads=[Bytes(b"one"), Bytes(b"tw0")]), id="content of a file"),
+        pytest.param(wish(image_urls=(FACE_URL,)), id="urls"),
+        pytest.param(wish(note="x"), id="metadata"),
+    ],
+)
+async def test_a_key_used_for_another_request_is_a_mismatch(other: Wish) -> None:
+    studio = Studio()
+    await studio.start(key="k")
+    kept = dict(studio.images.kept)
+    with pytest.raises(IdempotencyMismatch):
+        await studio.start(other, key="k")
+    assert studio.images.kept == kept
+    assert await studio.workflow.credit("ada") == 9
+
+
+async def test_twenty_parallel_starts_with_one_key_are_one_generation() -> None:
+    studio = Studio(line=Passing)
+    begun = await asyncio.gather(*(studio.start(key="k") for _ in range(20)))
+    assert len({snapshot.generation_id for snapshot in begun}) == 1
+    assert await studio.workflow.credit("ada") == 9
+    assert studio.queue.waiting == 1
+    assert len(studio.images.kept) == 2
+
+
+async def test_they_are_also_where_the_key_takes_the_last_credit() -> None:
+    studio = Studio(credits=1, line=Passing)
+
+    async def late(turns: int) -> Snapshot:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return await studio.start(wish(uploads=[]), key="k")
+
+    begun = await asyncio.gather(*map(late, range(20)))
+    assert len({snapshot.generation_id for snapshot in begun}) == 1
+
+
+async def test_racing_starts_with_one_key_and_two_requests_are_one_generation_and_a_mismatch() -> None:
+    studio = Studio(line=Passing)
+    results = await asyncio.gather(
+        studio.start(wish(prompt="one"), key="k"), studio.start(wish(prompt="two"), key="k"), return_exceptions=True
+    )
+    assert {type(result) for result in results} == {Snapshot, IdempotencyMismatch}
+    assert len(studio.images.kept) == 2
+
+
+# --- a caller that goes away, a log that does not answer ----------------------------------------------------
+
+
+async def test_a_caller_that_goes_away_stops_nothing() -> None:
+    studio = Studio()
+    gate = asyncio.Event()
+    async with studio.open():
+        file = Bytes(b"one", gate)
+        call = asyncio.create_task(studio.start(wish(uploads=[file])))
+        await file.awaited.wait()
+        call.cancel()
+        await asyncio.wait([call])
+        assert call.cancelled()
+        gate.set()
+        [first, *_] = await studio.heard.until(bool)
+        await studio.reached(first.generation_id, "completed")
+        await studio.settled()
+        await studio.check()
+
+
+async def test_a_start_that_the_log_never_got_is_refused_and_leaves_nothing() -> None:
+    studio = Studio(line=lambda log: Flaky(log, ["before"] * 100))
+    with pytest.raises(LogUnavailable):
+        await studio.start()
+    assert studio.images.kept == {}
+    assert studio.queue.waiting == 0
+    assert await studio.memory.generations("ada", limit=1) == []
+
+
+async def test_a_start_whose_reply_was_lost_is_worked_on_or_never_was() -> None:
+    """Either the caller got a 202 and it is done, or a 503 and there is nothing, or what there is ends refunded."""
+    studio = Studio(line=lambda log: Flaky(log, ["after"]))
+    async with studio.open():
+        try:
+            await studio.start()
+        except LogUnavailable:
+            assert await studio.memory.generations("ada", limit=1) == []
+        await studio.settled()
+        await studio.check()
+
+
+# --- cancel ----------------------------------------------------------------------------------------------
+
+
+async def test_what_waits_is_cancelled_at_once_and_never_worked_on() -> None:
+    studio = Studio()
+    begun = await studio.start()
+    assert await studio.cancel(begun) == "cancelled"
+    event = (await studio.events(begun))[-1]
+    assert (event["status"], event["code"], event["failedStage"]) == ("failed", "cancelled", "started")
+    assert event["credit"] == 10
+    assert await studio.cancel(begun) == "already_finished"
+    async with studio.open():
+        await studio.settled()
+    assert studio.composer.calls == []
+    await studio.check()
+
+
+async def test_two_cancels_at_once_are_one_end_and_one_refund() -> None:
+    studio = Studio(line=Passing)
+    begun = await studio.start()
+    outcomes = await asyncio.gather(studio.cancel(begun), studio.cancel(begun))
+    assert sorted(outcomes) == ["already_finished", "cancelled"]
+    assert await studio.statuses(begun) == ["started", "failed"]
+    assert await studio.workflow.credit("ada") == 10
+
+
+async def test_a_cancel_that_is_overtaken_ends_the_generation_where_it_is_then() -> None:
+    studio = Studio(line=Passing)
+    begun = await studio.start()
+    scribe = Scribe(studio.memory, studio.clock)
+    started = generation_of(await studio.workflow.history("ada", begun.generation_id))
+    assert isinstance(studio.log, Passing)
+    studio.log.overtake = lambda: scribe.move(started, "composition")
+    assert await studio.cancel(begun) == "cancelled"
+    assert await studio.statuses(begun) == ["started", "composition", "failed"]
+
+
+async def test_a_cancel_that_is_overtaken_by_the_end_comes_too_late() -> None:
+    studio = Studio(line=Passing)
+    begun = await studio.start()
+    scribe = Scribe(studio.memory, studio.clock)
+    started = generation_of(await studio.workflow.history("ada", begun.generation_id))
+    assert isinstance(studio.log, Passing)
+    studio.log.overtake = lambda: scribe.finish(started)
+    assert await studio.cancel(begun) == "already_finished"
+    assert (await studio.statuses(begun))[-1] == "completed"
+    assert await studio.workflow.credit("ada") == 9
+
+
+# --- other people's ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["cancel", "delete", "history", "snapshot"])
+async def test_another_users_generation_is_as_one_that_never_was(use: str) -> None:
+    studio = Studio()
+    begun = await studio.start()
+    for user_id, generation_id in (("bob", begun.generation_id), ("ada", "edit_1_unknown")):
+        with pytest.raises(NotFound):
+            await getattr(studio.workflow, use)(user_id, generation_id)
+    assert await studio.statuses(begun) == ["started"]
+
+
+# --- delete ----------------------------------------------------------------------------------------------
+
+
+async def test_deleting_removes_history_and_pictures_at_once_and_for_good() -> None:
+    studio = Studio()
+    async with studio.open():
+        gone, kept = await studio.make(), await studio.make()
+    with_both = len(studio.images.kept)
+    await studio.workflow.delete("ada", gone.generation_id)
+    assert len(studio.images.kept) == with_both // 2
+    assert not [name for name in studio.images.kept if name.startswith(gone.generation_id)]
+    with pytest.raises(NotFound):
+        await studio.workflow.snapshot("ada", gone.generation_id)
+    with pytest.raises(NotFound):
+        await studio.workflow.delete("ada", gone.generation_id)
+    assert await studio.workflow.snapshot("ada", kept.generation_id) == kept
+    assert await studio.workflow.credit("ada") == 8
+
+
+async def test_what_runs_is_not_deleted() -> None:
+    studio = Studio()
+    begun = await studio.start()
+    with pytest.raises(NotFinished):
+        await studio.workflow.delete("ada", begun.generation_id)
+    assert await studio.statuses(begun) == ["started"]
+    assert len(studio.images.kept) == 2
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+async def test_a_finished_generation_says_when_it_expires_and_a_running_one_does_not() -> None:
+    studio = Studio()
+    async with studio.open():
+        done = await studio.make()
+    assert done.expires_at == timestamp(NOON + timedelta(days=1))
+    assert (await studio.start()).expires_at is None
+
+
+async def test_pages_lead_from_the_newest_to_the_oldest() -> None:
+    studio = Studio()
+    begun = [await studio.start() for _ in range(5)]
+    await studio.cancel(begun[2])
+    newest_first = [snapshot.generation_id for snapshot in reversed(begun)]
+    for limit in (1, 2, 4, 5, 6):
+        told: list[str] = []
+        before: int | None = None
+        while True:
+            page = await studio.workflow.page("ada", active=None, before=before, limit=limit)
+            assert 1 <= len(page.generations) <= limit
+            told += [snapshot.generation_id for snapshot in page.generations]
+            before = page.next
+            if before is None:
+                break
+        assert told == newest_first
+    finished = await studio.workflow.page("ada", active=False, before=None, limit=10)
+    assert [snapshot.generation_id for snapshot in finished.generations] == [begun[2].generation_id]
+    active = await studio.workflow.page("ada", active=True, before=None, limit=10)
+    assert len(active.generations) == 4
+
+
+async def test_recent_tells_all_that_runs_and_the_last_twenty_that_ended() -> None:
+    studio = Studio(credits=None, max_per_user=1_000)
+    oldest = await studio.start()
+    for _ in range(25):
+        await studio.cancel(await studio.start())
+    newest = await studio.start()
+    recent = await studio.workflow.recent("ada")
+    ids = [snapshot.generation_id for snapshot in recent]
+    assert (ids[0], ids[-1], len(ids)) == (newest.generation_id, oldest.generation_id, 22)
+    assert ids == sorted(ids, reverse=True)
+
+
+async def test_where_no_balances_are_kept_nobody_is_refused() -> None:
+    studio = Studio(credits=None)
+    async with studio.open():
+        done = await studio.make()
+    assert await studio.workflow.credit("ada") is None
+    assert not [event for event in await studio.events(done) if "credit" in event]
+
+
+async def test_every_refusal_has_a_code_and_a_sentence_of_its_own() -> None:
+    kinds = [kind for kind in Refusal.__subclasses__() if kind.__module__ == "domain.errors"]
+    codes = [kind.code for kind in kinds if kind.__name__ != "ImageRefusal"]
+    assert len(set(codes)) == len(codes)
+    assert all(str(kind.__new__(kind)).endswith(".") for kind in kinds)
+
+
+async def test_a_cancelled_generation_that_still_stands_in_line_blocks_nobody() -> None:
+    hold = Hold()
+    studio = Studio(max_running=1, editor=ScriptedEditor(hold))
+    async with studio.open():
+        first = await studio.start()
+        await hold.reached.wait()
+        second, third = await studio.start(), await studio.start(swap_wish())
+        assert await studio.cancel(second) == "cancelled"
+        hold.let_go.set()
+        await studio.settled()
+        assert [(await studio.statuses(one))[-1] for one in (first, second, third)] == [
+            "completed",
+            "failed",
+            "completed",
+        ]
+        await studio.check()
+
+
+async def test_what_was_cancelled_in_line_makes_room_in_it() -> None:
+    studio = Studio(max_waiting=1)
+    await studio.cancel(await studio.start())
+    await studio.start()
+
+
+async def test_a_failed_generation_gives_the_credit_back_for_the_next() -> None:
+    studio = Studio(credits=1, editor=ScriptedEditor(fails("provider_rejected")))
+    async with studio.open():
+        for _ in range(3):
+            assert (await studio.make()).status == "failed"
+        await studio.check()

@@ -1,0 +1,298 @@
+"""When a paid call is made again, what a failed one comes to, and what the operator is told of it."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import httpx2
+import pytest
+
+from adapters.providers.attempts import Declined, answered, attempt, broken, tell_operator
+from domain.errors import Failure, FailureCode
+from domain.ports import Picture
+from support.doubles import pass_time
+
+BUSY = Failure("provider_rate_limited")
+AWAY = Failure("provider_unavailable")
+
+
+class Calls:
+    """A call that is declined so many times, by these errors in turn, and then answers."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+        self.count = 0
+
+    async def __call__(self) -> str:
+        self.count += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "done"
+
+
+class Reports:
+    def __init__(self, act: Callable[[], Awaitable[object]] | None = None) -> None:
+        self.fractions: list[float] = []
+        self.messages: list[str] = []
+        self._act = act
+
+    async def __call__(self, fraction: float, message: str, preview: Picture | None = None) -> None:
+        assert preview is None
+        self.fractions.append(fraction)
+        self.messages.append(message)
+        if self._act is not None:
+            await self._act()
+
+
+async def failing(calls: Callable[[], Awaitable[str]], reports: Reports, *, within: float = 60) -> Failure:
+    with pytest.raises(Failure) as caught:
+        await attempt(calls, reports, within=within, backoff=0.01)
+    return caught.value
+
+
+# --- asking again ----------------------------------------------------------------------------------------
+
+
+async def test_a_call_that_succeeds_is_made_once_and_nothing_is_reported() -> None:
+    calls, reports = Calls(), Reports()
+    assert await attempt(calls, reports, within=60) == "done"
+    assert (calls.count, reports.messages) == (1, [])
+
+
+async def test_a_declined_call_is_made_again_and_every_wait_is_reported_with_rising_progress() -> None:
+    calls, reports = Calls(Declined(BUSY), Declined(BUSY, after=0.02), Declined(AWAY)), Reports()
+    assert await attempt(calls, reports, within=60, backoff=0.01) == "done"
+    assert calls.count == 4
+    assert reports.messages == [
+        "The image service is busy; trying again in 1 s.",
+        "The image service is busy; trying again in 1 s.",
+        "The image service cannot be reached; trying again in 1 s.",
+    ]
+    # A stage of ten percent shows each of them, and most of it is left for the work.
+    shown = [int(10 * fraction) for fraction in reports.fractions]
+    assert shown == sorted({*shown})
+    assert shown[0] >= 1
+    assert shown[-1] < 5
+
+
+async def test_what_is_always_declined_is_given_up_after_four_calls_with_its_own_failure() -> None:
+    calls, reports = Calls(*[Declined(AWAY)] * 3, *[Declined(BUSY)] * 9), Reports()
+    assert await failing(calls, reports) is BUSY
+    assert (calls.count, len(reports.messages)) == (4, 3)
+
+
+async def test_it_waits_at_least_as_long_as_the_provider_asks() -> None:
+    passed = asyncio.Event()
+    calls = Calls(Declined(BUSY, after=0.1))
+
+    async def call() -> str:
+        assert calls.count == 0 or passed.is_set()
+        return await calls()
+
+    asyncio.get_running_loop().call_later(0.1, passed.set)
+    assert await attempt(call, Reports(), within=60, backoff=0.001) == "done"
+
+
+async def test_waits_are_random_up_to_a_bound_that_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[tuple[float, float]] = []
+
+    def drawn(low: float, high: float) -> float:
+        bounds.append((low, high))
+        return low
+
+    monkeypatch.setattr("random.uniform", drawn)
+    await attempt(Calls(*[Declined(BUSY)] * 3), Reports(), within=60, backoff=2)
+    assert bounds == [(0, 2), (0, 4), (0, 8)]
+
+
+@pytest.mark.parametrize(("after", "within"), [(10, 5), (5, 5), (61, 1000)])
+async def test_a_wait_that_is_too_long_is_not_begun(after: float, within: float) -> None:
+    calls, reports = Calls(Declined(BUSY, after=after)), Reports()
+    assert await failing(calls, reports, within=within) is BUSY
+    assert (calls.count, reports.messages) == (1, [])
+
+
+@pytest.mark.parametrize("error", [Failure("provider_rejected"), Failure("provider_rate_limited"), KeyError("odd")])
+async def test_whatever_else_goes_wrong_is_passed_on_after_one_call(error: Exception) -> None:
+    calls, reports = Calls(error), Reports()
+    with pytest.raises(type(error)) as caught:
+        await attempt(calls, reports, within=60)
+    assert (caught.value, calls.count, reports.messages) == (error, 1, [])
+
+
+async def test_the_time_is_for_all_calls_together_and_ends_the_last_one() -> None:
+    calls, begun, aborted = Calls(Declined(BUSY)), asyncio.Event(), asyncio.Event()
+
+    async def call() -> str:
+        if calls.count == 0:
+            await pass_time(30)
+        await calls()
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            aborted.set()
+        return "late"
+
+    failure = asyncio.create_task(failing(call, Reports(), within=60))
+    await begun.wait()
+    await pass_time(30)
+    assert ((await failure).code, calls.count, aborted.is_set()) == ("provider_timeout", 2, True)
+
+
+async def test_cancelled_while_it_waits_it_does_not_call_again() -> None:
+    waiting = asyncio.Event()
+
+    async def tell() -> None:
+        waiting.set()
+
+    calls = Calls(Declined(BUSY, after=30))
+    task = asyncio.create_task(attempt(calls, Reports(tell), within=60))
+    await waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert calls.count == 1
+
+
+async def test_a_generation_that_has_ended_elsewhere_is_not_paid_for() -> None:
+    async def refuse() -> None:
+        raise KeyError("the generation has moved on")
+
+    calls = Calls(Declined(BUSY))
+    with pytest.raises(KeyError):
+        await attempt(calls, Reports(refuse), within=60, backoff=0.01)
+    assert calls.count == 1
+
+
+# --- what it comes to ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "retryable"),
+    [
+        (302, "provider_unavailable", True),
+        (400, "provider_rejected", False),
+        (401, "provider_rejected", False),
+        (404, "provider_rejected", False),
+        (409, "provider_rejected", True),
+        (413, "provider_rejected", False),
+        (422, "provider_rejected", False),
+        (500, "provider_unavailable", True),
+        (502, "provider_unavailable", True),
+        (503, "provider_unavailable", True),
+    ],
+)
+def test_a_status_has_its_code_and_is_not_asked_about_again(status: int, code: FailureCode, retryable: bool) -> None:
+    failure = answered(status, {})
+    assert isinstance(failure, Failure)
+    assert (failure.code, failure.retryable) == (code, retryable)
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_what_the_user_cannot_help_is_said_to_be_for_the_operator(status: int) -> None:
+    failure = answered(status, {"retry-after": "1"})
+    assert isinstance(failure, Failure)
+    assert "Please tell whoever runs it." in failure.sentence
+
+
+@pytest.mark.parametrize(("status", "code"), [(429, "provider_rate_limited"), (503, "provider_unavailable")])
+def test_a_provider_that_asks_for_a_wait_has_done_nothing_yet(status: int, code: FailureCode) -> None:
+    declined = answered(status, httpx2.Headers({"Retry-After": "2.5"}))
+    assert isinstance(declined, Declined)
+    assert (declined.failure.code, declined.failure.retryable, declined.after) == (code, True, 2.5)
+
+
+def test_the_wait_may_be_told_by_a_date() -> None:
+    then = datetime.now(UTC) + timedelta(seconds=100)
+    declined = answered(503, {"retry-after": format_datetime(then, usegmt=True)})
+    assert isinstance(declined, Declined)
+    assert declined.after is not None
+    assert 0 < declined.after <= 100
+
+
+@pytest.mark.parametrize("odd", ["", "soon", "nan", "inf", "1e999", "Mon, 99 Nov 2026 99:00:00 GMT"])
+def test_a_wait_that_is_no_time_is_none(odd: str) -> None:
+    busy = answered(429, {"retry-after": odd})
+    assert isinstance(busy, Declined)
+    assert busy.after is None
+    assert isinstance(answered(503, {"retry-after": odd}), Failure)
+
+
+@pytest.mark.parametrize("past", ["-5", "Mon, 23 Nov 2020 12:00:00 GMT", "Mon, 23 Nov 2020 12:00:00 -0000"])
+def test_a_wait_that_is_over_is_no_wait(past: str) -> None:
+    busy = answered(429, {"retry-after": past})
+    assert isinstance(busy, Declined)
+    assert busy.after == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (httpx2.ReadTimeout("slow"), "provider_timeout"),
+        (httpx2.ConnectTimeout("slow"), "provider_timeout"),
+        (httpx2.ReadError("reset"), "provider_unavailable"),
+        (httpx2.WriteError("reset"), "provider_unavailable"),
+        (httpx2.RemoteProtocolError("odd"), "provider_unavailable"),
+        (None, "provider_unavailable"),
+    ],
+)
+def test_a_connection_that_breaks_may_have_brought_the_request_there(
+    error: Exception | None, code: FailureCode
+) -> None:
+    failure = broken(error)
+    assert isinstance(failure, Failure)
+    assert (failure.code, failure.retryable) == (code, True)
+
+
+def test_without_a_connection_nothing_was_asked() -> None:
+    declined = broken(httpx2.ConnectError("refused"))
+    assert isinstance(declined, Declined)
+    assert (declined.failure.code, declined.after) == ("provider_unavailable", None)
+
+
+# --- what the operator is told ---------------------------------------------------------------------------
+
+KEY = "a8f0e6c2d4b1-secret"
+
+
+def told(caplog: pytest.LogCaptureFixture, words: object, what: object = "400", request_id: str | None = None) -> str:
+    tell_operator("openai", what, words, request_id=request_id, secret=KEY)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    return record.getMessage()
+
+
+def test_the_operator_reads_the_providers_words_and_its_request_id(caplog: pytest.LogCaptureFixture) -> None:
+    line = told(caplog, "Rate limit reached for images per minute", "429 RateLimitError", "req_12ab")
+    assert line == "openai: '429 RateLimitError' (request 'req_12ab'): 'Rate limit reached for images per minute'"
+
+
+def test_words_forge_no_line_and_are_short(caplog: pytest.LogCaptureFixture) -> None:
+    line = told(caplog, "one\r\n2026-11-22 CRITICAL forged\x1b[31m\u2028\u202e" + "long " * 100_000, "4\n00", "r\x00q")
+    assert line.isprintable()
+    assert line.isascii()
+    assert len(line) < 700
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"Incorrect key: {KEY}.",
+        f"{KEY}{KEY}",
+        {"headers": {"Authorization": f"Bearer {KEY}"}},
+        "Incorrect API key provided: sk-proj-ab***********c2d4b1-secret. You can find",
+        "Token r8_c2d4b1-secret was refused",
+        "BEARER c2d4b1-secret",
+        "x" * 490 + KEY,
+        "x" * 990 + KEY,
+        KEY * 10_000,
+        "sk-c2d4b1, " * 10_000,
+    ],
+)
+def test_no_key_is_told_nor_any_half_of_one(caplog: pytest.LogCaptureFixture, words: object) -> None:
+    line = told(caplog, words, f"key {KEY}", KEY)
+    assert "c2d4b1" not in line
+    assert "a8f0e6" not in line

@@ -1,0 +1,54 @@
+"""Every case of `cases`: in its quick form, and in `make test-long` in its long one."""
+
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from reliability import (
+    cases_admission,  # noqa: F401 (registers its cases)
+    cases_limits,  # noqa: F401 (registers its cases)
+    cases_storage,  # noqa: F401 (registers its cases)
+    cases_supervision,  # noqa: F401 (registers its cases)
+    chaos,  # noqa: F401 (registers its cases)
+)
+from reliability.cases import CASES, Case, Size, attempt
+from support.case_server import Process
+from support.harness import running
+from support.node import needs_node
+
+#: The service's process tells its memory as Linux does.
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory: needs Linux's /proc"),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def process() -> AsyncIterator[Process]:
+    async with Process.start() as process:
+        yield process
+
+
+@pytest.mark.parametrize("size", ["quick", pytest.param("long", marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{number}: {case.run.__name__}", marks=needs_node if number == 8 else ())
+        for number, case in CASES.items()
+    ],
+)
+async def test_what_is_promised_holds(case: Case, size: Size, process: Process, tmp_path: Path) -> None:
+    outcome = await attempt(case, size, tmp_path, process if size == "quick" else None)
+    assert not outcome.failures, "\n".join([*outcome.failures, str(outcome.figures)])
+
+
+async def test_what_is_written_goes_out_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as service:
+        await service.http.get("/health/live")
+        [connection] = service.server.server_state.connections
+        assert connection.transport is not None
+        client = connection.transport.get_extra_info("socket")
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

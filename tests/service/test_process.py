@@ -1,0 +1,274 @@
+"""The command line as an operator meets it: a process, its one line, its signals and its exit codes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx2
+import pytest
+import socketio
+
+from cli.test_command_line import SERVE, Done, run_main
+from outbound.test_url_fetcher import PNG, SITE, Site, listening, page
+from support.harness import JSON
+from support.pictures import RED, solid
+
+#: Seconds after which something hangs, and is not slow.
+HANGS: Final = 60
+
+
+@dataclass
+class Process:
+    """A running ``stagecast serve``."""
+
+    process: asyncio.subprocess.Process
+    line: str
+    url: str
+
+    async def start(self, http: httpx2.AsyncClient, **fields: str) -> httpx2.Response:
+        files = [("images", ("a.jpg", solid(RED, kind="JPEG").data)), ("prompt", (None, b"a red hat"))]
+        files += [(name, (None, value.encode())) for name, value in fields.items()]
+        return await http.post(f"{self.url}/generations/edit", files=files, headers={"X-User-Id": "ada"})
+
+    async def ended(self) -> tuple[int, str]:
+        """Its exit code, and what it wrote to standard error."""
+        _, errors = await asyncio.wait_for(self.process.communicate(), HANGS)
+        assert self.process.returncode is not None
+        return self.process.returncode, errors.decode()
+
+    async def draining(self, http: httpx2.AsyncClient) -> httpx2.Response:
+        """What it answers who asks whether it is ready, once it is not."""
+        async with asyncio.timeout(HANGS):
+            while (ready := await http.get(f"{self.url}/health/ready")).status_code == 200:
+                await asyncio.sleep(0.01)
+        return ready
+
+
+async def stagecast(*arguments: str, **variables: str) -> asyncio.subprocess.Process:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STAGECAST_")}
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "api",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment | variables,
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path: Path, *flags: str) -> AsyncIterator[Process]:
+    process = await stagecast("serve", "--port", "0", "--images", str(tmp_path / "images"), *flags)
+    assert process.stdout is not None
+    try:
+        line = (await asyncio.wait_for(process.stdout.readline(), HANGS)).decode()
+        assert "http://localhost:" in line, (await process.communicate())[1].decode()
+        port = int(line.split("http://localhost:")[1].split()[0])
+        yield Process(process, line, f"http://127.0.0.1:{port}")
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def watching(url: str) -> AsyncIterator[list[dict[str, Any]]]:
+    """The events of ada's feed, as a device gets them."""
+    client = socketio.AsyncClient(reconnection=False, request_timeout=HANGS)
+    events: list[dict[str, Any]] = []
+    client.on("*", lambda name, data, *_: events.append(data))
+    await client.connect(url, auth={"userId": "ada", "recovery": False}, wait_timeout=HANGS)
+    try:
+        yield events
+    finally:
+        await client.disconnect()
+
+
+async def talk(port: int, talks: contextlib.AsyncExitStack) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A bare connection, closed in the end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    talks.callback(writer.close)
+    return reader, writer
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(HANGS):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def last_of(events: list[JSON]) -> JSON:
+    """The end that a device was told of. What the service sent before it left may still be on its way."""
+    await until(lambda: bool(events) and events[-1].get("status") in ("completed", "failed"))
+    return events[-1]
+
+
+def patient() -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(timeout=HANGS)
+
+
+async def test_one_line_says_where_it_is_who_may_call_and_what_is_in_use_until_ctrl_c(tmp_path: Path) -> None:
+    async with serving(tmp_path) as service, watching(service.url):
+        assert service.line.startswith("Stagecast is ready on http://localhost:")
+        assert "anybody on this machine may act for any user" in service.line
+        assert "editor: local" in service.line
+        assert "face swap: local" in service.line
+        service.process.send_signal(signal.SIGINT)
+        code, errors = await service.ended()
+        assert (code, errors) == (0, "")
+
+
+async def test_an_idle_service_leaves_at_once_with_0(tmp_path: Path) -> None:
+    async with serving(tmp_path) as service, watching(service.url):
+        service.process.send_signal(signal.SIGTERM)
+        assert await service.ended() == (0, "")
+
+
+async def test_sigterm_lets_the_work_be_finished_and_refuses_new_work(tmp_path: Path) -> None:
+    done = asyncio.Event()
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        await done.wait()
+        writer.write(page(PNG))
+
+    # The work lasts until its picture comes.
+    site = Site(pages={"/a.png": answer})
+    async with (
+        listening(site.serve, str(SITE)) as site.port,
+        serving(tmp_path, "--local-seconds", "0", "--fetch-allow", str(SITE)) as service,
+        patient() as http,
+        watching(service.url) as events,
+    ):
+        url = site.url(host=f"[{SITE}]" if SITE.version == 6 else str(SITE))
+        generation_id = (await service.start(http, imageUrls=url, faceSwap="false")).json()["generationId"]
+        await until(lambda: any(event.get("status") == "composition" for event in events))
+        service.process.send_signal(signal.SIGTERM)
+        ready = await service.draining(http)
+        assert (ready.status_code, ready.json()["code"]) == (503, "draining")
+        refused = await service.start(http)
+        assert (refused.status_code, refused.json()["code"]) == (503, "draining")
+        assert "retry-after" in refused.headers
+        assert (await http.get(f"{service.url}/health/live")).status_code == 200
+        done.set()
+        assert await service.ended() == (0, "")
+        last = await last_of(events)
+        assert (last["generationId"], last["status"]) == (generation_id, "completed")
+
+
+async def test_sigterm_waits_for_the_work_of_others_too(tmp_path: Path) -> None:
+    async with serving(tmp_path) as service, patient() as http, watching(service.url) as events:
+        who, fields = {"X-User-Id": "ada"}, {"prompt": (None, b"a red hat")}
+        begun = await http.post(f"{service.url}/generations/generate?runner=external", files=fields, headers=who)
+        work = f"{service.url}{begun.headers['Location']}/transitions"
+        service.process.send_signal(signal.SIGTERM)
+        assert (await service.draining(http)).json()["code"] == "draining"
+        for status in ("composition", "composition_completed", "ai_generation", "completed"):
+            assert (await http.post(work, json={"status": status}, headers=who)).status_code == 200
+        assert await service.ended() == (0, "")
+        assert (await last_of(events))["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "signals"),
+    [
+        pytest.param(["--drain", "0.2"], [signal.SIGTERM], id="the drain is over"),
+        pytest.param([], [signal.SIGTERM, signal.SIGTERM], id="a second signal"),
+        pytest.param([], [signal.SIGINT], id="SIGINT"),
+    ],
+)
+async def test_what_is_left_is_interrupted_and_its_owner_is_told(
+    tmp_path: Path, flags: list[str], signals: list[signal.Signals]
+) -> None:
+    async with (
+        serving(tmp_path, "--local-seconds", "60", *flags) as service,
+        patient() as http,
+        watching(service.url) as events,
+    ):
+        await service.start(http)
+        await until(lambda: any(event.get("status") == "openai_editing" for event in events))
+        first, *others = signals
+        service.process.send_signal(first)
+        for other in others:
+            await service.draining(http)  # Two signals that nobody has looked at yet are one.
+            service.process.send_signal(other)
+        assert await service.ended() == (0, "")
+        last = await last_of(events)
+        assert (last["status"], last["code"], last["failedStage"]) == ("failed", "interrupted", "openai_editing")
+        assert (last["retryable"], last["credit"]) == (True, 100)
+
+
+async def test_nobody_can_hold_the_service_back_from_leaving(tmp_path: Path) -> None:
+    """Case 5: an idle socket, a stalled reader, a long poll, a slow upload, a running generation."""
+    async with (
+        contextlib.AsyncExitStack() as talks,
+        serving(tmp_path, "--local-seconds", "60", "--drain", "0.5") as service,
+        patient() as http,
+        watching(service.url) as events,
+    ):
+        await service.start(http)
+        await until(lambda: any(event.get("status") == "openai_editing" for event in events))
+        port = int(service.url.rsplit(":", 1)[1])
+        uploading, stalled, polling = [await talk(port, talks) for _ in range(3)]
+        uploading[1].write(
+            b"POST /generations/edit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+        )
+        stalled[1].write(
+            b"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
+        assert (await stalled[0].readline()).startswith(b"HTTP/1.1 101")
+        opened = await http.get(f"{service.url}/socket.io/?EIO=4&transport=polling")
+        sid = opened.text.split('"sid":"')[1].split('"')[0]
+        polling[1].write(
+            f"GET /socket.io/?EIO=4&transport=polling&sid={sid} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        )
+        service.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):  # A busy machine may take it. Whoever is waited for takes longer.
+            await service.process.wait()
+        assert await service.ended() == (0, "")
+        assert (await last_of(events))["code"] == "interrupted"
+
+
+async def test_a_port_that_is_taken_is_told_in_one_sentence_with_3(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        process = await stagecast("serve", "--port", str(port), "--images", str(tmp_path))
+        _, errors = await process.communicate()
+        assert process.returncode == 3
+        assert errors.decode() == f"stagecast: port {port} is taken; choose another with --port.\n"
+
+
+async def test_a_folder_that_cannot_be_written_is_told_in_one_sentence_with_2() -> None:
+    process = await stagecast("serve", "--images", "/dev/null/x")
+    output, errors = await process.communicate()
+    done = Done(process.returncode or 0, output.decode(), errors.decode())
+    assert "STAGECAST_IMAGES" in done.sentence(2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "named"),
+    [
+        (["--port", "http"], {}, "STAGECAST_PORT"),
+        ([], {"STAGECAST_CREDITS": "-1"}, "STAGECAST_CREDITS"),
+        ([], {"STAGECAST_PROT": "3000"}, "STAGECAST_PROT"),
+        (["--host", "0.0.0.0"], {}, "--allow-open"),
+    ],
+)
+async def test_wrong_settings_are_told_in_one_sentence_with_2(flags: list[str], variables: JSON, named: str) -> None:
+    assert named in (await run_main(*SERVE, *flags, **variables)).sentence(2)
+
+
+async def test_help_tells_every_setting() -> None:
+    done = await run_main("serve", "--help")
+    assert done.code == 0
+    for flag in ("--port", "--drain", "--allow-open", "--local-seconds", "--max-per-user"):
+        assert flag in done.output

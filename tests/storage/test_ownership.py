@@ -1,0 +1,348 @@
+"""One owner for everything that a process writes to or deletes from: the image folder and the file of the log."""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import pytest
+
+from adapters.images.folder import FolderRefused, ImageFolder
+from adapters.sqlite.database import Database, LogRefused
+from domain.errors import Failure, LogUnavailable
+from domain.ports import Picture
+from reliability.chaos import Caller, Deployment, Life, parts
+from support.harness import PHOTO, running
+
+PNG: Final = Picture(b"the bytes of a PNG", "image/png")
+ID: Final = "edit_1763829000123_k3v9x2ab4c6d8e0f"
+OLD: Final = f"{ID}-{'0' * 32}.png"
+
+
+def mark(folder: Path) -> object:
+    return json.loads((folder / ".stagecast").read_text())
+
+
+def later() -> datetime:
+    return datetime.now(UTC) + timedelta(minutes=1)
+
+
+def old_folder(folder: Path, *, log: str | None = None, epoch: str = "e1") -> Path:
+    """A folder with one picture, and the mark of such a log."""
+    (folder / ID).mkdir(parents=True)
+    (folder / ID / OLD).write_bytes(b"old")
+    os.utime(folder / ID / OLD, (1, 1))
+    if log is not None:
+        (folder / ".stagecast").write_text(json.dumps({"log": log, "epoch": epoch}))
+    return folder
+
+
+# --- the image folder ------------------------------------------------------------------------------------
+
+
+async def test_a_folder_is_marked_with_the_log_and_held_until_it_is_closed(tmp_path: Path) -> None:
+    first = ImageFolder(tmp_path / "images", log="sqlite", epoch="e1")
+    assert mark(tmp_path / "images") == {"log": "sqlite", "epoch": "e1"}
+    (tmp_path / "link").symlink_to("images")
+    for name in ("images", "link"):
+        with pytest.raises(FolderRefused, match="is in use by another process"):
+            ImageFolder(tmp_path / name, log="sqlite", epoch="e1")
+    await first.close()
+    await ImageFolder(tmp_path / "link", log="sqlite", epoch="e1").close()
+
+
+@pytest.mark.parametrize(
+    ("log", "epoch", "removable"),
+    [(None, "", False), ("memory", "e0", True), ("sqlite", "e1", True)],
+    ids=["no mark: kept", "a dead memory log: emptied", "its own: swept"],
+)
+async def test_what_is_removable_depends_on_the_mark(
+    tmp_path: Path, log: str | None, epoch: str, removable: bool
+) -> None:
+    folder = old_folder(tmp_path / "images", log=log, epoch=epoch)
+    for _ in range(2):  # The second time, the mark is there.
+        store = ImageFolder(folder, log="sqlite", epoch="e1")
+        assert mark(folder) == {"log": "sqlite", "epoch": "e1"}
+        new = await store.save(ID, PNG)
+        assert set((await store.names(older_than=later()))[ID]) == ({OLD, new} if removable else {new})
+        await store.discard(new)
+        await store.close()
+        removable = True
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"log": "sqlite", "epoch": "e2"}\n', "belongs to another log"),
+        ('{"log": "postgresql", "epoch": "e1"}\n', "belongs to another log"),
+        ("{}", "is damaged"),
+        ("[1, 2]", "is damaged"),
+        ("\0\xff", "is damaged"),
+    ],
+)
+@pytest.mark.parametrize("log", ["memory", "sqlite"])
+async def test_a_folder_of_another_durable_log_is_refused_and_left_as_it_was(
+    tmp_path: Path, text: str, reason: str, log: str
+) -> None:
+    folder = old_folder(tmp_path / "images")
+    (folder / ".stagecast").write_text(text)
+    with pytest.raises(FolderRefused, match=reason) as refused:
+        ImageFolder(folder, log=log, epoch="e1")
+    assert "\n" not in str(refused.value)
+    assert (folder / ".stagecast").read_text() == text
+    assert (folder / ID / OLD).exists()
+
+
+async def test_a_file_system_without_locks_is_refused_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(FolderRefused, match="no file locks"):
+        ImageFolder(tmp_path, log="memory", epoch="e1")
+
+
+def _a_file(path: Path) -> None:
+    path.write_text("a file")
+
+
+def _a_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def _a_mark_that_is_a_link(path: Path) -> None:
+    path.mkdir()
+    (path / ".stagecast").symlink_to("../victim")
+
+
+@pytest.mark.parametrize("make", [_a_file, _a_loop, _a_mark_that_is_a_link])
+async def test_a_folder_that_cannot_be_used_is_refused_with_a_sentence(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "images")
+    with pytest.raises(FolderRefused, match="cannot be used"):
+        ImageFolder(tmp_path / "images", log="memory", epoch="e1")
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_nothing_is_stored_in_or_removed_from_another_folder_at_the_same_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, replaced: bool
+) -> None:
+    store = ImageFolder(tmp_path / "images", log="memory", epoch="e1")
+    name = await store.save(ID, PNG)
+    (tmp_path / "images").rename(tmp_path / "away")
+    if replaced:
+        old_folder(tmp_path / "images")
+    for _ in range(2):
+        with pytest.raises(Failure) as failure:
+            await store.save(ID, PNG)
+        assert failure.value.code == "storage_failed"
+        assert await store.names(older_than=later()) == {}
+        await store.discard(OLD)
+        await store.remove(ID)
+    assert (tmp_path / "images" / ID / OLD).exists() is replaced
+    assert caplog.text.count("removed or replaced; nothing") == 1
+    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+    (tmp_path / "away").rename(tmp_path / "images")
+    assert await store.load(name) == PNG
+    await store.save(ID, PNG)
+    await store.close()
+
+
+async def test_no_child_process_keeps_what_its_parent_held(tmp_path: Path) -> None:
+    images, database = ImageFolder(tmp_path, log="memory", epoch="e1"), Database(tmp_path / "log.db", epoch="e1")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:  # noqa: ASYNC220
+        await images.close()
+        await database.close()
+        assert child.poll() is None
+        await ImageFolder(tmp_path, log="memory", epoch="e2").close()
+        await Database(tmp_path / "log.db", epoch="e1").close()
+        child.communicate(b"\n")
+
+
+# --- two services ----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def durable(folder: Path) -> AsyncIterator[tuple[Deployment, Life, Caller]]:
+    deployment = Deployment(folder)
+    async with deployment.serving() as life, Caller.open(deployment.url) as caller:
+        yield deployment, life, caller
+
+
+async def start(caller: Caller) -> str:
+    answer = await caller.once("POST", "/generations/edit", "ada", files=parts("x", PHOTO))
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["generationId"])
+
+
+async def completed(caller: Caller, generation_id: str) -> list[str]:
+    """Wait for its end; the paths of its pictures."""
+    while (found := await caller.get(f"/generations/{generation_id}"))["status"] != "completed":
+        await asyncio.sleep(0.01)
+    return [found[key].partition("/images/")[2] for key in ("compositionUrl", "editedImageUrl")]
+
+
+async def refused(life: Life, *words: str) -> None:
+    assert await life.ended() == 3, life.lines
+    [line] = life.lines
+    assert line.startswith("stagecast: The "), line
+    assert all(word in line for word in words), line
+
+
+async def test_a_second_service_on_the_same_folder_or_file_is_refused_and_removes_nothing(tmp_path: Path) -> None:
+    async with durable(tmp_path / "service") as (first, life, caller):
+        pictures = await completed(caller, await start(caller))
+        os.link(first.log, tmp_path / "hard.db")
+        (tmp_path / "soft.db").symlink_to(first.log)
+        others = {
+            "memory://": "The image folder",
+            f"sqlite:///{tmp_path}/other.db": "The image folder",
+            f"sqlite:///{tmp_path}/hard.db": "by this or another name",
+            f"sqlite:///{tmp_path}/soft.db": "The log",
+        }
+        for log, what in others.items():
+            async with Deployment(tmp_path / "service").life(log=log) as second:
+                await refused(second, "in use by another process", what)
+        for picture in pictures:
+            assert (await caller.once("GET", f"/images/{picture}", "ada")).status_code == 200
+        life.send(signal.SIGKILL)
+        await life.ended()
+        async with Deployment(tmp_path / "service").life(log="memory://") as other:
+            await refused(other, "belongs to another log")
+        async with first.serving():
+            for picture in pictures:
+                assert (await caller.ask("GET", f"/images/{picture}", "ada")).status_code == 200
+
+
+@pytest.mark.parametrize("lost", ["removed", "replaced", "cut", "wal removed"])
+async def test_a_log_whose_file_is_lost_refuses_starts_and_says_so_once(tmp_path: Path, lost: str) -> None:
+    async with durable(tmp_path / "service") as (deployment, life, caller):
+        generation_id = await start(caller)
+        await completed(caller, generation_id)
+        wal = deployment.log.with_name("log.db-wal")
+        match lost:
+            case "removed":
+                deployment.log.unlink()
+            case "replaced":
+                deployment.log.unlink()
+                deployment.log.write_bytes(b"")
+            case "cut":
+                os.truncate(deployment.log, 0)
+            case _:
+                wal.unlink()
+        for _ in range(2):
+            answer = await caller.once("POST", "/generations/generate", "ada", files=parts("x", PHOTO))
+            assert (answer.status_code, answer.json()["code"]) == (503, "log_unavailable")
+            ready = await caller.once("GET", "/health/ready", "ada")
+            assert ready.status_code == 503
+            if lost != "cut":
+                assert (await caller.once("GET", f"/generations/{generation_id}", "ada")).status_code == 200
+        said = [line for line in life.lines if "was removed, replaced or cut off" in line]
+        assert len(said) == 1, life.lines
+        assert str(tmp_path) not in said[0]
+        life.send(signal.SIGKILL)
+        await life.ended()
+    if lost == "wal removed":  # All that was answered is in the file itself.
+        async with deployment.serving(), Caller.open(deployment.url) as caller:
+            await completed(caller, generation_id)
+    elif lost != "cut":
+        async with deployment.life() as life:  # Another log: it must not remove the pictures of the lost one.
+            await refused(life, "belongs to another log")
+
+
+async def test_a_file_that_comes_back_is_used_again(tmp_path: Path) -> None:
+    async with running(tmp_path / "images", log=f"sqlite:///{tmp_path}/log.db") as service:
+        (tmp_path / "log.db").rename(tmp_path / "away.db")
+        assert (await service.post("ada", "edit")).status_code == 503
+        (tmp_path / "away.db").rename(tmp_path / "log.db")
+        await service.start("ada")
+        await service.service.queue.settled()
+
+
+@pytest.mark.parametrize("mode", ["TRUNCATE", "RESTART", "PASSIVE"])
+async def test_somebody_who_writes_the_log_back_disturbs_nobody(tmp_path: Path, mode: str) -> None:
+    async with running(tmp_path / "images", log=f"sqlite:///{tmp_path}/log.db") as service:
+        await service.start("ada")
+        await service.service.queue.settled()
+        with contextlib.closing(sqlite3.connect(tmp_path / "log.db")) as stranger:
+            stranger.execute(f"PRAGMA wal_checkpoint({mode})")
+        await service.start("ada")
+        await service.service.queue.settled()
+
+
+async def test_a_write_ahead_log_that_is_cut_off_while_it_is_needed_refuses_writes(tmp_path: Path) -> None:
+    database = Database(tmp_path / "log.db", epoch="e1")
+    insert = "INSERT INTO users (user_id, head, floor, floor_id) VALUES (?, 0, 0, 0)"
+    await database.write(lambda connection: connection.execute(insert, ("ada",)))
+    os.truncate(tmp_path / "log.db-wal", 0)
+    with pytest.raises(LogUnavailable):
+        await database.write(lambda connection: connection.execute(insert, ("bob",)))
+    await database.close()
+
+
+async def test_a_log_that_is_idle_notices_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    database = Database(tmp_path / "log.db", epoch="e1")
+    (tmp_path / "log.db").unlink()
+    async with asyncio.timeout(10):
+        while "was removed, replaced or cut off" not in caplog.text:
+            await asyncio.sleep(0.05)
+    await database.close()
+
+
+async def test_one_file_has_one_owner_by_whatever_name_it_is_opened(tmp_path: Path) -> None:
+    database = Database(tmp_path / "log.db", epoch="e1")
+    os.link(tmp_path / "log.db", tmp_path / "hard.db")
+    script = (
+        "import sys, pathlib; from adapters.sqlite.database import *; Database(pathlib.Path(sys.argv[1]), epoch='e')"
+    )
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, str(tmp_path / "hard.db"), stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await child.communicate()
+    assert LogRefused.__name__ in errors.decode()
+    await database.close()
+    await Database(tmp_path / "hard.db", epoch="e1").close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives up the rights of root")
+@pytest.mark.parametrize(
+    ("mode", "marked", "code", "sentence"),
+    [
+        (0o755, False, 2, "STAGECAST_IMAGES must be a folder that can be read and written."),
+        (0o333, False, 2, "STAGECAST_IMAGES must be a folder that can be read and written."),
+        (0o777, True, 3, "cannot be used: Permission denied."),
+    ],
+    ids=["owned by somebody else", "cannot be read", "marked by somebody else"],
+)
+async def test_a_folder_without_the_right_permissions_is_refused_with_a_sentence(
+    mode: int, marked: bool, code: int, sentence: str
+) -> None:
+    with TemporaryDirectory() as name:  # Not below `tmp_path`, which is root's alone.
+        deployment = Deployment(Path(name))
+        deployment.prelude = "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+        deployment.images.mkdir()
+        if marked:
+            (deployment.images / ".stagecast").touch(0o600)
+        deployment.images.chmod(mode)
+        deployment.folder.chmod(0o755)
+        async with deployment.life(log="memory://") as life:
+            assert await life.ended() == code
+            [line] = life.lines
+            assert line.endswith(sentence), line

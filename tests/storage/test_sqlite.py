@@ -1,0 +1,746 @@
+"""What only the durable log promises: its file outlives the process, which alone has it, and the loop never waits."""
+
+import asyncio
+import re
+import resource
+import sqlite3
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from adapters.sqlite import database as sqlite_database
+from adapters.sqlite.batch_thread import BatchThread
+from adapters.sqlite.database import SCHEMA, Database, LogRefused
+from adapters.sqlite.log import SqliteLog
+from adapters.sqlite.sessions import SqliteSessions
+from domain.errors import AlreadyStarted, LogUnavailable
+from domain.feed import Cursor
+from domain.identity import Identity
+from domain.ports import Session
+from support.builders import NOON, Heard, Scribe, SteppableClock, bodies, statuses
+
+RETENTION: Final = timedelta(days=1)
+
+
+@dataclass
+class Opened:
+    """One life of a file."""
+
+    database: Database
+    log: SqliteLog
+    scribe: Scribe
+    sessions: SqliteSessions
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "stagecast.db"
+
+
+@asynccontextmanager
+async def opened(
+    path: Path, *, epoch: str = "e1", credits: int | None = 100, outbox: bool = False, schema: Any = SCHEMA
+) -> AsyncIterator[Opened]:
+    database = Database(path, epoch=epoch, schema=schema)
+    clock = SteppableClock()
+    log = SqliteLog(database, credits=credits, clock=clock, outbox=outbox)
+    try:
+        yield Opened(database, log, Scribe(log, clock), SqliteSessions(database, RETENTION))
+    finally:
+        await log.close()
+
+
+def rows(query: str) -> Callable[[sqlite3.Connection], list[Any]]:
+    return lambda connection: connection.execute(query).fetchall()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes wait for a stranger for as long as a test may hold the file on a machine that is slow."""
+    monkeypatch.setattr(sqlite_database, "_PATIENCE", 60)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A stranger writes to the file: whoever else would write has to wait, as for a slow disk."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as stranger:
+        stranger.execute("BEGIN IMMEDIATE")
+        yield
+
+
+async def image(log: SqliteLog, *user_ids: str) -> object:
+    """Everything that a log tells of these users."""
+    return [
+        (
+            await log.feed(user_id, after=0, anchor=0, limit=10_000),
+            await log.credit(user_id),
+            await log.generations(user_id, limit=1_000),
+            await log.head_cursor(user_id),
+            await log.begun(user_id, "k"),
+        )
+        for user_id in user_ids
+    ] + [await log.unfinished(), await log.undelivered(100), await log.finished_before(NOON + RETENTION, 100)]
+
+
+# --- what is there again ---------------------------------------------------------------------------------
+
+
+async def test_a_log_that_is_opened_again_is_as_it_was_left(path: Path) -> None:
+    async with opened(path, outbox=True) as first:
+        scribe = first.scribe
+        await scribe.whole("ada", key="k", face_swap=True)
+        gone, purged = await scribe.short("ada"), await scribe.short("ada")
+        running = await scribe.move(await scribe.start("ada"), "composition")
+        await scribe.start("bob", key="k", fingerprint="bobs")
+        told = await scribe.short("Ünï 🎨 '")
+        await first.log.delivered(told.generation_id)
+        await first.log.remove(purged.generation_id, retention=True)
+        await first.log.remove(gone.generation_id, retention=False)
+        cursor = await first.log.head_cursor("ada")
+        assert await first.log.grant("cy", 5, key="g", at=NOON, until=NOON + RETENTION) == 105
+        session = Session(Identity("ada", NOON + RETENTION, service=True), cursor, cursor.live, "tag")
+        await first.sessions.save("pid", session, at=NOON)
+        before = await image(first.log, "ada", "bob", "cy", "Ünï 🎨 '", "nobody")
+    async with opened(path, epoch="e2", outbox=True) as again:
+        assert again.log.epoch == "e1"
+        assert await image(again.log, "ada", "bob", "cy", "Ünï 🎨 '", "nobody") == before
+        assert cursor.usable(await again.log.feed("ada", after=cursor.seen, anchor=cursor.live, limit=0))
+        assert await again.sessions.load("pid", at=NOON) == session
+        assert await again.log.grant("cy", 5, key="g", at=NOON, until=NOON + RETENTION) == 105
+        again.scribe.entropy.event_id()
+        await again.scribe.finish(running)
+        history = await again.log.generation(running.generation_id)
+        assert statuses(history)[-1] == "completed"
+        assert history is not None
+        assert history.events[-1].position == cursor.live + 4
+
+
+async def test_an_append_whose_reply_was_lost_with_the_process_is_recognised(path: Path) -> None:
+    async with opened(path) as first:
+        append, generation = first.scribe.prepare_start(key="k", not_after=NOON)
+        logged = await first.log.append(append)
+    async with opened(path) as again:
+        again.scribe.clock.step(3_600)
+        assert await again.log.append(append) == logged
+        assert await again.log.credit("ada") == 99
+        assert statuses(await again.log.generation(generation.generation_id)) == ["started"]
+
+
+async def test_the_epoch_is_the_files_own(tmp_path: Path) -> None:
+    async with opened(tmp_path / "one.db", epoch="one") as one, opened(tmp_path / "two.db", epoch="two") as two:
+        assert (one.log.epoch, two.log.epoch) == ("one", "two")
+        assert one.log.durable
+
+
+async def test_the_setting_of_credits_is_for_who_is_new(path: Path) -> None:
+    async with opened(path, credits=3) as first:
+        await first.scribe.start("ada")
+    async with opened(path, credits=50) as again:
+        assert [await again.log.credit(user_id) for user_id in ("ada", "new")] == [2, 50]
+
+
+async def test_who_began_while_no_balances_were_kept_is_new_when_they_are(path: Path) -> None:
+    """I6 over a change of the setting: what was not reserved is not given back."""
+    async with opened(path, credits=None) as first:
+        free = await first.scribe.start("ada")
+    async with opened(path, credits=10) as again:
+        again.scribe.count = 10
+        assert await again.log.credit("ada") == 10
+        await again.scribe.move(free, "failed")
+        assert bodies(await again.log.generation(free.generation_id))[-1]["credit"] == 10
+        await again.scribe.start("ada")
+        assert await again.log.credit("ada") == 9
+
+
+async def test_what_was_reserved_is_given_back_also_while_balances_are_off(path: Path) -> None:
+    async with opened(path, credits=10) as first:
+        paid = await first.scribe.start("ada")
+    async with opened(path, credits=None) as off:
+        off.scribe.count = 10
+        await off.scribe.move(paid, "failed")
+        assert "credit" not in bodies(await off.log.generation(paid.generation_id))[-1]
+        await off.scribe.start("ada")
+        assert await off.log.credit("ada") is None
+    async with opened(path, credits=50) as again:
+        assert await again.log.credit("ada") == 10
+
+
+async def test_what_ended_without_an_outbox_is_not_told_when_there_is_one(path: Path) -> None:
+    async with opened(path, outbox=True) as first:
+        kept = await first.scribe.short()
+    async with opened(path) as without:
+        without.scribe.count = 10
+        await without.scribe.short()
+        assert list(await without.log.undelivered(10)) == []
+    async with opened(path, outbox=True) as again:
+        assert [entry.generation_id for entry in await again.log.undelivered(10)] == [kept.generation_id]
+
+
+# --- a killed process ------------------------------------------------------------------------------------
+
+#: Appends in eight tasks for ever, and prints what was acknowledged.
+_APPENDING: Final = """
+import asyncio, itertools, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from adapters.sqlite.database import Database
+from adapters.sqlite.log import SqliteLog
+from adapters.system import SystemEntropy
+from support.builders import CountedEntropy, Scribe, SteppableClock, path_of
+
+async def live(scribe, user, life):
+    for number in itertools.count():
+        append, generation = scribe.prepare_start(user, generation_id=f"edit_1_{life}{user}{number}")
+        for status in path_of("edit")[1:4 + number % 3] + ("failed",) * (number % 2):
+            logged = await scribe.log.append(append)
+            print(logged.user_id, logged.position, logged.event_id, flush=True)
+            if generation.finished:
+                break
+            append, generation = scribe.prepare(generation, status)
+
+async def main():
+    database = Database(Path(sys.argv[1]), epoch="e1")
+    log = SqliteLog(database, credits=100_000, clock=SteppableClock())
+    scribe = Scribe(log, SteppableClock(), SystemEntropy())
+    life = scribe.entropy.token()
+    print("ready", flush=True)
+    await asyncio.gather(*(live(scribe, f"user{number % 3}", f"{life}{number}") for number in range(8)))
+
+asyncio.run(main())
+"""
+
+
+async def python(program: str, path: Path) -> asyncio.subprocess.Process:
+    arguments = (sys.executable, "-c", program, str(path), str(Path(__file__).parent.parent))
+    return await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
+
+
+@asynccontextmanager
+async def another_process(path: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """It has the log open, and appends to it. Killed at the end."""
+    process = await python(_APPENDING, path)
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_what_was_acknowledged_survives_kill_9(path: Path) -> None:
+    acknowledged: list[tuple[str, int, int]] = []
+    for round_ in range(3):
+        async with another_process(path) as process:
+            assert process.stdout is not None
+            for _ in range(100 + 37 * round_):
+                user_id, position, event_id = (await process.stdout.readline()).decode().split()
+                acknowledged.append((user_id, int(position), int(event_id)))
+            process.kill()
+            rest = (await process.stdout.read()).decode().rpartition("\n")[0].splitlines()
+            acknowledged += [(user, int(position), int(event)) for user, position, event in map(str.split, rest)]
+        async with opened(path, credits=100_000) as again:
+            await check(again.log, acknowledged)
+            assert await again.database.read(rows("PRAGMA integrity_check")) == [("ok",)]
+            assert await again.database.read(rows("PRAGMA foreign_key_check")) == []
+
+
+async def check(log: SqliteLog, acknowledged: list[tuple[str, int, int]]) -> None:
+    for user_id in {user_id for user_id, _, _ in acknowledged}:
+        feed = await log.feed(user_id, after=0, anchor=0, limit=100_000)
+        ids = {entry.position: entry.event_id for entry in feed.entries}
+        assert list(ids) == list(range(1, feed.head + 1))
+        mine = {position: event_id for owner, position, event_id in acknowledged if owner == user_id}
+        assert {position: ids.get(position) for position in mine} == mine
+        histories = await log.generations(user_id, limit=100_000)
+        for history in histories:
+            assert [entry.sequence for entry in history.events] == list(range(1, len(history.events) + 1))
+        failed = sum(statuses(history)[-1] == "failed" for history in histories)
+        assert await log.credit(user_id) == 100_000 - len(histories) + failed
+
+
+# --- who may open it -------------------------------------------------------------------------------------
+
+
+async def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(path: Path) -> None:
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    async with another_process(path) as process:
+        for name in (path, link):
+            with pytest.raises(LogRefused, match=r"stagecast\.db is in use by another process\.$"):
+                Database(name, epoch="e1")
+        process.kill()
+        await process.wait()
+        async with opened(link):
+            with pytest.raises(LogRefused, match="in use"):
+                Database(path, epoch="e1")
+
+
+async def test_the_folder_is_made_and_may_have_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "a folder?mode=memory#%41" / "ünï" / "log.db"
+    async with opened(path) as first:
+        await first.scribe.start()
+        assert await first.log.credit("ada") == 99
+    assert path.is_file()
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def foreign(path: Path, script: str) -> Path:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(script)
+    return path
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: written(path, b"a diary\n"),
+        lambda path: written(path, b"x" * 100_000),
+        lambda path: foreign(path, "CREATE TABLE users (id)"),
+        lambda path: foreign(path, "PRAGMA application_id = 7; CREATE TABLE t (id)"),
+        lambda path: foreign(path, "PRAGMA user_version = 1; PRAGMA journal_mode = WAL"),
+    ],
+)
+def test_a_file_that_is_no_log_is_refused_and_left_as_it_was(path: Path, make: Callable[[Path], Path]) -> None:
+    before = content(make(path))
+    for _ in range(2):  # The refusal leaves it unlocked.
+        with pytest.raises(LogRefused, match=r"stagecast\.db is not a log of Stagecast\.$"):
+            Database(path, epoch="e1")
+    assert content(path) == before
+
+
+@pytest.mark.parametrize("where", ["folder", "folder/file/log.db", "loop/log.db"])
+def test_what_cannot_be_opened_is_refused_with_a_sentence(tmp_path: Path, where: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(LogRefused, match=r"^The log .* cannot be opened: .*[^.]\.$"):
+        Database(tmp_path / where, epoch="e1")
+
+
+async def test_an_empty_file_becomes_a_log(path: Path) -> None:
+    written(path, b"")
+    async with opened(path) as first:
+        await first.scribe.start()
+
+
+# --- versions of the schema ------------------------------------------------------------------------------
+
+#: What a next version may do: add a column with a meaning, and another table.
+_LATER: Final = (
+    *SCHEMA,
+    "ALTER TABLE users ADD COLUMN note TEXT NOT NULL DEFAULT ''; UPDATE users SET note = 'was ' || user_id",
+    "CREATE TABLE notes AS SELECT note FROM users",
+)
+
+
+def version(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        return int(version)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+async def test_a_log_of_an_older_version_is_brought_to_this_one_with_all_it_holds(path: Path, steps: int) -> None:
+    async with opened(path) as older:
+        generation = await older.scribe.short()
+        before = await image(older.log, "ada")
+    assert version(path) == len(SCHEMA)
+    schema = _LATER[: len(SCHEMA) + steps]
+    for _ in range(2):  # The steps are gone once.
+        async with opened(path, schema=schema) as newer:
+            assert await image(newer.log, "ada") == before
+            assert await newer.database.read(rows("SELECT note FROM users")) == [("was ada",)]
+        assert version(path) == len(schema)
+    async with opened(path, schema=schema) as newer:
+        assert await newer.log.remove(generation.generation_id, retention=True)
+
+
+async def test_a_step_that_fails_leaves_the_log_in_the_version_it_had(path: Path) -> None:
+    async with opened(path) as older:
+        await older.scribe.short()
+        before = await image(older.log, "ada")
+    broken = (*_LATER, "CREATE TABLE more (id); DROP TABLE users; SELECT no FROM where_there_is_none")
+    with pytest.raises(LogRefused, match="cannot be opened: no such table"):
+        Database(path, epoch="e1", schema=broken)
+    assert version(path) == len(_LATER)
+    async with opened(path, schema=_LATER) as again:
+        assert await image(again.log, "ada") == before
+
+
+async def test_a_log_of_a_newer_version_is_refused_and_left_as_it_was(path: Path) -> None:
+    async with opened(path, schema=_LATER) as newer:
+        await newer.scribe.short()
+    before = content(path)
+    sentence = rf"was written by a newer Stagecast \(schema {len(_LATER)}; this one knows {len(SCHEMA)}\)\.$"
+    with pytest.raises(LogRefused, match=sentence):
+        Database(path, epoch="e1")
+    assert content(path) == before
+
+
+# --- a disk that is slow, or full ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("patient")
+async def test_reads_and_the_event_loop_go_on_while_a_write_waits_for_the_disk(path: Path) -> None:
+    async with opened(path) as here:
+        generation = await here.scribe.start()
+        append, _ = here.scribe.prepare(generation, "composition")
+        with held(path):
+            waiting = asyncio.create_task(here.log.append(append))
+            for _ in range(50):
+                assert (await here.log.feed("ada", after=0, anchor=0, limit=10)).head == 1
+            assert not waiting.done()
+        assert (await waiting).position == 2
+
+
+@pytest.mark.usefixtures("patient")
+async def test_what_waited_for_the_disk_shares_one_transaction(path: Path) -> None:
+    """One commit, and so one wait for the disk, for many who append at the same time."""
+    async with opened(path) as here:
+        done: list[str] = []
+        await here.database.write(lambda connection: connection.set_trace_callback(done.append))
+        with held(path):
+            appends = [asyncio.create_task(here.scribe.start(f"user {n}")) for n in range(100)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*appends)
+        assert 1 <= done.count("COMMIT") <= 3
+        assert sum(statement.strip().startswith("INSERT INTO events") for statement in done) == 100
+
+
+@pytest.mark.usefixtures("patient")
+async def test_one_refusal_among_many_undoes_nothing_of_the_others(path: Path) -> None:
+    heard = Heard()
+    async with opened(path, credits=1) as here, here.log.follow(heard):
+        first, generation = here.scribe.prepare_start()
+        second, _ = here.scribe.prepare(generation, "composition")
+        with held(path):
+            poor, bobs = here.scribe.prepare_start()[0], here.scribe.prepare_start("bob")[0]
+            appends = (first, poor, second, second, bobs)
+            attempts = [asyncio.create_task(here.log.append(append)) for append in appends]
+            await asyncio.sleep(0)
+        results = await asyncio.gather(*attempts, return_exceptions=True)
+        assert [type(result).__name__ for result in results] == [
+            "Logged", "InsufficientCredit", "Logged", "Logged", "Logged"
+        ]  # fmt: skip
+        assert heard.entries == [results[0], results[2], results[4]]
+
+
+@pytest.mark.usefixtures("patient")
+async def test_an_operation_that_breaks_off_has_changed_nothing(path: Path) -> None:
+    def break_off(connection: sqlite3.Connection) -> None:
+        connection.execute("UPDATE users SET credit = 0")
+        raise ZeroDivisionError
+
+    def make_no_sense(connection: sqlite3.Connection) -> None:
+        connection.execute("UPDATE users SET credit = 0")
+        connection.execute("no SQL")
+
+    async with opened(path) as here:
+        await here.scribe.start()
+        with held(path):
+            attempts = [asyncio.create_task(here.database.write(each)) for each in (break_off, make_no_sense)]
+            following = asyncio.create_task(here.scribe.start())
+            await asyncio.sleep(0)
+        results = await asyncio.gather(*attempts, return_exceptions=True)
+        assert [type(result) for result in results] == [ZeroDivisionError, LogUnavailable]
+        await following
+        assert await here.log.credit("ada") == 98
+        for broken in (break_off, make_no_sense):
+            with pytest.raises((ZeroDivisionError, LogUnavailable)):
+                await here.database.read(broken)
+        assert await here.log.credit("ada") == 98
+
+
+class Dawdling:
+    """An operation that keeps the writing thread in its transaction until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.going_on = threading.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def __call__(self, _: sqlite3.Connection) -> None:
+        self._loop.call_soon_threadsafe(self.begun.set)
+        assert self.going_on.wait(20)
+
+
+@pytest.mark.parametrize("in_the_middle", [False, True])
+async def test_who_gives_up_waiting_breaks_nothing(path: Path, in_the_middle: bool) -> None:
+    """Neither before the transaction has begun nor in the middle of it."""
+    heard, before, behind = Heard(), Dawdling(), Dawdling()
+    async with opened(path) as here, here.log.follow(heard):
+        appends = [here.scribe.prepare_start(f"user {n}")[0] for n in range(40)]
+        first = asyncio.create_task(here.database.write(before))
+        await before.begun.wait()
+        tasks = [asyncio.create_task(here.log.append(append)) for append in appends]
+        last = asyncio.create_task(here.database.write(behind))
+        await asyncio.sleep(0)
+        if in_the_middle:
+            before.going_on.set()
+            await behind.begun.wait()
+        for task in tasks[::2]:
+            task.cancel()
+        await asyncio.gather(*tasks[::2], return_exceptions=True)
+        for dawdling in (before, behind):
+            dawdling.going_on.set()
+        await asyncio.gather(first, last)
+        kept = await asyncio.gather(*tasks[1::2])
+        assert len(heard.entries) == (40 if in_the_middle else 20)
+        # Whoever gave up tries again, and finds out which of them it was.
+        again = [await here.log.append(append) for append in appends[::2]]
+        assert {entry.sequence for entry in (*kept, *again)} == {1}
+        assert sorted(heard.entries) == sorted((*kept, *again))
+        assert len(await here.log.unfinished()) == 40
+
+
+async def test_a_reader_that_gives_up_breaks_nothing(path: Path) -> None:
+    async with opened(path) as here:
+        await here.scribe.start()
+        tasks = [asyncio.create_task(here.log.credit("ada")) for _ in range(40)]
+        await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        assert await asyncio.gather(*tasks[1::2]) == [99] * 20
+
+
+async def test_a_thread_whose_work_breaks_off_goes_on() -> None:
+    thread: BatchThread[int] = BatchThread("test", lambda works: [10 // work for work in works], most=9)
+    with pytest.raises(ZeroDivisionError):
+        await thread.ask(0)
+    assert await thread.ask(5) == 2
+    thread.close()
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file grows over this size: the disk says no when the transaction is written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@asynccontextmanager
+async def no_room_for_bytes(here: Opened, path: Path) -> AsyncIterator[None]:
+    with closing(sqlite3.connect(path, isolation_level=None)) as stranger:
+        # Somebody who reads keeps the write-ahead log from being emptied, which would make room.
+        stranger.execute("BEGIN")
+        stranger.execute("SELECT count(*) FROM events").fetchall()
+        with file_limit(path.with_name(f"{path.name}-wal").stat().st_size + 1_000):
+            yield
+
+
+@asynccontextmanager
+async def no_room_for_pages(here: Opened, path: Path) -> AsyncIterator[None]:
+    def limit(pages: int) -> Callable[[sqlite3.Connection], object]:
+        return lambda connection: connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    await here.database.write(limit(1))  # It never goes below the present size.
+    yield
+    await here.database.write(limit(2**30))
+
+
+@pytest.mark.parametrize("no_room", [no_room_for_bytes, no_room_for_pages])
+async def test_a_full_disk_refuses_whole_appends_and_is_well_again_when_there_is_room(
+    path: Path, no_room: Callable[[Opened, Path], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = Heard()
+    async with opened(path) as here, here.log.follow(heard):
+        generation = await here.scribe.start(prompt="x" * 4_000)
+        before = await image(here.log, "ada", "bob")
+        appends = [here.scribe.prepare_start(user_id, prompt="x" * 4_000)[0] for user_id in ("ada", "bob")]
+        appends.append(here.scribe.prepare(generation, "composition", message="x" * 9_000)[0])
+        async with no_room(here, path):
+            for _ in range(2):
+                results = await asyncio.gather(*map(here.log.append, appends), return_exceptions=True)
+                assert [type(result) for result in results] == [LogUnavailable] * 3
+            assert await image(here.log, "ada", "bob") == before
+        assert caplog.records
+        assert "xxx" not in caplog.text
+        logged = [await here.log.append(append) for append in appends]
+        assert [entry.sequence for entry in logged] == [1, 1, 2]
+        assert heard.entries[1:] == logged
+        whole = await image(here.log, "ada", "bob")
+    async with opened(path) as again:
+        assert await image(again.log, "ada", "bob") == whole
+
+
+async def test_while_a_stranger_keeps_the_file_an_append_is_refused_in_the_end(path: Path) -> None:
+    async with opened(path) as here:
+        append, _ = here.scribe.prepare_start()
+        with held(path), pytest.raises(LogUnavailable):
+            await here.log.append(append)
+        assert (await here.log.append(append)).position == 1
+
+
+async def test_every_transaction_is_synced_before_it_is_answered(path: Path) -> None:
+    """A power cut cannot be tried here. This is what SQLite says of how it writes; 2 is FULL."""
+    async with opened(path) as here:
+        assert await here.database.write(rows("PRAGMA synchronous")) == [(2,)]
+
+
+# --- leaving ---------------------------------------------------------------------------------------------
+
+
+async def test_closing_does_first_what_was_asked_for_and_then_refuses(path: Path) -> None:
+    heard: list[Any] = []
+    async with opened(path) as here, here.log.follow(heard.append):
+        appends = [asyncio.create_task(here.scribe.start(f"user {n}")) for n in range(300)]
+        await asyncio.sleep(0)
+        await here.log.close()
+        assert len(await asyncio.gather(*appends)) == len(heard) == 300
+        for refused in (here.scribe.start(), here.log.credit("ada"), here.sessions.end("pid")):
+            with pytest.raises(LogUnavailable):
+                await refused
+        await here.log.close()
+    assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}-lock"}
+    async with opened(path) as again:
+        assert len(await again.log.unfinished()) == 300
+
+
+#: Appends once, and comes to its end while another append is under way.
+_FORGETTING: Final = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from adapters.sqlite.database import Database
+from adapters.sqlite.log import SqliteLog
+from support.builders import Scribe, SteppableClock
+
+async def main():
+    scribe = Scribe(SqliteLog(Database(Path(sys.argv[1]), epoch="e1"), credits=1, clock=SteppableClock()))
+    await scribe.start()
+    await scribe.log.credit("ada")
+    global under_way
+    under_way = asyncio.create_task(scribe.start("bob"))
+    await asyncio.sleep(0)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_program_that_forgets_to_close_ends_all_the_same_and_has_lost_nothing(path: Path) -> None:
+    process = await python(_FORGETTING, path)
+    assert await process.wait() == 0
+    async with opened(path) as again:
+        assert await again.log.credit("ada") == 0
+
+
+# --- what was deleted, and what it costs -----------------------------------------------------------------
+
+_SECRET: Final = "a-secret-that-is-to-go"
+
+
+def bytes_left(path: Path) -> int:
+    """How often the secret is in any of the files."""
+    return sum(content(file).count(_SECRET.encode()) for file in path.parent.iterdir())
+
+
+@pytest.mark.parametrize("retention", [True, False])
+async def test_what_is_removed_is_gone_from_the_disk_too(path: Path, retention: bool) -> None:
+    async with opened(path) as here:
+        scribe = here.scribe
+        secret = [await scribe.start(prompt=_SECRET, key=_SECRET)]
+        others = [await scribe.start("bob", prompt="x" * 150 * n) for n in range(1, 21)]
+        secret += [await scribe.start(prompt=_SECRET * 8 * n, metadata={"note": _SECRET * n}) for n in range(1, 21)]
+        for generation in (*others, *secret):
+            await scribe.move(generation, "composition", "failed")
+        assert bytes_left(path) > 1_000
+        for generation in secret:
+            assert await here.log.remove(generation.generation_id, retention=retention)
+        async with asyncio.timeout(20):
+            while bytes_left(path):
+                await asyncio.sleep(0.1)
+        assert len(await here.log.generations("bob", limit=100)) == 20
+
+
+async def test_the_file_does_not_grow_while_as_much_goes_as_comes(path: Path) -> None:
+    async with opened(path) as here:
+
+        async def turn_over(count: int) -> int:
+            for _ in range(count):
+                generations = [here.scribe.short(prompt="x" * 3_000) for _ in range(20)]
+                for generation in await asyncio.gather(*generations):
+                    await here.log.remove(generation.generation_id, retention=True)
+            [(pages,)] = await here.database.read(rows("PRAGMA page_count"))
+            return int(pages)
+
+        early = await turn_over(2)
+        assert await turn_over(10) <= early + 5
+        assert await here.database.read(rows("SELECT id FROM generations UNION ALL SELECT id FROM events")) == []
+
+
+async def test_grants_and_sessions_that_have_expired_leave_nothing(path: Path) -> None:
+    async with opened(path) as here:
+        later = NOON + 2 * RETENTION
+        for moment in (NOON, later):
+            for number in range(150 if moment == NOON else 2):
+                session = Session(Identity(f"user {number}", None, service=False), Cursor(0, 0, 0), 0, None)
+                await here.sessions.save(f"{moment} {number}", session, at=moment)
+                await here.log.grant("ada", 1, key=f"{moment} {number}", at=moment, until=moment + RETENTION)
+        for table in ("sessions", "grants"):
+            assert await here.database.read(rows(f"SELECT count(*) FROM {table}")) == [(2,)]
+
+
+async def test_no_question_reads_a_whole_table(path: Path) -> None:
+    """What a question costs depends on its answer, not on how many users and generations there are."""
+    asked: list[str] = []
+    async with opened(path, outbox=True) as here:
+        for where in (here.database.write, here.database.read):
+            await where(lambda connection: connection.set_trace_callback(asked.append))
+        log, scribe = here.log, here.scribe
+        for retention in (True, False):
+            generation = await scribe.whole(key="k")
+            append, _ = scribe.prepare_start(key="k")
+            with pytest.raises(AlreadyStarted):
+                await log.append(append)
+            append, _ = scribe.prepare(await scribe.start(), "composition")
+            for _ in range(2):
+                await log.append(append)
+            await log.grant("ada", 5, key="k", at=NOON, until=NOON + RETENTION)
+            for active in (None, True, False):
+                await log.generations("ada", active=active, before=7, limit=5)
+            await image(log, "ada")
+            await log.delivered(generation.generation_id)
+            await log.remove(generation.generation_id, retention=retention)
+            session = Session(Identity("ada", None, service=False), Cursor(0, 0, 0), 0, None)
+            await here.sessions.save("pid", session, at=NOON)
+            await here.sessions.load("pid", at=NOON)
+            await here.sessions.touch(["pid"], at=NOON)
+            await here.sessions.end("pid")
+
+        def plans(connection: sqlite3.Connection) -> dict[str, str]:
+            return {
+                statement: "; ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}"))
+                for statement in set(asked)
+                if statement.strip().startswith(("SELECT", "UPDATE", "DELETE", "REPLACE", "INSERT"))
+            }
+
+        found = await here.database.read(plans)
+    assert len(found) > 30
+    scans = {scan for plan in found.values() for scan in re.findall(r"SCAN (?!json_each)\w+.*?(?=;|$)", plan)}
+    # Two indexes hold nothing but what is asked for.
+    assert scans <= {
+        "SCAN CONSTANT ROW",
+        "SCAN generations USING INDEX active_generations",
+        "SCAN generations USING INDEX undelivered_generations",
+    }

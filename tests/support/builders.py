@@ -1,0 +1,295 @@
+"""What tests start from: orders, generations, appends, a log with a past, and time and chance that obey."""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, Protocol
+
+from hypothesis import HealthCheck, settings
+from pydantic import JsonValue
+from pydantic_core import to_json
+
+from adapters.memory.log import MemoryLog
+from adapters.sqlite.database import Database
+from adapters.sqlite.log import SqliteLog
+from domain.events import encode, event_name
+from domain.feed import Logged
+from domain.generation import Generation
+from domain.orders import Order
+from domain.ports import Append, Clock, EventLog, Gap, History, Start
+from domain.stages import Kind
+
+#: For every property: as thorough as CI can pay for, and never judged by how long one example took.
+PROPERTY: Final = settings(
+    settings.default, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+NOON: Final = datetime(2026, 11, 22, 12, 0, 0, 123_000, tzinfo=UTC)
+
+#: A folder that costs no disk, where there is one; ``None``: wherever temporary files go.
+IN_MEMORY: Final = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+#: The stages of each flow when nothing fails.
+EDIT: Final = (
+    "started",
+    "composition",
+    "composition_completed",
+    "openai_editing",
+    "openai_editing_completed",
+    "completed",
+)
+EDIT_WITH_SWAP: Final = (*EDIT[:-1], "face_swap", "face_swap_completed", "completed")
+GENERATE: Final = ("started", "composition", "composition_completed", "ai_generation", "completed")
+
+#: What the provider stages bring, so that a guard which asks for it is content.
+FACTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "composition_completed": {"composition_url": "http://test/images/sheet.png"},
+    "openai_editing_completed": {"edited_image_url": "http://test/images/edited.png"},
+    "face_swap_completed": {"face_swap_url": "http://test/images/swapped.png"},
+    "failed": {"error": "It broke.", "code": "internal", "retryable": False},
+}
+
+
+class SteppableClock:
+    """`domain.ports.Clock`: stands still until it is told to go on."""
+
+    def __init__(self, present: datetime = NOON) -> None:
+        self.present = present
+
+    def __call__(self) -> datetime:
+        return self.present
+
+    def step(self, seconds: float = 1) -> datetime:
+        self.present += timedelta(seconds=seconds)
+        return self.present
+
+
+class CountedEntropy:
+    """`domain.ports.Entropy`: the same tokens and event ids in every run, and none twice."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+        self._tokens = 0
+
+    def token(self) -> str:
+        self._tokens += 1
+        return f"{self._tokens:016d}"
+
+    def event_id(self) -> int:
+        return self._random.getrandbits(63)
+
+
+def make_order(
+    *,
+    prompt: str = "a red hat",
+    face_swap: bool = False,
+    images: tuple[str, ...] = (),
+    image_urls: tuple[str, ...] = (),
+    metadata: dict[str, JsonValue] | None = None,
+) -> Order:
+    return Order(prompt=prompt, face_swap=face_swap, images=images, image_urls=image_urls, metadata=metadata)
+
+
+def make_generation(
+    kind: Kind = "edit", *, user_id: str = "ada", generation_id: str | None = None, **order: Any
+) -> Generation:
+    """One that has not begun."""
+    prefix = "edit" if kind == "edit" else "gen"
+    return Generation(generation_id or f"{prefix}_1_0000000000000000", kind, user_id, make_order(**order))
+
+
+def path_of(kind: Kind, *, face_swap: bool = False) -> tuple[str, ...]:
+    """The statuses of a generation in which nothing fails."""
+    if kind == "generate":
+        return GENERATE
+    return EDIT_WITH_SWAP if face_swap else EDIT
+
+
+def facts_for(kind: Kind, status: str) -> dict[str, Any]:
+    """What a generation that goes well has found on entering a status."""
+    if kind == "generate" and status == "completed":
+        return {"generated_image_url": "http://test/images/generated.png"}
+    return dict(FACTS.get(status, {}))
+
+
+def moved_to(generation: Generation, *statuses: str, at: datetime = NOON) -> Generation:
+    """The generation after these statuses, with what each of them brings. No log involved."""
+    for status in statuses:
+        _, generation = generation.propose(status, at, **facts_for(generation.kind, status))
+    return generation
+
+
+def append_for(
+    generation: Generation,
+    status: str,
+    *,
+    at: datetime = NOON,
+    event_id: int = 1,
+    start: Start | None = None,
+    not_after: datetime | None = None,
+    free: bool = False,
+    **facts: Any,
+) -> tuple[Append, Generation]:
+    """The append of the generation's next event, and the generation as it is once that is in the log."""
+    event, after = generation.propose(status, at, **{**facts_for(generation.kind, status), **facts})
+    append = Append(
+        user_id=generation.user_id,
+        generation_id=generation.generation_id,
+        sequence=event.sequence,
+        event_id=event_id,
+        event=encode(event),
+        name=event_name(status),
+        at=at,
+        credit={"started": -1, "completed": 0, "failed": 1}.get(status),
+        terminal=status in ("completed", "failed"),
+        start=start,
+        not_after=not_after,
+        free=free,
+    )
+    return append, after
+
+
+@dataclass
+class Scribe:
+    """Writes generations into a log, one event at a time."""
+
+    log: EventLog
+    clock: SteppableClock = field(default_factory=SteppableClock)
+    entropy: CountedEntropy = field(default_factory=CountedEntropy)
+    count: int = 0
+
+    def prepare(self, generation: Generation, status: str, **rest: Any) -> tuple[Append, Generation]:
+        return append_for(generation, status, at=self.clock(), event_id=self.entropy.event_id(), **rest)
+
+    def prepare_start(
+        self,
+        user_id: str = "ada",
+        kind: Kind = "edit",
+        *,
+        generation_id: str | None = None,
+        key: str | None = None,
+        fingerprint: str = "same",
+        max_unfinished: int = 1_000,
+        not_after: datetime | None = None,
+        **order: Any,
+    ) -> tuple[Append, Generation]:
+        self.count += 1
+        prefix = "edit" if kind == "edit" else "gen"
+        generation_id = generation_id or f"{prefix}_1_{self.count:016d}"
+        generation = make_generation(kind, user_id=user_id, generation_id=generation_id, **order)
+        start = Start(kind, to_json(make_order(**order)), key, fingerprint, max_unfinished)
+        return self.prepare(generation, "started", start=start, not_after=not_after)
+
+    async def start(self, user_id: str = "ada", kind: Kind = "edit", **rest: Any) -> Generation:
+        append, after = self.prepare_start(user_id, kind, **rest)
+        await self.log.append(append)
+        return after
+
+    async def move(self, generation: Generation, *statuses: str, **facts: Any) -> Generation:
+        for status in statuses:
+            append, generation = self.prepare(generation, status, **facts)
+            await self.log.append(append)
+        return generation
+
+    async def finish(self, generation: Generation) -> Generation:
+        """To its end, whichever stage it is in."""
+        path = path_of(generation.kind, face_swap=generation.face_swap_wanted)
+        return await self.move(generation, *path[path.index(generation.status) + 1 :])
+
+    async def whole(self, user_id: str = "ada", kind: Kind = "edit", **rest: Any) -> Generation:
+        """One from its start to its end."""
+        return await self.finish(await self.start(user_id, kind, **rest))
+
+    async def short(self, user_id: str = "ada", **rest: Any) -> Generation:
+        """One of two events, the second of which is its end."""
+        return await self.move(await self.start(user_id, **rest), "failed")
+
+
+class OpenLog(Protocol):
+    """Opens an empty log: what a contract suite is parametrised by."""
+
+    def __call__(
+        self, *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
+    ) -> AbstractAsyncContextManager[EventLog]: ...
+
+
+@asynccontextmanager
+async def open_memory_log(
+    *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
+) -> AsyncIterator[EventLog]:
+    yield MemoryLog(epoch=epoch, credits=credits, clock=clock, outbox=outbox)
+
+
+@asynccontextmanager
+async def temporary_database(epoch: str = "e1") -> AsyncIterator[Database]:
+    """A new one."""
+    with TemporaryDirectory(dir=IN_MEMORY) as folder:
+        database = Database(Path(folder, "log.db"), epoch=epoch)
+        try:
+            yield database
+        finally:
+            await database.close()
+
+
+@asynccontextmanager
+async def open_sqlite_log(
+    *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
+) -> AsyncIterator[EventLog]:
+    async with temporary_database(epoch) as database:
+        yield SqliteLog(database, credits=credits, clock=clock, outbox=outbox)
+
+
+#: Every adapter of `domain.ports.EventLog`, by name. A new one is tried by all suites once it is here.
+LOGS: Final[Mapping[str, OpenLog]] = {"memory": open_memory_log, "sqlite": open_sqlite_log}
+
+
+class Heard:
+    """A follower that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.entries: list[Logged] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, entry: Logged | Gap) -> None:
+        assert isinstance(entry, Logged), "the follower missed entries"
+        self.entries.append(entry)
+        self._news.set()
+
+    def of(self, generation_id: str) -> list[Logged]:
+        return [entry for entry in self.entries if entry.generation_id == generation_id]
+
+    async def until(self, heard: Callable[[list[Logged]], bool]) -> list[Logged]:
+        """Wait until what was told is as it should be; a log may tell a little later than it answers."""
+        async with asyncio.timeout(20):
+            while not heard(self.entries):
+                self._news.clear()
+                await self._news.wait()
+        return self.entries
+
+
+def body(entry: Logged) -> dict[str, Any]:
+    """The event's JSON, read as a client reads it."""
+    assert entry.event is not None, "the place is empty"
+    value = json.loads(entry.event)
+    assert isinstance(value, dict)
+    return value
+
+
+def bodies(history: History | None) -> list[dict[str, Any]]:
+    assert history is not None, "there is no such generation"
+    return [body(entry) for entry in history.events]
+
+
+def statuses(history: History | None) -> list[str]:
+    return [str(event["status"]) for event in bodies(history)]
+
+
+def anonymous(append: Append, event_id: int) -> Append:
+    """The same append by another writer: equal bytes, another event id."""
+    return replace(append, event_id=event_id)

@@ -1,0 +1,535 @@
+"""Small real implementations of the ports, which do what a test says, and a studio where all work together.
+
+And the time of the event loop, which passes when a test says so: `pass_time`.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from adapters.memory.log import MemoryLog
+from adapters.memory.queue import MemoryQueue
+from domain.admission import Admission, Limits
+from domain.errors import Failure, FailureCode, InvalidImage, LogUnavailable
+from domain.external import ExternalWork
+from domain.feed import Cursor, Feed, Logged
+from domain.generation import Snapshot
+from domain.orders import Options
+from domain.ports import Append, Begun, Content, Deliver, EventLog, History, Load, Picture, Report, Standing, read
+from domain.quarantine import Quarantine
+from domain.queries import generation_of
+from domain.recorder import Recorder
+from domain.runner import Runner
+from domain.stages import Kind
+from domain.stored_images import StoredImages
+from domain.supervisor import OK, Supervisor
+from domain.workflow import Wish, Workflow
+from support.builders import NOON, CountedEntropy, Heard, SteppableClock, bodies
+
+BASE = "http://test/images/"
+FACE_URL = "http://pictures.test/face.png"
+
+#: One thing that a provider does while it works.
+Act = Callable[[Report], Awaitable[None]]
+
+
+async def pass_time(seconds: float) -> None:
+    """Let so much time pass on the event loop's clock, in next to none of the world's.
+
+    So a test need not be short of time for something to come too late. It passes in steps, in each of which what is
+    on its way arrives, and who waits for the next piece of something waits anew.
+    """
+    for _ in range(4):
+        _put_forward(seconds / 4)
+        await asyncio.sleep(0.01)
+
+
+def _put_forward(seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    loop.time = lambda: time() + seconds  # type: ignore[method-assign]
+
+
+def png(text: str) -> Picture:
+    return Picture(text.encode(), "image/png")
+
+
+def reports(fraction: float, message: str = "Working...", preview: Picture | None = None) -> Act:
+    async def act(report: Report) -> None:
+        await report(fraction, message, preview)
+
+    return act
+
+
+def raises(error: BaseException) -> Act:
+    async def act(report: Report) -> None:
+        raise error
+
+    return act
+
+
+def fails(code: FailureCode) -> Act:
+    return raises(Failure(code))
+
+
+class Hold:
+    """An act that lasts until it is let go. Tells when it was reached, and whether it was aborted."""
+
+    def __init__(self, *, stubborn: bool = False) -> None:
+        """A stubborn one does not let itself be aborted: it goes on as soon as that is tried."""
+        self._stubborn = stubborn
+        self.reached = asyncio.Event()
+        self.let_go = asyncio.Event()
+        self.aborted = asyncio.Event()
+
+    async def __call__(self, report: Report) -> None:
+        self.reached.set()
+        try:
+            await self.let_go.wait()
+        except asyncio.CancelledError:
+            self.aborted.set()
+            if not self._stubborn:
+                raise
+
+
+class ScriptedEditor:
+    """`domain.ports.ImageEditor`: acts, and then gives its picture. Counts what would have been paid for."""
+
+    def __init__(self, *acts: Act, free: bool = False) -> None:
+        self.free = free
+        self.acts: Sequence[Act] = acts
+        self.result = png("edited")
+        self.calls: list[tuple[str, Picture, str, Options]] = []
+
+    async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        return await self._work("edit", sheet, prompt, options, report)
+
+    async def generate(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        return await self._work("generate", sheet, prompt, options, report)
+
+    async def _work(self, kind: str, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        self.calls.append((kind, sheet, prompt, options))
+        for act in self.acts:
+            await act(report)
+        return self.result
+
+
+class ScriptedFaceSwapper:
+    """`domain.ports.FaceSwapper`, likewise."""
+
+    def __init__(self, *acts: Act, free: bool = False) -> None:
+        self.free = free
+        self.acts: Sequence[Act] = acts
+        self.result = png("swapped")
+        self.calls: list[tuple[Picture, Picture]] = []
+
+    async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
+        self.calls.append((picture, face))
+        for act in self.acts:
+            await act(report)
+        return self.result
+
+
+async def nothing(fraction: float, message: str, preview: Picture | None = None) -> None:
+    """A report to nobody."""
+
+
+class ScriptedComposer:
+    """`domain.ports.Composer`: joins the pictures' bytes."""
+
+    def __init__(self, *acts: Act) -> None:
+        self.acts: Sequence[Act] = acts
+        self.calls: list[list[Picture]] = []
+
+    async def compose(self, loads: Sequence[Load]) -> Picture:
+        pictures = [await load() for load in loads]
+        self.calls.append(pictures)
+        for act in self.acts:
+            await act(nothing)
+        return Picture(b"+".join(picture.data for picture in pictures), "image/png")
+
+
+class ScriptedFetcher:
+    """`domain.ports.ImageFetcher`: a web of as many pictures as there are URLs."""
+
+    def __init__(self, *acts: Act) -> None:
+        self.acts: Sequence[Act] = acts
+        self.calls: list[str] = []
+
+    async def fetch(self, url: str) -> Picture:
+        self.calls.append(url)
+        for act in self.acts:
+            await act(nothing)
+        return png(f"<{url}>")
+
+
+class TrustingIntake:
+    """`domain.ports.ImageIntake`: admits everything but ``b"bad"``."""
+
+    async def admit(self, content: Content) -> Picture:
+        data = await read(content)
+        if data == b"bad":
+            raise InvalidImage
+        return Picture(data, "image/png")
+
+
+class InMemoryImages:
+    """`domain.ports.ImageStore` without a disk. Pictures whose bytes are in `refused` cannot be stored."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Picture] = {}
+        self.refused: set[bytes] = set()
+        self.saved: list[str] = []
+        #: Raised, once each, by the next calls of `discard`.
+        self.discard_errors: list[Exception] = []
+
+    async def save(self, generation_id: str, picture: Picture) -> str:
+        if picture.data in self.refused:
+            raise Failure("storage_failed")
+        name = f"{generation_id}-{len(self.saved):032x}.png"
+        self.kept[name] = picture
+        self.saved.append(name)
+        return name
+
+    async def load(self, name: str) -> Picture | None:
+        return self.kept.get(name)
+
+    async def size(self, name: str) -> int:
+        return len(self.kept[name].data) if name in self.kept else 0
+
+    async def discard(self, name: str) -> None:
+        if self.discard_errors:
+            raise self.discard_errors.pop(0)
+        self.kept.pop(name, None)
+
+    async def remove(self, generation_id: str) -> None:
+        for name in [name for name in self.kept if name.startswith(f"{generation_id}-")]:
+            del self.kept[name]
+
+    async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.kept:
+            found.setdefault(name.rpartition("-")[0], []).append(name)
+        return found
+
+    async def probe(self) -> None:
+        """There is always room."""
+
+    async def close(self) -> None:
+        pass
+
+
+class Bytes:
+    """`domain.workflow.Upload` of these bytes; where there is a gate, not before it opens."""
+
+    def __init__(self, data: bytes, gate: asyncio.Event | None = None) -> None:
+        self._data = data
+        self.size = len(data)
+        self._gate = gate
+        #: Somebody waits for the gate.
+        self.awaited = asyncio.Event()
+
+    async def read(self) -> bytes:
+        if self._gate is not None:
+            self.awaited.set()
+            await self._gate.wait()
+        return self._data
+
+
+class Passing:
+    """`domain.ports.EventLog` that passes everything on to another, over a line with a delay."""
+
+    def __init__(self, log: EventLog) -> None:
+        self.inner = log
+        #: Done once, just before the next append arrives.
+        self.overtake: Callable[[], Awaitable[object]] | None = None
+
+    @property
+    def epoch(self) -> str:
+        return self.inner.epoch
+
+    @property
+    def durable(self) -> bool:
+        return self.inner.durable
+
+    async def pass_on(self) -> None:
+        await asyncio.sleep(0)
+
+    async def append(self, entry: Append) -> Logged:
+        await self.pass_on()
+        overtake, self.overtake = self.overtake, None
+        if overtake is not None:
+            await overtake()
+        logged = await self.inner.append(entry)
+        await self.pass_on()
+        return logged
+
+    async def mark_paid(self, generation_id: str) -> None:
+        await self.pass_on()
+        await self.inner.mark_paid(generation_id)
+
+    async def begun(self, user_id: str, key: str) -> Begun | None:
+        await self.pass_on()
+        return await self.inner.begun(user_id, key)
+
+    async def generation(self, generation_id: str) -> History | None:
+        await self.pass_on()
+        return await self.inner.generation(generation_id)
+
+    async def generations(
+        self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
+    ) -> Sequence[History]:
+        await self.pass_on()
+        return await self.inner.generations(user_id, active=active, before=before, limit=limit)
+
+    async def unfinished(self) -> Sequence[History]:
+        await self.pass_on()
+        return await self.inner.unfinished()
+
+    async def set_aside(self, generation_id: str) -> bool:
+        await self.pass_on()
+        return await self.inner.set_aside(generation_id)
+
+    async def examine(self) -> None:
+        await self.pass_on()
+        await self.inner.examine()
+
+    async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
+        await self.pass_on()
+        return await self.inner.finished_before(moment, limit)
+
+    async def head_cursor(self, user_id: str) -> Cursor:
+        await self.pass_on()
+        return await self.inner.head_cursor(user_id)
+
+    async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
+        await self.pass_on()
+        return await self.inner.feed(user_id, after=after, anchor=anchor, limit=limit)
+
+    def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
+        return self.inner.follow(deliver)
+
+    async def credit(self, user_id: str) -> int | None:
+        await self.pass_on()
+        return await self.inner.credit(user_id)
+
+    async def standing(self, user_id: str) -> Standing:
+        await self.pass_on()
+        return await self.inner.standing(user_id)
+
+    async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
+        await self.pass_on()
+        return await self.inner.grant(user_id, amount, key=key, at=at, until=until)
+
+    async def remove(self, generation_id: str, *, retention: bool) -> bool:
+        await self.pass_on()
+        return await self.inner.remove(generation_id, retention=retention)
+
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        await self.pass_on()
+        return await self.inner.undelivered(limit)
+
+    async def delivered(self, generation_id: str) -> None:
+        await self.pass_on()
+        await self.inner.delivered(generation_id)
+
+    async def probe(self) -> None:
+        await self.pass_on()
+        await self.inner.probe()
+
+    async def close(self) -> None:
+        await self.inner.close()
+
+
+class Flaky(Passing):
+    """A log that is not available now and then.
+
+    `appends` says for the next appends what goes wrong: ``"before"`` it is made, ``"after"`` (it is made, and
+    the reply is lost), ``"slow"`` (it is made, and the reply never comes), ``"-"``: nothing. `reads` is how many
+    of the next reads fail.
+    """
+
+    def __init__(self, log: EventLog, appends: Sequence[str] = (), reads: int = 0) -> None:
+        super().__init__(log)
+        self.appends = list(appends)
+        self.reads = reads
+        self.tries = 0
+        #: A slow one has been made.
+        self.stuck = asyncio.Event()
+
+    async def append(self, entry: Append) -> Logged:
+        self.tries += 1
+        trouble = self.appends.pop(0) if self.appends else "-"
+        if trouble == "before":
+            raise LogUnavailable
+        logged = await self.inner.append(entry)
+        if trouble == "after":
+            raise LogUnavailable
+        if trouble == "slow":
+            self.stuck.set()
+            await asyncio.Event().wait()
+        return logged
+
+    async def generation(self, generation_id: str) -> History | None:
+        if self.reads:
+            self.reads -= 1
+            raise LogUnavailable
+        return await self.inner.generation(generation_id)
+
+
+def wish(
+    kind: Kind = "edit",
+    *,
+    prompt: str = "a red hat",
+    uploads: Sequence[Bytes] | None = None,
+    image_urls: tuple[str, ...] = (),
+    face_swap: bool = False,
+    **rest: str,
+) -> Wish:
+    files = [Bytes(b"one"), Bytes(b"two")] if uploads is None else uploads
+    metadata = dict(rest) if rest else None
+    return Wish(kind, prompt, Options(), files, image_urls, face_swap, None if metadata is None else {**metadata})
+
+
+def swap_wish() -> Wish:
+    """An edit that asks for a face swap."""
+    return wish(uploads=[Bytes(b"one")], image_urls=(FACE_URL,), face_swap=True)
+
+
+@dataclass
+class Studio:
+    """The whole domain over adapters in memory, with providers that do what a test says."""
+
+    credits: int | None = 10
+    max_running: int = 2
+    max_waiting: int = 100
+    max_per_user: int = 20
+    deadline: float = 60
+    patience: float = math.inf
+    #: What stands between the domain and the log.
+    line: Callable[[EventLog], EventLog] = lambda log: log
+    clock: SteppableClock = field(default_factory=lambda: SteppableClock(NOON))
+    entropy: CountedEntropy = field(default_factory=CountedEntropy)
+    images: InMemoryImages = field(default_factory=InMemoryImages)
+    composer: ScriptedComposer = field(default_factory=ScriptedComposer)
+    editor: ScriptedEditor = field(default_factory=ScriptedEditor)
+    face_swapper: ScriptedFaceSwapper = field(default_factory=ScriptedFaceSwapper)
+    fetcher: ScriptedFetcher = field(default_factory=ScriptedFetcher)
+
+    def __post_init__(self) -> None:
+        self.memory = MemoryLog(epoch="e1", credits=self.credits, clock=self.clock)
+        self.log = self.line(self.memory)
+        self.queue = MemoryQueue()
+        self.recorder = Recorder(self.log, self.clock, self.entropy, patience=self.patience)
+        self.supervisor = Supervisor()
+        self.quarantine = Quarantine(self.recorder)
+        self.external = ExternalWork(self.log, self.recorder, self.quarantine, self.clock, self.deadline)
+        self.stored = stored = StoredImages(self.images)
+        limits = Limits(self.max_waiting, self.max_per_user, timedelta(days=1))
+        self.workflow = Workflow(
+            log=self.log,
+            recorder=self.recorder,
+            queue=self.queue,
+            external=self.external,
+            admission=Admission(self.log, self.queue, stored, limits),
+            images=stored,
+            intake=TrustingIntake(),
+            clock=self.clock,
+            entropy=self.entropy,
+            limits=limits,
+            supervisor=self.supervisor,
+        )
+        self.runner = Runner(
+            supervisor=self.supervisor,
+            quarantine=self.quarantine,
+            log=self.log,
+            recorder=self.recorder,
+            queue=self.queue,
+            images=stored,
+            image_url=lambda name: BASE + name,
+            composer=self.composer,
+            editor=self.editor,
+            face_swapper=self.face_swapper,
+            fetcher=self.fetcher,
+            max_running=self.max_running,
+            deadline=self.deadline,
+        )
+        self.heard = Heard()
+        self._running: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["Studio"]:
+        """The runner works. If it dies of itself, so does the test."""
+        async with self.memory.follow(self.heard):
+            self._running = asyncio.create_task(self.runner.run())
+            try:
+                yield self
+            finally:
+                self._running.cancel()
+                await asyncio.wait([self._running])
+                if not self._running.cancelled():
+                    self._running.result()
+                assert set(self.supervisor.parts.values()) <= {OK}, "the runner has failed"
+
+    async def start(self, wanted: Wish | None = None, user_id: str = "ada", key: str | None = None) -> Snapshot:
+        return await self.workflow.start(user_id, wanted or wish(), key)
+
+    async def make(self, wanted: Wish | None = None, user_id: str = "ada") -> Snapshot:
+        """Start one, and wait until nothing is left to do."""
+        begun = await self.start(wanted, user_id)
+        await self.settled()
+        return await self.workflow.snapshot(user_id, begun.generation_id)
+
+    async def settled(self) -> None:
+        """Wait until nothing is left to do, or the runner has died over it."""
+        assert self._running is not None
+        settled = asyncio.create_task(self.queue.settled())
+        try:
+            async with asyncio.timeout(60):
+                await asyncio.wait([settled, self._running], return_when=asyncio.FIRST_COMPLETED)
+            assert not self._running.done(), "the runner has died"
+        finally:
+            settled.cancel()
+
+    async def cancel(self, snapshot: Snapshot) -> str:
+        return await self.workflow.cancel(snapshot.user_id, snapshot.generation_id)
+
+    async def reached(self, generation_id: str, status: str) -> None:
+        """Wait until the log holds an event of this status."""
+        text = f'"status":"{status}"'.encode()
+        await self.heard.until(
+            lambda entries: any(
+                entry.generation_id == generation_id and text in (entry.event or b"") for entry in entries
+            )
+        )
+
+    async def events(self, snapshot: Snapshot) -> list[dict[str, object]]:
+        return bodies(await self.memory.generation(snapshot.generation_id))
+
+    async def statuses(self, snapshot: Snapshot) -> list[str]:
+        return [str(event["status"]) for event in await self.events(snapshot)]
+
+    async def check(self, *users: str) -> None:
+        """What holds whenever nothing runs: I1, I2, I3, I6, and that no picture is left that no event names."""
+        named: set[str] = set()
+        for user_id in users or ("ada",):
+            credit = self.credits
+            for history in await self.memory.generations(user_id, limit=1_000):
+                told = bodies(history)
+                assert [event["sequence"] for event in told] == list(range(1, len(told) + 1))
+                ends = [event["status"] in ("completed", "failed") for event in told]
+                assert ends == [False] * (len(told) - 1) + [True], f"not ended once: {told}"
+                progress = [event["progress"] for event in told]
+                assert progress == sorted(progress)
+                shown = await self.workflow.snapshot(user_id, history.generation_id)
+                assert generation_of(history).snapshot(shown.expires_at) == shown
+                if credit is not None:
+                    credit -= told[-1]["status"] == "completed"
+                for event in told:
+                    named |= {str(url).removeprefix(BASE) for key, url in event.items() if key.endswith("Url")}
+            assert await self.memory.credit(user_id) == credit
+        assert set(self.images.kept) <= named, "pictures are left that no event names"
+        assert (self.queue.waiting, self.queue.held) == (0, 0)

@@ -1,0 +1,171 @@
+"""The page on a phone and on a small laptop."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, FilePayload, Locator, expect
+
+from support.browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
+from support.harness import Running, running
+from support.node import needs_client
+from web.test_page_connection import NETWORK
+from web.test_page_story import PromptedEditor, QuickComposer
+
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+
+EDITOR = PromptedEditor()
+
+PHONE, NARROW, LAPTOP = (390, 844), (320, 568), (1280, 720)
+LONG = "A portrait with this hat, by the lake at dusk, and " + "the reeds, the mist and the far hills, " * 60
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    overrides = {"editor": EDITOR, "composer": QuickComposer()}
+    async with running(tmp_path_factory.mktemp("images"), overrides=overrides) as service:
+        yield service
+
+
+def viewport(size: tuple[int, int]) -> dict[str, int]:
+    return {"width": size[0], "height": size[1]}
+
+
+async def is_on_screen(element: Locator) -> bool:
+    """Whether the whole element is on the screen, and its centre is not covered."""
+    return bool(
+        await element.evaluate(
+            """(element) => {
+              const { left, top, right, bottom } = element.getBoundingClientRect();
+              const above = document.elementFromPoint((left + right) / 2, (top + bottom) / 2);
+              return top >= 0 && left >= 0 && bottom <= innerHeight && right <= innerWidth && element.contains(above);
+            }"""
+        )
+    )
+
+
+async def fits(tab: Tab) -> bool:
+    return bool(await tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
+
+
+@pytest.mark.parametrize("size", [PHONE, NARROW, LAPTOP])
+async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
+    browser: Browser, service: Running, size: tuple[int, int]
+) -> None:
+    user = f"start {size[0]}"
+    hold = EDITOR.hold(user)
+    async with tabs(browser, service.url, user=user, viewport=viewport(size)) as [tab]:
+        if size == LAPTOP:
+            assert await is_on_screen(tab["#start"])
+        await tab["#samples"].click()
+        await expect(tab["#start"]).to_be_focused()
+        for place in ("#drop", "#url", "#prompt", ".shapes"):
+            await tab[place].evaluate("(element) => element.scrollIntoView({ block: 'center' })")
+            assert await is_on_screen(tab["#start"]), place
+        await tab.start(user)
+        await hold.reached.wait()
+        await expect(tab["#stage-name"]).to_have_text("OpenAI editing")
+        for part in ("#stage-title", "#percent", "#bar"):
+            assert await is_on_screen(tab[part]), part
+        await expect(tab["#strip"]).to_be_hidden()
+        await tab["#timeline li"].last.scroll_into_view_if_needed()
+        await tab.page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        if size != LAPTOP:
+            await expect(tab["#strip"]).to_be_visible()
+            await expect(tab["#strip"]).to_have_text("Live 60% OpenAI editing", use_inner_text=False)
+            assert await is_on_screen(tab["#strip"])
+            assert await fits(tab)
+            hold.let_go.set()
+            await expect(tab["#strip"]).to_contain_text("Completed")
+            await tab["#strip"].click()
+            await expect(tab["#stage-title"]).to_be_focused()
+            await expect(tab["#strip"]).to_be_hidden()
+        hold.let_go.set()
+        await tab.shows("completed")
+
+
+@needs_axe
+async def test_the_strip_is_readable_and_shows_that_the_page_is_offline(browser: Browser, service: Running) -> None:
+    hold = EDITOR.hold("a far hat")
+    async with tabs(browser, service.url, user="strip", viewport=viewport(PHONE), locale="tr-TR") as [tab]:
+        await tab.start("a far hat")
+        await hold.reached.wait()
+        await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
+        await tab.page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        await expect(tab["#strip"]).to_contain_text("Canlı")
+        assert await axe_violations(tab.page, "color-contrast", "button-name") == []
+        await tab["#cut"].evaluate("(button) => button.click()")
+        await expect(tab["#strip"]).to_contain_text("Çevrimdışı")
+        hold.let_go.set()
+
+
+@pytest.mark.parametrize("size", [PHONE, LAPTOP])
+async def test_the_samples_start_with_one_click(browser: Browser, service: Running, size: tuple[int, int]) -> None:
+    user = f"samples {size[0]}"
+    async with tabs(browser, service.url, user=user, viewport=viewport(size), locale="tr-TR") as [tab]:
+        await tab["#try-samples"].dblclick()
+        await tab.shows("completed", "Bu şapkayla, alacakaranlıkta göl kıyısında bir portre")
+        assert len((await service.get("/generations", user))["generations"]) == 1
+
+
+async def test_a_refused_picture_is_marked_and_named(browser: Browser, service: Running) -> None:
+    broken = FilePayload(name="broken.png", mimeType="image/png", buffer=b"\x89PNG\r\n\x1a\nno picture at all")
+    async with tabs(browser, service.url, user="refused", ignore="status of 4", viewport=viewport(PHONE)) as [tab]:
+        await tab["#files"].set_input_files([PHOTO, broken])
+        await tab["#prompt"].fill("a broken hat")
+        await tab["#start"].click()
+        await expect(tab["#tray .wrong"]).to_have_count(1)
+        await expect(tab["#tray li"].nth(1)).to_have_class("wrong")
+        await expect(tab["#problem"]).to_contain_text("broken.png: ")
+        await expect(tab["#problem"]).not_to_contain_text("images.")
+        assert await is_on_screen(tab["#problem"])
+        await tab.page.get_by_role("button", name="Remove broken.png").click()
+        await expect(tab["#tray .wrong"]).to_have_count(0)
+        await tab["#start"].click()
+        await tab.shows("completed", "a broken hat")
+
+
+async def test_errors_do_not_show_api_field_names(browser: Browser, service: Running) -> None:
+    async with tabs(browser, service.url, user="nul", ignore="status of 4") as [tab]:
+        await tab["#files"].set_input_files([PHOTO])
+        await tab["#prompt"].evaluate("(prompt) => prompt.removeAttribute('maxlength')")
+        await tab["#prompt"].fill("hat " * 1_001)
+        await tab["#start"].click()
+        await expect(tab["#problem"]).not_to_be_empty()
+        await expect(tab["#problem"]).not_to_contain_text("prompt:")
+        await expect(tab["#prompt"]).to_be_focused()
+
+
+@pytest.mark.parametrize("size", [NARROW, LAPTOP])
+async def test_a_long_prompt_can_be_expanded(browser: Browser, service: Running, size: tuple[int, int]) -> None:
+    user = f"long {size[0]}"
+    async with tabs(browser, service.url, user=user, viewport=viewport(size)) as [tab]:
+        await tab["#files"].set_input_files([PHOTO])
+        await tab["#prompt"].fill(LONG)
+        await tab["#start"].click()
+        await tab.shows("completed")
+        await tab["#whole"].click()
+        await expect(tab["#stage-title"]).to_have_text(LONG.strip())
+        title = tab["#stage-title"]
+        assert await title.evaluate("(title) => title.scrollHeight <= title.clientHeight + 1")
+        assert await fits(tab)
+        await tab["#whole"].click()
+        assert await title.evaluate(
+            "(title) => title.scrollHeight > title.clientHeight || title.textContent.length < 300"
+        )
+        await tab["#composer"].evaluate("(composer) => (composer.open = true)")
+        await tab.start("a short hat")
+        await tab.shows("completed", "a short hat")
+        await expect(tab["#whole"]).to_be_hidden()
+
+
+async def test_offline_notices_make_no_claims_about_the_service(browser: Browser, service: Running) -> None:
+    for locale, claims in (("en-GB", ("goes on", "service")), ("tr-TR", ("sürüyor", "servis"))):
+        async with tabs(browser, service.url, user="dead", ignore=NETWORK, locale=locale) as [tab]:
+            await tab.page.context.set_offline(True)
+            await tab.is_connected("offline")
+            for _ in range(2):
+                notice = (await tab["#notice"].inner_text()).lower()
+                assert notice
+                assert [claim for claim in claims if claim in notice] == []
+                await tab["#cut"].click()
