@@ -56,6 +56,8 @@ _LIMIT: Final = 150_000
 class _Editor:
     """`domain.ports.ImageEditor`: the offline one, slow enough to be watched where it is watched."""
 
+    free = True
+
     def __init__(self, threads: ImageThreads) -> None:
         self._quick, self._slow = LocalEditor(threads, 0), LocalEditor(threads, _SLOW)
 
