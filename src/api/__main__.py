@@ -10,6 +10,8 @@ import errno
 import os
 import re
 import resource
+import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -37,15 +39,32 @@ _EXIT_CODES: Final[dict[type[Exception], int]] = {Refused: 1, Wrong: 2, Settings
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0; 1: the service refused; 2: settings or arguments are wrong; 3: the port is taken, or there is no service.
+    0; 1: the service refused, or the output cannot be written; 2: settings or arguments are wrong; 3: the port is
+    taken, or there is no service; 130: interrupted; 141: the reader of the output has closed it.
     """
-    given = vars(_parser().parse_args(arguments))
     try:
-        given.pop("run")(**given)
+        try:
+            given = vars(_parser().parse_args(arguments))
+            given.pop("run")(**given)
+        finally:
+            print(end="", flush=True)
     except tuple(_EXIT_CODES) as error:
         print(f"stagecast: {error}", file=sys.stderr)
         return _EXIT_CODES[type(error)]
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except OSError as error:
+        _discard_output()
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"stagecast: {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)
+        return 1
     return 0
+
+
+def _discard_output() -> None:
+    """Drop what cannot be written to standard output, or Python tries again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def serve(**overrides: Any) -> None:
@@ -59,20 +78,17 @@ def serve(**overrides: Any) -> None:
     from api.app import create_server  # A second of imports, which --help and wrong settings do not wait for.
 
     logs.configure()
-    server = create_server(settings, ready=lambda: print(welcome(settings), flush=True))
+    server = create_server(settings, ready=lambda: _announce(settings))
     server.run(sockets=[listener])
 
 
 def demo(folder: Path, **overrides: Any) -> None:
     """``stagecast demo``: watch one edit, from the first event to the picture."""
-    try:
-        from api.cli.demo import demo_settings, run
+    from api.cli.demo import demo_settings, run
 
-        settings = demo_settings(overrides)
-        with _listen(settings) as listener:
-            run(settings, listener, folder)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings = demo_settings(overrides)
+    with _listen(settings) as listener:
+        run(settings, listener, folder)
 
 
 def check(**overrides: Any) -> None:
@@ -107,6 +123,13 @@ def _listen(settings: Settings) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise Unavailable(f"port {settings.port} is taken; choose another with --port.") from None
         raise Unavailable(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}.") from None
+
+
+def _announce(settings: Settings) -> None:
+    try:
+        print(welcome(settings), flush=True)
+    except OSError:  # The service works without it.
+        _discard_output()
 
 
 def welcome(settings: Settings) -> str:
@@ -248,7 +271,9 @@ def _command(commands: Any, name: str, run: Callable[..., None], text: str) -> a
         name,
         help=text,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100)
+        ),
     )
     command.set_defaults(run=run)
     return command

@@ -31,7 +31,7 @@ from support.harness import JSON, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-COMMANDS: Final = ("serve", "demo", "token", "credit", "replay")
+COMMANDS: Final = ("serve", "demo", "check", "token", "credit", "replay")
 STAGECAST: Final = (str(Path(sys.executable).with_name("stagecast")),)
 MODULE: Final = (sys.executable, "-m", "api")
 

@@ -252,4 +252,4 @@ async def test_where_nobody_reads_on_it_ends(tmp_path: Path) -> None:
     os.close(writing)
     os.close(reading)
     _, errors = await asyncio.wait_for(process.communicate(), 60)
-    assert (process.returncode, errors.decode()) == (1, "stagecast: nobody reads on.\n")
+    assert (process.returncode, errors.decode()) == (141, "")

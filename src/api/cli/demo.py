@@ -5,7 +5,6 @@ made for this run, and it may fetch from itself alone: the face comes by URL.
 """
 
 import asyncio
-import os
 import secrets
 import signal
 import socket
@@ -77,13 +76,6 @@ def demo_settings(overrides: Mapping[str, Any]) -> Settings:
     shared = ["local_seconds", "deadline"]
     shared += ["openai_"] if overrides.get("editor") == "openai" else []
     shared += ["replicate_"] if overrides.get("face_swap") == "replicate" else []
-    defaults = {
-        name: field.default
-        for name, field in Settings.model_fields.items()
-        if field.default_factory is None and not name.startswith(tuple(shared))
-    }
-    # One user, whose few connections need no limit.
-    defaults["max_connections"] = sys.maxsize
     own = {
         "port": 0,
         "public_url": "http://127.0.0.1",
@@ -91,6 +83,11 @@ def demo_settings(overrides: Mapping[str, Any]) -> Settings:
         "editor": "local",
         "face_swap": "local",
         "fetch_allow": "127.0.0.1/32",
+    }
+    defaults = {
+        name: field.get_default(call_default_factory=True, validated_data=own)
+        for name, field in Settings.model_fields.items()
+        if not name.startswith(tuple(shared))
     }
     return load_settings({**defaults, **own, **overrides})
 
@@ -102,6 +99,7 @@ def run(settings: Settings, listener: socket.socket, folder: Path) -> None:
         Refused: the edit failed.
         Unavailable: the service did.
         SettingsError: the folder cannot be written.
+        OSError: a picture or the output cannot be written.
         KeyboardInterrupt: on SIGINT and SIGTERM.
     """
     folder = folder.absolute()
@@ -122,12 +120,6 @@ def run(settings: Settings, listener: socket.socket, folder: Path) -> None:
                 asyncio.run(_show(settings, folder))
     except (httpx2.HTTPError, SocketIOError, TimeoutError):
         raise Unavailable("the demo's service does not answer.") from None
-    except BrokenPipeError:
-        # Or Python says so too, when it flushes in the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise Refused("nobody reads on.") from None
-    except OSError as error:
-        raise Refused(f"{error.filename or 'the output'}: {error.strerror}.") from None
 
 
 @contextmanager
