@@ -265,11 +265,6 @@ def test_a_factory_that_makes_no_editor_is_refused_with_a_sentence(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-def test_a_factory_that_is_async_is_refused() -> None:
-    with pytest.raises(SettingsError, match="of the type coroutine, which has no attribute free"):
-        create_service(load_settings({"editor": f"{MODULE}:later"}))
-
-
 def test_a_factory_that_makes_no_face_swap_is_refused_with_a_sentence() -> None:
     with pytest.raises(SettingsError, match=r"^STAGECAST_FACE_SWAP must name .* no async method swap\.$"):
         create_service(load_settings({"face_swap": f"{MODULE}:Provider"}))
@@ -297,14 +292,19 @@ def test_what_names_no_factory_is_no_setting(name: str) -> None:
         load_settings({"face_swap": name})
 
 
-async def test_serve_ends_with_2_and_one_sentence_also_where_the_factory_leaves(module: Path) -> None:
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [("leaves", "calling own_providers:leaves"), ("later", "own_providers:later returned")],
+    ids=["leaves", "async"],
+)
+async def test_serve_ends_with_2_and_one_sentence_also_where_the_factory_leaves_or_is_async(
+    module: Path, factory: str, reason: str
+) -> None:
     done = await stagecast(
-        *("serve", "--port", "0", "--editor", f"{MODULE}:leaves", "--images", str(module / "images")), folder=module
+        *("serve", "--port", "0", "--editor", f"{MODULE}:{factory}", "--images", str(module / "images")), folder=module
     )
     sentence = done.sentence(2)
-    assert sentence.startswith(
-        "stagecast: STAGECAST_EDITOR must name a factory of an editor; calling own_providers:leaves"
-    )
+    assert sentence.startswith(f"stagecast: STAGECAST_EDITOR must name a factory of an editor; {reason}")
     assert SECRET not in sentence
     assert str(module) not in sentence
 

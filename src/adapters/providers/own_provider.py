@@ -45,6 +45,8 @@ class _Own:
             make = attrgetter(factory)(module)
             step = f"calling {name}"
             self._provider = make()
+            if inspect.iscoroutine(self._provider):
+                self._provider.close()  # Or Python warns that nobody awaits it.
             step = f"looking at what {name} returned"
             self._check()
         except UnfitProvider:
