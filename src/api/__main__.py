@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="stagecast",
         description="Live progress of AI image jobs on every device of a user, with nothing missed.",
-        epilog="Each command tells more with --help.",
+        epilog="Run a command with --help for its options.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"stagecast {metadata.version('stagecast')}")
@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(command, settings)
 
-    command = _command(commands, "demo", demo, "watch one edit, to see that all works")
+    command = _command(commands, "demo", demo, "run one edit and watch it")
     command.description = (
         "Run one edit of sample pictures on a service of its own, over HTTP and Socket.IO, and leave the picture in a "
         "folder. Nothing leaves this machine, unless another editor or face swap is asked for."
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     shown = [setting for setting in settings if setting.flag in {*own, "--local-seconds"}]
     _add_settings(command, (each._replace(default=own.get(each.flag or "", each.default)) for each in shown))
 
-    command = _command(commands, "check", check, "look for damage in settings and stores")
+    command = _command(commands, "check", check, "validate the settings and the stores")
     command.description = (
         "Validate the settings and every store, print the settings in effect without their secrets, and list what is "
         "damaged. Nothing is changed; a service may be running. Exit code 0: all is well; 1: damage was found; 2: a "
@@ -245,24 +245,28 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "token", token, "make a token for a user")
     command.description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
-    command.add_argument("userId", help="whom the token names")
-    command.add_argument("--service", action="store_true", help="it may act for any user (scope stagecast:service)")
-    command.add_argument("--ttl", type=float, default=3600, metavar="SECONDS", help="how long it is good (3600)")
+    command.add_argument("userId", help="the user that the token is for")
+    command.add_argument(
+        "--service", action="store_true", help="the token may act for any user (scope stagecast:service)"
+    )
+    command.add_argument(
+        "--ttl", type=float, default=3600, metavar="SECONDS", help="seconds until the token expires (3600)"
+    )
     _add_settings(command, (setting for setting in settings if setting.variable.startswith("STAGECAST_JWT_")))
 
-    command = _command(commands, "credit", credit, "give a user credit")
-    command.description = "Change a user's balance on a running service, to 0 at the least, and print it."
-    command.add_argument("userId", help="whose balance")
-    command.add_argument("amount", type=int, help="how many; below 0: taken back")
+    command = _command(commands, "credit", credit, "change a user's balance")
+    command.description = "Change a user's balance on a running service and print it. It does not fall below 0."
+    command.add_argument("userId", help="the user")
+    command.add_argument("amount", type=int, help="the credits to add; a negative number takes them away")
     _add_remote(command, "a service token; not needed in open mode")
 
-    command = _command(commands, "replay", replay, "print what a generation has gone through")
+    command = _command(commands, "replay", replay, "print the events of a generation")
     command.description = "Print the events of a generation from a running service."
-    command.add_argument("generationId", help="which one")
+    command.add_argument("generationId", help="the generation")
     command.add_argument(
-        "--user", metavar="ID", help="whose it is: in open mode (default: demo), or by a service token"
+        "--user", metavar="ID", help="its owner: in open mode (default: demo), or with a service token"
     )
-    _add_remote(command, "a token of its owner; not needed in open mode")
+    _add_remote(command, "a token of its owner, or a service token; not needed in open mode")
     return parser
 
 
@@ -295,7 +299,7 @@ def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting])
 
 def _add_remote(command: argparse.ArgumentParser, text: str) -> None:
     arguments = command.add_argument_group("Service")
-    where = "the service; default: STAGECAST_URL, or else http://localhost and STAGECAST_PORT"
+    where = "the address of the service; default: STAGECAST_URL, else http://localhost and STAGECAST_PORT"
     arguments.add_argument("--url", metavar="URL", default=argparse.SUPPRESS, help=where)
     text = f"{text}; default: STAGECAST_TOKEN"
     arguments.add_argument("--token", metavar="JWT", default=argparse.SUPPRESS, help=text)

@@ -95,13 +95,16 @@ def _base_url(value: str) -> str:
 #: Descriptors of the process that are kept for all else than clients' connections.
 OTHER_DESCRIPTORS: Final = 64
 _SQLITE: Final = "sqlite:///"
+#: The defaults that are not those of the fields.
 _COMPUTED: Final = {
     "public_url": "http://localhost:<port>",
     "max_connections": f"descriptors - {OTHER_DESCRIPTORS}",
     "max_connections_per_address": "off",
     "max_sockets_per_user": "off",
-    "editor": "openai or local",
-    "face_swap": "replicate or local",
+    "openai_model": "gpt-image-2.5-flare",
+    "replicate_model": "cdingram/face-swap",
+    "editor": "openai if OPENAI_API_KEY is set, else local",
+    "face_swap": "replicate if REPLICATE_API_TOKEN is set, else local",
 }
 _CENTURY: Final = 3_155_760_000
 #: The topics of the settings, each by its first field.
@@ -317,7 +320,7 @@ class Settings(_Sources):
     ] = None
     openai_model: Annotated[
         str | None,
-        Field(description="OpenAI's model; by default gpt-image-2.5-flare."),
+        Field(description="OpenAI's model."),
         Allowed("a name", "NAME"),
     ] = None
     editor: Annotated[
@@ -326,7 +329,7 @@ class Settings(_Sources):
             default_factory=_editor,
             pattern=f"^(local|openai|{_FACTORY})$",
             description="Which editor makes the pictures: openai, local (an offline preview), or one of your own as "
-            "package.module:factory. Unless told, openai where OPENAI_API_KEY is set, else local.",
+            "package.module:factory.",
         ),
         Allowed('"local", "openai" or a factory of an editor as package.module:factory', "NAME"),
     ]
@@ -337,7 +340,7 @@ class Settings(_Sources):
     ] = None
     replicate_model: Annotated[
         str | None,
-        Field(description="Replicate's model, as owner/name or owner/name:version; by default cdingram/face-swap."),
+        Field(description="Replicate's model, as owner/name or owner/name:version."),
         Allowed("owner/name or owner/name:version", "NAME"),
     ] = None
     face_swap: Annotated[
@@ -346,7 +349,7 @@ class Settings(_Sources):
             default_factory=_face_swap,
             pattern=f"^(local|replicate|{_FACTORY})$",
             description="Which face swap is used: replicate, local (an offline preview), or one of your own as "
-            "package.module:factory. Unless told, replicate where REPLICATE_API_TOKEN is set, else local.",
+            "package.module:factory.",
         ),
         Allowed('"local", "replicate" or a factory of a face swap as package.module:factory', "NAME"),
     ]

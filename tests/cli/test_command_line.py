@@ -174,6 +174,12 @@ async def test_help_tells_the_defaults_and_no_value_that_is_set() -> None:
     assert "3600" in done.output
 
 
+async def test_help_of_the_demo_tells_its_own_defaults() -> None:
+    done = await run_main("demo", "--help")
+    assert done.output.count("Default: local") == 2
+    assert "OPENAI_API_KEY" not in done.output
+
+
 async def test_help_of_serve_is_grouped_by_topic_and_names_the_secrets() -> None:
     done = await run_main("serve", "--help")
     topics = re.findall(r"^([A-Z][a-z ]+):$", done.output, re.MULTILINE)

@@ -38,8 +38,9 @@ def _effective(settings: Settings) -> Iterator[str]:
     width = max(len(setting.variable) for setting in described)
     for setting, name in zip(described, Settings.model_fields, strict=True):
         value = getattr(settings, name)
-        shown = "off" if value is None and setting.default != "none" else _shown(value)
-        yield f"{setting.variable:<{width}}  {shown}"
+        if value is None:  # The default where None is it, else what turns the setting off.
+            value = setting.default if Settings.model_fields[name].default is None else "off"
+        yield f"{setting.variable:<{width}}  {_shown(value)}"
 
 
 def _shown(value: object) -> str:
@@ -49,7 +50,7 @@ def _shown(value: object) -> str:
             return _MASK
         case bool():
             return str(value).lower()
-        case None | ():
+        case ():
             return "none"
         case float():
             return f"{value:.15g}"
