@@ -190,7 +190,9 @@ class Remote(_Sources):
         Field(default_factory=lambda data: f"http://localhost:{data['port']}"),
         Allowed("an http or https URL", "URL"),
     ]
-    token: Annotated[str | None, Field(repr=False)] = None
+    token: Annotated[
+        str | None, Field(repr=False, pattern=r"^[!-~]+$"), Allowed("a token without spaces and line ends", "JWT")
+    ] = None
 
 
 class Settings(_Sources):

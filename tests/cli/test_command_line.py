@@ -522,6 +522,21 @@ async def test_a_wrong_or_unknown_setting_is_refused_by_every_command(eve: str, 
         assert "did you mean STAGECAST_URL?" in (await run_main(*command, STAGECAST_URLS="x")).sentence(2)
 
 
+@pytest.mark.parametrize("given", ["hunter2\r", "hunter2\nhunter2", "hunter2 hunter2", "hünter2"])
+async def test_a_token_that_cannot_be_sent_is_refused_and_not_repeated(service: Running, eve: str, given: str) -> None:
+    for done in (
+        await run_main("credit", eve, "1", STAGECAST_URL=service.url, STAGECAST_TOKEN=given),
+        await run_main("credit", eve, "1", "--url", service.url, "--token", given),
+    ):
+        assert "STAGECAST_TOKEN must be a token" in done.sentence(2)
+        assert "nter2" not in done.errors
+
+
+async def test_a_token_is_sent_also_where_the_address_has_a_password(service: Running, eve: str) -> None:
+    url = service.url.replace("://", "://ada:hunter2@")
+    assert await run_main("credit", eve, "1", "--url", url, "--token", SERVICE) == (0, f"{eve}: 101\n", "")
+
+
 @pytest.mark.parametrize(
     "given",
     [

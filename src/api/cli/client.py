@@ -31,12 +31,14 @@ def request(
 
     headers: list[tuple[bytes, bytes]] = []
     if token:
-        headers.append((b"Authorization", f"Bearer {token}".encode(errors="replace")))
+        headers.append((b"Authorization", f"Bearer {token}".encode()))
     if user is not None:
         headers.append((b"X-User-Id", user.encode(errors="replace")))
     try:
         with httpx2.Client(trust_env=False, timeout=30) as http:
-            answer = http.request(method, url.rstrip("/") + path, headers=headers, json=json)
+            # The token is sent instead of a password in the URL, which would take its place.
+            auth = (lambda request: request) if token else None
+            answer = http.request(method, url.rstrip("/") + path, headers=headers, json=json, auth=auth)
             content = answer.json()
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
         raise nobody(url) from None
