@@ -11,10 +11,10 @@ import httpx2
 import pytest
 from aiohttp import web
 
-from reliability.cases import free_port
-from support.harness import running
-from rest.test_auth import SECRET
 from cli.test_command_line import COMMANDS, STAGECAST, another, environment, run_main
+from reliability.cases import free_port
+from rest.test_auth import SECRET
+from support.harness import running
 
 CHECKED: Final = ("check",)
 TOKEN: Final = ("token", "ada")
