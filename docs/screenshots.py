@@ -83,7 +83,7 @@ async def _service(images: Path, ahead: timedelta) -> AsyncIterator[str]:
         try:
             yield url
         finally:
-            server.leave(now=True)
+            server.begin_shutdown(now=True)
             await serving
             threads.close()
 

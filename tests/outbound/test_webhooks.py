@@ -740,7 +740,7 @@ async def test_a_service_that_stops_tells_what_it_has_to_end(
     async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}, **hooked(receiver.origin)) as service:
         generation_id = await service.start("ada")
         await hold.reached.wait()
-        service.server.leave(now=True)
+        service.server.begin_shutdown(now=True)
         await until(lambda: bool(receiver.taken))
     [request] = receiver.origin.requests
     data = json.loads(request.body)["data"]

@@ -1003,7 +1003,7 @@ async def keyed(theatre: Stage, images: Path, clock: SteppableClock) -> AsyncIte
     async with other_stage(theatre, images, {"clock": clock}, jwt_secret=SECRET) as stage:
         yield stage
         stage.service.phones.clear()
-        stage.service.server.leave(now=True)  # HTTP is not asked without a token what holds.
+        stage.service.server.begin_shutdown(now=True)  # HTTP is not asked without a token what holds.
         await stage.service.until(lambda: stage.service.server.should_exit)
 
 

@@ -541,7 +541,7 @@ async def test_shutdown_notifies_devices_before_it_closes_their_sockets(tmp_path
         assert str(await connection.recv()).startswith("40")
         await service.start("ada")
         await hold.reached.wait()
-        service.server.leave(now=True)
+        service.server.begin_shutdown(now=True)
         frames = await rest_of(connection)
         failed = next(json.loads(frame[2:]) for frame in frames if "generation_failed" in frame)
         assert failed[1]["code"] == "interrupted"

@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from adapters.outbound.tls import authorities
+from adapters.outbound.tls import ssl_context
 from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens, issue
 from domain.errors import Refusal
 from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
@@ -957,10 +957,10 @@ async def test_an_issuer_has_to_prove_its_name_by_tls(tmp_path: Path, monkeypatc
         with pytest.raises(KeysUnavailable):
             await Tokens(JwksKeys(proven, clock=clock), clock=clock).verify(token)
         monkeypatch.setenv("SSL_CERT_FILE", str(pem))
-        anew = authorities.__wrapped__()
-        assert await Tokens(JwksKeys(proven, clock=clock, timeout=PATIENT, trust=anew), clock=clock).verify(token)
+        fresh = ssl_context.__wrapped__()
+        assert await Tokens(JwksKeys(proven, clock=clock, timeout=PATIENT, trust=fresh), clock=clock).verify(token)
         with pytest.raises(KeysUnavailable):
-            await Tokens(JwksKeys(unproven, clock=clock, trust=anew), clock=clock).verify(token)
+            await Tokens(JwksKeys(unproven, clock=clock, trust=fresh), clock=clock).verify(token)
     finally:
         await issuer.close()
 

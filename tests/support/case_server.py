@@ -288,7 +288,7 @@ class _Host:
         return {}
 
     async def _stop(self, server: Server, serving: asyncio.Task[None], listener: socket.socket) -> None:
-        server.leave(now=True)
+        server.begin_shutdown(now=True)
         await serving
         listener.close()
 

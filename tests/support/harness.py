@@ -13,7 +13,7 @@ import httpx2
 import socketio
 import websockets
 
-from adapters.outbound.tls import authorities
+from adapters.outbound.tls import ssl_context
 from adapters.serving.uvicorn_server import Server
 from adapters.system import SystemEntropy, now
 from api.app import Service, create_service
@@ -252,13 +252,13 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
             url = f"http://127.0.0.1:{port}"
             # What is idle is let go long before the server does so, which would fall together with a request.
             limits = httpx2.Limits(keepalive_expiry=1)
-            async with httpx2.AsyncClient(base_url=url, timeout=HUNG, limits=limits, verify=authorities()) as http:
+            async with httpx2.AsyncClient(base_url=url, timeout=HUNG, limits=limits, verify=ssl_context()) as http:
                 service_running = Running(url, port, service, server, http)
                 yield service_running
                 if not server.should_exit:
                     await service_running.check_invariants()
         finally:
-            server.leave(now=True)
+            server.begin_shutdown(now=True)
             await serving
 
 

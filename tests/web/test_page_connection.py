@@ -227,7 +227,7 @@ async def serving(images: Path, port: int, **overrides: Any) -> AsyncIterator[No
         try:
             yield
         finally:
-            server.leave(now=True)
+            server.begin_shutdown(now=True)
             await task
 
 

@@ -1,1 +1,1 @@
-"""Calls to other servers."""
+"""HTTP requests to other servers."""

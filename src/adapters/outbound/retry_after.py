@@ -1,4 +1,4 @@
-"""How long another server asks to be left alone."""
+"""Parses ``Retry-After`` headers."""
 
 import math
 from datetime import UTC, datetime
@@ -6,7 +6,7 @@ from email.utils import parsedate_to_datetime
 
 
 def retry_after(header: str) -> float | None:
-    """Seconds from now by this ``Retry-After``, which holds them or a date; ``None`` where it says neither."""
+    """Seconds from now, at least 0, from a number of seconds or an HTTP date; ``None`` if it is neither."""
     try:
         seconds = float(header)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The service's own sample pictures, by their URLs: it fetches nothing from its own address, which is not public."""
+"""Serves the service's own sample pictures from disk: its own address may not be public, so they cannot be fetched."""
 
 import asyncio
 from pathlib import Path
@@ -7,7 +7,7 @@ from domain.ports import ImageFetcher, ImageIntake, Picture
 
 
 class SampleFetcher:
-    """`domain.ports.ImageFetcher`: what lies below `base` comes from `folder`, everything else by another fetcher."""
+    """`domain.ports.ImageFetcher`: reads URLs below `base` from `folder`, and passes all other URLs to `others`."""
 
     def __init__(self, intake: ImageIntake, others: ImageFetcher, *, base: str, folder: Path) -> None:
         self._intake = intake

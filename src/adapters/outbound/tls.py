@@ -1,4 +1,4 @@
-"""Whom this process believes when it calls others over TLS."""
+"""TLS verification of the servers that this process calls."""
 
 import ssl
 from functools import cache
@@ -7,9 +7,9 @@ import httpx2
 
 
 @cache
-def authorities() -> ssl.SSLContext:
-    """For verifying servers: the authorities that come with httpx2, or those of `SSL_CERT_FILE`, `SSL_CERT_DIR`.
+def ssl_context() -> ssl.SSLContext:
+    """The shared context with httpx2's certificate authorities, or those in `SSL_CERT_FILE` and `SSL_CERT_DIR`.
 
-    They are read once, since that takes 50 ms. Nothing may be changed in the context: all share it.
+    Cached, because loading takes 50 ms. Do not modify it.
     """
     return httpx2.create_ssl_context()

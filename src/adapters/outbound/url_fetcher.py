@@ -1,7 +1,7 @@
-"""Pictures from URLs that strangers give: fetched from the public internet, and from nowhere else.
+"""Downloads pictures from user-supplied URLs, with protection against server-side request forgery (SSRF).
 
-No proxy, no cookie, no credential, no environment. Every hop is a connection of its own, to an address that was
-checked, and nothing outlives a fetch.
+Uses no proxy, cookie, credential or environment variable. Every hop opens a new connection to an address that was
+checked, and closes it.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ import httpcore2
 import httpx2
 
 from adapters.outbound.content_coding import compressions
-from adapters.outbound.tls import authorities
+from adapters.outbound.tls import ssl_context
 from domain.errors import Failure, ImageRefusal
 from domain.ports import ImageIntake, Picture
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
-#: All addresses of a host name. Raises `OSError` where there are none.
+#: Returns all addresses of a host name. Raises `OSError` if there are none.
 Resolver = Callable[[str], Awaitable[Sequence[IPAddress]]]
 
 MAX_BYTES: Final = 10 * 1024 * 1024
@@ -33,12 +33,12 @@ _MAX_URL: Final = 2_048
 _MAX_REDIRECTS: Final = 3
 _MAX_ADDRESSES_TRIED: Final = 3
 
-#: A connection is read in sips, and an answer has so much head, framing and pieces at most: the parser, which is
-#: Python, would otherwise take seconds of everybody's time over a few bytes at a time.
-_SIP: Final = 8 * 1024
+#: In bytes. They limit the work of the HTTP parser, which is written in Python: a response in very many tiny chunks
+#: would block the event loop for seconds.
+_READ_SIZE: Final = 8 * 1024
 _MAX_HEAD: Final = 32 * 1024
 _MAX_FRAMING: Final = 1024 * 1024
-_MIN_PIECE: Final = 512
+_MIN_AVERAGE_CHUNK: Final = 512
 
 _HEADERS: Final = [
     (b"User-Agent", b"stagecast-image-fetcher"),
@@ -47,11 +47,11 @@ _HEADERS: Final = [
     (b"Connection", b"close"),
 ]
 
-#: Letters, digits, hyphens and underscores, and a last label that nobody reads as a number, as in ``0x7f.1``.
+#: Letters, digits, hyphens and underscores; no numeric last label, as in ``0x7f.1``, which resolvers read as IPv4.
 _NAME: Final = re.compile(r"(?!.{254})([a-z0-9_-]{1,63}\.)*(?!([0-9]+|0x[0-9a-f]*)$)[a-z0-9_-]{1,63}")
 
 _GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
-#: What `is_global` lets through, in one version of Python or another.
+#: Networks that `is_global` lets through in some version of Python.
 _NOT_PUBLIC: Final[Sequence[IPNetwork]] = [
     ip_network(text)
     for text in (
@@ -67,9 +67,9 @@ _NOT_PUBLIC: Final[Sequence[IPNetwork]] = [
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether this is a host on the internet, under its plain address.
+    """Whether this is the address of a host on the public internet.
 
-    Of IPv6 only global unicast is: no address of ours, and none that carries an IPv4 address inside.
+    IPv6 must be global unicast without an embedded IPv4 address (NAT64, 6to4, Teredo).
     """
     if isinstance(address, IPv6Address) and (address.scope_id or address not in _GLOBAL_UNICAST):
         return False
@@ -77,7 +77,7 @@ def is_public(address: IPAddress) -> bool:
 
 
 async def system_resolver(host: str) -> Sequence[IPAddress]:
-    """What the system says, asked in a thread of its own: a name server that stalls holds up nothing else."""
+    """Resolve with `getaddrinfo`, in a new thread, so that slow name servers do not exhaust a shared pool."""
     answer: Future[Sequence[IPAddress]] = Future()
     answer.set_running_or_notify_cancel()
 
@@ -95,7 +95,7 @@ async def system_resolver(host: str) -> Sequence[IPAddress]:
 class UrlFetcher:
     """`domain.ports.ImageFetcher` for http and https, from public addresses and those in `allow`.
 
-    How many fetches run at once is up to the caller: a line in here would let slow sites hold up quick ones.
+    The caller limits how many fetches run at once: a queue in here would let slow sites delay fast ones.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class UrlFetcher:
         deadline: float = 20,
         connect_timeout: float = 5,
     ) -> None:
-        """`deadline`: seconds for all hops together; `connect_timeout`: for a lookup, a connect, a handshake each."""
+        """`deadline`: seconds for all hops together; `connect_timeout`: seconds for each lookup, connect, handshake."""
         self._intake = intake
         self._allow = allow
         self._resolve = resolve
-        self._trust = trust or authorities()
+        self._trust = trust or ssl_context()
         self._deadline = deadline
         self._timeouts = {"connect": connect_timeout}
 
@@ -126,7 +126,7 @@ class UrlFetcher:
             raise _failure(f"it leads to no image that can be used. {refusal}") from None
 
     async def download(self, url: str, limit: int = MAX_BYTES) -> bytes:
-        """What is at this URL, whatever it is, up to `limit` bytes. Raises `Failure`, as `fetch`."""
+        """The body at this URL, of any type, up to `limit` bytes. Raises `Failure`, like `fetch`."""
         try:
             async with asyncio.timeout(self._deadline):
                 return await self._download(url, limit)
@@ -149,22 +149,22 @@ class UrlFetcher:
         raise _failure("it redirects too often.")
 
     async def _get(self, url: httpx2.URL, limit: int) -> bytes | httpx2.URL:
-        """What is there, or where it redirects to."""
+        """The body, or the URL of a redirect."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         request = httpcore2.Request(
             "GET", target, headers=[(b"Host", url.netloc), *_HEADERS], extensions={"timeout": self._timeouts}
         )
-        gate = _Gate(self._resolve, self._allow)
-        connection = httpcore2.AsyncHTTPConnection(target.origin, self._trust, network_backend=gate)
+        backend = _PinnedBackend(self._resolve, self._allow)
+        connection = httpcore2.AsyncHTTPConnection(target.origin, self._trust, network_backend=backend)
         try:
             response = await connection.handle_async_request(request)
             headers = {name.lower(): value for name, value in response.headers}
             if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
                 return _parsed(headers[b"location"].decode(errors="replace"), url)
-            gate.allow_body(limit)
+            backend.allow_body(limit)
             return await _body(response, headers, limit)
         finally:
-            await gate.aclose()
+            await backend.aclose()
 
 
 async def _body(response: httpcore2.Response, headers: dict[bytes, bytes], limit: int) -> bytes:
@@ -179,25 +179,25 @@ async def _body(response: httpcore2.Response, headers: dict[bytes, bytes], limit
     if int(headers.get(b"content-length", 0)) > limit:
         raise _failure(f"it is larger than {limit // 2**20} MB.")
     body, count = bytearray(), 0
-    async with aclosing(response.aiter_stream()) as pieces:
-        async for piece in pieces:
-            body += piece
+    async with aclosing(response.aiter_stream()) as chunks:
+        async for chunk in chunks:
+            body += chunk
             count += 1
             if len(body) > limit:
                 raise _failure(f"it is larger than {limit // 2**20} MB.")
-            if count > limit // _MIN_PIECE:
+            if count > limit // _MIN_AVERAGE_CHUNK:
                 raise httpcore2.RemoteProtocolError
     return bytes(body)
 
 
-class _Gate(httpcore2.AsyncNetworkBackend):
-    """Makes one connection, to an address that may be connected to: checked here, and not looked up again."""
+class _PinnedBackend(httpcore2.AsyncNetworkBackend):
+    """Opens one connection, to the very address that was resolved and checked (no DNS rebinding)."""
 
     def __init__(self, resolve: Resolver, allow: Sequence[IPNetwork]) -> None:
         self._resolve = resolve
         self._allow = allow
         self._net = httpcore2.AnyIOBackend()
-        self._line: _Line | None = None
+        self._stream: _LimitedStream | None = None
 
     async def connect_tcp(
         self,
@@ -210,13 +210,13 @@ class _Gate(httpcore2.AsyncNetworkBackend):
         async with asyncio.timeout(timeout):
             addresses = await self._addresses(host)
         if not addresses or not all(map(self._may_connect, addresses)):
-            # One sentence for both, which does not tell what names there are inside.
+            # The same message for both, so that it does not reveal which internal names exist.
             raise _failure("its address does not exist or is not allowed.")
         failed: Exception | None = None
         for address in addresses[:_MAX_ADDRESSES_TRIED]:
             try:
-                self._line = _Line(await self._net.connect_tcp(str(address), port, timeout))
-                return self._line
+                self._stream = _LimitedStream(await self._net.connect_tcp(str(address), port, timeout))
+                return self._stream
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failed = error
         raise failed or httpcore2.ConnectError
@@ -238,26 +238,26 @@ class _Gate(httpcore2.AsyncNetworkBackend):
         return is_public(address) or (not scoped and any(address in network for network in self._allow))
 
     def allow_body(self, limit: int) -> None:
-        """The head has come; let as much in as a body of `limit` bytes takes."""
-        if self._line is not None:
-            self._line.left = limit + _MAX_FRAMING
+        """Call after the response's head: allows a body of `limit` bytes and its framing."""
+        if self._stream is not None:
+            self._stream.remaining = limit + _MAX_FRAMING
 
     async def aclose(self) -> None:
-        if self._line is not None:
-            await self._line.aclose()
+        if self._stream is not None:
+            await self._stream.aclose()
 
 
-class _Line(httpcore2.AsyncNetworkStream):
-    """A connection from which not more than `left` bytes are read, in sips."""
+class _LimitedStream(httpcore2.AsyncNetworkStream):
+    """A connection of which at most `remaining` bytes are read, `_READ_SIZE` at a time."""
 
     def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
         self._stream = stream
-        self.left = _MAX_HEAD
+        self.remaining = _MAX_HEAD
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (not ours)
-        data = await self._stream.read(min(max_bytes, _SIP), timeout)
-        self.left -= len(data)
-        if self.left < 0:
+        data = await self._stream.read(min(max_bytes, _READ_SIZE), timeout)
+        self.remaining -= len(data)
+        if self.remaining < 0:
             raise httpcore2.RemoteProtocolError
         return data
 
@@ -289,7 +289,7 @@ def _parsed(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
         raise _failure("it is not a valid URL.") from None
     if url.scheme not in ("http", "https") or not url.raw_host or url.userinfo:
         raise _failure("it must be a plain http or https URL without a user name.")
-    # Mail, remote shells and the like live below 1024, and no image does.
+    # Ports below 1024 belong to other protocols, such as mail and SSH.
     if url.port not in (None, 80, 443) and not 1024 <= (url.port or 0) <= 65535:
         raise _failure("its port is not allowed.")
     return url

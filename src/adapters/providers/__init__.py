@@ -1,1 +1,1 @@
-"""Providers that cost money."""
+"""Paid AI providers, and providers that the operator supplies."""

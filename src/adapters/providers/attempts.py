@@ -17,7 +17,7 @@ import httpx2
 
 from adapters.outbound.content_coding import compressions
 from adapters.outbound.retry_after import retry_after
-from adapters.outbound.tls import authorities
+from adapters.outbound.tls import ssl_context
 from domain.errors import Failure
 from domain.ports import Report
 
@@ -160,7 +160,7 @@ def provider_client(
         headers={"Accept-Encoding": "identity", **(headers or {})},
         timeout=httpx2.Timeout(timeout, connect=min(timeout, 10)),
         limits=httpx2.Limits(max_keepalive_connections=0),
-        verify=trust or authorities(),
+        verify=trust or ssl_context(),
         follow_redirects=False,
         event_hooks={"response": [bound]},
     )

@@ -1,4 +1,4 @@
-"""Who is connected, by address, and how many may be."""
+"""Limits on open connections, in all and for each client address."""
 
 import asyncio
 import logging
@@ -10,17 +10,16 @@ from typing import Final
 
 logger = logging.getLogger(__name__)
 
-#: Connections of one address that are examined, to find one that is idle.
+#: How many connections of an address are examined to find an idle one.
 _EXAMINED: Final = 64
 
 
 class ConnectionTable:
-    """Counts open transports by the address of their client, and aborts those beyond the limits.
+    """Counts open transports by client address, and aborts those beyond the limits.
 
-    Where the limit of all is reached, a new connection takes the place of one of the address that has most: of an idle
-    one, else of the newest. If the new one comes from that address itself and none is idle, it is refused. So nobody
-    can keep other addresses out. A transport is idle if its protocol has a true attribute ``idle``. An IPv6 client
-    counts by its /64, which one subscriber usually has for himself.
+    Beyond the limit in all, the address with the most connections loses one: an idle one, else its newest, which may
+    be the new connection itself. So no address can lock others out. A transport is idle if its protocol has a true
+    attribute ``idle``. IPv6 clients are counted by their /64, the usual size of a subscriber's network.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class ConnectionTable:
         per_address: int | None = None,
         proxies: Collection[IPv4Network | IPv6Network] = (),
     ) -> None:
-        """`most`: in all. `per_address` does not hold for `proxies`, but for the clients they name. ``None``: any."""
+        """`most`: in all. `per_address` applies to the clients behind `proxies`, not to those. ``None``: no limit."""
         self._most = most
         self._per_address = per_address
         self._proxies = proxies
@@ -38,15 +37,15 @@ class ConnectionTable:
         self._addresses: dict[asyncio.Transport, str] = {}
 
     def add(self, transport: asyncio.Transport, host: str) -> None:
-        """Count a new transport. It, or another, is aborted if that is one too many. `host` is empty if unknown."""
+        """Count a new transport. Beyond a limit, it or another one is aborted. `host` is empty if unknown."""
         self._place(transport, host)
         if self._most is not None and len(self._addresses) > self._most:
             self._abort(self._least_needed(), "the limit of all connections is reached")
 
     def attribute(self, transport: asyncio.Transport, host: str) -> bool:
-        """Count this transport as one of another host: of the client that a proxy names, or again of the proxy.
+        """Count this transport for another host: the client that a proxy names, or the proxy again.
 
-        Returns: whether it is still open, and not one too many.
+        Returns: whether it is still open. It is aborted if that host has too many.
         """
         if self._addresses.get(transport, _network(host)) != _network(host):
             self.remove(transport)
@@ -54,7 +53,7 @@ class ConnectionTable:
         return not transport.is_closing()
 
     def remove(self, transport: asyncio.Transport) -> None:
-        """Count this transport no more, if it is counted."""
+        """Stop counting this transport, if it is counted."""
         address = self._addresses.pop(transport, None)
         if address is not None:
             del self._groups[address][transport]
@@ -75,7 +74,7 @@ class ConnectionTable:
         for transport in list(islice(group, _EXAMINED)):
             if getattr(transport.get_protocol(), "idle", False):
                 return transport
-            group[transport] = group.pop(transport)  # To the end: others are examined next time.
+            group[transport] = group.pop(transport)  # To the end, so that others are examined next time.
         return newest
 
     def _is_proxy(self, host: str) -> bool:
@@ -89,7 +88,7 @@ class ConnectionTable:
 
 @lru_cache(maxsize=4096)
 def _network(host: str) -> str:
-    """What a host is counted by."""
+    """The key that a host is counted by."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:

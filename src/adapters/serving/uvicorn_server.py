@@ -1,4 +1,4 @@
-"""uvicorn, with what it lacks: shutdown by the contract, transports that can be aborted, and corrections of HTTP."""
+"""uvicorn with graceful shutdown, access to transports, limits for slow or hostile clients, and corrections of HTTP."""
 
 import asyncio
 import contextlib
@@ -25,31 +25,29 @@ from adapters.serving.connection_table import ConnectionTable
 
 logger = logging.getLogger(__name__)
 
-#: Called when the process is asked to leave; returns when it may. The event is set once there is no time left.
-Leave = Callable[[asyncio.Event], Awaitable[None]]
+#: Called when the process is asked to stop; returns when it may exit. It must not wait once the event is set.
+Drain = Callable[[asyncio.Event], Awaitable[None]]
 
-
-#: What may wait to be written because the other side asked for it and does not read, in bytes.
+#: Bytes of a WebSocket's write buffer beyond which its client, which does not read, is disconnected.
 _MAX_UNREAD: Final = 1_000_000
-#: What the kernel takes beyond what it has on the way to the other side, in bytes.
+#: Bytes that the kernel buffers beyond those in flight (TCP_NOTSENT_LOWAT).
 _MAX_UNSENT: Final = 64 * 1024
-#: Of how many frames one message may be made.
+#: Frames of one WebSocket message.
 _MAX_FRAGMENTS: Final = 1_000
 
-
-#: Of how many bytes the head of a request may be, and in how many seconds it has to be there.
+#: Bytes of a request's head, and seconds in which it must arrive.
 _MAX_HEAD: Final = 128 * 1024
 HEADER_TIMEOUT = 20.0
-#: Seconds for which what still comes is discarded, after a response that did not wait for the whole request. Closing at
-#: once would make the kernel send RST, which destroys a response that the client has not read yet.
+#: Seconds for which the rest of a request is discarded after an early response. Closing at once would make the kernel
+#: send RST, which destroys a response that the client has not read yet.
 LINGER = 4.0
-#: Seconds after which a connection is aborted whose client takes nothing of what waits for it.
+#: Seconds without progress after which a connection with unsent data is aborted.
 SEND_TIMEOUT = 30.0
-#: What the kernel queues of connections that are not accepted yet, and how many are accepted in a row: few, so that
-#: those beyond the limit are closed before descriptors run out.
+#: The kernel's queue of connections to accept, and how many asyncio accepts in a row: few, so that connections beyond
+#: the limit are closed before descriptors run out.
 _BACKLOG: Final = 2048
 _ACCEPTED_AT_ONCE: Final = 8
-#: The ASGI scope extension by which `ClientLimit` says whose request this is.
+#: The ASGI scope extension that `ClientLimit` calls with the client's address.
 _ATTRIBUTE: Final = "stagecast.attribute"
 
 
@@ -58,21 +56,21 @@ _BODY: Final = (b"transfer-encoding", b"content-length")
 
 
 def problem(status: HTTPStatus, detail: str) -> bytes:
-    """What a request is answered that no application can be asked about (RFC 9457)."""
+    """The body (RFC 9457) of an error response that the server sends before the application sees the request."""
     content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, "code": "bad_request"}
     return json.dumps(content, separators=(",", ":")).encode()
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's, with limits on the size and the time of a request's head, and with rules of RFC 9110 and 9112.
+    """uvicorn's protocol, with limits on the size and time of a request's head, and with rules of RFC 9110 and 9112.
 
     An ``Upgrade`` header that is not a WebSocket handshake is ignored, and HTTP/1.0 gets no chunked framing. A response
-    that does not wait for the whole request announces that the connection closes, and what still comes is discarded.
+    sent before the whole request has arrived announces ``Connection: close``, and the rest of the request is discarded.
     """
 
     _in_head = True
     _head = 0
-    #: No request is read any more: the last response is on its way.
+    #: No further request is read: the last response is being sent.
     _lingering = False
     _deadline: asyncio.TimerHandle | None = None
 
@@ -91,14 +89,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         """Called with a new connection."""
-        line = transport.get_extra_info("socket")
-        # asyncio does this only where the listening socket was made with the protocol's number. Without it, what is
-        # written in two pieces waits for the other side to acknowledge the first, which it delays by 40 ms.
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel would take megabytes for a client that does not read, and after that take nothing for many seconds
-        # from one that reads slowly: neither could be told from the other.
+        sock = transport.get_extra_info("socket")
+        # asyncio sets this only if the listening socket was created with proto=IPPROTO_TCP. Without it, the second of
+        # two writes waits for the client's delayed acknowledgement of the first, 40 ms.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Limit the kernel's unsent buffer: with megabytes in it, a stalled reader looks like a slow one.
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT)
         super().connection_made(transport)
         self._set_deadline(HEADER_TIMEOUT)
         self._table.add(transport, self._host)
@@ -110,11 +107,11 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Called with what is no HTTP."""
+        """Called with bytes that are not HTTP."""
         self._refuse(HTTPStatus.BAD_REQUEST, "The request is not valid HTTP.")
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
-        """Answer what no application can be asked about, and end the connection."""
+        """Send an error response without asking the application, and end the connection."""
         body = problem(status, detail)
         head = "HTTP/1.1 {} {}\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\nconnection: close\r\n"
         self.transport.write(f"{head.format(status.value, status.phrase, len(body))}\r\n".encode() + body)
@@ -124,7 +121,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        """Called with the first byte of a request; not with empty lines before it."""
+        """Called with the first byte of a request, not with empty lines before it."""
         self._unset_keepalive_if_required()
         self._in_head = True
         self._set_deadline(HEADER_TIMEOUT)
@@ -137,7 +134,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        """Called when the present response has been written."""
+        """Called when the current response has been written."""
         if not self._lingering:
             super().on_response_complete()
             self._table.attribute(self.transport, self._host)
@@ -145,7 +142,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._linger()
 
     def _linger(self) -> None:
-        """Send what is written and FIN, and discard what still comes, until the client closes or for `LINGER`."""
+        """Send the buffered data and FIN, then discard input until the client closes, or for `LINGER` seconds."""
         self._lingering = True
         self.pipeline.clear()
         self._unset_keepalive_if_required()
@@ -163,7 +160,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._deadline.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Called with what has come."""
+        """Called with received bytes."""
         if self._lingering and self.idle:
             return
         if self._in_head:
@@ -183,7 +180,7 @@ class HttpProtocol(HttpToolsProtocol):
                     self.headers.append((b"upgrade", b"websocket"))
                     self.handle_websocket_upgrade()
                     return
-                # A new parser: the present one takes nothing more after a request that ends the connection.
+                # A new parser, as the old one takes nothing after a request with ``Connection: close``.
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                 self.parser.feed_data(self._head_without_upgrade())
@@ -191,11 +188,11 @@ class HttpProtocol(HttpToolsProtocol):
             self.send_400_response("Invalid HTTP request received.")
 
     def _should_upgrade(self) -> bool:
-        """Called by uvicorn at each head that has an upgrade: `data_received` decides on it."""
+        """Called by uvicorn for each head with an upgrade; `data_received` decides."""
         return True
 
     def _is_websocket_handshake(self) -> bool:
-        """Take the ``Upgrade`` headers off the request, and tell whether it is a WebSocket handshake."""
+        """Remove the ``Upgrade`` headers, and return whether the request is a WebSocket handshake."""
         wanted = b",".join(value for name, value in self.headers if name == b"upgrade")
         self.headers[:] = [header for header in self.headers if header[0] != b"upgrade"]
         names = {name for name, value in self.headers if value != b"0" or name not in _BODY}
@@ -207,9 +204,9 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
     def _head_without_upgrade(self) -> bytes:
-        """The request's head for the parser, which stops at each upgrade and takes the body for another protocol."""
+        """The request's head again: with an ``Upgrade`` in it the parser would not parse the body."""
         if self.scope["method"] == "CONNECT":
-            raise httptools.HttpParserError  # An upgrade whatever its headers, and this is no proxy.
+            raise httptools.HttpParserError  # The parser always takes it for an upgrade, and this is no proxy.
         head = [f"{self.scope['method']} ".encode(), self.url, f" HTTP/{self.scope['http_version']}\r\n".encode()]
         for name, value in self.headers:
             head += [name, b": ", value, b"\r\n"]
@@ -227,7 +224,7 @@ class HttpProtocol(HttpToolsProtocol):
                     cycle.keep_alive = False
                 await send(message)
                 if early:
-                    # The header is sent. uvicorn would close when the response is complete, with RST.
+                    # The header has been sent. Keep uvicorn from closing after the response, which would send RST.
                     self._lingering = cycle.keep_alive = True
 
             await app(scope, receive, send_early)
@@ -238,7 +235,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 def _without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
-    """The application for one HTTP/1.0 request: a response of unknown length ends with the connection."""
+    """The application for one HTTP/1.0 request: closing the connection ends a response of unknown length."""
     cycle.waiting_for_100_continue = False
     sized = False
 
@@ -258,7 +255,7 @@ def _without_chunks(app: Any, cycle: RequestResponseCycle) -> Any:
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's, which also hands its transport to the application, and has bounds where it has none."""
+    """uvicorn's protocol, which also passes its transport to the application, and limits buffers and fragments."""
 
     def __init__(self, table: ConnectionTable, **rest: Any) -> None:
         super().__init__(**rest)
@@ -280,7 +277,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Called with what has come. Who breaks the protocol, or floods it, is hung up on."""
+        """Called with received bytes. Aborts the connection of a client that violates the protocol or floods it."""
         if self.transport.is_closing():
             return
         try:
@@ -290,14 +287,14 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.abort()
             return
         unread = self.transport.get_write_buffer_size()
-        # An opening handshake that cannot be read would stay without an answer.
+        # uvicorn would not answer an invalid opening handshake.
         if self.conn.handshake_exc is not None or unread > _MAX_UNREAD or len(self.frames) > _MAX_FRAGMENTS:
             self.transport.abort()
 
     def send_receive_event_to_app(self) -> None:
         """Called with a whole message."""
         if self.curr_msg_data_type == "text":
-            b"".join(self.frames).decode()  # What is no text ends the connection, in `data_received`.
+            b"".join(self.frames).decode()  # `data_received` closes the connection if this fails.
         super().send_receive_event_to_app()
 
     def handle_connect(self, event: Any) -> None:
@@ -313,15 +310,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.handshake_complete and self.transport.is_closing():
             raise ClientDisconnected
         await super().send(message)
-        # A handshake that is refused with a response is complete; uvicorn would log it as an error of the application.
+        # A handshake rejected with a response is complete, or uvicorn would log an error of the application.
         self.handshake_complete = self.handshake_complete or self.close_sent
 
 
 class ClientLimit:
-    """An ASGI layer that counts each connection as its client's, where a proxy in front names the client.
+    """ASGI middleware that counts each connection for the client that a proxy in front names.
 
-    It belongs behind the layer that takes ``scope["client"]`` from a trusted proxy's headers. If the client has too
-    many connections, this one is closed, and the request goes no further.
+    It belongs inside the middleware that sets ``scope["client"]`` from a trusted proxy's headers. If the client has too
+    many connections, this one is closed, and the request is not handled.
     """
 
     def __init__(self, app: Any) -> None:
@@ -338,19 +335,19 @@ class ClientLimit:
 
 
 class Server(uvicorn.Server):
-    """SIGTERM lets the work be finished first; SIGINT and every second signal do not wait. Both exit with 0."""
+    """On SIGTERM it finishes work before it exits; on SIGINT or a second signal it does not wait. Both exit with 0."""
 
     def __init__(
         self,
         app: Any,
-        leave: Leave,
+        drain: Drain,
         ready: Callable[[], None],
         keep_alive: float = 80,
         table: ConnectionTable | None = None,
     ) -> None:
-        """`ready` is called once connections are taken; `keep_alive` is how many seconds an idle one is kept.
+        """`ready` is called once connections are accepted; `keep_alive`: seconds that an idle one is kept.
 
-        `table` limits how many connections there are; without it, any number.
+        `table` limits the number of connections; ``None``: no limit.
         """
         table = table or ConnectionTable()
         super().__init__(
@@ -370,12 +367,12 @@ class Server(uvicorn.Server):
                 proxy_headers=False,  # `api.rest.proxies` handles them.
             )
         )
-        self._leave = leave
+        self._drain = drain
         self._ready = ready
-        self._hurry = asyncio.Event()
-        self._leaving: asyncio.Task[None] | None = None
+        self._force = asyncio.Event()
+        self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        #: By connection whose client has to take something: how much it is, and for how many seconds it has been that.
+        #: By connection with unsent data: how many bytes, and for how many seconds that has not changed.
         self._unsent: dict[Any, tuple[int, float]] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -383,8 +380,8 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(_BACKLOG)  # uvicorn has set it to the number that asyncio accepts in a row.
-        if self.started and self._leaving is None:
+            listener.listen(_BACKLOG)  # Not uvicorn's `backlog`: asyncio also accepts that many in a row.
+        if self.started and self._draining is None:
             self._ready()
 
     async def on_tick(self, counter: int) -> bool:
@@ -394,7 +391,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _check_progress(self, seconds: float) -> None:
-        """Called every so many seconds. Counts ticks, not wall time, as a paused process sends nothing."""
+        """Called every `seconds`. Counts ticks, not wall time, as a paused process sends nothing."""
         unsent: dict[Any, tuple[int, float]] = {}
         for connection in self.server_state.connections:
             size = connection.transport.get_write_buffer_size()
@@ -408,37 +405,37 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal handler."""
         if self._loop is None:
-            os._exit(0)  # Nothing has been begun.
+            os._exit(0)  # Nothing has started yet.
         else:
-            self._loop.call_soon_threadsafe(self.leave, sig == signal.SIGINT)
+            self._loop.call_soon_threadsafe(self.begin_shutdown, sig == signal.SIGINT)
 
-    def leave(self, now: bool = False) -> None:
-        """Begin to leave; `now`, or asked a second time, without waiting for work."""
-        if now or self._leaving is not None:
-            self._hurry.set()
-        if self._leaving is None:
-            self._leaving = asyncio.create_task(self._depart())
+    def begin_shutdown(self, now: bool = False) -> None:
+        """Start to shut down; with `now`, or when called again, without waiting for work."""
+        if now or self._draining is not None:
+            self._force.set()
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain_and_exit())
 
-    async def _depart(self) -> None:
+    async def _drain_and_exit(self) -> None:
         try:
-            await self._leave(self._hurry)
+            await self._drain(self._force)
         finally:
             self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close what is still open. Everything that had to be said has been said: nobody is waited for long."""
-        ending = asyncio.create_task(self._end())
+        """Close open connections, and abort those that do not close within 0.15 seconds."""
+        abort = asyncio.create_task(self._abort_remaining())
         try:
             await super().shutdown(sockets)
         finally:
-            ending.cancel()
+            abort.cancel()
 
-    async def _end(self) -> None:
+    async def _abort_remaining(self) -> None:
         await asyncio.sleep(0.15)
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
                 connection.transport.abort()
-        # In turns, so that who was hung up on has heard of it, however late it is.
+        # Only then cancel tasks, so that those of aborted connections see the disconnect first.
         await asyncio.sleep(0.15)
         for task in self.server_state.tasks:
             task.cancel()

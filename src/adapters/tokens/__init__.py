@@ -1,1 +1,1 @@
-"""Tokens."""
+"""Verification of tokens."""

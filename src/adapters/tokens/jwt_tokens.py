@@ -13,7 +13,7 @@ import httpx2
 import jwt
 from jwt.types import Options
 
-from adapters.outbound.tls import authorities
+from adapters.outbound.tls import ssl_context
 from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
 from domain.identity import user_id as valid_user_id
 from domain.ports import Clock
@@ -187,7 +187,7 @@ class JwksKeys:
     def __init__(self, url: str, *, clock: Clock, timeout: float = 5, trust: ssl.SSLContext | None = None) -> None:
         """One fetch takes at most `timeout` seconds. Proxies of the environment are not used."""
         self._url, self._clock, self._timeout = url, clock, timeout
-        self._trust = trust or authorities()
+        self._trust = trust or ssl_context()
         self._keys: list[jwt.PyJWK] = []
         self._fetched: datetime | None = None
         #: The last fetch for an unknown key id while the keys were fresh.
