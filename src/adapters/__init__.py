@@ -1,1 +1,1 @@
-"""The world behind the domain's ports: one file per thing in the world."""
+"""Implementations of the domain's ports."""

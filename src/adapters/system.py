@@ -1,4 +1,4 @@
-"""This machine's clock and randomness."""
+"""The clock, randomness and limits of the operating system."""
 
 import resource
 import secrets
@@ -10,7 +10,7 @@ _ALPHABET = string.ascii_lowercase + string.digits
 
 
 def now() -> datetime:
-    """The present moment, with its zone."""
+    """The current time in UTC, with time zone."""
     return datetime.now(UTC)
 
 
@@ -25,6 +25,6 @@ class SystemEntropy:
 
 
 def descriptors() -> int:
-    """How many files and connections this process may have open."""
+    """How many file descriptors this process may have open."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit

@@ -64,7 +64,7 @@ def rows(query: str) -> Callable[[sqlite3.Connection], list[Any]]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes wait for a stranger for as long as a test may hold the file on a machine that is slow."""
-    monkeypatch.setattr(sqlite_database, "_PATIENCE", 60)
+    monkeypatch.setattr(sqlite_database, "_BUSY_TIMEOUT", 60)
 
 
 @contextmanager
@@ -523,8 +523,8 @@ async def test_a_reader_that_gives_up_breaks_nothing(path: Path) -> None:
 async def test_a_thread_whose_work_breaks_off_goes_on() -> None:
     thread: BatchThread[int] = BatchThread("test", lambda works: [10 // work for work in works], most=9)
     with pytest.raises(ZeroDivisionError):
-        await thread.ask(0)
-    assert await thread.ask(5) == 2
+        await thread.submit(0)
+    assert await thread.submit(5) == 2
     thread.close()
 
 

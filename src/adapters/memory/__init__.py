@@ -1,1 +1,1 @@
-"""The storage in this process's memory."""
+"""Storage in memory, for one process."""

@@ -1,8 +1,7 @@
-"""The event log in memory: nothing survives the process, and the epoch says so.
+"""The event log in memory. It is lost with the process, and each process has an epoch of its own.
 
-Every method runs to its end without giving up the event loop, so each is atomic. A generation's events lie
-in three parallel columns (bytes, positions, ids) and a user's feed is a list of generations by position: what an
-event costs beyond its JSON is some seventy bytes.
+No method yields to the event loop, so each is atomic. A generation's events are three parallel columns (JSON,
+positions, ids), and a user's feed is a list of generations by position: about 70 bytes per event beyond its JSON.
 """
 
 import bisect
@@ -50,7 +49,7 @@ class _Record:
 
     @property
     def deleted(self) -> bool:
-        """Nothing but its places is left."""
+        """Whether only its tombstones are left."""
         return not self.events
 
     @property
@@ -93,7 +92,7 @@ class _User:
     def __init__(self, user_id: str, zero_id: int, credit: int) -> None:
         self.user_id = user_id
         self.credit = credit
-        #: The generation at each position from `base` + 1 on; ``None`` where retention purged it.
+        #: The generation at each position from `base` + 1 on; ``None`` if retention has purged it.
         self.feed: list[_Record | None] = []
         self.base = 0
         self.floor = 0
@@ -101,7 +100,7 @@ class _User:
         #: In order of their first positions.
         self.generations: dict[str, _Record] = {}
         self.active: dict[str, _Record] = {}
-        #: Deleted generations whose places the floor has not passed.
+        #: Deleted generations with tombstones above the floor.
         self.deleted: list[_Record] = []
         self.keys: dict[str, str] = {}
 
@@ -118,7 +117,7 @@ class _User:
         return None if record is None else record.at(position).event_id
 
     def forget_below_floor(self) -> list[_Record]:
-        """Drop deleted generations that the floor has passed, and what is empty at the front. Return the former."""
+        """Drop and return the deleted generations below the floor, and trim the empty start of the feed."""
         passed = [record for record in self.deleted if record.positions[-1] <= self.floor]
         for record in passed:
             self.deleted.remove(record)
@@ -132,7 +131,7 @@ class _User:
 
 
 class _Grant(NamedTuple):
-    """What an idempotency key stands for, and how long."""
+    """The result recorded for an idempotency key, and when it expires."""
 
     amount: int
     credit: int
@@ -140,19 +139,19 @@ class _Grant(NamedTuple):
 
 
 class MemoryLog:
-    """`domain.ports.EventLog` in this process's memory."""
+    """`domain.ports.EventLog` in memory."""
 
     durable = False
 
     def __init__(self, *, epoch: str, credits: int | None, clock: Clock, outbox: bool = False) -> None:
-        """`credits` is a new user's balance; ``None`` keeps no balances. `outbox`: ends are kept until told."""
+        """`credits`: a new user's balance; ``None``: no balances. `outbox`: record ends as undelivered webhooks."""
         self.epoch = epoch
         self._credits = credits
         self._clock = clock
         self._users: dict[str, _User] = {}
         self._records: dict[str, _Record] = {}
         self._unfinished: dict[str, _Record] = {}
-        #: In order of their ends; deleted ones too, until retention would have purged them.
+        #: In order of their ends, with deleted ones until retention purges them.
         self._finished: dict[str, _Record] = {}
         #: By user and idempotency key.
         self._grants: dict[tuple[str, str], _Grant] = {}
@@ -296,7 +295,7 @@ class MemoryLog:
             raise CreditsOff
         for known, grant in list(self._grants.items()):
             if grant.until > at:
-                break  # They expire in the order they came.
+                break  # Grants expire in order of insertion.
             del self._grants[known]
         if key is not None and (before := self._grants.get((user_id, key))) and before.until > at:
             if before.amount != amount:
@@ -336,10 +335,10 @@ class MemoryLog:
         self._undelivered.pop(generation_id, None)
 
     async def probe(self) -> None:
-        """There is nothing that could fail."""
+        """Memory cannot fail."""
 
     async def close(self) -> None:
-        """There is nothing to let go of."""
+        """Nothing to release."""
 
     def _check_key(self, user: _User, start: Start) -> None:
         generation_id = user.keys.get(start.key) if start.key is not None else None

@@ -1,16 +1,16 @@
-"""The lines of waiting generations, in this process: users take turns."""
+"""The work queue in memory: users take turns (round robin)."""
 
 import asyncio
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection
 from typing import Final
 
-#: Of one user so many fetch at once.
+#: How many generations of a user may download images at once.
 _FETCHING_PER_USER: Final = 2
 
 
-class _Line:
-    """Each user's waiting generations; the user at the front is served next, then goes to the back."""
+class _RoundRobin:
+    """A FIFO per user; the user at the front is served next, then goes to the back."""
 
     def __init__(self) -> None:
         self._users: OrderedDict[str, deque[str]] = OrderedDict()
@@ -22,23 +22,23 @@ class _Line:
         self._users.setdefault(user_id, deque()).append(generation_id)
 
     def remove(self, generation_id: str) -> bool:
-        for user_id, line in self._users.items():
-            if generation_id in line:
-                line.remove(generation_id)
-                if not line:
+        for user_id, waiting in self._users.items():
+            if generation_id in waiting:
+                waiting.remove(generation_id)
+                if not waiting:
                     del self._users[user_id]
                 return True
         return False
 
     def next_user(self, busy: Collection[str] = ()) -> str | None:
-        """The user whose turn it is, of those who are not busy."""
+        """The first user who is not busy; ``None`` if there is none."""
         return next((user_id for user_id in self._users if user_id not in busy), None)
 
     def take(self, user_id: str) -> str:
-        line = self._users.pop(user_id)
-        generation_id = line.popleft()
-        if line:
-            self._users[user_id] = line
+        waiting = self._users.pop(user_id)
+        generation_id = waiting.popleft()
+        if waiting:
+            self._users[user_id] = waiting
         return generation_id
 
 
@@ -46,15 +46,15 @@ class MemoryQueue:
     """`domain.ports.WorkQueue` for one process."""
 
     def __init__(self) -> None:
-        self._work, self._fetches = _Line(), _Line()
+        self._work, self._fetches = _RoundRobin(), _RoundRobin()
         self._held: set[str] = set()
-        #: Those that are held to be fetched for, and whose they are.
+        #: The user of each generation that is claimed for fetching.
         self._fetching: dict[str, str] = {}
         self._lock = asyncio.Lock()
-        #: Something may be claimed from the line of work, or from that of fetches; or something was taken or let go of.
+        #: Notified when work, or a fetch, may be claimed; and when a generation was withdrawn or released.
         self._work_changed = asyncio.Condition(self._lock)
         self._fetches_changed = asyncio.Condition(self._lock)
-        self._taken = asyncio.Condition(self._lock)
+        self._removed = asyncio.Condition(self._lock)
 
     @property
     def waiting(self) -> int:
@@ -71,7 +71,7 @@ class MemoryQueue:
 
     async def withdraw(self, generation_id: str) -> bool:
         async with self._lock:
-            self._taken.notify_all()
+            self._removed.notify_all()
             return self._work.remove(generation_id) or self._fetches.remove(generation_id)
 
     async def claim(self, *, fetching: bool = False) -> str:
@@ -84,7 +84,7 @@ class MemoryQueue:
                 self._fetching[generation_id] = user_id
             else:
                 generation_id = self._work.take(user_id)
-                self._let_go_of_fetching(generation_id)
+                self._release_fetch(generation_id)
                 self._held.add(generation_id)
             return generation_id
 
@@ -94,7 +94,7 @@ class MemoryQueue:
         counts = Counter(self._fetching.values())
         return self._fetches.next_user([user_id for user_id, count in counts.items() if count >= _FETCHING_PER_USER])
 
-    def _let_go_of_fetching(self, generation_id: str) -> None:
+    def _release_fetch(self, generation_id: str) -> None:
         if self._fetching.pop(generation_id, None) is not None:
             self._fetches_changed.notify_all()
 
@@ -104,9 +104,9 @@ class MemoryQueue:
     async def release(self, generation_id: str) -> None:
         async with self._lock:
             self._held.discard(generation_id)
-            self._let_go_of_fetching(generation_id)
-            self._taken.notify_all()
+            self._release_fetch(generation_id)
+            self._removed.notify_all()
 
     async def settled(self) -> None:
         async with self._lock:
-            await self._taken.wait_for(lambda: not self.waiting and not self.held)
+            await self._removed.wait_for(lambda: not self.waiting and not self.held)

@@ -1,4 +1,4 @@
-"""Sessions in this process's memory."""
+"""Sessions in memory."""
 
 from collections import OrderedDict
 from collections.abc import Collection
@@ -7,7 +7,7 @@ from typing import Final
 
 from domain.ports import Session
 
-#: Of one user at once. Somebody who connects over and over loses the sessions that were not used for longest.
+#: Sessions of one user; beyond them, the least recently used are removed.
 _PER_USER: Final = 1_000
 
 

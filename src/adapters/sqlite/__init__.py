@@ -1,1 +1,1 @@
-"""The storage in a file, for one server."""
+"""Storage in a SQLite file, for one process."""

@@ -1,11 +1,11 @@
-"""Rows of a log that cannot be read: how they are found, and how they are set aside.
+"""Finds damaged rows of the log, and sets them aside.
 
-Generations are checked as a whole, since one unreadable row makes its generation unreadable. Such a generation becomes
-a tombstone, as one that was deleted; its rows are kept in tables of their own until retention removes the tombstone.
-No text made here quotes what a row holds.
+Generations are checked as a whole, since one unreadable row makes its generation unreadable. A damaged generation
+becomes a tombstone, like a deleted one; its rows move to separate tables until retention removes the tombstone.
+Messages never quote a row's data.
 
-To check a million events takes most of a minute. So at the start only what the service begins with is checked: users,
-and what is unfinished. All else is checked before it is read for the first time, and in batches until all has been.
+Checking a million events takes almost a minute. So opening the log checks only users and unfinished generations. The
+others are checked before they are first read, and in batches in the background.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from domain.stages import FLOWS, Kind
 
 logger = logging.getLogger(__name__)
 
-#: The tables that keep what was set aside: no column has a type, so that every value stays what it is.
+#: The tables of the rows set aside. Their columns have no type, so that every value is stored unchanged.
 SCHEMA: Final = """
     CREATE TABLE damaged_generations (
         tombstone INTEGER NOT NULL REFERENCES generations ON DELETE CASCADE, reason TEXT NOT NULL,
@@ -41,7 +41,7 @@ SCHEMA: Final = """
     CREATE INDEX damaged_events_by_tombstone ON damaged_events (tombstone);
 """
 
-#: What a balance counts as: none where none is kept, and 0 where it cannot be read.
+#: A user's balance: NULL if none is kept, and 0 if it cannot be read.
 CREDIT: Final = """
     iif(typeof(users.credit) = 'integer' AND users.credit BETWEEN 0 AND 1000000000000000000, users.credit,
         iif(users.credit IS NULL, NULL, 0))
@@ -80,7 +80,7 @@ class _Generation(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The id, or that of the row where it cannot be read."""
+        """The id, or the row's id if that cannot be read."""
         readable = isinstance(self.generation_id, str) and _GENERATION_ID.fullmatch(self.generation_id)
         return self.generation_id if readable else f"(row {self.id!r:.20})"
 
@@ -99,27 +99,27 @@ class _Event(NamedTuple):
 class Damaged(NamedTuple):
     """A generation that cannot be read."""
 
-    #: Its id, or its row.
+    #: Its id, or the id of its row.
     name: str
-    #: The row of its user.
+    #: The id of its user's row.
     user: object
     reason: str
-    #: Whether a credit was taken at its start.
+    #: Whether its start took a credit.
     reserved: bool
     generation: _Generation | None
     events: Sequence[_Event]
 
 
 class Users(NamedTuple):
-    """What is known of the users, and what is wrong with their rows."""
+    """The users of the log, and the damage of their rows."""
 
     #: The head of each user's feed, corrected.
     heads: Mapping[int, int]
-    #: Those whose id can be read.
+    #: Rows with a readable user id.
     owners: Collection[int]
-    #: Rows whose balance or id cannot be read, with the reason.
+    #: Rows with an unreadable balance, id or grant, and the reason.
     damaged: Sequence[tuple[int, str]] = ()
-    #: Those whose feed needs other values of head, floor and the floor's event id.
+    #: Corrections: row, head, floor, event id at the floor.
     feeds: Sequence[tuple[int, int, int, int]] = ()
 
 
@@ -129,7 +129,7 @@ _EVENTS: Final = f"SELECT {', '.join(_Event._fields)} FROM events"
 
 @contextlib.contextmanager
 def _any_text(connection: sqlite3.Connection) -> Iterator[None]:
-    """Read text that is not UTF-8 too, which otherwise is an error."""
+    """Decode text that is not UTF-8 instead of raising an error."""
     text_factory = connection.text_factory
     connection.text_factory = lambda data: data.decode(errors="surrogateescape")
     try:
@@ -150,7 +150,7 @@ def _check_users(connection: sqlite3.Connection, epoch: str) -> Users:
         heads[user.id] = user.head
         if not _is_feed(connection, user, epoch):
             heads[user.id] = head = _last_position(connection, user.id)
-            # Nothing is known of what was removed: only cursors at the head stay usable.
+            # Earlier events may be missing, so only cursors at the head stay valid.
             head_id = _event_id_at(connection, user.id, head)
             feeds.append((user.id, head, head, _zero_id(epoch, user) if head_id is None else head_id))
     unreadable = (
@@ -162,14 +162,14 @@ def _check_users(connection: sqlite3.Connection, epoch: str) -> Users:
 
 
 def _users_of(connection: sqlite3.Connection, keys: Collection[int]) -> Users:
-    """The users of these generations, once `_check_users` has been heeded."""
+    """The users of these generations, after the corrections of `_check_users`."""
     query = "SELECT id, user_id, head FROM users WHERE id IN (SELECT user FROM generations WHERE id IN"
     rows = connection.execute(f"{query} (SELECT value FROM json_each(?)))", (json.dumps(list(keys)),)).fetchall()
     return Users({user: head for user, _, head in rows}, {user for user, name, _ in rows if _is_user_id(name)})
 
 
 def _damaged(connection: sqlite3.Connection, keys: Iterable[int], users: Users) -> Iterator[Damaged]:
-    """Those of these generations, named by their rows, that cannot be read."""
+    """The damaged ones of the generations with these row ids."""
     for key in keys:
         row = connection.execute(f"{_GENERATIONS} WHERE id = ?", (key,)).fetchone()
         if row is not None:
@@ -181,8 +181,8 @@ def _damaged(connection: sqlite3.Connection, keys: Iterable[int], users: Users) 
 
 
 def _without_row(connection: sqlite3.Connection) -> Iterator[Damaged]:
-    """Generations of which nothing is left but events."""
-    # The index has all that is needed to find them: without its name, the whole table would be read.
+    """Generations whose row is missing, by their events."""
+    # Finds them in the index alone; without INDEXED BY, SQLite would scan the whole table.
     ids = "SELECT id FROM events INDEXED BY event_of_sequence WHERE generation NOT IN (SELECT id FROM generations)"
     rows = map(_Event._make, connection.execute(f"{_EVENTS} WHERE id IN ({ids}) ORDER BY generation, sequence"))
     for key, group in itertools.groupby(rows, lambda event: event.generation):
@@ -191,7 +191,7 @@ def _without_row(connection: sqlite3.Connection) -> Iterator[Damaged]:
 
 
 def _reason(generation: _Generation, events: Sequence[_Event], users: Users) -> str | None:
-    """Why the generation cannot be read; ``None`` where it can."""
+    """The damage of the generation; ``None`` if it is intact."""
     head = users.heads.get(generation.user)
     if not events:
         return None if _is_emptied(generation) and head is not None else "it has no events"
@@ -201,7 +201,7 @@ def _reason(generation: _Generation, events: Sequence[_Event], users: Users) -> 
     if not all(_is_placed(event, generation.user, head) for event in events) or positions != sorted(positions):
         return "a position of its events is impossible"
     if [event.sequence for event in events] != list(range(1, len(events) + 1)):
-        return "the sequence of its events has a hole"
+        return "the sequence of its events has a gap"
     if generation.deleted not in (0, 1) or generation.name != generation.generation_id:
         return "its row cannot be read"
     if generation.first_position != positions[0]:
@@ -230,7 +230,7 @@ def _reason(generation: _Generation, events: Sequence[_Event], users: Users) -> 
 
 
 def _is_emptied(generation: _Generation) -> bool:
-    """Whether it is the tombstone of one of which no place could be read."""
+    """Whether it is the tombstone of a generation none of whose positions could be read."""
     ended = _is_int(generation.end_position, 0, _LAST_POSITION) and _is_int(generation.ended_at, 0, _LAST_MOMENT)
     return generation.deleted == 1 and ended
 
@@ -261,7 +261,7 @@ def _is_event(row: _Event, generation: _Generation) -> bool:
 
 
 def _is_placed(event: _Event, user: object, head: int) -> bool:
-    """Whether its place in the feed is possible."""
+    """Whether its position in the feed is valid."""
     return event.user == user and _is_int(event.position, 1, head) and _is_int(event.event_id, 0, 2**63 - 1)
 
 
@@ -282,7 +282,7 @@ def _zero_id(epoch: str, user: _User) -> int:
 
 
 def _last_position(connection: sqlite3.Connection, user: int) -> int:
-    """The last of the positions that can be."""
+    """The highest valid position; 0 if there is none."""
     query = (
         "SELECT max(position) FROM events WHERE user = ? AND position BETWEEN 1 AND ? AND typeof(position) = 'integer'"
     )
@@ -308,35 +308,35 @@ def _is_user_id(value: object) -> bool:
     try:
         return isinstance(value, str) and user_id(value) == value
     except InvalidUserId:
-        return value == _NOBODY
+        return value == _ORPHANS
 
 
 # --- setting aside -----------------------------------------------------------------------------------------
 
-#: The user to whom what belongs to no user is assigned. Nobody has this id.
-_NOBODY: Final = ""
+#: The id of the user who owns generations without a readable user. No real user has it.
+_ORPHANS: Final = ""
 
 
 class DamageFound(Exception):
-    """These generations, named by their rows, have to be set aside before others can be read with them."""
+    """The generations with these row ids must be set aside before the query can be repeated."""
 
     def __init__(self, keys: Sequence[int]) -> None:
         super().__init__()
         self.keys = keys
 
 
-class Judge:
-    """What has been checked since the file was opened, and what is damaged of the rest.
+class DamageChecker:
+    """Checks generations, and tracks which have been checked since the file was opened.
 
-    Only one thread checks: the one that reads.
+    `check` and `next` are called by the reader thread only.
     """
 
-    #: Generations that are checked at a time: others wait for them.
+    #: Generations checked at a time. Other reads wait meanwhile.
     _BATCH: Final = 20
 
     def __init__(self, epoch: str) -> None:
         self._epoch = epoch
-        #: All generations up to this row have been checked, and these beyond it.
+        #: All generations up to this row id have been checked, and these above it.
         self._checked = -math.inf
         self._also = set[int]()
 
@@ -346,7 +346,7 @@ class Judge:
         return self._checked == math.inf
 
     def begin(self, connection: sqlite3.Connection) -> Sequence[Damaged]:
-        """Set aside what is damaged of users and of what is unfinished, and return it. Logs the users."""
+        """Repair users, set damaged unfinished generations aside, and return these. Logs damaged users."""
         with _any_text(connection):
             users = _check_users(connection, self._epoch)
             for user, reason in users.damaged:
@@ -354,7 +354,7 @@ class Judge:
             for user, head, floor, floor_id in users.feeds:
                 feed = (head, floor, floor_id, user)
                 connection.execute("UPDATE users SET head = ?, floor = ?, floor_id = ? WHERE id = ?", feed)
-            # No event may be where the next one is appended, or beyond.
+            # No event may be above the head, where the next one is appended.
             ahead = "SELECT generation FROM users CROSS JOIN events ON user = users.id AND position > head"
             unfinished = "SELECT id FROM generations WHERE end_position IS NULL"
             query = f"SELECT id FROM generations WHERE id IN ({unfinished} UNION {ahead})"
@@ -365,7 +365,7 @@ class Judge:
             return found
 
     def check(self, connection: sqlite3.Connection, keys: Iterable[int]) -> None:
-        """Raises `DamageFound` where some of these generations, named by their rows, are damaged."""
+        """Raise `DamageFound` if any of the generations with these row ids is damaged."""
         unchecked = {key for key in keys if key > self._checked}.difference(self._also)
         if unchecked:
             with _any_text(connection):
@@ -376,14 +376,14 @@ class Judge:
                 raise DamageFound(damaged)
 
     def set_aside(self, connection: sqlite3.Connection, keys: Collection[int]) -> Sequence[Damaged]:
-        """Set aside those of these generations that are damaged, and return them."""
+        """Set the damaged ones of these generations aside, and return them."""
         with _any_text(connection):
             found = list(self._find(connection, keys))
             _set_aside(connection, found, self._epoch)
             return found
 
     def next(self, connection: sqlite3.Connection) -> None:
-        """Check the next batch. Raises `DamageFound`: it is to be checked again."""
+        """Check the next batch. After `DamageFound`, call it again."""
         query = "SELECT id FROM generations WHERE id > ? ORDER BY id LIMIT ?"
         keys = [key for (key,) in connection.execute(query, (self._checked, self._BATCH))]
         self.check(connection, keys)
@@ -395,30 +395,30 @@ class Judge:
 
 
 def log_damage(found: Sequence[Damaged]) -> None:
-    """One line for each generation that has been set aside."""
+    """Log a line for each generation that was set aside."""
     for damaged in found:
         logger.error("generation %s counts as deleted, since it is damaged: %s", damaged.name, damaged.reason)
 
 
 def _set_aside(connection: sqlite3.Connection, found: Sequence[Damaged], epoch: str) -> None:
-    """Make a tombstone of every one of these generations."""
-    # All are taken out first: an event of one may be where the tombstone of another belongs.
+    """Turn each of these generations into a tombstone."""
+    # Move all rows first: an event of one may be at the position of another's tombstone.
     owners = [_owner(connection, each, epoch) for each in found]
-    rows = [_take_out(connection, *each) for each in zip(found, owners, strict=True)]
+    rows = [_move_rows(connection, *each) for each in zip(found, owners, strict=True)]
     for each in zip(found, owners, rows, strict=True):
-        _entomb(connection, *each)
+        _write_tombstone(connection, *each)
 
 
 def _owner(connection: sqlite3.Connection, damaged: Damaged, epoch: str) -> int:
-    """The row of its user, or of nobody where there is no such row."""
+    """The row id of its user, or of the orphans' user if there is no such row."""
     user = damaged.user
     if isinstance(user, int) and connection.execute("SELECT 1 FROM users WHERE id = ?", (user,)).fetchone():
         return user
-    return _nobody(connection, epoch)
+    return _orphans_user(connection, epoch)
 
 
-def _take_out(connection: sqlite3.Connection, damaged: Damaged, owner: int) -> int:
-    """Move the rows to the tables that keep them, and return the row that is to be the tombstone."""
+def _move_rows(connection: sqlite3.Connection, damaged: Damaged, owner: int) -> int:
+    """Move the rows to the tables of damaged rows, and return the row id of the tombstone to be."""
     row = (
         damaged.generation.id
         if damaged.generation
@@ -439,26 +439,26 @@ def _take_out(connection: sqlite3.Connection, damaged: Damaged, owner: int) -> i
     return cast(int, row)
 
 
-def _entomb(connection: sqlite3.Connection, damaged: Damaged, owner: int, row: int) -> None:
-    """Make the row a tombstone at the places that can be read."""
+def _write_tombstone(connection: sqlite3.Connection, damaged: Damaged, owner: int, row: int) -> None:
+    """Turn the row into a tombstone at the readable positions."""
     before = damaged.generation
     (head,) = connection.execute("SELECT head FROM users WHERE id = ?", (owner,)).fetchone()
     events = sorted((each for each in damaged.events if _is_placed(each, owner, head)), key=lambda each: each.position)
-    places = [(each.position, each.event_id) for each in events]
-    if places and (before is None or before.end_position != places[-1][0]):
-        # Who was told that it runs has to learn that it does not: its end lies ahead of every cursor.
+    tombstones = [(each.position, each.event_id) for each in events]
+    if tombstones and (before is None or before.end_position != tombstones[-1][0]):
+        # Clients may still show it as running: append its end, so that every cursor comes to it.
         head += 1
-        places.append((head, connection.execute("SELECT random() & 0x7fffffffffffffff").fetchone()[0]))
+        tombstones.append((head, connection.execute("SELECT random() & 0x7fffffffffffffff").fetchone()[0]))
         connection.execute("UPDATE users SET head = ? WHERE id = ?", (head, owner))
     end_event = None
-    for sequence, place in enumerate(places, 1):
+    for sequence, tombstone in enumerate(tombstones, 1):
         end_event = connection.execute(
             "INSERT INTO events (user, generation, sequence, position, event_id, name) VALUES (?, ?, ?, ?, ?, '')",
-            (owner, row, sequence, *place),
+            (owner, row, sequence, *tombstone),
         ).lastrowid
     named = before.generation_id if before and before.name == before.generation_id else f"damaged_0_{row}"
     ended_at = before.ended_at if before and _is_int(before.ended_at, 0, _LAST_MOMENT) else None
-    span = (places[0][0], places[-1][0]) if places else (0, 0)
+    span = (tombstones[0][0], tombstones[-1][0]) if tombstones else (0, 0)
     connection.execute(
         "UPDATE generations SET generation_id = ?, user = ?, kind = 'edit', order_json = x'', idempotency_key = NULL,"
         " fingerprint = '', reserved = 0, first_position = ?, end_position = ?, end_event = ?, deleted = 1,"
@@ -467,12 +467,12 @@ def _entomb(connection: sqlite3.Connection, damaged: Damaged, owner: int, row: i
     )
 
 
-def _nobody(connection: sqlite3.Connection, epoch: str) -> int:
+def _orphans_user(connection: sqlite3.Connection, epoch: str) -> int:
     connection.execute(
         "INSERT OR IGNORE INTO users (user_id, head, floor, floor_id) VALUES (?, 0, 0, ?)",
-        (_NOBODY, zero_id(epoch, _NOBODY)),
+        (_ORPHANS, zero_id(epoch, _ORPHANS)),
     )
-    (user,) = connection.execute("SELECT id FROM users WHERE user_id = ?", (_NOBODY,)).fetchone()
+    (user,) = connection.execute("SELECT id FROM users WHERE user_id = ?", (_ORPHANS,)).fetchone()
     return int(user)
 
 
@@ -480,7 +480,7 @@ def _nobody(connection: sqlite3.Connection, epoch: str) -> int:
 
 
 def report(connection: sqlite3.Connection, epoch: str) -> list[str]:
-    """One line for each thing that is damaged, and for each that was set aside before, with what is to be decided."""
+    """A line for each damaged thing, and for each that was set aside before, with what the operator has to decide."""
     with _any_text(connection):
         users = _check_users(connection, epoch)
         keys = [key for (key,) in connection.execute("SELECT id FROM generations")]
@@ -497,7 +497,7 @@ def _report(connection: sqlite3.Connection, found: Sequence[Damaged], users: Use
             damaged.append((generation.name, generation.user, f"{reason} (set aside)", generation.reserved != 0))
     lines = [
         f"generation {name} of user {_user_name(connection, user)}: {reason}; "
-        + ("a person has to decide about the 1 credit that its start took" if reserved else "it took no credit")
+        + ("a person has to decide whether to refund its 1 credit" if reserved else "it took no credit")
         for name, user, reason, reserved in damaged
     ]
     lines += [f"user {_user_name(connection, user)}: {reason}" for user, reason in users.damaged]
@@ -506,6 +506,6 @@ def _report(connection: sqlite3.Connection, found: Sequence[Damaged], users: Use
 
 
 def _user_name(connection: sqlite3.Connection, row: object) -> str:
-    """The id of the user in this row, or the row where that cannot be read."""
+    """The user id in this row, or the row's id if that cannot be read."""
     found = isinstance(row, int) and connection.execute("SELECT user_id FROM users WHERE id = ?", (row,)).fetchone()
     return str(found[0]) if found and _is_user_id(found[0]) and found[0] else f"(row {row!r:.20})"

@@ -1,14 +1,14 @@
-"""The file of the durable log: who may open it, and how it is written and read.
+"""The SQLite database of the durable log: locking, migrations, and threads for writing and reading.
 
-One thread writes. It takes all that has been asked for so far into one transaction, and so into one wait for the disk
-(group commit); an operation that is refused undoes only what it did itself. A second thread reads, each time one
-snapshot, and is never held up by the first (write-ahead log). The event loop waits for neither.
+One thread writes. It runs all pending operations in one transaction with one fsync (group commit); each has a
+savepoint, so a failed operation undoes only its own changes. A second thread reads snapshots, and is not blocked by
+writes (WAL mode). The event loop never waits for the disk.
 
-What a write returns has been synced: it survives a killed process, and a power cut as far as the disk tells the truth.
+A write returns after fsync: it survives a killed process, and a power failure if the disk honours the sync.
 
-What is deleted is overwritten with zeros, in the write-ahead log too after a second without writes, at the latest when
-that has grown to its limit. SQLite copies within its pages when it makes room; of about one generation in a thousand
-such a copy stays until the page is used again. Freed pages are, so the file has the size of the most that it ever held.
+Deleted data is overwritten with zeros in the database, and in the WAL after a second without writes or at its size
+limit. SQLite moves rows within pages; about one deleted generation in a thousand leaves a copy until its page is
+reused. The file never shrinks, but reuses free pages.
 """
 
 import asyncio
@@ -32,23 +32,23 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
 
-#: Tells our files from other SQLite files: "Stag".
+#: Distinguishes our files from other SQLite files: "Stag".
 _APPLICATION_ID: Final = 0x53746167
 
-#: Operations in one transaction at most: those at its front wait for those at its end.
+#: Operations in one transaction: the first of them waits for the last.
 _WRITES: Final = 256
 _READS: Final = 16
 
-#: Seconds for which a write waits for a stranger, such as SQLite's shell, who writes to the file.
-_PATIENCE: Final = 1.0
+#: Seconds that a write waits for another process, such as SQLite's shell, that writes to the file.
+_BUSY_TIMEOUT: Final = 1.0
 
-#: Seconds for which writes wait until nobody reads the write-ahead log, so that it can be emptied.
-_PAUSE: Final = 0.1
+#: Seconds that a checkpoint waits for readers of the WAL, so that it can truncate it.
+_CHECKPOINT_TIMEOUT: Final = 0.1
 
-#: The write-ahead log is written back into the file when the writing thread is idle, or at so many bytes.
+#: Bytes of the WAL at which it is checkpointed, if the writer thread has not been idle before.
 _WAL_LIMIT: Final = 4_000_000
 
-#: Each step takes a file from the schema of its index to the next. A step that was ever released is never changed.
+#: Each step migrates from the version of its index to the next. A released step is never changed.
 SCHEMA: Final[tuple[str, ...]] = (
     """
     CREATE TABLE log (epoch TEXT NOT NULL);
@@ -142,46 +142,44 @@ _MALFORMED: Final = (
 
 
 class LogRefused(Exception):
-    """This file cannot be the log. Its text is one sentence, fit for whoever runs the service."""
+    """The file cannot be used as the log. The message is one sentence for the operator."""
 
 
 class LogDamaged(LogRefused):
-    """It is damaged beyond single rows."""
+    """The file is damaged beyond single rows."""
 
 
 class Database:
-    """An open file. It is written and read from one event loop, and by no other process."""
+    """An open database file, used from one event loop and by no other process."""
 
     def __init__(self, path: Path, *, epoch: str, schema: Sequence[str] = SCHEMA) -> None:
-        """Open the file; it is made, with its folder, where there is none.
-
-        `epoch` becomes that of a new log. `schema` are the steps that lead to the schema that this code knows.
+        """Open the file, or create it and its folder. `epoch`: for a new log. `schema`: the migration steps.
 
         Raises:
-            LogRefused: it is in use, is no log, is one of a newer version, or cannot be opened.
+            LogRefused: the file is in use, is not a log, has a newer version, or cannot be opened.
         """
         with contextlib.ExitStack() as undo:
             try:
-                # By whichever name it is opened, one file has one lock.
+                # Without symbolic links, so that the file has one lock.
                 path = path.resolve()
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = undo.enter_context(contextlib.closing(_lock(path)))
                 # Closed after the connections: closing any descriptor of a file drops SQLite's own locks on it.
-                self._file = _hold(path)
+                self._file = _lock_file(path)
                 undo.callback(os.close, self._file)
                 self._writer = undo.enter_context(contextlib.closing(_connect(str(path))))
                 _prepare(path, self._writer, schema)
                 self.epoch = _epoch(path, self._writer) or epoch
                 self._writer.execute("INSERT INTO log SELECT ? WHERE NOT EXISTS (SELECT 1 FROM log)", (epoch,))
-                self.judge = sqlite_damage.Judge(self.epoch)
-                _set_damage_aside(self._writer, self.judge)
+                self.checker = sqlite_damage.DamageChecker(self.epoch)
+                _set_damage_aside(self._writer, self.checker)
                 self._reader = undo.enter_context(contextlib.closing(_connect(f"{path.as_uri()}?mode=ro", uri=True)))
             except (OSError, RuntimeError, sqlite3.Error) as error:  # A loop of symbolic links is a RuntimeError.
                 if _is_corrupt(error):
                     raise LogDamaged(_MALFORMED.format(path)) from None
                 raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from error
             undo.pop_all()
-        #: Why the log did not answer the last time, until it can be written again: logged once.
+        #: The last error that was logged, until a write succeeds.
         self._reason = ""
         self._wal = Path(f"{path}-wal")
         self._wal_limit = _WAL_LIMIT
@@ -194,28 +192,23 @@ class Database:
         self._closed = False
 
     async def write(self, operation: Operation[T], then: Callable[[T], None] | None = None) -> T:
-        """What the operation returns, once what it did has been synced.
+        """Run the operation on the writer thread, in a transaction that it must not end; return after fsync.
 
-        An operation runs on the writing thread, in a transaction that it must not end. Where it raises, that is
-        raised here, and it has changed nothing. `then` is told first what it returned, on the event loop and in the
-        order of the operations, also where nobody waits any more.
+        If the operation raises, its changes are undone, and the exception is raised here. `then` is called first with
+        its result, on the event loop, in the order of operations, even if the caller was cancelled meanwhile.
 
         Raises:
-            LogUnavailable: it could not be written, and has changed nothing.
+            LogUnavailable: nothing could be written, and nothing was changed.
         """
         if self._closed:
             raise LogUnavailable
-        return cast(T, await self._writing.ask(operation, then))
+        return cast(T, await self._writing.submit(operation, then))
 
     async def read(self, query: Operation[T]) -> T:
-        """What the query, which runs on the reading thread, finds in one snapshot.
-
-        Raises:
-            LogUnavailable: it could not be read.
-        """
+        """Run the query on the reader thread, in one snapshot. Raises `LogUnavailable`."""
         if self._closed:
             raise LogUnavailable
-        return cast(T, await self._reading.ask(query))
+        return cast(T, await self._reading.submit(query))
 
     async def probe(self) -> None:
         """Commit one row and read it. Raises `LogUnavailable`."""
@@ -223,12 +216,12 @@ class Database:
         await self.read(lambda connection: connection.execute("SELECT epoch FROM log").fetchone())
 
     def _probe(self, connection: sqlite3.Connection) -> None:
-        # A row that comes and goes: SQLite does not write what an update leaves as it was.
+        # Not an update to the same value, which SQLite would not write.
         connection.execute("INSERT INTO log (epoch) VALUES ('')")
         connection.execute("DELETE FROM log WHERE epoch = ''")
 
     async def close(self) -> None:
-        """Do what has been asked for, and let go of the file."""
+        """Finish pending operations and close the file."""
         if not self._closed:
             self._closed = True
             await asyncio.to_thread(self._close)
@@ -236,14 +229,14 @@ class Database:
     def _close(self) -> None:
         self._reading.close()
         self._writing.close()
-        # The last connection to the file writes the write-ahead log back.
+        # Closing the last connection checkpoints the WAL.
         self._reader.close()
         self._writer.close()
         os.close(self._file)
         self._lock.close()
 
     def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[object]:
-        """Do the operations in one transaction."""
+        """Run the operations in one transaction."""
         if not self._intact():
             return [LogUnavailable() for _ in operations]
         try:
@@ -272,7 +265,7 @@ class Database:
         return outcome
 
     def _read(self, queries: Sequence[Operation[Any]]) -> Sequence[object]:
-        """Make the queries in one snapshot."""
+        """Run the queries in one snapshot."""
         try:
             self._reader.execute("BEGIN")
             outcomes = [self._read_one(query) for query in queries]
@@ -291,25 +284,25 @@ class Database:
             return outcome
 
     def _write_back(self, idle: bool) -> None:
-        """Write the write-ahead log back into the file, and empty it, when there is time or need for it."""
+        """Checkpoint and truncate the WAL, if the thread is idle or the WAL has reached its limit."""
         try:
             if not self._intact() or not ((idle and self._wal_size) or self._wal_size >= self._wal_limit):
                 return
-            self._writer.execute(f"PRAGMA busy_timeout = {_PAUSE * 1000:.0f}")
+            self._writer.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_TIMEOUT * 1000:.0f}")
             try:
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             finally:
-                self._writer.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000:.0f}")
-            # Not empty where somebody still reads it. Then it grows on.
+                self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT * 1000:.0f}")
+            # Not empty if another process still reads it; then it may grow further.
             self._wal_size = _size(self._wal)
             self._wal_limit = self._wal_size + _WAL_LIMIT
-        except Exception as error:  # The thread has to live: everybody waits for it.
+        except Exception as error:  # The thread must survive.
             logger.error("the log cannot be written back: %s", _reason(error) or type(error).__name__)
 
     def _intact(self) -> bool:
-        """Whether the files at their names are those that are open, and whole. Logs once when that changes.
+        """Whether the paths still lead to the open files, and these are not truncated. Logs when that changes.
 
-        What is written to a file that was removed, replaced or cut off is lost with this process.
+        Writes to a removed, replaced or truncated file would be lost with this process.
         """
         whole = intact = False
         with contextlib.suppress(OSError, sqlite3.Error):
@@ -320,7 +313,7 @@ class Database:
             state = "is back" if intact else "was removed, replaced or cut off; nothing is appended until it is back"
             logger.error("the file of the log %s", state)
             if whole and not intact:
-                # What was answered is then in the file itself, whatever becomes of the write-ahead log.
+                # Move the committed data into the main file, which may outlive the WAL.
                 with contextlib.suppress(sqlite3.Error):
                     self._writer.execute("PRAGMA wal_checkpoint")
         return intact
@@ -335,7 +328,7 @@ class Database:
 
     def _wal_whole(self) -> bool:
         if (size := _size(self._wal)) < self._wal_size:
-            # By somebody who wrote it back, or who cut it off: only in the first case is nothing left to write back.
+            # Another process has checkpointed it, which leaves nothing to write back, or has truncated it.
             _, frames, written = self._writer.execute("PRAGMA wal_checkpoint").fetchone()
             if written != frames:
                 return False
@@ -343,34 +336,34 @@ class Database:
         return True
 
     def _unavailable(self, error: sqlite3.Error, count: int = 1) -> Sequence[LogUnavailable]:
-        """What so many callers get. The reason is logged once, unless it is that of `_intact`."""
+        """The outcomes of `count` operations. Logs a new reason once, unless `_intact` has logged it."""
         if not self._lost and (reason := _reason(error)) != self._reason:
             self._reason = reason
-            logger.error("the log does not answer: %s", reason)
+            logger.error("the log is unavailable: %s", reason)
         return [LogUnavailable() for _ in range(count)]
 
 
 class Examined(NamedTuple):
-    """What was found in a file."""
+    """The result of `examine`."""
 
-    #: What is damaged, a line each.
+    #: A line for each damaged thing.
     damage: Sequence[str]
-    #: Of the log; ``None`` where it has none, or it cannot be read.
+    #: ``None`` if there is no log, or its epoch cannot be read.
     epoch: str | None = None
 
 
 def examine(path: Path) -> Examined:
-    """Look for damage in the log of this file, which is only read, also while a service has it open.
+    """Look for damage in the log without changing it; a service may have it open.
 
     Raises:
-        LogRefused: it is no log, is one of a newer version, or cannot be opened.
+        LogRefused: the file is not a log, has a newer version, or cannot be opened.
     """
     try:
         path = path.resolve()
         path.stat()
         wal = Path(f"{path}-wal")
         while True:
-            # Where nobody has it open there is no write-ahead log, and SQLite has to make none.
+            # While no process has the file open there is no WAL, and SQLite must not create one.
             untouched = not wal.exists()
             name = f"{path.as_uri()}?mode=ro{'&immutable=1' if untouched else ''}"
             with contextlib.closing(_connect(name, uri=True)) as connection:
@@ -390,13 +383,13 @@ def examine(path: Path) -> Examined:
         raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from None
 
 
-# --- what a file can hold --------------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def is_text(value: str) -> bool:
-    """Whether it can be looked for. Half a surrogate pair, which JSON may bring, is in no file."""
+    """Whether SQLite can store the text: it has no lone surrogate, as JSON strings may."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -405,12 +398,12 @@ def is_text(value: str) -> bool:
 
 
 def microseconds(moment: datetime) -> int:
-    """Since 1970: how moments are kept, exact and in order."""
+    """Microseconds since 1970, as times are stored."""
     return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 def moment(microseconds: int) -> datetime:
-    """The moment that is kept as this number."""
+    """The time that is stored as this number of microseconds since 1970."""
     return _EPOCH + timedelta(microseconds=microseconds)
 
 
@@ -418,15 +411,15 @@ def moment(microseconds: int) -> datetime:
 
 
 def _connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
-    # Each connection is used by one thread at a time, but not always by the one that made it.
-    return sqlite3.connect(name, timeout=_PATIENCE, isolation_level=None, check_same_thread=False, uri=uri)
+    # Each connection is used by one thread at a time, but not always by the one that created it.
+    return sqlite3.connect(name, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, uri=uri)
 
 
 def _lock(path: Path) -> sqlite3.Connection:
-    """What keeps other processes out until it is closed, or its process ends, however it ends.
+    """Lock out other processes until the connection is closed or the process ends.
 
-    A transaction on a file of its own: SQLite knows how to lock a file everywhere, and one log can then
-    still be looked at with SQLite's shell.
+    The lock is a transaction on a separate file: SQLite's locks work on every platform, and SQLite's shell can still
+    read the log.
     """
     lock = _connect(f"{path}-lock")
     try:
@@ -440,10 +433,10 @@ def _lock(path: Path) -> sqlite3.Connection:
     return lock
 
 
-def _hold(path: Path) -> int:
-    """Lock the file itself, by whichever name it was opened: of two names, each has its own ``-lock``.
+def _lock_file(path: Path) -> int:
+    """Lock the file itself too: two hard links to it would each have their own ``-lock`` file.
 
-    No child process inherits the descriptor. The lock does not concern SQLite, whose locks are of another kind.
+    Child processes do not inherit the descriptor. flock does not interfere with SQLite's own locks.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -458,7 +451,7 @@ def _hold(path: Path) -> int:
 
 
 def _check_version(path: Path, connection: sqlite3.Connection, known: int) -> int:
-    """See that it is a log of a version that is known, with all its pages, and return its version."""
+    """Check that it is an intact log of a known version, and return the version."""
     try:
         (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     except sqlite3.DatabaseError as error:
@@ -477,7 +470,7 @@ def _check_version(path: Path, connection: sqlite3.Connection, known: int) -> in
 
 
 def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) -> None:
-    """See that it is a log, and bring it to the present schema. A file that is refused is left as it was."""
+    """Check the log, and migrate it to the current schema. A refused file is not changed."""
     version = _check_version(path, connection, len(schema))
     if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise LogRefused(f"The log {path} cannot be opened: its file system has no write-ahead logging.")
@@ -495,7 +488,7 @@ def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) 
 
 
 def _epoch(path: Path, connection: sqlite3.Connection) -> str | None:
-    """The epoch of the log; ``None`` where it has none yet."""
+    """The epoch of the log; ``None`` if it has none yet."""
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone():
         return None
     row = connection.execute("SELECT CAST(epoch AS BLOB) FROM log").fetchone()
@@ -504,10 +497,10 @@ def _epoch(path: Path, connection: sqlite3.Connection) -> str | None:
     return row and str(row[0], "ascii")
 
 
-def _set_damage_aside(connection: sqlite3.Connection, judge: sqlite_damage.Judge) -> None:
+def _set_damage_aside(connection: sqlite3.Connection, checker: sqlite_damage.DamageChecker) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
-        found = judge.begin(connection)
+        found = checker.begin(connection)
         connection.execute("COMMIT")
     except BaseException:
         connection.rollback()
@@ -525,5 +518,5 @@ def _size(file: Path) -> int:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode"):
-        return type(error).__name__  # The text may quote what a row holds.
+        return type(error).__name__  # The message may quote data.
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,7 +1,7 @@
-"""The event log in a file: what it has answered survives this process, however that ends.
+"""The event log in a SQLite file.
 
-An append that has returned was synced before (see `adapters.sqlite.database`). One that was given up while it waited,
-or whose process was killed, may have been made or not: trying it again tells, by its event id.
+An append is synced to disk before it returns (see `adapters.sqlite.database`). An append that was cancelled, or whose
+process was killed, may or may not have been committed: retry it with the same event id to find out.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 #: A position beyond every other.
 _BEYOND: Final = 2**63 - 1
 
-#: Entries as they are read: the columns are the fields of `domain.feed.Logged`.
+#: The columns are the fields of `domain.feed.Logged`.
 _ENTRIES: Final = """
     SELECT users.user_id, events.position, events.event_id, generations.generation_id, events.sequence, events.name,
         events.event, generations.first_position, generations.end_position
@@ -45,7 +45,7 @@ _ENTRIES: Final = """
     JOIN users ON users.id = events.user
 """
 
-#: What an append is checked against: the user and the generation as they are, each NULL where there is none.
+#: What an append is checked against: the current user and generation, NULL if there is none.
 _STATE: Final = f"""
     SELECT users.id, users.head, {CREDIT}, generations.id, generations.first_position, generations.end_position,
         generations.reserved, generations.deleted, generations.free,
@@ -55,7 +55,7 @@ _STATE: Final = f"""
     LEFT JOIN generations ON generations.generation_id = ?
 """
 
-#: A feed as it lies around an anchor.
+#: A user's feed, with the event id and the open tombstones at an anchor.
 _FEED: Final = """
     SELECT id, head, floor, floor_id,
         (SELECT event_id FROM events WHERE user = users.id AND position = :anchor),
@@ -66,7 +66,7 @@ _FEED: Final = """
     FROM users WHERE user_id = :user_id
 """
 
-_PRESENT: Final = """
+_HEAD: Final = """
     SELECT head, floor, floor_id,
         (SELECT event_id FROM events WHERE user = users.id AND position = head),
         (SELECT min(first_position) FROM generations WHERE user = users.id AND end_position IS NULL)
@@ -89,7 +89,7 @@ _LISTS: Final = {
 
 
 _NAMED: Final = "SELECT id FROM generations WHERE generation_id = ?"
-#: Those whose events are at or after a place in a feed.
+#: Generations with events at or after a position of a feed.
 _IN_FEED: Final = """
     SELECT DISTINCT generations.id
     FROM (
@@ -98,7 +98,7 @@ _IN_FEED: Final = """
     ) JOIN generations ON generations.id = generation
 """
 
-#: Those whose events are at or after the first of what still runs.
+#: Generations with events at or after the start of the oldest active one.
 _SINCE_OLDEST: Final = """
     SELECT DISTINCT generations.id
     FROM users
@@ -110,22 +110,20 @@ _SINCE_OLDEST: Final = """
 
 
 class _Appended(NamedTuple):
-    """What an append has come to."""
-
     entry: Logged
-    #: False: it had been made before.
+    #: False: the append is a retry of one that was committed before.
     new: bool
 
 
 class SqliteLog:
-    """`domain.ports.EventLog` in a file, for one server."""
+    """`domain.ports.EventLog` in a SQLite file, for one process."""
 
     durable = True
 
     def __init__(self, database: Database, *, credits: int | None, clock: Clock, outbox: bool = False) -> None:
-        """`credits` is a new user's balance; ``None`` keeps no balances. `outbox`: ends are kept until told.
+        """`credits`: a new user's balance; ``None``: no balances. `outbox`: record ends as undelivered webhooks.
 
-        The clock is read on the thread that writes.
+        The clock is read on the writer thread.
         """
         self.epoch = database.epoch
         self._database = database
@@ -176,7 +174,7 @@ class SqliteLog:
         )
 
     async def unfinished(self) -> Sequence[History]:
-        # The plus keeps SQLite from reading the whole table for the sake of the order.
+        # The unary plus keeps SQLite from scanning the whole table in order of ids.
         where = "WHERE end_position IS NULL ORDER BY +generations.id"
         return await self._database.read(
             lambda connection: _histories(connection, connection.execute(f"{_GENERATIONS} {where}"))
@@ -201,7 +199,7 @@ class SqliteLog:
 
     async def head_cursor(self, user_id: str) -> Cursor:
         row = await self._read(
-            lambda connection: connection.execute(_PRESENT, (user_id,)).fetchone(), _SINCE_OLDEST, (user_id,)
+            lambda connection: connection.execute(_HEAD, (user_id,)).fetchone(), _SINCE_OLDEST, (user_id,)
         )
         if row is None:
             return Cursor(0, zero_id(self.epoch, user_id), 0)
@@ -307,38 +305,38 @@ class SqliteLog:
         )
 
     async def examine(self) -> None:
-        judge = self._database.judge
-        while not judge.done:
+        checker = self._database.checker
+        while not checker.done:
             began = time.monotonic()
-            await self._sound(judge.next)
-            # Others come first: it takes a quarter of a processor at most.
+            await self._read_intact(checker.next)
+            # Uses at most a quarter of a core, so that other reads go first.
             await asyncio.sleep(3 * (time.monotonic() - began))
 
     async def probe(self) -> None:
         await self._database.probe()
 
     async def close(self) -> None:
-        """Close the file. Everything that was asked for before has been done."""
+        """Finish pending operations and close the file."""
         await self._database.close()
 
     async def _read(self, query: Operation[T], rows: str, parameters: Sequence[object]) -> T:
-        """What the query finds, once what is damaged has been set aside of the generations whose `rows` it needs."""
-        judge = self._database.judge
+        """The query's result. First checks the generations that `rows` selects, and sets damaged ones aside."""
+        checker = self._database.checker
 
         def read(connection: sqlite3.Connection) -> T:
-            if not judge.done:
-                judge.check(connection, (key for (key,) in connection.execute(rows, parameters)))
+            if not checker.done:
+                checker.check(connection, (key for (key,) in connection.execute(rows, parameters)))
             return query(connection)
 
-        return await self._sound(read)
+        return await self._read_intact(read)
 
-    async def _sound(self, query: Operation[T]) -> T:
-        """What the query finds, once what `Judge.check` finds damaged in it has been set aside."""
+    async def _read_intact(self, query: Operation[T]) -> T:
+        """The query's result. Whenever it raises `DamageFound`, sets those generations aside and tries again."""
         while True:
             try:
                 return await self._database.read(query)
             except DamageFound as found:
-                await self._database.write(partial(self._database.judge.set_aside, keys=found.keys), log_damage)
+                await self._database.write(partial(self._database.checker.set_aside, keys=found.keys), log_damage)
 
     def _append(self, connection: sqlite3.Connection, entry: Append) -> _Appended:
         user, head, credit, generation, first, end, reserved, deleted, free, last = connection.execute(
@@ -355,12 +353,12 @@ class SqliteLog:
             raise LogUnavailable
         if start is not None and start.key is not None:
             _check_key(connection, user, start.key, start.fingerprint)
-        # Of one that was deleted the places are left: it is not there, and its id is taken.
+        # A deleted generation leaves tombstones: it no longer exists, but its id stays taken.
         if entry.sequence != actual + 1 or (start is None) != (generation is not None) or end is not None:
             raise Conflict(entry.sequence, actual)
         if start is not None and _active(connection, user) >= start.max_unfinished:
             raise TooManyGenerations
-        # Where balances were not kept at its start, nothing was reserved, and nothing is given back.
+        # If no balances were kept when it started, nothing was reserved, and nothing is refunded.
         if start is not None:
             reserved = self._credits is not None
         credit = self._credits if credit is None else credit
@@ -413,7 +411,7 @@ class SqliteLog:
 
 
 def _histories(connection: sqlite3.Connection, generations: sqlite3.Cursor) -> list[History]:
-    """These generations (`_GENERATIONS`) with their events, which are read all at once."""
+    """The generations of a `_GENERATIONS` query with their events, read in one query."""
     rows = generations.fetchall()
     events: dict[str, list[Logged]] = {generation_id: [] for _, _, generation_id, *_ in rows}
     where = "WHERE events.generation IN (SELECT value FROM json_each(?)) ORDER BY events.generation, events.sequence"
@@ -480,6 +478,6 @@ def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool)
         " undelivered = 0 WHERE id = ?",
         (generation,),
     )
-    # With their places, by the foreign key.
+    # Deletes their events too (ON DELETE CASCADE).
     connection.execute("DELETE FROM generations WHERE user = ? AND deleted = 1 AND end_position <= ?", (user, floor))
     return True

@@ -1,4 +1,4 @@
-"""Sessions in the file of the durable log."""
+"""Sessions in the database of the durable log."""
 
 import json
 import sqlite3
@@ -11,15 +11,15 @@ from domain.feed import Cursor
 from domain.identity import Identity
 from domain.ports import Session
 
-#: Of one user at once. Somebody who connects over and over loses the sessions that were not used for longest.
+#: Sessions of one user; beyond them, the least recently used are removed.
 _PER_USER: Final = 1_000
 
-#: Sessions that a save removes when they have expired: more than it adds, and few enough that nobody waits for it.
+#: Expired sessions that one save removes: more than it adds, and few enough to be fast.
 _EXPIRED: Final = 100
 
 
 class SqliteSessions:
-    """`domain.ports.SessionStore` in a file."""
+    """`domain.ports.SessionStore` in SQLite."""
 
     def __init__(self, database: Database, retention: timedelta) -> None:
         self._database = database
@@ -69,7 +69,7 @@ class SqliteSessions:
             readable = 0 <= cursor.seen <= cursor.live and event_id >= 0 and head >= 0 and isinstance(user_id, str)
         except (TypeError, ValueError, OverflowError):
             readable = False
-        # A session that cannot be read is none: its client authenticates, by the cursor that it has itself.
+        # An unreadable session counts as missing: its client authenticates, and resumes from its own cursor.
         return Session(identity, cursor, head, tag) if readable else None
 
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
@@ -89,5 +89,5 @@ class SqliteSessions:
             )
 
     def _expired(self, at: datetime) -> int:
-        """Sessions that were touched then, or before, are no more."""
+        """Sessions touched at or before this time (microseconds since 1970) have expired."""
         return microseconds(at - self._retention)
