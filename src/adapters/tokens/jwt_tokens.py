@@ -1,4 +1,4 @@
-"""JSON Web Tokens by PyJWT: HS256 with a secret of ours, or RS256 and ES256 with the keys an issuer publishes."""
+"""JSON Web Tokens with PyJWT: HS256 with a shared secret, or RS256 and ES256 with an issuer's published keys (JWKS)."""
 
 import asyncio
 import base64
@@ -22,13 +22,14 @@ logger = logging.getLogger(__name__)
 
 SERVICE_SCOPE: Final = "stagecast:service"
 
+#: In characters.
 _MAX_TOKEN: Final = 8 * 1024
-#: How far another clock may be ahead of ours. `exp` gets none: sockets end at the very moment.
+#: Tolerance for `nbf` and `iat` from a clock ahead of ours. `exp` gets none, as sockets end exactly then.
 _LEEWAY: Final = timedelta(seconds=5)
-#: The last second a `datetime` can hold.
+#: The last second that a `datetime` can represent.
 _LAST: Final = 253_402_300_799
 
-# PyJWT takes no clock, reads "1" as a moment, and refuses an integer `sub`: those claims are checked here.
+# These claims are checked here: PyJWT takes no clock, accepts "1" as a time, and refuses an integer `sub`.
 _OPTIONS: Final[Options] = {
     "require": ["exp"],
     "verify_exp": False,
@@ -38,16 +39,17 @@ _OPTIONS: Final[Options] = {
     "verify_jti": False,
 }
 
-#: How long fetched keys are good, and how long they serve on while the issuer does not answer.
+#: How long fetched keys are used, and how long while the issuer cannot be reached.
 _FRESH: Final = timedelta(minutes=5)
 _STALE: Final = timedelta(hours=1)
-#: Made-up key ids, or a failure while there are keys to go on with, bring the issuer one request in this time.
-_REST: Final = timedelta(seconds=10)
-#: The same for a failure that leaves somebody without an answer.
+#: The minimum time between requests to the issuer for unknown key ids, or after a failure while stale keys are usable.
+_MIN_INTERVAL: Final = timedelta(seconds=10)
+#: The minimum time after a failure without a usable key.
 _RETRY: Final = timedelta(seconds=1)
+#: In bytes.
 _MAX_DOCUMENT: Final = 256 * 1024
 
-#: By algorithm: what tells its keys from others, and the members that make the public key.
+#: By algorithm: the members that identify its JWKs, and those of the public key.
 _PUBLIC: Final = {
     "RS256": ({"kty": "RSA"}, ("n", "e")),
     "ES256": ({"kty": "EC", "crv": "P-256"}, ("x", "y")),
@@ -56,17 +58,17 @@ _MIN_RSA_BITS: Final = 2048
 
 
 class KeySource(Protocol):
-    """Where the keys come from. Each is bound to one algorithm and verifies by no other."""
+    """A source of keys. Each key is bound to one algorithm."""
 
     async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
-        """The key for a token whose header says this; None where there is none. May raise `KeysUnavailable`."""
+        """The key for a token with this header, or ``None``. May raise `KeysUnavailable`."""
 
 
 class Tokens:
-    """Verifies tokens and tells whom they name.
+    """Verifies tokens.
 
-    A token must have an `exp`, and the user in `user_claim`. With an `audience` or `issuer` it must name that
-    one. Without an audience a token that names any is refused, as RFC 7519 wants: it was made for somebody else.
+    A token must have `exp`, the user id in `user_claim`, and the `audience` and `issuer` if these are configured. If no
+    audience is configured, a token with one is refused, as RFC 7519 requires.
     """
 
     def __init__(
@@ -83,13 +85,14 @@ class Tokens:
         self._hinted = False
 
     async def verify(self, token: str) -> Identity:
-        """Whom the token names. Of an expired one nothing else is wrong.
+        """The identity in the token.
 
         Raises:
-            InvalidToken, TokenExpired
-            KeysUnavailable: the issuer would have to be asked for its keys, and does not answer.
+            InvalidToken
+            TokenExpired: the token is valid except for its expiry.
+            KeysUnavailable: the issuer's keys are needed and cannot be fetched.
         """
-        # What was sent is not always what it should be, whatever its type here says.
+        # Clients may send any JSON value.
         if not isinstance(token, str) or len(token) > _MAX_TOKEN or not token.isascii():
             raise InvalidToken
         try:
@@ -126,14 +129,14 @@ class Tokens:
         return Identity(user, expires_at, SERVICE_SCOPE in scopes)
 
     def _hint(self, error: jwt.PyJWTError) -> None:
-        """Tell the operator, once, what no client can."""
+        """Log a probable misconfiguration, once."""
         if isinstance(error, jwt.InvalidAudienceError) and self._audience is None and not self._hinted:
             self._hinted = True
             logger.warning("a token that names an audience was refused, since no audience is configured")
 
 
 def _moment(value: object) -> datetime:
-    """A NumericDate. `nan` and the infinities lie outside, and so do milliseconds."""
+    """Parse a NumericDate. NaN, infinities and milliseconds are out of range."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LAST:
         raise InvalidToken
     return datetime.fromtimestamp(value, UTC)
@@ -150,11 +153,11 @@ def issue(
     audience: str | None = None,
     issuer: str | None = None,
 ) -> str:
-    """A token by HS256 that `Tokens` set up in the same way takes until `ttl` is over, up to a second longer.
+    """An HS256 token that `Tokens` with the same settings accepts for `ttl`, rounded up to a whole second.
 
     Raises:
         InvalidUserId
-        ValueError: the secret is not fit to be one; `ttl` is not positive, or ends after the year 9999.
+        ValueError: the secret is not suitable; `ttl` is not positive, or ends after the year 9999.
     """
     expires = math.ceil(now.timestamp() + ttl.total_seconds())
     if ttl <= timedelta() or expires > _LAST:
@@ -166,7 +169,7 @@ def issue(
 
 
 class SecretKey:
-    """One secret for HS256, of at least 32 bytes; ValueError for any that is not fit to be one."""
+    """A secret for HS256. Raises `ValueError` if it has fewer than 32 bytes, or is a public key."""
 
     def __init__(self, secret: bytes) -> None:
         if len(secret) < 32:
@@ -182,27 +185,27 @@ class SecretKey:
 
 
 class JwksKeys:
-    """An issuer's public keys for RS256 and ES256, by their address (http or https). Redirects are not followed."""
+    """An issuer's public keys for RS256 and ES256, from a JWKS URL (http or https). Redirects are not followed."""
 
     def __init__(self, url: str, *, clock: Clock, timeout: float = 5, trust: ssl.SSLContext | None = None) -> None:
-        """One fetch takes at most `timeout` seconds. Proxies of the environment are not used."""
+        """`timeout`: seconds for one fetch. Proxies of the environment are not used."""
         self._url, self._clock, self._timeout = url, clock, timeout
         self._trust = trust or ssl_context()
         self._keys: list[jwt.PyJWK] = []
         self._fetched: datetime | None = None
-        #: The last fetch for an unknown key id while the keys were fresh.
+        #: When an unknown key id last caused a fetch while the keys were fresh.
         self._searched: datetime | None = None
-        #: The last fetch, if it failed.
+        #: When the last fetch failed; ``None`` if it succeeded.
         self._failed: datetime | None = None
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
         if algorithm not in tuple(_PUBLIC):
             return None
         key = self._known(algorithm, kid)
-        # Who has a key that was good until now does not wait for what somebody else already asks.
-        if self._due(key) and not (key and self._turn.locked()):
-            async with self._turn:
+        # With a stale key, do not wait for a refresh that is already in progress.
+        if self._due(key) and not (key and self._lock.locked()):
+            async with self._lock:
                 if self._due(self._known(algorithm, kid)):
                     await self._refresh()
             key = self._known(algorithm, kid)
@@ -211,7 +214,7 @@ class JwksKeys:
         return key
 
     def _within(self, age: timedelta, moment: datetime | None) -> bool:
-        # A moment to come is none: the clock was set back.
+        # Ignore a time in the future: the clock was set back.
         return moment is not None and timedelta() <= self._clock() - moment < age
 
     def _known(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
@@ -225,11 +228,11 @@ class JwksKeys:
 
     def _due(self, key: jwt.PyJWK | None) -> bool:
         if not self._within(_FRESH, self._fetched):
-            return not self._within(_REST if key else _RETRY, self._failed)
-        return key is None and not self._within(_REST, self._searched)
+            return not self._within(_MIN_INTERVAL if key else _RETRY, self._failed)
+        return key is None and not self._within(_MIN_INTERVAL, self._searched)
 
     async def _refresh(self) -> None:
-        begun = self._clock()
+        started_at = self._clock()
         was_fresh = self._within(_FRESH, self._fetched)
         try:
             async with asyncio.timeout(self._timeout):
@@ -238,31 +241,31 @@ class JwksKeys:
             self._failed = self._clock()
             logger.warning("the issuer's keys cannot be fetched: %s", _reason(error))
         else:
-            self._keys, self._fetched, self._failed = keys, begun, None
+            self._keys, self._fetched, self._failed = keys, started_at, None
         if was_fresh:
             self._searched = self._clock()
 
     async def _fetch(self) -> bytes:
         client = httpx2.AsyncClient(trust_env=False, timeout=self._timeout, verify=self._trust)
-        # Not compressed, so that the limit counts what is kept.
-        async with client, client.stream("GET", self._url, headers={"Accept-Encoding": "identity"}) as answer:
-            if answer.status_code != 200:
-                raise _BadAnswer(f"status {answer.status_code}")
+        # Raw and uncompressed, so that the limit holds for the parsed document.
+        async with client, client.stream("GET", self._url, headers={"Accept-Encoding": "identity"}) as response:
+            if response.status_code != 200:
+                raise _BadResponse(f"status {response.status_code}")
             body = bytearray()
-            async for chunk in answer.aiter_raw():
+            async for chunk in response.aiter_raw():
                 body += chunk
                 if len(body) > _MAX_DOCUMENT:
-                    raise _BadAnswer("over 256 kB")
+                    raise _BadResponse("over 256 kB")
             return bytes(body)
 
 
-class _BadAnswer(ValueError):
-    """The issuer's answer is none."""
+class _BadResponse(ValueError):
+    """The issuer's response has no usable keys."""
 
 
 def _reason(error: Exception) -> str:
-    # Only texts of ours: others may hold the address, and what the issuer sent.
-    return str(error) if isinstance(error, _BadAnswer) else type(error).__name__
+    # Other messages may contain the URL, or data that the issuer sent.
+    return str(error) if isinstance(error, _BadResponse) else type(error).__name__
 
 
 def _usable(document: bytes) -> list[jwt.PyJWK]:
@@ -271,15 +274,15 @@ def _usable(document: bytes) -> list[jwt.PyJWK]:
             keys = [key for entry in entries if isinstance(entry, dict) and (key := _public_key(entry))]
             if keys:
                 return keys
-    raise _BadAnswer("no usable key")
+    raise _BadResponse("no usable key")
 
 
 def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
-    """The key, unless it is for something else, too short, broken, or published with its private half."""
+    """The key; ``None`` if it has another use, is too short or malformed, or contains a private key."""
     kid, operations = entry.get("kid"), entry.get("key_ops", ["verify"])
-    for algorithm, (marks, members) in _PUBLIC.items():
+    for algorithm, (required, members) in _PUBLIC.items():
         if (
-            marks.items() <= entry.items()
+            required.items() <= entry.items()
             and entry.get("use", "sig") == "sig"
             and entry.get("alg", algorithm) == algorithm
             and isinstance(operations, list)
@@ -288,7 +291,7 @@ def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
             and "d" not in entry
         ):
             try:
-                key = jwt.PyJWK({**marks, "kid": kid, **{name: entry[name] for name in members}}, algorithm)
+                key = jwt.PyJWK({**required, "kid": kid, **{name: entry[name] for name in members}}, algorithm)
             except (jwt.PyJWTError, LookupError, TypeError, ValueError):
                 return None
             return key if algorithm != "RS256" or key.key.key_size >= _MIN_RSA_BITS else None
