@@ -9,7 +9,7 @@ from email.utils import format_datetime
 import httpx2
 import pytest
 
-from adapters.providers.attempts import Declined, answered, attempt, broken, tell_operator
+from adapters.providers.attempts import Declined, answered, attempt, broken, log_problem
 from domain.errors import Failure, FailureCode
 from domain.ports import Picture
 from support.doubles import pass_time
@@ -259,7 +259,7 @@ KEY = "a8f0e6c2d4b1-secret"
 
 
 def told(caplog: pytest.LogCaptureFixture, words: object, what: object = "400", request_id: str | None = None) -> str:
-    tell_operator("openai", what, words, request_id=request_id, secret=KEY)
+    log_problem("openai", what, words, request_id=request_id, secret=KEY)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     return record.getMessage()

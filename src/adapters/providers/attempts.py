@@ -1,7 +1,7 @@
-"""How paid services are called: one attempt per call that may cost money, and what a call that failed comes to.
+"""Calls to paid services: retries that cannot pay twice, and the failure that each error becomes.
 
-Asking again is safe only where the provider refused before it worked: no connection, 429, 503 with Retry-After.
-After anything else nobody knows whether the work was done and paid for.
+A retry is safe only if the provider refused before it did any work: no connection, 429, or 503 with Retry-After. After
+any other error the work may have been done and charged.
 """
 
 import asyncio
@@ -25,32 +25,32 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-#: For what the user cannot help: a wrong key, an account without money, a model that is not there.
+#: For errors of the operator: a wrong key, an account without credit, an unknown model.
 MISCONFIGURED: Final = "The image service does not work with this server's settings. Please tell whoever runs it."
 
-#: What of the stage's progress the waits may take; the rest is for the work itself.
+#: The share of the stage's progress that waits for retries may take.
 _WAITING: Final = 0.4
-#: Retry-After beyond this many seconds is longer than a person would want to watch.
+#: Seconds; for a longer Retry-After there is no retry.
 _MAX_WAIT: Final = 60
-#: Of a provider's words, in characters.
-_MAX_WORDS: Final = 500
-#: What looks like a key, whoever's it is: OpenAI quotes a wrong one in part.
+#: Characters of a provider's message that are logged.
+_MAX_LOGGED: Final = 500
+#: Text that looks like an API key. OpenAI quotes parts of a wrong key.
 _KEYS: Final = re.compile(r"\b(?:sk|r8|Bearer)[-_ ][^\s\"',]+", re.IGNORECASE)
 
-#: What httpx2 can decompress, and how many times over it is done.
+#: The compressions that httpx2 supports, and how many may be nested.
 _DECODABLE: Final = frozenset(("gzip", "deflate", "br", "zstd"))
 _MAX_CODINGS: Final = 3
-#: The beginning of JSON, of an event stream, or of a picture. Nothing compressed begins like this.
+#: The start of JSON, of an event stream, or of a picture. No compressed data starts like this.
 _PLAIN: Final = re.compile(
     rb'\s*[{\[]\s*[{}"\[\]]|(?:data|event|id|retry): ?|\x89PNG\r\n|\xff\xd8\xff|(?s:RIFF.{4}WEBP)|GIF8'
 )
 
 
 class Declined(Exception):
-    """The provider refused before it worked, so asking again cannot pay twice."""
+    """The provider refused before it did any work, so a retry cannot pay twice."""
 
     def __init__(self, failure: Failure, *, after: float | None = None) -> None:
-        """`failure`: what it comes to when nobody asks again. `after`: seconds, from Retry-After."""
+        """`failure`: raised if there is no retry. `after`: seconds, from Retry-After."""
         super().__init__(str(failure))
         self.failure = failure
         self.after = after
@@ -59,10 +59,10 @@ class Declined(Exception):
 async def attempt(
     call: Callable[[], Awaitable[T]], report: Report, *, within: float, tries: int = 4, backoff: float = 1
 ) -> T:
-    """What `call` returns. Where it is `Declined` it is made again, `tries` times at most, all in `within` seconds.
+    """Return the result of `call`, made at most `tries` times in `within` seconds while it raises `Declined`.
 
-    Before each repetition it waits for what the provider asked, and for a random time on top: up to `backoff`
-    seconds, twice as much each time. Every wait is reported. One that is too long is not begun.
+    Before each retry it waits for the Retry-After, plus a random time of up to `backoff` seconds that doubles each
+    time (jittered exponential backoff). Each wait is reported. If it would be too long, there is no retry.
 
     Raises:
         Failure: ``provider_timeout`` after `within` seconds, that of the last `Declined`, or what `call` raises.
@@ -92,7 +92,7 @@ def _waiting(failure: Failure, seconds: float) -> str:
 
 
 def answered(status: int, headers: Mapping[str, str]) -> Failure | Declined:
-    """What an answer that is no success comes to. `headers`: found in any case, or in lower case."""
+    """The failure for an unsuccessful response. `headers` are case-insensitive, or have lower-case names."""
     after = retry_after(headers.get("retry-after", ""))
     if status == 429:
         return Declined(Failure("provider_rate_limited"), after=after)
@@ -106,22 +106,22 @@ def answered(status: int, headers: Mapping[str, str]) -> Failure | Declined:
 
 
 def broken(error: BaseException | None) -> Failure | Declined:
-    """What a call comes to that brought no whole answer; `error` is what httpx2 raised."""
+    """The failure for a call without a complete response; `error` is the exception of httpx2."""
     if isinstance(error, httpx2.ConnectError):
         return Declined(Failure("provider_unavailable"))
     return Failure("provider_timeout" if isinstance(error, httpx2.TimeoutException) else "provider_unavailable")
 
 
-def tell_operator(provider: str, what: object, words: object = "", *, request_id: str | None, secret: str) -> None:
-    """Log what went wrong in a provider's own words: escaped, short, and without the key."""
-    told = (_without_keys(str(text), secret)[:_MAX_WORDS] for text in (what, request_id, words))
-    logger.warning("%s: %a (request %a): %a", provider, *told)
+def log_problem(provider: str, what: object, message: object = "", *, request_id: str | None, secret: str) -> None:
+    """Log a problem with the provider's own message: escaped, truncated, and without keys."""
+    logged = (_without_keys(str(text), secret)[:_MAX_LOGGED] for text in (what, request_id, message))
+    logger.warning("%s: %a (request %a): %a", provider, *logged)
 
 
 def _without_keys(text: str, secret: str) -> str:
-    # The key goes first: once the text is cut, what is left of a key would not be found.
+    # Before the text is cut, as a part of the key would not be found.
     text = text.replace(secret, "[key]") if secret else text
-    return _KEYS.sub("[key]", text[: _MAX_WORDS * 2])
+    return _KEYS.sub("[key]", text[: _MAX_LOGGED * 2])
 
 
 def provider_client(
@@ -132,15 +132,14 @@ def provider_client(
     base_url: httpx2.URL | str = "",
     headers: Mapping[str, str] | None = None,
 ) -> httpx2.AsyncClient:
-    """Calls with this client have `timeout` seconds for each step, and read answers up to `limit` bytes.
+    """A client with `timeout` seconds for each network operation, that reads responses of up to `limit` bytes.
 
-    The limit is for the bytes that arrive, and again for those that each decompression makes of them. An answer that
-    is larger, or cannot be decompressed, is a `httpx2.DecodingError`. Compression is not asked for, but some gateways
-    compress anyway.
+    The limit holds before and after each decompression. A larger response, or one that cannot be decompressed, raises
+    `httpx2.DecodingError`. Compression is not requested, but some gateways compress anyway.
 
-    Every call has a connection of its own: one kept from earlier may break just when a paid request is on it, and
-    nobody would know whether it arrived. Redirects are not followed, or the call would be made twice. The
-    environment has a say in the way out (proxies, certificates), and in nothing else.
+    Connections are not reused: a kept-alive one may break under a paid request, which then may have arrived or not.
+    Redirects are not followed, as that would repeat the request. Of the environment, only proxies and certificates are
+    used.
     """
 
     async def bound(response: httpx2.Response) -> None:
@@ -167,7 +166,7 @@ def provider_client(
 
 
 class _Bounded(httpx2.AsyncByteStream):
-    """A body, decompressed, of `limit` bytes at most; more of it is not read."""
+    """A decompressed body. Raises `httpx2.DecodingError` beyond `limit` bytes."""
 
     def __init__(self, stream: httpx2.AsyncByteStream, limit: int, coding: str = "identity") -> None:
         self._stream = stream
@@ -175,34 +174,34 @@ class _Bounded(httpx2.AsyncByteStream):
         self._coding = coding
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        pieces = aiter(self._stream)
-        first = await anext(pieces, b"")
+        chunks = aiter(self._stream)
+        first = await anext(chunks, b"")
 
         async def whole() -> AsyncIterator[bytes]:
             yield first
-            async for piece in pieces:
-                yield piece
+            async for chunk in chunks:
+                yield chunk
 
-        # Some gateways decompress an answer and leave the header as it was.
+        # Some gateways decompress a response, and leave its header unchanged.
         coding = "identity" if _PLAIN.match(first) else self._coding
-        # A response of its own, since that is how httpx2 decompresses: in steps of a megabyte at most.
+        # httpx2's decoders are reached through a response; they return at most a megabyte at a time.
         body = httpx2.Response(200, headers={"Content-Encoding": coding}, content=whole())
-        left = self._limit
-        async for piece in body.aiter_bytes():
-            left -= len(piece)
-            if left < 0:
+        remaining = self._limit
+        async for chunk in body.aiter_bytes():
+            remaining -= len(chunk)
+            if remaining < 0:
                 raise httpx2.DecodingError(f"larger than {self._limit} bytes")
-            yield piece
+            yield chunk
 
     async def aclose(self) -> None:
         await self._stream.aclose()
 
 
 async def download(web: httpx2.AsyncClient, url: httpx2.URL, log: Callable[[str, object], None]) -> bytes | str:
-    """The paid picture that is at this URL, or the address that it redirects to. `log` is for the operator.
+    """The finished picture at this URL, or the target of a redirect. `log` gets what failed, and the details.
 
     Raises:
-        Declined: it may be there later. To ask again costs nothing.
+        Declined: it may be there later; a retry costs nothing.
         Failure: it is not there.
     """
     try:

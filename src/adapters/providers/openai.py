@@ -1,7 +1,7 @@
-"""The AI stage by OpenAI's image edit endpoint.
+"""Edits and generates pictures with OpenAI's image edit endpoint, or a compatible one.
 
-The SDK is imported when it is first used, since that takes a second. Nothing about the account is read from the
-environment, though the SDK would.
+The SDK is imported on first use, because that takes a second. Unlike the SDK, nothing about the account is read from
+the environment.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from adapters.providers.attempts import (
     attempt,
     broken,
     download,
+    log_problem,
     provider_client,
-    tell_operator,
 )
 from adapters.providers.pictures import Found, Unusable, candidates, inline, preview, usable
 from domain.errors import Failure
@@ -43,44 +43,42 @@ BASE_URL: Final = "https://api.openai.com/v1"
 
 SIZES: Final = {"2:3": "1024x1536", "1:1": "1024x1024", "3:2": "1536x1024"}
 
-#: These stream, and know quality and background. Of another model, behind another base URL, only what every edit
-#: endpoint has is asked.
+#: Models with streaming, quality and background. Requests to others have only what every edit endpoint supports.
 _GPT_IMAGE: Final = ("gpt-image-", "chatgpt-image-")
-#: The models that can be told. Later ones look closely at every input, and refuse the question.
+#: The values of `input_fidelity` by model. Later models always use high fidelity, and refuse the parameter.
 _FIDELITIES: Final[Mapping[str, tuple[str, ...]]] = {"gpt-image-1.5": ("low", "high"), "gpt-image-1-mini": ("low",)}
 _PARTIAL_IMAGES: Final = 2
 
-#: Around the user's own words, which stay as they are.
-_ANEW: Final = (
+#: Put before the user's prompt.
+_GENERATE: Final = (
     "Make a new picture after the attached sheet, which shows one or more reference pictures on white paper. "
     "Take up their subjects, style and mood; do not copy the sheet, its layout or its white margins. "
     "The new picture is to show:\n\n"
 )
 
-#: The shorter side that a picture has at least, in pixels.
+#: The minimum of a picture's shorter side, in pixels.
 _MIN_SIDE: Final = 64
-#: The most that is read of one answer, in bytes. Three pictures of 1.5 megapixels that could not be compressed, with
-#: transparency, in base64, are 26 MB.
+#: In bytes. Three incompressible pictures of 1.5 megapixels with transparency are 26 MB in base64.
 MAX_ANSWER: Final = 32 * 1024 * 1024
-#: How many of the texts that may be the picture are tried.
+#: How many candidates for the picture are tried.
 _MAX_TRIED: Final = 8
 
-#: How an event stream begins, and how many bytes tell.
+#: The start of an event stream, and how many bytes are enough to recognise it.
 _STREAM: Final = re.compile(rb"(?:data|event|id|retry)?:")
-_ENOUGH: Final = 6
+_STREAM_PREFIX: Final = 6
 
 #: Codes of OpenAI's errors.
 _CONTENT_RULES: Final = ("moderation_blocked", "content_policy_violation")
 _ACCOUNT: Final = ("insufficient_quota", "billing_hard_limit_reached", "model_not_found")
 _USER_ERRORS: Final = ("invalid_request_error", "image_generation_user_error")
 
-_AGAINST_THE_RULES: Final = (
+_CONTENT_REFUSED: Final = (
     "The image service declined this request because of its content rules. Please change the prompt or the images."
 )
 
 
 class OpenAIEditor:
-    """One call of the endpoint for each picture, with the sheet as its image."""
+    """`domain.ports.ImageEditor`: one call of the endpoint for each picture, with the sheet as its image."""
 
     free = False
 
@@ -96,15 +94,15 @@ class OpenAIEditor:
         backoff: float = 1,
         trust: ssl.SSLContext | None = None,
     ) -> None:
-        """`base_url`: OpenAI's own, if none is given. `deadline`: seconds for a picture, with all waits.
+        """`base_url`: OpenAI's by default. `deadline`: seconds for a picture, including all waits.
 
-        `backoff`: see `attempt`. `fetcher`: for pictures that lie elsewhere.
+        `backoff`: see `attempt`. `fetcher`: for pictures on other hosts.
 
         Raises:
-            ValueError: `api_key` is empty, or has what no key has: a space, an end of line, a letter beyond ASCII.
+            ValueError: `api_key` is empty, or is not printable ASCII without spaces.
         """
         if not re.fullmatch("[!-~]+", api_key):
-            # The HTTP library would quote it.
+            # The HTTP library would quote the key in its error.
             raise ValueError("The OpenAI API key is printable ASCII without spaces.")
         self._threads = threads
         self._fetcher = fetcher
@@ -120,7 +118,7 @@ class OpenAIEditor:
         return await self._make(_request(self._model, sheet, prompt, options), report)
 
     async def generate(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
-        return await self._make(_request(self._model, sheet, _ANEW + prompt, options), report)
+        return await self._make(_request(self._model, sheet, _GENERATE + prompt, options), report)
 
     async def _make(self, request: dict[str, Any], report: Report) -> Picture:
         call = partial(self._call, request, report)
@@ -133,7 +131,7 @@ class OpenAIEditor:
         client = AsyncOpenAI(
             api_key=self._api_key, base_url=self._base_url, timeout=http.timeout, max_retries=0, http_client=http
         )
-        # These it has taken from the environment, where they are there.
+        # The SDK has read these from the environment.
         client.organization = client.project = client.admin_api_key = client.webhook_secret = None
         client._custom_headers = {}
         return client.images
@@ -150,28 +148,28 @@ class OpenAIEditor:
                 found = await self._read(response, report)
             return await self._picture(found, response.http_request.url.copy_with(userinfo=b""), report, request_id)
         except asyncio.CancelledError:
-            # The deadline, or somebody who does not want it any more. It may be on the bill.
-            self._tell("gave up waiting", "", request_id)
+            # By the deadline or by the user. The call may be charged.
+            self._log("gave up waiting", "", request_id)
             raise
         except APIError as error:
             outcome = _outcome(error)
             request_id = request_id or getattr(error, "request_id", None)
-            what, words = f"{type(error.__cause__ or error).__name__} {error.code or ''}".strip(), error.message
+            what, message = f"{type(error.__cause__ or error).__name__} {error.code or ''}".strip(), error.message
         except httpx2.HTTPError as error:
             outcome = broken(error)
-            what, words = type(error).__name__, str(error)
+            what, message = type(error).__name__, str(error)
         except (Unusable, ValueError, RecursionError) as error:
             outcome = Failure("provider_unavailable")
-            what, words = "unusable answer", str(error)
-        self._tell(what, words, request_id)
-        # Out here, so that the SDK's error, which holds the key, is not its context.
+            what, message = "unusable answer", str(error)
+        self._log(what, message, request_id)
+        # Outside the except block: the SDK's error, which contains the key, must not become the context.
         raise outcome
 
-    def _tell(self, what: str, words: object, request_id: str | None) -> None:
-        tell_operator("OpenAI", what, words, request_id=request_id, secret=self._api_key)
+    def _log(self, what: str, message: object, request_id: str | None) -> None:
+        log_problem("OpenAI", what, message, request_id=request_id, secret=self._api_key)
 
     async def _read(self, response: "AsyncAPIResponse[Any]", report: Report) -> list[Found | bytes]:
-        """What may be the finished picture, the best first. Pictures that come before it are reported."""
+        """The candidates for the finished picture, best first. Reports partial pictures as previews."""
         from openai import APIError
 
         found: list[Found | bytes] = []
@@ -189,33 +187,33 @@ class OpenAIEditor:
                     try:
                         shown = await self._threads.run(_preview, document)
                     except Unusable:
-                        continue  # A preview is not worth a paid picture.
+                        continue  # A bad preview must not fail a paid picture.
                     previews += 1
                     message = "The picture takes shape..." if previews == 1 else "Working on the details..."
                     await report(1 - 0.5**previews, message, shown)
                     continue
-                # Some gateways send the picture first, and then an event that it is complete.
+                # Some gateways send the picture before the ``completed`` event.
                 found[:0] = candidates(document)
                 if found and kind == "completed":
                     break
                 error = document.get("error") or (document if kind == "error" else None)
                 if error and not found and name is not None:
-                    raise APIError(_words(error), response.http_request, body=error)
+                    raise APIError(_message(error), response.http_request, body=error)
         except httpx2.HTTPError:
             if not found:
                 raise
         finally:
-            await _end(response, documents)
+            await _close(response, documents)
         if not found:
-            # Only the names of what is there: in it the prompt may be repeated.
+            # Only the keys: the values may repeat the prompt.
             names = ", ".join(document) if isinstance(document, dict) else ""
-            raise Unusable(f"no picture in an answer with {names or 'nothing'}. {_words(document)}")
+            raise Unusable(f"no picture in an answer with {names or 'nothing'}. {_message(document)}")
         return found
 
     async def _picture(
         self, found: Sequence[Found | bytes], base: httpx2.URL, report: Report, request_id: str | None
     ) -> Picture:
-        """The first of these that is a picture. Raises `Unusable`."""
+        """The first candidate that is a picture. Raises `Unusable`."""
         reasons = []
         for each in found[:_MAX_TRIED]:
             try:
@@ -224,7 +222,7 @@ class OpenAIEditor:
                 with contextlib.suppress(Unusable):
                     return await self._threads.run(_inline, each.text)
                 url = _url(each, base)
-                get = partial(self._get, url, partial(self._tell, request_id=request_id))
+                get = partial(self._get, url, partial(self._log, request_id=request_id))
                 data = await attempt(get, report, within=self._deadline, backoff=self._backoff)
                 return await self._threads.run(usable, data, _MIN_SIDE)
             except (Unusable, Failure) as error:
@@ -234,7 +232,7 @@ class OpenAIEditor:
     async def _get(self, url: httpx2.URL, log: Callable[[str, object], None]) -> bytes:
         """The picture at this URL, fetched without the key.
 
-        It may be anywhere where the API is; elsewhere, and after a redirect, only where image URLs may be.
+        On the API's own host it is fetched directly; from other hosts, and after a redirect, like users' image URLs.
         """
         if _origin(url) == _origin(httpx2.URL(self._base_url)) and not url.userinfo:
             async with provider_client(self._deadline, MAX_ANSWER, self._trust) as web:
@@ -254,7 +252,7 @@ class OpenAIEditor:
 
 
 def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[str, Any]:
-    """What `openai.types.ImageEditParams` describes. ``auto`` is what is left out."""
+    """The request's `openai.types.ImageEditParams`. Options that are ``auto`` are omitted."""
     name = "sheet." + sheet.media_type.removeprefix("image/")
     request: dict[str, Any] = {
         "model": model,
@@ -264,7 +262,7 @@ def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[
     }
     if not model.startswith(_GPT_IMAGE):
         return request | {"response_format": "b64_json"}
-    # PNG has transparency and loses nothing.
+    # PNG is lossless, and has transparency.
     request |= {"output_format": "png", "stream": True, "partial_images": _PARTIAL_IMAGES}
     if options.quality != "auto":
         request["quality"] = options.quality
@@ -277,20 +275,21 @@ def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[
 
 
 async def _documents(response: "AsyncAPIResponse[Any]") -> AsyncGenerator[tuple[str | None, Any]]:
-    """The JSON values of an answer, each with its event's name, or ``None`` where it is no stream. Bytes are no JSON.
+    """The JSON values of a response, each with its event's name; ``None`` and one value if it is not a stream.
 
-    What it is can be told from how it begins; gateways send either with any media type.
+    A body that is not JSON is yielded as bytes. Whether it is a stream is taken from its start, as gateways send wrong
+    media types.
     """
     from openai._streaming import SSEDecoder
 
-    pieces = response.iter_bytes()
+    chunks = response.iter_bytes()
     start = b""
-    async for piece in pieces:
-        start = (start + piece).removeprefix(codecs.BOM_UTF8).lstrip()
-        if len(start) >= _ENOUGH:
+    async for chunk in chunks:
+        start = (start + chunk).removeprefix(codecs.BOM_UTF8).lstrip()
+        if len(start) >= _STREAM_PREFIX:
             break
     if not _STREAM.match(start):
-        body = start + b"".join([piece async for piece in pieces])
+        body = start + b"".join([chunk async for chunk in chunks])
         try:
             document = json.loads(body)
         except ValueError:
@@ -300,9 +299,9 @@ async def _documents(response: "AsyncAPIResponse[Any]") -> AsyncGenerator[tuple[
 
     async def stream() -> AsyncIterator[bytes]:
         yield start
-        async for piece in pieces:
-            yield piece
-        yield b"\n\n"  # Not every stream ends its last event.
+        async for chunk in chunks:
+            yield chunk
+        yield b"\n\n"  # Some streams do not end their last event.
 
     async for event in SSEDecoder().aiter_bytes(stream()):
         if event.data.startswith("[DONE]"):
@@ -314,13 +313,13 @@ async def _documents(response: "AsyncAPIResponse[Any]") -> AsyncGenerator[tuple[
         yield event.event or "", document
 
 
-async def _end(response: "AsyncAPIResponse[Any]", documents: AsyncGenerator[tuple[str | None, Any]]) -> None:
-    """Close an answer that may have been left before its end, with generators inside one another.
+async def _close(response: "AsyncAPIResponse[Any]", documents: AsyncGenerator[tuple[str | None, Any]]) -> None:
+    """Close a response that was perhaps not read to its end, and exhaust its nested generators.
 
-    Else the garbage collector would close each, when there may be no event loop any more to do it in.
+    Otherwise the garbage collector would close them, perhaps after the event loop has ended.
     """
     await response.close()
-    with contextlib.suppress(Exception):  # It reads on from what is closed.
+    with contextlib.suppress(Exception):  # Reading a closed response fails.
         async for _ in documents:
             pass
 
@@ -334,15 +333,15 @@ def _preview(document: Mapping[str, object]) -> Picture:
     return preview(inline(str(encoded)))
 
 
-def _words(error: object) -> str:
-    """The message of an error, or of an answer that has one inside."""
+def _message(error: object) -> str:
+    """The message of an error, or of a response that contains one."""
     if not isinstance(error, dict):
         return error if isinstance(error, str) else ""
-    return _words(error.get("message") or error.get("error"))
+    return _message(error.get("message") or error.get("error"))
 
 
 def _url(found: Found, base: httpx2.URL) -> httpx2.URL:
-    """The URL that this is. Raises `Unusable`."""
+    """The absolute URL of a candidate. Raises `Unusable`."""
     text = found.text.strip()
     if found.key not in ("url", "image_url") and not text[:8].lower().startswith(("http://", "https://")):
         raise Unusable("no image")
@@ -353,7 +352,7 @@ def _joined(base: httpx2.URL, text: str) -> httpx2.URL:
     try:
         return base.join(text)
     except (httpx2.InvalidURL, ValueError):
-        raise Unusable("no URL") from None
+        raise Unusable("an invalid URL") from None
 
 
 def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
@@ -367,16 +366,16 @@ def _outcome(error: "APIError") -> Failure | Declined:
     if isinstance(error, APIStatusError):
         outcome = answered(error.status_code, error.response.headers)
         if rejected and isinstance(outcome, Failure) and outcome.code == "provider_rejected":
-            return Failure("provider_rejected", _AGAINST_THE_RULES)
+            return Failure("provider_rejected", _CONTENT_REFUSED)
         if error.code in _ACCOUNT:
             failure = outcome.failure if isinstance(outcome, Declined) else outcome
             return Failure(failure.code, MISCONFIGURED, retryable=False)
         return outcome
     if isinstance(error, APIConnectionError):
         return broken(error.__cause__)
-    # It broke off in the middle of a stream, and said why.
+    # An error event in the middle of a stream.
     if rejected:
-        return Failure("provider_rejected", _AGAINST_THE_RULES)
+        return Failure("provider_rejected", _CONTENT_REFUSED)
     if error.code == "rate_limit_exceeded":
         return Failure("provider_rate_limited")
     return Failure("provider_rejected" if error.type in _USER_ERRORS else "provider_unavailable")

@@ -1,7 +1,7 @@
-"""Editors and face swaps of the operator's own, which the settings name as ``package.module:factory``.
+"""Editors and face swaps supplied by the operator, which the settings name as ``package.module:factory``.
 
-Their code is not ours: whatever it raises, returns or reports, the generation ends with a code of the contract, and
-neither clients nor the log get more than the type of an exception and a line number.
+Whatever this code raises, returns or reports, the generation ends with a documented code, and clients and the log get
+at most the type of an exception and a line number.
 """
 
 import asyncio
@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 
 class UnfitProvider(Exception):
-    """The factory makes no such provider. Its text is the reason, as a part of a sentence."""
+    """The factory does not make a valid provider. The message is the reason, as part of a sentence."""
 
 
 class _Own:
-    #: What the port's methods are called, and how many arguments they take.
+    #: The port's methods, and how many arguments they take.
     methods: ClassVar[Sequence[tuple[str, int]]]
 
     def __init__(self, name: str, threads: ImageThreads) -> None:
-        """Make the provider. Raises `UnfitProvider`."""
+        """Import and call the factory. Raises `UnfitProvider`."""
         self._name = name
         self._module, _, factory = name.partition(":")
         self._threads = threads
         if "" not in sys.path:
-            sys.path.append("")  # The current directory. What is installed comes first.
+            sys.path.append("")  # The current directory, after installed packages.
         step = f"importing {self._module}"
         try:
             module = import_module(self._module)
@@ -52,7 +52,7 @@ class _Own:
         except UnfitProvider:
             raise
         except BaseException as error:
-            raise UnfitProvider(f"{step} failed with {self._what(error)}") from None
+            raise UnfitProvider(f"{step} failed with {self._describe(error)}") from None
 
     def _check(self) -> None:
         returned = f"{self._name} returned an object of the type {type(self._provider).__name__}"
@@ -70,7 +70,7 @@ class _Own:
                 raise UnfitProvider(f"{returned}, whose method {method} does not take {count} arguments") from None
 
     async def _work(self, method: str, *arguments: Any, report: Report) -> Picture:
-        """One call. Its reports are made one after the other, and none after it has returned."""
+        """Call the method. Its reports are serialised, and ignored once it has returned."""
         reporting, over = asyncio.Lock(), False
         refusal: Refusal | None = None
 
@@ -80,7 +80,7 @@ class _Own:
                 if not over:
                     try:
                         await report(fraction, message, preview)
-                    except Refusal as refused:  # The log's answer, which is for the runner.
+                    except Refusal as refused:  # From the log, for the runner.
                         refusal = refused
                         raise
 
@@ -99,14 +99,14 @@ class _Own:
                 raise refusal from None
             if isinstance(error, Failure) and _is_fit(error):
                 raise
-            logger.error("%s: %s", self._name, self._what(error))
+            logger.error("%s: %s", self._name, self._describe(error))
             raise Failure("internal") from None
         finally:
             async with reporting:
                 over = True
 
-    def _what(self, error: BaseException) -> str:
-        """What was raised: its type, and the line of the module. Its text may hold anything."""
+    def _describe(self, error: BaseException) -> str:
+        """The exception's type and the line in the module, without its message, which may contain secrets."""
         line = error.lineno if isinstance(error, SyntaxError) else None
         traceback = error.__traceback__
         while traceback is not None:
@@ -118,13 +118,13 @@ class _Own:
 
 
 def _is_blocking(function: object) -> bool:
-    """Whether it is a function of Python that is not declared with ``async def``."""
+    """Whether it is a Python function that is not declared with ``async def``."""
     plain = inspect.isfunction(function) or inspect.ismethod(function)
     return plain and not inspect.iscoroutinefunction(function)
 
 
 def _is_fit(failure: Failure) -> bool:
-    """Whether it is one of a provider's, and can be told to clients."""
+    """Whether it has a provider's code, and can be sent to clients."""
     try:
         FaceSwapError(code=failure.code, message=failure.sentence)
     except ValueError:
@@ -133,7 +133,7 @@ def _is_fit(failure: Failure) -> bool:
 
 
 class OwnEditor(_Own):
-    """`domain.ports.ImageEditor` around an implementation of it."""
+    """`domain.ports.ImageEditor` around the operator's implementation."""
 
     methods = (("edit", 4), ("generate", 4))
 
@@ -145,7 +145,7 @@ class OwnEditor(_Own):
 
 
 class OwnFaceSwap(_Own):
-    """`domain.ports.FaceSwapper` around an implementation of it."""
+    """`domain.ports.FaceSwapper` around the operator's implementation."""
 
     methods = (("swap", 3),)
 

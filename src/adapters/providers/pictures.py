@@ -1,4 +1,4 @@
-"""Pictures in the answers of providers and gateways, in every place, spelling and image format that they use."""
+"""Finds pictures in the responses of providers and gateways, in all the keys, encodings and formats that they use."""
 
 import binascii
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from adapters.images.codec import FORMATS, Unreadable, decoded, encode, load, op
 from adapters.images.intake import MAX_PIXELS
 from domain.ports import Picture
 
-#: What Pillow decodes by itself. EPS is left out because it starts Ghostscript; the others left out have no decoder.
+#: The formats that Pillow decodes by itself. EPS is excluded because it starts Ghostscript.
 _FORMATS: Final = (
     *FORMATS, "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO",
     "IM", "JPEG2000", "MCIDAS", "MSP", "PCD", "PCX", "PIXAR", "PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA",
@@ -21,27 +21,27 @@ _FORMATS: Final = (
 #: The longer side of a preview, in pixels.
 _PREVIEW: Final = 768
 
-#: The keys under which a picture is found, the best first: in base64, as a data URL, or as a URL.
+#: The keys of pictures (base64, data URL or URL), best first.
 _KEYS: Final = ("b64_json", "url", "image_url", "image", "images", "base64", "data", "result", "output")
-#: The keys of objects that have a picture somewhere inside.
+#: The keys of objects that contain a picture at some depth.
 _WRAPPERS: Final = ("response", "item", "results", "choices", "message", "content")
 
 _URL_SAFE: Final = str.maketrans("-_", "+/")
 
 
 class Unusable(Exception):
-    """A good answer by its status, and no picture in it."""
+    """A successful response without a usable picture."""
 
 
 class Found(NamedTuple):
-    """A text that may be a picture, and the key under which it was."""
+    """A text that may be a picture, and its key."""
 
     key: str
     text: str
 
 
 def candidates(value: object, key: str = "") -> Iterator[Found]:
-    """Every text in this JSON value that may be a picture, the best first."""
+    """Every text in this JSON value that may be a picture, best first."""
     if isinstance(value, str) and value and key in _KEYS:
         yield Found(key, value)
     elif isinstance(value, list):
@@ -53,7 +53,7 @@ def candidates(value: object, key: str = "") -> Iterator[Found]:
 
 
 def inline(text: str) -> bytes:
-    """The bytes of a data URL or of base64: either alphabet, wrapped or not, with padding or without.
+    """Decode a data URL or base64, with either alphabet, and with or without line breaks and padding.
 
     Raises:
         Unusable: it is neither.
@@ -75,10 +75,10 @@ def inline(text: str) -> bytes:
 
 
 def usable(data: bytes, min_side: int = 1) -> Picture:
-    """The picture, decoded once: as it came where browsers show its format, else as a PNG.
+    """The picture, validated by decoding it: unchanged if browsers show its format, else as a PNG.
 
     Raises:
-        Unusable: it is no picture, too large, or its shorter side has fewer than `min_side` pixels.
+        Unusable: it is not a picture, too large, or its shorter side has fewer than `min_side` pixels.
     """
     image = _opened(data)
     if min(image.size) < min_side:
@@ -94,7 +94,7 @@ def usable(data: bytes, min_side: int = 1) -> Picture:
 
 
 def preview(data: bytes) -> Picture:
-    """A small picture of it. Raises `Unusable`."""
+    """A smaller version of the picture. Raises `Unusable`."""
     try:
         image = decoded(_opened(data), near=(_PREVIEW, _PREVIEW))
     except Unreadable:

@@ -1,8 +1,8 @@
-"""Face swap by a model on Replicate, over its HTTP API.
+"""Face swap with a model on Replicate, over its HTTP API.
 
-A prediction is created once: where the reply is lost nobody knows whether it runs, and is paid for. All the rest
-costs nothing and is asked for again. What we give up on we cancel; and should that not reach Replicate, it ends the
-prediction itself soon after our deadline (``Cancel-After``). Of the URLs in its answers only the output's is used.
+A prediction is created once, as after a lost response it may run and be charged. All other requests cost nothing and
+are retried. An abandoned prediction is cancelled; if that request fails, Replicate ends it soon after our deadline
+(``Cancel-After``). Of the URLs in its responses only the output's is used.
 """
 
 import asyncio
@@ -26,41 +26,41 @@ from adapters.providers.attempts import (
     attempt,
     broken,
     download,
+    log_problem,
     provider_client,
-    tell_operator,
 )
 from adapters.providers.pictures import Unusable, candidates, inline, usable
 from domain.errors import Failure
 from domain.ports import Picture, Report
 
-#: The most used one. A community model, so that the version has to be given.
+#: The most used model. Community models need a version.
 DEFAULT_MODEL: Final = "cdingram/face-swap:d1d6ea8c8be89d664a07a457526f7128109dee7030fdac424788d762c71ed111"
 BASE_URL: Final = "https://api.replicate.com/v1"
-#: Where Replicate serves outputs from: these hosts and what lies below them.
+#: Replicate's hosts for outputs, including subdomains.
 OUTPUT_HOSTS: Final = ("replicate.delivery",)
 
-#: Pictures up to this size, in bytes, are sent inside the request, as Replicate recommends; larger ones before it,
-#: as files, which Replicate keeps for a day.
+#: Pictures up to this size, in bytes, are sent as data URLs, as Replicate recommends; larger ones are uploaded as
+#: files, which Replicate keeps for a day.
 MAX_DATA_URL: Final = 256 * 1024
-#: The most that is read of the API's answers, which repeat the request, and of an output, in bytes.
+#: Bytes of an API response, which repeats the request, and of an output.
 _MAX_ANSWER: Final = 2 * 1024 * 1024
 MAX_OUTPUT: Final = 32 * 1024 * 1024
 _MAX_REDIRECTS: Final = 3
 
-#: Seconds that a step of one request may take, and seconds that Retry-After is obeyed between polls.
+#: Seconds for each network operation of a request, and the maximum of a Retry-After between polls.
 _STEP: Final = 30
 _MAX_WAIT: Final = 30
-#: Seconds that who cancels a swap waits for the prediction to be cancelled too, which goes on without them.
+#: Seconds that cancelling a swap waits for its prediction to be cancelled. That continues in the background.
 _LINGER: Final = 0.5
 
 _MODEL: Final = re.compile(r"([a-z0-9][\w.-]*/[a-z0-9][\w.-]*)(?::([0-9a-z]+))?", re.IGNORECASE | re.ASCII)
 
 _TERMINAL: Final = ("succeeded", "failed", "canceled", "aborted")
-#: How far a stage of the work leads, at most, and what it is called.
+#: The maximum fraction of progress of each phase, and its message.
 _STARTING: Final = 0.4, "Waiting for the face swap to begin..."
 _PROCESSING: Final = 0.9, "Swapping the face..."
 
-#: The models' ways to say so; most find faces with insightface, and some trip over it when there is none.
+#: The models' errors if there is no face; most use insightface, and some crash on its empty result.
 _NO_FACE: Final = re.compile(
     r"\bno\b[\w ]{0,20}\bface|\bface[\w ]{0,20}\bnot\b[\w ]{0,9}(found|detect)|\b(find|detect)\b[\w ]{0,20}\bface"
     r"|'NoneType' object has no attribute '(kps|bbox|embedding|normed_embedding)'",
@@ -69,7 +69,7 @@ _NO_FACE: Final = re.compile(
 
 
 class _Inputs(NamedTuple):
-    """What a model calls the picture and the face."""
+    """A model's names for the picture and the face."""
 
     picture: str
     face: str
@@ -104,7 +104,7 @@ T = TypeVar("T")
 
 
 class ReplicateFaceSwap:
-    """`domain.ports.FaceSwapper` by a model on Replicate."""
+    """`domain.ports.FaceSwapper` with a model on Replicate."""
 
     free = False
 
@@ -123,15 +123,15 @@ class ReplicateFaceSwap:
     ) -> None:
         """`model`: ``owner/name`` for one of Replicate's official models, else ``owner/name:version``.
 
-        It has two inputs, by the names that are known for it, else ``input_image`` for the picture and
-        ``swap_image`` for the face, as most have. Its output is an image, or a list of images, the first of which
-        counts, or an object with one inside, as its ``image`` for example.
+        Its inputs are ``input_image`` for the picture and ``swap_image`` for the face, as for most models, unless other
+        names are known for it. Its output is an image, a list of images of which the first is used, or an object that
+        contains one, such as ``{"image": …}``.
 
-        `deadline`: seconds for all of a swap; `grace`: on top of that, to cancel the prediction; `pace`: before the
-        first poll, and the first repetition. An output comes from `output_hosts` by https, or from where the API is.
+        In seconds, `deadline`: for the whole swap; `grace`: after that, to cancel the prediction; `pace`: before the
+        first poll and the first retry. Outputs are fetched from `output_hosts` by https, or from the API's own host.
 
         Raises:
-            ValueError: `model` is no such name.
+            ValueError: `model` is not such a name.
         """
         found = _MODEL.fullmatch(model)
         if found is None:
@@ -149,7 +149,7 @@ class ReplicateFaceSwap:
         self._swaps: set[asyncio.Task[Picture]] = set()
 
     async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
-        # A task of its own, which can still cancel the prediction when we have to leave.
+        # In a task, which can still cancel the prediction after this call was cancelled.
         swap = asyncio.create_task(self._swapped(picture, face, report))
         self._swaps.add(swap)
         swap.add_done_callback(self._swaps.discard)
@@ -166,14 +166,14 @@ class ReplicateFaceSwap:
             return await _Swap(self, api, report).run(picture, face)
 
     def may_download(self, url: httpx2.URL) -> bool:
-        """Whether an output may be there."""
+        """Whether outputs may be fetched from this URL."""
         here = (url.scheme, url.host, url.port) == (self.base.scheme, self.base.host, self.base.port)
         there = url.scheme == "https" and any(f".{url.host}".endswith(f".{host}") for host in self._output_hosts)
         return (here or there) and not url.userinfo
 
 
 class _Swap:
-    """One swap. What it raises is a `Failure`, and within `attempt` also `Declined`."""
+    """One swap. Its methods raise `Failure`, and those run by `attempt` also `Declined`."""
 
     def __init__(self, swapper: ReplicateFaceSwap, api: httpx2.AsyncClient, report: Report) -> None:
         self._swapper = swapper
@@ -181,8 +181,8 @@ class _Swap:
         self._report = report
         self._end = asyncio.get_running_loop().time() + swapper.deadline
         self._creating: asyncio.Task[_Prediction] | None = None
-        #: There is nothing left that could be cancelled.
-        self._over = False
+        #: Whether the prediction has ended.
+        self._ended = False
 
     async def run(self, picture: Picture, face: Picture) -> Picture:
         inputs = self._swapper.inputs
@@ -190,23 +190,23 @@ class _Swap:
             async with asyncio.timeout_at(self._end):
                 sent = {inputs.picture: await self._input(picture), inputs.face: await self._input(face)}
                 prediction = await self._attempt(partial(self._created, sent))
-                output = self._output(await self._ended(prediction))
+                output = self._output(await self._wait(prediction))
                 await self._report(_PROCESSING[0], "Fetching the picture...", None)
                 return await self._admitted(await self._attempt(partial(self._downloaded, output)))
         except TimeoutError:
-            self._tell(f"there was no result within {self._swapper.deadline} s")
+            self._log(f"there was no result within {self._swapper.deadline} s")
             raise Failure("provider_timeout") from None
         finally:
-            await self._withdraw()
+            await self._cancel()
 
     @property
-    def _left(self) -> float:
+    def _remaining(self) -> float:
         return max(0.0, self._end - asyncio.get_running_loop().time())
 
     async def _attempt(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await attempt(call, self._report, within=self._left, backoff=self._swapper.pace)
+        return await attempt(call, self._report, within=self._remaining, backoff=self._swapper.pace)
 
-    # --- the pictures, on their way there
+    # --- inputs
 
     async def _input(self, picture: Picture) -> str:
         if len(picture.data) <= MAX_DATA_URL:
@@ -226,13 +226,13 @@ class _Swap:
         name, version = self._swapper.name, self._swapper.version
         path = "predictions" if version else f"models/{name}/predictions"
         body = {"input": sent} | ({"version": version} if version else {})
-        headers = {"Cancel-After": f"{math.ceil(self._left) + 5}s"}
-        # Its reply is what tells how to cancel it: that is waited for, whatever happens here.
+        headers = {"Cancel-After": f"{math.ceil(self._remaining) + 5}s"}
+        # In a task: cancelling the prediction needs the id in its response.
         self._creating = asyncio.create_task(self._call(_Prediction, "POST", path, json=body, headers=headers))
         return await asyncio.shield(self._creating)
 
-    async def _ended(self, prediction: _Prediction) -> _Prediction:
-        """The prediction once it runs no more."""
+    async def _wait(self, prediction: _Prediction) -> _Prediction:
+        """Poll the prediction until it has ended, and return it."""
         path = f"predictions/{prediction.id}"
         fraction, pause = 0.0, self._swapper.pace
         while prediction.status not in _TERMINAL:
@@ -248,34 +248,34 @@ class _Swap:
             except Failure as failure:
                 if not failure.retryable:
                     raise
-        self._over = True
+        self._ended = True
         return prediction
 
     def _output(self, prediction: _Prediction) -> str:
-        """Where the picture is."""
+        """The URL or data URL of the picture."""
         found = next(candidates(prediction.output, "output"), None)
         if prediction.status == "succeeded" and found is not None:
             return found.text
-        words = prediction.error or prediction.output
-        self._tell(f"the prediction ended as {prediction.status!r} without a picture", words, prediction.id)
-        if _NO_FACE.search(str(words)):
+        message = prediction.error or prediction.output
+        self._log(f"the prediction ended as {prediction.status!r} without a picture", message, prediction.id)
+        if _NO_FACE.search(str(message)):
             raise Failure("provider_rejected", "No face was found in one of the pictures.")
         raise Failure("provider_timeout" if prediction.status == "aborted" else "provider_unavailable")
 
-    async def _withdraw(self) -> None:
-        """Cancel the prediction where it may still run."""
-        if self._creating is None or self._over:
+    async def _cancel(self) -> None:
+        """Cancel the prediction if it may still run."""
+        if self._creating is None or self._ended:
             return
         try:
             async with asyncio.timeout(self._swapper.grace):
                 prediction = await self._creating
                 await self._call(_Prediction, "POST", f"predictions/{prediction.id}/cancel")
         except TimeoutError:
-            self._tell("a prediction could not be cancelled in time, and may run on for a while")
+            self._log("a prediction could not be cancelled in time, and may run on for a while")
         except (Declined, Failure):
-            pass  # There is none, or it has ended; and it has been told.
+            pass  # There is no prediction, or it has ended; the error has been logged.
 
-    # --- the picture, on its way back
+    # --- the output
 
     async def _downloaded(self, output: str) -> bytes:
         with suppress(Unusable):
@@ -289,18 +289,18 @@ class _Swap:
                     url = httpx2.URL()
                 if not self._swapper.may_download(url):
                     break
-                answer = await download(web, url, self._tell)
+                answer = await download(web, url, self._log)
                 if isinstance(answer, bytes):
                     return answer
                 output = answer
-        self._tell("the output is not where it may be", output)
+        self._log("the output is not where it may be", output)
         raise Failure("provider_unavailable")
 
     async def _admitted(self, data: bytes) -> Picture:
         try:
             return await self._swapper.threads.run(usable, data)
         except Unusable as error:
-            self._tell("the output is no picture", error)
+            self._log("the output is no picture", error)
             raise Failure("provider_unavailable") from None
 
     # --- the API
@@ -311,17 +311,17 @@ class _Swap:
             async with self._api.stream(method, path, **content) as response:
                 body = await response.aread()
         except httpx2.HTTPError as error:
-            self._tell(f"{what} brought no answer: {type(error).__name__}", error)
+            self._log(f"{what} brought no answer: {type(error).__name__}", error)
             raise broken(error) from None
-        words, request_id = body.decode(errors="replace"), response.headers.get("cf-ray")
+        message, request_id = body.decode(errors="replace"), response.headers.get("cf-ray")
         if not response.is_success:
-            self._tell(f"{what} was answered with {response.status_code}", words, request_id)
+            self._log(f"{what} was answered with {response.status_code}", message, request_id)
             raise answered(response.status_code, response.headers)
         try:
             return kind.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
         except ValidationError:
-            self._tell(f"{what} was answered with something else", words, request_id)
+            self._log(f"{what} was answered with something else", message, request_id)
             raise Failure("provider_unavailable") from None
 
-    def _tell(self, what: str, words: object = "", request_id: str | None = None) -> None:
-        tell_operator("Replicate", what, words, request_id=request_id, secret=self._swapper.token)
+    def _log(self, what: str, message: object = "", request_id: str | None = None) -> None:
+        log_problem("Replicate", what, message, request_id=request_id, secret=self._swapper.token)
