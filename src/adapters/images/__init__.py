@@ -1,1 +1,1 @@
-"""Images: stored, decoded, composed."""
+"""Image storage, validation, decoding and composition."""

@@ -1,6 +1,6 @@
-"""Pictures into Pillow and out of it: one way to decode, one way to encode.
+"""Decodes and encodes pictures with Pillow.
 
-In here an image is ``RGB``, or ``RGBA`` where it can be seen through.
+Decoded images are ``RGB``, or ``RGBA`` if they have transparency.
 """
 
 import os
@@ -19,7 +19,7 @@ from domain.ports import Picture
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 
-#: The longest side that a JPEG can have.
+#: The longest side of a JPEG, in pixels.
 _JPEG_SIDE: Final = 65_500
 
 _IN_PILLOW: Final = r"PIL\."
@@ -31,12 +31,12 @@ class Unreadable(Exception):
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Whatever Pillow finds wrong in here becomes `Unreadable`, and what it only warns of is not said.
+    """Turn exceptions inside the block into `Unreadable`, and ignore Pillow's warnings.
 
-    It raises nearly everything over hostile bytes: SyntaxError, struct.error, OverflowError, MemoryError.
+    Pillow raises almost any type for malformed data: SyntaxError, struct.error, OverflowError, MemoryError.
     """
-    # A filter for good: `warnings.catch_warnings` is not safe in threads. Looked at each time, since whoever
-    # runs us (pytest does, for each test) may have put other filters before it.
+    # A permanent filter, as `warnings.catch_warnings` is not thread-safe. Checked each time, because others (such as
+    # pytest, for each test) may put their filters before it.
     if [module for *_, module, _ in warnings.filters[:1]] != [re.compile(_IN_PILLOW)]:
         warnings.filterwarnings("ignore", module=_IN_PILLOW)
     try:
@@ -46,16 +46,15 @@ def reading() -> Iterator[None]:
 
 
 def opened(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """An image of which only the header has been read. Raises `Unreadable`."""
+    """Read the header of an image. Raises `Unreadable`."""
     with reading():
         return Image.open(BytesIO(data), formats=formats)
 
 
 def decoded(image: Image.Image, near: tuple[int, int] | None = None) -> Image.Image:
-    """The pixels of what was opened. Raises `Unreadable`.
+    """Decode an opened image. Raises `Unreadable`.
 
-    `near`: the size it is going to be drawn at. A JPEG much larger than that is decoded smaller, never
-    smaller than that.
+    `near`: the size at which it will be drawn. A much larger JPEG is decoded at a reduced size, not below that.
     """
     with reading():
         if near is not None:
@@ -65,23 +64,23 @@ def decoded(image: Image.Image, near: tuple[int, int] | None = None) -> Image.Im
 
 
 def load(image: Image.Image) -> None:
-    """Decode the image. Raises what Pillow raises."""
-    # Into memory that is there: Pillow clears its own while holding the interpreter lock, 30 ms for 12 megapixels.
-    # These two decoders would take the image for decoded already.
+    """Decode the image in place. Raises what Pillow raises."""
+    # Into memory allocated here: Pillow would clear its own while it holds the GIL, 30 ms for 12 megapixels.
+    # These two decoders would take the image for already decoded.
     if image.format not in ("ICNS", "ICO"):
         image.im = blank(image.mode, image.size).im
     image.load()
 
 
 def blank(mode: str, size: tuple[int, int], colour: str | int = 0) -> Image.Image:
-    """An image of one colour, made without the interpreter lock."""
+    """An image of one colour, filled without holding the GIL."""
     return Image.new(mode, (1, 1), colour).resize(size, Image.Resampling.NEAREST)
 
 
 def plain(image: Image.Image, transparent_sample: int | None = None) -> Image.Image:
-    """The image as ``RGB``, or as ``RGBA`` where it has any transparency.
+    """The image as ``RGB``, or as ``RGBA`` if any pixel is transparent.
 
-    `transparent_sample`: the value of 16-bit greyscale that stands for it.
+    `transparent_sample`: the transparent value of a 16-bit greyscale image.
     """
     if image.mode == "I;16":
         if transparent_sample is None:
@@ -96,22 +95,22 @@ def plain(image: Image.Image, transparent_sample: int | None = None) -> Image.Im
     if not image.has_transparency_data:
         return _converted(image, "RGB")
     image = _converted(image, "RGBA")
-    # The histogram, unlike `getextrema`, gives up the interpreter lock.
+    # Unlike `getextrema`, the histogram releases the GIL.
     return image if any(image.histogram()[768:1023]) else image.convert("RGB")
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    # Converted to the mode that it has, an image is copied.
+    # `convert` to the same mode would copy the image.
     return image if image.mode == mode else image.convert(mode)
 
 
 def encode(image: Image.Image, *, quality: int = 90, fine: bool = False, lossless: bool = False) -> Picture:
-    """A JPEG, or a PNG where it can be seen through, with nothing in it but the pixels.
+    """Encode as JPEG, or as PNG if the image has transparency, without metadata.
 
-    `fine` keeps colour at full resolution: for what was drawn rather than photographed. `lossless`: always a PNG.
+    `fine`: no chroma subsampling, for drawings. `lossless`: always a PNG.
     """
     image.info.clear()
-    # Into a real file Pillow encodes without the interpreter lock; into a BytesIO it holds on to it.
+    # Pillow releases the GIL only when it encodes into a real file.
     with scratch() as file:
         if lossless or image.mode == "RGBA" or max(image.size) > _JPEG_SIDE:
             media_type = "image/png"
@@ -124,7 +123,7 @@ def encode(image: Image.Image, *, quality: int = 90, fine: bool = False, lossles
 
 
 def scratch() -> IO[bytes]:
-    """A file without a name, in memory where the system has such files."""
+    """A temporary file without a name; on Linux in memory."""
     if sys.platform == "linux":
         return open(os.memfd_create("picture"), "w+b")  # noqa: PTH123 (a descriptor, not a path)
     return tempfile.TemporaryFile()

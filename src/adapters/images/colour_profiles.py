@@ -1,4 +1,4 @@
-"""ICC profiles of colours that a picture describes in another way."""
+"""Makes ICC profiles from the colour information of PNG chunks."""
 
 import struct
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ _PRIMARIES: Final = {
     9: (0.3127, 0.329, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),
     12: (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
 }
-#: Exponents (ITU-T H.273, transfer characteristics). Video is shown with 2.4, whatever it was taken with.
+#: Display exponents (ITU-T H.273, transfer characteristics). Video is displayed with 2.4.
 _EXPONENTS: Final = {1: 2.4, 4: 2.2, 5: 2.8, 6: 2.4, 8: 1.0, 14: 2.4, 15: 2.4}
 _SRGB_CURVE: Final = 13
 
-#: The Bradford cone responses to X, Y and Z, and the white of every ICC profile.
+#: The Bradford cone responses to X, Y and Z, and the white point of ICC profiles.
 _BRADFORD: Final = ((0.8951, -0.7502, 0.0389), (0.2664, 1.7135, -0.0685), (-0.1614, 0.0367, 1.0296))
 _D50: Final = (0.9642, 1.0, 0.8249)
 
 
 def from_code_points(primaries: int, transfer: int, matrix: int, full_range: int) -> bytes:
-    """The profile for the code points of a cICP chunk; empty where they are not supported."""
+    """The profile for the code points of a cICP chunk; empty if they are not supported."""
     if primaries not in _PRIMARIES or matrix or full_range != 1:
         return b""
     if transfer == _SRGB_CURVE:
@@ -36,16 +36,16 @@ def from_code_points(primaries: int, transfer: int, matrix: int, full_range: int
 
 
 def from_chromaticities(exponent: float | None, xy: Sequence[float] | None) -> bytes:
-    """The profile for a curve (`None`: that of sRGB) and for white, red, green and blue (`None`: those of sRGB).
+    """The profile for a gamma `exponent` and x and y of white, red, green and blue; ``None`` stands for sRGB's values.
 
-    Empty where there is no such colour space.
+    Empty if there is no such colour space.
     """
     points = [(x / y, 1.0, (1 - x - y) / y) for x, y in _pairs(xy or _BT709) if y]
     if len(points) < 4:
         return b""
-    # The profile of sRGB, with other numbers in the places of its curve and of its primaries.
+    # The profile of sRGB, with its curve and primaries replaced.
     profile = bytearray(SRGB.tobytes())
-    places = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * profile[131], 12)}
+    tags = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * profile[131], 12)}
     white, *primaries = points
     try:
         amounts = _combined(primaries, white)
@@ -55,10 +55,10 @@ def from_chromaticities(exponent: float | None, xy: Sequence[float] | None) -> b
     except ZeroDivisionError:
         return b""
     for name, adapted in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True):
-        (at,) = struct.unpack_from(">I", profile, places[name] + 4)
+        (at,) = struct.unpack_from(">I", profile, tags[name] + 4)
         struct.pack_into(">3i", profile, at + 8, *map(_fixed, adapted))
     if exponent is not None:
-        (at,) = struct.unpack_from(">I", profile, places[b"rTRC"] + 4)
+        (at,) = struct.unpack_from(">I", profile, tags[b"rTRC"] + 4)
         struct.pack_into(">5i", profile, at + 12, _fixed(exponent), _fixed(1), 0, 0, 0)
     return bytes(profile)
 
@@ -68,9 +68,9 @@ def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def _adapted(colour: _Vector, white: _Vector) -> _Vector:
-    """The colour under the white of ICC profiles."""
-    seen, lit, wanted = _response(colour), _response(white), _response(_D50)
-    scaled = [each * to / by for each, to, by in zip(seen, wanted, lit, strict=True)]
+    """The colour adapted from this white point to that of ICC profiles."""
+    response, source, target = _response(colour), _response(white), _response(_D50)
+    scaled = [each * to / by for each, to, by in zip(response, target, source, strict=True)]
     return _combined(_BRADFORD, (scaled[0], scaled[1], scaled[2]))
 
 
@@ -82,7 +82,7 @@ def _response(colour: _Vector) -> _Vector:
 
 
 def _combined(columns: Sequence[_Vector], target: _Vector) -> _Vector:
-    """How much of each column makes up the target."""
+    """The amounts of the columns whose sum is the target (Cramer's rule)."""
     a, b, c = columns
     whole = _determinant(a, b, c)
     return (
@@ -97,5 +97,5 @@ def _determinant(a: _Vector, b: _Vector, c: _Vector) -> float:
 
 
 def _fixed(value: float) -> int:
-    """A number as ICC profiles have it, within their range."""
+    """The number as s15Fixed16, clamped to its range."""
     return max(-(2**31), min(2**31 - 1, round(value * 65536)))

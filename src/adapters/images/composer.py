@@ -1,4 +1,4 @@
-"""The sheet: all pictures of a generation on one white page."""
+"""Composes the sheet: all pictures of a generation on one white page."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,14 +12,14 @@ from adapters.images.threads import GLANCE, ImageThreads
 from domain.errors import Failure
 from domain.ports import Load, Picture
 
-#: A4 at 300 dots per inch, and the white around and between the pictures, in pixels.
+#: In pixels: A4 at 300 dots per inch, the margin, and the gap between pictures.
 SHEET: Final = (2480, 3508)
 MARGIN: Final = 96
 GUTTER: Final = 48
 
 
 class Box(NamedTuple):
-    """Where a picture goes, in pixels of the sheet."""
+    """The place of a picture, in pixels of the sheet."""
 
     left: int
     top: int
@@ -28,13 +28,13 @@ class Box(NamedTuple):
 
 
 class PillowComposer:
-    """Lays 1 to 5 pictures out in rows, left to right and top to bottom."""
+    """`domain.ports.Composer`: arranges 1 to 5 pictures in rows, left to right and top to bottom."""
 
     def __init__(self, threads: ImageThreads) -> None:
         self._threads = threads
 
     async def compose(self, pictures: Sequence[Load]) -> Picture:
-        # Each is loaded twice, and one after the other: what waits is not in memory.
+        # Load each picture twice, one at a time, so that none is in memory while this waits for a thread.
         try:
             async with self._threads.turn(GLANCE) as run:
                 sizes = [await run(_size, await load()) for load in pictures]
@@ -59,33 +59,33 @@ def _paste(sheet: Image.Image, picture: Picture, box: Box) -> None:
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    # For making smaller, Hamming is as good as bicubic and takes two thirds of its time; for making larger it is not.
+    # For downscaling, Hamming is as good as bicubic in two thirds of the time.
     smaller = size[0] < image.width
     return image.resize(size, Image.Resampling.HAMMING if smaller else Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def arrange(sizes: Sequence[tuple[int, int]]) -> list[Box]:
-    """A box for each picture, of the picture's own proportions.
+    """A box for each picture (width, height), with the picture's aspect ratio.
 
-    Of all ways to break the pictures into rows it takes the one where they come out largest. It is the
-    product of their areas that counts, so no picture is large at the cost of another that is tiny.
+    Of all ways to break the pictures into rows, this is the one with the largest product of their areas. Unlike the
+    sum, the product does not favour layouts with a tiny picture.
     """
     shapes = [width / height for width, height in sizes]
     layouts = [_Layout(shapes, rows) for rows in _breaks(len(shapes))]
-    # Of equals, the one that is the same upside down.
+    # Among equals, prefer the one that is symmetric from top to bottom.
     best = max(layouts, key=lambda layout: (round(layout.score, 6), layout.symmetric))
     return list(best.boxes())
 
 
 def _breaks(count: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Every way to break so many pictures into rows, each row a first picture and one after the last."""
+    """Every way to break `count` pictures into rows, as ranges (first, end) of indexes."""
     for cuts in range(count):
-        for places in combinations(range(1, count), cuts):
-            yield tuple(pairwise((0, *places, count)))
+        for starts in combinations(range(1, count), cuts):
+            yield tuple(pairwise((0, *starts, count)))
 
 
 class _Layout:
-    """Rows of pictures of one height, as wide as the sheet where the sheet is high enough for it."""
+    """Rows of pictures. Each row fills the width of the sheet, unless the sheet is not high enough for that."""
 
     def __init__(self, shapes: Sequence[float], rows: Sequence[tuple[int, int]]) -> None:
         width, height = SHEET[0] - 2 * MARGIN, SHEET[1] - 2 * MARGIN
@@ -102,20 +102,20 @@ class _Layout:
         self.symmetric = lengths == lengths[::-1]
 
     def boxes(self) -> Iterator[Box]:
-        """The boxes, the whole of them in the middle of the sheet."""
+        """The boxes, centred on the sheet."""
         top = (SHEET[1] - sum(self._heights) - GUTTER * (len(self._rows) - 1)) / 2
         for row, height in zip(self._rows, self._heights, strict=True):
             left = (SHEET[0] - sum(row) * height - GUTTER * (len(row) - 1)) / 2
             for shape in row:
                 x, y = round(left), round(top)
-                # The thinnest of pictures is still a pixel wide.
+                # At least one pixel wide and high.
                 yield Box(x, y, max(x + 1, round(left + shape * height)), max(y + 1, round(top + height)))
                 left += shape * height + GUTTER
             top += height + GUTTER
 
 
 def _level(wanted: Sequence[float], room: float) -> float:
-    """The height at which rows are cut off, so that together they fill the room and no more."""
+    """The limit on the rows' heights with which they fill the room; infinite if they fit without one."""
     for done, height in enumerate(sorted(wanted)):
         share = room / (len(wanted) - done)
         if height > share:

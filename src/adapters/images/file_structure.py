@@ -1,7 +1,7 @@
-"""The structure of PNG and JPEG files: what describes the pixels, taken apart from what only accompanies them.
+"""Parses PNG and JPEG files, and separates the pixels from the metadata.
 
-Pillow refuses a picture for damage in chunks that no viewer reads, and takes transparency, orientation and profiles
-from text. So it gets a file with nothing in it but the pixels; what says how to show them is read here.
+Pillow rejects pictures for damage in chunks that no viewer reads, and takes transparency, orientation and profiles from
+text chunks. So it gets a file with the pixels only, and the metadata that affects the display is read here.
 """
 
 import re
@@ -13,10 +13,10 @@ from typing import Final
 from adapters.images.codec import Unreadable
 from adapters.images.colour_profiles import from_chromaticities, from_code_points
 
-#: Chunks of a PNG, segments of a JPEG, and stray bytes before the pixels of a JPEG. Each takes time in Python.
-_MAX_PIECES: Final = 20_000
+#: Chunks of a PNG, segments of a JPEG, and stray bytes before the pixels of a JPEG. It limits the time of the parser.
+_MAX_CHUNKS: Final = 20_000
 
-#: What compressed profiles and texts of a PNG may expand to in total.
+#: Bytes of all decompressed profiles and texts of a PNG.
 _MAX_EXPANDED: Final = 16_000_000
 
 _PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
@@ -24,10 +24,10 @@ _GREY, _COLOUR, _PALETTE, _GREY_ALPHA = 0, 2, 3, 4
 
 _MARKER: Final = re.compile(rb"\xff[^\x00\xff]")
 _AFTER_SCAN: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-#: A search keeps the interpreter lock: so many bytes take a few milliseconds at worst.
+#: Bytes of one search, which holds the GIL: a few milliseconds at worst.
 _WINDOW: Final = 1 << 18
 _EOI: Final = b"\xff\xd9"
-#: Decodes to other pixels than the zeros that a decoder takes for what is missing before an end marker.
+#: Entropy-coded data that decodes to other pixels than the zeros which decoders substitute for missing data.
 _FILLER: Final = bytes(range(254, 0, -1))
 _END_OF_IMAGE, _START_OF_SCAN, _APP0, _APP1, _APP2, _APP14, _COMMENT = 0xD9, 0xDA, 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
 _BARE: Final = {0x01, *range(0xD0, 0xD9)}
@@ -37,23 +37,23 @@ _ICC: Final = b"ICC_PROFILE\0"
 
 @dataclass(slots=True)
 class PictureFile:
-    """A file without metadata, and the metadata that says how to show it."""
+    """A file without metadata, and the metadata that affects its display."""
 
     data: bytes
     icc_profile: bytes = b""
     exif: bytes = b""
-    #: The same JPEG with more behind its pixels, if it has no end marker. Decoded, it differs if pixels are missing.
+    #: A JPEG without end marker, with `_FILLER` after its data. It decodes to another image if pixels are missing.
     padded: bytes = b""
-    #: How often decoding passes over all pixels.
+    #: The number of scans, each of which decodes all pixels.
     scans: int = 1
     #: Whether an ICC profile for greyscale applies.
     grey: bool = False
-    #: The sample of a 16-bit greyscale PNG that stands for transparent.
+    #: The transparent sample of a 16-bit greyscale PNG.
     transparent_sample: int | None = None
 
 
 def read_png(data: bytes) -> PictureFile:
-    """Raises `Unreadable`."""
+    """Parse a PNG; of an animation, its first frame. Raises `Unreadable`."""
     header = data[8:33]
     if header[4:8] != b"IHDR" or len(header) < 25:
         raise Unreadable
@@ -62,7 +62,7 @@ def read_png(data: bytes) -> PictureFile:
     pixels: list[bytes] = []
     frames: list[tuple[bytes, list[bytes]]] = []
     at, expanded = 33, 0
-    for _ in range(_MAX_PIECES):
+    for _ in range(_MAX_CHUNKS):
         length, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
         if name in (b"IEND", b""):
             break
@@ -77,7 +77,7 @@ def read_png(data: bytes) -> PictureFile:
                 frames.append((body, []))
             elif name == b"fdAT" and frames:
                 frames[-1][1].append(body[4:])
-            # What describes the pixels comes before them, and transparency after the palette that it refers to.
+            # Metadata comes before the pixels, and transparency after the palette.
             if not pixels and not (name == b"tRNS" and colour_type == _PALETTE and b"PLTE" not in first):
                 first.setdefault(name, body)
         elif name == b"PLTE":
@@ -87,7 +87,7 @@ def read_png(data: bytes) -> PictureFile:
         raise Unreadable
     animated = 0 < int.from_bytes(first.get(b"acTL", b"")[:4]) < 1 << 31
     if animated and b"fcTL" not in first and frames and frames[0][0][4:20] == header[8:16] + bytes(8):
-        # The pixels are for viewers without animation. The first frame is what others show.
+        # IDAT is a fallback that is not part of the animation: take the first frame instead.
         pixels = frames[0][1] or pixels
     file = PictureFile(b"", _png_profile(first), first.get(b"eXIf", b""), grey=colour_type in (_GREY, _GREY_ALPHA))
     chunks = [_PNG_MAGIC, header]
@@ -96,20 +96,20 @@ def read_png(data: bytes) -> PictureFile:
         colours = colours[: len(colours) // 3 * 3]
         if not colours:
             raise Unreadable
-        # An index beyond the palette shows its last colour.
+        # Repeat the last colour for indexes beyond the palette.
         chunks.append(_chunk(b"PLTE", colours + colours[-3:] * (256 - len(colours) // 3)))
     transparency = first.get(b"tRNS", b"")
     if colour_type == _PALETTE and len(transparency) <= 256:
         chunks.append(_chunk(b"tRNS", transparency))
     elif colour_type == _GREY and len(transparency) >= 2:
-        # Pillow compares with what it expands a sample of less than 8 bits to, and not at all with one of 16.
+        # Pillow compares with samples expanded to 8 bits, and ignores transparency with 16 bits.
         sample, highest = int.from_bytes(transparency[:2]), (1 << depth) - 1
         if depth == 16:
             file.transparent_sample = sample
         elif sample <= highest or depth == 8:
             chunks.append(_chunk(b"tRNS", struct.pack(">H", (sample & 255) * 255 // highest)))
     elif colour_type == _COLOUR and len(transparency) >= 6:
-        # Of 16 bits Pillow keeps the upper 8.
+        # Pillow keeps the upper 8 of 16 bits.
         samples = [sample >> (depth - 8) for sample in struct.unpack(">3H", transparency[:6])]
         chunks.append(_chunk(b"tRNS", struct.pack(">3H", *samples)))
     file.data = b"".join([*chunks, _chunk(b"IDAT", b"".join(pixels)), _chunk(b"IEND", b"")])
@@ -117,7 +117,7 @@ def read_png(data: bytes) -> PictureFile:
 
 
 def _expanded(name: bytes, body: bytes, limit: int) -> bytes:
-    """The text or the profile in a chunk, without what is broken in it. Raises `Unreadable` beyond the limit."""
+    """The text or profile in a chunk; empty if it is damaged. Raises `Unreadable` beyond `limit` bytes."""
     keyword, _, packed = body.partition(b"\0")
     if name == b"iTXt":
         compressed, packed = packed[:1] == b"\1", packed[2:].partition(b"\0")[2].partition(b"\0")[2]
@@ -135,7 +135,7 @@ def _expanded(name: bytes, body: bytes, limit: int) -> bytes:
 
 
 def _png_profile(chunks: dict[bytes, bytes]) -> bytes:
-    """The colours by the first of these that is usable: cICP, iCCP, sRGB, gAMA with cHRM."""
+    """The ICC profile from the first usable of cICP, iCCP, sRGB, and gAMA with cHRM; empty for sRGB."""
     code_points = chunks.get(b"cICP", b"")
     if len(code_points) == 4 and (profile := from_code_points(*code_points)):
         return profile
@@ -150,26 +150,26 @@ def _png_profile(chunks: dict[bytes, bytes]) -> bytes:
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:
-    # Pillow does not look at the checksum of pixels.
+    # Pillow does not verify the checksum of IDAT.
     checksum = 0 if name == b"IDAT" else zlib.crc32(body, zlib.crc32(name))
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", checksum)
 
 
 def read_jpeg(data: bytes) -> PictureFile:
-    """Raises `Unreadable`. What comes after the end of the image, such as a video or a second picture, is left out."""
+    """Parse a JPEG. Drops data after its end, such as a video or a second picture. Raises `Unreadable`."""
     view = memoryview(data)
     file = PictureFile(b"", scans=0)
     kept = [view[:2]]
     profile: dict[tuple[int, int], bytes] = {}
     at, stray, marker = 2, 0, 0
-    for _ in range(_MAX_PIECES):
+    for _ in range(_MAX_CHUNKS):
         found = _search(_AFTER_SCAN if file.scans else _MARKER, data, at)
         start = found.start() if found else len(data)
         if file.scans:
             kept.append(view[at:start])
         else:
             stray += start - at
-        if found is None or found[0][1] == _END_OF_IMAGE or stray > _MAX_PIECES:
+        if found is None or found[0][1] == _END_OF_IMAGE or stray > _MAX_CHUNKS:
             break
         marker, at = found[0][1], found.end()
         if marker in _BARE:
@@ -184,14 +184,14 @@ def read_jpeg(data: bytes) -> PictureFile:
             file.exif = body[6:]
         elif marker == _APP2 and body.startswith(_ICC) and len(body) > 14:
             profile.setdefault((body[12], body[13]), body[14:])
-        # Of the application segments the decoder looks at these two.
+        # The decoder reads only these two application segments.
         adobe = marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12
         jfif = marker == _APP0 and body.startswith(b"JFIF\0") and len(body) >= 14
         if marker not in (*_APPLICATION, _COMMENT) or adobe or jfif:
             kept.append(view[start:end])
     else:
         raise Unreadable
-    if stray > _MAX_PIECES:
+    if stray > _MAX_CHUNKS:
         raise Unreadable
     if found is None:
         if marker != _START_OF_SCAN or at >= len(data):
@@ -211,7 +211,7 @@ def _search(pattern: re.Pattern[bytes], data: bytes, at: int) -> re.Match[bytes]
 
 
 def orientation(exif: bytes) -> int:
-    """The number of the orientation, 1 where none can be read."""
+    """The EXIF orientation, 1 if none can be read."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is not None:
         try:

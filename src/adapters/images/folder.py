@@ -1,4 +1,4 @@
-"""Pictures in a folder: one sub-folder per generation, one file per picture."""
+"""Stores pictures in a folder: one subfolder per generation, one file per picture."""
 
 import asyncio
 import contextlib
@@ -24,44 +24,44 @@ logger = logging.getLogger(__name__)
 _SUFFIXES: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 _MEDIA_TYPES: Final = {suffix: media_type for media_type, suffix in _SUFFIXES.items()}
 
-# Bounded, so that no name is too long for the file system.
+# Bounded by the file system's limit for names.
 _ID: Final = re.compile(r"[a-z]{1,16}_[0-9]{1,20}_[a-z0-9]{1,64}")
 _NAME: Final = re.compile(rf"({_ID.pattern})-[0-9a-f]{{32}}\.({'|'.join(_MEDIA_TYPES)})")
 #: What `probe` writes.
 _PROBE: Final = re.compile(r"\.probe-[0-9a-f]{16}")
-#: A picture on its way into the folder.
+#: A picture that is being written.
 _PART: Final = re.compile(rf"\.{_NAME.pattern}\.part")
-#: The mark: one line of JSON that names the log whose pictures these are. Its lock is held as long as the folder is.
+#: The mark: a file with a line of JSON that names the log of these pictures. It is locked while the folder is in use.
 _MARK: Final = ".stagecast"
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FolderRefused(Exception):
-    """The folder belongs to somebody else, or cannot be used. Its text is one sentence for the operator."""
+    """The folder is in use, belongs to another log, or cannot be used. The message is a sentence for the operator."""
 
 
 class ImageFolder:
-    """Keeps pictures under `root`, which no other process may write to or delete from meanwhile.
+    """`domain.ports.ImageStore` under `root`, which no other process may change meanwhile.
 
-    What is not named like one of our pictures is neither served nor removed. A file that cannot be removed
-    is left for the next sweep. Nothing is written or removed while another folder, or none, is at this path.
+    Files with other names than our pictures' are neither served nor removed. A file that cannot be removed is left for
+    the next sweep. Nothing is written or removed while the folder is missing or replaced by another.
     """
 
     def __init__(self, root: Path, *, log: str, epoch: str) -> None:
-        """Take the folder for the log of this kind (``memory``, ``sqlite``) and epoch. It is made if it is missing.
+        """Claim the folder for the log of this kind (``memory``, ``sqlite``) and epoch, or create it.
 
         Raises:
-            FolderRefused: a live process holds it, it belongs to another durable log, or it cannot be used.
+            FolderRefused: another process uses it, it belongs to another durable log, or it cannot be used.
         """
         self._root = root
         self._tag = secrets.token_hex(8)
         self._lost = False
         try:
             root.mkdir(parents=True, exist_ok=True)
-            # A descriptor that no child process inherits: only this process holds the lock.
+            # Not inherited by child processes, so that only this process holds the lock.
             self._lock = os.open(root / _MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
-                #: Pictures stored before this moment are never reported as removable; 0: all may be.
+                #: Pictures stored before this time (seconds since 1970) are never reported as removable.
                 self._since = self._claim({"log": log, "epoch": epoch})
             except BaseException:
                 os.close(self._lock)
@@ -71,13 +71,13 @@ class ImageFolder:
 
     @staticmethod
     def examine(root: Path, *, log: str, epoch: str | None) -> None:
-        """See whether the folder could be taken, if nobody holds it. It is only read. Raises `FolderRefused`."""
+        """Check without changes whether the folder could be claimed, apart from its lock. Raises `FolderRefused`."""
         try:
             with os.scandir(root):
                 pass
             _check(root, (root / _MARK).read_bytes(), {"log": log, "epoch": epoch})
         except FileNotFoundError:
-            return  # It is made, or marked, when it is taken.
+            return  # It is created or marked when it is claimed.
         except (OSError, RuntimeError) as error:
             raise FolderRefused(f"The image folder {root} cannot be used: {_reason(error)}.") from None
 
@@ -95,11 +95,11 @@ class ImageFolder:
         found = os.pread(self._lock, 4096, 0)
         _check(self._root, found, mark)
         line = json.dumps(mark).encode() + b"\n"
-        # In this order, a process that is killed in between leaves a whole first line.
+        # In this order, a process killed in between leaves a complete first line.
         os.pwrite(self._lock, line, 0)
         os.ftruncate(self._lock, len(line))
         os.fsync(self._lock)
-        # Without a mark, the pictures may be those of a log that an earlier version wrote.
+        # Without a mark, older pictures may belong to the log of an earlier version.
         return 0 if found else os.fstat(self._lock).st_mtime
 
     async def close(self) -> None:
@@ -153,7 +153,7 @@ class ImageFolder:
             raise Failure("storage_failed") from error
 
     def _probe(self) -> None:
-        # One name for each process: what a killed one leaves is removed by the next sweep.
+        # One name per process; the next sweep removes the file of a killed one.
         file = self._root / f".probe-{self._tag}"
         self._check_held()
         try:
@@ -162,7 +162,7 @@ class ImageFolder:
             file.unlink(missing_ok=True)
 
     def _held(self) -> bool:
-        """Whether the folder at this path is the one that was taken. Logs once when that changes."""
+        """Whether the folder at this path is still the claimed one. Logs when that changes."""
         try:
             held = os.path.samestat((self._root / _MARK).lstat(), os.fstat(self._lock))
         except OSError:
@@ -193,7 +193,7 @@ class ImageFolder:
             raise
 
     def _scan(self, moment: float) -> dict[str, list[str]]:
-        """The names by generation. What was left by writers that died is removed on the way."""
+        """The names of removable pictures by generation. Also removes the partial files of killed processes."""
         found: dict[str, list[str]] = {}
         if not self._held():
             return found
@@ -216,12 +216,12 @@ def _write_synced(file: IO[bytes], data: bytes) -> None:
     with file:
         file.write(data)
         file.flush()
-        # Else a power cut could leave the name without all of the bytes.
+        # Otherwise a power failure could leave an incomplete file.
         os.fsync(file.fileno())
 
 
 def _check(root: Path, found: bytes, mark: Mapping[str, str | None]) -> None:
-    """Refuse the mark of another durable log. That of a memory log is left over: its log died with its process."""
+    """Refuse the mark of another durable log. A memory log's mark is stale, as that log ended with its process."""
     line, _, _ = found.partition(b"\n")
     way_out = f"use another folder, or remove {_MARK} from it if no log needs its pictures"
     try:
@@ -237,9 +237,9 @@ def _reason(error: Exception) -> str:
 
 
 def _create(part: Path) -> IO[bytes]:
-    """The new file, its folder made where it is missing or is removed, having been empty, in between."""
+    """Create the file, and its folder, which a concurrent `_remove` may delete while it is empty."""
     for _ in range(10):
-        # Either error can come of it: `mkdir` looks a second time at what it has found there.
+        # That race can raise either error, as `mkdir` checks an existing path again.
         with contextlib.suppress(FileNotFoundError, FileExistsError):
             part.parent.mkdir(parents=True, exist_ok=True)
             return part.open("xb")
@@ -247,7 +247,7 @@ def _create(part: Path) -> IO[bytes]:
 
 
 def _remove(file: Path) -> None:
-    """Remove the file, and its folder if it was the last."""
+    """Remove the file, and its folder if that is then empty."""
     try:
         file.unlink(missing_ok=True)
     except OSError as error:
@@ -258,13 +258,13 @@ def _remove(file: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What is in the folder; nothing where there is none."""
+    """The entries of the folder; none if it does not exist."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         yield from entries
 
 
 def _stored(entry: os.DirEntry[str]) -> float:
-    """When the file was written; infinity if it is gone."""
+    """The time of the last write in seconds since 1970; infinity if the file is gone."""
     try:
         return entry.stat(follow_symlinks=False).st_mtime
     except FileNotFoundError:

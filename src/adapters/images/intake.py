@@ -1,4 +1,4 @@
-"""What strangers send, turned into pictures of ours."""
+"""Validates uploaded pictures, and re-encodes them as sRGB without metadata."""
 
 import mmap
 import os
@@ -20,8 +20,8 @@ from domain.ports import Content, Picture, read
 
 MAX_PIXELS: Final = 25_000_000
 
-#: Scans times pixels: a hundred scans of 25 megapixels. Cameras make about ten. Each costs a pass over the whole
-#: picture and as little as 64 bytes, so that ten megabytes could keep a core busy for an hour.
+#: Scans times pixels: a hundred scans of 25 megapixels; cameras make about ten. A scan costs a pass over the picture,
+#: and may have as little as 64 bytes, so that ten megabytes could keep a core busy for an hour.
 _MAX_SCANNED: Final = 2_500_000_000
 
 _MAGIC: Final = {
@@ -30,7 +30,8 @@ _MAGIC: Final = {
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 }
 
-_TURNS: Final = {
+#: By EXIF orientation.
+_TRANSPOSE: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,7 +41,7 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: Run by a Python of its own: WebP on its input, bare pixels of the first frame on its output.
+#: Run in a separate Python process: reads WebP from stdin, and writes the raw pixels of the first frame to stdout.
 _DECODE_WEBP: Final = """
 import sys
 from PIL import Image
@@ -51,18 +52,18 @@ _DECODE_SECONDS: Final = 60
 
 _READERS: Final = {"PNG": read_png, "JPEG": read_jpeg, "WEBP": PictureFile}
 
-#: 729 colours from all over the cube.
+#: 729 colours, evenly spaced in the RGB cube.
 _COLOURS: Final = Image.frombytes("RGB", (27, 27), bytes(chain.from_iterable(product(range(0, 256, 31), repeat=3))))
 
 
 class PillowIntake:
-    """Admits PNG, JPEG and WebP; of an animation, its first frame."""
+    """`domain.ports.ImageIntake` for PNG, JPEG and WebP; of an animation, its first frame."""
 
     def __init__(self, threads: ImageThreads) -> None:
         self._threads = threads
 
     async def admit(self, content: Content) -> Picture:
-        # Read twice: what waits in line is not in memory.
+        # Read twice, so that the data is not in memory while this waits for a thread.
         async with self._threads.turn(GLANCE) as run:
             cost = await run(_cost, await read(content))
         async with self._threads.turn(cost) as run:
@@ -71,13 +72,13 @@ class PillowIntake:
 
 
 def _cost(data: bytes) -> int:
-    """How many pixels have to be decoded, each as often as it is passed over. Raises as `ImageIntake.admit`."""
-    file, image = _recognised(data)
+    """Pixels times passes over them. Raises like `ImageIntake.admit`."""
+    file, image = _opened(data)
     return max(1, file.scans) * image.width * image.height
 
 
-def _recognised(data: bytes) -> tuple[PictureFile, Image.Image]:
-    """The file, and the image before it is decoded. Raises as `ImageIntake.admit`."""
+def _opened(data: bytes) -> tuple[PictureFile, Image.Image]:
+    """The file, and the image, not yet decoded. Raises like `ImageIntake.admit`."""
     kind = next((kind for kind, magic in _MAGIC.items() if magic.match(data)), None)
     if kind is None:
         raise UnsupportedImageType if data else InvalidImage
@@ -97,7 +98,7 @@ def _recognised(data: bytes) -> tuple[PictureFile, Image.Image]:
 
 
 def _admit(data: bytes) -> Picture:
-    file, image = _recognised(data)
+    file, image = _opened(data)
     kind = image.format
     try:
         with reading():
@@ -109,30 +110,29 @@ def _admit(data: bytes) -> Picture:
                 load(still := image)
                 if file.padded and not _is_complete(image, file.padded):
                     raise Unreadable
-            turn = _TURNS.get(orientation(file.exif))
+            method = _TRANSPOSE.get(orientation(file.exif))
             still = _in_srgb(still, file)
-            return encode(still if turn is None else still.transpose(turn), quality=97, fine=True)
+            return encode(still if method is None else still.transpose(method), quality=97, fine=True)
     except Unreadable:
         raise InvalidImage from None
 
 
 def _is_complete(image: Image.Image, padded: bytes) -> bool:
-    """Whether what follows the pixels makes no difference to them."""
+    """Whether the image has all its pixels, so that padding does not change them."""
     load(other := opened(padded, ("JPEG",)))
-    # `ImageChops` would compare pixel by pixel, and keep the interpreter lock for 100 ms.
+    # `ImageChops` would hold the GIL for 100 ms.
     return image.histogram() == other.histogram()
 
 
 def _webp(image: Image.Image, data: bytes) -> Image.Image:
-    """The pixels of a WebP, decoded by another process.
+    """The pixels of a WebP, decoded in a subprocess without our environment.
 
-    Pillow decodes WebP without giving up the interpreter lock: in here, everybody's events would stand still
-    for 200 ms over 12 megapixels. The other process is given nothing but the bytes, no environment either.
+    Pillow holds the GIL while it decodes WebP, 200 ms for 12 megapixels, which would block the event loop.
     """
     command = [sys.executable, "-S", "-P", "-W", "ignore", "-c", _DECODE_WEBP]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with scratch() as file:
-        subprocess.run(  # noqa: S603 (our own program; the stranger's bytes are its input)
+        subprocess.run(  # noqa: S603 (a fixed program; only its input is untrusted)
             command,
             input=data,
             stdout=file,
@@ -147,12 +147,12 @@ def _webp(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
-    """The image in our modes; its colours converted where a profile says what they are."""
+    """The image as ``RGB`` or ``RGBA``, converted to sRGB if it has a usable profile."""
     flat = plain(image, file.transparent_sample)
     if not file.icc_profile:
         return flat
     try:
-        # Floating-point pipelines take LittleCMS minutes where they have many steps; browsers ignore them, too.
+        # Hide floating-point pipelines (D2Bx): LittleCMS may take minutes for them, and browsers ignore them too.
         profile = ImageCms.ImageCmsProfile(BytesIO(file.icc_profile.replace(b"D2B", b"\0\0\0")))
         space = profile.profile.xcolor_space.strip()
         if (space == "CMYK") != (image.mode == "CMYK") or (space == "GRAY" and not file.grey):
@@ -167,12 +167,12 @@ def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
             converted.putalpha(flat.getchannel("A"))
         return converted
     except (ImageCms.PyCMSError, OSError):
-        # A profile that is broken, or of another kind of image.
+        # The profile is malformed, or for another kind of image.
         return flat
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether the colours are those of sRGB; most profiles say so, and converting takes long."""
+    """Whether the transform is almost the identity. Most profiles are sRGB's, and conversion is slow."""
     before = _COLOURS.convert(mode)
     levels = ImageChops.difference(before, transform.apply(before)).histogram()
-    return not any(count for place, count in enumerate(levels) if place % 256 > 2)
+    return not any(count for index, count in enumerate(levels) if index % 256 > 2)

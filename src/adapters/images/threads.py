@@ -1,4 +1,4 @@
-"""Where Pillow works: in a few threads beside the event loop, for which the work of all users waits in one line."""
+"""Threads for image work, shared fairly between users."""
 
 import asyncio
 import contextlib
@@ -18,76 +18,73 @@ from domain.identity import WORKING_FOR
 Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
 
-#: How far image work stands back behind the event loop where both want the same core.
+#: The niceness of image threads, so that the event loop goes first on a shared core.
 _NICENESS: Final = 10
 
-#: The cost of work is in pixels times passes over them. This is what a look at a header costs, and what work costs that
-#: does not say so.
+#: Costs of work, in pixels times passes over them: of reading a header, and by default.
 GLANCE: Final = 100_000
 _USUAL: Final = 2_000_000
-#: What costs more than this is large. Of two threads only one does large work, so that the other serves small work
-#: soon, and no two of the largest pictures are in memory at once.
+#: The cost above which work is large. One thread is kept free of large work, so that small work is served soon, and
+#: fewer large pictures are in memory at once.
 _LARGE: Final = 16_000_000
 
-
-#: Of glibc only.
+#: In glibc only.
 _TRIM: Final = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 @dataclass(eq=False)
 class _Turn:
-    """One piece of work, in line or under way."""
+    """A piece of work, waiting or running."""
 
     user: str
     cost: int
-    #: Where it stands in line: smaller ones come first.
+    #: Its virtual finish time: the smallest is served first.
     tag: float
     granted: Future[None] = field(default_factory=Future)
-    #: What its thread does.
+    #: The call running on its thread.
     job: Future[Any] | None = None
 
 
 class ImageThreads:
-    """Runs image work, so much of it at once and no more; the rest waits in line.
+    """Runs image work on a limited number of threads; other work waits in a weighted fair queue.
 
-    The line is a weighted fair queue: each user who waits gets the same share of the work, in pixels. So small work
-    comes before large work of others, and large work is not put off for ever. Several event loops may use it.
+    Each waiting user gets the same share of the work, in pixels. So small work overtakes the large work of others, and
+    large work is not starved. Several event loops may use it.
 
-    Pillow gives up the interpreter lock in nearly everything that takes long, so that threads do. What is
-    run here has no loop over pixels of its own.
+    Threads suffice, as Pillow releases the GIL in almost all slow operations. Work must not loop over pixels in Python.
     """
 
     def __init__(self, max_workers: int = 2) -> None:
-        """At most `max_workers` threads, and never more than this process has cores."""
+        """Starts at most `max_workers` threads, and not more than the process has cores."""
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        #: How many threads there are.
+        #: The number of threads.
         self.size = min(max_workers, cores)
-        self._pool = ThreadPoolExecutor(self.size, "image", initializer=_stand_back)
+        self._pool = ThreadPoolExecutor(self.size, "image", initializer=_lower_priority)
         self._lock = threading.Lock()
-        self._line: list[_Turn] = []
+        self._waiting: list[_Turn] = []
         self._running: list[_Turn] = []
-        #: The work of each user's share done so far, and the tag of each user's last turn.
+        #: The virtual time (the work done per waiting user), and the tag of each user's last turn.
         self._now = 0.0
         self._tags: dict[str, float] = {}
 
     async def run(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
-        """What the function returns or raises. Cancelled while it waits in line, it is never begun."""
+        """Run the function on a thread. If cancelled while it waits, it is never started."""
         async with self.turn() as run:
             result: Result = await run(function, *args)
             return result
 
     @asynccontextmanager
     async def turn(self, cost: int = _USUAL) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
-        """Wait in line for a thread, and yield what runs one function in it. What it needs can be read meanwhile.
+        """Wait for a thread, and yield a function that runs calls on it. Load data inside, not while waiting.
 
-        `cost`: pixels times passes over them, known beforehand.
+        `cost`: pixels times passes over them.
         """
         turn = self._enter(WORKING_FOR.get(), cost)
         try:
             await asyncio.wrap_future(turn.granted)
 
             async def run(function: Callable[[*Args], Result], *args: *Args) -> Result:
-                call: Callable[..., Result] = partial(_tidily, function) if cost >= _USUAL else function
+                call: Callable[..., Result] = partial(_trimmed, function) if cost >= _USUAL else function
                 turn.job = job = self._pool.submit(call, *args)
                 return await asyncio.wrap_future(job)
 
@@ -95,52 +92,52 @@ class ImageThreads:
         finally:
             if turn.job is None:
                 self._leave(turn)
-            else:  # A thread does not stop because nobody waits for it any more.
+            else:  # After a cancellation, the thread still runs.
                 turn.job.add_done_callback(lambda _: self._leave(turn))
 
     def close(self) -> None:
-        """Drop what waits, and end the threads once they are done with what they do."""
+        """Cancel waiting work, and end the threads after their current calls."""
         with self._lock:
-            for turn in self._line:
+            for turn in self._waiting:
                 turn.granted.cancel()
-            self._line.clear()
+            self._waiting.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _enter(self, user: str, cost: int) -> _Turn:
         with self._lock:
             turn = _Turn(user, cost, max(self._now, self._tags.get(user, 0.0)) + cost)
             self._tags[user] = turn.tag
-            self._line.append(turn)
+            self._waiting.append(turn)
             self._grant()
         return turn
 
     def _leave(self, turn: _Turn) -> None:
         with self._lock:
-            for place in (self._running, self._line):
-                if turn in place:
-                    place.remove(turn)
-            busy = self._line or self._running
+            for turns in (self._running, self._waiting):
+                if turn in turns:
+                    turns.remove(turn)
+            busy = self._waiting or self._running
             self._tags = {user: tag for user, tag in self._tags.items() if busy and tag > self._now}
             self._now = self._now if busy else 0.0
             self._grant()
 
     def _grant(self) -> None:
-        """Let those in line begin for whom there is room."""
+        """Start waiting turns while threads are free."""
         while len(self._running) < self.size and (turn := self._next()) is not None:
-            self._line.remove(turn)
+            self._waiting.remove(turn)
             self._running.append(turn)
-            self._now += turn.cost / len({each.user for each in (*self._line, *self._running)})
-            with contextlib.suppress(Exception):  # It was cancelled, and leaves at once.
+            self._now += turn.cost / len({each.user for each in (*self._waiting, *self._running)})
+            with contextlib.suppress(Exception):  # It was cancelled, and will leave at once.
                 turn.granted.set_result(None)
 
     def _next(self) -> _Turn | None:
         full = sum(turn.cost > _LARGE for turn in self._running) >= max(1, self.size - 1)
-        fitting = [turn for turn in self._line if turn.cost <= _LARGE or not full]
+        fitting = [turn for turn in self._waiting if turn.cost <= _LARGE or not full]
         return min(fitting, key=lambda turn: turn.tag, default=None)
 
 
-def _tidily(function: Callable[[*Args], Result], *args: *Args) -> Result:
-    """Give back the memory that the function has let go of: glibc keeps some hundred MB of it for later."""
+def _trimmed(function: Callable[[*Args], Result], *args: *Args) -> Result:
+    """Call the function, then return free memory to the system, of which glibc would keep hundreds of MB."""
     try:
         return function(*args)
     finally:
@@ -148,8 +145,8 @@ def _tidily(function: Callable[[*Args], Result], *args: *Args) -> Result:
             _TRIM(0)
 
 
-def _stand_back() -> None:
-    # On Linux a thread has a niceness of its own; elsewhere this would be the whole process.
+def _lower_priority() -> None:
+    # Only on Linux each thread has its own niceness.
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
