@@ -1,1 +1,1 @@
-"""The offline editor and face swap: free, and they say so."""
+"""An editor and a face swap that run locally without an AI, for development and demos."""

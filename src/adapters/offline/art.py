@@ -1,4 +1,4 @@
-"""What the offline pictures are made of: chance, palettes, gradients, shapes and shadows."""
+"""Drawing for the offline pictures: pseudo-random numbers, palettes, gradients, shapes and shadows."""
 
 import hashlib
 import math
@@ -11,22 +11,22 @@ Box = tuple[float, float, float, float]
 
 
 class Chance:
-    """Numbers that look random and follow from a text."""
+    """Pseudo-random numbers, seeded by a text."""
 
     def __init__(self, text: str) -> None:
         self._bytes: Iterator[int] = iter(hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(1024))
 
     def between(self, low: float, high: float) -> float:
-        """The next number in that range; of 65,536 possible ones."""
+        """The next number in this range, out of 65,536 possible ones."""
         return low + (high - low) * (next(self._bytes) * 256 + next(self._bytes)) / 65_535
 
 
 class Palette:
-    """Colours that go together, around a hue that chance has drawn."""
+    """Matching colours around a random hue."""
 
     def __init__(self, chance: Chance) -> None:
         hue = chance.between(0, 360)
-        #: Towards a neighbour or to the other side of the wheel.
+        #: A neighbouring hue, or one from the other side of the colour wheel.
         other = hue + (45, -45, 150, 180)[int(chance.between(0, 3.99))]
         self.ink = oklch(0.24, 0.055, hue)
         self.deep = oklch(0.38, 0.10, hue)
@@ -38,7 +38,7 @@ class Palette:
 
 
 def oklch(lightness: float, chroma: float, hue: float) -> Colour:
-    """A colour of sRGB by how light, how strong and of which hue (in degrees) it looks."""
+    """The sRGB colour of OKLCH coordinates: lightness 0 to 1, chroma, hue in degrees."""
     a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -56,28 +56,28 @@ def _gamma(linear: float) -> int:
 
 
 def mesh(size: tuple[int, int], colours: list[Colour]) -> Image.Image:
-    """A gradient that flows between nine colours, given row by row."""
+    """A gradient between the colours of a 3 by 3 grid, given row by row."""
     image = Image.new("RGB", (3, 3))
-    for place, colour in enumerate(colours):
-        image.putpixel((place % 3, place // 3), colour)
-    # It flows so slowly that half of the pixels are enough.
+    for index, colour in enumerate(colours):
+        image.putpixel((index % 3, index // 3), colour)
+    # It is so smooth that half the resolution is enough.
     return image.resize((size[0] // 2, size[1] // 2), Image.Resampling.BICUBIC).resize(size, Image.Resampling.NEAREST)
 
 
 def mask(size: tuple[int, int], draw: Callable[[ImageDraw.ImageDraw, int], None]) -> Image.Image:
-    """What `draw` draws in 255 at a scale of its second argument, with soft edges."""
+    """An antialiased mask. `draw` draws in 255, at the scale of its second argument."""
     image = Image.new("L", (size[0] * 2, size[1] * 2))
     draw(ImageDraw.Draw(image), 2)
     return image.reduce(2)
 
 
 def rounded(size: tuple[int, int], box: Box, radius: float) -> Image.Image:
-    """The mask of a rectangle with round corners."""
+    """The mask of a rectangle with rounded corners."""
     return mask(size, lambda draw, k: draw.rounded_rectangle([side * k for side in box], radius * k, fill=255))
 
 
 def oval(size: tuple[int, int], box: Box, ring: float = 0) -> Image.Image:
-    """The mask of an oval, or of a ring that wide."""
+    """The mask of an ellipse, or of an elliptic ring of this width."""
 
     def draw(draw: ImageDraw.ImageDraw, k: int) -> None:
         draw.ellipse([side * k for side in box], fill=0 if ring else 255, outline=255, width=round(ring * k))
@@ -86,37 +86,37 @@ def oval(size: tuple[int, int], box: Box, ring: float = 0) -> Image.Image:
 
 
 def tint(page: Image.Image, colour: Colour, shape: Image.Image, at: tuple[int, int] = (0, 0)) -> None:
-    """Paint the shape on the page, its upper left corner there."""
-    # Pillow pastes an image of one colour three times as fast as the colour itself.
+    """Paint the shape on the page, with its upper left corner at `at`."""
+    # Pillow pastes an image three times as fast as a colour.
     page.paste(Image.new(page.mode, shape.size, colour), at, shape)
 
 
 def disc(
     page: Image.Image, colour: Colour, centre: tuple[float, float], radius: float, *, share: float = 1, ring: float = 0
 ) -> None:
-    """Paint a disc, or a ring that wide, to this share of its colour."""
+    """Paint a disc, or a ring of this width, with this opacity (0 to 1)."""
     left, top, side = math.floor(centre[0] - radius), math.floor(centre[1] - radius), math.ceil(2 * radius) + 2
     shape = oval((side, side), around((centre[0] - left, centre[1] - top), radius), ring)
     tint(page, colour, shape if share == 1 else faded(shape, share), (left, top))
 
 
 def around(centre: tuple[float, float], radius: float) -> Box:
-    """The square that far around a point."""
+    """The bounding box of a circle."""
     return centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius
 
 
 def inset(box: Box, by: float) -> Box:
-    """The box, smaller on each side."""
+    """The box, smaller by `by` on each side."""
     return box[0] + by, box[1] + by, box[2] - by, box[3] - by
 
 
 def faded(image: Image.Image, share: float) -> Image.Image:
-    """The mask, weaker."""
+    """The mask times this factor."""
     return image.point(lambda value: value * share)
 
 
 def shadow(shape: Image.Image, softness: float, share: float, down: float) -> Image.Image:
-    """The mask of the shadow that a shape throws below itself."""
+    """The mask of a shape's drop shadow."""
     small = shape.reduce(4).filter(ImageFilter.GaussianBlur(softness / 4))
     soft = faded(small, share).resize(shape.size, Image.Resampling.BICUBIC)
     moved = Image.new("L", shape.size)

@@ -1,4 +1,4 @@
-"""The AI stage without an AI: honest pictures, made here, that say so on themselves."""
+"""The AI stage without an AI: pictures that are drawn locally, and labelled as such."""
 
 from functools import partial
 from typing import Final
@@ -23,7 +23,7 @@ _GENERATING: Final = ("Sketching...", "Laying out the shapes...", "Painting...",
 
 
 class LocalEditor:
-    """Makes, from the same sheet, prompt and options, the same picture. It lasts at least `seconds`."""
+    """`domain.ports.ImageEditor` without an AI. It is deterministic, and takes at least `seconds`."""
 
     free = True
 
@@ -38,7 +38,7 @@ class LocalEditor:
 
 
 def _edited(sheet: Picture, prompt: str, options: Options) -> Picture:
-    """A print of the sheet in colours of the prompt, on a panel with a caption."""
+    """The sheet in colours derived from the prompt, on a panel with a caption."""
     size = SIZES[options.aspect_ratio]
     palette = Palette(Chance(prompt))
     panel = inset((0, 0, *size), 60)
@@ -59,7 +59,7 @@ def _edited(sheet: Picture, prompt: str, options: Options) -> Picture:
 
 
 def _generated(sheet: Picture, prompt: str, options: Options) -> Picture:
-    """A poster of shapes that the prompt has drawn, the sheet lying on it as a card."""
+    """A poster of shapes derived from the prompt, with the sheet on it as a card."""
     size = SIZES[options.aspect_ratio]
     chance = Chance(prompt)
     palette = Palette(chance)
@@ -70,16 +70,16 @@ def _generated(sheet: Picture, prompt: str, options: Options) -> Picture:
         radius = chance.between(0.12, 0.42) * min(size)
         disc(page, colour, centre, radius, share=chance.between(0.45, 0.9))
         disc(page, palette.paper, centre, radius * 1.22, share=0.6, ring=3)
-    # Darker where the type stands.
-    dusk = Image.linear_gradient("L")
-    tint(page, palette.ink, faded((dusk.rotate(90) if wide else dusk).resize(size), 0.85))
+    # Darken the background of the text.
+    gradient = Image.linear_gradient("L")
+    tint(page, palette.ink, faded((gradient.rotate(90) if wide else gradient).resize(size), 0.85))
 
     art = (80, 80, 840, size[1] - 80) if wide else (120, 110, size[0] - 120, round(size[1] * 0.66))
     card = _card(_fitted(sheet, inset(art, 60)), chance.between(2, 6) * (1 if chance.between(-1, 1) > 0 else -1))
     place = _centred(card, art)
-    throws = Image.new("L", size)
-    throws.paste(card.getchannel("A"), place)
-    tint(page, palette.ink, shadow(throws, softness=36, share=0.7, down=22))
+    shape = Image.new("L", size)
+    shape.paste(card.getchannel("A"), place)
+    tint(page, palette.ink, shadow(shape, softness=36, share=0.7, down=22))
     page.paste(card, place, card)
     left, top, right, bottom = inset((0, 0, *size), 84)
     caption = (900, top, right, bottom) if wide else (left, size[1] * 0.74, right, bottom)
@@ -95,12 +95,12 @@ def _backdrop(size: tuple[int, int], palette: Palette) -> Image.Image:
 
 
 def _fitted(sheet: Picture, box: Box) -> Image.Image:
-    """What is on the sheet without the white around it, as large as the box allows."""
+    """The content of the sheet without its white margin, scaled to fit the box."""
     room = round(box[2] - box[0]), round(box[3] - box[1])
     image = decoded(opened(sheet.data), near=(room[0], room[1]))
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=image if image.mode == "RGBA" else None)
-    # Found on a small copy: taking the difference of two images holds on to the interpreter lock.
+    # On a small copy, which is faster.
     scale = max(1, max(page.size) // 400)
     inked = ImageOps.invert(page.reduce(scale).convert("L")).point(lambda value: 255 * (value > 8)).getbbox()
     if inked:
@@ -110,20 +110,20 @@ def _fitted(sheet: Picture, box: Box) -> Image.Image:
 
 
 def _graded(image: Image.Image, palette: Palette) -> Image.Image:
-    """The image in shades of the palette, its own colours shining through, its white the palette's paper."""
+    """The image toned in the palette's colours, blended with its own colours; white becomes the palette's paper."""
     black, mid, white = palette.ink, palette.middle, palette.paper
     toned = ImageOps.colorize(image.convert("L"), black=black, mid=mid, white=white, midpoint=118)
     return Image.blend(toned, ImageChops.multiply(image, Image.new("RGB", image.size, white)), 0.38)
 
 
 def _card(image: Image.Image, degrees: float) -> Image.Image:
-    """The image with a white border, turned."""
+    """The image with a white border, rotated."""
     card = ImageOps.expand(image, 26, "white").convert("RGBA")
     return ImageOps.expand(card, 2, (0, 0, 0, 0)).rotate(degrees, Image.Resampling.BILINEAR, expand=True)
 
 
 def _caption(page: Image.Image, prompt: str, box: Box, dot: Colour, label: Colour, text: Colour) -> None:
-    """The prompt at the bottom of the box, and above it what this is."""
+    """Write the prompt at the bottom of the box, and `LABEL` above it."""
     left, top, right, bottom = box
     words = letters(prompt) or _NO_LETTERS
     top = write(page, words, (left, top + 54, right, bottom), text, (64, 54, 46, 38, 32, 27)) - 22
@@ -132,5 +132,5 @@ def _caption(page: Image.Image, prompt: str, box: Box, dot: Colour, label: Colou
 
 
 def _centred(image: Image.Image, box: Box) -> tuple[int, int]:
-    """Where the image lies in the middle of the box."""
+    """The upper left corner of the image, centred in the box."""
     return round((box[0] + box[2] - image.width) / 2), round((box[1] + box[3] - image.height) / 2)

@@ -1,4 +1,4 @@
-"""The face swap without an AI: the given face as an inset, honestly."""
+"""The face swap without an AI: the face as a labelled inset."""
 
 from functools import partial
 from typing import Final
@@ -13,10 +13,10 @@ from domain.ports import Picture, Report
 
 LABEL: Final = "offline preview"
 
-#: Of the picture's shorter side: how wide the inset is, and how far from the upper right corner.
+#: As fractions of the picture's shorter side: the inset's width, and its distance from the upper right corner.
 WIDTH: Final = 0.3
 MARGIN: Final = 0.045
-#: Of its own width: how high the inset is, and how soft its edge.
+#: As fractions of the inset's width: its height, and the softness of its edge.
 _HEIGHT: Final = 1.3
 _FEATHER: Final = 0.05
 
@@ -24,7 +24,7 @@ _MESSAGES: Final = ("Looking at the face...", "Cutting it out...", "Softening th
 
 
 class LocalFaceSwap:
-    """Lays the face into the upper right corner of the picture. It lasts at least `seconds`."""
+    """`domain.ports.FaceSwapper`: puts the face into the upper right corner. It takes at least `seconds`."""
 
     free = True
 
@@ -51,7 +51,7 @@ def _swapped(picture: Picture, face: Picture) -> Picture:
 
 
 def _portrait(face: Picture, size: tuple[int, int]) -> Image.Image:
-    """The face on white, cut to size: what is cut off is rather below than above."""
+    """The face on white, cropped to size, more at the bottom than at the top."""
     image = decoded(opened(face.data), near=size)
     portrait = Image.new("RGB", image.size, "white")
     portrait.paste(image, mask=image if image.mode == "RGBA" else None)
@@ -59,7 +59,7 @@ def _portrait(face: Picture, size: tuple[int, int]) -> Image.Image:
 
 
 def _label(image: Image.Image, corner: tuple[int, int], size: tuple[int, int]) -> None:
-    """What this is, on a dark pill at the foot of the inset."""
+    """Write `LABEL` on a dark pill at the bottom of the inset."""
     width, height = max(1, round(0.74 * size[0])), max(1, round(0.125 * size[0]))
     left, top = corner[0] + (size[0] - width) // 2, corner[1] + size[1] - height
     pill = rounded((width, height), (0, 0, width - 1, height - 1), height / 2)

@@ -1,4 +1,4 @@
-"""Type on the offline pictures: the font that comes with Pillow, and where it falls short one of the system's."""
+"""Text on the offline pictures, in Pillow's font, or in a system font for characters that it lacks."""
 
 import unicodedata
 from bisect import bisect_right
@@ -11,34 +11,34 @@ from adapters.offline.art import Box, Colour
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-#: What Pillow's font can draw beside ASCII. It has no accents.
+#: The characters of Pillow's font beside ASCII. It has no accented letters.
 _SIGNS: Final = "«»‘’“”…‹›·°±©™"
-#: How that is spelled which cannot be drawn, and which Unicode does not take apart.
+#: Replacements for characters that Unicode does not decompose.
 _SPELLINGS: Final = str.maketrans({
     "ı": "i", "ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d",
     "Đ": "D", "þ": "th", "Þ": "Th", "ð": "d", "–": "-", "—": "-", "‑": "-", "−": "-", "€": "EUR", "„": "“", "•": "·",
 })  # fmt: skip
 
-#: Common fonts of systems. Each has at least all of Latin, Greek and Cyrillic: the letters below this code.
+#: Common system fonts. Each covers at least Latin, Greek and Cyrillic: the letters below this code point.
 _SYSTEM_FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
 _SYSTEM_LETTERS: Final = 0x530
 
-#: From one line to the next, in sizes of the type.
+#: The distance between lines, as a multiple of the font size.
 _LEADING: Final = 1.32
-#: A longer word is taken for several.
-_LONGEST: Final = 120
+#: Longer words are split, in characters.
+_MAX_WORD: Final = 120
 
 
 def letters(text: str) -> str:
-    """The text as it can be drawn: other accents dropped, and other letters left out."""
+    """The text in characters that can be drawn, without other accents and letters."""
     drawn = "".join(map(_drawable, unicodedata.normalize("NFC", text)))
     return " ".join("".join(sign if sign.isprintable() else " " for sign in drawn).split())
 
 
 def write(image: Image.Image, text: str, box: Box, colour: Colour, sizes: tuple[int, ...]) -> float:
-    """Set the text at the bottom of the box, in the first of the sizes that lets it fit, and return its top.
+    """Write the text at the bottom of the box, in the first font size (pixels) that fits, and return its top.
 
-    What does not even fit in the last size is cut off.
+    If not even the last size fits, the text is truncated.
     """
     for size in sizes:
         font = _font(text, size)
@@ -47,8 +47,8 @@ def write(image: Image.Image, text: str, box: Box, colour: Colour, sizes: tuple[
             break
     draw = ImageDraw.Draw(image)
     top = box[3] - len(lines) * size * _LEADING
-    for place, line in enumerate(lines):
-        draw.text((box[0], top + place * size * _LEADING), line, fill=colour, font=font)
+    for index, line in enumerate(lines):
+        draw.text((box[0], top + index * size * _LEADING), line, fill=colour, font=font)
     return top
 
 
@@ -81,8 +81,8 @@ def _system_font() -> str | None:
 
 
 def _lines(text: str, font: _Font, width: float, most: int) -> tuple[list[str], bool]:
-    """At most so many lines of the text, and whether that was all of it."""
-    words = [word[at : at + _LONGEST] for word in text.split() for at in range(0, len(word), _LONGEST)][::-1]
+    """The text in at most `most` lines, and whether it is complete."""
+    words = [word[at : at + _MAX_WORD] for word in text.split() for at in range(0, len(word), _MAX_WORD)][::-1]
     line = ""
     lines: list[str] = []
     while words and len(lines) < most:
@@ -95,7 +95,7 @@ def _lines(text: str, font: _Font, width: float, most: int) -> tuple[list[str], 
             lines.append(line)
             line = ""
         else:
-            # One word wider than a line.
+            # A word wider than a line.
             cut = max(1, bisect_right(range(len(word)), width, key=lambda end: font.getlength(word[:end])) - 1)
             words.append(word[cut:])
             lines.append(word[:cut])

@@ -1,4 +1,4 @@
-"""The pace of the offline AI stages: slow enough for a person to watch."""
+"""Slows the offline AI stages down, so that a person can watch their progress."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -12,23 +12,23 @@ from domain.errors import Failure
 from domain.ports import Picture, Report
 
 #: Seconds between two reports.
-_BEAT: Final = 0.5
+_INTERVAL: Final = 0.5
 #: The longer side of a preview, in pixels.
 _PREVIEW: Final = 320
 
 
 class Pace:
-    """Makes pictures in the threads, each in at least so many seconds; with 0 seconds as fast as it goes."""
+    """Makes pictures on image threads, each in at least `seconds`; 0 means without delay."""
 
     def __init__(self, threads: ImageThreads, seconds: float) -> None:
         self._threads = threads
         self._seconds = seconds
 
     async def make(self, render: Callable[[], Picture], messages: Sequence[str], report: Report) -> Picture:
-        """What `render` makes. Until the time is over its progress is reported, once with a preview of it.
+        """Return the result of `render`, and report progress until the time is over, once with a preview.
 
         Raises:
-            Failure: ``provider_rejected``, where it was given something that is no picture.
+            Failure: ``provider_rejected`` if an input is not a picture.
         """
         clock = asyncio.get_running_loop().time
         end = clock() + self._seconds
@@ -39,10 +39,10 @@ class Pace:
         if self._seconds <= 0:
             return picture
         preview = await self._threads.run(_preview, picture)
-        steps = max(3, round(self._seconds / _BEAT))
-        begun = min(clock(), end)
+        steps = max(3, round(self._seconds / _INTERVAL))
+        started = min(clock(), end)
         for step in range(1, steps):
-            await asyncio.sleep(begun + (end - begun) * step / steps - clock())
+            await asyncio.sleep(started + (end - started) * step / steps - clock())
             message = messages[step * len(messages) // steps]
             await report(step / steps, message, preview if step == steps // 2 else None)
         await asyncio.sleep(end - clock())
@@ -50,7 +50,7 @@ class Pace:
 
 
 def _preview(picture: Picture) -> Picture:
-    """The picture, small and not yet sharp."""
+    """A small, blurred version of the picture."""
     image = decoded(opened(picture.data), near=(_PREVIEW, _PREVIEW))
     image.thumbnail((_PREVIEW, _PREVIEW))
     return encode(image.filter(ImageFilter.GaussianBlur(_PREVIEW / 64)), quality=75)
