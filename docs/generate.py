@@ -52,7 +52,7 @@ def state_diagram(kind: Kind) -> str:
 
 def _arrow(move: Move) -> str:
     source = "[*]" if move.source == BEGIN else move.source
-    label = f": {GUARDS[move.via.guard]}" if move.via.guard else ""
+    label = f": {GUARDS[move.via.guard].condition}" if move.via.guard else ""
     return f"{source} --> {move.status}{label}"
 
 
@@ -64,7 +64,7 @@ def _row(kind: Kind, status: str, stage: Stage) -> tuple[str, str, str, str]:
 
 
 def _when(move: Move) -> str:
-    return f", when {GUARDS[move.via.guard]}" if move.via.guard else ""
+    return f", when {GUARDS[move.via.guard].condition}" if move.via.guard else ""
 
 
 def settings_table() -> str:

@@ -87,15 +87,15 @@ class IllegalTransition(Refusal):
         self.allowed = allowed
 
 
-class UnfitFact(IllegalTransition):
+class InvalidEventField(IllegalTransition):
     """This status may follow, but not with this."""
 
     code = "invalid_request"
 
-    def __init__(self, present: str, proposed: str, allowed: tuple[str, ...], fact: str, reason: str) -> None:
+    def __init__(self, present: str, proposed: str, allowed: tuple[str, ...], field: str, reason: str) -> None:
         super().__init__(present, proposed, allowed)
-        #: Which fact, by its name in `domain.events.Event`, and what is wrong with it, for people.
-        self.fact = fact
+        #: Its name in `domain.events.Event`, and what is wrong with it, as a sentence for people.
+        self.field = field
         self.reason = reason
 
 

@@ -18,15 +18,6 @@ from domain.stages import Kind
 NAMES: Final = {"started": "generation_started", "completed": "generation_completed", "failed": "generation_failed"}
 CONTINUE: Final = "continue"
 
-URL_FIELDS: Final = (
-    "input_image",
-    "composition_url",
-    "preview_url",
-    "edited_image_url",
-    "generated_image_url",
-    "face_swap_url",
-)
-
 
 class Wire(BaseModel):
     """Base of everything clients read: camelCase keys, and no key that is not declared."""
@@ -43,9 +34,7 @@ class FaceSwapError(Wire):
     message: Annotated[str, Field(min_length=1, max_length=500)]
 
 
-class Event(Wire):
-    """One fact about a generation. Absent values are left out of the JSON, never null."""
-
+class _Header(Wire):
     generation_id: str
     kind: Kind
     sequence: Annotated[int, Field(ge=1, description="1, 2, 3 … within one generation, without a gap")]
@@ -54,17 +43,35 @@ class Event(Wire):
     progress: Annotated[int, Field(ge=0, le=100, description="percentage; it only rises")]
     occurred_at: Annotated[str, Field(description="RFC 3339 in UTC, to the millisecond")]
     metadata: dict[str, JsonValue] | None = None
+
+
+class Images(Wire):
+    """The URLs of the pictures of a generation."""
+
     input_image: str | None = None
     composition_url: str | None = None
     preview_url: str | None = None
     edited_image_url: str | None = None
     generated_image_url: str | None = None
     face_swap_url: str | None = None
+
+
+URL_FIELDS: Final = tuple(Images.model_fields)
+
+
+class Outcome(Images):
+    """What the work on a generation brings: pictures, and the reasons where it fails."""
+
     face_swap_error: FaceSwapError | None = None
     error: Annotated[str | None, Field(description="a sentence fit to show to the owner")] = None
     code: FailureCode | None = None
     failed_stage: str | None = None
     retryable: bool | None = None
+
+
+class Event(Outcome, _Header):  # The fields of the last base come first in the JSON, and ``credit`` last.
+    """One fact about a generation. Absent values are left out of the JSON, never null."""
+
     credit: Annotated[int | None, Field(description="the owner's balance after this event")] = None
 
 

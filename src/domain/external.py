@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from domain.errors import Conflict, Failure, IllegalTransition, LogUnavailable, NotExternal, UnfitFact
+from domain.errors import Conflict, Failure, LogUnavailable, NotExternal
 from domain.feed import Logged
-from domain.generation import Generation, facts_of
+from domain.generation import Generation
 from domain.ports import Clock, EventLog, History
 from domain.quarantine import Quarantine
 from domain.queries import UNREADABLE, generation_of, is_external, order_of
@@ -23,13 +23,6 @@ from domain.stages import FAILED
 
 #: Seconds between two looks at who has been silent for too long, at most.
 _LOOK: Final = 1.0
-
-#: A face swap is made or fails, and that is told where it comes out.
-_OF_A_SWAP: Final = {
-    ("face_swap", "face_swap_completed"): {"face_swap_url"},
-    ("face_swap_completed", "completed"): {"face_swap_url"},
-    ("face_swap", "completed"): {"face_swap_error"},
-}
 
 
 class ExternalWork:
@@ -72,13 +65,13 @@ class ExternalWork:
             await asyncio.sleep(self._pause / 4)
 
     async def report(
-        self, history: History, status: str, facts: Mapping[str, Any], *, content: bytes, sequence: int | None = None
+        self, history: History, status: str, fields: Mapping[str, Any], *, content: bytes, sequence: int | None = None
     ) -> Logged:
         """Move the generation on, and return the event. `content` is all that was said, `sequence` included.
 
         Raises:
             NotExternal: the service does the work itself.
-            IllegalTransition, UnfitFact: the machine does not allow it.
+            IllegalTransition, InvalidEventField: the machine does not allow it.
             Conflict: the event would not get that sequence.
             LogUnavailable
         """
@@ -91,11 +84,11 @@ class ExternalWork:
             if sequence not in (None, last.sequence + 1):
                 raise Conflict(sequence or 0, last.sequence)
             generation = generation_of(history)
-            _check(generation, status, facts)
-            made = _told(generation, status, facts)
+            generation.check_fields(status, fields)
+            complete = _with_failure(generation, status, fields)
             event_id = _event_id(last.generation_id, last.sequence + 1, content)
             try:
-                return await self._recorder.report(generation, status, made, event_id)
+                return await self._recorder.report(generation, status, complete, event_id)
             except Conflict:
                 again = await self._log.generation(last.generation_id)
                 if sequence is not None or again is None:
@@ -119,26 +112,15 @@ class ExternalWork:
             await self._quarantine.end(generation_id, "external", error)
 
 
-def _check(generation: Generation, status: str, facts: Mapping[str, Any]) -> None:
-    if status not in generation.allowed:
-        raise IllegalTransition(generation.status, status, generation.allowed)
-    may = {"message", "progress", *facts_of(generation.kind, status)} - {"face_swap_url", "face_swap_error"}
-    may |= _OF_A_SWAP.get((generation.status, status), set())
-    for name in facts:
-        if name not in may:
-            raise UnfitFact(generation.status, status, generation.allowed, name, f"This is not told with {status}")
-
-
-def _told(generation: Generation, status: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The facts, with what is to be said of a failure that is not explained."""
-    code = facts.get("code")
-    sentence = facts.get("error") or (None if code else "Something went wrong.")
+def _with_failure(generation: Generation, status: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields, completed by the defaults for a failure that the report does not explain."""
+    code = fields.get("code")
+    sentence = fields.get("error") or (None if code else "Something went wrong.")
     failure = Failure(code or "internal", sentence, retryable=None if code else False)
     if status == FAILED:
-        return {**facts, **generation.failing(failure)}
-    if generation.ending(failure)[0] == status:
-        return {**generation.ending(failure)[1], **facts}
-    return facts
+        return {**fields, **generation.failing(failure)}
+    ending, defaults = generation.ending(failure)
+    return {**defaults, **fields} if ending == status else fields
 
 
 def _event_id(generation_id: str, sequence: int, content: bytes) -> int:

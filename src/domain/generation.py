@@ -1,27 +1,39 @@
 """One generation: folded from its events, and moved by the `transitions` machine of its flow."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from pydantic import JsonValue
-from transitions import Machine, MachineError
+from transitions import Machine, Transition
 
-from domain.errors import Failure, FailureCode, IllegalTransition, UnfitFact
-from domain.events import URL_FIELDS, Event, FaceSwapError, Wire, event_name, timestamp
+from domain.errors import Failure, IllegalTransition, InvalidEventField
+from domain.events import URL_FIELDS, Event, FaceSwapError, Outcome, Wire, timestamp
 from domain.orders import Order
-from domain.stages import BEGIN, FAILED, FLOWS, Kind, Move, ceiling, moves
+from domain.stages import BEGIN, FAILED, FLOWS, GUARDS, Kind, Via, ceiling, moves
+
+
+class _Transition(Transition):
+    """A transition that knows its place in the table."""
+
+    def __init__(self, *args: Any, via: Via, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.via = via
+
+
+class _Machine(Machine):
+    transition_cls = _Transition
 
 
 def _machine(kind: Kind) -> Machine:
     """A rule book, shared by all generations of a kind: a move's trigger is the status it leads to."""
-    return Machine(
+    return _Machine(
         model=None,
         states=[BEGIN, *FLOWS[kind]],
         initial=BEGIN,
         transitions=[
-            {"trigger": move.status, "source": move.source, "dest": move.status, "conditions": move.via.guard}
-            for move in moves(kind)
+            {"trigger": to, "source": source, "dest": to, "conditions": via.guard, "via": via}
+            for source, to, via in moves(kind)
         ],
         auto_transitions=False,
         model_attribute="status",
@@ -29,45 +41,9 @@ def _machine(kind: Kind) -> Machine:
 
 
 _MACHINES: Final[Mapping[Kind, Machine]] = {kind: _machine(kind) for kind in FLOWS}
-_MOVES: Final[Mapping[Kind, Mapping[tuple[str, str], Move]]] = {
-    kind: {(move.source, move.status): move for move in moves(kind)} for kind in FLOWS
-}
-
-#: Which facts known so far an event carries, by the Socket.IO event that carries it; the others stay behind.
-_KNOWN: Final = {
-    "generation_started": ("input_image",),
-    "continue": ("composition_url", "preview_url", "edited_image_url", "face_swap_url"),
-    "generation_completed": ("composition_url", "edited_image_url", "generated_image_url", "face_swap_url"),
-    "generation_failed": (),
-}
-
-#: What else an event may bring.
-_BRINGS: Final[Mapping[str, tuple[str, ...]]] = {
-    "generation_completed": ("face_swap_error",),
-    "generation_failed": ("error", "code"),
-}
-_ONLY: Final[Mapping[str, Kind]] = {
-    "edited_image_url": "edit",
-    "face_swap_url": "edit",
-    "face_swap_error": "edit",
-    "generated_image_url": "generate",
-}
-#: Which fact a guard asks for, and what it has to be.
-_ASKED: Final = {
-    "face_swap_failed": ("face_swap_error", "This says why there is no picture with the face"),
-    "progress_rises": ("progress", "This has to rise, and to stay below that of the next stage"),
-}
 
 
-def facts_of(kind: Kind, status: str) -> tuple[str, ...]:
-    """Which facts an event of this status may bring, by their names in `domain.events.Event`."""
-    name = event_name(status)
-    return tuple(fact for fact in (*_KNOWN[name], *_BRINGS.get(name, ())) if _ONLY.get(fact, kind) == kind)
-
-
-class Snapshot(Wire):
-    """A generation as it is now: the fold of its events."""
-
+class _Header(Wire):
     generation_id: str
     user_id: str
     kind: Kind
@@ -79,17 +55,10 @@ class Snapshot(Wire):
     updated_at: str
     expires_at: str | None = None
     metadata: dict[str, JsonValue] | None = None
-    input_image: str | None = None
-    composition_url: str | None = None
-    preview_url: str | None = None
-    edited_image_url: str | None = None
-    generated_image_url: str | None = None
-    face_swap_url: str | None = None
-    face_swap_error: FaceSwapError | None = None
-    error: str | None = None
-    code: FailureCode | None = None
-    failed_stage: str | None = None
-    retryable: bool | None = None
+
+
+class Snapshot(Outcome, _Header):
+    """A generation as it is now: the fold of its events."""
 
 
 class Generation:
@@ -152,62 +121,65 @@ class Generation:
     @property
     def allowed(self) -> tuple[str, ...]:
         """The statuses that may follow the present one, in the order of the table."""
-        return tuple(
-            move.status
-            for move in _MOVES[self.kind].values()
-            if move.source == self.status and self._holds(move.via.guard, None)
-        )
+        return tuple(status for status in FLOWS[self.kind] if self._via(status) and self._after(status, None))
 
-    def onward(self, facts: Mapping[str, Any]) -> str:
-        """The status that comes next when these facts have been found and nothing failed."""
-        for move in _MOVES[self.kind].values():
-            if move.source == self.status and move.status not in (self.status, FAILED):
-                event = self._draft(move, "", facts)
-                if self._holds(move.via.guard, event):
-                    return move.status
+    def check_fields(self, status: str, names: Iterable[str]) -> None:
+        """Refuse fields that the table does not declare for an event of this status. Raises as `propose`."""
+        via = self._via(status)
+        if via is None or self._after(status, None) is None:
+            raise IllegalTransition(self.status, status, self.allowed)
+        declared = {"message", "progress", *FLOWS[self.kind][status].fields, *via.fields}
+        for name in names:
+            if name not in declared:
+                raise InvalidEventField(self.status, status, self.allowed, name, f"This is not told with {status}")
+
+    def onward(self, fields: Mapping[str, Any]) -> str:
+        """The status that comes next when the work of the stage brought these fields and did not fail."""
+        for status in FLOWS[self.kind]:
+            via = self._via(status)
+            if via is None or status in (self.status, FAILED):
+                continue
+            if self._after(status, self._draft(status, via, "", fields)):
+                return status
         raise IllegalTransition(self.status, "", self.allowed)
 
-    def propose(self, status: str, at: datetime, **facts: Any) -> tuple[Event, "Generation"]:
+    def propose(self, status: str, at: datetime, **fields: Any) -> tuple[Event, "Generation"]:
         """The next event, and the generation as it will be once the log has taken it. Changes nothing.
 
-        `facts` are further fields of `domain.events.Event`; `message` and `progress` are the table's unless given.
+        `fields` are further fields of `domain.events.Event`; `message` and `progress` are the table's unless given.
 
         Raises:
             IllegalTransition: the machine does not allow this status now.
-            UnfitFact: it does not allow it with these facts.
+            InvalidEventField: it does not allow it with these fields.
         """
-        move = _MOVES[self.kind].get((self.status, status))
-        if move is None:
+        via = self._via(status)
+        if via is None:
             raise IllegalTransition(self.status, status, self.allowed)
-        self._check_progress(move, facts)
-        event = self._draft(move, timestamp(at), facts)
-        after = self._copy()
-        try:
-            moved = _MACHINES[self.kind].events[status].trigger(after, event)
-        except MachineError:
-            moved = False
-        if not moved:
-            if move.via.guard in _ASKED:
-                raise UnfitFact(self.status, status, self.allowed, *_ASKED[move.via.guard])
+        if "progress" in fields and status != self.status:
+            self._check_progress(status, fields["progress"])
+        event = self._draft(status, via, timestamp(at), fields)
+        after = self._after(status, event)
+        if after is None:
+            guard = GUARDS[via.guard] if via.guard else None
+            if guard and guard.field:
+                raise InvalidEventField(self.status, status, self.allowed, guard.field, guard.requirement)
             raise IllegalTransition(self.status, status, self.allowed)
         after.apply(event)
         return event, after
 
     def ending(self, failure: Failure) -> tuple[str, dict[str, Any]]:
-        """How the generation ends now that its present stage has failed: the status, and its event's facts.
+        """How the generation ends now that its present stage has failed: the status, and its event's fields.
 
         Where the table lets the generation survive the failure of this stage, it does, unless its owner cancelled it.
         """
-        for move in _MOVES[self.kind].values():
-            if failure.code == "cancelled":
-                break
-            if move.source == self.status and move.via.guard == "face_swap_failed":
-                error = FaceSwapError(code=failure.code, message=failure.sentence)
-                return move.status, {"face_swap_error": error}
+        for status in FLOWS[self.kind] if failure.code != "cancelled" else ():
+            via = self._via(status)
+            if via and via.guard == "face_swap_failed":
+                return status, {"face_swap_error": FaceSwapError(code=failure.code, message=failure.sentence)}
         return FAILED, self.failing(failure)
 
     def failing(self, failure: Failure) -> dict[str, Any]:
-        """The facts of the event that ends the generation in ``failed``."""
+        """The fields of the event that ends the generation in ``failed``."""
         return {"error": failure.sentence, "code": failure.code, "retryable": failure.retryable}
 
     def apply(self, event: Event) -> None:
@@ -273,40 +245,43 @@ class Generation:
         limit = ceiling(self.kind, self.status)
         return self.progress < (limit - 1 if event is None else event.progress) < limit
 
-    def _holds(self, guard: str | None, event: Event | None) -> bool:
-        if guard is None:
-            return True
-        check: Callable[[Event | None], bool] = getattr(self, guard)
-        return check(event)
+    def _via(self, status: str) -> Via | None:
+        """How this status is reached from the present one. ``None``: there is no such move."""
+        event = _MACHINES[self.kind].events.get(status)
+        found = event and event.transitions.get(self.status)
+        return cast(_Transition, found[0]).via if found else None
 
-    def _check_progress(self, move: Move, facts: Mapping[str, Any]) -> None:
-        """Whoever says how far a stage has come on entering it stays within the stage. (A repeat has its guard.)"""
-        if "progress" not in facts or move.source == move.status:
-            return
-        stage = FLOWS[self.kind][move.status]
+    def _after(self, status: str, event: Event | None) -> "Generation | None":
+        """A copy that the machine has moved to this status. ``None``: the guard does not hold."""
+        after = self._copy()
+        return after if _MACHINES[self.kind].events[status].trigger(after, event) else None
+
+    def _check_progress(self, status: str, progress: int) -> None:
+        """The percentage on entering a stage has to lie within it. (A repeat has its guard.)"""
+        stage = FLOWS[self.kind][status]
         low = self.progress if stage.progress is None else stage.progress
-        high = low if stage.terminal else ceiling(self.kind, move.status) - 1
-        if not low <= facts["progress"] <= high:
+        high = low if stage.terminal else ceiling(self.kind, status) - 1
+        if not low <= progress <= high:
             reason = f"This has to be {low}" if low == high else f"This has to be from {low} to {high}"
-            raise UnfitFact(self.status, move.status, self.allowed, "progress", reason)
+            raise InvalidEventField(self.status, status, self.allowed, "progress", reason)
 
-    def _draft(self, move: Move, occurred_at: str, facts: Mapping[str, Any]) -> Event:
-        stage = FLOWS[self.kind][move.status]
-        known = {name: self.urls[name] for name in _KNOWN[event_name(move.status)] if name in self.urls}
+    def _draft(self, status: str, via: Via, occurred_at: str, fields: Mapping[str, Any]) -> Event:
+        stage = FLOWS[self.kind][status]
+        known = {name: self.urls[name] for name in stage.fields + via.fields if name in self.urls}
         return Event(
             **{
                 "progress": self.progress if stage.progress is None else stage.progress,
-                "message": move.via.message or stage.message,
+                "message": via.message or stage.message,
                 **known,
-                **facts,
+                **fields,
             },
             generation_id=self.generation_id,
             kind=self.kind,
             sequence=self.sequence + 1,
-            status=move.status,
+            status=status,
             occurred_at=occurred_at,
             metadata=self.metadata,
-            failed_stage=self.status if move.status == FAILED else None,
+            failed_stage=self.status if status == FAILED else None,
         )
 
     def _copy(self) -> "Generation":

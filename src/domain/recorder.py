@@ -14,9 +14,7 @@ from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports import Append, Clock, Entropy, EventLog, Start
 from domain.queries import UNREADABLE, generation_of, readable_part_of
-
-#: What each Socket.IO event does to its owner's balance.
-_CREDIT: Final = {"generation_started": -1, "generation_completed": 0, "generation_failed": 1}
+from domain.stages import FLOWS
 
 #: Seconds for which one append may go unanswered, and between two tries of it, growing to the last.
 _UNANSWERED: Final = 2.0
@@ -38,18 +36,18 @@ class Recorder:
         self._entropy = entropy
         self._patience = patience
 
-    async def begin(self, generation: Generation, start: Start, facts: Mapping[str, Any] = _NONE) -> Generation:
+    async def begin(self, generation: Generation, start: Start, fields: Mapping[str, Any] = _NONE) -> Generation:
         """Append the first event. Raises as `EventLog.append`.
 
         After `LogUnavailable` it may be in the log, but does not come into it later than that.
         """
         at = self._clock()
-        append, after = self._prepare(generation, "started", facts, at, start, at + timedelta(seconds=ATTENTION))
+        append, after = self._prepare(generation, "started", fields, at, start, at + timedelta(seconds=ATTENTION))
         await self._append(append, ATTENTION)
         return after
 
     async def move(
-        self, generation: Generation, status: str, facts: Mapping[str, Any] = _NONE, *, free: bool = False
+        self, generation: Generation, status: str, fields: Mapping[str, Any] = _NONE, *, free: bool = False
     ) -> Generation:
         """Append the next event, and return the generation as it then is. `free`: see `domain.ports.Append`.
 
@@ -58,13 +56,13 @@ class Recorder:
             Conflict: somebody else has moved this generation.
             LogUnavailable: the log did not answer, however often asked.
         """
-        append, after = self._prepare(generation, status, facts, self._clock())
+        append, after = self._prepare(generation, status, fields, self._clock())
         await self._append(replace(append, free=free), self._patience)
         return after
 
-    async def report(self, generation: Generation, status: str, facts: Mapping[str, Any], event_id: int) -> Logged:
+    async def report(self, generation: Generation, status: str, fields: Mapping[str, Any], event_id: int) -> Logged:
         """Append the next event as `event_id`, for somebody who waits for the answer. Raises as `move`."""
-        append, _ = self._prepare(generation, status, facts, self._clock())
+        append, _ = self._prepare(generation, status, fields, self._clock())
         return await self._append(replace(append, event_id=event_id), ATTENTION)
 
     async def end(self, generation_id: str, failure: Failure) -> bool:
@@ -92,22 +90,21 @@ class Recorder:
         self,
         generation: Generation,
         status: str,
-        facts: Mapping[str, Any],
+        fields: Mapping[str, Any],
         at: datetime,
         start: Start | None = None,
         not_after: datetime | None = None,
     ) -> tuple[Append, Generation]:
-        event, after = generation.propose(status, at, **facts)
-        name = event_name(status)
+        event, after = generation.propose(status, at, **fields)
         append = Append(
             user_id=generation.user_id,
             generation_id=generation.generation_id,
             sequence=event.sequence,
             event_id=self._entropy.event_id(),
             event=encode(event),
-            name=name,
+            name=event_name(status),
             at=at,
-            credit=_CREDIT.get(name),
+            credit=FLOWS[generation.kind][status].credit,
             terminal=after.finished,
             start=start,
             not_after=not_after,

@@ -1,8 +1,8 @@
 """Takes generations from ``started`` to their end.
 
-The machine says which stage comes next; `_STEPS` says what is done in a stage. A step returns the facts it has
-found, and these facts choose the next stage. A generation that somebody else ends (a cancel, from any
-device) is noticed by following the log: its work is aborted, and a result that comes late is dropped.
+The machine says which stage comes next; the table says which step does the work of a stage. A step returns the fields
+it has found for the next event, and these choose the next stage. A generation that somebody else ends (a cancel, from
+any device) is noticed by following the log: its work is aborted, and a result that comes late is dropped.
 """
 
 import asyncio
@@ -288,14 +288,14 @@ class _Job:
             runner, generation_id = self._runner, self.generation.generation_id
             await runner.patiently(lambda: runner.log.mark_paid(generation_id))
         while not self.generation.finished:
-            step = _STEPS.get(self.generation.status)
-            facts = await step(self) if step else {}
-            await self.move(self.generation.onward(facts), facts)
+            step = FLOWS[self.generation.kind][self.generation.status].step
+            fields = await getattr(self, step)() if step else {}
+            await self.move(self.generation.onward(fields), fields)
 
-    async def move(self, status: str, facts: Mapping[str, Any]) -> None:
+    async def move(self, status: str, fields: Mapping[str, Any]) -> None:
         """Record the next event. A deadline that falls on it waits for it, to know where the generation stands."""
         self.ending = FLOWS[self.generation.kind][status].terminal
-        self._recording = asyncio.create_task(self._record(status, facts))
+        self._recording = asyncio.create_task(self._record(status, fields))
         try:
             await asyncio.shield(self._recording)
         except asyncio.CancelledError:
@@ -308,8 +308,8 @@ class _Job:
         provider = FLOWS[self.generation.kind][status].provider
         return provider is not None and self._runner.providers[provider].free
 
-    async def _record(self, status: str, facts: Mapping[str, Any]) -> None:
-        self.generation = await self._runner.recorder.move(self.generation, status, facts, free=self._free(status))
+    async def _record(self, status: str, fields: Mapping[str, Any]) -> None:
+        self.generation = await self._runner.recorder.move(self.generation, status, fields, free=self._free(status))
         self._unnamed.clear()
         self.over = self.generation.finished
 
@@ -377,11 +377,11 @@ class _Job:
         within = min(max(0.0, fraction), 1.0)  # In this order: what is no number becomes 0.
         progress = min(high - 1, low + int(within * (high - low)))
         if progress > generation.progress:
-            facts: dict[str, Any] = {"progress": progress, "message": message}
+            fields: dict[str, Any] = {"progress": progress, "message": message}
             if preview is not None:
                 with contextlib.suppress(Failure):  # A preview is not worth a paid picture.
-                    facts["preview_url"] = await self._keep(preview)
-            await self.move(generation.status, facts)
+                    fields["preview_url"] = await self._keep(preview)
+            await self.move(generation.status, fields)
 
     async def _keep(self, picture: Picture) -> str:
         name = await self._runner.images.save(self.generation.generation_id, picture)
@@ -414,11 +414,3 @@ def _worked(history: History) -> float:
         if entry.event is not None
     ]
     return (times[1] - times[0]).total_seconds() if len(times) == 2 else 0.0
-
-
-_STEPS: Final[Mapping[str, Callable[[_Job], Awaitable[dict[str, Any]]]]] = {
-    "composition": _Job.compose,
-    "openai_editing": _Job.edit,
-    "ai_generation": _Job.generate,
-    "face_swap": _Job.swap_face,
-}

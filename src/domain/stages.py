@@ -2,9 +2,9 @@
 
 Theory of operation
 -------------------
-A generation is in exactly one stage; the stage's name is its ``status``. `FLOWS` has one row per stage:
-the percentage and the message with which the stage is entered, and the stages that may follow it. A row
-whose ``next`` is empty is terminal.
+A generation is in exactly one stage; the stage's name is its ``status``. `FLOWS` has one row per stage, which
+holds everything that is particular to it: how it is entered, what may follow it, what its events may have,
+what it does to the credit, and who does its work. A row whose ``next`` is empty is terminal.
 
 Four rules complete the rows, and stand only in `moves`:
 
@@ -12,12 +12,12 @@ Four rules complete the rows, and stand only in `moves`:
 2. ``failed`` may follow every row that is not terminal, so it is written in none of them.
 3. A row with a ``provider`` may follow itself while that works, if the percentage rises and stays
    below that of every stage that may follow.
-4. A move with a guard is legal only where the guard holds. Guards are named here, and are methods of
+4. A move with a guard is legal only where the guard holds. Guards are described in `GUARDS`, and are methods of
    `domain.generation.Generation`.
 
 Everything else about stages is derived from this table: the `transitions` machines that decide,
 ``GET /stages``, and the diagrams in ``docs/state-diagrams``. To change what a generation may do, change
-the table; nothing else knows.
+the table; ``docs/extending.md`` shows how a stage is added.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,31 +31,54 @@ Provider = Literal["editor", "face_swapper"]
 BEGIN: Final = "begin"
 FAILED: Final = "failed"
 
-GUARDS: Final[Mapping[str, str]] = {
-    "face_swap_asked": "a face swap was asked for",
-    "face_swap_not_asked": "no face swap was asked for",
-    "face_swap_made": "the face swap succeeded",
-    "face_swap_failed": "the face swap failed, the edit is kept",
-    "progress_rises": "a provider reports higher progress",
+
+class Guard(NamedTuple):
+    """The condition of a move, in words. Where a field of the event decides: which one, and what it has to be."""
+
+    condition: str
+    field: str | None = None
+    requirement: str = ""
+
+
+GUARDS: Final[Mapping[str, Guard]] = {
+    "face_swap_asked": Guard("a face swap was asked for"),
+    "face_swap_not_asked": Guard("no face swap was asked for"),
+    "face_swap_made": Guard("the face swap succeeded"),
+    "face_swap_failed": Guard(
+        "the face swap failed, the edit is kept", "face_swap_error", "This says why there is no picture with the face"
+    ),
+    "progress_rises": Guard(
+        "a provider reports higher progress", "progress", "This has to rise, and to stay below that of the next stage"
+    ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Via:
-    """How a stage is reached from the one before it: on which condition, and with which message of its own."""
+    """How a stage is reached from the one before it."""
 
+    #: The key in `GUARDS` of the condition.
     guard: str | None = None
+    #: Replaces the message of the stage.
     message: str | None = None
+    #: Fields that the event may have beside those of the stage.
+    fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One row: what is said on entering the stage, and what may follow it."""
+    """One row of the table."""
 
     #: Percentage on entering. ``None``: as reached so far.
     progress: int | None
     message: str
     next: Mapping[str, Via] = field(default_factory=dict)
+    #: Fields of `domain.events.Event` that an event of this stage may bring. URLs that are known already are repeated.
+    fields: tuple[str, ...] = ()
+    #: What entering the stage adds to the owner's balance. ``None``: the event has no ``credit``.
+    credit: int | None = None
+    #: The method of `domain.runner`'s job that does the work of the stage and returns the fields it found.
+    step: str | None = None
     #: The provider that works in this stage. It may report progress by repeating the stage. Unless it is free, its work
     #: is never done a second time.
     provider: Provider | None = None
@@ -73,43 +96,64 @@ class Stage:
 
 Flow = Mapping[str, Stage]
 
+_EDIT: Final = ("composition_url", "preview_url", "edited_image_url")
+_EDITED: Final = ("composition_url", "edited_image_url")
+_GENERATE: Final = ("composition_url", "preview_url")
+_GENERATED: Final = ("composition_url", "generated_image_url")
+_SWAPPED: Final = ("face_swap_url",)
+_ENDED: Final = ("error", "code")
+
 FLOWS: Final[Mapping[Kind, Flow]] = {
     "edit": {
-        "started": Stage(0, "Image editing started...", {"composition": Via()}),
-        "composition": Stage(20, "Composing images...", {"composition_completed": Via()}),
+        "started": Stage(0, "Image editing started...", {"composition": Via()}, ("input_image",), credit=-1),
+        "composition": Stage(20, "Composing images...", {"composition_completed": Via()}, _EDIT, step="compose"),
         "composition_completed": Stage(
-            40, "Image composition completed, starting OpenAI editing...", {"openai_editing": Via()}
+            40, "Image composition completed, starting OpenAI editing...", {"openai_editing": Via()}, _EDIT
         ),
         "openai_editing": Stage(
-            60, "OpenAI image editing started...", {"openai_editing_completed": Via()}, provider="editor"
+            60,
+            "OpenAI image editing started...",
+            {"openai_editing_completed": Via()},
+            _EDIT,
+            step="edit",
+            provider="editor",
         ),
         "openai_editing_completed": Stage(
             80,
             "OpenAI image editing completed successfully!",
             {"face_swap": Via("face_swap_asked"), "completed": Via("face_swap_not_asked")},
+            _EDIT,
         ),
         "face_swap": Stage(
             85,
             "Applying face swap...",
             {
-                "face_swap_completed": Via("face_swap_made"),
-                "completed": Via("face_swap_failed", "Image editing completed, but the face swap failed."),
+                "face_swap_completed": Via("face_swap_made", fields=_SWAPPED),
+                "completed": Via(
+                    "face_swap_failed", "Image editing completed, but the face swap failed.", ("face_swap_error",)
+                ),
             },
+            _EDIT,
+            step="swap_face",
             provider="face_swapper",
         ),
-        "face_swap_completed": Stage(95, "Face swap completed successfully!", {"completed": Via()}),
-        "completed": Stage(100, "Image editing completed successfully!"),
-        "failed": Stage(None, "Image editing failed!"),
+        "face_swap_completed": Stage(
+            95, "Face swap completed successfully!", {"completed": Via(fields=_SWAPPED)}, _EDIT
+        ),
+        "completed": Stage(100, "Image editing completed successfully!", {}, _EDITED, credit=0),
+        "failed": Stage(None, "Image editing failed!", {}, _ENDED, credit=1),
     },
     "generate": {
-        "started": Stage(0, "Image generation started...", {"composition": Via()}),
-        "composition": Stage(20, "Composing images...", {"composition_completed": Via()}),
+        "started": Stage(0, "Image generation started...", {"composition": Via()}, ("input_image",), credit=-1),
+        "composition": Stage(20, "Composing images...", {"composition_completed": Via()}, _GENERATE, step="compose"),
         "composition_completed": Stage(
-            40, "Image composition completed, starting AI generation...", {"ai_generation": Via()}
+            40, "Image composition completed, starting AI generation...", {"ai_generation": Via()}, _GENERATE
         ),
-        "ai_generation": Stage(60, "AI image generation started...", {"completed": Via()}, provider="editor"),
-        "completed": Stage(100, "Image generation completed successfully!"),
-        "failed": Stage(None, "Image generation failed!"),
+        "ai_generation": Stage(
+            60, "AI image generation started...", {"completed": Via()}, _GENERATE, step="generate", provider="editor"
+        ),
+        "completed": Stage(100, "Image generation completed successfully!", {}, _GENERATED, credit=0),
+        "failed": Stage(None, "Image generation failed!", {}, _ENDED, credit=1),
     },
 }
 

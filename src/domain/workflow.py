@@ -221,8 +221,8 @@ class Workflow:
                 external=wish.external,
             )
             start = Start(wish.kind, to_json(order), key, fingerprint, self._limits.max_per_user)
-            facts = {"input_image": order.image_urls[0]} if order.image_urls else {}
-            generation = await self._recorder.begin(Generation(generation_id, wish.kind, user_id, order), start, facts)
+            fields = {"input_image": order.image_urls[0]} if order.image_urls else {}
+            generation = await self._recorder.begin(Generation(generation_id, wish.kind, user_id, order), start, fields)
         except LogUnavailable:
             self._reconcile(generation_id)
             raise
@@ -282,14 +282,14 @@ class Workflow:
         user_id: str,
         generation_id: str,
         status: str,
-        facts: Mapping[str, Any],
+        fields: Mapping[str, Any],
         *,
         content: bytes,
         sequence: int | None = None,
     ) -> Logged:
         """Move on what the user's own pipeline works on. Raises `NotFound`, and as `ExternalWork.report`."""
         history = await self.history(user_id, generation_id)
-        return await self._external.report(history, status, facts, content=content, sequence=sequence)
+        return await self._external.report(history, status, fields, content=content, sequence=sequence)
 
     async def delete(self, user_id: str, generation_id: str) -> None:
         """Remove a finished generation, its history and its pictures. Raises `NotFound`, `NotFinished`."""

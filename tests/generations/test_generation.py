@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from domain import generation as generation_module
-from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition, UnfitFact
+from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition, InvalidEventField
 from domain.events import Event, decode, encode, event_name, timestamp, with_credit
 from domain.generation import Generation
 from domain.stages import BEGIN, FLOWS, Kind, moves
@@ -254,15 +254,15 @@ def test_a_stage_is_entered_with_a_percentage_of_its_own(progress: int) -> None:
     if 20 <= progress < 40:
         assert started.propose("composition", NOON, progress=progress)[0].progress == progress
     else:
-        with pytest.raises(UnfitFact) as refused:
+        with pytest.raises(InvalidEventField) as refused:
             started.propose("composition", NOON, progress=progress)
-        assert (refused.value.fact, refused.value.reason) == ("progress", "This has to be from 20 to 39")
+        assert (refused.value.field, refused.value.reason) == ("progress", "This has to be from 20 to 39")
     for status, only in (("failed", 0), ("completed", 100)):
         last = started if status == "failed" else reach("edit", False, "openai_editing_completed")
         if progress == only:
             assert last.propose(status, NOON, progress=progress)[0].progress == only
         else:
-            with pytest.raises(UnfitFact):
+            with pytest.raises(InvalidEventField):
                 last.propose(status, NOON, progress=progress)
     assert state(started) == before
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from domain.errors import Failure, IllegalTransition, ImageRefusal, Refusal, UnfitFact
+from domain.errors import Failure, IllegalTransition, ImageRefusal, InvalidEventField, Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,8 @@ async def _refusal(request: Request, error: Exception) -> Response:
     if isinstance(error, ImageRefusal):
         field = InvalidField(field=f"images.{error.index}", message=str(error))
         return problem(error.code, f"{field.field}: {field.message}", errors=[field.model_dump()])
-    if isinstance(error, UnfitFact):
-        return await _invalid(request, Invalid(InvalidField(field=to_camel(error.fact), message=error.reason)))
+    if isinstance(error, InvalidEventField):
+        return await _invalid(request, Invalid(InvalidField(field=to_camel(error.field), message=error.reason)))
     if isinstance(error, IllegalTransition):
         return problem(error.code, str(error), allowed=error.allowed)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}

@@ -106,7 +106,7 @@ def _stage_view(kind: Kind, status: str) -> StageView:
         message=stage.message,
         event=event_name(status),
         next=list(onward),
-        conditions={to: GUARDS[via.guard] for to, via in onward.items() if via.guard} or None,
+        conditions={to: GUARDS[via.guard].condition for to, via in onward.items() if via.guard} or None,
         messages={to: via.message for to, via in onward.items() if via.message} or None,
         repeats=stage.repeats,
         terminal=stage.terminal,

@@ -64,12 +64,12 @@ async def report_transition(
 ) -> Response:
     """Move a generation on that was started with `runner=external`. The same again answers the same event."""
     said = await read_json(request, Transition)
-    facts = {name: getattr(said, name) for name in said.model_fields_set - {"status", "sequence"}}
+    fields = {name: getattr(said, name) for name in said.model_fields_set - {"status", "sequence"}}
     entry = await workflow.report(
         caller,
         generation_id,
         said.status,
-        {name: fact for name, fact in facts.items() if fact is not None},
+        {name: value for name, value in fields.items() if value is not None},
         content=said.model_dump_json(exclude_none=True).encode(),
         sequence=said.sequence,
     )
