@@ -1,9 +1,12 @@
 """The table is the one in the contract, which is written out here word for word."""
 
+from inspect import iscoroutinefunction
 from itertools import pairwise
 
 import pytest
 
+from domain.events import Event
+from domain.runner import _Job
 from domain.stages import BEGIN, FLOWS, GUARDS, Kind, ceiling, moves
 
 Row = tuple[str, int | None, str, set[str]]
@@ -136,6 +139,22 @@ def test_a_face_swap_that_was_asked_for_and_one_that_was_not_exclude_each_other(
 def test_every_guard_is_told_in_words(kind: Kind) -> None:
     assert {move.via.guard for move in moves(kind)} - {None} <= set(GUARDS)
     assert all(guard.condition for guard in GUARDS.values())
+
+
+@kinds
+def test_every_name_in_a_row_exists(kind: Kind) -> None:
+    for move in moves(kind):
+        stage = FLOWS[kind][move.status]
+        assert set(stage.fields + move.via.fields) <= set(Event.model_fields)
+        assert stage.step is None or iscoroutinefunction(getattr(_Job, stage.step))
+    assert all(stage.step for stage in FLOWS[kind].values() if stage.provider)
+    assert {guard.field for guard in GUARDS.values()} - {None} <= set(Event.model_fields)
+
+
+@kinds
+def test_a_start_reserves_a_credit_and_only_a_failure_refunds_it(kind: Kind) -> None:
+    credit = {status: stage.credit for status, stage in FLOWS[kind].items() if stage.credit is not None}
+    assert credit == {"started": -1, "completed": 0, "failed": 1}
 
 
 @pytest.mark.parametrize(
