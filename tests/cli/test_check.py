@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from cli.test_command_line import run_main
+from support.command_line import run_main
 from support.harness import Running, running
 
 SECRET: Final = "a secret that is long enough for HS256"

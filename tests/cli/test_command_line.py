@@ -6,100 +6,32 @@ Each command, and each way to end, is seen in a process of its own; what differs
 import asyncio
 import contextlib
 import itertools
-import os
 import re
 import socket
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from importlib import metadata
-from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import Final, NamedTuple
-from unittest.mock import patch
+from typing import Final
 
 import jwt
 import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from api.__main__ import main, welcome
+from api.__main__ import welcome
 from api.settings import describe_settings, load_settings
 from domain.errors import Failure
-from rest.test_auth import MISSING, SECRET, SERVICE, ask, guarded, token
+from support.command_line import MODULE, SERVE, Run, run_main, stagecast
 from support.doubles import ScriptedEditor, raises
+from support.guarded import MISSING, SECRET, SERVICE, ask, guarded, token
 from support.harness import JSON, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 COMMANDS: Final = ("serve", "demo", "check", "token", "credit", "replay")
-STAGECAST: Final = (str(Path(sys.executable).with_name("stagecast")),)
-MODULE: Final = (sys.executable, "-m", "api")
 
 #: Only its length is wrong.
 TOO_SHORT: Final = "hunter2-" * 3
-
-
-class Done(NamedTuple):
-    """A process that has ended."""
-
-    code: int
-    output: str
-    errors: str
-
-    def sentence(self, code: int) -> str:
-        """The one sentence that it ended with, and this code. It printed nothing else."""
-        assert (self.code, self.output) == (code, ""), self
-        assert re.fullmatch(r"stagecast: [^\n]+\n", self.errors), self.errors
-        return self.errors
-
-
-def environment(variables: dict[str, str]) -> dict[str, str]:
-    """This process's, of which no setting counts, and these."""
-    others = {name: value for name, value in os.environ.items() if not name.startswith("STAGECAST_")}
-    return others | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "80"} | variables
-
-
-async def stagecast(
-    *arguments: str | bytes, folder: Path | None = None, program: tuple[str, ...] = STAGECAST, **variables: str
-) -> Done:
-    """Run a command, in a folder of its own, so that nobody's ``.env`` counts."""
-    child = await asyncio.create_subprocess_exec(
-        *program,
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment(variables),
-        cwd=folder or "/",
-    )
-    output, errors = await asyncio.wait_for(child.communicate(), 60)
-    assert child.returncode is not None
-    assert b"Traceback" not in errors, errors.decode()
-    return Done(child.returncode, output.decode(), errors.decode())
-
-
-async def run_main(*arguments: str | bytes, folder: Path | None = None, **variables: str) -> Done:
-    """The same in a thread of this process. Not for a ``serve`` that begins: it would not end."""
-    output, errors = TextIOWrapper(BytesIO(), "utf-8"), TextIOWrapper(BytesIO(), "utf-8", "backslashreplace")
-
-    def run() -> int:
-        try:
-            return main([os.fsdecode(argument) for argument in arguments])
-        except SystemExit as end:
-            return int(end.code or 0)
-
-    with (
-        patch.dict(os.environ, environment(variables), clear=True),
-        contextlib.chdir(folder or "/"),
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(errors),
-    ):
-        code = await asyncio.wait_for(asyncio.to_thread(run), 60)
-    for stream in (output, errors):
-        stream.seek(0)
-    return Done(code, output.read(), errors.read())
-
-
-Run = Callable[..., Awaitable[Done]]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -315,13 +247,6 @@ async def test_a_token_names_nobody_there_cannot_be(user: str | bytes) -> None:
 async def test_a_token_cannot_live_for_ever_or_not_at_all(ttl: str) -> None:
     done = await run_main("token", "ada", f"--ttl={ttl}", STAGECAST_JWT_SECRET=SECRET)
     assert "--ttl" in done.sentence(2)
-
-
-# --- settings --------------------------------------------------------------------------------------------
-
-
-#: One that would not begin with a good secret either.
-SERVE: Final = ("serve", "--images", "/dev/null/none")
 
 
 @pytest.mark.parametrize("command", [SERVE, ("token", "ada")], ids=["serve", "token"])

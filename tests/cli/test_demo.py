@@ -20,9 +20,9 @@ from PIL import Image
 
 from api.__main__ import main
 from api.settings import describe_settings
-from cli.test_command_line import MODULE, stagecast
 from domain.stages import FLOWS
-from rest.test_auth import SECRET
+from support.command_line import MODULE, stagecast
+from support.guarded import SECRET
 from support.harness import JSON
 
 DEMO: Final = ("demo", "--local-seconds", "0")

@@ -25,8 +25,7 @@ from adapters.serving import uvicorn_server
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.ports import History
-from realtime.test_sockets import reluctant
-from support.harness import Running, rest_of, running
+from support.harness import Running, reluctant, rest_of, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +20,7 @@ from domain.errors import LogUnavailable
 from domain.feed import Cursor, feed_name
 from support.builders import IN_MEMORY
 from support.doubles import Hold, ScriptedEditor
-from support.harness import BARE, Running, flood, rest_of, running
+from support.harness import Running, flood, reluctant, rest_of, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -453,20 +452,6 @@ async def test_a_handshake_while_the_log_is_unavailable_closes_the_transport(tmp
 
 #: Events of 2 kB each: more than the kernel buffers for a stalled reader and the service queues.
 FLOOD = 1_000
-
-
-async def reluctant(service: Running) -> websockets.ClientConnection:
-    """The only device of ada, which has stopped reading."""
-    line = socket.socket()
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
-    line.connect(("127.0.0.1", service.port))
-    address = f"ws://127.0.0.1:{service.port}/socket.io/?EIO=4&transport=websocket"
-    connection = await websockets.connect(address, sock=line, **BARE)
-    assert str(await connection.recv()).startswith("0{")
-    await connection.send('40{"userId":"ada"}')
-    assert str(await connection.recv()).startswith("40")
-    connection.transport.pause_reading()
-    return connection
 
 
 async def test_a_stalled_reader_is_bounded_and_closed_and_slows_no_others(

@@ -3,12 +3,12 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
 import httpx2
@@ -23,40 +23,19 @@ from adapters.system import now
 from adapters.tokens.jwt_tokens import JwksKeys
 from domain.events import timestamp
 from domain.feed import Cursor
-from service.test_jwt_tokens import Issuer, PrivateKey, ec_key, jwk, rsa_key, running_issuer
 from support.builders import NOON, SteppableClock
 from support.doubles import Hold, ScriptedEditor
-from support.harness import JSON, Running, rest_of, running
+from support.guarded import EXPIRED, GOOD, MISSING, SECRET, SERVICE, Wire, ask, guarded, token, wire
+from support.harness import JSON, Running, running
 from support.http_app import assert_problem
+from support.jwks_issuer import Issuer, PrivateKey, ec_key, jwk, rsa_key, running_issuer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-SECRET: Final = "correct-horse-battery-staple-0123456789"
-MISSING: Final = "edit_1763829000123_k3v9x2ab4c6d8e0f"
-#: In the year 2096: good by the real clock, and by one that stands still.
-GOOD: Final = 4_000_000_000
-
-
-def token(sub: object = "ada", *, exp: float = GOOD, secret: str = SECRET, **claims: Any) -> str:
-    return jwt.encode({"sub": sub, "exp": exp, **claims}, secret, "HS256")
 
 
 def by(key: PrivateKey, kid: str, sub: str = "ada", **claims: object) -> str:
     algorithm = {"rsa": "RS256", "ec": "ES256"}[kid]
     return jwt.encode({"sub": sub, "exp": GOOD, **claims}, key, algorithm, headers={"kid": kid})
-
-
-SERVICE: Final = token("backend", scope="read stagecast:service")
-EXPIRED: Final = token(exp=1)
-
-
-@asynccontextmanager
-async def guarded(images: Path, service_token: str = SERVICE, **rest: Any) -> AsyncIterator[Running]:
-    """A service that asks for tokens. The harness calls it with a service token."""
-    keys: JSON = {} if "jwks_url" in rest else {"jwt_secret": SECRET}
-    async with running(images, **keys, **rest) as service:
-        service.http.headers["Authorization"] = f"Bearer {service_token}"
-        yield service
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -80,88 +59,6 @@ _numbers: Final = itertools.count()
 def eve() -> str:
     """A user whom no other test knows."""
     return f"eve-{next(_numbers)}"
-
-
-async def ask(service: Running, bearer: str | None, path: str = "/me", method: str = "GET", **rest: Any) -> Any:
-    """The answer to a request with this token, or with none."""
-    request = service.http.build_request(method, path, **rest)
-    if bearer is None:
-        del request.headers["Authorization"]
-    else:
-        request.headers["Authorization"] = f"Bearer {bearer}"
-    return await service.http.send(request)
-
-
-class Wire:
-    """Socket.IO on a bare WebSocket: it keeps every frame, in order, and reconnects to nothing."""
-
-    def __init__(self, connection: websockets.ClientConnection) -> None:
-        self.connection = connection
-        self.frames: list[str] = []
-        self._numbers = itertools.count()
-
-    async def next(self) -> str:
-        frame = str(await asyncio.wait_for(self.connection.recv(), 30))
-        self.frames.append(frame)
-        return frame
-
-    async def hello(self, auth: object = None) -> str:
-        """Say CONNECT, and return what is answered."""
-        await self.connection.send("40" if auth is None else f"40{json.dumps(auth)}")
-        return await self.next()
-
-    async def say(self, name: str, argument: object) -> str:
-        """Send an event, and return how its ack will begin."""
-        number = next(self._numbers)
-        await self.connection.send(f"42{number}{json.dumps([name, argument])}")
-        return f"43{number}["
-
-    async def ack(self, beginning: str) -> JSON:
-        while True:
-            for frame in self.frames:
-                if frame.startswith(beginning):
-                    [ack] = json.loads(frame[len(beginning) - 1 :])
-                    assert isinstance(ack, dict)
-                    return ack
-            await self.next()
-
-    async def call(self, name: str, argument: object) -> JSON:
-        return await self.ack(await self.say(name, argument))
-
-    async def authenticate(self, **argument: object) -> JSON:
-        return await self.call("authenticate", argument)
-
-    def events(self, frames: Iterable[str] | None = None) -> list[list[Any]]:
-        """Each as it came: name, data, and mostly a cursor."""
-        return [json.loads(frame[2:]) for frame in frames or self.frames if frame.startswith("42[")]
-
-    def sequences(self, generation_id: str) -> list[int]:
-        return [each[1]["sequence"] for each in self.events() if each[1].get("generationId") == generation_id]
-
-    async def until(self, generation_id: str, sequence: int) -> None:
-        while sequence not in self.sequences(generation_id):
-            await self.next()
-
-    async def until_over(self, generation_id: str) -> None:
-        await self.until(generation_id, 6)
-
-    async def closed(self) -> None:
-        """Wait until the other side has closed the transport. It never says DISCONNECT."""
-        self.frames += await rest_of(self.connection)
-        assert not [frame for frame in self.frames if frame.startswith("41")], "DISCONNECT was sent"
-
-
-@asynccontextmanager
-async def wire(service: Running, auth: object = None, *, hello: bool = True) -> AsyncIterator[Wire]:
-    """A bare client that has connected."""
-    connection = await service.raw()
-    try:
-        bare = Wire(connection)
-        if hello:
-            assert (await bare.hello(auth)).startswith('40{"sid"')
-        yield bare
-    finally:
-        await connection.close()
 
 
 # --- HTTP: tokens ----------------------------------------------------------------------------------------

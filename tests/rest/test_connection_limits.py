@@ -19,9 +19,8 @@ from api.app import connection_table
 from api.rest.proxies import ForwardedHeaders
 from api.settings import load_settings
 from reliability.chaos import Deployment
-from rest.test_connections import serving
-from rest.test_slow_clients import Client
 from support.harness import HUNG, running
+from support.raw_http import Client, serving
 
 REQUEST = b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n"
 PROXIES = [ip_network("127.0.0.0/8")]

@@ -1,11 +1,9 @@
 """HTTP as clients and proxies send it: upgrades that are not WebSockets, HTTP/1.0, idle connections."""
 
 import asyncio
-import contextlib
 import json
 import re
 import shutil
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from adapters.serving.uvicorn_server import Server
 from api.app import create_server
 from api.settings import Settings
 from support.harness import HUNG, Running, running
+from support.raw_http import LAST, exchange, serving, statuses, stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -26,30 +24,12 @@ WEBSOCKET = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
 FORM = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na red hat\r\n--x--\r\n'
 START = b"POST /generations/edit?runner=external HTTP/1.1\r\nHost: localhost\r\n"
 MULTIPART = b"Content-Type: multipart/form-data; boundary=x\r\n"
-LAST = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     async with running(tmp_path_factory.mktemp("images"), max_per_user=1_000, credits=None) as service:
         yield service
-
-
-async def exchange(service: Running, *pieces: bytes) -> bytes:
-    """Send these pieces, each once the one before has been taken, and return all that is answered."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-    async with asyncio.timeout(HUNG):
-        for piece in pieces:
-            writer.write(piece)
-            await writer.drain()
-            await asyncio.sleep(0.001)
-        answer = await reader.read()
-        writer.close()
-        return answer
-
-
-def statuses(answer: bytes) -> list[int]:
-    return [int(status) for status in re.findall(rb"HTTP/1\.1 ([0-9]{3})", answer)]
 
 
 def sized(body: bytes) -> bytes:
@@ -193,29 +173,6 @@ async def test_a_client_polls_by_http_1_0(service: Running) -> None:
     assert statuses(answer) == [200]
     assert b'\r\n\r\n40{"sid":' in await exchange(service, session % b"GET" + b"\r\n")
     assert statuses(await exchange(service, session % b"POST" + sized(b"1"))) == [200]
-
-
-async def stream(scope: Any, receive: Any, send: Any) -> None:
-    """An application that answers in two pieces of no announced length."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": b"one ", "more_body": True})
-    await send({"type": "http.response.body", "body": b"two"})
-
-
-@contextlib.asynccontextmanager
-async def serving(app: Any, **options: Any) -> AsyncIterator[int]:
-    """The port of our server with this application."""
-
-    async def leave(hurry: asyncio.Event) -> None:
-        pass
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(app, leave, lambda: None, **options)
-        server.config.lifespan = "off"
-        running = asyncio.create_task(server.serve([listener]))
-        yield listener.getsockname()[1]
-        server.should_exit = True
-        await running
 
 
 async def test_a_stream_by_http_1_0_is_not_chunked_and_ends_with_the_connection() -> None:

@@ -15,8 +15,8 @@ import pytest_asyncio
 from playwright.async_api import Browser, Frame, Page
 
 from api.rest.origin_guard import OriginGuard
-from rest.test_auth import guarded, token
 from support.browser import needs_chromium
+from support.guarded import guarded, token
 from support.harness import JSON, Running
 from support.http_app import assert_problem
 from support.node import ROOT, needs_client

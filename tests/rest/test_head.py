@@ -9,8 +9,8 @@ import pytest
 import pytest_asyncio
 
 from api.rest.head import HeadAsGet
-from rest.test_connections import LAST, exchange, serving, statuses
 from support.harness import HUNG, Running, running
+from support.raw_http import LAST, exchange, serving, statuses
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -20,8 +20,8 @@ from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from starlette.routing import Mount
 
-from rest.test_auth import MISSING, SERVICE, Wire, ask, guarded, token, wire
 from support.doubles import Hold, ScriptedEditor
+from support.guarded import MISSING, SERVICE, Wire, ask, guarded, token, wire
 from support.harness import JSON, PHOTO, Running, running
 from support.http_app import assert_problem
 

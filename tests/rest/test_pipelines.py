@@ -13,8 +13,8 @@ import pytest_asyncio
 
 from domain.feed import Logged
 from domain.ports import Gap
-from rest.test_auth import SERVICE, guarded, token
 from support.faults import Fault, Proxy
+from support.guarded import SERVICE, guarded, token
 from support.harness import JSON, Running, running
 from support.node import ROOT, needs_node
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import pytest_asyncio
 
 from adapters.serving import uvicorn_server
 from api.rest import bodies
-from rest.test_connections import serving, statuses, stream
 from support.harness import HUNG, Running, running
 from support.pictures import RED, solid
+from support.raw_http import Client, serving, statuses, stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -31,27 +30,6 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     async with running(tmp_path_factory.mktemp("images"), max_per_user=1_000, credits=None) as service:
         yield service
-
-
-@dataclass
-class Client:
-    """A connection, which goes on sending a byte now and then, whatever it is answered."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    async def until_closed(self, trickle: bytes, pause: float = 0.05) -> bytes:
-        """All that was answered, once nothing more can be sent."""
-        answer = b""
-        async with asyncio.timeout(HUNG):
-            with contextlib.suppress(ConnectionError):
-                while True:
-                    with contextlib.suppress(TimeoutError):
-                        answer += await asyncio.wait_for(self.reader.read(1 << 16), 0.001)
-                    self.writer.write(trickle)
-                    await self.writer.drain()
-                    await asyncio.sleep(pause)
-        return answer
 
 
 @contextlib.asynccontextmanager

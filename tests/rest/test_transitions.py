@@ -16,9 +16,9 @@ import pytest_asyncio
 from adapters.memory.log import MemoryLog
 from adapters.system import now
 from domain import recorder
-from rest.test_auth import guarded, token
 from support.builders import SteppableClock
 from support.doubles import Flaky, Hold, ScriptedEditor
+from support.guarded import guarded, token
 from support.harness import JSON, Phone, Running, running
 from support.http_app import assert_problem
 

@@ -11,10 +11,10 @@ from typing import Any, Final
 import httpx2
 import pytest
 
-from service.test_process import HANGS, Process, last_of, patient, serving, stagecast, talk, watching
 from support.faults import until_handled
 from support.harness import JSON, PHOTO
 from support.pictures import RED, solid
+from support.serve_process import HANGS, Process, last_of, patient, serving, stagecast, talk, watching
 
 WHO: Final = {"X-User-Id": "ada"}
 #: Takes the decoder about a second.

@@ -295,3 +295,17 @@ async def rest_of(connection: websockets.ClientConnection) -> list[str]:
                 frames.append(str(await connection.recv()))
             except websockets.ConnectionClosed:
                 return frames
+
+
+async def reluctant(service: Running) -> websockets.ClientConnection:
+    """The only device of ada, which has stopped reading."""
+    line = socket.socket()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
+    line.connect(("127.0.0.1", service.port))
+    address = f"ws://127.0.0.1:{service.port}/socket.io/?EIO=4&transport=websocket"
+    connection = await websockets.connect(address, sock=line, **BARE)
+    assert str(await connection.recv()).startswith("0{")
+    await connection.send('40{"userId":"ada"}')
+    assert str(await connection.recv()).startswith("40")
+    connection.transport.pause_reading()
+    return connection

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import pytest
 
+from support.harness import JSON
+
 TESTS: Final = Path(__file__).parent.parent / "javascript"
 ROOT: Final = TESTS.parent.parent
 
@@ -206,3 +208,28 @@ async def browsers() -> AsyncIterator[Browsers]:
         process.kill()
         await process.wait()
         await listening
+
+
+async def node_test(*names: str, services: JSON) -> None:
+    """Run these files with Node's test runner, and fail with its report."""
+    process = await asyncio.create_subprocess_exec(
+        "node",
+        "--test",
+        "--test-reporter=tap",
+        "--test-concurrency=2",
+        *(str(TESTS / name) for name in names),
+        cwd=ROOT,
+        env={**os.environ, "STAGECAST_SERVICES": json.dumps(services)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), 100)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    report = output.decode()
+    counts = dict(line[2:].split(" ") for line in report.splitlines() if line.startswith("# ") and line.count(" ") == 2)
+    assert process.returncode == 0, report
+    assert int(counts["pass"]) == int(counts["tests"]) > 0, report

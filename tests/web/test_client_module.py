@@ -1,7 +1,6 @@
 """The JavaScript client, ``/static/stagecast.js``, and the examples that use it: in Node and in a real browser."""
 
 import asyncio
-import json
 import os
 from base64 import b64encode
 from collections import defaultdict
@@ -22,11 +21,11 @@ from domain.errors import LogUnavailable
 from domain.feed import Cursor
 from domain.orders import Options
 from domain.ports import Picture, Report
-from rest.test_auth import SECRET, guarded
 from support.browser import chromium, needs_chromium
 from support.doubles import ScriptedComposer, png
+from support.guarded import SECRET, guarded
 from support.harness import JSON, PHOTO, running
-from support.node import ROOT, TESTS, needs_client, needs_node
+from support.node import ROOT, needs_client, needs_node, node_test
 
 LIVE: Final = ("client_live.mjs", "client_polling.mjs", "client_tokens.mjs", "client_http.mjs")
 
@@ -86,31 +85,6 @@ async def services_for_node(folder: Path) -> AsyncIterator[JSON]:
     ):
         urls = {"open": open_mode.url, "other": other.url, "keyed": keyed.url}
         yield {**urls, "secret": SECRET, "photo": b64encode(PHOTO).decode()}
-
-
-async def node_test(*names: str, services: JSON) -> None:
-    """Run these files with Node's test runner, and fail with its report."""
-    process = await asyncio.create_subprocess_exec(
-        "node",
-        "--test",
-        "--test-reporter=tap",
-        "--test-concurrency=2",
-        *(str(TESTS / name) for name in names),
-        cwd=ROOT,
-        env={**os.environ, "STAGECAST_SERVICES": json.dumps(services)},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        output, _ = await asyncio.wait_for(process.communicate(), 100)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    report = output.decode()
-    counts = dict(line[2:].split(" ") for line in report.splitlines() if line.startswith("# ") and line.count(" ") == 2)
-    assert process.returncode == 0, report
-    assert int(counts["pass"]) == int(counts["tests"]) > 0, report
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import pytest
 from playwright.async_api import expect
 
 from api.web.page import CDN, FOLDER, policy, render
-from rest.test_auth import guarded
 from support.browser import chromium, needs_chromium, tabs
+from support.guarded import guarded
 from support.harness import running
 from support.http_app import assert_problem
 from support.node import needs_client

@@ -12,9 +12,8 @@ from playwright.async_api import Browser, expect
 
 from support.browser import needs_chromium, tabs
 from support.harness import Running, running
-from support.node import ROOT, TESTS, needs_client, needs_node
-from web.test_client_module import node_test
-from web.test_page_story import PromptedEditor, QuickComposer
+from support.node import ROOT, TESTS, needs_client, needs_node, node_test
+from support.page import PromptedEditor, QuickComposer
 
 needs_browser_data: Final = pytest.mark.skipif(
     "CI" not in os.environ and not (ROOT / "node_modules" / "@mdn").is_dir(),

@@ -19,20 +19,17 @@ from adapters.system import now
 from api.app import create_service
 from api.settings import Settings
 from api.web.page import CDN, FOLDER
-from rest.test_auth import guarded, token
 from support.browser import Tab, axe_violations, needs_axe, needs_chromium, tabs
 from support.builders import SteppableClock
 from support.doubles import Hold
+from support.guarded import guarded, token
 from support.harness import Running, running
 from support.node import needs_client
-from web.test_page_story import PromptedEditor, QuickComposer, logged
+from support.page import NETWORK, PromptedEditor, QuickComposer, logged
 
 pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
 
 EDITOR = PromptedEditor()
-
-#: The browser's own error messages when the network fails.
-NETWORK = r"net::ERR_|^WebSocket connection to "
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -9,8 +9,7 @@ from playwright.async_api import Browser, FilePayload, Locator, expect
 from support.browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
 from support.harness import Running, running
 from support.node import needs_client
-from web.test_page_connection import NETWORK
-from web.test_page_story import PromptedEditor, QuickComposer
+from support.page import NETWORK, PromptedEditor, QuickComposer
 
 pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
 

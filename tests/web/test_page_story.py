@@ -3,8 +3,7 @@
 import json
 import re
 import shutil
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,49 +11,16 @@ import pytest_asyncio
 from playwright.async_api import Browser, FilePayload, Route, expect
 
 from api.web.page import FOLDER, render
-from domain.orders import Options
-from domain.ports import Load, Picture, Report
 from support.browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
-from support.doubles import Act, Hold, ScriptedFaceSwapper, fails, reports
+from support.doubles import ScriptedFaceSwapper, fails, reports
 from support.harness import Running, running
 from support.node import needs_client
+from support.page import PromptedEditor, QuickComposer, logged
 from support.pictures import GREEN, RED, solid
 
 pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
 
 ATTACK = '<img src=x onerror="window.broken=1"><script>window.broken=1</script>\'"javascript:window.broken=1'
-
-
-class PromptedEditor:
-    """`domain.ports.ImageEditor` that runs the acts registered for a prompt."""
-
-    free = False
-
-    def __init__(self) -> None:
-        self.acts: dict[str, deque[Act]] = defaultdict(deque)
-
-    def at(self, prompt: str, *acts: Act) -> None:
-        """Register acts for a prompt; each edit with it runs the next one."""
-        self.acts[prompt].extend(acts)
-
-    def hold(self, prompt: str) -> Hold:
-        hold = Hold()
-        self.at(prompt, hold)
-        return hold
-
-    async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
-        if self.acts[prompt]:
-            await self.acts[prompt].popleft()(report)
-        return solid(RED, (200, 300), "JPEG")
-
-    generate = edit
-
-
-class QuickComposer:
-    """`domain.ports.Composer`: returns an empty sheet."""
-
-    async def compose(self, pictures: Sequence[Load]) -> Picture:
-        return solid((250, 250, 250), (100, 140))
 
 
 EDITOR = PromptedEditor()
@@ -68,12 +34,6 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
     images: Path = tmp_path_factory.mktemp("images")
     async with running(images, overrides=overrides, fetch_allow="127.0.0.0/8", max_per_user=100) as service:
         yield service
-
-
-async def logged(service: Running, user: str) -> list[str]:
-    """The times of the events of the user's newest generation."""
-    [newest, *_] = (await service.get("/generations", user))["generations"]
-    return [event["occurredAt"] for event in await service.events(newest["generationId"], user)]
 
 
 async def test_two_tabs_show_each_stage_and_the_picture_live(browser: Browser, service: Running) -> None:

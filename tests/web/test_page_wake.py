@@ -13,8 +13,7 @@ from support.browser import Tab, needs_chromium, tabs
 from support.faults import Proxy
 from support.harness import Running, running
 from support.node import needs_client
-from web.test_page_connection import NETWORK
-from web.test_page_story import PromptedEditor, QuickComposer, logged
+from support.page import NETWORK, PromptedEditor, QuickComposer, logged
 
 pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
 

@@ -1,0 +1,169 @@
+"""Tokens made by hand, keys, and an issuer that publishes a key set over HTTP."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import cache
+from typing import Any
+
+import jwt
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+
+from support.builders import NOON
+
+SECRET = b"correct-horse-battery-staple-0123456789"
+
+NOW = NOON.timestamp()
+
+LATER = int(NOW) + 60
+
+#: Seconds that an issuer has, where how long it takes is not what is tried.
+PATIENT = 30
+
+
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def claims(**others: Any) -> dict[str, Any]:
+    return {"sub": "ada", "exp": LATER, **others}
+
+
+def part(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def raw(header: bytes, payload: bytes, secret: bytes = SECRET) -> str:
+    """A token of any bytes at all, with the signature that HS256 wants."""
+    signed = f"{part(header)}.{part(payload)}"
+    return f"{signed}.{part(hmac.digest(secret, signed.encode(), hashlib.sha256))}"
+
+
+def by_secret(payload: Mapping[str, Any], *, secret: bytes = SECRET) -> str:
+    return raw(b'{"alg":"HS256","typ":"JWT"}', json.dumps(payload).encode(), secret)
+
+
+# --- an issuer's keys ------------------------------------------------------------------------------------
+
+
+@cache
+def rsa_key(name: str, bits: int = 2048) -> rsa.RSAPrivateKey:
+    """The key of this name; another one for each name."""
+    return rsa.generate_private_key(65537, bits)
+
+
+@cache
+def ec_key(name: str, curve: type[ec.EllipticCurve] = ec.SECP256R1) -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(curve())
+
+
+def jwk(key: PrivateKey, **members: Any) -> dict[str, Any]:
+    """The public half, as an issuer publishes it. A member that is None is left out."""
+    entry = (
+        RSAAlgorithm.to_jwk(key.public_key(), as_dict=True)
+        if isinstance(key, rsa.RSAPrivateKey)
+        else ECAlgorithm.to_jwk(key.public_key(), as_dict=True)
+    )
+    return {name: value for name, value in {**entry, **members}.items() if value is not None}
+
+
+def by_key(key: PrivateKey, kid: str | None = None, **others: Any) -> str:
+    algorithm = "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
+    return jwt.encode(claims(**others), key, algorithm, headers={"kid": kid} if kid is not None else None)
+
+
+class Issuer:
+    """A real HTTP server with a key set, which counts who asks for it."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.port = 0
+        self.answer: Answer = self._keys
+        self._entries: tuple[object, ...] = ()
+        app = web.Application()
+        app.router.add_get("/{path:.*}", self._serve)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self._kept: socket.socket | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/keys"
+
+    def publish(self, *entries: object) -> None:
+        self.answer, self._entries = self._keys, entries
+
+    def says(self, body: bytes, **headers: str) -> None:
+        async def answer(request: web.Request) -> web.Response:
+            return web.Response(body=body, headers=headers)
+
+        self.answer = answer
+
+    def fails(self, status: int = 500, **headers: str) -> None:
+        async def answer(request: web.Request) -> web.Response:
+            return web.json_response({"keys": list(self._entries)}, status=status, headers=headers)
+
+        self.answer = answer
+
+    def waits(self) -> tuple[asyncio.Event, asyncio.Event]:
+        """Answer nobody before the second event is set. The first one says that somebody has asked."""
+        asked, go_on = asyncio.Event(), asyncio.Event()
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            asked.set()
+            await go_on.wait()
+            return await self._keys(request)
+
+        self.answer = answer
+        return asked, go_on
+
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
+        if self._runner.server is None:
+            await self._runner.setup()
+        self._give_up_port()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=tls)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Refuse connections. The port is kept, so that nobody else comes to listen there."""
+        for site in list(self._runner.sites):
+            await site.stop()
+        self._kept = socket.socket()
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind(("127.0.0.1", self.port))
+
+    async def close(self) -> None:
+        self._give_up_port()
+        await self._runner.cleanup()
+
+    def _give_up_port(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        self.requests += 1
+        return await self.answer(request)
+
+    async def _keys(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"keys": list(self._entries)})
+
+
+@asynccontextmanager
+async def running_issuer(*entries: object) -> AsyncIterator[Issuer]:
+    issuer = Issuer()
+    issuer.publish(*entries)
+    await issuer.start()
+    try:
+        yield issuer
+    finally:
+        await issuer.close()

@@ -1,0 +1,110 @@
+"""``stagecast serve`` in a process of its own, and who talks to it."""
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx2
+import socketio
+
+from support.harness import JSON
+from support.pictures import RED, solid
+
+#: Seconds after which something hangs, and is not slow.
+HANGS: Final = 60
+
+
+@dataclass
+class Process:
+    """A running ``stagecast serve``."""
+
+    process: asyncio.subprocess.Process
+    line: str
+    url: str
+
+    async def start(self, http: httpx2.AsyncClient, **fields: str) -> httpx2.Response:
+        files = [("images", ("a.jpg", solid(RED, kind="JPEG").data)), ("prompt", (None, b"a red hat"))]
+        files += [(name, (None, value.encode())) for name, value in fields.items()]
+        return await http.post(f"{self.url}/generations/edit", files=files, headers={"X-User-Id": "ada"})
+
+    async def ended(self) -> tuple[int, str]:
+        """Its exit code, and what it wrote to standard error."""
+        _, errors = await asyncio.wait_for(self.process.communicate(), HANGS)
+        assert self.process.returncode is not None
+        return self.process.returncode, errors.decode()
+
+    async def draining(self, http: httpx2.AsyncClient) -> httpx2.Response:
+        """What it answers who asks whether it is ready, once it is not."""
+        async with asyncio.timeout(HANGS):
+            while (ready := await http.get(f"{self.url}/health/ready")).status_code == 200:
+                await asyncio.sleep(0.01)
+        return ready
+
+
+async def stagecast(*arguments: str, **variables: str) -> asyncio.subprocess.Process:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STAGECAST_")}
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "api",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment | variables,
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path: Path, *flags: str) -> AsyncIterator[Process]:
+    process = await stagecast("serve", "--port", "0", "--images", str(tmp_path / "images"), *flags)
+    assert process.stdout is not None
+    try:
+        line = (await asyncio.wait_for(process.stdout.readline(), HANGS)).decode()
+        assert "http://localhost:" in line, (await process.communicate())[1].decode()
+        port = int(line.split("http://localhost:")[1].split()[0])
+        yield Process(process, line, f"http://127.0.0.1:{port}")
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def watching(url: str) -> AsyncIterator[list[dict[str, Any]]]:
+    """The events of ada's feed, as a device gets them."""
+    client = socketio.AsyncClient(reconnection=False, request_timeout=HANGS)
+    events: list[dict[str, Any]] = []
+    client.on("*", lambda name, data, *_: events.append(data))
+    await client.connect(url, auth={"userId": "ada", "recovery": False}, wait_timeout=HANGS)
+    try:
+        yield events
+    finally:
+        await client.disconnect()
+
+
+async def talk(port: int, talks: contextlib.AsyncExitStack) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A bare connection, closed in the end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    talks.callback(writer.close)
+    return reader, writer
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(HANGS):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def last_of(events: list[JSON]) -> JSON:
+    """The end that a device was told of. What the service sent before it left may still be on its way."""
+    await until(lambda: bool(events) and events[-1].get("status") in ("completed", "failed"))
+    return events[-1]
+
+
+def patient() -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(timeout=HANGS)
