@@ -22,10 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from reliability import (
     cases_admission,  # noqa: F401 (registers its cases)
+    cases_connections,  # noqa: F401 (registers its cases)
+    cases_disk_and_clock,  # noqa: F401 (registers its cases)
+    cases_feeds,  # noqa: F401 (registers its cases)
+    cases_kills,  # noqa: F401 (registers its cases)
     cases_limits,  # noqa: F401 (registers its cases)
+    cases_stops,  # noqa: F401 (registers its cases)
     cases_storage,  # noqa: F401 (registers its cases)
     cases_supervision,  # noqa: F401 (registers its cases)
-    chaos,  # noqa: F401 (registers its cases)
 )
 from reliability.cases import CASES, Outcome, Size, attempt
 

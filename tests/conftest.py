@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
 from tempfile import TemporaryDirectory
@@ -19,7 +20,15 @@ for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
 
 
 #: What takes long begins first, so that no worker is left alone with it in the end.
-_FIRST: Final = ("test_install", "test_cases", "test_page_story", "test_page_connection", "test_recovery")
+_FIRST: Final = (
+    "test_install",
+    "test_cases",
+    "test_page_story",
+    "test_page_connection",
+    "test_recovery",
+    "test_recovery_limits",
+    "test_recovery_sessions",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,3 +59,12 @@ def log_setting(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where the log is: what goes by it is tried on every log, and no test waits for the disk."""
     with TemporaryDirectory(dir=IN_MEMORY) as folder:
         yield "memory://" if request.param == "memory" else f"sqlite:///{folder}/log.db"
+
+
+_numbers: Final = itertools.count()
+
+
+@pytest.fixture
+def eve() -> str:
+    """A user whom no other test knows."""
+    return f"eve-{next(_numbers)}"

@@ -5,7 +5,6 @@ Each command, and each way to end, is seen in a process of its own; what differs
 
 import asyncio
 import contextlib
-import itertools
 import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -44,15 +43,6 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 async def opened(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     async with running(tmp_path_factory.mktemp("images")) as service:
         yield service
-
-
-_numbers: Final = itertools.count()
-
-
-@pytest.fixture
-def eve() -> str:
-    """A user whom no other test knows."""
-    return f"eve-{next(_numbers)}"
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from api.settings import Settings
-from reliability.cases import free_port
+from support.deployment import free_port
 
 ROOT: Final = Path(__file__).parent.parent.parent
 SECRET: Final = "a secret of the container, over 32 bytes"

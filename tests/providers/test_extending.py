@@ -16,8 +16,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from reliability.cases import free_port
-from reliability.chaos import parts
+from support.deployment import free_port, parts
 from support.harness import PHOTO
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent

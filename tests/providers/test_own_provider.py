@@ -16,9 +16,8 @@ from PIL import Image
 from api.app import create_service
 from api.settings import SettingsError, load_settings
 from domain.ports import Picture
-from reliability.cases import free_port
-from reliability.chaos import parts
 from support.command_line import STAGECAST, stagecast
+from support.deployment import free_port, parts
 from support.doubles import FACE_URL
 from support.harness import JSON, PHOTO, Running, running
 from support.pictures import GREEN, solid

@@ -16,8 +16,7 @@ import pytest
 from adapters.providers import openai as openai_editor
 from adapters.providers import replicate as replicate_face_swap
 from api.settings import describe_settings
-from reliability.cases import free_port
-from reliability.chaos import parts
+from support.deployment import free_port, parts
 from support.harness import PHOTO
 from support.openai_server import KEY, openai_server
 from support.replicate_server import TOKEN

@@ -9,8 +9,9 @@ from typing import Any
 import httpx2
 from PIL import Image
 
-from reliability.cases import Trial, case, files_in
+from reliability.cases import Trial, case
 from support.case_server import Served
+from support.deployment import files_in
 from support.faults import JSON
 from support.harness import PHOTO
 from support.pictures import GREEN, RED, encoded, quarters, solid

@@ -10,7 +10,7 @@ from typing import Any, Final
 import httpx2
 
 from reliability.cases import SECRET, Trial, case
-from reliability.chaos import Deployment
+from support.deployment import Deployment
 from support.faults import allow_sockets, together
 from support.harness import PHOTO
 

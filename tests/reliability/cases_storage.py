@@ -18,7 +18,7 @@ from typing import Final
 
 from adapters.sqlite.database import examine
 from reliability.cases import Trial, case
-from reliability.chaos import Caller, Deployment, Life, parts
+from support.deployment import Caller, Deployment, Life, parts
 from support.faults import JSON, Wire, hang_up
 from support.harness import PHOTO
 

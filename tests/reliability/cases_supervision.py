@@ -19,8 +19,9 @@ from domain.feed import Logged
 from domain.ports import Append, EventLog, History
 from domain.supervisor import Supervisor
 from reliability.cases import Trial, case
-from reliability.chaos import SCRATCH_IS_NO_FILE, Caller, Deployment, Life, no_room, parts
+from reliability.cases_disk_and_clock import SCRATCH_IS_NO_FILE, no_room
 from support.builders import OpenLog, open_memory_log, open_sqlite_log
+from support.deployment import Caller, Deployment, Life, parts
 from support.doubles import Passing
 from support.faults import Wire, until_handled
 from support.harness import PHOTO, running

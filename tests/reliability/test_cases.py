@@ -9,10 +9,14 @@ import pytest_asyncio
 
 from reliability import (
     cases_admission,  # noqa: F401 (registers its cases)
+    cases_connections,  # noqa: F401 (registers its cases)
+    cases_disk_and_clock,  # noqa: F401 (registers its cases)
+    cases_feeds,  # noqa: F401 (registers its cases)
+    cases_kills,  # noqa: F401 (registers its cases)
     cases_limits,  # noqa: F401 (registers its cases)
+    cases_stops,  # noqa: F401 (registers its cases)
     cases_storage,  # noqa: F401 (registers its cases)
     cases_supervision,  # noqa: F401 (registers its cases)
-    chaos,  # noqa: F401 (registers its cases)
 )
 from reliability.cases import CASES, Case, Size, attempt
 from support.case_server import Process
@@ -37,7 +41,7 @@ async def process() -> AsyncIterator[Process]:
     "case",
     [
         pytest.param(case, id=f"{number}: {case.run.__name__}", marks=needs_node if number == 8 else ())
-        for number, case in CASES.items()
+        for number, case in sorted(CASES.items())
     ],
 )
 async def test_what_is_promised_holds(case: Case, size: Size, process: Process, tmp_path: Path) -> None:

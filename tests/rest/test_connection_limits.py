@@ -18,7 +18,7 @@ from adapters.system import descriptors
 from api.app import connection_table
 from api.rest.proxies import ForwardedHeaders
 from api.settings import load_settings
-from reliability.chaos import Deployment
+from support.deployment import Deployment
 from support.harness import HUNG, running
 from support.raw_http import Client, serving
 

@@ -1,15 +1,12 @@
 """A pipeline of the user's own moves a generation, from outside: by HTTP, and a phone sees it."""
 
 import asyncio
-import itertools
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import httpx2
 import pytest
 import pytest_asyncio
 
@@ -21,38 +18,24 @@ from support.doubles import Flaky, Hold, ScriptedEditor
 from support.guarded import guarded, token
 from support.harness import JSON, Phone, Running, running
 from support.http_app import assert_problem
+from support.pipeline import (
+    DONE,
+    EDIT,
+    EDITED,
+    FACE,
+    MADE,
+    PREVIEW,
+    SHEET,
+    SWAP,
+    SWAP_ERROR,
+    SWAPPED,
+    Pipeline,
+    Row,
+    _users,
+    begin,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-FACE: Final = "https://example.com/face.jpg"
-SHEET: Final = "https://cdn.example.com/sheet.png"
-PREVIEW: Final = "https://cdn.example.com/preview.png?step=1"
-EDITED: Final = "http://cdn.example.com:8080/edited.png"
-SWAPPED: Final = "https://cdn.example.com/swapped.png#face"
-MADE: Final = "https://cdn.example.com/made.png"
-SWAP_ERROR: Final = {"code": "provider_rejected", "message": "There is no face in the picture."}
-
-Row = tuple[str, JSON, int, str]
-
-#: What is reported, and what becomes of it: status, facts, percentage, message. From the contract, word for word.
-EDIT: Final[Sequence[Row]] = (
-    ("composition", {}, 20, "Composing images..."),
-    (
-        "composition_completed",
-        {"compositionUrl": SHEET},
-        40,
-        "Image composition completed, starting OpenAI editing...",
-    ),
-    ("openai_editing", {}, 60, "OpenAI image editing started..."),
-    (
-        "openai_editing_completed",
-        {"editedImageUrl": EDITED},
-        80,
-        "OpenAI image editing completed successfully!",
-    ),
-)
-DONE: Final[Row] = ("completed", {}, 100, "Image editing completed successfully!")
-SWAP: Final[Row] = ("face_swap", {}, 85, "Applying face swap...")
 FLOWS: Final[dict[str, tuple[str, JSON, Sequence[Row]]]] = {
     "edit": ("edit", {}, (*EDIT, DONE)),
     "edit with face swap": (
@@ -100,59 +83,6 @@ ALLOWED: Final[dict[str, list[str]]] = {
     "failed": [],
 }
 STATUSES: Final = {*ALLOWED, "ai_generation", "face_swap", "face_swap_completed"}
-
-_users = itertools.count()
-
-
-@dataclass
-class Pipeline:
-    """Who does the work of one generation."""
-
-    service: Running
-    user: str
-    generation_id: str
-
-    async def tell(self, status: str, **facts: Any) -> httpx2.Response:
-        return await self.post(json.dumps({"status": status, **facts}))
-
-    async def post(self, body: str | bytes) -> httpx2.Response:
-        path = f"/generations/{self.generation_id}/transitions"
-        return await self.service.http.post(path, content=body, headers={"X-User-Id": self.user})
-
-    async def told(self, status: str, **facts: Any) -> JSON:
-        """Tell it; it has to be taken."""
-        answer = await self.tell(status, **facts)
-        assert answer.status_code == 200, answer.text
-        event = answer.json()
-        assert isinstance(event, dict)
-        return event
-
-    async def upto(self, last: str, rows: Sequence[Row] = (*EDIT, SWAP)) -> "Pipeline":
-        """All stages up to this one."""
-        for status, facts, _, _ in rows[: [row[0] for row in rows].index(last) + 1]:
-            await self.told(status, **facts)
-        return self
-
-    async def events(self) -> list[JSON]:
-        return await self.service.events(self.generation_id, self.user)
-
-    async def refused(self, status: str, code: str, http: int = 409, /, **facts: Any) -> JSON:
-        """Tell it; it has to be refused like this, and to change nothing."""
-        before = await self.events()
-        problem = assert_problem(await self.tell(status, **facts), http, code)
-        assert await self.events() == before
-        return problem
-
-    async def field_refused(self, status: str, field: str, /, **facts: Any) -> None:
-        problem = await self.refused(status, "invalid_request", 422, **facts)
-        assert field in [error["field"] for error in problem["errors"]]
-
-
-async def begin(service: Running, kind: str = "edit", *, user: str | None = None, **fields: Any) -> Pipeline:
-    user = user or f"user {next(_users)}"
-    images = fields.pop("images", 0)
-    generation_id = await service.start(user, f"{kind}?runner=external", images=images, **fields)
-    return Pipeline(service, user, generation_id)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

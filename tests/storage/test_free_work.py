@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from reliability.chaos import Caller, Deployment, Life, parts
+from support.deployment import Caller, Deployment, Life, parts
 from support.faults import JSON
 from support.harness import PHOTO
 from support.openai_server import KEY, openai_server

@@ -24,7 +24,7 @@ from adapters.images.folder import FolderRefused, ImageFolder
 from adapters.sqlite.database import Database, LogRefused
 from domain.errors import Failure, LogUnavailable
 from domain.ports import Picture
-from reliability.chaos import Caller, Deployment, Life, parts
+from support.deployment import Caller, Deployment, Life, parts
 from support.harness import PHOTO, running
 
 PNG: Final = Picture(b"the bytes of a PNG", "image/png")

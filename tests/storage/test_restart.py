@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 import pytest
 
-from reliability.chaos import Caller, Deployment, parts
+from support.deployment import Caller, Deployment, parts
 from support.doubles import FACE_URL, Hold, ScriptedComposer, ScriptedEditor, ScriptedFaceSwapper, ScriptedFetcher
 from support.faults import JSON, Wire, hang_up
 from support.harness import PHOTO, Running, running

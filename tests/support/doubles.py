@@ -533,3 +533,24 @@ class Studio:
             assert await self.memory.credit(user_id) == credit
         assert set(self.images.kept) <= named, "pictures are left that no event names"
         assert (self.queue.waiting, self.queue.held) == (0, 0)
+
+
+def wanted(kind: Kind, face_swap: bool) -> Wish:
+    return swap_wish() if face_swap else wish(kind)
+
+
+def picture_of(studio: Studio, url: object) -> bytes:
+    """The bytes of the picture that an event's URL names."""
+    assert isinstance(url, str)
+    assert url.startswith(BASE)
+    return studio.images.kept[url.removeprefix(BASE)].data
+
+
+async def failed_well(studio: Studio, done: Snapshot, stage: str, code: str) -> None:
+    told = (await studio.events(done))[-1]
+    assert (told["status"], told["failedStage"], told["code"]) == ("failed", stage, code)
+    assert told["credit"] == 10
+    assert isinstance(told["error"], str)
+    assert isinstance(told["retryable"], bool)
+    assert (done.status, done.failed_stage, done.code) == ("failed", stage, code)
+    await studio.check()

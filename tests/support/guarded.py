@@ -119,3 +119,21 @@ async def wire(service: Running, auth: object = None, *, hello: bool = True) -> 
         yield bare
     finally:
         await connection.close()
+
+
+BAD: Final = {
+    "garbage": ("nonsense", "invalid_token"),
+    "too long": ("x" * 20_000, "invalid_token"),
+    "another secret": (token(secret="y" * 32), "invalid_token"),
+    "no signature": (jwt.encode({"sub": "ada", "exp": GOOD}, "", "none"), "invalid_token"),
+    "no end": (jwt.encode({"sub": "ada"}, SECRET, "HS256"), "invalid_token"),
+    "not yet": (token(nbf=GOOD - 1), "invalid_token"),
+    "for somebody else": (token(aud="another service"), "invalid_token"),
+    "nobody": (jwt.encode({"exp": GOOD}, SECRET, "HS256"), "invalid_token"),
+    "an empty name": (token(""), "invalid_token"),
+    "a truth": (token(True), "invalid_token"),
+    "a fraction": (token(1.5), "invalid_token"),
+    "a control character": (token("a\nb"), "invalid_token"),
+    "over": (EXPIRED, "token_expired"),
+    "over, of a service": (token("backend", exp=1, scope="stagecast:service"), "token_expired"),
+}

@@ -9,15 +9,21 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from datetime import datetime
 from functools import cache
 from typing import Any
 
 import jwt
 from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from support.builders import NOON
+from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens
+from domain.identity import Identity
+from support.builders import NOON, SteppableClock
 
 SECRET = b"correct-horse-battery-staple-0123456789"
 
@@ -167,3 +173,33 @@ async def running_issuer(*entries: object) -> AsyncIterator[Issuer]:
         yield issuer
     finally:
         await issuer.close()
+
+
+def secret_tokens(clock: SteppableClock | None = None, **options: Any) -> Tokens:
+    return Tokens(SecretKey(SECRET), clock=clock or SteppableClock(), **options)
+
+
+async def verify(payload: Mapping[str, Any], **options: Any) -> Identity:
+    return await secret_tokens(**options).verify(by_secret(payload))
+
+
+def certificate_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """That this is the key of localhost, as its owner says."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    return (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, datetime(2020, 1, 1), datetime(2100, 1, 1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+
+
+def issuer_tokens(issuer: Issuer, clock: SteppableClock | None = None, timeout: float = PATIENT) -> Tokens:
+    clock = clock or SteppableClock()
+    return Tokens(JwksKeys(issuer.url, clock=clock, timeout=timeout), clock=clock)
+
+
+def lasting(key: PrivateKey, kid: str | None = None) -> str:
+    """A token that outlives the caches."""
+    return by_key(key, kid, exp=LATER + 86_400)

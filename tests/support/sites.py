@@ -2,15 +2,23 @@
 
 import asyncio
 import contextlib
+import re
+import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from ipaddress import ip_address
-from typing import Final
+from ipaddress import ip_address, ip_network
+from typing import Any, Final
 
-from support.pictures import RED, solid
+import pytest
+
+from adapters.images.intake import PillowIntake
+from adapters.outbound.url_fetcher import IPAddress, IPNetwork, Resolver, UrlFetcher
+from domain.errors import Failure
+from domain.ports import ImageFetcher, ImageIntake
+from support.pictures import RED, THREADS, solid
 
 #: Where the sites are. Linux has a whole network of loopback addresses; elsewhere there is one of each version.
 SITE: Final = ip_address("127.0.0.2" if sys.platform == "linux" else "::1")
@@ -98,3 +106,105 @@ async def listening(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass
+class Canary:
+    """Listens where nobody may come."""
+
+    port: int
+    visits: list[object] = field(default_factory=list)
+
+
+@pytest.fixture(autouse=True)
+def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses that sockets were connected to: none but loopback ever is."""
+    connect = socket.socket.connect
+    addresses: list[Any] = []
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        addresses.append(address)
+        assert ip_address(address[0]).is_loopback, f"{address} is outside"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    return addresses
+
+
+class Names:
+    """A resolver: each name has its answers, one per question, the last one for ever."""
+
+    def __init__(self, answers: dict[str, list[list[IPAddress]]] | None = None) -> None:
+        self.answers = answers or {}
+        self.asked: list[str] = []
+
+    async def __call__(self, host: str) -> Sequence[IPAddress]:
+        self.asked.append(host)
+        answers = self.answers.get(host)
+        if answers is None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+
+INTAKE: Final = PillowIntake(THREADS)
+
+#: Trusts nobody, and is quickly made.
+WARY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def fetcher_with(
+    resolve: Resolver,
+    *,
+    intake: ImageIntake = INTAKE,
+    allow: Sequence[IPNetwork] = (ip_network(SITE),),
+    trust: ssl.SSLContext = WARY,
+    deadline: float = 60,
+    connect_timeout: float = 30,
+) -> UrlFetcher:
+    return UrlFetcher(
+        intake, allow=allow, resolve=resolve, trust=trust, deadline=deadline, connect_timeout=connect_timeout
+    )
+
+
+async def refused(fetcher: ImageFetcher, url: str) -> Failure:
+    """The failure, which is fit to show: one sentence about what was fetched, and nothing of us in it."""
+    with pytest.raises(Failure) as caught:
+        await fetcher.fetch(url)
+    failure = caught.value
+    assert failure.code == "image_fetch_failed"
+    prefix, _, reason = failure.sentence.partition(": ")
+    assert prefix == "One of the image URLs could not be fetched"
+    assert re.fullmatch(r"[a-z][A-Za-z ,]+( \(?[0-9]{3}\)?| 10 MB)?\.( [A-Z][A-Za-z0-9 ,:]+\.)?", reason), reason
+    assert failure.__cause__ is None
+    assert failure.__suppress_context__ or failure.__context__ is None
+    return failure
+
+
+FORBIDDEN: Final = "its address does not exist or is not allowed."
+
+BROKEN: Final = "its site could not be reached, or broke off."
+
+
+# --- which hosts are connected to ------------------------------------------------------------------------
+
+#: Spellings of loopback, and hosts that are none.
+LOOPBACK: Final = f"""
+127.0.0.1 127.1 127.0.1 127.000.000.001 127.0.0.1. 127.0.0.1.. 2130706433 017700000001 0x7f000001 0x7f.1
+0x7f.0.0.0x1 0X7F.1 0177.0.0.1 00000177.1 0 0.0.0.0 0x １２７.０.０.１ 127。0。0。1 ①②⑦.⓪.⓪.① 127．0．0．1
+%31%32%37.0.0.1 127.0.0.1%00.pictures.test 127.0.0.1%2f.pictures.test
+[::1] [::] [0:0:0:0:0:0:0:1] [::ffff:127.0.0.1] [::ffff:7f00:1] [::127.0.0.1] [64:ff9b::127.0.0.1] [2002:7f00:1::]
+[::1%25lo] [::1%lo] [fe80::1%251] [::1 ::1 [127.0.0.1] [v1.a]
+localhost LOCALHOST localhost. LocalHost.LocalDomain ⓛⓞⓒⓐⓛⓗⓞⓢⓣ loopback.pictures.test
+a@127.0.0.1 pictures.test@127.0.0.1 pictures.test:80@127.0.0.1 127.0.0.1\\@pictures.test pictures.test\\@127.0.0.1
+. .. - a..b xn--a.test {"a" * 64}.test {"a." * 127}test
+"""
+
+
+def canary_names() -> Names:
+    """A name server that believes in every spelling of loopback that a C library would."""
+    loopback = [ip_address("127.0.0.1")]
+    names = Names({name: [loopback] for name in ("localhost", "localhost.localdomain", "loopback.pictures.test")})
+    for text in LOOPBACK.split():
+        with contextlib.suppress(OSError, UnicodeError):
+            names.answers[text.lower()] = [[ip_address(socket.inet_ntoa(socket.inet_aton(text)))]]
+    return names

@@ -1,0 +1,76 @@
+"""Fixtures of what is fetched and of webhooks."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from adapters.outbound.url_fetcher import UrlFetcher
+from domain.ports import EventLog
+from support.builders import LOGS, SteppableClock
+from support.provider_faults import closed_port
+from support.provider_faults import listening as origin_listening
+from support.sites import PNG, SITE, Canary, Names, Site, fetcher_with, listening, page
+from support.webhooks import Receiver
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    site = Site(pages={"/a.png": page(PNG)})
+    async with listening(site.serve, str(SITE)) as site.port:
+        yield site
+
+
+@pytest.fixture
+async def canary() -> AsyncIterator[Canary]:
+    """On both loopback addresses, as far as there are both. Nobody has come when the test is over."""
+    canary = Canary(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        canary.visits.append(writer.get_extra_info("sockname"))
+
+    async with contextlib.AsyncExitStack() as stack:
+        canary.port = await stack.enter_async_context(listening(serve, "127.0.0.1"))
+        if str(SITE) != "::1":
+            with contextlib.suppress(OSError):
+                await stack.enter_async_context(listening(serve, "::1", canary.port))
+        yield canary
+        await asyncio.sleep(0.01)
+        assert canary.visits == []
+
+
+@pytest.fixture
+def names() -> Names:
+    return Names({"pictures.test": [[SITE]], "other.test": [[SITE]]})
+
+
+@pytest.fixture
+def fetcher(names: Names) -> UrlFetcher:
+    return fetcher_with(names)
+
+
+@pytest.fixture(params=LOGS)
+async def log(request: pytest.FixtureRequest) -> AsyncIterator[EventLog]:
+    async with LOGS[request.param](clock=SteppableClock(), outbox=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def memory() -> AsyncIterator[EventLog]:
+    async with LOGS["memory"](clock=SteppableClock(), outbox=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    receiver = Receiver()
+    async with origin_listening(receiver.origin):
+        yield receiver
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port at which nobody listens yet."""
+    with closed_port() as port:
+        yield port

@@ -1,0 +1,358 @@
+"""When each end is posted: in which order, how often, across restarts and at shutdown."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from adapters.sqlite.database import Database
+from adapters.sqlite.log import SqliteLog
+from domain.errors import LogUnavailable
+from domain.feed import Logged
+from domain.ports import EventLog
+from domain.webhooks import NotDelivered, Webhooks
+from support.builders import Scribe, SteppableClock
+from support.doubles import Passing
+from support.provider_faults import hang, listening
+from support.webhooks import Receiver, all_told, ids, sender_to, status, until, webhooks_for, working
+
+# --- the loop ----------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """`domain.webhooks.Poster` that does to each generation's messages what is planned, and takes the rest."""
+
+    def __init__(self) -> None:
+        #: What is raised, one after the other; the last one for ever.
+        self.plans: dict[str, list[Exception]] = {}
+        self.posts: list[str] = []
+        self.taken: list[str] = []
+
+    async def post(self, message_id: str, body: bytes) -> None:
+        generation_id = json.loads(body)["data"]["generationId"]
+        self.posts.append(generation_id)
+        await asyncio.sleep(0)
+        plan = self.plans.get(generation_id)
+        if plan:
+            raise plan.pop(0) if len(plan) > 1 else plan[0]
+        self.taken.append(generation_id)
+
+
+async def test_the_oldest_end_is_told_first(log: EventLog) -> None:
+    scribe = Scribe(log)
+    late = await scribe.start("ada")
+    ended = [await scribe.short(f"user {index}") for index in range(30)]
+    ended.append(await scribe.finish(late))
+    poster = Scripted()
+    async with working(webhooks_for(log, poster)):
+        await all_told(log)
+    assert poster.posts == [each.generation_id for each in ended]
+
+
+async def test_a_crowd_of_ends_is_told_once_each(log: EventLog) -> None:
+    scribe = Scribe(log)
+    poster = Scripted()
+    async with working(webhooks_for(log, poster)):
+        ended = [await scribe.short(f"user {index % 7}") for index in range(300)]
+        await all_told(log)
+    assert sorted(poster.posts) == sorted(each.generation_id for each in ended)
+
+
+async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: EventLog, receiver: Receiver) -> None:
+    scribe = Scribe(memory)
+    slow = await scribe.short()
+    receiver.always[slow.generation_id] = hang
+    async with working(webhooks_for(memory, sender_to(receiver.origin))):
+        others = [await scribe.short() for _ in range(30)]
+        await until(lambda: len(receiver.ids) == len(others) and bool(receiver.posts(slow)))
+        async with asyncio.timeout(60):
+            while ids(await memory.undelivered(10)) != [slow.generation_id]:
+                await asyncio.sleep(0.005)
+    assert sorted(receiver.ids) == [each.generation_id for each in others]
+    assert len(receiver.posts(slow)) == 1
+
+
+async def test_what_is_never_taken_however_much_of_it_leaves_room_for_the_rest(
+    memory: EventLog, receiver: Receiver
+) -> None:
+    scribe = Scribe(memory)
+    poison = [await scribe.short() for _ in range(25)]
+    receiver.always = {each.generation_id: hang for each in poison}
+    webhooks = webhooks_for(memory, sender_to(receiver.origin, timeout=0.1))
+    async with working(webhooks):
+        await webhooks.settled()
+        others = [await scribe.short() for _ in range(30)]
+        await until(lambda: {*receiver.ids} == {each.generation_id for each in others})
+        # And all of it is posted again all the same.
+        await until(lambda: all(len(receiver.posts(each)) > 1 for each in poison))
+
+
+async def test_only_a_few_are_posted_at_once(memory: EventLog) -> None:
+    class Counting(Scripted):
+        at_once = most = 0
+
+        async def post(self, message_id: str, body: bytes) -> None:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+            await asyncio.sleep(0.001)
+            self.at_once -= 1
+            await super().post(message_id, body)
+
+    poster = Counting()
+    scribe = Scribe(memory)
+    for _ in range(50):
+        await scribe.short()
+    async with working(webhooks_for(memory, poster)):
+        await all_told(memory)
+    assert poster.most == 8
+
+
+async def test_what_has_been_taken_or_removed_is_forgotten(memory: EventLog) -> None:
+    class Watched(Passing):
+        limits: ClassVar[list[int]] = []
+
+        async def undelivered(self, limit: int) -> Sequence[Logged]:
+            self.limits.append(limit)
+            return await super().undelivered(limit)
+
+    scribe, poster = Scribe(memory), Scripted()
+    refused = [await scribe.short() for _ in range(20)]
+    poster.plans = {each.generation_id: [NotDelivered("answered with 500")] for each in refused}
+    watched = Watched(memory)
+    webhooks = webhooks_for(watched, poster)
+    async with working(webhooks):
+        await webhooks.settled()
+        for each in refused[:10]:
+            await memory.remove(each.generation_id, retention=False)
+        poster.plans.clear()
+        await all_told(memory)
+        for _ in range(2):
+            await scribe.short()
+            await webhooks.settled()
+    assert max(watched.limits) > watched.limits[0]
+    assert watched.limits[-1] == watched.limits[0]
+
+
+async def test_the_pauses_double_up_to_a_limit_and_are_told_less_and_less_often(
+    memory: EventLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    generation = await Scribe(memory).short()
+    poster = Scripted()
+    poster.plans[generation.generation_id] = [NotDelivered("answered with 500")]
+    async with working(Webhooks(memory, poster, lambda: 0.0, backoff=0.01, longest=0.05)):
+        await until(lambda: len(poster.posts) > 8)
+    lines = [record for record in caplog.records if record.name == "domain.webhooks"]
+    pauses = [record.args[-1] for record in lines if isinstance(record.args, tuple)]
+    assert pauses == [0.01, 0.02, 0.05, 0.05]
+    assert f"webhook {generation.generation_id}:2 was not delivered, attempt 4: answered with 500" in caplog.text
+
+
+@pytest.mark.parametrize(("chance", "pause"), [(0.0, 8.0), (1.0, 4.0)])
+async def test_a_part_of_a_pause_is_left_to_chance(
+    memory: EventLog, caplog: pytest.LogCaptureFixture, chance: float, pause: float
+) -> None:
+    poster = Scripted()
+    poster.plans[(await Scribe(memory).short()).generation_id] = [NotDelivered("answered with 500")]
+    webhooks = Webhooks(memory, poster, lambda: chance, backoff=8)
+    async with working(webhooks):
+        await webhooks.settled()
+    assert f"again in {pause:.0f} s" in caplog.text
+
+
+async def test_who_asks_to_be_left_alone_is_and_others_are_told_meanwhile(
+    memory: EventLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    scribe = Scribe(memory)
+    patient, greedy, plain = [await scribe.short() for _ in range(3)]
+    poster = Scripted()
+    poster.plans[patient.generation_id] = [NotDelivered("answered with 429", after=60)]
+    poster.plans[greedy.generation_id] = [NotDelivered("answered with 503", after=1e9)]
+    poster.plans[plain.generation_id] = [NotDelivered("answered with 500")]
+    async with working(webhooks_for(memory, poster)):
+        await until(lambda: poster.posts.count(plain.generation_id) > 8)
+    assert poster.posts.count(patient.generation_id) == 1
+    assert "429; again in 60 s" in caplog.text
+    assert "503; again in 3600 s" in caplog.text
+
+
+async def test_a_poster_that_breaks_ends_nothing(memory: EventLog, caplog: pytest.LogCaptureFixture) -> None:
+    scribe = Scribe(memory)
+    poster = Scripted()
+    broken = await scribe.short()
+    poster.plans[broken.generation_id] = [ZeroDivisionError("secret")] * 2 + [NotDelivered("answered with 500")]
+    async with working(webhooks_for(memory, poster)):
+        await until(lambda: poster.posts.count(broken.generation_id) > 3)
+        del poster.plans[broken.generation_id]
+        await all_told(memory)
+    assert poster.taken == [broken.generation_id]
+    assert "ZeroDivisionError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_a_generation_that_is_removed_is_not_told_any_more(log: EventLog) -> None:
+    scribe, poster = Scribe(log), Scripted()
+    before, refused, last = [await scribe.short() for _ in range(3)]
+    await log.remove(before.generation_id, retention=False)
+    poster.plans[refused.generation_id] = [NotDelivered("answered with 500")]
+    async with working(webhooks_for(log, poster)):
+        await until(lambda: poster.posts.count(refused.generation_id) > 2)
+        await log.remove(refused.generation_id, retention=True)
+        await all_told(log)
+        # What may have been read of the log before that is posted before this is.
+        marker = await scribe.short("bob")
+        await all_told(log)
+        tries = poster.posts.count(refused.generation_id)
+        poster.plans.clear()
+        again = await scribe.short("bob")
+        await all_told(log)
+    assert poster.posts.count(refused.generation_id) == tries
+    assert poster.taken == [each.generation_id for each in (last, marker, again)]
+    assert before.generation_id not in poster.posts
+
+
+# --- restarts, and a log that does not answer -------------------------------------------------------------
+
+
+@asynccontextmanager
+async def life(path: Path) -> AsyncIterator[EventLog]:
+    """One life of a durable log."""
+    opened = SqliteLog(Database(path, epoch="e1"), credits=100, clock=SteppableClock(), outbox=True)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def test_what_was_not_taken_before_a_restart_is_told_after_it_and_nothing_twice(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    earlier = Receiver()
+    async with life(tmp_path / "log.db") as log, listening(earlier.origin):
+        scribe = Scribe(log)
+        taken, refused, unanswered = [await scribe.short() for _ in range(3)]
+        earlier.always = {refused.generation_id: status(500), unanswered.generation_id: hang}
+        async with working(webhooks_for(log, sender_to(earlier.origin))):
+            await until(lambda: len(earlier.posts(refused)) > 1 and bool(earlier.posts(unanswered)))
+            while len(await log.undelivered(10)) > 2:
+                await asyncio.sleep(0.005)
+        late = await scribe.short()
+    async with life(tmp_path / "log.db") as log:
+        assert ids(await log.undelivered(10)) == [each.generation_id for each in (refused, unanswered, late)]
+        async with working(webhooks_for(log, sender_to(receiver.origin))):
+            await all_told(log)
+    assert earlier.ids == [taken.generation_id]
+    assert sorted(receiver.ids) == [each.generation_id for each in (refused, unanswered, late)]
+    assert len({post.body for post in (*earlier.posts(refused), *receiver.posts(refused))}) == 1
+
+
+class Absent(Passing):
+    """A log that does not answer the next so many questions of each kind."""
+
+    reads = 0
+    marks = 0
+
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        if self.reads:
+            self.reads -= 1
+            raise LogUnavailable
+        return await super().undelivered(limit)
+
+    async def delivered(self, generation_id: str) -> None:
+        if self.marks:
+            self.marks -= 1
+            raise LogUnavailable
+        await super().delivered(generation_id)
+
+
+async def test_a_log_that_does_not_answer_is_asked_again_and_nothing_is_told_twice(memory: EventLog) -> None:
+    absent = Absent(memory)
+    absent.reads, absent.marks = 2, 2
+    generation = await Scribe(memory).short()
+    poster = Scripted()
+    async with working(webhooks_for(absent, poster)):
+        await all_told(memory)
+    assert (absent.reads, absent.marks) == (0, 0)
+    assert poster.posts == [generation.generation_id]
+
+
+class Stale(Passing):
+    """A log that, having read of two ends, waits until the first of them has been taken before it tells of both."""
+
+    def __init__(self, log: EventLog) -> None:
+        super().__init__(log)
+        self.has_read_both = asyncio.Event()
+
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        entries = await super().undelivered(limit)
+        if len(entries) == 2 and not self.has_read_both.is_set():
+            self.has_read_both.set()
+            while len(await self.inner.undelivered(2)) == 2:
+                await asyncio.sleep(0.005)
+        return entries
+
+
+async def test_what_is_taken_while_the_log_is_read_is_not_told_again(memory: EventLog) -> None:
+    stale = Stale(memory)
+
+    class Slow(Scripted):
+        async def post(self, message_id: str, body: bytes) -> None:
+            await super().post(message_id, body)
+            await stale.has_read_both.wait()
+
+    scribe = Scribe(memory)
+    poster = Slow()
+    async with working(webhooks_for(stale, poster)):
+        first = await scribe.short()
+        await until(lambda: poster.posts == [first.generation_id])
+        second = await scribe.short()
+        await all_told(memory)
+    assert poster.posts == [first.generation_id, second.generation_id]
+
+
+async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: EventLog, receiver: Receiver) -> None:
+    generation = await Scribe(memory).short()
+    receiver.always[generation.generation_id] = hang
+    async with working(webhooks_for(memory, sender_to(receiver.origin))):
+        await asyncio.wait_for(receiver.origin.reached.wait(), 20)
+    await asyncio.wait_for(receiver.origin.left.wait(), 20)
+    assert ids(await memory.undelivered(1)) == [generation.generation_id]
+
+
+async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: EventLog) -> None:
+    scribe = Scribe(memory)
+    poster = Scripted()
+    refused = await scribe.short()
+    poster.plans[refused.generation_id] = [NotDelivered("answered with 500", after=60)]
+    webhooks = webhooks_for(memory, poster)
+    async with working(webhooks):
+        await webhooks.settled()
+        assert poster.posts == [refused.generation_id]
+        ended = [await scribe.short() for _ in range(20)]
+        await webhooks.settled()
+        assert poster.taken == [each.generation_id for each in ended]
+
+
+class Overtaken(Passing):
+    """A log in which another generation ends while the first reader waits for what it has read."""
+
+    def __init__(self, log: EventLog, end: Callable[[], Awaitable[object]]) -> None:
+        super().__init__(log)
+        self.ends = [end]
+
+    async def undelivered(self, limit: int) -> Sequence[Logged]:
+        entries = await super().undelivered(limit)
+        while self.ends:
+            await self.ends.pop()()
+        return entries
+
+
+async def test_what_ends_while_the_log_is_read_is_waited_for_too(memory: EventLog) -> None:
+    poster = Scripted()
+    webhooks = webhooks_for(Overtaken(memory, Scribe(memory).short), poster)
+    async with working(webhooks):
+        await webhooks.settled()
+        assert len(poster.posts) == 1

@@ -1,0 +1,32 @@
+"""Official clients and a service, shared by the tests of a module."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import pytest_asyncio
+
+from adapters.system import now
+from support.builders import IN_MEMORY, Scribe, SteppableClock
+from support.harness import running
+from support.node import browsers
+from support.recovery import Stage
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["memory", "sqlite"])
+async def theatre(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
+    images: Path = tmp_path_factory.mktemp("images")
+    with TemporaryDirectory(dir=IN_MEMORY) as folder:
+        log = "memory://" if request.param == "memory" else f"sqlite:///{folder}/log.db"
+        async with running(images, log=log) as service, AsyncExitStack() as listening, browsers() as everybody:
+            stage = Stage(service, everybody, Scribe(service.service.log, SteppableClock(now())), listening)
+            yield stage
+            await stage.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stage(theatre: Stage) -> AsyncIterator[Stage]:
+    yield theatre
+    await theatre.close()

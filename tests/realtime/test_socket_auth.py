@@ -1,0 +1,442 @@
+"""Who is calling over Socket.IO: by token, until the token's last moment."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import pytest
+import pytest_asyncio
+import websockets
+
+from adapters.memory.log import MemoryLog
+from adapters.realtime import engineio_socket
+from adapters.system import now
+from domain.events import timestamp
+from domain.feed import Cursor
+from support.builders import NOON, SteppableClock
+from support.doubles import Hold, ScriptedEditor
+from support.guarded import BAD, EXPIRED, GOOD, MISSING, Wire, guarded, token, wire
+from support.harness import JSON, Running
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    async with guarded(tmp_path_factory.mktemp("images")) as service:
+        yield service
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def service(shared: Running) -> AsyncIterator[Running]:
+    """The service of all these tests. Each leaves it idle."""
+    yield shared
+    await shared.until_nobody_is_here()
+    await shared.service.queue.settled()
+
+
+# --- sockets: the handshake ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("user", [{}, {"userId": "ada"}, {"userId": None}])
+async def test_a_token_in_the_handshake_authenticates(service: Running, user: JSON) -> None:
+    async with wire(service, {"token": token("ada"), **user}) as bare:
+        await bare.next()
+        [[name, told, *_]] = bare.events()
+        assert (name, told["ok"], told["userId"]) == ("authenticated", True, "ada")
+        assert told["expiresAt"] == timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo))
+        generation_id = await service.start("ada")
+        await bare.until_over(generation_id)
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"),
+    [
+        ("nonsense", "invalid_token"),
+        ("", "invalid_token"),
+        (7, "invalid_token"),
+        ([token("ada")], "invalid_token"),
+        ({"token": token("ada")}, "invalid_token"),
+        BAD["over"],
+    ],
+)
+@pytest.mark.parametrize("user", [{}, {"userId": "ada"}, {"userId": True}])
+async def test_a_bad_token_refuses_the_connection_and_says_why(
+    service: Running, bad: object, code: str, user: JSON
+) -> None:
+    async with wire(service, hello=False) as bare:
+        answer = await bare.hello({"token": bad, **user})
+        assert answer.startswith("44{")
+        refusal = json.loads(answer[2:])
+        assert refusal["data"] == {"code": code}
+        assert set(refusal) == {"message", "data"}
+        assert refusal["message"].endswith(".")
+        # On the same transport a client may try again.
+        assert (await bare.hello({"token": token()})).startswith('40{"sid"')
+
+
+@pytest.mark.parametrize(
+    "auth",
+    [
+        None,
+        {},
+        {"userId": "ada"},
+        {"userId": "ada", "token": None},
+        {"userId": True},
+        {"junk": "x"},
+        [],
+        "ada",
+        7,
+        True,
+    ],
+)
+async def test_nothing_else_refuses_the_connection_and_nobody_is_authenticated(service: Running, auth: object) -> None:
+    async with wire(service, auth) as bare:
+        nack = await bare.call("subscribe_to_generation", {"generationId": MISSING})
+        assert nack["code"] == "unauthenticated"
+        assert bare.events() == []
+        assert service.service.hub.rooms == {}
+        assert (await bare.authenticate(token=token("ada")))["userId"] == "ada"
+
+
+@pytest.mark.parametrize(
+    ("user", "code"), [("bob", "user_mismatch"), ("", "bad_request"), (True, "bad_request"), ({}, "bad_request")]
+)
+async def test_a_handshake_that_names_another_user_than_its_token_is_told_so_first_and_nobody_is_authenticated(
+    service: Running, user: object, code: str
+) -> None:
+    async with wire(service, {"userId": user, "token": token("ada")}) as bare:
+        nack = await bare.call("subscribe_to_generation", {"generationId": MISSING})
+        assert nack["code"] == "unauthenticated"
+        [(name, answer)] = bare.events()
+        assert (name, answer["ok"], answer["code"], set(answer)) == ("authenticated", False, code, {*nack})
+        assert service.service.hub.rooms == {}
+        assert (await bare.authenticate(token=token("ada")))["userId"] == "ada"
+
+
+# --- sockets: authenticate -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sub", "argument", "user"),
+    [("ada", {}, "ada"), ("ada", {"userId": "ada"}, "ada"), (123, {"userId": "123"}, "123"), ("1", {"userId": 1}, "1")],
+)
+async def test_the_token_decides_who_it_is(service: Running, sub: object, argument: JSON, user: str) -> None:
+    async with wire(service) as bare:
+        ack = await bare.authenticate(token=token(sub), **argument)
+        assert (ack["ok"], ack["userId"]) == (True, user)
+        assert ack["expiresAt"] == timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo))
+
+
+@pytest.mark.parametrize(
+    ("argument", "code"),
+    [
+        ({}, "unauthenticated"),
+        ({"userId": "ada"}, "unauthenticated"),
+        ({"userId": "ada", "token": None}, "unauthenticated"),
+        ({"userId": "ada", "token": 7}, "invalid_token"),
+        ({"userId": "ada", "token": "nonsense"}, "invalid_token"),
+        ({"userId": "ada", "token": EXPIRED}, "token_expired"),
+        ({"userId": "bob", "token": token("ada")}, "user_mismatch"),
+        ({"userId": "ADA", "token": token("ada")}, "user_mismatch"),
+        ({"userId": "", "token": token("ada")}, "bad_request"),
+        ({"userId": True, "token": token("ada")}, "bad_request"),
+        ("ada", "bad_request"),
+    ],
+)
+async def test_who_proves_nothing_is_refused_by_code_and_stays_nobody(
+    service: Running, argument: object, code: str
+) -> None:
+    async with wire(service) as bare:
+        nack = await bare.call("authenticate", argument)
+        assert (nack["ok"], nack["code"], set(nack)) == (False, code, {"ok", "code", "message"})
+        assert service.service.hub.rooms == {}
+        assert (await bare.authenticate())["code"] == "unauthenticated"
+
+
+@pytest.mark.parametrize(
+    ("argument", "code"),
+    [
+        ({"userId": "bob"}, "user_mismatch"),
+        ({"userId": "ada", "token": token("bob")}, "user_mismatch"),
+        ({"userId": "bob", "token": "nonsense"}, "invalid_token"),
+        ({"token": token("bob", exp=1)}, "token_expired"),
+        ({"token": 7}, "invalid_token"),
+        ({"userId": ""}, "bad_request"),
+    ],
+)
+async def test_a_failed_authentication_changes_nothing(service: Running, argument: JSON, code: str) -> None:
+    async with wire(service, {"token": token("ada")}) as bare:
+        assert (await bare.authenticate(**argument))["code"] == code
+        ack = await bare.authenticate()
+        assert (ack["userId"], ack["expiresAt"]) == ("ada", timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo)))
+        mine, theirs = await service.start("ada"), await service.start("bob")
+        await bare.until_over(mine)
+        assert bare.sequences(mine) == [1, 2, 3, 4, 5, 6]
+        assert bare.sequences(theirs) == []
+
+
+async def test_a_token_that_is_still_good_need_not_be_given_again(service: Running) -> None:
+    async with wire(service) as bare:
+        first = await bare.authenticate(userId="ada", token=token("ada"))
+        for argument in ({}, {"userId": "ada"}, {"userId": "ada", "token": None}):
+            assert await bare.authenticate(**argument) == first
+
+
+async def test_what_a_socket_was_does_not_outlive_its_disconnect(service: Running) -> None:
+    async with wire(service, {"token": token("ada")}) as bare:
+        await bare.connection.send("41")
+        await bare.connection.send("40")
+        while not (await bare.next()).startswith('40{"sid"'):
+            pass
+        assert (await bare.authenticate(userId="ada"))["code"] == "unauthenticated"
+
+
+# --- sockets: the end of a token -------------------------------------------------------------------------
+
+#: Seconds until a short token ends. The service's clock stands still, so that it is always good when it comes.
+SHORT: Final = 0.4
+
+
+def short(sub: str = "ada", seconds: float = SHORT) -> str:
+    return token(sub, exp=NOON.timestamp() + seconds)
+
+
+@asynccontextmanager
+async def soon_over(service: Running, *asked: JSON) -> AsyncIterator[tuple[Wire, list[JSON], float]]:
+    """A client whose token ends in so many seconds, and the acks of what it has authenticated with before that.
+
+    Where the machine was too slow for it, it tries once more, with more time.
+    """
+    for seconds in (SHORT, 10 * SHORT):
+        async with wire(service, {"token": short(seconds=seconds)}) as bare:
+            try:
+                acks = [await bare.authenticate(**argument) for argument in asked]
+            except websockets.ConnectionClosed:
+                continue
+            yield bare, acks, seconds
+            return
+    pytest.fail("the transport was closed before the acks came")
+
+
+class TestWithTokensThatEnd:
+    """While a provider works."""
+
+    @pytest.fixture
+    def hold(self) -> Hold:
+        return Hold()
+
+    @pytest_asyncio.fixture(loop_scope="module")
+    async def service(self, tmp_path: Path, hold: Hold) -> AsyncIterator[Running]:
+        overrides = {"editor": ScriptedEditor(hold), "clock": SteppableClock()}
+        async with guarded(tmp_path, overrides=overrides) as service:
+            yield service
+
+    @pytest.mark.parametrize("door", ["handshake", "authenticate"])
+    async def test_at_its_end_the_client_is_told_and_the_transport_closed(self, service: Running, door: str) -> None:
+        begun = asyncio.get_running_loop().time()
+        async with wire(service, {"token": short()} if door == "handshake" else None) as bare:
+            if door == "authenticate":
+                ack = await bare.authenticate(token=short())
+                assert ack["expiresAt"] == timestamp(datetime.fromtimestamp(NOON.timestamp() + SHORT, NOON.tzinfo))
+            await bare.closed()
+            assert asyncio.get_running_loop().time() - begun >= SHORT - 0.1, "too early"
+            assert bare.frames[-2:] == ['42["authentication_expired",{"code":"token_expired"}]', "1"]
+            assert service.service.hub.rooms == {}
+
+    async def test_so_it_is_over_polling_where_the_end_comes_in_an_answer_of_its_own(
+        self, service: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engineio_socket, "CLOSE_GRACE", 60.0)  # The next poll is awaited for so long.
+        address = "/socket.io/?EIO=4&transport=polling"
+        for seconds in (SHORT, 10 * SHORT):
+            opened = await service.http.get(address)
+            client = f"{address}&sid={json.loads(opened.text[1:])['sid']}"
+            await service.http.post(client, content=f"40{json.dumps({'token': short(seconds=seconds)})}")
+            text = ""
+            while "authentication_expired" not in text and (answer := await service.http.get(client)).is_success:
+                text += answer.text
+            if answer.is_success:
+                break  # Else the machine was so slow that it fell between two polls.
+        assert text.endswith('42["authentication_expired",{"code":"token_expired"}]')
+        assert "\x1e41" not in text
+        assert (await service.http.get(client)).text == "1"
+        assert (await service.http.get(client)).status_code == 400
+
+    async def test_nothing_follows_the_notice_and_the_rest_comes_with_a_fresh_token(
+        self, service: Running, hold: Hold
+    ) -> None:
+        generation_id = await service.start("ada")
+        await hold.reached.wait()
+        async with wire(service, {"token": token()}) as bare:
+            await bare.until(generation_id, 4)
+            await bare.authenticate(token=short())
+            await bare.closed()
+            assert bare.sequences(generation_id) == [1, 2, 3, 4]
+            assert bare.events()[-1][0] == "authentication_expired"
+            cursor = [each[2] for each in bare.events() if len(each) == 3][-1]
+        hold.let_go.set()
+        async with wire(service, {"token": token(), "cursor": cursor}) as bare:
+            await bare.until_over(generation_id)
+            assert bare.sequences(generation_id) == [5, 6]
+
+    async def test_a_fresh_token_before_it_goes_on_and_nothing_is_lost_or_doubled(
+        self, service: Running, hold: Hold
+    ) -> None:
+        generation_id = await service.start("ada")
+        await hold.reached.wait()
+        async with soon_over(service, {"token": token()}) as (bare, [ack], seconds):
+            assert ack["expiresAt"] == timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo))
+            await asyncio.sleep(seconds + 0.2)  # What is awaited is that nothing happens.
+            hold.let_go.set()
+            await bare.until_over(generation_id)
+            assert bare.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
+
+    async def test_an_ack_without_a_fresh_token_does_not_put_it_off(self, service: Running) -> None:
+        async with soon_over(service, {"userId": "ada"}, {"token": "nonsense"}) as (bare, acks, _):
+            assert [ack["ok"] for ack in acks] == [True, False]
+            await bare.closed()
+            assert bare.events()[-1] == ["authentication_expired", {"code": "token_expired"}]
+
+    async def test_the_end_that_counts_is_the_present_users(self, service: Running, hold: Hold) -> None:
+        generation_id = await service.start("bob")
+        await hold.reached.wait()
+        async with (
+            soon_over(service, {"token": token("bob")}) as (stays, [ack], seconds),
+            wire(service, {"token": token("ada")}) as goes,
+        ):
+            assert ack["userId"] == "bob"
+            assert (await goes.authenticate(token=short("bob", seconds)))["userId"] == "bob"
+            await goes.closed()
+            assert goes.events()[-1] == ["authentication_expired", {"code": "token_expired"}]
+            hold.let_go.set()
+            await stays.until_over(generation_id)
+            assert stays.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_token_that_has_ended_in_the_meantime_has_to_be_given_anew(
+    tmp_path: Path, clock: SteppableClock
+) -> None:
+    async with (
+        guarded(tmp_path, overrides={"clock": clock}) as service,
+        wire(service, {"token": token(exp=NOON.timestamp() + 60)}) as bare,
+    ):
+        clock.step(61)
+        assert (await bare.authenticate(userId="ada"))["ok"] is False
+
+
+# --- sockets: one user after the other (case 13) ---------------------------------------------------------
+
+
+class GatedLog(MemoryLog):
+    """Tells where a user's feed is only once that user's gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__(epoch="e", credits=100, clock=now)
+        self.asked = dict[str, asyncio.Event]()
+        self.gates = dict[str, asyncio.Event]()
+
+    def gate(self, user: str) -> asyncio.Event:
+        self.asked[user] = asyncio.Event()
+        return self.gates.setdefault(user, asyncio.Event())
+
+    async def head_cursor(self, user_id: str) -> Cursor:
+        if user_id in self.gates:
+            self.asked[user_id].set()
+            await self.gates[user_id].wait()
+        return await super().head_cursor(user_id)
+
+
+class TestOneUserAfterTheOther:
+    """While a provider works for both."""
+
+    @pytest.fixture
+    def hold(self) -> Hold:
+        return Hold()
+
+    @pytest.fixture
+    def log(self) -> GatedLog:
+        return GatedLog()
+
+    @pytest_asyncio.fixture(loop_scope="module")
+    async def service(self, tmp_path: Path, hold: Hold, log: GatedLog) -> AsyncIterator[Running]:
+        async with guarded(tmp_path, overrides={"editor": ScriptedEditor(hold), "log": log}) as service:
+            yield service
+
+    @pytest_asyncio.fixture(loop_scope="module")
+    async def ids(self, service: Running) -> dict[str, str]:
+        """A generation of each user, which is worked on."""
+        ids = {user: await service.start(user) for user in ("ada", "bob")}
+        for user, generation_id in ids.items():
+            while (await service.get(f"/generations/{generation_id}", user))["sequence"] < 4:
+                await asyncio.sleep(0.01)
+        return ids
+
+    @pytest.mark.parametrize("order", [["ada", "bob"], ["bob", "ada"], ["ada", "bob", "ada"], ["bob", "bob", "ada"]])
+    @pytest.mark.parametrize("waiting", [True, False], ids=["waiting for acks", "pipelined"])
+    async def test_the_last_one_has_it(
+        self, service: Running, hold: Hold, ids: dict[str, str], order: list[str], waiting: bool
+    ) -> None:
+        async with wire(service) as bare:
+            beginnings = []
+            for user in order:
+                beginnings.append(await bare.say("authenticate", {"userId": user, "token": token(user)}))
+                if waiting:
+                    await bare.ack(beginnings[-1])
+                    await bare.until(ids[user], 4)
+            acks = [await bare.ack(beginning) for beginning in beginnings]
+            assert [ack["userId"] for ack in acks] == order
+            last = order[-1]
+            switched = next(n for n, frame in enumerate(bare.frames) if frame.startswith(beginnings[-1]))
+            assert set(service.service.hub.rooms) == {last}
+            hold.let_go.set()
+            await bare.until_over(ids[last])
+            await self.settle(service, bare)
+            told = [each[1].get("generationId") for each in bare.events(bare.frames[switched:])]
+            assert set(told) == {ids[last]}
+            if last not in order[:-1]:
+                assert bare.sequences(ids[last]) == [1, 2, 3, 4, 5, 6]
+
+    @pytest.mark.parametrize(("slow", "quick"), [("ada", "bob"), ("bob", "ada")])
+    async def test_the_last_one_has_it_also_where_the_log_answers_the_first_one_later(
+        self, service: Running, hold: Hold, ids: dict[str, str], log: GatedLog, slow: str, quick: str
+    ) -> None:
+        gate = log.gate(slow)
+        async with wire(service) as bare:
+            first = await bare.say("authenticate", {"token": token(slow)})
+            await log.asked[slow].wait()
+            second = await bare.say("authenticate", {"token": token(quick)})
+            await asyncio.sleep(0.05)  # So that the second one overtakes the first, if it can.
+            gate.set()
+            assert (await bare.ack(first))["userId"] == slow
+            assert (await bare.ack(second))["userId"] == quick
+            switched = next(n for n, frame in enumerate(bare.frames) if frame.startswith(second))
+            assert set(service.service.hub.rooms) == {quick}
+            hold.let_go.set()
+            await bare.until_over(ids[quick])
+            await self.settle(service, bare)
+            assert bare.sequences(ids[quick]) == [1, 2, 3, 4, 5, 6]
+            told = {each[1].get("generationId") for each in bare.events(bare.frames[switched:])}
+            assert told == {ids[quick]}
+
+    @pytest.mark.parametrize(("slow", "quick"), [("ada", "bob"), ("bob", "ada")])
+    async def test_a_client_that_leaves_while_it_is_recognised_leaves_nothing_behind(
+        self, service: Running, log: GatedLog, slow: str, quick: str
+    ) -> None:
+        gate = log.gate(slow)
+        async with AsyncExitStack() as stack:
+            bare = await stack.enter_async_context(wire(service, {"token": token(quick)}))
+            await bare.say("authenticate", {"token": token(slow)})
+            await log.asked[slow].wait()
+        gate.set()
+        await service.until_nobody_is_here()
+
+    async def settle(self, service: Running, bare: Wire) -> None:
+        """Wait until everything is over, and has been sent."""
+        await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+        await service.service.hub.flushed()
+        await bare.call("nothing", {})

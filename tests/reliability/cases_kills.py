@@ -1,0 +1,614 @@
+"""The cases of the durable log: lost replies and killed processes."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import random
+import shutil
+import signal
+import sqlite3
+import statistics
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Final, NamedTuple
+
+from adapters.system import SystemEntropy, now
+from domain.errors import Conflict, LogUnavailable
+from domain.events import Event
+from domain.feed import Logged
+from domain.generation import Generation
+from domain.orders import Order
+from domain.ports import Append, EventLog, Start
+from domain.queries import generation_of
+from domain.recorder import Recorder
+from domain.stages import FLOWS
+from reliability.cases import Trial, case
+from support.builders import EDIT, LOGS, Heard, facts_for, make_generation, make_order, statuses
+from support.deployment import ENDS, Caller, Deployment, Ordered, Phone, _tasks
+from support.doubles import Passing
+from support.faults import JSON, Wire, hang_up, parse, together
+from support.node import Browser, Browsers, browsers
+from support.openai_server import KEY, OpenAIServer, completed, openai_server, partial, stream
+from support.openai_server import picture as drawing
+from support.pictures import GREEN, solid
+from support.provider_faults import Answer, Origin, Request, listening, raw, then, whole
+
+# --- 3: lost replies --------------------------------------------------------------------------------------
+
+
+class LosingReplies(Passing):
+    """A line to the log on which half of all replies are lost, and then often somebody appends the next."""
+
+    def __init__(self, log: EventLog, recorder: Recorder) -> None:
+        super().__init__(log)
+        self._others = recorder
+        self._chance = random.Random(3)
+        self._made: dict[int, Logged] = {}
+        self._first: dict[int, asyncio.Task[Logged]] = {}
+        self.lost = self.overtaken = self.appends = 0
+
+    async def append(self, entry: Append) -> Logged:
+        first = self._first.get(entry.event_id)
+        if first is None:
+            self._first[entry.event_id] = first = asyncio.create_task(self._append(entry))
+            return await asyncio.shield(first)  # It arrives, also where nobody waits any more.
+        await asyncio.wait([first])
+        logged = await self.inner.append(entry)
+        # Where it ends is the generation's, and may be known by now.
+        assert self._made[entry.event_id][:-1] == logged[:-1], "another entry"
+        return logged
+
+    async def settled(self) -> None:
+        """Wait until nothing is on the line."""
+        await asyncio.wait(list(self._first.values()))
+
+    async def _append(self, entry: Append) -> Logged:
+        self.appends += 1
+        logged = self._made[entry.event_id] = await self.inner.append(entry)
+        if self._chance.random() < 0.5:
+            return logged
+        self.lost += 1
+        if self._chance.random() < 0.5 and not entry.terminal:
+            self.overtaken += 1
+            history = await self.inner.generation(entry.generation_id)
+            assert history is not None
+            await _move_on(self._others, generation_of(history))
+        raise LogUnavailable
+
+
+async def _move_on(recorder: Recorder, generation: Generation) -> Generation:
+    status = EDIT[EDIT.index(generation.status) + 1] if generation.sequence else EDIT[0]
+    return await recorder.move(generation, status, facts_for("edit", status))
+
+
+@case(
+    3,
+    "{generations} generations on each log over a line that loses half of the replies; each such append is tried "
+    "again, often after somebody appended the next",
+    "one entry, success, the next append works; each user is charged once",
+    quick={"generations": 40},
+    long={"generations": 2_000},
+)
+async def lost_replies(trial: Trial, generations: int) -> None:
+    for name, open_log in LOGS.items():
+        heard = Heard()
+        async with open_log(clock=now, credits=generations) as log, log.follow(heard):
+            line = LosingReplies(log, Recorder(log, now, SystemEntropy()))
+            recorder = Recorder(line, now, SystemEntropy(), patience=60)
+            conflicts = await together(functools.partial(_write, recorder, line), generations)
+            for number in range(generations):
+                assert statuses(await log.generation(_id(number))) == list(EDIT), "not each event once"
+            assert await log.credit("ada") == 0
+            ids = [entry.event_id for entry in heard.entries]
+            assert len(ids) == len(set(ids)) == (await log.feed("ada", after=0, anchor=0, limit=0)).head
+            # Who was overtaken finds out with the next append, and only then.
+            assert sum(conflicts) == line.overtaken, "an append that was made was taken for somebody else's"
+            assert line.overtaken > generations / 4
+            trial.tell(f"{name}: replies lost", f"{line.lost} of {line.appends}, {line.overtaken} overtaken")
+            trial.tell(f"{name}: entries", len(ids))
+
+
+async def _write(recorder: Recorder, line: LosingReplies, number: int) -> int:
+    """Write a generation to its end, going on from where others bring it. How often they were faster."""
+    start = Start("edit", make_order().model_dump_json().encode(), f"key {number}", "same", 10**6)
+    generation, conflicts = make_generation(generation_id=_id(number)), 0
+    while not generation.finished:
+        try:
+            if generation.sequence:
+                generation = await _move_on(recorder, generation)
+            else:
+                generation = await recorder.begin(generation, start)
+        except Conflict:
+            conflicts += 1
+            generation = await _known(line, generation)
+        except LogUnavailable:  # A start is not tried for long, and that was long for a machine that is slow.
+            generation = await _known(line, generation)
+            conflicts += generation.sequence > 1
+    return conflicts
+
+
+async def _known(line: LosingReplies, generation: Generation) -> Generation:
+    """The generation as the log has it, if it has it, with all that is still on its way."""
+    await line.settled()
+    history = await line.inner.generation(generation.generation_id)
+    return generation if history is None else generation_of(history)
+
+
+def _id(number: int) -> str:
+    return f"edit_1_{number:016d}"
+
+
+# --- 4: kill -9 -------------------------------------------------------------------------------------------
+
+_CREDITS: Final = 1_000_000
+#: The stages of the paid editor. The face swap is the free one.
+_PAID: Final = ("openai_editing", "ai_generation")
+#: What an external pipeline reports, one after the other.
+_REPORTS: Final[Sequence[JSON]] = (
+    {"status": "composition"},
+    {"status": "composition_completed"},
+    {"status": "ai_generation"},
+    {"status": "ai_generation", "progress": 80, "message": "Nearly there."},
+    {"status": "completed", "generatedImageUrl": "https://pictures.test/a.png"},
+)
+
+
+class Provider:
+    """Draws for OpenAI, in its own time, and counts what each prompt has cost."""
+
+    def __init__(self, server: OpenAIServer) -> None:
+        self._server = server
+        self._respond = server.origin.respond
+        self._chance = random.Random(4)
+        self._drawing = drawing("64x96")
+        self.calls = Counter[str]()
+        server.origin.respond = self
+
+    def __call__(self, request: Request) -> Answer:
+        self._respond(request)
+        # What is not needed any more would fill the memory.
+        self._server.origin.requests.clear()
+        prompt = self._server.calls.pop().fields["prompt"]
+        self.calls[prompt.rpartition("\n")[2]] += 1
+        first, second = self._pause(), self._pause()
+        return then(first, stream(partial(0, self._drawing)), second, raw(completed(self._drawing)))
+
+    def _pause(self) -> Answer:
+        seconds = self._chance.uniform(0, 0.25)
+
+        async def pause(_: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(seconds)
+
+        return pause
+
+
+class Owner:
+    """A user with two devices, who does all kinds of things at random until it is over."""
+
+    def __init__(self, name: str, caller: Caller, phone: Phone, browser: Browser, face: str) -> None:
+        self.name = name
+        self.phone = phone
+        self.browser = browser
+        self.over = False
+        #: By key, as are the grants.
+        self.orders: dict[str, Ordered] = {}
+        self.grants: dict[str, int] = {}
+        #: Whose deletion was asked for, and how they had ended.
+        self.deleted: dict[str, str] = {}
+        #: What was answered to external pipelines.
+        self.acknowledged: list[JSON] = []
+        #: What it is at, and has to be there until that is done.
+        self._busy: list[str] = []
+        self._caller = caller
+        self._face = face
+        self._chance = random.Random(name)
+
+    @property
+    def started(self) -> set[str]:
+        """What was answered with 202."""
+        return {each.generation_id for each in self.orders.values() if each.generation_id}
+
+    def ended(self) -> dict[str, str]:
+        """How those ended of whose end both devices know."""
+        both = [
+            {event["generationId"]: event["status"] for event in events if event["status"] in ENDS}
+            for events in (self.phone.events, self.told)
+        ]
+        return {each: status for each, status in both[0].items() if each in both[1]}
+
+    @property
+    def told(self) -> list[JSON]:
+        """What the official client was told."""
+        return [event for _, event in self.browser.events]
+
+    async def live(self, pause: float) -> None:
+        deeds: Sequence[Callable[[], Awaitable[None]]] = (
+            self._start,
+            self._report,
+            self._cancel,
+            self._delete,
+            self._grant,
+        )
+        while not self.over:
+            await asyncio.sleep(self._chance.uniform(0, 2 * pause))
+            [deed] = self._chance.choices(deeds, (60, 10, 8, 8, 10))
+            await deed()
+
+    async def _start(self) -> None:
+        if len(self.started) - len(self.ended()) < 3:
+            kind = self._chance.choice(("edit", "edit", "generate"))
+            swap = kind == "edit" and self._chance.random() < 0.6
+            await self._order(kind, {"imageUrls": json.dumps([self._face])} if swap else {}, external=False)
+
+    async def _order(self, kind: str, fields: JSON, *, external: bool) -> str:
+        order = Ordered(f"{self.name} {len(self.orders)}", kind, fields, external)
+        self.orders[order.key] = order
+        return await order.start(self._caller, self.name)
+
+    async def _report(self) -> None:
+        """Do the work of a generation, and report it; give up now and then."""
+        generation_id = await self._order("generate", {}, external=True)
+        path = f"/generations/{generation_id}/transitions"
+        with self._at(generation_id):
+            for sequence, report in enumerate(_REPORTS, 2):
+                if self._chance.random() < 0.05:
+                    report = {"status": "failed", "error": "It broke."}
+                answer = await self._caller.ask("POST", path, self.name, json={**report, "sequence": sequence})
+                assert answer.status_code == 200, answer.text
+                self.acknowledged.append(answer.json())
+                if report["status"] in ENDS:
+                    return
+
+    async def _cancel(self) -> None:
+        own = {each.generation_id for each in self.orders.values() if not each.external and each.generation_id}
+        if left := sorted(own - set(self.ended())):
+            generation_id = self._chance.choice(left)
+            with self._at(generation_id):
+                answer = await self._caller.ask("POST", f"/generations/{generation_id}/cancel", self.name)
+                assert answer.json()["outcome"] in ("cancelled", "already_finished"), answer.text
+
+    @contextmanager
+    def _at(self, generation_id: str) -> Iterator[None]:
+        self._busy.append(generation_id)
+        try:
+            yield
+        finally:
+            self._busy.remove(generation_id)
+
+    async def _delete(self) -> None:
+        # What is deleted before its answer has come would be started, or asked for, in vain.
+        free = self.started - set(self.deleted) - set(self._busy)
+        ended = {each: status for each, status in self.ended().items() if each in free}
+        if ended:
+            generation_id = self._chance.choice(sorted(ended))
+            self.deleted[generation_id] = ended[generation_id]
+            answer = await self._caller.ask("DELETE", f"/generations/{generation_id}", self.name)
+            assert answer.status_code in (204, 404), answer.text  # 404: it was made, and its answer was lost.
+
+    async def _grant(self) -> None:
+        key = f"grant {len(self.grants)}"
+        self.grants[key] = self._chance.randint(1, 9)
+        path, amount = f"/users/{self.name}/credit", {"amount": self.grants[key]}
+        answer = await self._caller.ask("POST", path, self.name, key=key, json=amount)
+        assert answer.status_code == 200, answer.text
+
+
+class Left(NamedTuple):
+    """An unfinished generation that a killed process has left."""
+
+    kind: str
+    status: str
+    sequence: int
+
+
+class Coroner:
+    """Looks at what each killed process has left on the disk: in a copy, so that the next one finds it as it was."""
+
+    def __init__(self, deployment: Deployment, owners: Sequence[Owner], paid: Collection[str]) -> None:
+        """`paid`: the stages whose provider is not free."""
+        self._deployment = deployment
+        self._owners = owners
+        self._paid = paid
+        self._looked_at = {owner.name: 0 for owner in owners}
+        #: What was left at first, and has to be ended by the next process that gets ready.
+        self._unfinished: dict[str, Left] = {}
+        #: In which stages generations were when their process was killed.
+        self.found = Counter[str]()
+        self.interrupted = self.repeated = 0
+
+    def look(self, *, resumed: bool) -> None:
+        """`resumed`: the process had been ready, and so had taken up all that it had found."""
+        with self._copy() as log:
+            assert log.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert log.execute("PRAGMA foreign_key_check").fetchall() == []
+            self._check_order(log)
+            self._check_credit(log)
+            for owner in self._owners:
+                self._check_promises(log, owner)
+            if resumed:
+                self._check_resumed(log)
+            self._unfinished = {
+                generation_id: Left(kind, json.loads(event)["status"], sequence)
+                for generation_id, kind, sequence, event in log.execute(_LAST_OF_UNFINISHED)
+            }
+        self.found.update(left.status for left in self._unfinished.values())
+
+    @contextmanager
+    def _copy(self) -> Iterator[sqlite3.Connection]:
+        with TemporaryDirectory(dir=self._deployment.folder) as folder:
+            for file in (self._deployment.log, self._deployment.log.with_name("log.db-wal")):
+                if file.exists():
+                    shutil.copy(file, folder)
+            with contextlib.closing(sqlite3.connect(f"{folder}/log.db")) as log:
+                yield log
+
+    def _check_order(self, log: sqlite3.Connection) -> None:
+        """I1, I2, and positions without a gap."""
+        for question in _NEVER:
+            assert log.execute(question).fetchall() == [], question
+
+    def _check_credit(self, log: sqlite3.Connection) -> None:
+        """I6, exactly, at whatever moment."""
+        for user, credit, reserved, refunded, granted in log.execute(_BALANCES):
+            assert credit == _CREDITS + granted - reserved + refunded, f"the balance of {user}"
+
+    def _check_promises(self, log: sqlite3.Connection, owner: Owner) -> None:
+        """What was answered, and what a device was told, is there, byte for byte."""
+        rows = log.execute(_EVENTS, (owner.name,)).fetchall()
+        events = {(generation_id, sequence): event for generation_id, sequence, event in rows}
+        for generation_id in owner.started - set(owner.deleted):
+            assert (generation_id, 1) in events, "a 202 without its event"
+        for event in owner.acknowledged:
+            kept = events.get((event["generationId"], event["sequence"]))
+            assert json.loads(kept or "null") == event or event["generationId"] in owner.deleted, "a report was lost"
+        told = owner.phone.wire.told[self._looked_at[owner.name] :]
+        self._looked_at[owner.name] += len(told)
+        for each in told:
+            event = parse(each.text)[1]
+            kept = events.get((event["generationId"], event["sequence"]))
+            same = kept is not None and kept in each.text
+            assert same or event["generationId"] in owner.deleted, "a device was told what is not in the log"
+
+    def _check_resumed(self, log: sqlite3.Connection) -> None:
+        """What may have been paid for was ended at once (I7) and refunded; nothing else was interrupted."""
+        for generation_id, left in self._unfinished.items():
+            row = log.execute(_EVENT, (generation_id, left.sequence + 1)).fetchone()
+            following = None if row is None or row[0] is None else json.loads(row[0])
+            if left.status in self._paid:
+                if following is None:
+                    assert any(generation_id in owner.deleted for owner in self._owners), "left as it was"
+                    continue
+                assert (following["status"], following["code"]) == ("failed", "interrupted"), following
+                self.interrupted += 1
+            elif following is not None:
+                assert "interrupted" not in (following.get("code"), following.get("faceSwapError", {}).get("code"))
+                self.repeated += FLOWS[left.kind][left.status].repeats  # type: ignore[index]
+
+
+_LAST_OF_UNFINISHED: Final = """
+    SELECT generation_id, kind, max(sequence), event FROM generations JOIN events ON generation = generations.id
+    WHERE end_position IS NULL AND json_extract(order_json, '$.external') = 0 GROUP BY generations.id
+"""
+_EVENTS: Final = """
+    SELECT generation_id, sequence, event FROM events
+    JOIN generations ON generations.id = generation JOIN users ON users.id = events.user
+    WHERE user_id = ? AND event IS NOT NULL
+"""
+_EVENT: Final = """
+    SELECT event FROM events JOIN generations ON generations.id = generation WHERE generation_id = ? AND sequence = ?
+"""
+_BALANCES: Final = """
+    SELECT user_id, credit,
+        (SELECT count(*) FROM generations WHERE user = users.id AND reserved),
+        (SELECT count(*) FROM events WHERE user = users.id AND name = 'generation_failed'),
+        (SELECT coalesce(sum(amount), 0) FROM grants WHERE user = users.id)
+    FROM users
+"""
+_NEVER: Final = (
+    "SELECT generation FROM events GROUP BY generation HAVING min(sequence) <> 1 OR max(sequence) <> count(*)",
+    "SELECT users.id FROM users JOIN events ON user = users.id GROUP BY users.id"
+    " HAVING max(position) <> count(*) OR max(position) <> head",
+    """SELECT generations.id FROM generations JOIN events ON generation = generations.id GROUP BY generations.id HAVING
+        sum(name IN ('generation_completed', 'generation_failed')) <> (end_position IS NOT NULL)
+        OR coalesce(end_position, max(position)) <> max(position)""",
+)
+
+
+@case(
+    4,
+    "{kills} times kill -9 of the service at random moments, one in {fresh} started by the command line, while {users} "
+    "users with two devices each start, report, cancel, delete and are granted credit",
+    "after each: every 202 and every event told is in the log, balances hold, what was left is resumed or interrupted; "
+    "in the end: devices equal the log, one call per paid stage, no stray image",
+    quick={"kills": 20, "fresh": 20, "users": 3, "alive": 0.5},
+    long={"kills": 500, "fresh": 10, "users": 5, "alive": 1.0},
+)
+async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, alive: float) -> None:
+    chance = random.Random(4)
+    async with openai_server() as server, listening(_face()) as faces, browsers() as everybody:
+        deployment = Deployment(
+            trial.folder / "killed",
+            {
+                "credits": _CREDITS,
+                "editor": "openai",
+                "local_seconds": 0.2,
+                "max_running": 3,
+                "fetch_allow": "127.0.0.0/8",
+            },
+            {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.base_url},
+            ["openai"],
+        )
+        provider, starts, unready = Provider(server), list[float](), 0
+        async with Caller.open(deployment.url) as caller, _tasks() as group:
+            async with deployment.serving(fresh=True) as life:
+                names = [f"user-{number}" for number in range(users)]
+                owners = [await _owner(name, deployment, caller, everybody, faces.address) for name in names]
+                coroner = Coroner(deployment, owners, _PAID)
+                keeping = [group.create_task(owner.phone.keep(deployment.port)) for owner in owners]
+                living = [group.create_task(owner.live(0.05)) for owner in owners for _ in range(2)]
+                await asyncio.sleep(chance.uniform(0, alive))
+            coroner.look(resumed=True)
+            _check_words(life.logged, deployment)
+            for number in range(1, kills):
+                began = time.monotonic()
+                async with deployment.life(fresh=number % fresh == 0) as life:
+                    if chance.random() < 0.8:
+                        await life.ready()
+                        starts.append(time.monotonic() - began)
+                        if chance.random() < 0.5:
+                            await _told(owners, chance.choice((_PAID, ("face_swap",))), alive)
+                    await asyncio.sleep(chance.uniform(0, 0.15))
+                unready += not life.was_ready
+                coroner.look(resumed=life.was_ready)
+                _check_words(life.logged, deployment)
+            for owner in owners:
+                owner.over = True
+            async with deployment.serving() as life:
+                began = time.monotonic()
+                async with asyncio.timeout(100):
+                    await asyncio.gather(*living)
+                    for owner in owners:
+                        while await caller.generations(owner.name, status="active"):
+                            await asyncio.sleep(0.02)
+                trial.at_most("all had ended after", time.monotonic() - began, 30, "s", time=True)
+                life.send(signal.SIGTERM)
+                assert await life.ended() == 0
+            coroner.look(resumed=True)
+            _check_words(life.logged, deployment)
+            trial.tell("images left by the killed", len(deployment.pictures))
+            async with deployment.serving() as life:
+                for owner in owners:
+                    await _check_owner(owner, caller, provider.calls, deployment)
+                await _check_pictures(deployment, owners, caller)
+                for each in keeping:
+                    each.cancel()
+                life.send(signal.SIGTERM)
+                assert await life.ended() == 0
+        await everybody.forget_all()
+        await hang_up([owner.phone.wire for owner in owners])
+    trial.tell("kills", f"{kills}, {unready} of them before it was ready")
+    trial.tell("a start took", f"{statistics.median(starts):.2f} s, at most {max(starts):.2f}")
+    trial.tell("generations", sum(len(owner.started) for owner in owners))
+    trial.tell("in stages when killed", ", ".join(f"{name} {count}" for name, count in coroner.found.most_common()))
+    trial.tell("interrupted, and refunded", coroner.interrupted)
+    trial.tell("free face swaps made again", coroner.repeated)
+    trial.tell("events told to the devices", sum(len(owner.told) + len(owner.phone.events) for owner in owners))
+    trial.tell("returns, all recovered", sum(owner.phone.returns + len(_returns(owner.browser)) for owner in owners))
+    trial.tell("calls without an answer, made again", caller.unanswered)
+    trial.tell("provider calls, at most one each", provider.calls.total())
+
+
+def _face() -> Origin:
+    """Gives a face to whoever asks, not at once."""
+    data, chance = solid(GREEN).data, random.Random(4)
+
+    async def pause(_: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(chance.uniform(0, 0.1))
+
+    return Origin(lambda _: then(pause, whole(data, media_type="image/png")))
+
+
+async def _owner(name: str, deployment: Deployment, caller: Caller, everybody: Browsers, face: str) -> Owner:
+    wire = await Wire.open(deployment.port)
+    await wire.connect(userId=name)
+    browser = everybody.open(deployment.url, first={"userId": name})  # Like the seed's: it authenticates once.
+    assert (await browser.ack())["ok"] is True
+    return Owner(name, caller, Phone(wire), browser, f"{face}/face.png")
+
+
+async def _told(owners: Sequence[Owner], stages: Collection[str], seconds: float) -> None:
+    """Wait until somebody is told that one of these stages has begun, or for so long."""
+    lists = [(owner.phone.wire.told, len(owner.phone.wire.told)) for owner in owners]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not any(parse(each.text)[1]["status"] in stages for told, seen in lists for each in told[seen:]):
+                await asyncio.sleep(0.01)
+
+
+def _returns(browser: Browser) -> list[bool]:
+    """Of each connection but the first, whether it was recovered."""
+    return [line["recovered"] for line in browser.on("connect")[1:]]
+
+
+def _check_words(lines: Sequence[str], deployment: Deployment) -> None:
+    """I9, of what was logged."""
+    words = ("Traceback", "ERROR", KEY, str(deployment.folder))
+    assert not any(word in line for line in lines for word in words), "\n".join(lines)
+
+
+async def _check_owner(owner: Owner, caller: Caller, calls: Mapping[str, int], deployment: Deployment) -> None:
+    """I1 to I7 for a user, by HTTP and by what the devices were told."""
+    name, gone = owner.name, set(owner.deleted)
+    feed = await caller.feed(name, owner.phone.beginning)
+    # Of what is deleted both knew the end before.
+    await owner.phone.until(lambda: len(_but(owner.phone.events, gone)) >= len(feed))
+    await owner.browser.until(lambda: len(_but(owner.told, gone)) >= len(feed))
+    assert all(_returns(owner.browser)), "the official client was not recovered"
+    assert _but(owner.phone.events, gone) == feed, "a device was told otherwise"
+    assert owner.told == owner.phone.events
+    snapshots = {each["generationId"]: each for each in await caller.generations(name)}
+    assert set(snapshots) == owner.started - gone, "not what was answered with 202"
+    kept = Counter(owner.deleted.values())["completed"]
+    for order in owner.orders.values():
+        if order.generation_id in gone:
+            continue
+        history = [event for event in feed if event["generationId"] == order.generation_id]
+        assert await caller.events(order.generation_id, name) == history
+        assert [event["sequence"] for event in history] == list(range(1, len(history) + 1))
+        assert [event["status"] in ENDS for event in history] == [False] * (len(history) - 1) + [True]
+        progress = [event["progress"] for event in history]
+        assert progress == sorted(progress)
+        flow = FLOWS["edit" if order.kind == "edit" else "generate"]
+        entered = [event["status"] for event in history if event["message"] == flow[event["status"]].message]
+        assert len(entered) == len(set(entered)), "a stage was entered twice"
+        assert history[-1].get("faceSwapError", {}).get("code") != "interrupted", "free work was not repeated"
+        assert _fold(order, name, history) == {**snapshots[order.generation_id], "expiresAt": None}
+        kept += history[-1]["status"] == "completed"
+        stages = {event["status"] for event in history}
+        paid = stages & {"openai_editing", "ai_generation"} and not order.external
+        assert calls.get(order.key, 0) <= bool(paid), "paid for twice"
+        if stages & {"openai_editing_completed", "completed"} and not order.external:
+            assert calls[order.key] == 1
+        assert await order.start(caller, name) == order.generation_id
+    assert (await caller.get("/me", name))["credit"] == _CREDITS + sum(owner.grants.values()) - kept
+    assert len(await caller.generations(name)) == len(snapshots)
+    await _check_cursors(owner, caller)
+
+
+def _but(events: Iterable[JSON], gone: Collection[str]) -> list[JSON]:
+    return [event for event in events if event["generationId"] not in gone]
+
+
+def _fold(order: Ordered, user: str, history: Sequence[JSON]) -> JSON:
+    wish = Order(prompt=order.key, face_swap="imageUrls" in order.fields)
+    events = [Event.model_validate(event) for event in history]
+    kind = history[0]["kind"]
+    whole = Generation.fold(order.generation_id, kind, user, wish, events)
+    return {**whole.snapshot().model_dump(by_alias=True, exclude_none=True), "expiresAt": None}
+
+
+async def _check_cursors(owner: Owner, caller: Caller) -> None:
+    """The cursors of all lives are good, but where a deletion took an end away that they had yet to be told of."""
+    events, wire = owner.phone.events, owner.phone.wire
+    for place in random.Random(owner.name).sample(range(1, len(events) + 1), min(20, len(events))):
+        begun = {event["generationId"] for event in events[:place] if event["status"] not in ENDS}
+        ended = {event["generationId"] for event in events[:place] if event["status"] in ENDS}
+        if not (begun - ended) & set(owner.deleted):
+            rest = await caller.feed(owner.name, wire.cursor_after(place))
+            assert rest == _but(events[place:], owner.deleted)
+
+
+async def _check_pictures(deployment: Deployment, owners: Sequence[Owner], caller: Caller) -> None:
+    """Every picture that an event names is there, and no other."""
+    own, named = f"http://localhost:{deployment.port}/images/", set[str]()
+    for owner in owners:
+        for event in await caller.feed(owner.name, owner.phone.beginning):
+            urls = [value for key, value in event.items() if key.endswith("Url")]
+            named |= {url.removeprefix(own) for url in urls if url.startswith(own)}
+    for name in named:
+        assert (await caller.ask("GET", f"/images/{name}", "demo")).status_code == 200
+    assert deployment.pictures == named, "stray images"

@@ -1,0 +1,75 @@
+"""Opens logs of the adapter under test, and reads them whole."""
+
+import asyncio
+from collections.abc import Awaitable, Iterable
+from contextlib import AsyncExitStack
+
+from domain.errors import Refusal
+from domain.feed import Cursor, Feed, Logged
+from domain.ports import EventLog
+from support.builders import OpenLog, Scribe, SteppableClock
+
+
+class Opener:
+    """Opens logs of the adapter under test, which are closed when the test is over."""
+
+    def __init__(self, factory: OpenLog, stack: AsyncExitStack, clock: SteppableClock) -> None:
+        self._factory = factory
+        self._stack = stack
+        self.clock = clock
+
+    async def __call__(self, *, credits: int | None = 100, epoch: str = "e1", outbox: bool = False) -> Scribe:
+        opened = self._factory(clock=self.clock, credits=credits, epoch=epoch, outbox=outbox)
+        return Scribe(await self._stack.enter_async_context(opened), self.clock)
+
+
+async def race(*attempts: Awaitable[Logged]) -> tuple[list[Logged], list[Refusal]]:
+    """Those that won and those that were refused; anything else is raised."""
+    results = await asyncio.gather(*attempts, return_exceptions=True)
+    for result in results:
+        if not isinstance(result, Logged | Refusal):
+            assert isinstance(result, BaseException)
+            raise result
+    return (
+        [result for result in results if isinstance(result, Logged)],
+        [result for result in results if isinstance(result, Refusal)],
+    )
+
+
+async def whole_feed(log: EventLog, user_id: str = "ada") -> Feed:
+    return await log.feed(user_id, after=0, anchor=0, limit=10_000)
+
+
+async def image(log: EventLog, user_id: str, *generation_ids: str) -> object:
+    """Everything that a log tells about a user: to see that nothing has happened."""
+    return (
+        await whole_feed(log, user_id),
+        await log.credit(user_id),
+        await log.generations(user_id, limit=1_000),
+        [await log.generation(generation_id) for generation_id in generation_ids],
+        await log.unfinished(),
+        await log.head_cursor(user_id),
+    )
+
+
+def places(entries: Iterable[Logged]) -> list[tuple[str, int]]:
+    return [(entry.generation_id, entry.sequence) for entry in entries]
+
+
+# --- the present -----------------------------------------------------------------------------------------
+
+
+async def pull(log: EventLog, user_id: str, cursor: Cursor, limit: int = 1_000) -> tuple[list[Logged], Cursor]:
+    """Everything wanted behind a cursor that has to be usable."""
+    told: list[Logged] = []
+    while True:
+        feed = await log.feed(user_id, after=cursor.seen, anchor=cursor.live, limit=limit)
+        assert cursor.usable(feed)
+        wanted, cursor = cursor.advance(feed)
+        told += [entry for entry, _ in wanted]
+        if feed.upto >= feed.head:
+            return told, cursor
+
+
+async def usable(log: EventLog, user_id: str, cursor: Cursor) -> bool:
+    return cursor.usable(await log.feed(user_id, after=cursor.seen, anchor=cursor.live, limit=0))

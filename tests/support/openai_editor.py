@@ -1,0 +1,81 @@
+"""The OpenAI editor at a local server, and what it reports."""
+
+import asyncio
+import ssl
+from typing import Final
+
+import openai
+import pytest
+
+from adapters.images.intake import PillowIntake
+from adapters.outbound.url_fetcher import UrlFetcher
+from adapters.providers.openai import DEFAULT_MODEL, OpenAIEditor
+from domain.errors import Failure
+from domain.orders import Options
+from domain.ports import Picture
+from support.openai_server import KEY, OpenAIServer, picture
+from support.pictures import BLUE, THREADS, solid
+
+SHEET: Final = solid(BLUE, (300, 424), "JPEG")
+
+PROMPT: Final = 'Set it "in winter",\r\n\twith {snow} & a 雪だるま ☃ --boundary\n'
+
+RESULT: Final = picture("1024x1536")
+
+SKETCH: Final = picture("1024x1536", BLUE)
+
+
+#: Seconds for a picture.
+DEADLINE: Final = 60
+
+
+#: Quickly made.
+NOBODY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+#: Public addresses only.
+FETCHER: Final = UrlFetcher(PillowIntake(THREADS), trust=NOBODY)
+
+
+def editor_at(
+    base_url: str, model: str = DEFAULT_MODEL, *, deadline: float = DEADLINE, api_key: str = KEY
+) -> OpenAIEditor:
+    return OpenAIEditor(
+        THREADS, FETCHER, api_key=api_key, base_url=base_url, model=model, deadline=deadline, backoff=0.01, trust=NOBODY
+    )
+
+
+class Reports:
+    def __init__(self) -> None:
+        self.fractions: list[float] = []
+        self.messages: list[str] = []
+        self.previews: list[Picture | None] = []
+        #: Something has been reported.
+        self.told = asyncio.Event()
+
+    async def __call__(self, fraction: float, message: str, preview: Picture | None = None) -> None:
+        self.fractions.append(fraction)
+        self.messages.append(message)
+        self.previews.append(preview)
+        self.told.set()
+
+
+async def edited(server: OpenAIServer, reports: Reports | None = None, model: str = DEFAULT_MODEL) -> Picture:
+    return await editor_at(server.base_url, model).edit(SHEET, PROMPT, Options(), reports or Reports())
+
+
+async def failing(editor: OpenAIEditor, reports: Reports | None = None) -> Failure:
+    """The failure, which holds nothing of the provider's: no words, no key, no error of the SDK's."""
+    with pytest.raises(Failure) as caught:
+        await editor.edit(SHEET, PROMPT, Options(), reports or Reports())
+    failure: BaseException | None = caught.value
+    while failure is not None:
+        assert not isinstance(failure, openai.OpenAIError)
+        assert KEY not in f"{failure!r} {failure.__dict__}"
+        failure = failure.__cause__ or failure.__context__
+    assert "Error code" not in caught.value.sentence
+    return caught.value
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "adapters.providers.attempts"]

@@ -1,0 +1,108 @@
+"""A backend that receives webhooks, and what sends them."""
+
+import asyncio
+import base64
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from adapters.outbound.webhook_sender import WebhookSender
+from adapters.system import now
+from domain.feed import Logged
+from domain.generation import Generation
+from domain.ports import EventLog
+from domain.webhooks import Webhooks
+from support.provider_faults import Answer, Origin, Request
+from support.provider_faults import whole as answer_with
+
+SECRET: Final = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+#: Trusts nobody; to read the system's certificates takes a while.
+WARY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+TAKEN: Final = answer_with(b"")
+
+
+def status(code: int, **headers: str) -> Answer:
+    return answer_with(b"whatever", code, "text/plain", **headers)
+
+
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+@dataclass
+class Receiver:
+    """A backend that listens for webhooks: takes each, unless something else was planned for its generation."""
+
+    origin: Origin = field(init=False)
+    #: What happens to the messages of a generation, one after the other, before they are taken.
+    plans: dict[str, list[Answer]] = field(default_factory=dict)
+    #: What happens always.
+    always: dict[str, Answer] = field(default_factory=dict)
+    #: What was taken.
+    taken: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.origin = Origin(self.respond)
+
+    def respond(self, request: Request) -> Answer:
+        generation_id = request.headers["webhook-id"].partition(":")[0]
+        if generation_id in self.always:
+            return self.always[generation_id]
+        plan = self.plans.get(generation_id)
+        if plan:
+            return plan.pop(0)
+        self.taken.append(request)
+        return TAKEN
+
+    def posts(self, generation: Generation) -> list[Request]:
+        """Every attempt for this generation."""
+        prefix = f"{generation.generation_id}:"
+        return [request for request in self.origin.requests if request.headers["webhook-id"].startswith(prefix)]
+
+    @property
+    def ids(self) -> list[str]:
+        """The generations whose end was taken."""
+        return [request.headers["webhook-id"].partition(":")[0] for request in self.taken]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+async def all_told(log: EventLog) -> None:
+    """Wait until the log has nothing left to tell."""
+    async with asyncio.timeout(60):
+        while await log.undelivered(1):
+            await asyncio.sleep(0.005)
+
+
+def ids(entries: Sequence[Logged]) -> list[str]:
+    return [entry.generation_id for entry in entries]
+
+
+def sender_to(origin: Origin, path: str = "/hook", secret: str | None = SECRET, **rest: Any) -> WebhookSender:
+    return WebhookSender(origin.address + path, secret, **{"clock": now, "timeout": 60, "trust": WARY, **rest})
+
+
+def webhooks_for(log: EventLog, poster: Any, *, backoff: float = 0.01, longest: float = 0.05) -> Webhooks:
+    return Webhooks(log, poster, lambda: 0.5, backoff=backoff, longest=longest)
+
+
+@asynccontextmanager
+async def working(webhooks: Webhooks) -> AsyncIterator[None]:
+    """The loop runs. If it dies of itself, so does the test."""
+    running = asyncio.create_task(webhooks.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
