@@ -21,7 +21,7 @@ from domain.ports import History
 from support.builders import SteppableClock
 from support.harness import HUNG
 from support.node import needs_node
-from support.recovery import SECRET, WAITS, Stage, _has_ended, both_ways, other_stage, session, wire
+from support.recovery import SECRET, WAITS, Stage, both_ways, has_ended, other_stage, session, wire
 
 pytestmark = [needs_node, pytest.mark.asyncio(loop_scope="module")]
 
@@ -188,7 +188,7 @@ async def test_replays_that_are_asked_for_while_events_come_take_no_cursor_back(
         await asyncio.sleep(0.002)
     await pouring
     last = await stage.scribe.short(user)
-    await client.until(lambda: _has_ended(client, last))
+    await client.until(lambda: has_ended(client, last))
     names = {each.generation_id for each in old}
     by_itself = [event for event in client.events if event[1]["generationId"] not in names]
     assert by_itself == (await stage.feed(user))[30:]

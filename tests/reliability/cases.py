@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from support.case_server import Process, Served
-from support.faults import JSON, Wire, allow_sockets, hang_up
+from support.processes import allow_sockets
+from support.wire import JSON, Wire, hang_up
 
 Size = Literal["quick", "long"]
 Run = Callable[..., Awaitable[None]]
@@ -82,7 +83,7 @@ class Trial:
         settings = {"credits": 1_000_000, "starts_per_minute": "off", "max_lag_ms": "off", **settings}
         async with self.process.serve(self.images, inside=inside, **settings) as served:
             yield served
-            self.tell("tables empty after", await _took(served.until(lambda figures: figures.idle)), "s")
+            self.tell("tables empty after", await seconds_of(served.until(lambda figures: figures.idle)), "s")
         self.check_logged(self.process)
 
     def check_logged(self, process: Process) -> None:
@@ -123,7 +124,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-async def _took(doing: Awaitable[Any]) -> float:
+async def seconds_of(doing: Awaitable[Any]) -> float:
     began = time.monotonic()
     await doing
     return time.monotonic() - began

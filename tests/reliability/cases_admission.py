@@ -12,10 +12,10 @@ from PIL import Image
 from reliability.cases import Trial, case
 from support.case_server import Served
 from support.deployment import files_in
-from support.faults import JSON
 from support.harness import PHOTO
 from support.pictures import GREEN, RED, encoded, quarters, solid
 from support.provider_faults import Origin, listening
+from support.wire import JSON
 
 FACE = solid(GREEN).data
 

@@ -10,10 +10,12 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Final
 
-from reliability.cases import SECRET, Trial, _took, case, caught_up, check, flowing
+from reliability.cases import SECRET, Trial, case, caught_up, check, flowing, seconds_of
 from support.case_server import Served
-from support.faults import JSON, Fault, Kind, Proxy, Refused, Way, Wire, hang_up, parse, together
 from support.node import Browser, browsers
+from support.processes import together
+from support.proxy import Fault, Kind, Proxy, Way
+from support.wire import JSON, Refused, Wire, hang_up, parse
 
 _WAYS: Final = {"websocket": ["websocket"], "upgrade": ["polling", "websocket"], "polling": ["polling"]}
 
@@ -176,7 +178,7 @@ async def stalled_readers(trial: Trial, readers: int, sockets: int, rounds: int,
             await served.stall(stall)
             for hog in hogs:
                 hog.transport.pause_reading()
-            cutting = asyncio.create_task(_took(served.until(lambda now: now.devices == sockets)))
+            cutting = asyncio.create_task(seconds_of(served.until(lambda now: now.devices == sockets)))
             p99["stalled"].append(await _p99(served, crowd, others, seconds))
             cut_after.append(await cutting)
             grown.append(((await served.figures()).peak - before.rss) / 1_000)

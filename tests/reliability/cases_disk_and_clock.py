@@ -21,12 +21,12 @@ from adapters.system import now
 from domain.housekeeping import Housekeeping
 from reliability.cases import Trial, case
 from support.builders import LOGS
-from support.deployment import ENDS, Caller, Deployment, Life, Ordered, Phone, _tasks, parts
+from support.deployment import ENDS, Caller, Deployment, Life, Ordered, Phone, parts, task_group
 from support.doubles import Hold, ScriptedEditor
-from support.faults import JSON, Wire, hang_up
 from support.harness import PHOTO, running
 from support.pictures import GREEN, encoded, solid
 from support.provider_faults import Origin, listening, then, whole
+from support.wire import JSON, Wire, hang_up
 
 # --- 22: the disk is full; the clock jumps ----------------------------------------------------------------
 
@@ -42,7 +42,7 @@ from support.provider_faults import Origin, listening, then, whole
 )
 async def no_room_and_wrong_time(trial: Trial, rounds: int) -> None:
     for number in range(rounds):
-        async with _tasks() as group:
+        async with task_group() as group:
             pictures = Deployment(trial.folder / f"pictures-{number}", prelude=SCRATCH_IS_NO_FILE)
             group.create_task(_no_room_for_pictures(trial, pictures))
             group.create_task(_no_room_for_the_log(trial, Deployment(trial.folder / f"log-{number}")))

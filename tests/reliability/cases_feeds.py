@@ -13,7 +13,8 @@ from typing import Final
 from reliability.cases import Trial, case, caught_up, check, flowing
 from support.case_server import Process, Served
 from support.deployment import files_in, free_port
-from support.faults import Wire, frame, hang_up, together
+from support.processes import together
+from support.wire import Wire, frame, hang_up
 
 #: What a client may be answered with where it does not get what it asks for.
 _CODES: Final = {"unauthenticated", "invalid_token", "token_expired", "user_mismatch"} | {

@@ -28,14 +28,15 @@ from domain.recorder import Recorder
 from domain.stages import FLOWS
 from reliability.cases import Trial, case
 from support.builders import EDIT, LOGS, Heard, facts_for, make_generation, make_order, statuses
-from support.deployment import ENDS, Caller, Deployment, Ordered, Phone, _tasks
+from support.deployment import ENDS, Caller, Deployment, Ordered, Phone, task_group
 from support.doubles import Passing
-from support.faults import JSON, Wire, hang_up, parse, together
 from support.node import Browser, Browsers, browsers
 from support.openai_server import KEY, OpenAIServer, completed, openai_server, partial, stream
 from support.openai_server import picture as drawing
 from support.pictures import GREEN, solid
+from support.processes import together
 from support.provider_faults import Answer, Origin, Request, listening, raw, then, whole
+from support.wire import JSON, Wire, hang_up, parse
 
 # --- 3: lost replies --------------------------------------------------------------------------------------
 
@@ -443,7 +444,7 @@ async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, ali
             ["openai"],
         )
         provider, starts, unready = Provider(server), list[float](), 0
-        async with Caller.open(deployment.url) as caller, _tasks() as group:
+        async with Caller.open(deployment.url) as caller, task_group() as group:
             async with deployment.serving(fresh=True) as life:
                 names = [f"user-{number}" for number in range(users)]
                 owners = [await _owner(name, deployment, caller, everybody, faces.address) for name in names]

@@ -11,8 +11,8 @@ import httpx2
 
 from reliability.cases import SECRET, Trial, case
 from support.deployment import Deployment
-from support.faults import allow_sockets, together
 from support.harness import PHOTO
+from support.processes import allow_sockets, together
 
 _HEAD: Final = b"POST /generations/edit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n"
 _FORM: Final = b"Content-Type: multipart/form-data; boundary=x\r\n"

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from reliability.cases import Trial, case
-from support.deployment import ENDS, Caller, Deployment, Ordered, Phone, _tasks
-from support.faults import JSON, Wire, hang_up
+from support.deployment import ENDS, Caller, Deployment, Ordered, Phone, task_group
+from support.wire import JSON, Wire, hang_up
 
 # --- 5: SIGTERM -------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ async def stopped(trial: Trial, rounds: int, at_once: int, apart: bool) -> None:
         async with turns:
             took[number] = await _stop(Deployment(trial.folder / f"stop-{number}", durable=durable), stops[name])
 
-    async with _tasks() as group:
+    async with task_group() as group:
         for number in range(len(tries)):
             group.create_task(stop(number))
     for name, each in stops.items():

@@ -19,8 +19,8 @@ from typing import Final
 from adapters.sqlite.database import examine
 from reliability.cases import Trial, case
 from support.deployment import Caller, Deployment, Life, parts
-from support.faults import JSON, Wire, hang_up
 from support.harness import PHOTO
+from support.wire import JSON, Wire, hang_up
 
 _WAYS: Final = ("moved", "wal", "removed", "replaced")
 _LOST: Final = "the file of the log was removed, replaced or cut off"

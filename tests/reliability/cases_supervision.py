@@ -23,9 +23,10 @@ from reliability.cases_disk_and_clock import SCRATCH_IS_NO_FILE, no_room
 from support.builders import OpenLog, open_memory_log, open_sqlite_log
 from support.deployment import Caller, Deployment, Life, parts
 from support.doubles import Passing
-from support.faults import Wire, until_handled
 from support.harness import PHOTO, running
 from support.pictures import RED, solid
+from support.processes import until_handled
+from support.wire import Wire
 
 # --- 35: background tasks fail ----------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from support.browser import needs_chromium, tabs
 from support.harness import HUNG, JSON, PHOTO, Running, running
 from support.http_app import assert_problem
 from support.node import ROOT, browsers, needs_client, needs_node
-from support.proxy import proxy
+from support.proxy import Proxy, forward
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -36,7 +36,7 @@ async def behind(images: Path, *, strip: bool, path: str = "/cast") -> AsyncIter
         public_url = f"http://127.0.0.1:{listener.getsockname()[1]}{path}"
         async with (
             running(images, public_url=public_url) as service,
-            proxy(listener, service.port, path=path, strip=strip),
+            Proxy.open(service.port, listener=listener, rewrite=forward(path=path, strip=strip)),
         ):
             yield service, public_url
 
@@ -282,7 +282,7 @@ async def trusting(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tu
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with (
             running(tmp_path_factory.mktemp("images"), **settings) as service,
-            proxy(listener, service.port, headers=headers),
+            Proxy.open(service.port, listener=listener, rewrite=forward(headers=headers)),
         ):
             yield service, f"http://127.0.0.1:{listener.getsockname()[1]}"
 

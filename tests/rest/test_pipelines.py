@@ -13,10 +13,10 @@ import pytest_asyncio
 
 from domain.feed import Logged
 from domain.ports import Gap
-from support.faults import Fault, Proxy
 from support.guarded import SERVICE, guarded, token
 from support.harness import JSON, Running, running
 from support.node import ROOT, needs_node
+from support.proxy import Fault, Proxy
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

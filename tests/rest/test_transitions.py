@@ -31,8 +31,8 @@ from support.pipeline import (
     SWAPPED,
     Pipeline,
     Row,
-    _users,
     begin,
+    user_numbers,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -110,7 +110,7 @@ async def credit(service: Running, user: str) -> int:
 @pytest.mark.parametrize("flow", FLOWS)
 async def test_what_is_told_is_what_the_phone_sees_and_what_the_log_keeps(service: Running, flow: str) -> None:
     kind, fields, rows = FLOWS[flow]
-    user = f"user {next(_users)}"
+    user = f"user {next(user_numbers)}"
     async with service.phone(user) as phone:
         pipeline = await begin(service, kind, user=user, metadata='{"order": 7}', **fields)
         answers = [await pipeline.tell(status, **facts) for status, facts, _, _ in rows]
@@ -505,7 +505,7 @@ async def test_a_face_swap_is_made_or_fails_and_not_both(service: Running) -> No
 
 
 async def test_a_cancel_ends_it_and_nothing_follows(service: Running) -> None:
-    user = f"user {next(_users)}"
+    user = f"user {next(user_numbers)}"
     async with service.phone(user) as phone:
         pipeline = await (await begin(service, user=user)).upto("openai_editing")
         cancelled = await service.http.post(

@@ -11,9 +11,9 @@ from typing import Any, Final
 import httpx2
 import pytest
 
-from support.faults import until_handled
 from support.harness import JSON, PHOTO
 from support.pictures import RED, solid
+from support.processes import until_handled
 from support.serve_process import HANGS, Process, last_of, patient, serving, stagecast, talk, watching
 
 WHO: Final = {"X-User-Id": "ada"}

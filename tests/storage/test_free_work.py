@@ -12,11 +12,11 @@ from typing import Final
 import pytest
 
 from support.deployment import Caller, Deployment, Life, parts
-from support.faults import JSON
 from support.harness import PHOTO
 from support.openai_server import KEY, openai_server
 from support.pictures import GREEN, solid
 from support.provider_faults import Origin, hang, listening, whole
+from support.wire import JSON
 
 USER: Final = "ada"
 #: The first event of each stage says this, and no other does.

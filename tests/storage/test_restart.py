@@ -14,11 +14,11 @@ import pytest
 
 from support.deployment import Caller, Deployment, parts
 from support.doubles import FACE_URL, Hold, ScriptedComposer, ScriptedEditor, ScriptedFaceSwapper, ScriptedFetcher
-from support.faults import JSON, Wire, hang_up
 from support.harness import PHOTO, Running, running
 from support.node import Script, needs_node, seed
 from support.openai_server import KEY, OpenAIServer, openai_server
 from support.provider_faults import hang
+from support.wire import JSON, Wire, hang_up
 
 USER: Final = 123
 TERMINAL: Final = ("completed", "failed")

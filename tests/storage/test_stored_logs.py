@@ -11,8 +11,8 @@ from typing import Any, Final
 import pytest
 
 from adapters.sqlite.database import SCHEMA
-from support.faults import Wire
 from support.harness import Running, running
+from support.wire import Wire
 
 FOLDER: Final = Path(__file__).parent / "stored_logs"
 #: Seconds: what they hold is never too old.

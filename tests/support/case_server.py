@@ -30,8 +30,9 @@ from adapters.tokens.jwt_tokens import issue
 from api import logs
 from api.app import Service, create_service
 from api.settings import load_settings
-from support.faults import JSON, Wire, allow_sockets
 from support.harness import PHOTO, Phone, Reader, Running, flood
+from support.processes import allow_sockets
+from support.wire import JSON, Wire
 
 #: Seconds between two looks at the clock of the event loop.
 _LOOK: Final = 0.02

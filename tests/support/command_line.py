@@ -81,8 +81,5 @@ async def run_main(*arguments: str | bytes, folder: Path | None = None, **variab
 Run = Callable[..., Awaitable[Done]]
 
 
-# --- settings --------------------------------------------------------------------------------------------
-
-
 #: One that would not begin with a good secret either.
 SERVE: Final = ("serve", "--images", "/dev/null/none")

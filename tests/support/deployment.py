@@ -23,8 +23,8 @@ from typing import Any, Final
 
 import httpx2
 
-from support.faults import JSON, Wire
 from support.harness import PHOTO, Reader
+from support.wire import JSON, Wire
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -277,7 +277,7 @@ class Caller(Reader):
 
 
 @asynccontextmanager
-async def _tasks() -> AsyncIterator[asyncio.TaskGroup]:
+async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
     """A group that fails with the first failure itself."""
     try:
         async with asyncio.TaskGroup() as group:

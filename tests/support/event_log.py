@@ -56,9 +56,6 @@ def places(entries: Iterable[Logged]) -> list[tuple[str, int]]:
     return [(entry.generation_id, entry.sequence) for entry in entries]
 
 
-# --- the present -----------------------------------------------------------------------------------------
-
-
 async def pull(log: EventLog, user_id: str, cursor: Cursor, limit: int = 1_000) -> tuple[list[Logged], Cursor]:
     """Everything wanted behind a cursor that has to be usable."""
     told: list[Logged] = []

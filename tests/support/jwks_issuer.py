@@ -58,9 +58,6 @@ def by_secret(payload: Mapping[str, Any], *, secret: bytes = SECRET) -> str:
     return raw(b'{"alg":"HS256","typ":"JWT"}', json.dumps(payload).encode(), secret)
 
 
-# --- an issuer's keys ------------------------------------------------------------------------------------
-
-
 @cache
 def rsa_key(name: str, bits: int = 2048) -> rsa.RSAPrivateKey:
     """The key of this name; another one for each name."""

@@ -52,7 +52,7 @@ DONE: Final[Row] = ("completed", {}, 100, "Image editing completed successfully!
 SWAP: Final[Row] = ("face_swap", {}, 85, "Applying face swap...")
 
 
-_users = itertools.count()
+user_numbers = itertools.count()
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Pipeline:
 
 
 async def begin(service: Running, kind: str = "edit", *, user: str | None = None, **fields: Any) -> Pipeline:
-    user = user or f"user {next(_users)}"
+    user = user or f"user {next(user_numbers)}"
     images = fields.pop("images", 0)
     generation_id = await service.start(user, f"{kind}?runner=external", images=images, **fields)
     return Pipeline(service, user, generation_id)

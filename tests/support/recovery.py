@@ -39,7 +39,7 @@ SECRET: Final = "a secret that is long enough for HS256"
 _EVENT: Final = (b'42["continue",', b'42["generation_')
 
 
-Told = list[tuple[str, dict[str, Any]]]
+ReceivedEvents = list[tuple[str, dict[str, Any]]]
 
 _Pump = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -189,7 +189,7 @@ class Stage:
         line.falls.extend(falls)
         return line
 
-    async def feed(self, user: str) -> Told:
+    async def feed(self, user: str) -> ReceivedEvents:
         """Everything that has happened to this user, in order."""
         feed = await self.service.service.log.feed(user, after=0, anchor=0, limit=100_000)
         return [(entry.name, body(entry)) for entry in feed.entries if entry.event is not None]
@@ -207,7 +207,7 @@ class Stage:
         """
         last = await self.scribe.short(user)
         for client in clients:
-            await client.until(lambda client=client: _has_ended(client, last))  # type: ignore[misc]
+            await client.until(lambda client=client: has_ended(client, last))  # type: ignore[misc]
             assert client.events[skip:] == (await self.feed(user))[after:]
 
     async def pour(self, user: str, count: int, filler: int = 10) -> None:
@@ -250,7 +250,7 @@ def check(browser: Browser) -> None:
             newest = feed, place
 
 
-def _has_ended(client: Browser, generation: Generation) -> bool:
+def has_ended(client: Browser, generation: Generation) -> bool:
     return any(
         name == "generation_failed" and data["generationId"] == generation.generation_id for name, data in client.events
     )

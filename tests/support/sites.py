@@ -185,8 +185,6 @@ FORBIDDEN: Final = "its address does not exist or is not allowed."
 BROKEN: Final = "its site could not be reached, or broke off."
 
 
-# --- which hosts are connected to ------------------------------------------------------------------------
-
 #: Spellings of loopback, and hosts that are none.
 LOOPBACK: Final = f"""
 127.0.0.1 127.1 127.0.1 127.000.000.001 127.0.0.1. 127.0.0.1.. 2130706433 017700000001 0x7f000001 0x7f.1

@@ -10,10 +10,10 @@ import pytest_asyncio
 from playwright.async_api import Browser, WebSocket, expect
 
 from support.browser import Tab, needs_chromium, tabs
-from support.faults import Proxy
 from support.harness import Running, running
 from support.node import needs_client
 from support.page import NETWORK, PromptedEditor, QuickComposer, logged
+from support.proxy import Proxy
 
 pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
 

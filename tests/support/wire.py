@@ -1,31 +1,17 @@
-"""Faults on the wire: a TCP proxy that breaks its lines, and bare clients that misbehave and come by the thousand."""
+"""A bare Socket.IO client, byte by byte."""
 
 import asyncio
 import base64
-import contextlib
 import json
 import os
-import random
-import re
-import resource
-import signal
 import socket
-import struct
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
-T = TypeVar("T")
+from support.proxy import reset
+
 JSON = dict[str, Any]
-
-#: ``reset``: RST to both ends. ``close``: both ends are closed in order. ``half_open``: nothing passes any more, and
-#: nobody is told. ``stall``: nothing is read any more, so that what is sent piles up.
-Kind = Literal["reset", "close", "half_open", "stall"]
-#: Towards the server, or towards the client.
-Way = Literal["up", "down"]
 
 #: A frame's mask, which changes nothing.
 _MASK: Final = bytes(4)
@@ -37,174 +23,7 @@ class Refused(Exception):
     """CONNECT was answered with CONNECT_ERROR: its message, and its code."""
 
 
-class NoRoom(Exception):
-    """This machine does not allow as many open files as are needed."""
-
-
-def allow_sockets(count: int | None) -> None:
-    """Let this process open so many sockets; ``None``: as many as it may. Raises `NoRoom`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = hard if count is None else count + 200
-    if resource.RLIM_INFINITY not in (needed, hard) and needed > hard:
-        raise NoRoom(f"{needed} open files are needed, and the hard limit (ulimit -Hn) is {hard}")
-    if soft != resource.RLIM_INFINITY and (needed == resource.RLIM_INFINITY or needed > soft):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-async def until_handled(pid: int, number: signal.Signals) -> None:
-    """Wait until this process handles this signal. (By Linux's /proc.)"""
-    async with asyncio.timeout(60):
-        while not _handled(pid) >> (number - 1) & 1:
-            await asyncio.sleep(0.005)
-
-
-def _handled(pid: int) -> int:
-    [mask] = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-    return int(mask, 16)
-
-
-def reset(transport: asyncio.BaseTransport) -> None:
-    """End a connection by RST."""
-    assert isinstance(transport, asyncio.WriteTransport)
-    if not transport.is_closing():
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
-
-
-# --- the proxy ---------------------------------------------------------------------------------------------
-
-
-class Fault(NamedTuple):
-    """What befalls a line once so many bytes have passed in one direction."""
-
-    kind: Kind
-    way: Way = "down"
-    after: int = 0
-
-
-class _Line:
-    """One client's connection, and the one to the server that goes with it."""
-
-    def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter, fault: Fault | None) -> None:
-        self.ends = client, server
-        self.fault = fault
-        self.passed: dict[Way, int] = {"up": 0, "down": 0}
-        self.deaf = False
-        self.flows = asyncio.Event()
-        self.flows.set()
-
-    def strike(self, kind: Kind) -> None:
-        match kind:
-            case "reset":
-                for end in self.ends:
-                    reset(end.transport)
-            case "close":
-                for end in self.ends:
-                    end.close()
-            case "half_open":
-                self.deaf = True
-            case "stall":
-                self.flows.clear()
-
-
-class Proxy:
-    """Passes TCP on to a server on this machine, and breaks its lines when it is told to."""
-
-    port: int
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self._lines: set[_Line] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        #: What befalls the next lines, one each.
-        self.plan: deque[Fault] = deque()
-        #: Seconds that what passes is held up, at random up to this.
-        self.jitter = 0.0
-        #: How many lines were struck so far.
-        self.struck = 0
-
-    @classmethod
-    @asynccontextmanager
-    async def open(cls, target: int) -> AsyncIterator["Proxy"]:
-        proxy = cls(target)
-        server = await asyncio.start_server(proxy._accept, "127.0.0.1", 0, backlog=1024)
-        proxy.port = server.sockets[0].getsockname()[1]
-        try:
-            yield proxy
-        finally:
-            server.close()
-            for task in proxy._tasks:
-                task.cancel()
-            await asyncio.gather(*proxy._tasks, return_exceptions=True)
-            for line in proxy._lines:
-                line.strike("reset")
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def strike(self, kind: Kind) -> None:
-        """Break every line there is. Those that come later are whole."""
-        for line in list(self._lines):
-            self._strike(line, kind)
-
-    def resume(self) -> None:
-        """Let what is stalled flow on."""
-        for line in self._lines:
-            line.flows.set()
-
-    def _strike(self, line: _Line, kind: Kind) -> None:
-        self.struck += 1
-        line.strike(kind)
-
-    async def _accept(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        accepting = asyncio.current_task()
-        assert accepting is not None
-        self._tasks.add(accepting)
-        fault = self.plan.popleft() if self.plan else None
-        try:
-            from_server, server = await asyncio.open_connection("127.0.0.1", self._target)
-            line = _Line(client, server, fault)
-            self._lines.add(line)
-            try:
-                await asyncio.gather(
-                    self._pump(line, "up", from_client, server), self._pump(line, "down", from_server, client)
-                )
-            finally:
-                self._lines.discard(line)
-                line.strike("close")
-        except OSError:
-            reset(client.transport)
-        except asyncio.CancelledError:
-            reset(client.transport)
-        finally:
-            self._tasks.discard(accepting)
-
-    async def _pump(self, line: _Line, way: Way, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            while data := await source.read(65_536):
-                await line.flows.wait()
-                if self.jitter:
-                    await asyncio.sleep(random.uniform(0, self.jitter))
-                fault, struck = line.fault, False
-                if fault is not None and fault.way == way:
-                    data = data[: fault.after - line.passed[way]]
-                    struck = line.passed[way] + len(data) >= fault.after
-                line.passed[way] += len(data)
-                if not line.deaf:
-                    target.write(data)
-                    await target.drain()
-                if fault is not None and struck:
-                    line.fault = None
-                    self._strike(line, fault.kind)
-        if not line.deaf:
-            target.close()
-
-
-# --- the bare client ---------------------------------------------------------------------------------------
-
-
-class Told(NamedTuple):
+class ReceivedEvent(NamedTuple):
     """One event, as it came."""
 
     text: bytes
@@ -253,8 +72,8 @@ class Wire(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, told: list[Told] | None = None) -> None:
-        self.told: list[Told] = [] if told is None else told
+    def __init__(self, told: list[ReceivedEvent] | None = None) -> None:
+        self.told: list[ReceivedEvent] = [] if told is None else told
         #: Every other event: name and data.
         self.notices: list[tuple[str, JSON]] = []
         self.acks: dict[int, Any] = {}
@@ -279,7 +98,9 @@ class Wire(asyncio.Protocol):
         self._calls = 0
 
     @classmethod
-    async def open(cls, port: int, *, told: list[Told] | None = None, narrow: bool = False, query: str = "") -> "Wire":
+    async def open(
+        cls, port: int, *, told: list[ReceivedEvent] | None = None, narrow: bool = False, query: str = ""
+    ) -> "Wire":
         """A WebSocket. `narrow`: with the segments and the buffer of a phone, so that little is on its way."""
         sock = socket.socket()
         sock.setblocking(False)
@@ -434,7 +255,7 @@ class Wire(asyncio.Protocol):
         if opcode == _CLOSE:
             self.write(frame(data, opcode=_CLOSE))
         elif data.startswith(_EVENTS):
-            self.told.append(Told(data, time.monotonic_ns()))
+            self.told.append(ReceivedEvent(data, time.monotonic_ns()))
         elif data == b"2":
             self.send("3")
         elif data.startswith(b"0"):
@@ -453,17 +274,6 @@ class Wire(asyncio.Protocol):
         elif data.startswith(b"44"):
             refused = data[2:] if data[2:3] == b"{" else data.partition(b",")[2]  # Behind a namespace.
             self.refused = json.loads(refused)
-
-
-async def together(make: Callable[[int], Awaitable[T]], count: int, *, at_once: int = 64) -> list[T]:
-    """What `make` makes of 0, 1, 2 …, so many of them at a time."""
-    turns = asyncio.Semaphore(at_once)
-
-    async def one(number: int) -> T:
-        async with turns:
-            return await make(number)
-
-    return await asyncio.gather(*(one(number) for number in range(count)))
 
 
 async def hang_up(wires: Sequence[Wire]) -> None:
