@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Iterator
+from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
@@ -74,3 +77,18 @@ def port() -> Iterator[int]:
     """A port at which nobody listens yet."""
     with closed_port() as port:
         yield port
+
+
+@pytest.fixture(autouse=True)
+def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The addresses that sockets were connected to: none but loopback ever is."""
+    connect = socket.socket.connect
+    addresses: list[Any] = []
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        addresses.append(address)
+        assert ip_address(address[0]).is_loopback, f"{address} is outside"
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    return addresses

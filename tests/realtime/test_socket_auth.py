@@ -39,6 +39,11 @@ async def service(shared: Running) -> AsyncIterator[Running]:
     await shared.service.queue.settled()
 
 
+@pytest.fixture
+def clock() -> SteppableClock:
+    return SteppableClock()
+
+
 # --- sockets: the handshake ------------------------------------------------------------------------------
 
 

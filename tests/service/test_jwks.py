@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -17,8 +18,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from jwt.algorithms import RSAAlgorithm
 
 from adapters.outbound.tls import ssl_context
-from adapters.tokens.jwt_tokens import JwksKeys, Tokens
-from domain.identity import Identity, InvalidToken, KeysUnavailable
+from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens
+from domain.errors import Refusal
+from domain.identity import Identity, InvalidToken, KeysUnavailable, TokenExpired
 from support.builders import NOON, SteppableClock
 from support.jwks_issuer import (
     LATER,
@@ -494,3 +496,38 @@ async def test_proxies_of_the_environment_are_not_used(tokens: Tokens, monkeypat
         for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(variable, f"http://127.0.0.1:{nobody.getsockname()[1]}")
         assert await tokens.verify(by_key(ec_key("ours"), "ec-1"))
+
+
+# --- what is told ----------------------------------------------------------------------------------------
+
+
+async def test_neither_secrets_nor_tokens_are_told(issuer: Issuer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="adapters")
+    secret = SecretKey(SECRET)
+    clock = SteppableClock()
+    address = issuer.url.replace("http://", "http://user:hunter2@") + "?key=hunter2"
+    told = [repr(secret), str(secret.key), repr(secret.key), repr(Tokens(secret, clock=clock))]
+    good = by_secret(claims(aud="x"))
+    refused: list[Refusal] = []
+    issuer.fails(500)
+    for tokens, token in (
+        (Tokens(secret, clock=clock), good),
+        (Tokens(secret, clock=clock), good[:-3]),
+        (Tokens(secret, clock=clock), by_secret(claims(exp=1))),
+        (Tokens(JwksKeys(address, clock=clock, timeout=PATIENT), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
+        (Tokens(JwksKeys(address.replace("http", "ftp"), clock=clock), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
+    ):
+        with pytest.raises(Refusal) as refusal:
+            await tokens.verify(token)
+        refused.append(refusal.value)
+        told += [str(refusal.value), repr(refusal.value), repr(tokens)]
+        assert token[-20:] not in caplog.text
+    assert [type(each) for each in refused] == [
+        *(InvalidToken, InvalidToken, TokenExpired, KeysUnavailable, KeysUnavailable)
+    ]
+    assert "cannot be fetched: status 500" in caplog.text
+    assert "cannot be fetched: UnsupportedProtocol" in caplog.text
+    for text in (*told, caplog.text):
+        assert SECRET.decode() not in text
+        assert part(SECRET) not in text
+        assert "hunter2" not in text

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,16 +11,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens, issue
-from domain.errors import Refusal
+from adapters.tokens.jwt_tokens import SecretKey, Tokens, issue
 from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
 from support.builders import NOON, PROPERTY, SteppableClock
 from support.jwks_issuer import (
     LATER,
     NOW,
-    PATIENT,
     SECRET,
-    Issuer,
     by_key,
     by_secret,
     claims,
@@ -471,38 +467,3 @@ def test_whatever_the_issuer_says_nobody_is_taken_for_somebody() -> None:
             check()
         finally:
             runner.run(context.__aexit__(None, None, None))
-
-
-# --- what is told ----------------------------------------------------------------------------------------
-
-
-async def test_neither_secrets_nor_tokens_are_told(issuer: Issuer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, logger="adapters")
-    secret = SecretKey(SECRET)
-    clock = SteppableClock()
-    address = issuer.url.replace("http://", "http://user:hunter2@") + "?key=hunter2"
-    told = [repr(secret), str(secret.key), repr(secret.key), repr(Tokens(secret, clock=clock))]
-    good = by_secret(claims(aud="x"))
-    refused: list[Refusal] = []
-    issuer.fails(500)
-    for tokens, token in (
-        (Tokens(secret, clock=clock), good),
-        (Tokens(secret, clock=clock), good[:-3]),
-        (Tokens(secret, clock=clock), by_secret(claims(exp=1))),
-        (Tokens(JwksKeys(address, clock=clock, timeout=PATIENT), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
-        (Tokens(JwksKeys(address.replace("http", "ftp"), clock=clock), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
-    ):
-        with pytest.raises(Refusal) as refusal:
-            await tokens.verify(token)
-        refused.append(refusal.value)
-        told += [str(refusal.value), repr(refusal.value), repr(tokens)]
-        assert token[-20:] not in caplog.text
-    assert [type(each) for each in refused] == [
-        *(InvalidToken, InvalidToken, TokenExpired, KeysUnavailable, KeysUnavailable)
-    ]
-    assert "cannot be fetched: status 500" in caplog.text
-    assert "cannot be fetched: UnsupportedProtocol" in caplog.text
-    for text in (*told, caplog.text):
-        assert SECRET.decode() not in text
-        assert part(SECRET) not in text
-        assert "hunter2" not in text

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
@@ -114,21 +114,6 @@ class Canary:
 
     port: int
     visits: list[object] = field(default_factory=list)
-
-
-@pytest.fixture(autouse=True)
-def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The addresses that sockets were connected to: none but loopback ever is."""
-    connect = socket.socket.connect
-    addresses: list[Any] = []
-
-    def guarded(self: socket.socket, address: Any) -> None:
-        addresses.append(address)
-        assert ip_address(address[0]).is_loopback, f"{address} is outside"
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)
-    return addresses
 
 
 class Names:
