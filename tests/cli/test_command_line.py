@@ -4,10 +4,9 @@ Each command, and each way to end, is seen in a process of its own; what differs
 """
 
 import asyncio
-import contextlib
 import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -20,14 +19,12 @@ from aiohttp import web
 from api.__main__ import welcome
 from api.settings import describe_settings, load_settings
 from domain.errors import Failure
-from support.command_line import MODULE, SERVE, Run, run_main, stagecast
+from support.command_line import COMMANDS, MODULE, SERVE, Run, another, run_main, stagecast
 from support.doubles import ScriptedEditor, raises
 from support.guarded import MISSING, SECRET, SERVICE, ask, guarded, token
 from support.harness import JSON, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-COMMANDS: Final = ("serve", "demo", "check", "token", "credit", "replay")
 
 #: Only its length is wrong.
 TOO_SHORT: Final = "hunter2-" * 3
@@ -473,23 +470,6 @@ async def test_passwords_in_urls_are_masked(given: str) -> None:
 async def test_the_ready_line_masks_a_password(tmp_path: Path) -> None:
     settings = load_settings({"public_url": "https://ada:hunter2@pictures.example", "images": str(tmp_path)})
     assert "https://***@pictures.example" in welcome(settings)
-
-
-# --- a service that is not there -------------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def another(serve: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
-    """The address of a web server that is none of ours."""
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", serve)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 @pytest.mark.parametrize("command", [("credit", "eve", "5"), ("replay", MISSING)], ids=["credit", "replay"])

@@ -11,9 +11,9 @@ import httpx2
 import pytest
 from aiohttp import web
 
-from cli.test_command_line import COMMANDS, STAGECAST, another, environment, run_main
-from reliability.cases import free_port
-from rest.test_auth import SECRET
+from support.command_line import COMMANDS, STAGECAST, another, environment, run_main
+from support.deployment import free_port
+from support.guarded import SECRET
 from support.harness import running
 
 CHECKED: Final = ("check",)

@@ -5,11 +5,13 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Final, NamedTuple
 from unittest.mock import patch
+
+from aiohttp import web
 
 from api.__main__ import main
 
@@ -83,3 +85,23 @@ Run = Callable[..., Awaitable[Done]]
 
 #: One that would not begin with a good secret either.
 SERVE: Final = ("serve", "--images", "/dev/null/none")
+
+
+COMMANDS: Final = ("serve", "demo", "check", "token", "credit", "replay")
+
+
+# --- a service that is not there -------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def another(serve: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """The address of a web server that is none of ours."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", serve)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
