@@ -25,6 +25,7 @@ from adapters.serving.uvicorn_server import Server
 from adapters.system import SystemEntropy, now
 from api.app import create_service
 from api.settings import load_settings
+from api.wiring import wire
 from domain.events import Event, encode
 from domain.orders import Order
 from domain.ports import Append, EventLog, Start
@@ -76,8 +77,8 @@ async def serve(images: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         settings = load_settings({"port": port, "images": images, "local_seconds": 0, "credits": None})
-        service, app = create_service(settings)
-        server = Server(app, service.leave, lambda: print(port, flush=True))
+        service, app = create_service(wire(settings))
+        server = Server(app, service.shutdown, lambda: print(port, flush=True))
         ticking = asyncio.create_task(tick(service.log))
         await server.serve([listener])
         ticking.cancel()

@@ -25,6 +25,7 @@ from adapters.offline.face_swap import LocalFaceSwap
 from adapters.system import now
 from api.app import create_server
 from api.settings import Settings
+from api.wiring import wire
 from domain.orders import Options
 from domain.ports import Picture, Report
 
@@ -76,8 +77,9 @@ async def _service(images: Path, ahead: timedelta) -> AsyncIterator[str]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         settings = Settings(_env_file=None, images=images, public_url=url, fetch_allow="127.0.0.1/32")
         ready = asyncio.Event()
-        overrides = {"editor": _Editor(threads), "face_swapper": LocalFaceSwap(threads, _SLOW)}
-        server = create_server(settings, ready.set, clock=lambda: now() + ahead, **overrides)
+        face_swapper = LocalFaceSwap(threads, _SLOW)
+        parts = wire(settings, clock=lambda: now() + ahead, editor=_Editor(threads), face_swapper=face_swapper)
+        server = create_server(parts, ready.set)
         serving = asyncio.create_task(server.serve([listener]))
         await ready.wait()
         try:

@@ -1,1 +1,1 @@
-"""The doors: HTTP, Socket.IO, the command line, and the composition root."""
+"""The entry points: HTTP, Socket.IO, the command line and the page; wiring, service and ASGI application."""

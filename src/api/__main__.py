@@ -75,10 +75,12 @@ def serve(**overrides: Any) -> None:
     listener = _listen(settings)
     if settings.port == 0:
         settings = load_settings({**overrides, "port": listener.getsockname()[1]})
-    from api.app import create_server  # A second of imports, which --help and wrong settings do not wait for.
+    # A second of imports, which --help and wrong settings do not wait for.
+    from api.app import create_server
+    from api.wiring import wire
 
     logs.configure()
-    server = create_server(settings, ready=lambda: _announce(settings))
+    server = create_server(wire(settings), ready=lambda: _announce(settings))
     server.run(sockets=[listener])
 
 
@@ -147,7 +149,7 @@ def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # 
     settings = load_settings(overrides)
     if settings.jwt_secret is None:
         raise SettingsError("STAGECAST_JWT_SECRET must be set: tokens are made with it.")
-    from api.app import issue_token
+    from api.wiring import issue_token
 
     try:
         print(issue_token(settings, userId, service=service, ttl=timedelta(seconds=ttl)))

@@ -19,7 +19,7 @@ from standardwebhooks import Webhook
 from adapters.outbound.retry_after import retry_after
 from adapters.outbound.webhook_sender import WebhookSender
 from adapters.system import now
-from api import app
+from api import service as api_service
 from domain import recorder
 from domain.feed import Logged
 from domain.ports import EventLog
@@ -263,7 +263,7 @@ async def test_a_service_that_stops_tells_what_it_has_to_end(
     tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It does not wait for long, which may be too short where everything is slow.
-    monkeypatch.setattr(app, "_FLUSH", 60)
+    monkeypatch.setattr(api_service, "_FLUSH", 60)
     hold = Hold()
     async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}, **hooked(receiver.origin)) as service:
         generation_id = await service.start("ada")

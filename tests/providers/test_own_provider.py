@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from api.app import create_service
 from api.settings import SettingsError, load_settings
+from api.wiring import wire
 from domain.ports import Picture
 from support.command_line import STAGECAST, stagecast
 from support.deployment import free_port, parts
@@ -255,7 +255,7 @@ def test_a_factory_that_makes_no_editor_is_refused_with_a_sentence(tmp_path: Pat
     log = tmp_path / "log.db"
     settings = load_settings({"editor": name, "images": tmp_path / "images", "log": f"sqlite:///{log}"})
     with pytest.raises(SettingsError) as caught:
-        create_service(settings)
+        wire(settings)
     sentence = str(caught.value)
     assert re.fullmatch(rf"STAGECAST_EDITOR must name a factory of an editor; [^\n]*{reason}\.", sentence), sentence
     assert SECRET not in sentence
@@ -266,7 +266,7 @@ def test_a_factory_that_makes_no_editor_is_refused_with_a_sentence(tmp_path: Pat
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_a_factory_that_makes_no_face_swap_is_refused_with_a_sentence() -> None:
     with pytest.raises(SettingsError, match=r"^STAGECAST_FACE_SWAP must name .* no async method swap\.$"):
-        create_service(load_settings({"face_swap": f"{MODULE}:Provider"}))
+        wire(load_settings({"face_swap": f"{MODULE}:Provider"}))
 
 
 @pytest.mark.parametrize(

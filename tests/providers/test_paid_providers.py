@@ -13,6 +13,7 @@ from PIL import Image
 from adapters.providers.replicate import ReplicateFaceSwap
 from api.app import create_service
 from api.settings import Settings
+from api.wiring import wire
 from domain.ports import Picture
 from support.doubles import pass_time
 from support.harness import JSON, Running, running
@@ -196,6 +197,6 @@ async def test_a_face_swap_that_fails_does_not_waste_the_edit(
 
 def test_keys_choose_the_providers(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, images=tmp_path, openai_api_key=KEY, replicate_api_token=TOKEN)
-    service, _ = create_service(settings)
+    service, _ = create_service(wire(settings))
     assert type(service.runner.editor).__name__ == "OpenAIEditor"
     assert type(service.runner.face_swapper).__name__ == "ReplicateFaceSwap"

@@ -367,7 +367,7 @@ async def published(
     tmp_path: Path, issuer: Issuer, clock: SteppableClock, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Running]:
     """A service that takes the tokens of an issuer, which it gives more time than others do."""
-    monkeypatch.setattr("api.app.JwksKeys", partial(JwksKeys, timeout=30))
+    monkeypatch.setattr("api.wiring.JwksKeys", partial(JwksKeys, timeout=30))
     backend = by(ec_key("ours"), "ec", "backend", scope="stagecast:service")
     async with guarded(tmp_path, backend, jwks_url=issuer.url, overrides={"clock": clock}) as service:
         yield service

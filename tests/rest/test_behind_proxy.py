@@ -18,6 +18,7 @@ from api.app import create_service
 from api.rest.proxies import ForwardedHeaders
 from api.settings import Settings, SettingsError
 from api.web.page import FOLDER
+from api.wiring import wire
 from support.browser import needs_chromium, tabs
 from support.harness import HUNG, JSON, PHOTO, Running, running
 from support.http_app import assert_problem
@@ -160,7 +161,7 @@ async def test_the_page_works_below_the_path(place: tuple[Running, str], browser
 async def test_a_path_of_the_services_own_is_refused(tmp_path: Path, path: str) -> None:
     settings = Settings(_env_file=None, images=tmp_path, editor="local", public_url=f"https://example.com{path}")
     with pytest.raises(SettingsError, match="STAGECAST_PUBLIC_URL must not"):
-        create_service(settings)
+        create_service(wire(settings))
 
 
 async def seen(

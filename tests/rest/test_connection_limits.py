@@ -15,9 +15,9 @@ from adapters.realtime import socketio_server
 from adapters.serving.connection_table import ConnectionTable
 from adapters.serving.uvicorn_server import ClientLimit
 from adapters.system import descriptors
-from api.app import connection_table
 from api.rest.proxies import ForwardedHeaders
 from api.settings import load_settings
+from api.wiring import connection_table
 from support.deployment import Deployment
 from support.harness import HUNG, running
 from support.raw_http import Client, serving

@@ -13,6 +13,7 @@ import pytest_asyncio
 
 from api.app import create_server
 from api.settings import Settings
+from api.wiring import wire
 from support.harness import HUNG, Running, running
 from support.raw_http import LAST, exchange, serving, statuses, stream
 
@@ -201,4 +202,4 @@ async def test_the_setting_of_idle_connections_reaches_the_server(
     tmp_path: Path, chosen: dict[str, Any], seconds: float
 ) -> None:
     settings = Settings(_env_file=None, images=tmp_path, **chosen)
-    assert create_server(settings).config.timeout_keep_alive == seconds
+    assert create_server(wire(settings)).config.timeout_keep_alive == seconds

@@ -28,8 +28,10 @@ from adapters.serving.uvicorn_server import Server
 from adapters.system import now
 from adapters.tokens.jwt_tokens import issue
 from api import logs
-from api.app import Service, create_service
+from api.app import create_service
+from api.service import Service
 from api.settings import load_settings
+from api.wiring import wire
 from support.harness import PHOTO, Phone, Reader, Running, flood
 from support.processes import allow_sockets
 from support.wire import JSON, Wire
@@ -262,14 +264,12 @@ class _Host:
         await self.stall()
         listener = socket.create_server(("127.0.0.1", settings.get("port", 0)), backlog=2_048)
         port = listener.getsockname()[1]
-        service, app = create_service(
-            load_settings({**settings, "port": port}),
-            **{name: inside[name] for name in ("auth_timeout",) if name in inside},
-        )
+        replaced = {name: inside[name] for name in ("auth_timeout",) if name in inside}
+        service, app = create_service(wire(load_settings({**settings, "port": port}), **replaced))
         if "ping" in inside:
             service.sockets.eio.ping_interval, service.sockets.eio.ping_timeout = inside["ping"]
         ready = asyncio.Event()
-        server = Server(app, service.leave, ready.set)
+        server = Server(app, service.shutdown, ready.set)
         serving = asyncio.create_task(server.serve([listener]))
         self.stack.push_async_callback(self._stop, server, serving, listener)
         await asyncio.wait({serving, asyncio.create_task(ready.wait())}, return_when=asyncio.FIRST_COMPLETED)

@@ -16,8 +16,10 @@ import websockets
 from adapters.outbound.tls import ssl_context
 from adapters.serving.uvicorn_server import Server
 from adapters.system import SystemEntropy, now
-from api.app import Service, create_service
+from api.app import create_service
+from api.service import Service
 from api.settings import Settings
+from api.wiring import wire
 from domain.events import Event, decode, encode, event_name, timestamp
 from domain.generation import Generation
 from domain.orders import Order
@@ -241,9 +243,9 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
         port = listener.getsockname()[1]
         offline = {"editor": "local", "face_swap": "local", "local_seconds": 0, "max_lag_ms": "off"}
         chosen = {**offline, "images": images, "port": port, **settings}
-        service, app = create_service(Settings(_env_file=None, **chosen), **(overrides or {}))
+        service, app = create_service(wire(Settings(_env_file=None, **chosen), **(overrides or {})))
         ready = asyncio.Event()
-        server = Server(app, service.leave, ready.set)
+        server = Server(app, service.shutdown, ready.set)
         serving = asyncio.create_task(server.serve([listener]))
         try:
             await asyncio.wait({serving, asyncio.create_task(ready.wait())}, return_when=asyncio.FIRST_COMPLETED)

@@ -19,6 +19,7 @@ from adapters.system import now
 from api.app import create_service
 from api.settings import Settings
 from api.web.page import CDN, FOLDER
+from api.wiring import wire
 from support.browser import Tab, axe_violations, needs_axe, needs_chromium, tabs
 from support.builders import SteppableClock
 from support.doubles import Hold
@@ -216,9 +217,9 @@ async def serving(images: Path, port: int, **overrides: Any) -> AsyncIterator[No
     """A service on this port, which shuts down at once at the end."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         settings = Settings(_env_file=None, port=port, images=images)
-        service, app = create_service(settings, editor=EDITOR, composer=QuickComposer(), **overrides)
+        service, app = create_service(wire(settings, editor=EDITOR, composer=QuickComposer(), **overrides))
         ready = asyncio.Event()
-        server = Server(app, service.leave, ready.set)
+        server = Server(app, service.shutdown, ready.set)
         task = asyncio.create_task(server.serve([listener]))
         await ready.wait()
         try:

@@ -6,9 +6,9 @@ from typing import Final
 
 from pydantic import SecretStr
 
-from api.app import examine_stores
 from api.cli.client import Refused
 from api.settings import Settings, describe_settings
+from api.wiring import examine_stores
 
 _MASK: Final = "********"
 #: In a URL: what stands before the host, and the values of parameters that are named like a secret.

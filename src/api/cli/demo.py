@@ -35,10 +35,11 @@ from rich.text import Text
 from socketio.exceptions import SocketIOError
 
 from api import logs
-from api.app import create_server, issue_token
+from api.app import create_server
 from api.auth import DEFAULT_USER
 from api.cli.client import Refused, Unavailable
 from api.settings import Settings, SettingsError, load_settings
+from api.wiring import issue_token, wire
 
 PROMPT: Final = "Portrait with hat, by the lake at dusk"
 _SAMPLES: Final = Path(__file__).parent.parent / "web" / "static" / "samples"
@@ -126,7 +127,7 @@ def run(settings: Settings, listener: socket.socket, folder: Path) -> None:
 def _serving(settings: Settings, listener: socket.socket) -> Iterator[None]:
     """The service, in a thread, until the end of the context."""
     ready = Event()
-    server = create_server(settings, ready=ready.set)
+    server = create_server(wire(settings), ready=ready.set)
 
     def serve() -> None:
         try:

@@ -1,4 +1,4 @@
-"""What the composition root has put into ``app.state``, for the routes."""
+"""What `api.app` stores in ``app.state`` for the routes."""
 
 from typing import Annotated
 

@@ -1,0 +1,195 @@
+"""The service: its use cases, start-up, shutdown, background tasks and readiness."""
+
+import asyncio
+import contextlib
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from api.auth import Authenticator
+from api.realtime.sockets import Sockets
+from api.wiring import PROGRESS_INTERVAL, Parts
+from domain.admission import Admission, Limits
+from domain.delivery import Hub
+from domain.errors import Failure, LogUnavailable
+from domain.external import ExternalWork
+from domain.feed_sessions import FeedSessions
+from domain.housekeeping import Housekeeping
+from domain.quarantine import Quarantine
+from domain.readiness import FOLLOWER, IMAGES, LOG, Readiness, why_not_ready
+from domain.recorder import Recorder
+from domain.runner import Runner
+from domain.stored_images import StoredImages
+from domain.supervisor import Supervisor
+from domain.workflow import Workflow
+
+#: Seconds at shutdown for sockets and the webhook to receive the last events.
+_FLUSH: Final = 0.3
+#: Seconds between two sweeps.
+_SWEEP_EVERY: Final = 3600.0
+#: Seconds at shutdown for starts that are being appended to the log.
+_CLOSE: Final = 3.0
+
+
+class Service:
+    """One service: the use cases on top of its parts, its background tasks, start-up and shutdown."""
+
+    def __init__(self, parts: Parts) -> None:
+        settings, entropy = parts.settings, parts.entropy
+        self.settings = settings
+        self.clock = parts.clock
+        self.log = parts.log
+        self.sessions = parts.sessions
+        self.queue = parts.queue
+        self.images = StoredImages(parts.images)
+        self.webhooks = parts.webhooks
+        self._threads = parts.threads
+        self._lag = parts.lag
+        limits = Limits(
+            settings.max_waiting,
+            settings.max_per_user,
+            timedelta(seconds=settings.retention),
+            settings.starts_per_minute,
+            settings.max_stored_per_user,
+        )
+        recorder = Recorder(self.log, self.clock, entropy)
+        self.supervisor = Supervisor()
+        self._quarantine = Quarantine(recorder)
+        self.external = ExternalWork(self.log, recorder, self._quarantine, self.clock, settings.deadline)
+        self.workflow = Workflow(
+            log=self.log,
+            recorder=recorder,
+            queue=self.queue,
+            external=self.external,
+            admission=Admission(self.log, self.queue, self.images, limits, lambda: self._lag.overloaded),
+            images=self.images,
+            intake=parts.intake,
+            clock=self.clock,
+            entropy=entropy,
+            limits=limits,
+            supervisor=self.supervisor,
+        )
+        self.runner = Runner(
+            supervisor=self.supervisor,
+            quarantine=self._quarantine,
+            log=self.log,
+            recorder=recorder,
+            queue=self.queue,
+            images=self.images,
+            image_url=lambda name: f"{settings.public_url}/images/{name}",
+            composer=parts.composer,
+            editor=parts.editor,
+            face_swapper=parts.face_swapper,
+            fetcher=parts.fetcher,
+            max_running=settings.max_running,
+            deadline=settings.deadline,
+        )
+        self.hub = Hub(self.log, self._quarantine)
+        self.authenticator = Authenticator(parts.tokens, self.clock)
+        self.feed_sessions = FeedSessions(self.log, self.sessions, self.clock, new_tag=lambda: entropy.token()[:8])
+        sockets = Sockets(
+            self.workflow,
+            self.hub,
+            self.authenticator,
+            self.feed_sessions,
+            new_pid=lambda: entropy.token() + entropy.token(),
+            max_per_user=settings.max_sockets_per_user,
+        )
+        self.sockets = parts.socket_server(sockets)
+        self._housekeeping = Housekeeping(self.log, self.images)
+        self._readiness = Readiness(
+            self.supervisor,
+            {LOG: (self.log.probe, LogUnavailable()), IMAGES: (self.images.probe, Failure("storage_failed"))},
+        )
+        self._starting: asyncio.Task[None] | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._background: asyncio.Task[None] | None = None
+        #: The time of the start, until the first sweep: images stored before it and named by no event are not needed.
+        self._sweep_before: datetime | None = None
+        self._shutting_down = False
+
+    async def startup(self) -> None:
+        """Resume unfinished work and start the background tasks, unless `shutdown` is called meanwhile."""
+        self._starting = asyncio.create_task(self._start())
+        await asyncio.wait([self._starting])
+        if not (self._shutting_down and self._starting.cancelled()):
+            self._starting.result()
+
+    async def _start(self) -> None:
+        await self.runner.resume()
+        self._sweep_before = self.clock()
+        # A sweep of a durable log may read very many generations: it runs in the background.
+        swept = not self.log.durable and await self.supervisor.attempt("sweep", self._sweep)
+        self._work = asyncio.create_task(self.runner.run())
+        self._background = asyncio.create_task(self._run(swept=swept))
+
+    async def _run(self, *, swept: bool) -> None:
+        """Run all background tasks except the runner, which ends before the others."""
+        keep, every = self.supervisor.keep, self.supervisor.every
+        pause = min(max(self.settings.retention / 10, 0.1), 60)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(keep(FOLLOWER, self.hub.run))
+            tasks.create_task(keep("quarantine", self._quarantine.run))
+            tasks.create_task(keep("external", self.external.run))
+            tasks.create_task(keep("examination", self.log.examine))
+            tasks.create_task(every(pause, "retention", self._purge))
+            tasks.create_task(every(_SWEEP_EVERY, "sweep", self._sweep, after=_SWEEP_EVERY if swept else 0))
+            tasks.create_task(every(pause, "sessions", self._touch))
+            tasks.create_task(keep("lag", self._lag.run))
+            tasks.create_task(every(PROGRESS_INTERVAL, "sockets", self.sockets.eio.check_progress))
+            if self.webhooks is not None:
+                tasks.create_task(keep("webhooks", self.webhooks.run))
+
+    async def shutdown(self, force: asyncio.Event) -> None:
+        """Refuse starts, finish work until the drain ends or `force` is set, notify clients, and close the parts."""
+        if self._shutting_down:
+            return
+        self._shutting_down = True
+        self.workflow.drain()
+        await _cancel(self._starting)
+        waits = [asyncio.create_task(self._drained()), asyncio.create_task(force.wait())]
+        await asyncio.wait(waits, timeout=self.settings.drain, return_when=asyncio.FIRST_COMPLETED)
+        await _cancel(*waits)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE):
+                await self.workflow.close()
+        await _cancel(self._work)
+        if not self.log.durable:
+            await self.runner.interrupt()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH):
+                await asyncio.gather(self.hub.flushed(), *([self.webhooks.settled()] if self.webhooks else []))
+        self.sockets.close_all()
+        await _cancel(self._background)
+        await self._readiness.close()
+        await self.images.close()
+        await self.log.close()
+        self._threads.close()
+
+    async def _drained(self) -> None:
+        """Wait until all work is done, including external work and starts that are being accepted."""
+        await self.workflow.started()
+        await self.queue.settled()
+        await self.external.settled()
+
+    async def readiness(self) -> tuple[str | None, dict[str, str]]:
+        """The code of the reason why no start is accepted, if there is one, and the state of each part."""
+        parts = await self._readiness.parts()
+        return "draining" if self.workflow.draining else why_not_ready(parts), parts
+
+    async def _purge(self) -> None:
+        await self._housekeeping.purge(ended_before=self.clock() - timedelta(seconds=self.settings.retention))
+
+    async def _sweep(self) -> None:
+        grace = timedelta(seconds=max(_SWEEP_EVERY, 2 * self.settings.deadline))
+        await self._housekeeping.sweep(stored_before=self._sweep_before or self.clock() - grace)
+        self._sweep_before = None
+
+    async def _touch(self) -> None:
+        await self.sessions.touch(self.sockets.pids, at=self.clock())
+
+
+async def _cancel(*tasks: asyncio.Task[Any] | None) -> None:
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)

@@ -1,0 +1,299 @@
+"""The wiring: the only module that imports adapters, and decides which one stands behind which port."""
+
+import random
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+from adapters.images.composer import PillowComposer
+from adapters.images.folder import FolderRefused, ImageFolder
+from adapters.images.intake import PillowIntake
+from adapters.images.threads import ImageThreads
+from adapters.memory.log import MemoryLog
+from adapters.memory.queue import MemoryQueue
+from adapters.memory.sessions import MemorySessions
+from adapters.offline.editor import LocalEditor
+from adapters.offline.face_swap import LocalFaceSwap
+from adapters.outbound.sample_fetcher import SampleFetcher
+from adapters.outbound.url_fetcher import UrlFetcher
+from adapters.outbound.webhook_sender import WebhookSender
+from adapters.providers import openai as openai_editor
+from adapters.providers import replicate as replicate_face_swap
+from adapters.providers.openai import OpenAIEditor
+from adapters.providers.own_provider import OwnEditor, OwnFaceSwap, UnfitProvider
+from adapters.providers.replicate import ReplicateFaceSwap
+from adapters.realtime.send_buffer import PROGRESS_INTERVAL
+from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
+from adapters.serving.connection_table import ConnectionTable
+from adapters.serving.loop_lag import LoopLag
+from adapters.serving.uvicorn_server import ClientLimit, Server
+from adapters.sqlite.database import Database, Examined, LogRefused, examine
+from adapters.sqlite.log import SqliteLog
+from adapters.sqlite.sessions import SqliteSessions
+from adapters.system import SystemEntropy, descriptors, now
+from adapters.tokens.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
+from api.cli.client import Unavailable
+from api.realtime.sockets import Sockets
+from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
+from api.web import page
+from domain import ports
+from domain.ports import Clock, EventLog, SessionStore
+from domain.webhooks import Webhooks
+
+__all__ = [
+    "PROGRESS_INTERVAL",
+    "ClientLimit",
+    "Parts",
+    "Server",
+    "connection_table",
+    "examine_stores",
+    "issue_token",
+    "wire",
+]
+
+#: Seconds within which a provider must deliver one picture, retries included.
+_PROVIDER_TIMEOUT: Final = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a service is built from: its settings, and the adapter behind each port."""
+
+    settings: Settings
+    clock: Clock
+    entropy: ports.Entropy
+    threads: ImageThreads
+    intake: ports.ImageIntake
+    composer: ports.Composer
+    editor: ports.ImageEditor
+    face_swapper: ports.FaceSwapper
+    fetcher: ports.ImageFetcher
+    log: EventLog
+    sessions: SessionStore
+    queue: ports.WorkQueue
+    images: ports.ImageStore
+    #: ``None``: no webhook is configured.
+    webhooks: Webhooks | None
+    #: ``None``: open mode.
+    tokens: Tokens | None
+    lag: LoopLag
+    socket_server: Callable[[Sockets], SocketServer]
+
+
+def wire(
+    settings: Settings,
+    *,
+    clock: Clock = now,
+    composer: ports.Composer | None = None,
+    editor: ports.ImageEditor | None = None,
+    face_swapper: ports.FaceSwapper | None = None,
+    fetcher: ports.ImageFetcher | None = None,
+    log: EventLog | None = None,
+    queue: ports.WorkQueue | None = None,
+    auth_timeout: float = AUTH_TIMEOUT,
+) -> Parts:
+    """Build the parts that the settings ask for. The other arguments replace a part; `auth_timeout` is in seconds.
+
+    Raises:
+        SettingsError: a setting is wrong that only its adapter understands.
+        Unavailable: a store cannot be opened.
+    """
+    threads = ImageThreads()
+    intake = PillowIntake(threads)
+    web = UrlFetcher(intake, allow=settings.fetch_allow)
+    # Before the log is opened: an operator's own factory may fail.
+    editor = editor or _editor(settings, threads, web)
+    face_swapper = face_swapper or _face_swapper(settings, threads)
+    log, sessions = _log(settings, clock, log)
+    return Parts(
+        settings=settings,
+        clock=clock,
+        entropy=SystemEntropy(),
+        threads=threads,
+        intake=intake,
+        composer=composer or PillowComposer(threads),
+        editor=editor,
+        face_swapper=face_swapper,
+        fetcher=fetcher
+        or SampleFetcher(intake, web, base=f"{settings.public_url}/static/samples", folder=page.FOLDER / "samples"),
+        log=log,
+        sessions=sessions,
+        queue=queue or MemoryQueue(),
+        images=_images(settings, log),
+        webhooks=_webhooks(settings, log, clock),
+        tokens=_tokens(settings, clock),
+        lag=LoopLag(None if settings.max_lag_ms is None else settings.max_lag_ms / 1000),
+        socket_server=lambda sockets: SocketServer(
+            on_connect=sockets.on_connect,
+            handlers=sockets.events,
+            on_disconnect=sockets.on_disconnect,
+            clock=clock,
+            auth_timeout=auth_timeout,
+        ),
+    )
+
+
+def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventLog, SessionStore]:
+    """The log, unless it is given, and the sessions stored with it.
+
+    Raises:
+        Unavailable: the file cannot be opened as a log.
+    """
+    retention, epoch = timedelta(seconds=settings.retention), secrets.token_hex(8)
+    outbox = settings.webhook_url is not None
+    if log is not None or settings.log_file is None:
+        memory = MemoryLog(epoch=epoch, credits=settings.credits, clock=clock, outbox=outbox)
+        return log or memory, MemorySessions(retention)
+    try:
+        database = Database(settings.log_file, epoch=epoch)
+    except LogRefused as refused:
+        raise Unavailable(str(refused)) from None
+    durable = SqliteLog(database, credits=settings.credits, clock=clock, outbox=outbox)
+    return durable, SqliteSessions(database, retention)
+
+
+def _images(settings: Settings, log: EventLog) -> ports.ImageStore:
+    """The image folder, claimed for this log.
+
+    Raises:
+        Unavailable: it belongs to another log or process, or cannot be used.
+    """
+    try:
+        return ImageFolder(settings.images, log=_kind(settings) if log.durable else "memory", epoch=log.epoch)
+    except FolderRefused as refused:
+        raise Unavailable(str(refused)) from None
+
+
+def _kind(settings: Settings) -> str:
+    """The kind of log, as the mark in an image folder names it."""
+    return settings.log.partition(":")[0]
+
+
+def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> ports.ImageEditor:
+    if settings.editor == "local":
+        return LocalEditor(threads, settings.local_seconds)
+    if settings.editor != "openai":
+        try:
+            return OwnEditor(settings.editor, threads)
+        except UnfitProvider as unfit:
+            raise SettingsError(f"STAGECAST_EDITOR must name a factory of an editor; {unfit}.") from None
+    assert settings.openai_api_key is not None
+    try:
+        return OpenAIEditor(
+            threads,
+            web,
+            api_key=settings.openai_api_key.get_secret_value(),
+            base_url=settings.openai_base_url,
+            model=settings.openai_model or openai_editor.DEFAULT_MODEL,
+            deadline=_provider_deadline(settings),
+        )
+    except ValueError:
+        raise SettingsError("OPENAI_API_KEY must be a key: letters, digits and signs without spaces.") from None
+
+
+def _face_swapper(settings: Settings, threads: ImageThreads) -> ports.FaceSwapper:
+    if settings.face_swap == "local":
+        return LocalFaceSwap(threads, settings.local_seconds)
+    if settings.face_swap != "replicate":
+        try:
+            return OwnFaceSwap(settings.face_swap, threads)
+        except UnfitProvider as unfit:
+            raise SettingsError(f"STAGECAST_FACE_SWAP must name a factory of a face swap; {unfit}.") from None
+    assert settings.replicate_api_token is not None
+    try:
+        return ReplicateFaceSwap(
+            threads,
+            settings.replicate_api_token.get_secret_value(),
+            settings.replicate_model or replicate_face_swap.DEFAULT_MODEL,
+            deadline=_provider_deadline(settings),
+        )
+    except ValueError:
+        raise SettingsError("STAGECAST_REPLICATE_MODEL must be owner/name or owner/name:version.") from None
+
+
+def _webhooks(settings: Settings, log: EventLog, clock: Clock) -> Webhooks | None:
+    if settings.webhook_url is None:
+        return None
+    secret = None if settings.webhook_secret is None else settings.webhook_secret.get_secret_value()
+    try:
+        sender = WebhookSender(settings.webhook_url, secret, clock=clock)
+    except ValueError:
+        raise SettingsError("STAGECAST_WEBHOOK_URL must be an http or https URL.") from None
+    return Webhooks(log, sender, random.random)
+
+
+def _provider_deadline(settings: Settings) -> float:
+    """Seconds; shorter than the generation's deadline, so that the error names the provider."""
+    return min(_PROVIDER_TIMEOUT, 0.9 * settings.deadline)
+
+
+def _tokens(settings: Settings, clock: Clock) -> Tokens | None:
+    if settings.open_mode:
+        return None
+    if settings.jwks_url is not None:
+        keys: KeySource = JwksKeys(settings.jwks_url, clock=clock)
+    else:
+        keys = SecretKey(_secret(settings))
+    return Tokens(
+        keys,
+        clock=clock,
+        user_claim=settings.jwt_user_claim,
+        audience=settings.jwt_audience,
+        issuer=settings.jwt_issuer,
+    )
+
+
+def issue_token(settings: Settings, user_id: str, *, service: bool, ttl: timedelta) -> str:
+    """A token that a service with these settings accepts. Raises `InvalidUserId`; ValueError: `ttl` is out of range."""
+    return issue(
+        _secret(settings),
+        user_id,
+        service=service,
+        ttl=ttl,
+        now=now(),
+        user_claim=settings.jwt_user_claim,
+        audience=settings.jwt_audience,
+        issuer=settings.jwt_issuer,
+    )
+
+
+def _secret(settings: Settings) -> bytes:
+    assert settings.jwt_secret is not None
+    secret = settings.jwt_secret.get_secret_value().encode()
+    try:
+        SecretKey(secret)
+    except ValueError:
+        raise SettingsError("STAGECAST_JWT_SECRET must be a secret, not a public key or a certificate.") from None
+    return secret
+
+
+def examine_stores(settings: Settings) -> Sequence[str]:
+    """List the damage in the stores of a service with these settings, a line each. The stores are only read.
+
+    Raises:
+        SettingsError: a setting is wrong that only its adapter understands.
+        Unavailable: a store cannot be opened.
+    """
+    threads = ImageThreads()
+    try:
+        _tokens(settings, now)
+        _editor(settings, threads, UrlFetcher(PillowIntake(threads), allow=settings.fetch_allow))
+        _face_swapper(settings, threads)
+        _webhooks(settings, MemoryLog(epoch="", credits=None, clock=now), now)
+    finally:
+        threads.close()
+    try:
+        examined = Examined([]) if settings.log_file is None else examine(settings.log_file)
+        if not examined.damage or examined.epoch is not None:
+            ImageFolder.examine(settings.images, log=_kind(settings), epoch=examined.epoch)
+    except (FolderRefused, LogRefused) as refused:
+        raise Unavailable(str(refused)) from None
+    return examined.damage
+
+
+def connection_table(settings: Settings) -> ConnectionTable:
+    """The connection limits: at most the descriptors of this process, less some for files."""
+    most = min(settings.max_connections, max(descriptors() - OTHER_DESCRIPTORS, 1))
+    return ConnectionTable(most, settings.max_connections_per_address, settings.trusted_proxies)
