@@ -35,7 +35,9 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         try:
             yield
         finally:
-            await service.shutdown(_already_set())
+            force = asyncio.Event()
+            force.set()
+            await service.shutdown(force)
 
     http = FastAPI(
         title="Stagecast",
@@ -75,9 +77,3 @@ def create_server(parts: Parts, ready: Callable[[], None] = lambda: None) -> Ser
     """The service on uvicorn, with SIGTERM and SIGINT handled. `ready` is called once it accepts connections."""
     service, app = create_service(parts)
     return Server(app, service.shutdown, ready, parts.settings.keep_alive, connection_table(parts.settings))
-
-
-def _already_set() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event

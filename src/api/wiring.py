@@ -1,4 +1,7 @@
-"""The wiring: the only module that imports adapters, and decides which one stands behind which port."""
+"""The wiring: the only module that imports adapters. It chooses the adapter behind each port.
+
+What the rest of the package needs of an adapter, it imports from here (``import Server as Server``).
+"""
 
 import random
 import secrets
@@ -24,11 +27,12 @@ from adapters.providers import replicate as replicate_face_swap
 from adapters.providers.openai import OpenAIEditor
 from adapters.providers.own_provider import OwnEditor, OwnFaceSwap, UnfitProvider
 from adapters.providers.replicate import ReplicateFaceSwap
-from adapters.realtime.send_buffer import PROGRESS_INTERVAL
+from adapters.realtime.send_buffer import PROGRESS_INTERVAL as PROGRESS_INTERVAL
 from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
 from adapters.serving.connection_table import ConnectionTable
 from adapters.serving.loop_lag import LoopLag
-from adapters.serving.uvicorn_server import ClientLimit, Server
+from adapters.serving.uvicorn_server import ClientLimit as ClientLimit
+from adapters.serving.uvicorn_server import Server as Server
 from adapters.sqlite.database import Database, Examined, LogRefused, examine
 from adapters.sqlite.log import SqliteLog
 from adapters.sqlite.sessions import SqliteSessions
@@ -41,17 +45,6 @@ from api.web import page
 from domain import ports
 from domain.ports import Clock, EventLog, SessionStore
 from domain.webhooks import Webhooks
-
-__all__ = [
-    "PROGRESS_INTERVAL",
-    "ClientLimit",
-    "Parts",
-    "Server",
-    "connection_table",
-    "examine_stores",
-    "issue_token",
-    "wire",
-]
 
 #: Seconds within which a provider must deliver one picture, retries included.
 _PROVIDER_TIMEOUT: Final = 300
@@ -90,6 +83,7 @@ def wire(
     editor: ports.ImageEditor | None = None,
     face_swapper: ports.FaceSwapper | None = None,
     fetcher: ports.ImageFetcher | None = None,
+    images: ports.ImageStore | None = None,
     log: EventLog | None = None,
     queue: ports.WorkQueue | None = None,
     auth_timeout: float = AUTH_TIMEOUT,
@@ -121,7 +115,7 @@ def wire(
         log=log,
         sessions=sessions,
         queue=queue or MemoryQueue(),
-        images=_images(settings, log),
+        images=images or _images(settings, log),
         webhooks=_webhooks(settings, log, clock),
         tokens=_tokens(settings, clock),
         lag=LoopLag(None if settings.max_lag_ms is None else settings.max_lag_ms / 1000),

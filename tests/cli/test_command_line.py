@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from api.__main__ import welcome
+from api.cli.main import welcome
 from api.settings import describe_settings, load_settings
 from domain.errors import Failure
 from support.command_line import COMMANDS, MODULE, SERVE, Run, another, run_main, stagecast

@@ -18,7 +18,7 @@ from typing import Final
 import pytest
 from PIL import Image
 
-from api.__main__ import main
+from api.cli.main import main
 from api.settings import describe_settings
 from domain.stages import FLOWS
 from support.command_line import MODULE, stagecast

@@ -1,4 +1,4 @@
-"""A running service, as the command line calls it."""
+"""Calls to a running service, from the command line."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from api.settings import masked
 
 
 class Unavailable(Exception):
-    """Something that is needed cannot be had. Its text is one sentence."""
+    """A port, a store or a service is not available. The text is one sentence."""
 
 
-def nobody(url: str) -> Unavailable:
-    """What answers there, if anything does, is no Stagecast service."""
+def not_stagecast(url: str) -> Unavailable:
+    """The error for an address where no Stagecast service answers."""
     return Unavailable(f"no Stagecast service answers on {masked(url)}; choose another with --url or STAGECAST_URL.")
 
 
 class Refused(Exception):
-    """The service did not do it. Its text is one sentence."""
+    """The service refused. The text is one sentence."""
 
 
 def request(
@@ -25,9 +25,9 @@ def request(
 
     Raises:
         Unavailable: no Stagecast service answers there.
-        Refused: it says no.
+        Refused: it answers with an error.
     """
-    import httpx2  # Not needed, and not waited for, by --help and serve.
+    import httpx2  # --help and serve do not need it.
 
     headers: list[tuple[bytes, bytes]] = []
     if token:
@@ -41,9 +41,9 @@ def request(
             answer = http.request(method, url.rstrip("/") + path, headers=headers, json=json, auth=auth)
             content = answer.json()
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
-        raise nobody(url) from None
+        raise not_stagecast(url) from None
     if not isinstance(content, dict):
-        raise nobody(url)
+        raise not_stagecast(url)
     if not answer.is_success:
         raise Refused(str(content.get("detail", f"the service answered {answer.status_code}")))
     return content

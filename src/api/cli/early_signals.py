@@ -1,4 +1,4 @@
-"""Signals that come before anything is begun end ``stagecast serve`` quietly, with exit code 0."""
+"""Signals before the server starts end ``stagecast serve`` silently, with exit code 0."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ import sys
 
 
 def handle() -> None:
-    """From now on, until the server has handlers of its own."""
+    """Handle signals until the server installs its own handlers."""
     if sys.argv[1:2] == ["serve"]:
         for number in (signal.SIGINT, signal.SIGTERM):
-            # At once: an exception could get lost in whatever is being imported.
+            # Not by an exception: a module that is being imported could suppress it.
             signal.signal(number, lambda *_: os._exit(0))

@@ -1,0 +1,303 @@
+"""The commands of ``stagecast``, and their arguments."""
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final, NoReturn
+from urllib.parse import quote
+
+from api import logs
+from api.cli import client
+from api.cli.client import Refused, Unavailable
+from api.settings import Setting, Settings, SettingsError, describe_settings, load_remote, load_settings, masked
+from domain.identity import InvalidUserId, user_id
+
+
+class UsageError(Exception):
+    """An argument is not valid. The text is one sentence."""
+
+
+_EXIT_CODES: Final[dict[type[Exception], int]] = {Refused: 1, UsageError: 2, SettingsError: 2, Unavailable: 3}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0; 1: the service refused, or the output cannot be written; 2: settings or arguments are wrong; 3: the port is
+    taken, or there is no service; 130: interrupted; 141: the reader of the output has closed it.
+    """
+    try:
+        try:
+            given = vars(_parser().parse_args(arguments))
+            given.pop("run")(**given)
+        finally:
+            print(end="", flush=True)
+    except tuple(_EXIT_CODES) as error:
+        print(f"stagecast: {error}", file=sys.stderr)
+        return _EXIT_CODES[type(error)]
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except OSError as error:
+        _discard_output()
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"stagecast: {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _discard_output() -> None:
+    """Drop what cannot be written to standard output, or Python tries again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def serve(**overrides: Any) -> None:
+    """``stagecast serve``: run the service until it is told to stop."""
+    settings = load_settings(overrides)
+    _raise_descriptor_limit()
+    _make_folder(settings)
+    listener = _listen(settings)
+    if settings.port == 0:
+        settings = load_settings({**overrides, "port": listener.getsockname()[1]})
+    # These imports take a second: --help and settings that are not valid do not wait for them.
+    from api.app import create_server
+    from api.wiring import wire
+
+    logs.configure()
+    server = create_server(wire(settings), ready=lambda: _announce(settings))
+    server.run(sockets=[listener])
+
+
+def demo(folder: Path, **overrides: Any) -> None:
+    """``stagecast demo``: watch one edit, from the first event to the picture."""
+    from api.cli.demo import demo_settings, run
+
+    settings = demo_settings(overrides)
+    with _listen(settings) as listener:
+        run(settings, listener, folder)
+
+
+def check(**overrides: Any) -> None:
+    """``stagecast check``: validate the settings and the stores, and change nothing."""
+    settings = load_settings(overrides)
+    from api.cli.check import run
+
+    run(settings)
+
+
+def _raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files and connections to the hard limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS allows less than it reports.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _make_folder(settings: Settings) -> None:
+    try:
+        settings.images.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.") from None
+    if not os.access(settings.images, os.R_OK | os.W_OK | os.X_OK):
+        raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Unavailable(f"port {settings.port} is taken; choose another with --port.") from None
+        raise Unavailable(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}.") from None
+
+
+def _announce(settings: Settings) -> None:
+    try:
+        print(welcome(settings), flush=True)
+    except OSError:  # The service works without it.
+        _discard_output()
+
+
+def welcome(settings: Settings) -> str:
+    """What is printed once the service is ready."""
+    who = "anybody who reaches it" if settings.allow_open else "anybody on this machine"
+    reach = f"open mode: {who} may act for any user" if settings.open_mode else "by token"
+    editor, face_swap = (
+        "local, an offline preview" if name == "local" else name for name in (settings.editor, settings.face_swap)
+    )
+    return f"Stagecast is ready on {masked(settings.public_url)} ({reach}; editor: {editor}; face swap: {face_swap})"
+
+
+def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # noqa: N803 (as --help shows it)
+    """``stagecast token``: print a token that the service accepts."""
+    settings = load_settings(overrides)
+    if settings.jwt_secret is None:
+        raise SettingsError("STAGECAST_JWT_SECRET must be set: tokens are made with it.")
+    from api.wiring import issue_token
+
+    try:
+        print(issue_token(settings, userId, service=service, ttl=timedelta(seconds=ttl)))
+    except InvalidUserId as error:
+        raise UsageError(str(error)) from None
+    except (ValueError, OverflowError):
+        raise UsageError("--ttl must be a number of seconds over 0, and not thousands of years.") from None
+
+
+def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
+    """``stagecast credit``: change a user's balance on a running service, and print it."""
+    try:
+        user = user_id(userId)
+    except InvalidUserId as error:
+        raise UsageError(str(error)) from None
+    service = load_remote(remote)
+    path = f"/users/{_segment(user)}/credit"
+    account = client.request("POST", service.url, path, service.token, json={"amount": amount})
+    try:
+        print(f"{account['userId']}: {account['credit']}")
+    except KeyError:
+        raise client.not_stagecast(service.url) from None
+
+
+def replay(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803
+    """``stagecast replay``: print the events of a generation on a running service."""
+    service = load_remote(remote)
+    path = f"/generations/{_segment(generationId)}/events"
+    page = client.request("GET", service.url, path, service.token, user=user)
+    try:
+        for item in page["events"]:
+            event = item["data"]
+            print(f"{event['occurredAt']}  {event['progress']:3} %  {event['status']:<26} {event['message']}")
+            if "error" in event:
+                print(f"{'':34}{event['error']} ({event['code']})")
+    except (KeyError, TypeError, ValueError):
+        raise client.not_stagecast(service.url) from None
+
+
+def _segment(text: str) -> str:
+    """Any text as one segment of a path. Dots are quoted too: clients resolve ``..``."""
+    return quote(text, safe="", errors="replace").replace(".", "%2E")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Never repeats a value in an error: it may be a secret in the wrong place."""
+
+    def error(self, message: str) -> NoReturn:
+        known, _, unknown = message.partition(": ")
+        if known == "unrecognized arguments":
+            flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
+            message = f"{known}: {' '.join(flags)}"
+        super().error(re.sub(r":? (['\"]).*?\1(?= \(choose|$)", "", message, flags=re.DOTALL))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="stagecast",
+        description="Live progress of AI image jobs on every device of a user, with nothing missed.",
+        epilog="Run a command with --help for its options.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"stagecast {metadata.version('stagecast')}")
+    settings = list(describe_settings())
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = _command(commands, "serve", serve, "run the service")
+    command.description = "Run the service until SIGTERM (work is finished first) or SIGINT (at once)."
+    command.epilog = (
+        "Each setting is also an environment variable or a line in .env: --local-seconds is STAGECAST_LOCAL_SECONDS. "
+        "Flags come before variables, variables before .env. An empty value counts as not set. These have no flag: "
+        f"{', '.join(setting.variable for setting in settings if setting.flag is None)}."
+    )
+    _add_settings(command, settings)
+
+    command = _command(commands, "demo", demo, "run one edit and watch it")
+    command.description = (
+        "Run one edit of sample pictures on a service of its own, over HTTP and Socket.IO, and leave the picture in a "
+        "folder. Nothing leaves this machine, unless another editor or face swap is asked for."
+    )
+    command.add_argument(
+        "--folder", type=Path, default=Path("var/demo"), metavar="PATH", help="where the pictures are put (var/demo)"
+    )
+    own = {"--port": "any free one", "--editor": "local", "--face-swap": "local"}
+    shown = [setting for setting in settings if setting.flag in {*own, "--local-seconds"}]
+    _add_settings(command, (each._replace(default=own.get(each.flag or "", each.default)) for each in shown))
+
+    command = _command(commands, "check", check, "validate the settings and the stores")
+    command.description = (
+        "Validate the settings and every store, print the settings in effect without their secrets, and list what is "
+        "damaged. Nothing is changed; a service may be running. Exit code 0: all is well; 1: damage was found; 2: a "
+        "setting is wrong; 3: a store cannot be opened."
+    )
+    _add_settings(command, settings)
+
+    command = _command(commands, "token", token, "make a token for a user")
+    command.description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
+    command.add_argument("userId", help="the user that the token is for")
+    command.add_argument(
+        "--service", action="store_true", help="the token may act for any user (scope stagecast:service)"
+    )
+    command.add_argument(
+        "--ttl", type=float, default=3600, metavar="SECONDS", help="seconds until the token expires (3600)"
+    )
+    _add_settings(command, (setting for setting in settings if setting.variable.startswith("STAGECAST_JWT_")))
+
+    command = _command(commands, "credit", credit, "change a user's balance")
+    command.description = "Change a user's balance on a running service and print it. It does not fall below 0."
+    command.add_argument("userId", help="the user")
+    command.add_argument("amount", type=int, help="the credits to add; a negative number takes them away")
+    _add_remote(command, "a service token; not needed in open mode")
+
+    command = _command(commands, "replay", replay, "print the events of a generation")
+    command.description = "Print the events of a generation from a running service."
+    command.add_argument("generationId", help="the generation")
+    command.add_argument(
+        "--user", metavar="ID", help="its owner: in open mode (default: demo), or with a service token"
+    )
+    _add_remote(command, "a token of its owner, or a service token; not needed in open mode")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100)
+        ),
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
+    for topic, group in groupby(settings, key=lambda setting: setting.topic):
+        arguments = command.add_argument_group(topic)
+        for setting in group:
+            if setting.flag is None:
+                continue
+            text = f"{setting.description} Default: {setting.default}".replace("%", "%%")
+            # A flag that is not given has no attribute, so that the environment decides.
+            if setting.placeholder:
+                arguments.add_argument(setting.flag, metavar=setting.placeholder, default=argparse.SUPPRESS, help=text)
+            else:
+                arguments.add_argument(setting.flag, action="store_true", default=argparse.SUPPRESS, help=text)
+
+
+def _add_remote(command: argparse.ArgumentParser, text: str) -> None:
+    arguments = command.add_argument_group("Service")
+    where = "the address of the service; default: STAGECAST_URL, else http://localhost and STAGECAST_PORT"
+    arguments.add_argument("--url", metavar="URL", default=argparse.SUPPRESS, help=where)
+    text = f"{text}; default: STAGECAST_TOKEN"
+    arguments.add_argument("--token", metavar="JWT", default=argparse.SUPPRESS, help=text)
