@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from aiohttp import web
 
-from api.__main__ import main
+from api.cli.main import main
 
 STAGECAST: Final = (str(Path(sys.executable).with_name("stagecast")),)
 
