@@ -18,6 +18,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
+# In the place of this folder, where a module has the name of one of the tests' folders.
+sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from reliability import (

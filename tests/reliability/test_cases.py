@@ -1,6 +1,8 @@
 """Every case of `cases`: in its quick form, and in `make test-long` in its long one."""
 
+import asyncio
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from reliability import (
 from reliability.cases import CASES, Case, Size, attempt
 from support.case_server import Process
 from support.harness import running
-from support.node import needs_node
+from support.node import ROOT, needs_node
 
 #: The service's process tells its memory as Linux does.
 pytestmark = [
@@ -47,6 +49,13 @@ async def process() -> AsyncIterator[Process]:
 async def test_what_is_promised_holds(case: Case, size: Size, process: Process, tmp_path: Path) -> None:
     outcome = await attempt(case, size, tmp_path, process if size == "quick" else None)
     assert not outcome.failures, "\n".join([*outcome.failures, str(outcome.figures)])
+
+
+async def test_the_table_is_printed_by_a_program_of_its_own() -> None:
+    program = ROOT / "benchmarks" / "reliability.py"
+    process = await asyncio.create_subprocess_exec(sys.executable, program, "--help", stdout=asyncio.subprocess.PIPE)
+    assert b"--quick" in (await process.communicate())[0]
+    assert process.returncode == 0
 
 
 async def test_what_is_written_goes_out_at_once(tmp_path: Path) -> None:
