@@ -289,5 +289,6 @@ def examine_stores(settings: Settings) -> Sequence[str]:
 
 def connection_table(settings: Settings) -> ConnectionTable:
     """The connection limits: at most the descriptors of this process, less some for files."""
-    most = min(settings.max_connections, max(descriptors() - OTHER_DESCRIPTORS, 1))
-    return ConnectionTable(most, settings.max_connections_per_address, settings.trusted_proxies)
+    room = max(descriptors() - OTHER_DESCRIPTORS, 1)
+    most = min(settings.max_connections, room)
+    return ConnectionTable(most, settings.max_connections_per_address, settings.trusted_proxies, room)

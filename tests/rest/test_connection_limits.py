@@ -94,6 +94,26 @@ async def test_where_all_places_are_in_use_one_more_is_closed() -> None:
             assert not await answered(newcomer)
 
 
+async def test_an_upload_takes_two_descriptors_until_it_is_answered() -> None:
+    upload = b"POST /%b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n"
+    async with (
+        serving(patient, table=ConnectionTable(100, descriptors=4)) as port,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        kept = await stack.enter_async_context(client(port))
+        for _ in range(3):
+            kept.writer.write(upload % b"done" + b"xx")
+            assert await answered(kept)
+        first, second, third = [await stack.enter_async_context(client(port)) for _ in range(3)]
+        for each in (first, second):
+            each.writer.write(upload % b"wait" + b"xx")
+            assert await answered(each)
+        assert await closed(kept)
+        assert await closed(third)
+        assert not await closed(first)
+        assert not await closed(second)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
 async def test_the_address_with_most_connections_gives_way_to_others() -> None:
     async with serving(patient, table=ConnectionTable(100)) as port, contextlib.AsyncExitStack() as stack:

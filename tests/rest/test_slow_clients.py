@@ -123,6 +123,63 @@ async def test_a_whole_request_keeps_its_connection_whatever_it_is_answered(serv
         await asyncio.wait_for(client.reader.readuntil(b"HTTP/1.1 200 OK\r\n"), HUNG)
 
 
+# --- what is no body ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "flood"),
+    [
+        pytest.param(EDIT + FORM + CHUNKED + b"2\r\n--\r\n0\r\n", b"X: yyyyyyyy\r\n" * 6_000, id="many trailers"),
+        pytest.param(EDIT + FORM + CHUNKED + b"2\r\n--\r\n0\r\nX: ", b"y" * 60_000, id="one long trailer"),
+        pytest.param(EDIT + FORM + CHUNKED + b"2;", b"y" * 60_000, id="a long chunk extension"),
+        pytest.param(b"GET /stages" + HOST, b"X: yyyyyyyy\r\n" * 6_000, id="many headers"),
+    ],
+)
+async def test_a_request_may_have_so_many_bytes_of_headers_and_trailers(
+    service: Running, request_bytes: bytes, flood: bytes
+) -> None:
+    async with connected(service.port, request_bytes) as client:
+        answer = await client.until_closed(flood, 0.01)
+    assert statuses(answer) == [431]
+
+
+async def test_a_whole_head_that_is_too_large_is_refused_and_a_large_body_behind_a_head_is_not(
+    service: Running,
+) -> None:
+    async with connected(service.port, b"GET /stages" + HOST) as client, asyncio.timeout(HUNG):
+        client.writer.write(b"X: " + b"y" * 65_000 + b"\r\nZ: " + b"y" * 66_100 + b"\r\n\r\n")
+        assert statuses(await client.reader.read()) == [431]
+    body = b"x" * 3_000_000
+    async with connected(service.port) as client, asyncio.timeout(HUNG):
+        for _ in range(3):
+            client.writer.write(EDIT + FORM + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            await client.writer.drain()
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            assert statuses(head) == [400]
+            await client.reader.readuntil(b"}")
+
+
+async def test_trailers_are_not_taken_for_headers(service: Running) -> None:
+    trailers = b"4\r\nnull\r\n0\r\nX-User-Id: mallory\r\n\r\n"
+    async with connected(service.port, b"GET /me" + HOST + CHUNKED + trailers) as client, asyncio.timeout(HUNG):
+        answer = await client.reader.readuntil(b"}")
+    assert statuses(answer) == [200]
+    assert problem(answer)["userId"] == "demo"
+
+
+async def test_all_files_of_a_request_take_one_descriptor(service: Running) -> None:
+    part = b'\r\n--x\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n' + b"x" * 300_000
+    before = spooled()
+    async with connected(service.port, EDIT + FORM + LONG, FILE, part * 9) as client, asyncio.timeout(HUNG):
+        while spooled() == before:
+            await asyncio.sleep(0.01)
+        await client.writer.drain()
+        assert spooled() == before + 1
+    async with asyncio.timeout(HUNG):
+        while spooled() > before:
+            await asyncio.sleep(0.01)
+
+
 # --- bodies that come slowly -------------------------------------------------------------------------------
 
 

@@ -27,9 +27,15 @@ class ConnectionTable:
         most: int | None = None,
         per_address: int | None = None,
         proxies: Collection[IPv4Network | IPv6Network] = (),
+        descriptors: int | None = None,
     ) -> None:
-        """`most`: in all. `per_address` applies to the clients behind `proxies`, not to those. ``None``: no limit."""
+        """`most`: in all. `per_address` applies to the clients behind `proxies`, not to those. ``None``: no limit.
+
+        `descriptors`: how many the connections may use in all; one that uploads needs another for a temporary file.
+        """
         self._most = most
+        self._descriptors = descriptors
+        self._uploads: set[asyncio.Transport] = set()
         self._per_address = per_address
         self._proxies = proxies
         #: By address: its transports, the oldest first.
@@ -39,8 +45,17 @@ class ConnectionTable:
     def add(self, transport: asyncio.Transport, host: str) -> None:
         """Count a new transport. Beyond a limit, it or another one is aborted. `host` is empty if unknown."""
         self._place(transport, host)
-        if self._most is not None and len(self._addresses) > self._most:
-            self._abort(self._least_needed(), "the limit of all connections is reached")
+        self._make_room()
+
+    def count_upload(self, transport: asyncio.Transport) -> None:
+        """A request with a body has begun on this transport."""
+        if transport in self._addresses:
+            self._uploads.add(transport)
+            self._make_room()
+
+    def end_upload(self, transport: asyncio.Transport) -> None:
+        """The request has been answered."""
+        self._uploads.discard(transport)
 
     def attribute(self, transport: asyncio.Transport, host: str) -> bool:
         """Count this transport for another host: the client that a proxy names, or the proxy again.
@@ -48,17 +63,28 @@ class ConnectionTable:
         Returns: whether it is still open. It is aborted if that host has too many.
         """
         if self._addresses.get(transport, _network(host)) != _network(host):
-            self.remove(transport)
+            self._unplace(transport)
             self._place(transport, host)
         return not transport.is_closing()
 
     def remove(self, transport: asyncio.Transport) -> None:
         """Stop counting this transport, if it is counted."""
+        self._uploads.discard(transport)
+        self._unplace(transport)
+
+    def _unplace(self, transport: asyncio.Transport) -> None:
         address = self._addresses.pop(transport, None)
         if address is not None:
             del self._groups[address][transport]
             if not self._groups[address]:
                 del self._groups[address]
+
+    def _make_room(self) -> None:
+        while self._addresses and (
+            (self._most is not None and len(self._addresses) > self._most)
+            or (self._descriptors is not None and len(self._addresses) + len(self._uploads) > self._descriptors)
+        ):
+            self._abort(self._least_needed(), "the limit of all connections is reached")
 
     def _place(self, transport: asyncio.Transport, host: str) -> None:
         address = self._addresses[transport] = _network(host)

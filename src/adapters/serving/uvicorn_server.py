@@ -69,7 +69,8 @@ class HttpProtocol(HttpToolsProtocol):
     """
 
     _in_head = True
-    _head = 0
+    #: Bytes received since the last part of a message was complete: its head, a piece of its body, or its end.
+    _unparsed = 0
     #: No further request is read: the last response is being sent.
     _lingering = False
     _deadline: asyncio.TimerHandle | None = None
@@ -129,12 +130,31 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Called with the end of the head."""
-        self._in_head, self._head = False, 0
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > _MAX_HEAD:
+            raise httptools.HttpParserError  # Too much remains counted, so that this is answered with 431.
+        self._in_head, self._unparsed = False, 0
         self._cancel_deadline()
         super().on_headers_complete()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called with a header, and with a trailer after the body: trailers are dropped."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Called with a piece of the body."""
+        self._unparsed = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Called with the end of the request."""
+        self._unparsed = 0
+        super().on_message_complete()
+
     def on_response_complete(self) -> None:
         """Called when the current response has been written."""
+        self._table.end_upload(self.transport)
         if not self._lingering:
             super().on_response_complete()
             self._table.attribute(self.transport, self._host)
@@ -163,17 +183,13 @@ class HttpProtocol(HttpToolsProtocol):
         """Called with received bytes."""
         if self._lingering and self.idle:
             return
-        if self._in_head:
-            self._head += len(data)
-            if self._head > _MAX_HEAD:
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request's head is too large.")
-                return
+        self._unparsed += len(data)
         rest = memoryview(data)
         try:
             while rest:
                 try:
                     self.parser.feed_data(rest)
-                    return
+                    break
                 except httptools.HttpParserUpgrade as stopped:
                     rest = rest[stopped.args[0] :]
                 if self._is_websocket_handshake():
@@ -184,8 +200,13 @@ class HttpProtocol(HttpToolsProtocol):
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                 self.parser.feed_data(self._head_without_upgrade())
+            if self._unparsed > _MAX_HEAD:
+                raise httptools.HttpParserError
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            if self._unparsed > _MAX_HEAD:
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request's headers are too large.")
+            else:
+                self.send_400_response("Invalid HTTP request received.")
 
     def _should_upgrade(self) -> bool:
         """Called by uvicorn for each head with an upgrade; `data_received` decides."""
@@ -216,6 +237,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Called by uvicorn for each request."""
         extensions: dict[str, Any] = {_ATTRIBUTE: partial(self._table.attribute, self.transport)}
         cycle.scope["extensions"] = extensions
+        if any(name in _BODY for name, _ in cycle.scope["headers"]):
+            self._table.count_upload(self.transport)
 
         async def answer(scope: Any, receive: Any, send: Any) -> None:
             async def send_early(message: Any) -> None:

@@ -24,6 +24,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from api.rest.bodies import limited
 from api.rest.problems import Invalid, InvalidField, invalid_fields
+from api.rest.spool import Spool, SpooledPart
 from domain.errors import Failure
 from domain.orders import Options
 from domain.stages import Kind
@@ -251,8 +252,9 @@ class _Parser(MultiPartParser):
     precedes the first boundary is skipped, and a form that ends early is not taken for a whole one.
     """
 
-    def __init__(self, request: Request, options: Mapping[bytes, bytes], names: Collection[str]) -> None:
+    def __init__(self, request: Request, options: Mapping[bytes, bytes], names: Collection[str], spool: Spool) -> None:
         super().__init__(request.headers, self._whole(request.stream()))
+        self._spool = spool
         # Read as the first part, so that the library finds the boundary after it.
         self._preamble = b"--%b\r\n\r\n\r\n" % options[b"boundary"]
         self._in_preamble = True
@@ -278,6 +280,9 @@ class _Parser(MultiPartParser):
             # At the front, where nothing that is wrong with the rest can hide it.
             part.content_disposition = b'form-data; filename="";' + (part.content_disposition or b"").partition(b";")[2]
         super().on_headers_finished()
+        if part.file is not None:
+            part.file.file.close()
+            part.file.file = SpooledPart(self._spool)  # type: ignore[assignment]  # all of a file that is used
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if not self._in_preamble:
@@ -324,19 +329,17 @@ def _unwrapped(text: str) -> str:
 
 @asynccontextmanager
 async def _form(request: Request, options: Mapping[bytes, bytes], names: Collection[str]) -> AsyncIterator[FormData]:
-    try:
-        body = limited(request, MAX_BODY, "The request may have 5 files of 10 MB at most.")
-        form = await _Parser(body, options, names).parse()
-    except MultiPartException as error:
-        too_much = error.message.startswith(_TOO_MUCH)
-        raise HTTPException(413 if too_much else 400, error.message) from None
-    except OSError as error:  # Large files are put on the disk while they come.
-        logger.error("an upload cannot be kept: %s", error.strerror)
-        raise Failure("storage_failed") from None
-    try:
+    with Spool() as spool:
+        try:
+            body = limited(request, MAX_BODY, "The request may have 5 files of 10 MB at most.")
+            form = await _Parser(body, options, names, spool).parse()
+        except MultiPartException as error:
+            too_much = error.message.startswith(_TOO_MUCH)
+            raise HTTPException(413 if too_much else 400, error.message) from None
+        except OSError as error:  # Large files are put on the disk while they come.
+            logger.error("an upload cannot be kept: %s", error.strerror)
+            raise Failure("storage_failed") from None
         yield form
-    finally:
-        await form.close()
 
 
 def _wish(kind: Kind, form: GenerateForm, external: bool) -> Wish:
