@@ -60,6 +60,8 @@ class Admission:
         self._reserved: dict[str, _Reserved] = {}
         #: Starts of all users that are about to wait for a worker.
         self._joining = 0
+        #: Set, and replaced, as soon as one of these has joined the queue or was refused.
+        self._joined = asyncio.Event()
         #: When each user's starts of the last minute came; users in the order of their last one.
         self._starts: dict[str, deque[float]] = {}
 
@@ -115,7 +117,10 @@ class Admission:
             finally:
                 reserved.starts -= 1
                 reserved.size -= size
-                self._joining -= not external
+                if not external:
+                    self._joining -= 1
+                    self._joined.set()
+                    self._joined = asyncio.Event()
                 reserved.changed.set()
                 reserved.changed = asyncio.Event()
         finally:
@@ -126,9 +131,10 @@ class Admission:
     async def _what_to_wait_for(
         self, user_id: str, reserved: _Reserved, size: int, external: bool
     ) -> asyncio.Event | None:
-        changed, limits = reserved.changed, self._limits
+        changed, joined, limits = reserved.changed, self._joined, self._limits
         standing = await self._log.standing(user_id)
-        if not external and self._queue.waiting + self._joining >= limits.max_waiting:
+        places = math.inf if external else limits.max_waiting - self._queue.waiting
+        if places <= 0:
             raise QueueFull
         if standing.unfinished >= limits.max_per_user:
             raise TooManyGenerations
@@ -140,4 +146,6 @@ class Admission:
             raise StorageLimit
         left = limits.max_per_user - standing.unfinished
         left = left if standing.credit is None else min(left, standing.credit)
-        return None if reserved.starts < left and reserved.size <= room else changed
+        if reserved.starts >= left or reserved.size > room:
+            return changed
+        return None if self._joining < places else joined

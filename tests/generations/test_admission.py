@@ -109,6 +109,19 @@ async def test_places_of_a_user_are_reserved_too() -> None:
     assert [type(result) for result in results] == [Snapshot, Snapshot, TooManyGenerations, TooManyGenerations]
 
 
+async def test_places_in_the_queue_are_reserved_and_free_workers_are_not_left_idle() -> None:
+    gate = asyncio.Event()
+    async with Studio(max_waiting=1).open() as studio:
+        starts = [held(gate) for _ in range(2)]
+        tasks = [asyncio.create_task(studio.start(each, user_id=f"user{n}")) for n, (each, _) in enumerate(starts)]
+        await starts[0][1].awaited.wait()
+        assert not starts[1][1].awaited.is_set()
+        gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        await studio.settled()
+    assert [type(result) for result in results] == [Snapshot, Snapshot]
+
+
 async def test_a_repeat_waits_for_the_first_request_and_not_for_reservations() -> None:
     studio, gate = Studio(credits=1), asyncio.Event()
     slow, file = held(gate)

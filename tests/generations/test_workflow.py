@@ -92,17 +92,20 @@ async def test_of_two_starts_with_credit_for_one_one_is_accepted() -> None:
     assert len(studio.images.kept) == 2
 
 
-async def test_a_full_line_refuses_and_counts_those_that_are_about_to_join() -> None:
+async def test_a_full_queue_refuses_starts_once_those_that_are_about_to_join_have_joined() -> None:
     studio = Studio(max_waiting=3, line=Passing)
     gate = asyncio.Event()
     files = [Bytes(b"x", gate) for _ in range(3)]
     starting = [asyncio.create_task(studio.start(wish(uploads=[file]))) for file in files]
     for file in files:
         await file.awaited.wait()
-    with pytest.raises(QueueFull):
-        await studio.start()
+    fourth = asyncio.create_task(studio.start())
+    done, _ = await asyncio.wait([fourth], timeout=0.05)
+    assert not done
     gate.set()
     await asyncio.gather(*starting)
+    with pytest.raises(QueueFull):
+        await fourth
     with pytest.raises(QueueFull):
         await studio.start(user_id="bob")
     assert studio.queue.waiting == 3
