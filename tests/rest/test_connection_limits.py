@@ -114,6 +114,19 @@ async def test_an_upload_takes_two_descriptors_until_it_is_answered() -> None:
         assert not await closed(second)
 
 
+async def test_an_upload_behind_a_proxy_takes_two_descriptors() -> None:
+    table = ConnectionTable(100, proxies=PROXIES, descriptors=3)
+    app = ForwardedHeaders(ClientLimit(patient), PROXIES)
+    upload = b"POST /wait HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 9.9.9.9\r\nContent-Length: 2\r\n\r\nxx"
+    async with serving(app, table=table) as port, client(port) as idle, client(port) as other:
+        other.writer.write(upload)
+        assert await answered(other)
+        assert not await closed(idle)
+        async with client(port, b"done") as newcomer:
+            assert await answered(newcomer)
+            assert await closed(idle)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
 async def test_the_address_with_most_connections_gives_way_to_others() -> None:
     async with serving(patient, table=ConnectionTable(100)) as port, contextlib.AsyncExitStack() as stack:
