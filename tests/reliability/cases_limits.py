@@ -88,8 +88,10 @@ class _Health:
         while True:
             began = time.monotonic()
             line = await _Line.open(self._port, said, self._address)
-            await line.until_answered()
-            line.writer.transport.abort()
+            try:
+                await line.until_answered()
+            finally:
+                line.writer.transport.abort()
             self.failures += b"HTTP/1.1 200" not in line.answer
             self.answers.append((time.monotonic() - began) * 1_000)
             await asyncio.sleep(0.02)
