@@ -237,10 +237,15 @@ class HttpProtocol(HttpToolsProtocol):
         """Called by uvicorn for each request."""
         extensions: dict[str, Any] = {_ATTRIBUTE: partial(self._table.attribute, self.transport)}
         cycle.scope["extensions"] = extensions
-        if any(name in _BODY for name, _ in cycle.scope["headers"]):
-            self._table.count_upload(self.transport)
+        uploads = any(name in _BODY for name, _ in cycle.scope["headers"])
 
         async def answer(scope: Any, receive: Any, send: Any) -> None:
+            async def receive_counted() -> Any:
+                # Only a body that is read needs a temporary file: a request that is refused first does not count.
+                if uploads:
+                    self._table.count_upload(self.transport)
+                return await receive()
+
             async def send_early(message: Any) -> None:
                 early = message["type"] == "http.response.start" and cycle.more_body
                 if early:
@@ -250,7 +255,7 @@ class HttpProtocol(HttpToolsProtocol):
                     # The header has been sent. Keep uvicorn from closing after the response, which would send RST.
                     self._lingering = cycle.keep_alive = True
 
-            await app(scope, receive, send_early)
+            await app(scope, receive_counted, send_early)
 
         if cycle.scope["http_version"] == "1.0":
             app = _without_chunks(app, cycle)
