@@ -22,18 +22,8 @@ from typing import Final
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from reliability import (
-    cases_admission,  # noqa: F401 (registers its cases)
-    cases_connections,  # noqa: F401 (registers its cases)
-    cases_disk_and_clock,  # noqa: F401 (registers its cases)
-    cases_feeds,  # noqa: F401 (registers its cases)
-    cases_kills,  # noqa: F401 (registers its cases)
-    cases_limits,  # noqa: F401 (registers its cases)
-    cases_stops,  # noqa: F401 (registers its cases)
-    cases_storage,  # noqa: F401 (registers its cases)
-    cases_supervision,  # noqa: F401 (registers its cases)
-)
-from reliability.cases import CASES, Outcome, Size, attempt
+from reliability.all_cases import CASES
+from reliability.cases import Outcome, Size, attempt
 
 #: The columns, and how wide they are.
 _COLUMNS: Final = {"case": 4, "what was done": 36, "expected": 30, "figures": 46, "": 6}

@@ -9,18 +9,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from reliability import (
-    cases_admission,  # noqa: F401 (registers its cases)
-    cases_connections,  # noqa: F401 (registers its cases)
-    cases_disk_and_clock,  # noqa: F401 (registers its cases)
-    cases_feeds,  # noqa: F401 (registers its cases)
-    cases_kills,  # noqa: F401 (registers its cases)
-    cases_limits,  # noqa: F401 (registers its cases)
-    cases_stops,  # noqa: F401 (registers its cases)
-    cases_storage,  # noqa: F401 (registers its cases)
-    cases_supervision,  # noqa: F401 (registers its cases)
-)
-from reliability.cases import CASES, Case, Size, attempt
+from reliability.all_cases import CASES
+from reliability.cases import Case, Size, attempt
 from support.case_server import Process
 from support.harness import running
 from support.node import ROOT, needs_node
