@@ -22,8 +22,8 @@ from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from adapters.system import SystemEntropy, now
 from domain.events import Event, encode
-from domain.orders import Order
-from domain.ports import Append, EventLog, Start
+from domain.ports.log import Append, EventLog, Start
+from domain.requests import Order
 
 REPETITIONS: Final = 5
 SECONDS: Final = 1.5

@@ -27,8 +27,8 @@ from api.app import create_service
 from api.settings import load_settings
 from api.wiring import wire
 from domain.events import Event, encode
-from domain.orders import Order
-from domain.ports import Append, EventLog, Start
+from domain.ports.log import Append, EventLog, Start
+from domain.requests import Order
 
 PER_SECOND: Final = 200
 SECONDS: Final = 3.0

@@ -26,8 +26,9 @@ from adapters.system import now
 from api.app import create_server
 from api.settings import Settings
 from api.wiring import wire
-from domain.orders import Options
-from domain.ports import Picture, Report
+from domain.ports.images import Picture
+from domain.ports.providers import Report
+from domain.requests import Options
 
 Scheme = Literal["light", "dark"]
 
@@ -55,7 +56,7 @@ _LIMIT: Final = 150_000
 
 
 class _Editor:
-    """`domain.ports.ImageEditor`: the offline one, slow enough to be watched where it is watched."""
+    """`domain.ports.providers.ImageEditor`: the offline one, slow enough to be watched where it is watched."""
 
     free = True
 

@@ -15,7 +15,7 @@ def now() -> datetime:
 
 
 class SystemEntropy:
-    """`domain.ports.Entropy` from the operating system."""
+    """`domain.ports.system.Entropy` from the operating system."""
 
     def token(self) -> str:
         return "".join(secrets.choice(_ALPHABET) for _ in range(16))

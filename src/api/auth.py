@@ -7,7 +7,7 @@ from fastapi.security import HTTPBearer
 
 from domain.errors import Refusal
 from domain.identity import Identity, InvalidToken, TokenExpired, Unauthenticated, user_id
-from domain.ports import Clock
+from domain.ports.system import Clock
 
 DEFAULT_USER: Final = "demo"
 

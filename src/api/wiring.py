@@ -42,8 +42,12 @@ from api.cli.client import Unavailable
 from api.realtime.sockets import Sockets
 from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
 from api.web import page
-from domain import ports
-from domain.ports import Clock, EventLog, SessionStore
+from domain.ports.images import Composer, ImageFetcher, ImageIntake, ImageStore
+from domain.ports.leases import WorkQueue
+from domain.ports.log import EventLog
+from domain.ports.providers import FaceSwapper, ImageEditor
+from domain.ports.sessions import Sessions
+from domain.ports.system import Clock, Entropy
 from domain.webhooks import Webhooks
 
 #: Seconds within which a provider must deliver one picture, retries included.
@@ -56,17 +60,17 @@ class Parts:
 
     settings: Settings
     clock: Clock
-    entropy: ports.Entropy
+    entropy: Entropy
     threads: ImageThreads
-    intake: ports.ImageIntake
-    composer: ports.Composer
-    editor: ports.ImageEditor
-    face_swapper: ports.FaceSwapper
-    fetcher: ports.ImageFetcher
+    intake: ImageIntake
+    composer: Composer
+    editor: ImageEditor
+    face_swapper: FaceSwapper
+    fetcher: ImageFetcher
     log: EventLog
-    sessions: SessionStore
-    queue: ports.WorkQueue
-    images: ports.ImageStore
+    sessions: Sessions
+    queue: WorkQueue
+    images: ImageStore
     #: ``None``: no webhook is configured.
     webhooks: Webhooks | None
     #: ``None``: open mode.
@@ -79,13 +83,13 @@ def wire(
     settings: Settings,
     *,
     clock: Clock = now,
-    composer: ports.Composer | None = None,
-    editor: ports.ImageEditor | None = None,
-    face_swapper: ports.FaceSwapper | None = None,
-    fetcher: ports.ImageFetcher | None = None,
-    images: ports.ImageStore | None = None,
+    composer: Composer | None = None,
+    editor: ImageEditor | None = None,
+    face_swapper: FaceSwapper | None = None,
+    fetcher: ImageFetcher | None = None,
+    images: ImageStore | None = None,
     log: EventLog | None = None,
-    queue: ports.WorkQueue | None = None,
+    queue: WorkQueue | None = None,
     auth_timeout: float = AUTH_TIMEOUT,
 ) -> Parts:
     """Build the parts that the settings ask for. The other arguments replace a part; `auth_timeout` is in seconds.
@@ -129,7 +133,7 @@ def wire(
     )
 
 
-def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventLog, SessionStore]:
+def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventLog, Sessions]:
     """The log, unless it is given, and the sessions stored with it.
 
     Raises:
@@ -148,7 +152,7 @@ def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventL
     return durable, SqliteSessions(database, retention)
 
 
-def _images(settings: Settings, log: EventLog) -> ports.ImageStore:
+def _images(settings: Settings, log: EventLog) -> ImageStore:
     """The image folder, claimed for this log.
 
     Raises:
@@ -165,7 +169,7 @@ def _kind(settings: Settings) -> str:
     return settings.log.partition(":")[0]
 
 
-def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> ports.ImageEditor:
+def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> ImageEditor:
     if settings.editor == "local":
         return LocalEditor(threads, settings.local_seconds)
     if settings.editor != "openai":
@@ -187,7 +191,7 @@ def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> ports
         raise SettingsError("OPENAI_API_KEY must be a key: letters, digits and signs without spaces.") from None
 
 
-def _face_swapper(settings: Settings, threads: ImageThreads) -> ports.FaceSwapper:
+def _face_swapper(settings: Settings, threads: ImageThreads) -> FaceSwapper:
     if settings.face_swap == "local":
         return LocalFaceSwap(threads, settings.local_seconds)
     if settings.face_swap != "replicate":

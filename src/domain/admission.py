@@ -10,7 +10,8 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from domain.errors import InsufficientCredit, Overloaded, QueueFull, StorageLimit, TooManyGenerations, TooManyStarts
-from domain.ports import EventLog, WorkQueue
+from domain.ports.leases import WorkQueue
+from domain.ports.log import EventLog
 from domain.stored_images import StoredImages
 
 #: Seconds for which a start waits for what only other starts in progress keep from it.

@@ -9,7 +9,7 @@ from typing import Any
 from domain.device import Device, EncodedEntry, Encoder, F, SendBuffer
 from domain.feed import Cursor, Logged
 from domain.feed_sessions import StartPosition
-from domain.ports import EventLog, Gap
+from domain.ports.log import EventLog, Gap
 from domain.quarantine import Quarantine
 
 

@@ -19,7 +19,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 from domain.errors import LogUnavailable
 from domain.feed import Cursor, Logged, feed_name
 from domain.feed_sessions import StartPosition
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from domain.quarantine import Quarantine
 from domain.readiness import FOLLOWER
 

@@ -15,10 +15,11 @@ from typing import Any, Final
 from domain.errors import Conflict, Failure, LogUnavailable, NotExternal
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.ports import Clock, EventLog, History
+from domain.ports.log import EventLog, History
+from domain.ports.system import Clock
 from domain.quarantine import Quarantine
-from domain.queries import UNREADABLE, generation_of, is_external, order_of
 from domain.recorder import Recorder
+from domain.rehydrate import UNREADABLE, generation_of, is_external, order_of
 from domain.stages import FAILED
 
 #: Seconds between two looks at who has been silent for too long, at most.

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 from domain.feed import Cursor, Feed, Logged, feed_name, tag_of
 from domain.identity import Identity
-from domain.ports import Clock, EventLog, Session, SessionStore
+from domain.ports.log import EventLog
+from domain.ports.sessions import Session, Sessions
+from domain.ports.system import Clock
 
 
 class StartPosition(NamedTuple):
@@ -23,7 +25,7 @@ class StartPosition(NamedTuple):
     cursor: Cursor
     #: Whether it continues from a cursor of its client; otherwise it starts at the head.
     resumed: bool
-    #: As in `domain.ports.Session`.
+    #: As in `domain.ports.sessions.Session`.
     head: int
     tag: str | None
 
@@ -39,7 +41,7 @@ class FeedSlice(NamedTuple):
 class FeedSessions:
     """Finds start positions, reads on from them, and keeps sessions."""
 
-    def __init__(self, log: EventLog, sessions: SessionStore, clock: Clock, new_tag: Callable[[], str]) -> None:
+    def __init__(self, log: EventLog, sessions: Sessions, clock: Clock, new_tag: Callable[[], str]) -> None:
         self._log = log
         self._sessions = sessions
         self._clock = clock

@@ -9,7 +9,7 @@ from transitions import Machine, Transition
 
 from domain.errors import Failure, IllegalTransition, InvalidEventField
 from domain.events import URL_FIELDS, Event, FaceSwapError, Outcome, Wire, timestamp
-from domain.orders import Order
+from domain.requests import Order
 from domain.stages import BEGIN, FAILED, FLOWS, GUARDS, Kind, Via, ceiling, moves
 
 

@@ -7,8 +7,8 @@ from datetime import datetime
 from typing import Final
 
 from domain.errors import LogUnavailable
-from domain.ports import EventLog, History
-from domain.queries import order_of
+from domain.ports.log import EventLog, History
+from domain.rehydrate import order_of
 from domain.stored_images import StoredImages
 from domain.supervisor import reason_of
 

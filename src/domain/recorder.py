@@ -12,8 +12,9 @@ from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import encode, event_name
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.ports import Append, Clock, Entropy, EventLog, Start
-from domain.queries import UNREADABLE, generation_of, readable_part_of
+from domain.ports.log import Append, EventLog, Start
+from domain.ports.system import Clock, Entropy
+from domain.rehydrate import UNREADABLE, generation_of, readable_part_of
 from domain.stages import FLOWS
 
 #: Seconds for which one append may go unanswered, and between two tries of it, growing to the last.
@@ -49,7 +50,7 @@ class Recorder:
     async def move(
         self, generation: Generation, status: str, fields: Mapping[str, Any] = _NONE, *, free: bool = False
     ) -> Generation:
-        """Append the next event, and return the generation as it then is. `free`: see `domain.ports.Append`.
+        """Append the next event, and return the generation as it then is. `free`: see `domain.ports.log.Append`.
 
         Raises:
             IllegalTransition: the machine does not allow it; nothing was appended.

@@ -17,21 +17,14 @@ from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
 from domain.identity import WORKING_FOR
-from domain.ports import (
-    Composer,
-    EventLog,
-    FaceSwapper,
-    Gap,
-    History,
-    ImageEditor,
-    ImageFetcher,
-    Picture,
-    WorkQueue,
-)
+from domain.ports.images import Composer, ImageFetcher, Picture
+from domain.ports.leases import WorkQueue
+from domain.ports.log import EventLog, Gap, History
+from domain.ports.providers import FaceSwapper, ImageEditor
 from domain.quarantine import Quarantine
-from domain.queries import UNREADABLE, generation_of, is_external, order_of
 from domain.readiness import RUNNER
 from domain.recorder import Recorder
+from domain.rehydrate import UNREADABLE, generation_of, is_external, order_of
 from domain.stages import FLOWS, Provider, ceiling
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor, being_cancelled, reason_of

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 Kind = Literal["edit", "generate"]
-#: Who does the work of a stage: `domain.ports.ImageEditor` or `domain.ports.FaceSwapper`.
+#: Who does the work of a stage: `domain.ports.providers.ImageEditor` or `domain.ports.providers.FaceSwapper`.
 Provider = Literal["editor", "face_swapper"]
 
 BEGIN: Final = "begin"

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime
 
-from domain.ports import ImageStore, Picture
+from domain.ports.images import ImageStore, Picture
 
 
 class StoredImages:

@@ -16,8 +16,8 @@ from pydantic_core import to_json
 from domain.errors import LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
-from domain.ports import EventLog, Gap
-from domain.queries import UNREADABLE
+from domain.ports.log import EventLog, Gap
+from domain.rehydrate import UNREADABLE
 from domain.supervisor import being_cancelled
 
 logger = logging.getLogger(__name__)

@@ -30,10 +30,13 @@ from domain.external import ExternalWork
 from domain.feed import Logged
 from domain.generation import Generation, Snapshot
 from domain.identity import WORKING_FOR
-from domain.orders import Options, Order
-from domain.ports import Clock, Entropy, EventLog, History, ImageIntake, Start, WorkQueue
-from domain.queries import generation_of, is_external, order_of, readable_part_of
+from domain.ports.images import ImageIntake
+from domain.ports.leases import WorkQueue
+from domain.ports.log import EventLog, History, Start
+from domain.ports.system import Clock, Entropy
 from domain.recorder import Recorder
+from domain.rehydrate import generation_of, is_external, order_of, readable_part_of
+from domain.requests import Options, Order
 from domain.stages import Kind
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
@@ -58,7 +61,7 @@ class Upload(Protocol):
 
 
 class Wish(NamedTuple):
-    """What a user asks for; `domain.orders.Order` is what becomes of it."""
+    """What a user asks for; `domain.requests.Order` is what becomes of it."""
 
     kind: Kind
     prompt: str
@@ -129,7 +132,7 @@ class Workflow:
             Failure: ``storage_failed``, likewise.
         """
         while key is not None:
-            if (begun := await self.log.begun(user_id, key)) is not None:
+            if (begun := await self.log.find_by_idempotency_key(user_id, key)) is not None:
                 if begun.fingerprint != await self._fingerprint(wish):
                     raise IdempotencyMismatch
                 return await self.snapshot(user_id, begun.generation_id)
@@ -162,7 +165,9 @@ class Workflow:
         """
         if self._closed or (self.draining and key is None):
             raise Draining
-        if key is None or ((user_id, key) not in self._keys and await self.log.begun(user_id, key) is None):
+        if key is None or (
+            (user_id, key) not in self._keys and await self.log.find_by_idempotency_key(user_id, key) is None
+        ):
             self._admission.count(user_id)
         async with _ends_with(self._arriving):
             yield

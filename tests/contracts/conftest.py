@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from support.builders import LOGS, Scribe, SteppableClock
 from support.event_log import Opener
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from domain.feed import Cursor, Feed, Logged
 from domain.generation import Generation
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from support.builders import LOGS, NOON, PROPERTY, OpenLog, Scribe, SteppableClock
 
 logs = pytest.mark.parametrize("open_log", list(LOGS.values()), ids=list(LOGS))

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.EventLog`: every adapter of it passes this suite."""
+"""The contract of `domain.ports.log.EventLog`: every adapter of it passes this suite."""
 
 import asyncio
 from dataclasses import replace
@@ -15,7 +15,7 @@ from domain.errors import (
     TooManyGenerations,
 )
 from domain.feed import Logged
-from domain.ports import Begun, EventLog
+from domain.ports.log import EventLog, IdempotencyRecord
 from support.builders import Scribe, anonymous, bodies, body, statuses
 from support.event_log import Opener, image, places, race, whole_feed
 
@@ -243,7 +243,7 @@ async def test_an_append_later_than_it_may_be_is_refused_and_nothing_comes_to_li
         with pytest.raises(LogUnavailable):
             await log.append(append)
     assert await image(log, "ada", append.generation_id) == before
-    assert await log.begun("ada", "k") is None
+    assert await log.find_by_idempotency_key("ada", "k") is None
 
 
 async def test_an_append_just_in_time_is_taken(scribe: Scribe, log: EventLog) -> None:
@@ -356,7 +356,7 @@ async def test_without_credit_nothing_starts_and_nothing_changes(opener: Opener)
     with pytest.raises(InsufficientCredit):
         await scribe.log.append(append)
     assert await image(scribe.log, "ada", append.generation_id) == before
-    assert await scribe.log.begun("ada", "k") is None
+    assert await scribe.log.find_by_idempotency_key("ada", "k") is None
 
 
 async def test_of_two_starts_that_race_for_the_last_credit_one_is_taken(opener: Opener) -> None:
@@ -406,7 +406,7 @@ async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(scribe: 
     assert len(refused) == 19
     assert await log.credit("ada") == 99
     assert len(await log.generations("ada", limit=100)) == 1
-    assert await log.begun("ada", "k") == Begun(won[0].generation_id, "same")
+    assert await log.find_by_idempotency_key("ada", "k") == IdempotencyRecord(won[0].generation_id, "same")
 
 
 async def test_a_key_with_another_request_is_a_mismatch_and_changes_nothing(scribe: Scribe, log: EventLog) -> None:
@@ -420,11 +420,11 @@ async def test_a_key_with_another_request_is_a_mismatch_and_changes_nothing(scri
 
 async def test_a_key_is_its_users_own(scribe: Scribe, log: EventLog) -> None:
     ada = await scribe.start("ada", key="k", fingerprint="one")
-    assert await log.begun("bob", "k") is None
+    assert await log.find_by_idempotency_key("bob", "k") is None
     bob = await scribe.start("bob", key="k", fingerprint="two")
-    assert await log.begun("ada", "k") == Begun(ada.generation_id, "one")
-    assert await log.begun("bob", "k") == Begun(bob.generation_id, "two")
-    assert await log.begun("ada", "other") is None
+    assert await log.find_by_idempotency_key("ada", "k") == IdempotencyRecord(ada.generation_id, "one")
+    assert await log.find_by_idempotency_key("bob", "k") == IdempotencyRecord(bob.generation_id, "two")
+    assert await log.find_by_idempotency_key("ada", "other") is None
 
 
 @pytest.mark.parametrize("retention", [True, False])
@@ -435,9 +435,9 @@ async def test_a_key_outlives_the_end_of_its_generation_and_dies_with_its_remova
     with pytest.raises(AlreadyStarted):
         await scribe.start(key="k", fingerprint="one")
     assert await log.remove(first.generation_id, retention=retention)
-    assert await log.begun("ada", "k") is None
+    assert await log.find_by_idempotency_key("ada", "k") is None
     second = await scribe.start(key="k", fingerprint="two")
-    assert await log.begun("ada", "k") == Begun(second.generation_id, "two")
+    assert await log.find_by_idempotency_key("ada", "k") == IdempotencyRecord(second.generation_id, "two")
 
 
 # --- how many at once ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.EventLog`: grants of credit."""
+"""The contract of `domain.ports.log.EventLog`: grants of credit."""
 
 import asyncio
 from datetime import timedelta
@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 from domain.errors import Conflict, CreditsOff, IdempotencyMismatch, InsufficientCredit
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from support.builders import Heard, Scribe, bodies, body
 from support.event_log import Opener, race, whole_feed
 
@@ -118,7 +118,7 @@ async def test_a_key_of_a_grant_is_its_users_own_and_not_a_starts(scribe: Scribe
     await scribe.start(key="k")
     assert await grant(scribe, 5, "k") == 104
     assert await grant(scribe, 6, "k", "bob") == 106
-    assert await log.begun("bob", "k") is None
+    assert await log.find_by_idempotency_key("bob", "k") is None
     await scribe.start("bob", key="k")
     assert (await log.credit("ada"), await log.credit("bob")) == (104, 105)
 

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.EventLog`: followers, reads, cursors and undelivered ends."""
+"""The contract of `domain.ports.log.EventLog`: followers, reads, cursors and undelivered ends."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import pytest
 
 from domain.errors import Conflict
 from domain.feed import Logged
-from domain.ports import EventLog, Gap
+from domain.ports.log import EventLog, Gap
 from support.builders import Heard, Scribe, anonymous, statuses
 from support.event_log import Opener, places, pull, usable, whole_feed
 

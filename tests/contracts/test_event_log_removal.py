@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.EventLog`: removal, retention and lists of generations."""
+"""The contract of `domain.ports.log.EventLog`: removal, retention and lists of generations."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ import pytest
 
 from domain.errors import Conflict, NotFinished
 from domain.feed import Cursor
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from support.builders import Scribe, statuses
 from support.event_log import image, places, pull, usable, whole_feed
 
@@ -26,7 +26,7 @@ async def test_what_was_removed_answers_as_one_that_never_was(scribe: Scribe, lo
     assert await log.remove(ended.generation_id, retention=retention) is True
     assert await log.generation(ended.generation_id) is None
     assert [history.generation_id for history in await log.generations("ada", limit=10)] == [other.generation_id]
-    assert await log.begun("ada", "k") is None
+    assert await log.find_by_idempotency_key("ada", "k") is None
     kept = [entry for entry in (await whole_feed(log)).entries if entry.event is not None]
     assert {entry.generation_id for entry in kept} == {other.generation_id}
     assert await log.credit("ada") == credit

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.ImageStore`: every adapter of it passes this suite."""
+"""The contract of `domain.ports.images.ImageStore`: every adapter of it passes this suite."""
 
 import asyncio
 import errno
@@ -13,7 +13,7 @@ import pytest
 from adapters.images.folder import ImageFolder
 from adapters.system import now
 from domain.errors import Failure
-from domain.ports import ImageStore, Picture
+from domain.ports.images import ImageStore, Picture
 
 PNG = Picture(b"the bytes of a PNG", "image/png")
 ID, OTHER_ID = "edit_1763829000123_k3v9x2ab4c6d8e0f", "gen_1763829000124_0000000000000000"

@@ -24,8 +24,8 @@ from hypothesis.stateful import (
 from domain.errors import AlreadyStarted, Conflict, IdempotencyMismatch, InsufficientCredit, NotFinished
 from domain.feed import Cursor, Logged
 from domain.generation import Generation
-from domain.ports import Append
-from domain.queries import generation_of
+from domain.ports.log import Append
+from domain.rehydrate import generation_of
 from domain.stages import FLOWS, Kind
 from support.builders import (
     LOGS,

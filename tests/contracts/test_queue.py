@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.WorkQueue`: every adapter of it passes this suite."""
+"""The contract of `domain.ports.leases.WorkQueue`: every adapter of it passes this suite."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from adapters.memory.queue import MemoryQueue
-from domain.ports import WorkQueue
+from domain.ports.leases import WorkQueue
 
 QUEUES: dict[str, Callable[[], WorkQueue]] = {"memory": MemoryQueue}
 

@@ -1,4 +1,4 @@
-"""The contract suite of the port SessionStore, on every adapter of it."""
+"""The contract suite of the port Sessions, on every adapter of it."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -11,7 +11,7 @@ from adapters.memory.sessions import MemorySessions
 from adapters.sqlite.sessions import SqliteSessions
 from domain.feed import Cursor
 from domain.identity import Identity
-from domain.ports import Session, SessionStore
+from domain.ports.sessions import Session, Sessions
 from support.builders import NOON, SteppableClock, temporary_database
 
 RETENTION: Final = timedelta(hours=1)
@@ -19,17 +19,17 @@ A_MOMENT: Final = 0.001
 
 
 @asynccontextmanager
-async def open_memory_sessions(retention: timedelta) -> AsyncIterator[SessionStore]:
+async def open_memory_sessions(retention: timedelta) -> AsyncIterator[Sessions]:
     yield MemorySessions(retention)
 
 
 @asynccontextmanager
-async def open_sqlite_sessions(retention: timedelta) -> AsyncIterator[SessionStore]:
+async def open_sqlite_sessions(retention: timedelta) -> AsyncIterator[Sessions]:
     async with temporary_database() as database:
         yield SqliteSessions(database, retention)
 
 
-OpenSessions = Callable[[timedelta], AbstractAsyncContextManager[SessionStore]]
+OpenSessions = Callable[[timedelta], AbstractAsyncContextManager[Sessions]]
 #: Every adapter of the port, by name.
 STORES: Final[Mapping[str, OpenSessions]] = {"memory": open_memory_sessions, "sqlite": open_sqlite_sessions}
 
@@ -44,7 +44,7 @@ def clock() -> SteppableClock:
 
 
 @pytest.fixture(params=STORES)
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[SessionStore]:
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Sessions]:
     async with STORES[request.param](RETENTION) as store:
         yield store
 
@@ -57,20 +57,20 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[SessionStore]:
         Session(Identity("Ünï 🎨 : % * {}", None, service=False), Cursor(10**15 - 1, 2**63 - 1, 0), 0, ""),
     ],
 )
-async def test_what_is_saved_is_loaded_as_it_was(store: SessionStore, kept: Session) -> None:
+async def test_what_is_saved_is_loaded_as_it_was(store: Sessions, kept: Session) -> None:
     await store.save("pid", kept, at=NOON)
     assert await store.load("pid", at=NOON) == kept
     assert await store.load("pid", at=NOON) == kept  # Loading it does not use it up.
 
 
-async def test_what_has_expired_is_not_brought_back_by_a_touch(store: SessionStore) -> None:
+async def test_what_has_expired_is_not_brought_back_by_a_touch(store: Sessions) -> None:
     await store.save("pid", session(), at=NOON)
     await store.touch(["pid"], at=NOON + RETENTION)
     assert await store.load("pid", at=NOON + RETENTION) is None
 
 
 @pytest.mark.parametrize("pid", ["never", "", "x" * 60_000, "a\x00b", "*", "p%d", "PID", "\ud800"])
-async def test_a_pid_that_never_was_has_no_session_and_can_be_touched_and_ended(store: SessionStore, pid: str) -> None:
+async def test_a_pid_that_never_was_has_no_session_and_can_be_touched_and_ended(store: Sessions, pid: str) -> None:
     await store.save("pid", session(), at=NOON)
     assert await store.load(pid, at=NOON) is None
     await store.touch([pid], at=NOON)
@@ -79,7 +79,7 @@ async def test_a_pid_that_never_was_has_no_session_and_can_be_touched_and_ended(
     assert await store.load("pid", at=NOON) == session()
 
 
-async def test_saving_again_takes_the_place_of_what_was_also_for_another_user(store: SessionStore) -> None:
+async def test_saving_again_takes_the_place_of_what_was_also_for_another_user(store: Sessions) -> None:
     await store.save("pid", session(place=1), at=NOON)
     await store.save("pid", session(place=2), at=NOON)
     assert await store.load("pid", at=NOON) == session(place=2)
@@ -89,7 +89,7 @@ async def test_saving_again_takes_the_place_of_what_was_also_for_another_user(st
     assert await store.load("pid", at=NOON) is None
 
 
-async def test_sessions_are_apart(store: SessionStore) -> None:
+async def test_sessions_are_apart(store: Sessions) -> None:
     await store.save("one", session(place=1), at=NOON)
     await store.save("two", session(place=2), at=NOON)
     await store.save("three", session("bob", 3), at=NOON)
@@ -101,7 +101,7 @@ async def test_sessions_are_apart(store: SessionStore) -> None:
     ]
 
 
-async def test_a_session_is_kept_for_retention_after_it_was_saved(store: SessionStore, clock: SteppableClock) -> None:
+async def test_a_session_is_kept_for_retention_after_it_was_saved(store: Sessions, clock: SteppableClock) -> None:
     await store.save("pid", session(), at=clock())
     clock.step(RETENTION.total_seconds() - A_MOMENT)
     assert await store.load("pid", at=clock()) == session()
@@ -110,7 +110,7 @@ async def test_a_session_is_kept_for_retention_after_it_was_saved(store: Session
 
 
 async def test_a_session_is_kept_for_retention_after_it_was_last_touched(
-    store: SessionStore, clock: SteppableClock
+    store: Sessions, clock: SteppableClock
 ) -> None:
     for pid in ("touched", "left", "touched too"):
         await store.save(pid, session(), at=clock())
@@ -126,7 +126,7 @@ async def test_a_session_is_kept_for_retention_after_it_was_last_touched(
     assert await store.load("touched too", at=clock()) is None
 
 
-async def test_touching_what_has_expired_does_not_bring_it_back(store: SessionStore, clock: SteppableClock) -> None:
+async def test_touching_what_has_expired_does_not_bring_it_back(store: Sessions, clock: SteppableClock) -> None:
     await store.save("pid", session(), at=clock())
     clock.step(RETENTION.total_seconds() + 1)
     assert await store.load("pid", at=clock()) is None
@@ -134,7 +134,7 @@ async def test_touching_what_has_expired_does_not_bring_it_back(store: SessionSt
     assert await store.load("pid", at=clock()) is None
 
 
-async def test_saving_again_is_a_touch(store: SessionStore, clock: SteppableClock) -> None:
+async def test_saving_again_is_a_touch(store: Sessions, clock: SteppableClock) -> None:
     await store.save("pid", session(), at=clock())
     await store.save("other", session(), at=clock.step(1))
     await store.save("pid", session(place=8), at=clock.step(1))
@@ -143,7 +143,7 @@ async def test_saving_again_is_a_touch(store: SessionStore, clock: SteppableCloc
     assert await store.load("pid", at=clock()) == session(place=8)
 
 
-async def test_touching_none_is_nothing(store: SessionStore) -> None:
+async def test_touching_none_is_nothing(store: Sessions) -> None:
     await store.save("pid", session(), at=NOON)
     await store.touch([], at=NOON)
     await store.touch({"pid": 1}.keys(), at=NOON)
@@ -151,7 +151,7 @@ async def test_touching_none_is_nothing(store: SessionStore) -> None:
 
 
 async def test_a_user_who_comes_over_and_over_loses_the_least_used_and_nobody_else_does(
-    store: SessionStore, clock: SteppableClock
+    store: Sessions, clock: SteppableClock
 ) -> None:
     await store.save("bobs", session("bob"), at=clock())
     await store.save("first", session(), at=clock())

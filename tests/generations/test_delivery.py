@@ -20,7 +20,7 @@ from domain.delivery import Hub
 from domain.device import Device
 from domain.feed import Cursor, Feed, Logged, feed_name
 from domain.feed_sessions import StartPosition
-from domain.ports import Append, Deliver, Gap, History, Start
+from domain.ports.log import Append, Deliver, Gap, History, Start
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
 

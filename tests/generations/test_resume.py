@@ -10,7 +10,7 @@ from adapters.memory.queue import MemoryQueue
 from domain import runner
 from domain.errors import LogUnavailable
 from domain.generation import Generation
-from domain.queries import generation_of
+from domain.rehydrate import generation_of
 from support.builders import EDIT_WITH_SWAP, Scribe, bodies
 from support.doubles import (
     BASE,

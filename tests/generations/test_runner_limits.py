@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from domain import recorder
 from domain.generation import Snapshot
-from domain.ports import EventLog, Picture, Report
-from domain.queries import generation_of
+from domain.ports.images import Picture
+from domain.ports.log import EventLog
+from domain.ports.providers import Report
+from domain.rehydrate import generation_of
 from domain.stages import Kind
 from support.builders import EDIT, EDIT_WITH_SWAP, GENERATE, PROPERTY, Heard, Scribe
 from support.doubles import (

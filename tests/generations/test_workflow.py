@@ -21,7 +21,7 @@ from domain.errors import (
 )
 from domain.events import timestamp
 from domain.generation import Snapshot
-from domain.queries import generation_of
+from domain.rehydrate import generation_of
 from domain.stages import Kind
 from domain.workflow import Wish
 from support.builders import NOON, Scribe

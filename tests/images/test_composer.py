@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.Composer`, looked at by the colours on the sheet."""
+"""The contract of `domain.ports.images.Composer`, looked at by the colours on the sheet."""
 
 import random
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 from adapters.images.composer import MARGIN, SHEET, PillowComposer, arrange
 from domain.errors import Failure
-from domain.ports import Composer, Picture
+from domain.ports.images import Composer, Picture
 from support.pictures import (
     BLUE,
     COLOURS,

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
 from adapters.images.intake import PillowIntake
 from domain.errors import ImageRefusal, ImageTooLarge, InvalidImage, UnsupportedImageType
-from domain.ports import ImageIntake
+from domain.ports.images import ImageIntake
 from support.pictures import (
     BLUE,
     GREEN,

@@ -8,7 +8,7 @@ from PIL import Image, ImageCms
 
 from adapters.images.intake import PillowIntake
 from domain.errors import InvalidImage
-from domain.ports import ImageIntake
+from domain.ports.images import ImageIntake
 from support.pictures import (
     BLUE,
     GREEN,

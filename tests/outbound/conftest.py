@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adapters.outbound.url_fetcher import UrlFetcher
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from support.builders import LOGS, SteppableClock
 from support.provider_faults import closed_port
 from support.provider_faults import listening as origin_listening

@@ -13,7 +13,7 @@ from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from domain.errors import LogUnavailable
 from domain.feed import Logged
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from domain.webhooks import NotDelivered, Webhooks
 from support.builders import Scribe, SteppableClock
 from support.doubles import Passing

@@ -22,7 +22,7 @@ from adapters.system import now
 from api import service as api_service
 from domain import recorder
 from domain.feed import Logged
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from domain.webhooks import NotDelivered, message_of
 from support.builders import Scribe, body
 from support.doubles import Hold, ScriptedEditor

@@ -24,8 +24,8 @@ from adapters.images.intake import PillowIntake
 from adapters.outbound.url_fetcher import IPAddress, UrlFetcher
 from adapters.providers.openai import DEFAULT_MODEL, OpenAIEditor
 from domain.errors import Failure
-from domain.orders import Options
-from domain.ports import Picture
+from domain.ports.images import Picture
+from domain.requests import Options
 from support.openai_server import (
     KEY,
     OpenAIServer,

@@ -9,8 +9,8 @@ from PIL import Image
 from adapters.offline.editor import LocalEditor
 from adapters.offline.face_swap import LocalFaceSwap
 from domain.errors import Failure
-from domain.orders import AspectRatio, Options
-from domain.ports import Picture
+from domain.ports.images import Picture
+from domain.requests import AspectRatio, Options
 from support.pictures import (
     BLUE,
     GREEN,

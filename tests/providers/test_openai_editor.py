@@ -16,8 +16,8 @@ from openai.types import ImageModel
 from PIL import Image
 
 from adapters.providers.openai import DEFAULT_MODEL, OpenAIEditor
-from domain.orders import AspectRatio, Background, InputFidelity, Options, Quality
-from domain.ports import Picture
+from domain.ports.images import Picture
+from domain.requests import AspectRatio, Background, InputFidelity, Options, Quality
 from providers import openai_description
 from support.doubles import Studio, wish
 from support.openai_editor import (

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from domain.errors import Failure, FailureCode
-from domain.orders import Options
-from domain.ports import Picture
+from domain.ports.images import Picture
+from domain.requests import Options
 from support.doubles import pass_time
 from support.openai_editor import (
     DEADLINE,

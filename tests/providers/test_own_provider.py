@@ -15,7 +15,7 @@ from PIL import Image
 
 from api.settings import SettingsError, load_settings
 from api.wiring import wire
-from domain.ports import Picture
+from domain.ports.images import Picture
 from support.command_line import STAGECAST, stagecast
 from support.deployment import free_port, parts
 from support.doubles import FACE_URL
@@ -34,7 +34,7 @@ from io import BytesIO
 from PIL import Image
 
 from domain.errors import Conflict, Failure, LogUnavailable
-from domain.ports import Picture
+from domain.ports.images import Picture
 
 SECRET = {SECRET!r}
 _tasks = set()
@@ -338,7 +338,7 @@ async def test_it_is_found_in_the_current_folder_and_its_stray_errors_are_logged
 
 
 class Face:
-    """`domain.ports.ImageFetcher`: a picture behind every URL."""
+    """`domain.ports.images.ImageFetcher`: a picture behind every URL."""
 
     async def fetch(self, url: str) -> Picture:
         return solid(GREEN)

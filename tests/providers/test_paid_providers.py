@@ -14,7 +14,7 @@ from adapters.providers.replicate import ReplicateFaceSwap
 from api.app import create_service
 from api.settings import Settings
 from api.wiring import wire
-from domain.ports import Picture
+from domain.ports.images import Picture
 from support.doubles import pass_time
 from support.harness import JSON, Running, running
 from support.openai_server import KEY, OpenAIServer, data_of, error, in_base64, openai_server, pictures
@@ -168,7 +168,7 @@ async def test_a_cancel_hangs_up_on_the_provider_and_leaves_its_neighbour_alone(
 
 
 class _Faces:
-    """`domain.ports.ImageFetcher` of one face."""
+    """`domain.ports.images.ImageFetcher` of one face."""
 
     async def fetch(self, url: str) -> Any:
         return FACE

@@ -11,7 +11,7 @@ import pytest
 
 from adapters.providers.attempts import Declined, answered, attempt, broken, log_problem
 from domain.errors import Failure, FailureCode
-from domain.ports import Picture
+from domain.ports.images import Picture
 from support.doubles import pass_time
 
 BUSY = Failure("provider_rate_limited")

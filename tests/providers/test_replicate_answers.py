@@ -14,7 +14,7 @@ from PIL import Image
 
 from adapters.providers.replicate import ReplicateFaceSwap
 from domain.errors import Failure
-from domain.ports import Picture
+from domain.ports.images import Picture
 from support.pictures import BLUE, GREEN, RED, THREADS, alike, colour_at, encoded, opened, solid
 from support.replicate_server import TOKEN, Replicate
 

@@ -21,7 +21,8 @@ from PIL import Image
 from adapters.providers import replicate as replicate_face_swap
 from adapters.providers.replicate import DEFAULT_MODEL, ReplicateFaceSwap
 from domain.errors import Failure
-from domain.ports import FaceSwapper, Picture
+from domain.ports.images import Picture
+from domain.ports.providers import FaceSwapper
 from support.doubles import pass_time
 from support.pictures import BLUE, GREEN, RED, THREADS, alike, colour_at, opened, picture, raw_png, solid
 from support.provider_faults import closed_port
@@ -81,7 +82,7 @@ def swapper(replicate: Replicate) -> ReplicateFaceSwap:
 
 
 class Reports:
-    """`domain.ports.Report`: keeps what it is told."""
+    """`domain.ports.providers.Report`: keeps what it is told."""
 
     def __init__(self) -> None:
         self.told: list[tuple[float, str]] = []

@@ -17,7 +17,7 @@ from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.events import timestamp
 from domain.feed import Feed
-from domain.ports import History
+from domain.ports.log import History
 from support.builders import SteppableClock
 from support.harness import HUNG
 from support.node import needs_node

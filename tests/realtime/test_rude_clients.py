@@ -24,7 +24,7 @@ from adapters.realtime.send_buffer import MAX_BYTES, MAX_EVENTS
 from adapters.serving import uvicorn_server
 from adapters.system import now
 from domain.errors import LogUnavailable
-from domain.ports import History
+from domain.ports.log import History
 from support.harness import Running, reluctant, rest_of, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -199,7 +199,7 @@ async def _all_is_well(deployment: Deployment, caller: Caller, phone: Phone, lif
 
 
 class JumpingClock:
-    """`domain.ports.Clock`: the right time, but for what it has jumped."""
+    """`domain.ports.system.Clock`: the right time, but for what it has jumped."""
 
     def __init__(self) -> None:
         self.jumped = timedelta()

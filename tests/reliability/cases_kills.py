@@ -21,10 +21,10 @@ from domain.errors import Conflict, LogUnavailable
 from domain.events import Event
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.orders import Order
-from domain.ports import Append, EventLog, Start
-from domain.queries import generation_of
+from domain.ports.log import Append, EventLog, Start
 from domain.recorder import Recorder
+from domain.rehydrate import generation_of
+from domain.requests import Order
 from domain.stages import FLOWS
 from reliability.cases import Trial, case
 from support.builders import EDIT, LOGS, Heard, facts_for, make_generation, make_order, statuses

@@ -16,7 +16,7 @@ from adapters.memory.queue import MemoryQueue
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Logged
-from domain.ports import Append, EventLog, History
+from domain.ports.log import Append, EventLog, History
 from domain.supervisor import Supervisor
 from reliability.cases import Trial, case
 from reliability.cases_disk_and_clock import SCRATCH_IS_NO_FILE, no_room

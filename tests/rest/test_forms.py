@@ -8,7 +8,7 @@ import httpx2
 import pytest
 import pytest_asyncio
 
-from domain.orders import Order
+from domain.requests import Order
 from support.http_app import PNG, Api, assert_problem, serve_api
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

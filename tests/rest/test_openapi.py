@@ -20,7 +20,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
-from domain.queries import order_of
+from domain.rehydrate import order_of
 from support.harness import JSON, PHOTO, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

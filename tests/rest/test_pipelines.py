@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from domain.feed import Logged
-from domain.ports import Gap
+from domain.ports.log import Gap
 from support.guarded import SERVICE, guarded, token
 from support.harness import JSON, Running, running
 from support.node import ROOT, needs_node

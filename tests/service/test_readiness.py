@@ -17,7 +17,7 @@ from adapters.memory.queue import MemoryQueue
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.housekeeping import Housekeeping
-from domain.ports import Deliver
+from domain.ports.log import Deliver
 from domain.stored_images import StoredImages
 from support.doubles import Passing
 from support.harness import JSON, Running, running

@@ -17,7 +17,7 @@ from adapters.memory.queue import MemoryQueue
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Logged
-from domain.ports import Append, Deliver, EventLog, History
+from domain.ports.log import Append, Deliver, EventLog, History
 from domain.supervisor import Supervisor
 from support.builders import open_memory_log, open_sqlite_log
 from support.doubles import Hold, Passing, ScriptedEditor

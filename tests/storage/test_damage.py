@@ -21,8 +21,9 @@ from domain.events import decode
 from domain.feed import Cursor
 from domain.generation import Generation
 from domain.identity import Identity
-from domain.ports import EventLog, History, Session
-from domain.queries import generation_of, order_of
+from domain.ports.log import EventLog, History
+from domain.ports.sessions import Session
+from domain.rehydrate import generation_of, order_of
 from support.builders import NOON, CountedEntropy, Scribe, SteppableClock
 from support.harness import running
 
@@ -176,7 +177,7 @@ async def test_a_start_checks_only_what_is_unfinished_and_the_rest_is_checked_wh
         assert said() == 1
         await shown(life, "ada")
         assert said() == 2
-        assert await life.log.begun("bob", "key of bob") is None
+        assert await life.log.find_by_idempotency_key("bob", "key of bob") is None
         assert said() == 3
         await life.log.examine()
         assert said() == 4
@@ -191,7 +192,7 @@ READS: Final = {
     "the list": lambda log, _: log.generations("ada", limit=10),
     "the finished": lambda log, _: log.generations("ada", active=False, limit=10),
     "the feed": lambda log, _: log.feed("ada", after=0, anchor=0, limit=100),
-    "the key": lambda log, _: log.begun("ada", "key of ada"),
+    "the key": lambda log, _: log.find_by_idempotency_key("ada", "key of ada"),
     "the outbox": lambda log, _: log.undelivered(10),
     "the expired": lambda log, _: log.finished_before(datetime(9000, 1, 1, tzinfo=UTC), 10),
     "the removal": lambda log, name: log.remove(name, retention=False),

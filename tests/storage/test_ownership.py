@@ -23,7 +23,7 @@ import pytest
 from adapters.images.folder import FolderRefused, ImageFolder
 from adapters.sqlite.database import Database, LogRefused
 from domain.errors import Failure, LogUnavailable
-from domain.ports import Picture
+from domain.ports.images import Picture
 from support.deployment import Caller, Deployment, Life, parts
 from support.harness import PHOTO, running
 

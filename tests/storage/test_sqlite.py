@@ -15,7 +15,7 @@ from adapters.sqlite.database import SCHEMA, Database, LogRefused
 from adapters.sqlite.log import SqliteLog
 from domain.errors import LogUnavailable
 from domain.identity import Identity
-from domain.ports import Session
+from domain.ports.sessions import Session
 from support.builders import NOON, Heard, bodies, statuses
 from support.sqlite_files import RETENTION, content, held, image, opened, python, rows
 

@@ -14,7 +14,7 @@ import pytest
 from domain.errors import AlreadyStarted, LogUnavailable
 from domain.feed import Cursor
 from domain.identity import Identity
-from domain.ports import Session
+from domain.ports.sessions import Session
 from support.builders import NOON, Heard
 from support.sqlite_files import RETENTION, Opened, content, held, image, opened, python, rows
 

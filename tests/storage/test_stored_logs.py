@@ -39,7 +39,7 @@ async def test_a_log_of_an_earlier_version_is_served_as_it_was(name: str, tmp_pa
             assert after[: len(cursor["after"])] == cursor["after"]
         assert (await service.look(f"/generations/{stored['deleted']}", "ada")).status_code == 404
         for key, generation_id in stored["keys"].items():
-            begun = await service.service.log.begun("ada", key)
+            begun = await service.service.log.find_by_idempotency_key("ada", key)
             assert begun is not None
             assert begun.generation_id == generation_id
         # Sessions are taken up where they were.

@@ -21,8 +21,9 @@ from adapters.sqlite.log import SqliteLog
 from domain.events import encode, event_name
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.orders import Order
-from domain.ports import Append, Clock, EventLog, Gap, History, Start
+from domain.ports.log import Append, EventLog, Gap, History, Start
+from domain.ports.system import Clock
+from domain.requests import Order
 from domain.stages import Kind
 
 #: For every property: as thorough as CI can pay for, and never judged by how long one example took.
@@ -57,7 +58,7 @@ FACTS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 class SteppableClock:
-    """`domain.ports.Clock`: stands still until it is told to go on."""
+    """`domain.ports.system.Clock`: stands still until it is told to go on."""
 
     def __init__(self, present: datetime = NOON) -> None:
         self.present = present
@@ -71,7 +72,7 @@ class SteppableClock:
 
 
 class CountedEntropy:
-    """`domain.ports.Entropy`: the same tokens and event ids in every run, and none twice."""
+    """`domain.ports.system.Entropy`: the same tokens and event ids in every run, and none twice."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
@@ -245,7 +246,7 @@ async def open_sqlite_log(
         yield SqliteLog(database, credits=credits, clock=clock, outbox=outbox)
 
 
-#: Every adapter of `domain.ports.EventLog`, by name. A new one is tried by all suites once it is here.
+#: Every adapter of `domain.ports.log.EventLog`, by name. A new one is tried by all suites once it is here.
 LOGS: Final[Mapping[str, OpenLog]] = {"memory": open_memory_log, "sqlite": open_sqlite_log}
 
 

@@ -17,11 +17,14 @@ from domain.errors import Failure, FailureCode, InvalidImage, LogUnavailable
 from domain.external import ExternalWork
 from domain.feed import Cursor, Feed, Logged
 from domain.generation import Snapshot
-from domain.orders import Options
-from domain.ports import Append, Begun, Content, Deliver, EventLog, History, Load, Picture, Report, Standing, read
+from domain.ports.images import Content, Load, Picture, read
+from domain.ports.ledger import Standing
+from domain.ports.log import Append, Deliver, EventLog, History, IdempotencyRecord
+from domain.ports.providers import Report
 from domain.quarantine import Quarantine
-from domain.queries import generation_of
 from domain.recorder import Recorder
+from domain.rehydrate import generation_of
+from domain.requests import Options
 from domain.runner import Runner
 from domain.stages import Kind
 from domain.stored_images import StoredImages
@@ -96,7 +99,7 @@ class Hold:
 
 
 class ScriptedEditor:
-    """`domain.ports.ImageEditor`: acts, and then gives its picture. Counts what would have been paid for."""
+    """`domain.ports.providers.ImageEditor`: acts, and then gives its picture. Counts what would have been paid for."""
 
     def __init__(self, *acts: Act, free: bool = False) -> None:
         self.free = free
@@ -118,7 +121,7 @@ class ScriptedEditor:
 
 
 class ScriptedFaceSwapper:
-    """`domain.ports.FaceSwapper`, likewise."""
+    """`domain.ports.providers.FaceSwapper`, likewise."""
 
     def __init__(self, *acts: Act, free: bool = False) -> None:
         self.free = free
@@ -138,7 +141,7 @@ async def nothing(fraction: float, message: str, preview: Picture | None = None)
 
 
 class ScriptedComposer:
-    """`domain.ports.Composer`: joins the pictures' bytes."""
+    """`domain.ports.images.Composer`: joins the pictures' bytes."""
 
     def __init__(self, *acts: Act) -> None:
         self.acts: Sequence[Act] = acts
@@ -153,7 +156,7 @@ class ScriptedComposer:
 
 
 class ScriptedFetcher:
-    """`domain.ports.ImageFetcher`: a web of as many pictures as there are URLs."""
+    """`domain.ports.images.ImageFetcher`: a web of as many pictures as there are URLs."""
 
     def __init__(self, *acts: Act) -> None:
         self.acts: Sequence[Act] = acts
@@ -167,7 +170,7 @@ class ScriptedFetcher:
 
 
 class TrustingIntake:
-    """`domain.ports.ImageIntake`: admits everything but ``b"bad"``."""
+    """`domain.ports.images.ImageIntake`: admits everything but ``b"bad"``."""
 
     async def admit(self, content: Content) -> Picture:
         data = await read(content)
@@ -177,7 +180,7 @@ class TrustingIntake:
 
 
 class InMemoryImages:
-    """`domain.ports.ImageStore` without a disk. Pictures whose bytes are in `refused` cannot be stored."""
+    """`domain.ports.images.ImageStore` without a disk. Pictures whose bytes are in `refused` cannot be stored."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Picture] = {}
@@ -240,7 +243,7 @@ class Bytes:
 
 
 class Passing:
-    """`domain.ports.EventLog` that passes everything on to another, over a line with a delay."""
+    """`domain.ports.log.EventLog` that passes everything on to another, over a line with a delay."""
 
     def __init__(self, log: EventLog) -> None:
         self.inner = log
@@ -271,9 +274,9 @@ class Passing:
         await self.pass_on()
         await self.inner.mark_paid(generation_id)
 
-    async def begun(self, user_id: str, key: str) -> Begun | None:
+    async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
         await self.pass_on()
-        return await self.inner.begun(user_id, key)
+        return await self.inner.find_by_idempotency_key(user_id, key)
 
     async def generation(self, generation_id: str) -> History | None:
         await self.pass_on()

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 
 from domain.errors import Refusal
 from domain.feed import Cursor, Feed, Logged
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from support.builders import OpenLog, Scribe, SteppableClock
 
 

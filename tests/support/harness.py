@@ -22,9 +22,9 @@ from api.settings import Settings
 from api.wiring import wire
 from domain.events import Event, decode, encode, event_name, timestamp
 from domain.generation import Generation
-from domain.orders import Order
-from domain.ports import Append, EventLog, History, Start
-from domain.queries import order_of
+from domain.ports.log import Append, EventLog, History, Start
+from domain.rehydrate import order_of
+from domain.requests import Order
 from support.pictures import RED, solid
 
 JSON = dict[str, Any]

@@ -26,7 +26,7 @@ from api.rest.origin_guard import OriginGuard
 from domain.admission import Admission, Limits
 from domain.errors import Failure, ImageTooLarge, InvalidImage, UnsupportedImageType
 from domain.external import ExternalWork
-from domain.ports import Content, Picture, read
+from domain.ports.images import Content, Picture, read
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
 from domain.stored_images import StoredImages
@@ -39,7 +39,7 @@ HUGE: Final = b"\x89PNG huge"
 
 
 class FakeIntake:
-    """`domain.ports.ImageIntake` that looks at the first bytes only."""
+    """`domain.ports.images.ImageIntake` that looks at the first bytes only."""
 
     async def admit(self, content: Content) -> Picture:
         data = await read(content)
@@ -53,7 +53,7 @@ class FakeIntake:
 
 
 class FakeImages:
-    """`domain.ports.ImageStore` in a dict."""
+    """`domain.ports.images.ImageStore` in a dict."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Picture] = {}

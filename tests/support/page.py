@@ -3,15 +3,16 @@
 from collections import defaultdict, deque
 from collections.abc import Sequence
 
-from domain.orders import Options
-from domain.ports import Load, Picture, Report
+from domain.ports.images import Load, Picture
+from domain.ports.providers import Report
+from domain.requests import Options
 from support.doubles import Act, Hold
 from support.harness import Running
 from support.pictures import RED, solid
 
 
 class PromptedEditor:
-    """`domain.ports.ImageEditor` that runs the acts registered for a prompt."""
+    """`domain.ports.providers.ImageEditor` that runs the acts registered for a prompt."""
 
     free = False
 
@@ -36,7 +37,7 @@ class PromptedEditor:
 
 
 class QuickComposer:
-    """`domain.ports.Composer`: returns an empty sheet."""
+    """`domain.ports.images.Composer`: returns an empty sheet."""
 
     async def compose(self, pictures: Sequence[Load]) -> Picture:
         return solid((250, 250, 250), (100, 140))

@@ -8,7 +8,7 @@ from io import BytesIO
 from PIL import Image, ImageChops
 
 from adapters.images.threads import ImageThreads
-from domain.ports import Load, Picture
+from domain.ports.images import Load, Picture
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]

@@ -17,7 +17,7 @@ import pytest
 from adapters.images.intake import PillowIntake
 from adapters.outbound.url_fetcher import IPAddress, IPNetwork, Resolver, UrlFetcher
 from domain.errors import Failure
-from domain.ports import ImageFetcher, ImageIntake
+from domain.ports.images import ImageFetcher, ImageIntake
 from support.pictures import RED, THREADS, solid
 
 #: Where the sites are. Linux has a whole network of loopback addresses; elsewhere there is one of each version.

@@ -61,7 +61,7 @@ async def image(log: SqliteLog, *user_ids: str) -> object:
             await log.credit(user_id),
             await log.generations(user_id, limit=1_000),
             await log.head_cursor(user_id),
-            await log.begun(user_id, "k"),
+            await log.find_by_idempotency_key(user_id, "k"),
         )
         for user_id in user_ids
     ] + [await log.unfinished(), await log.undelivered(100), await log.finished_before(NOON + RETENTION, 100)]

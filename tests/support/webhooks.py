@@ -12,7 +12,7 @@ from adapters.outbound.webhook_sender import WebhookSender
 from adapters.system import now
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.ports import EventLog
+from domain.ports.log import EventLog
 from domain.webhooks import Webhooks
 from support.provider_faults import Answer, Origin, Request
 from support.provider_faults import whole as answer_with

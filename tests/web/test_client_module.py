@@ -19,8 +19,9 @@ from adapters.memory.log import MemoryLog
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Cursor
-from domain.orders import Options
-from domain.ports import Picture, Report
+from domain.ports.images import Picture
+from domain.ports.providers import Report
+from domain.requests import Options
 from support.browser import chromium, needs_chromium
 from support.doubles import ScriptedComposer, png
 from support.guarded import SECRET, guarded
@@ -36,7 +37,7 @@ needs_react: Final = pytest.mark.skipif(
 
 
 class GatedEditor:
-    """`domain.ports.ImageEditor`: with the prompt ``wait for X`` it waits, after two reports, for ``let go X``."""
+    """`domain.ports.providers.ImageEditor`: the prompt ``wait for X`` waits, after two reports, for ``let go X``."""
 
     free = False
 

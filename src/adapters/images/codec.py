@@ -15,7 +15,7 @@ from typing import IO, Final
 
 from PIL import Image, ImageChops
 
-from domain.ports import Picture
+from domain.ports.images import Picture
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 

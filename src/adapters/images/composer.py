@@ -10,7 +10,7 @@ from PIL import Image
 from adapters.images.codec import Unreadable, blank, decoded, encode, opened
 from adapters.images.threads import GLANCE, ImageThreads
 from domain.errors import Failure
-from domain.ports import Load, Picture
+from domain.ports.images import Load, Picture
 
 #: In pixels: A4 at 300 dots per inch, the margin, and the gap between pictures.
 SHEET: Final = (2480, 3508)
@@ -28,7 +28,7 @@ class Box(NamedTuple):
 
 
 class PillowComposer:
-    """`domain.ports.Composer`: arranges 1 to 5 pictures in rows, left to right and top to bottom."""
+    """`domain.ports.images.Composer`: arranges 1 to 5 pictures in rows, left to right and top to bottom."""
 
     def __init__(self, threads: ImageThreads) -> None:
         self._threads = threads

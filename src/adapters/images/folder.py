@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from domain.errors import Failure
-from domain.ports import Picture
+from domain.ports.images import Picture
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class FolderRefused(Exception):
 
 
 class ImageFolder:
-    """`domain.ports.ImageStore` under `root`, which no other process may change meanwhile.
+    """`domain.ports.images.ImageStore` under `root`, which no other process may change meanwhile.
 
     Files with other names than our pictures' are neither served nor removed. A file that cannot be removed is left for
     the next sweep. Nothing is written or removed while the folder is missing or replaced by another.

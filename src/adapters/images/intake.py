@@ -16,7 +16,7 @@ from adapters.images.colour_profiles import SRGB
 from adapters.images.file_structure import PictureFile, orientation, read_jpeg, read_png
 from adapters.images.threads import GLANCE, ImageThreads
 from domain.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
-from domain.ports import Content, Picture, read
+from domain.ports.images import Content, Picture, read
 
 MAX_PIXELS: Final = 25_000_000
 
@@ -57,7 +57,7 @@ _COLOURS: Final = Image.frombytes("RGB", (27, 27), bytes(chain.from_iterable(pro
 
 
 class PillowIntake:
-    """`domain.ports.ImageIntake` for PNG, JPEG and WebP; of an animation, its first frame."""
+    """`domain.ports.images.ImageIntake` for PNG, JPEG and WebP; of an animation, its first frame."""
 
     def __init__(self, threads: ImageThreads) -> None:
         self._threads = threads

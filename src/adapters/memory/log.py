@@ -26,7 +26,9 @@ from domain.errors import (
 )
 from domain.events import CONTINUE, NAMES, with_credit
 from domain.feed import Cursor, Feed, Logged, zero_id
-from domain.ports import Append, Begun, Clock, Deliver, History, Standing, Start
+from domain.ports.ledger import Standing
+from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Start
+from domain.ports.system import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,7 @@ class _Grant(NamedTuple):
 
 
 class MemoryLog:
-    """`domain.ports.EventLog` in memory."""
+    """`domain.ports.log.EventLog` in memory."""
 
     durable = False
 
@@ -209,12 +211,12 @@ class MemoryLog:
         if record := self._records.get(generation_id):
             record.free = False
 
-    async def begun(self, user_id: str, key: str) -> Begun | None:
+    async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
         user = self._users.get(user_id)
         generation_id = user and user.keys.get(key)
         if not generation_id:
             return None
-        return Begun(generation_id, self._records[generation_id].start.fingerprint)
+        return IdempotencyRecord(generation_id, self._records[generation_id].start.fingerprint)
 
     async def generation(self, generation_id: str) -> History | None:
         record = self._records.get(generation_id)

@@ -43,7 +43,7 @@ class _RoundRobin:
 
 
 class MemoryQueue:
-    """`domain.ports.WorkQueue` for one process."""
+    """`domain.ports.leases.WorkQueue` for one process."""
 
     def __init__(self) -> None:
         self._work, self._fetches = _RoundRobin(), _RoundRobin()

@@ -5,14 +5,14 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Final
 
-from domain.ports import Session
+from domain.ports.sessions import Session
 
 #: Sessions of one user; beyond them, the least recently used are removed.
 _PER_USER: Final = 1_000
 
 
 class MemorySessions:
-    """`domain.ports.SessionStore` in memory."""
+    """`domain.ports.sessions.Sessions` in memory."""
 
     def __init__(self, retention: timedelta) -> None:
         self._retention = retention

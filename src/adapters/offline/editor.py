@@ -10,8 +10,9 @@ from adapters.images.threads import ImageThreads
 from adapters.offline.art import Box, Chance, Colour, Palette, disc, faded, inset, mesh, rounded, shadow, tint
 from adapters.offline.lettering import letters, write
 from adapters.offline.pace import Pace
-from domain.orders import Options
-from domain.ports import Picture, Report
+from domain.ports.images import Picture
+from domain.ports.providers import Report
+from domain.requests import Options
 
 SIZES: Final = {"2:3": (1024, 1536), "1:1": (1024, 1024), "3:2": (1536, 1024)}
 
@@ -23,7 +24,7 @@ _GENERATING: Final = ("Sketching...", "Laying out the shapes...", "Painting...",
 
 
 class LocalEditor:
-    """`domain.ports.ImageEditor` without an AI. It is deterministic, and takes at least `seconds`."""
+    """`domain.ports.providers.ImageEditor` without an AI. It is deterministic, and takes at least `seconds`."""
 
     free = True
 

@@ -9,7 +9,8 @@ from adapters.images.codec import decoded, encode, opened
 from adapters.images.threads import ImageThreads
 from adapters.offline.art import faded, inset, oval, rounded
 from adapters.offline.pace import Pace
-from domain.ports import Picture, Report
+from domain.ports.images import Picture
+from domain.ports.providers import Report
 
 LABEL: Final = "offline preview"
 
@@ -24,7 +25,7 @@ _MESSAGES: Final = ("Looking at the face...", "Cutting it out...", "Softening th
 
 
 class LocalFaceSwap:
-    """`domain.ports.FaceSwapper`: puts the face into the upper right corner. It takes at least `seconds`."""
+    """`domain.ports.providers.FaceSwapper`: puts the face into the upper right corner. It takes at least `seconds`."""
 
     free = True
 

@@ -9,7 +9,8 @@ from PIL import ImageFilter
 from adapters.images.codec import Unreadable, decoded, encode, opened
 from adapters.images.threads import ImageThreads
 from domain.errors import Failure
-from domain.ports import Picture, Report
+from domain.ports.images import Picture
+from domain.ports.providers import Report
 
 #: Seconds between two reports.
 _INTERVAL: Final = 0.5

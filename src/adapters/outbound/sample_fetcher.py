@@ -3,11 +3,11 @@
 import asyncio
 from pathlib import Path
 
-from domain.ports import ImageFetcher, ImageIntake, Picture
+from domain.ports.images import ImageFetcher, ImageIntake, Picture
 
 
 class SampleFetcher:
-    """`domain.ports.ImageFetcher`: reads URLs below `base` from `folder`, and passes all other URLs to `others`."""
+    """`domain.ports.images.ImageFetcher`: reads URLs below `base` from `folder`; `others` fetches the rest."""
 
     def __init__(self, intake: ImageIntake, others: ImageFetcher, *, base: str, folder: Path) -> None:
         self._intake = intake

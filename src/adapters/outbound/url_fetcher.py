@@ -21,7 +21,7 @@ import httpx2
 from adapters.outbound.content_coding import compressions
 from adapters.outbound.tls import ssl_context
 from domain.errors import Failure, ImageRefusal
-from domain.ports import ImageIntake, Picture
+from domain.ports.images import ImageIntake, Picture
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
@@ -93,7 +93,7 @@ async def system_resolver(host: str) -> Sequence[IPAddress]:
 
 
 class UrlFetcher:
-    """`domain.ports.ImageFetcher` for http and https, from public addresses and those in `allow`.
+    """`domain.ports.images.ImageFetcher` for http and https, from public addresses and those in `allow`.
 
     The caller limits how many fetches run at once: a queue in here would let slow sites delay fast ones.
     """

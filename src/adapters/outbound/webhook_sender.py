@@ -12,7 +12,7 @@ import httpx2
 
 from adapters.outbound.retry_after import retry_after
 from adapters.outbound.tls import ssl_context
-from domain.ports import Clock
+from domain.ports.system import Clock
 from domain.webhooks import NotDelivered
 
 #: Seconds and bytes for which the response's body is read and discarded.

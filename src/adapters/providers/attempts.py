@@ -19,7 +19,7 @@ from adapters.outbound.content_coding import compressions
 from adapters.outbound.retry_after import retry_after
 from adapters.outbound.tls import ssl_context
 from domain.errors import Failure
-from domain.ports import Report
+from domain.ports.providers import Report
 
 T = TypeVar("T")
 

@@ -30,8 +30,9 @@ from adapters.providers.attempts import (
 )
 from adapters.providers.pictures import Found, Unusable, candidates, inline, preview, usable
 from domain.errors import Failure
-from domain.orders import Options
-from domain.ports import Picture, Report
+from domain.ports.images import Picture
+from domain.ports.providers import Report
+from domain.requests import Options
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncAPIResponse
@@ -78,7 +79,7 @@ _CONTENT_REFUSED: Final = (
 
 
 class OpenAIEditor:
-    """`domain.ports.ImageEditor`: one call of the endpoint for each picture, with the sheet as its image."""
+    """`domain.ports.providers.ImageEditor`: one call of the endpoint for each picture, with the sheet as its image."""
 
     free = False
 

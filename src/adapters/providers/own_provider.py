@@ -17,8 +17,9 @@ from adapters.images.threads import ImageThreads
 from adapters.providers.pictures import Unusable, usable
 from domain.errors import Failure, Refusal
 from domain.events import FaceSwapError
-from domain.orders import Options
-from domain.ports import Picture, Report
+from domain.ports.images import Picture
+from domain.ports.providers import Report
+from domain.requests import Options
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def _is_fit(failure: Failure) -> bool:
 
 
 class OwnEditor(_Own):
-    """`domain.ports.ImageEditor` around the operator's implementation."""
+    """`domain.ports.providers.ImageEditor` around the operator's implementation."""
 
     methods = (("edit", 4), ("generate", 4))
 
@@ -145,7 +146,7 @@ class OwnEditor(_Own):
 
 
 class OwnFaceSwap(_Own):
-    """`domain.ports.FaceSwapper` around the operator's implementation."""
+    """`domain.ports.providers.FaceSwapper` around the operator's implementation."""
 
     methods = (("swap", 3),)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from adapters.images.codec import FORMATS, Unreadable, decoded, encode, load, opened, reading
 from adapters.images.intake import MAX_PIXELS
-from domain.ports import Picture
+from domain.ports.images import Picture
 
 #: The formats that Pillow decodes by itself. EPS is excluded because it starts Ghostscript.
 _FORMATS: Final = (

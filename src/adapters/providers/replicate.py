@@ -31,7 +31,8 @@ from adapters.providers.attempts import (
 )
 from adapters.providers.pictures import Unusable, candidates, inline, usable
 from domain.errors import Failure
-from domain.ports import Picture, Report
+from domain.ports.images import Picture
+from domain.ports.providers import Report
 
 #: The most used model. Community models need a version.
 DEFAULT_MODEL: Final = "cdingram/face-swap:d1d6ea8c8be89d664a07a457526f7128109dee7030fdac424788d762c71ed111"
@@ -104,7 +105,7 @@ T = TypeVar("T")
 
 
 class ReplicateFaceSwap:
-    """`domain.ports.FaceSwapper` with a model on Replicate."""
+    """`domain.ports.providers.FaceSwapper` with a model on Replicate."""
 
     free = False
 

@@ -26,7 +26,7 @@ from adapters.realtime.engineio_server import EngineServer
 from adapters.realtime.socketio_frames import frame, parse
 from domain.errors import LogUnavailable, Refusal
 from domain.identity import KeysUnavailable
-from domain.ports import Clock
+from domain.ports.system import Clock
 
 logger = logging.getLogger(__name__)
 

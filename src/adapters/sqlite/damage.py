@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, cast
 from domain.events import decode, event_name
 from domain.feed import zero_id
 from domain.identity import InvalidUserId, user_id
-from domain.orders import Order
+from domain.requests import Order
 from domain.stages import FLOWS, Kind
 
 logger = logging.getLogger(__name__)

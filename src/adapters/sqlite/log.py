@@ -29,7 +29,9 @@ from domain.errors import (
 )
 from domain.events import with_credit
 from domain.feed import Cursor, Feed, Logged, zero_id
-from domain.ports import Append, Begun, Clock, Deliver, History, Standing, Start
+from domain.ports.ledger import Standing
+from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Start
+from domain.ports.system import Clock
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ class _Appended(NamedTuple):
 
 
 class SqliteLog:
-    """`domain.ports.EventLog` in a SQLite file, for one process."""
+    """`domain.ports.log.EventLog` in a SQLite file, for one process."""
 
     durable = True
 
@@ -143,7 +145,7 @@ class SqliteLog:
             )
         )
 
-    async def begun(self, user_id: str, key: str) -> Begun | None:
+    async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
         where = "WHERE user = (SELECT id FROM users WHERE user_id = ?) AND idempotency_key = ?"
         row = await self._read(
             lambda connection: connection.execute(
@@ -152,7 +154,7 @@ class SqliteLog:
             f"SELECT id FROM generations {where}",
             (user_id, key),
         )
-        return row and Begun(*row)
+        return row and IdempotencyRecord(*row)
 
     async def generation(self, generation_id: str) -> History | None:
         def read(connection: sqlite3.Connection) -> Sequence[History]:

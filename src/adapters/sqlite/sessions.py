@@ -9,7 +9,7 @@ from typing import Final
 from adapters.sqlite.database import Database, is_text, microseconds, moment
 from domain.feed import Cursor
 from domain.identity import Identity
-from domain.ports import Session
+from domain.ports.sessions import Session
 
 #: Sessions of one user; beyond them, the least recently used are removed.
 _PER_USER: Final = 1_000
@@ -19,7 +19,7 @@ _EXPIRED: Final = 100
 
 
 class SqliteSessions:
-    """`domain.ports.SessionStore` in SQLite."""
+    """`domain.ports.sessions.Sessions` in SQLite."""
 
     def __init__(self, database: Database, retention: timedelta) -> None:
         self._database = database

@@ -16,7 +16,7 @@ from jwt.types import Options
 from adapters.outbound.tls import ssl_context
 from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
 from domain.identity import user_id as valid_user_id
-from domain.ports import Clock
+from domain.ports.system import Clock
 
 logger = logging.getLogger(__name__)
 

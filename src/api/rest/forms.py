@@ -26,7 +26,7 @@ from api.rest.bodies import limited
 from api.rest.problems import Invalid, InvalidField, invalid_fields
 from api.rest.spool import Spool, SpooledPart
 from domain.errors import Failure
-from domain.orders import Options
+from domain.requests import Options
 from domain.stages import Kind
 from domain.workflow import Wish
 

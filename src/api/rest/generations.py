@@ -16,7 +16,7 @@ from api.rest.state import UseCases
 from domain.errors import NotFound
 from domain.generation import Snapshot
 from domain.identity import Identity
-from domain.queries import generation_of
+from domain.rehydrate import generation_of
 from domain.stages import Kind
 from domain.workflow import Workflow
 

@@ -12,7 +12,7 @@ from domain.errors import Draining, LogUnavailable, NotFound
 
 router: Final = APIRouter()
 
-#: As `domain.ports.ImageStore.save` makes them: the generation's id, 128 random bits, a suffix.
+#: As `domain.ports.images.ImageStore.save` makes them: the generation's id, 128 random bits, a suffix.
 _NAME: Final = re.compile(r"[a-z0-9_]+-[A-Za-z0-9_-]+\.[a-z]+")
 
 #: Why the service cannot take a start, by code. Of everything else only the code of its part is told.

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from domain.feed_sessions import FeedSessions
-from domain.ports import ImageStore
+from domain.ports.images import ImageStore
 from domain.workflow import Workflow
 
 

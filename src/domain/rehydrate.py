@@ -5,8 +5,8 @@ from typing import Final
 
 from domain.events import decode
 from domain.generation import Generation
-from domain.orders import Order
-from domain.ports import History
+from domain.ports.log import History
+from domain.requests import Order
 
 #: What is raised where a stored order or event is not what was stored.
 UNREADABLE: Final = (ValueError, LookupError, TypeError)

@@ -1,0 +1,98 @@
+"""Images: their store, and what decodes, fetches and arranges them."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import NamedTuple, Protocol
+
+
+class Picture(NamedTuple):
+    """An encoded image."""
+
+    data: bytes
+    #: ``image/png``, ``image/jpeg`` or ``image/webp``.
+    media_type: str
+
+
+class ImageStore(Protocol):
+    """Keeps pictures. A name tells which generation its picture belongs to, and cannot be guessed."""
+
+    async def save(self, generation_id: str, picture: Picture) -> str:
+        """Store the picture whole or not at all, and return its name: the id, ``-``, 128 random bits, a suffix.
+
+        Raises:
+            Failure: ``storage_failed``.
+        """
+
+    async def load(self, name: str) -> Picture | None:
+        """The picture of this name; ``None`` where there is none."""
+
+    async def size(self, name: str) -> int:
+        """How many bytes the picture of this name has; 0 where there is none."""
+
+    async def discard(self, name: str) -> None:
+        """Remove one picture, if it is there."""
+
+    async def remove(self, generation_id: str) -> None:
+        """Remove all pictures of one generation."""
+
+    async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
+        """The names of the pictures stored before that moment, by generation id.
+
+        Those that may belong to another log than the present one are left out.
+        """
+
+    async def close(self) -> None:
+        """Let go of what it holds. Nothing is asked of it any more."""
+
+    async def probe(self) -> None:
+        """Store 4 kB and remove them again, to find out whether a picture can be stored.
+
+        Raises:
+            Failure: ``storage_failed``.
+        """
+
+
+#: What a stranger sent, or what reads it as often as asked.
+Content = bytes | Callable[[], Awaitable[bytes]]
+
+
+async def read(content: Content) -> bytes:
+    """What the stranger sent."""
+    return content if isinstance(content, bytes) else await content()
+
+
+class ImageIntake(Protocol):
+    """Turns what a stranger sent into a picture of ours."""
+
+    async def admit(self, content: Content) -> Picture:
+        """Decode within limits, turn by EXIF, and encode again without anything else that came along.
+
+        Raises:
+            UnsupportedImageType, ImageTooLarge, InvalidImage
+        """
+
+
+class ImageFetcher(Protocol):
+    """Fetches a user's image URL."""
+
+    async def fetch(self, url: str) -> Picture:
+        """The picture behind the URL, admitted by the intake.
+
+        Raises:
+            Failure: ``image_fetch_failed``.
+        """
+
+
+#: Loads one stored picture, as often as asked.
+Load = Callable[[], Awaitable[Picture]]
+
+
+class Composer(Protocol):
+    """Lays pictures out on one sheet."""
+
+    async def compose(self, pictures: Sequence[Load]) -> Picture:
+        """One A4 sheet with all pictures, each whole, in the order given.
+
+        Raises:
+            Failure: ``invalid_image``, and as `Load`.
+        """

@@ -1,0 +1,154 @@
+"""The event log."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple, Protocol
+
+from domain.feed import Cursor, Feed, Logged
+from domain.ports.ledger import Ledger
+from domain.ports.retention import Retention
+from domain.ports.webhook_outbox import WebhookOutbox
+from domain.stages import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What the first append of a generation carries besides its event."""
+
+    kind: Kind
+    #: JSON of `domain.requests.Order`.
+    order: bytes
+    #: The caller's Idempotency-Key and the fingerprint of the whole request.
+    key: str | None
+    fingerprint: str
+    #: How many unfinished generations this user may have, this one included.
+    max_unfinished: int
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """One event on its way into the log."""
+
+    user_id: str
+    generation_id: str
+    #: The sequence this event is to get: one more than the last event in the log.
+    sequence: int
+    #: Random, below 2**63, drawn once per event. A retry carries the same one and is recognised by it.
+    event_id: int
+    #: JSON of `domain.events.Event`, without ``credit``.
+    event: bytes
+    #: The Socket.IO event that carries it.
+    name: str
+    at: datetime
+    #: The change of the user's balance: -1, 0 or 1. ``None``: the event does not show the balance.
+    credit: int | None = None
+    terminal: bool = False
+    start: Start | None = None
+    #: The log refuses the append later than this.
+    not_after: datetime | None = None
+    #: The provider that works in this stage is free, so the work may be repeated after a crash.
+    free: bool = False
+
+
+class Gap(NamedTuple):
+    """The follower missed entries: whoever follows must read the log again."""
+
+
+class History(NamedTuple):
+    """One generation as the log has it: one atomic read."""
+
+    user_id: str
+    generation_id: str
+    kind: Kind
+    #: JSON of `domain.requests.Order`.
+    order: bytes
+    events: Sequence[Logged]
+    #: `Append.free` of the last event, unless `mark_paid` has withdrawn it.
+    free: bool
+
+
+class IdempotencyRecord(NamedTuple):
+    """What an idempotency key stands for."""
+
+    generation_id: str
+    fingerprint: str
+
+
+Deliver = Callable[[Logged | Gap], None]
+
+
+class EventLog(Ledger, Retention, WebhookOutbox, Protocol):
+    """The one place where a generation moves.
+
+    Every method may raise `LogUnavailable`. `append` is one atomic step over everything it checks and
+    changes: it happens whole or not at all.
+    """
+
+    @property
+    def epoch(self) -> str:
+        """Names this log's past, in ``[a-z0-9]``: it changes when the log has lost what it held."""
+
+    @property
+    def durable(self) -> bool:
+        """Whether what was appended is still there after this process."""
+
+    async def append(self, entry: Append) -> Logged:
+        """Add the event, move the balance, and note the idempotency key.
+
+        An append whose own event id already stands at its sequence has succeeded before: it returns
+        that entry and changes nothing. Checked in this order:
+
+        Raises:
+            LogUnavailable: also where it is later than `entry.not_after`.
+            AlreadyStarted, IdempotencyMismatch: the key has begun a generation before.
+            Conflict: `entry.sequence` is not the next one, or the generation has ended.
+            TooManyGenerations: the user already has `max_unfinished`.
+            InsufficientCredit: the balance would fall below zero.
+        """
+
+    async def mark_paid(self, generation_id: str) -> None:
+        """From now on the present stage of this generation may cost money: withdraw `Append.free` of its last event."""
+
+    async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
+        """What this user began with this idempotency key."""
+
+    async def generation(self, generation_id: str) -> History | None:
+        """All events of one generation, in order of sequence."""
+
+    async def generations(
+        self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
+    ) -> Sequence[History]:
+        """This user's generations, newest first.
+
+        `active` keeps only unfinished (True) or finished (False) ones; `before`, only those whose first
+        event lies before that position.
+        """
+
+    async def unfinished(self) -> Sequence[History]:
+        """Every unfinished generation of every user, oldest first."""
+
+    async def set_aside(self, generation_id: str) -> bool:
+        """Whether it counts as deleted since it cannot be read. What belongs to it is kept until retention ends."""
+
+    async def examine(self) -> None:
+        """Check, a little at a time, all that was stored before, so that what is damaged counts as deleted."""
+
+    async def head_cursor(self, user_id: str) -> Cursor:
+        """The cursor at the feed's head: after it come the events so far of unfinished generations, and new events."""
+
+    async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
+        """At most `limit` entries with a position above `after`, and what a cursor at `anchor` is compared with."""
+
+    def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
+        """Deliver every entry appended from now on, in order of position per user, or `Gap`.
+
+        `deliver` must not block. What it raises is logged and undoes nothing.
+        """
+
+    async def probe(self) -> None:
+        """Commit one row and read it, to find out whether the log can take an append. Raises `LogUnavailable`."""
+
+    async def close(self) -> None:
+        """Let go of what it holds. Nothing is asked of it any more."""
