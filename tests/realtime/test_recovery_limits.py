@@ -407,7 +407,7 @@ async def test_of_many_that_take_up_one_pid_at_once_one_stays(stage: Stage) -> N
     connections = await asyncio.gather(*(stage.service.raw() for _ in range(8)))
     await asyncio.gather(*(each.send("40" + json.dumps({"pid": pid})) for each in connections))
     server, rooms = stage.service.service.sockets, stage.service.service.hub.rooms
-    await stage.service.until(lambda: len(rooms.get(user, ())) == len(server.connections) == 1)
+    await stage.service.until(lambda: len(rooms.get(user, ())) == len(server.sessions) == 1)
     await stage.scribe.short(user)
     assert list(server.pids) == [pid]
     for each in connections:

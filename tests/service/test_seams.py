@@ -39,7 +39,6 @@ LIBRARIES = {"engineio", "socketio", "uvicorn", "starlette", "openai"}
 #: What our classes override, with the library's signature or value.
 OVERRIDDEN = {
     "adapters.realtime.engineio_server.EngineServer": {"handle_request": "(self, *args, **kwargs)"},
-    "adapters.realtime.engineio_socket._Payload": {"max_decode_packets": "16"},
     "adapters.realtime.socketio_server.SocketServer": {
         "_engineio_server_class": "(self)",
         "emit": "(self, event, data=None, to=None, room=None, skip_sid=None, namespace=None, callback=None, "

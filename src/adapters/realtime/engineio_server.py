@@ -9,13 +9,12 @@ from typing import Any
 
 import engineio
 from engineio.packet import OPEN, Packet
-from engineio.payload import Payload
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from adapters.realtime.engineio_socket import EngineSocket
+from adapters.realtime.engineio_socket import SEPARATOR, EngineSocket
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +22,8 @@ logger = logging.getLogger(__name__)
 class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has no types
     """The table of sessions, and the requests for them.
 
-    Its handlers, set with ``on``, are called as ``connect(sid, scope)``, ``await message(sid, data)`` and
-    ``disconnect(sid)``.
+    Its handlers, set with ``on``, are called as ``connect(socket)``, ``await message(socket, data)`` and
+    ``disconnect(socket)``.
     """
 
     sockets: dict[str, EngineSocket]
@@ -87,7 +86,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             return _plain("ok")
         socket.connected = True
         packets = await socket.answer_poll()
-        return _plain(Payload(packets=packets).encode()) if packets else _refusal()
+        return _plain(SEPARATOR.join(packet.encode(b64=True) for packet in packets)) if packets else _refusal()
 
     def _open(self, scope: Scope) -> EngineSocket:
         socket = EngineSocket(self, self.generate_id())
@@ -100,7 +99,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             "maxPayload": self.max_http_buffer_size,
         }
         socket.buffer.put(Packet(OPEN, opening))
-        self.handlers["connect"](socket.sid, scope)
+        self.handlers["connect"](socket)
         socket.schedule_ping()
         return socket
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final
 
 import engineio
-from engineio import exceptions, payload
+from engineio import exceptions
 from engineio.packet import CLOSE, MESSAGE, NOOP, PING, PONG, UPGRADE, Packet
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
@@ -25,6 +25,9 @@ CLOSE_GRACE = 1.0
 
 #: Packets in one polling answer or one pass of the writer; python-engineio's client refuses more in one answer.
 MAX_BATCH = 16
+#: Packets in one polling request, and what separates them.
+_MAX_POSTED: Final = 256
+SEPARATOR: Final = "\x1e"
 
 
 class EngineSocket:
@@ -43,6 +46,7 @@ class EngineSocket:
         #: Until the next ping, or until the last one must be answered.
         self._heartbeat: asyncio.TimerHandle | None = None
         self._polling = False
+        self._lock = asyncio.Lock()
         #: Close once the buffer is empty and the client polls again.
         self._finishing = False
 
@@ -91,7 +95,7 @@ class EngineSocket:
             if self._heartbeat is not None:
                 self._heartbeat.cancel()
             self._server.sockets.pop(self.sid, None)
-            self._server.handlers["disconnect"](self.sid)
+            self._server.handlers["disconnect"](self)
             asyncio.get_running_loop().call_later(CLOSE_GRACE, _abort, self._transport)
         if abort:
             self.buffer.clear()
@@ -123,7 +127,10 @@ class EngineSocket:
                 raise exceptions.ContentTooLongError
         if not body:
             raise exceptions.EngineIOError
-        for received in _Payload(encoded_payload=body.decode()).packets:
+        packets = body.decode().split(SEPARATOR)
+        if len(packets) > _MAX_POSTED:
+            raise exceptions.EngineIOError
+        for received in [Packet(encoded_packet=packet) for packet in packets]:
             await self._handle(received)
             await asyncio.sleep(0)  # Let other clients run between two packets of this one.
 
@@ -175,7 +182,10 @@ class EngineSocket:
         if kind == PONG:
             self.schedule_ping()
         elif kind == MESSAGE:
-            await self._server.handlers["message"](self.sid, received.data)
+            # Two polling requests may arrive at once: their messages are handled one after the other.
+            async with self._lock:
+                if not self.gone:
+                    await self._server.handlers["message"](self, received.data)
         elif kind == UPGRADE:
             self.buffer.put(Packet(NOOP))
         elif kind == CLOSE:
@@ -206,7 +216,3 @@ def _size(packet: Packet) -> int:
 def _abort(transport: asyncio.WriteTransport | None) -> None:
     if transport is not None:
         transport.abort()
-
-
-class _Payload(payload.Payload):  # type: ignore[misc]  # python-engineio has no types
-    max_decode_packets = 256
