@@ -5,7 +5,8 @@ What the rest of the package needs of an adapter, it imports from here (``import
 
 import random
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -25,7 +26,7 @@ from adapters.outbound.webhook_sender import WebhookSender
 from adapters.providers import openai as openai_editor
 from adapters.providers import replicate as replicate_face_swap
 from adapters.providers.openai import OpenAIEditor
-from adapters.providers.own_provider import OwnEditor, OwnFaceSwap, UnfitProvider
+from adapters.providers.own_provider import OwnEditor, OwnFaceSwap
 from adapters.providers.replicate import ReplicateFaceSwap
 from adapters.realtime.send_buffer import PROGRESS_INTERVAL as PROGRESS_INTERVAL
 from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
@@ -169,56 +170,59 @@ def _kind(settings: Settings) -> str:
     return settings.log.partition(":")[0]
 
 
-def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> ImageEditor:
-    if settings.editor == "local":
-        return LocalEditor(threads, settings.local_seconds)
-    if settings.editor != "openai":
-        try:
-            return OwnEditor(settings.editor, threads)
-        except UnfitProvider as unfit:
-            raise SettingsError(f"STAGECAST_EDITOR must name a factory of an editor; {unfit}.") from None
-    assert settings.openai_api_key is not None
+@contextmanager
+def _refused_as(sentence: str) -> Iterator[None]:
+    """Turn an adapter's `ValueError` into a `SettingsError`; ``{}`` in the sentence stands for its message."""
     try:
-        return OpenAIEditor(
-            threads,
-            web,
-            api_key=settings.openai_api_key.get_secret_value(),
-            base_url=settings.openai_base_url,
-            model=settings.openai_model or openai_editor.DEFAULT_MODEL,
-            deadline=_provider_deadline(settings),
-        )
-    except ValueError:
-        raise SettingsError("OPENAI_API_KEY must be a key: letters, digits and signs without spaces.") from None
+        yield
+    except ValueError as error:
+        raise SettingsError(sentence.format(error)) from None
+
+
+def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> ImageEditor:
+    match settings.editor:
+        case "local":
+            return LocalEditor(threads, settings.local_seconds)
+        case "openai":
+            assert settings.openai_api_key is not None
+            with _refused_as("OPENAI_API_KEY must be a key: letters, digits and signs without spaces."):
+                return OpenAIEditor(
+                    threads,
+                    web,
+                    api_key=settings.openai_api_key.get_secret_value(),
+                    base_url=settings.openai_base_url or openai_editor.BASE_URL,
+                    model=settings.openai_model or openai_editor.DEFAULT_MODEL,
+                    deadline=_provider_deadline(settings),
+                )
+        case factory:
+            with _refused_as("STAGECAST_EDITOR must name a factory of an editor; {}."):
+                return OwnEditor(factory, threads)
 
 
 def _face_swapper(settings: Settings, threads: ImageThreads) -> FaceSwapper:
-    if settings.face_swap == "local":
-        return LocalFaceSwap(threads, settings.local_seconds)
-    if settings.face_swap != "replicate":
-        try:
-            return OwnFaceSwap(settings.face_swap, threads)
-        except UnfitProvider as unfit:
-            raise SettingsError(f"STAGECAST_FACE_SWAP must name a factory of a face swap; {unfit}.") from None
-    assert settings.replicate_api_token is not None
-    try:
-        return ReplicateFaceSwap(
-            threads,
-            settings.replicate_api_token.get_secret_value(),
-            settings.replicate_model or replicate_face_swap.DEFAULT_MODEL,
-            deadline=_provider_deadline(settings),
-        )
-    except ValueError:
-        raise SettingsError("STAGECAST_REPLICATE_MODEL must be owner/name or owner/name:version.") from None
+    match settings.face_swap:
+        case "local":
+            return LocalFaceSwap(threads, settings.local_seconds)
+        case "replicate":
+            assert settings.replicate_api_token is not None
+            with _refused_as("STAGECAST_REPLICATE_MODEL must be owner/name or owner/name:version."):
+                return ReplicateFaceSwap(
+                    threads,
+                    settings.replicate_api_token.get_secret_value(),
+                    settings.replicate_model or replicate_face_swap.DEFAULT_MODEL,
+                    deadline=_provider_deadline(settings),
+                )
+        case factory:
+            with _refused_as("STAGECAST_FACE_SWAP must name a factory of a face swap; {}."):
+                return OwnFaceSwap(factory, threads)
 
 
 def _webhooks(settings: Settings, log: EventLog, clock: Clock) -> Webhooks | None:
     if settings.webhook_url is None:
         return None
     secret = None if settings.webhook_secret is None else settings.webhook_secret.get_secret_value()
-    try:
+    with _refused_as("STAGECAST_WEBHOOK_URL must be an http or https URL."):
         sender = WebhookSender(settings.webhook_url, secret, clock=clock)
-    except ValueError:
-        raise SettingsError("STAGECAST_WEBHOOK_URL must be an http or https URL.") from None
     return Webhooks(log, sender, random.random)
 
 
@@ -260,10 +264,8 @@ def issue_token(settings: Settings, user_id: str, *, service: bool, ttl: timedel
 def _secret(settings: Settings) -> bytes:
     assert settings.jwt_secret is not None
     secret = settings.jwt_secret.get_secret_value().encode()
-    try:
+    with _refused_as("STAGECAST_JWT_SECRET must be a secret, not a public key or a certificate."):
         SecretKey(secret)
-    except ValueError:
-        raise SettingsError("STAGECAST_JWT_SECRET must be a secret, not a public key or a certificate.") from None
     return secret
 
 

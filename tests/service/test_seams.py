@@ -22,7 +22,6 @@ import socketio
 from engineio.async_socket import AsyncSocket
 from engineio.base_server import BaseServer as EngineBase
 from openai import AsyncOpenAI
-from openai._streaming import SSEDecoder
 from socketio.base_server import BaseServer as SocketBase
 from starlette.formparsers import MultiPartParser, MultipartPart
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -126,7 +125,7 @@ USED = {
 }
 
 #: Private names of libraries that are imported, or used on an object other than ``self``.
-PRIVATE = {"_custom_headers", "openai._streaming"}
+PRIVATE = {"_custom_headers"}
 
 #: Undocumented attributes of library objects that we hold, as their classes declare them.
 ATTRIBUTES: dict[type, set[str]] = {
@@ -164,7 +163,6 @@ REPLACED: dict[Any, str] = {
     HttpToolsProtocol.send_400_response: "ae5a4a3782b6",
     MultiPartParser.on_headers_finished: "10922cc93ae5",
     ServerProtocol.reject: "9d2df62f1952",
-    SSEDecoder.aiter_bytes: "35a8168f03ee",
     WebSocketsSansIOProtocol.handle_connect: "fc648c2161ff",
     WebSocketsSansIOProtocol.send: "d4919ed760ce",
     WebSocketsSansIOProtocol.send_receive_event_to_app: "a2b10de91477",

@@ -11,6 +11,7 @@ import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import httpx2
@@ -46,14 +47,14 @@ _PLAIN: Final = re.compile(
 )
 
 
+@dataclass(eq=False)
 class Declined(Exception):
     """The provider refused before it did any work, so a retry cannot pay twice."""
 
-    def __init__(self, failure: Failure, *, after: float | None = None) -> None:
-        """`failure`: raised if there is no retry. `after`: seconds, from Retry-After."""
-        super().__init__(str(failure))
-        self.failure = failure
-        self.after = after
+    #: Raised if there is no retry.
+    failure: Failure
+    #: Seconds, from Retry-After.
+    after: float | None = None
 
 
 async def attempt(
@@ -79,16 +80,13 @@ async def attempt(
                 wait = (declined.after or 0) + random.uniform(0, backoff * 2 ** (count - 1))  # noqa: S311 (no secret)
                 if count == tries or wait > _MAX_WAIT or clock() + wait >= end:
                     break
-                await report(_WAITING * count / tries, _waiting(declined.failure, wait), None)
+                state = "is busy" if declined.failure.code == "provider_rate_limited" else "cannot be reached"
+                message = f"The image service {state}; trying again in {math.ceil(wait)} s."
+                await report(_WAITING * count / tries, message, None)
                 await asyncio.sleep(wait)
     except TimeoutError:
         raise Failure("provider_timeout") from None
     raise declined.failure
-
-
-def _waiting(failure: Failure, seconds: float) -> str:
-    state = "is busy" if failure.code == "provider_rate_limited" else "cannot be reached"
-    return f"The image service {state}; trying again in {math.ceil(seconds)} s."
 
 
 def answered(status: int, headers: Mapping[str, str]) -> Failure | Declined:
@@ -114,14 +112,12 @@ def broken(error: BaseException | None) -> Failure | Declined:
 
 def log_problem(provider: str, what: object, message: object = "", *, request_id: str | None, secret: str) -> None:
     """Log a problem with the provider's own message: escaped, truncated, and without keys."""
-    logged = (_without_keys(str(text), secret)[:_MAX_LOGGED] for text in (what, request_id, message))
+    logged = []
+    for text in map(str, (what, request_id, message)):
+        # Keys are replaced before the text is cut, as a part of a key would not be found.
+        text = text.replace(secret, "[key]") if secret else text
+        logged.append(_KEYS.sub("[key]", text[: _MAX_LOGGED * 2])[:_MAX_LOGGED])
     logger.warning("%s: %a (request %a): %a", provider, *logged)
-
-
-def _without_keys(text: str, secret: str) -> str:
-    # Before the text is cut, as a part of the key would not be found.
-    text = text.replace(secret, "[key]") if secret else text
-    return _KEYS.sub("[key]", text[: _MAX_LOGGED * 2])
 
 
 def provider_client(
@@ -138,8 +134,7 @@ def provider_client(
     `httpx2.DecodingError`. Compression is not requested, but some gateways compress anyway.
 
     Connections are not reused: a kept-alive one may break under a paid request, which then may have arrived or not.
-    Redirects are not followed, as that would repeat the request. Of the environment, only proxies and certificates are
-    used.
+    Redirects are not followed. Of the environment, only proxies and certificates are used.
     """
 
     async def bound(response: httpx2.Response) -> None:
@@ -165,36 +160,43 @@ def provider_client(
     )
 
 
+@dataclass
 class _Bounded(httpx2.AsyncByteStream):
     """A decompressed body. Raises `httpx2.DecodingError` beyond `limit` bytes."""
 
-    def __init__(self, stream: httpx2.AsyncByteStream, limit: int, coding: str = "identity") -> None:
-        self._stream = stream
-        self._limit = limit
-        self._coding = coding
+    stream: httpx2.AsyncByteStream
+    limit: int
+    coding: str = "identity"
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        chunks = aiter(self._stream)
+        chunks = aiter(self.stream)
         first = await anext(chunks, b"")
-
-        async def whole() -> AsyncIterator[bytes]:
-            yield first
-            async for chunk in chunks:
-                yield chunk
-
         # Some gateways decompress a response, and leave its header unchanged.
-        coding = "identity" if _PLAIN.match(first) else self._coding
+        coding = "identity" if _PLAIN.match(first) else self.coding
         # httpx2's decoders are reached through a response; they return at most a megabyte at a time.
-        body = httpx2.Response(200, headers={"Content-Encoding": coding}, content=whole())
-        remaining = self._limit
+        body = httpx2.Response(200, headers={"Content-Encoding": coding}, content=joined(first, chunks))
+        remaining = self.limit
         async for chunk in body.aiter_bytes():
             remaining -= len(chunk)
             if remaining < 0:
-                raise httpx2.DecodingError(f"larger than {self._limit} bytes")
+                raise httpx2.DecodingError(f"larger than {self.limit} bytes")
             yield chunk
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        await self.stream.aclose()
+
+
+async def joined(first: bytes, chunks: AsyncIterator[bytes], last: bytes = b"") -> AsyncIterator[bytes]:
+    """The chunks with another before and after them."""
+    yield first
+    async for chunk in chunks:
+        yield chunk
+    yield last
+
+
+def same_origin(one: httpx2.URL, other: httpx2.URL) -> bool:
+    """Whether both have the same scheme, host and port."""
+    return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
 
 
 async def download(web: httpx2.AsyncClient, url: httpx2.URL, log: Callable[[str, object], None]) -> bytes | str:

@@ -10,7 +10,8 @@ import contextlib
 import json
 import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,8 +26,10 @@ from adapters.providers.attempts import (
     attempt,
     broken,
     download,
+    joined,
     log_problem,
     provider_client,
+    same_origin,
 )
 from adapters.providers.pictures import Found, Unusable, candidates, inline, preview, usable
 from domain.errors import Failure
@@ -78,59 +81,49 @@ _CONTENT_REFUSED: Final = (
 )
 
 
+@dataclass(repr=False, eq=False)
 class OpenAIEditor:
-    """`domain.ports.providers.ImageEditor`: one call of the endpoint for each picture, with the sheet as its image."""
+    """`domain.ports.providers.ImageEditor`: one call of the endpoint for each picture, with the sheet as its image.
+
+    Raises:
+        ValueError: `api_key` is not valid.
+    """
 
     free = False
 
-    def __init__(
-        self,
-        threads: ImageThreads,
-        fetcher: UrlFetcher,
-        *,
-        api_key: str,
-        base_url: str | None = None,
-        model: str = DEFAULT_MODEL,
-        deadline: float,
-        backoff: float = 1,
-        trust: ssl.SSLContext | None = None,
-    ) -> None:
-        """`base_url`: OpenAI's by default. `deadline`: seconds for a picture, including all waits.
+    threads: ImageThreads
+    #: For pictures on other hosts.
+    fetcher: UrlFetcher
+    _: KW_ONLY
+    #: Printable ASCII without spaces.
+    api_key: str
+    base_url: str = BASE_URL
+    model: str = DEFAULT_MODEL
+    #: Seconds for a picture, including all waits.
+    deadline: float
+    #: See `attempt`.
+    backoff: float = 1
+    trust: ssl.SSLContext | None = None
+    _images: "AsyncImages | None" = field(default=None, init=False)
 
-        `backoff`: see `attempt`. `fetcher`: for pictures on other hosts.
-
-        Raises:
-            ValueError: `api_key` is empty, or is not printable ASCII without spaces.
-        """
-        if not re.fullmatch("[!-~]+", api_key):
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[!-~]+", self.api_key):
             # The HTTP library would quote the key in its error.
             raise ValueError("The OpenAI API key is printable ASCII without spaces.")
-        self._threads = threads
-        self._fetcher = fetcher
-        self._api_key = api_key
-        self._base_url = base_url or BASE_URL
-        self._model = model
-        self._deadline = deadline
-        self._backoff = backoff
-        self._trust = trust
-        self._images: AsyncImages | None = None
 
     async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
-        return await self._make(_request(self._model, sheet, prompt, options), report)
+        call = partial(self._call, _request(self.model, sheet, prompt, options), report)
+        return await attempt(call, report, within=self.deadline, backoff=self.backoff)
 
     async def generate(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
-        return await self._make(_request(self._model, sheet, _GENERATE + prompt, options), report)
-
-    async def _make(self, request: dict[str, Any], report: Report) -> Picture:
-        call = partial(self._call, request, report)
-        return await attempt(call, report, within=self._deadline, backoff=self._backoff)
+        return await self.edit(sheet, _GENERATE + prompt, options, report)
 
     def _connect(self) -> "AsyncImages":
         from openai import AsyncOpenAI
 
-        http = provider_client(self._deadline, MAX_ANSWER, self._trust)
+        http = provider_client(self.deadline, MAX_ANSWER, self.trust)
         client = AsyncOpenAI(
-            api_key=self._api_key, base_url=self._base_url, timeout=http.timeout, max_retries=0, http_client=http
+            api_key=self.api_key, base_url=self.base_url, timeout=http.timeout, max_retries=0, http_client=http
         )
         # The SDK has read these from the environment.
         client.organization = client.project = client.admin_api_key = client.webhook_secret = None
@@ -167,7 +160,7 @@ class OpenAIEditor:
         raise outcome
 
     def _log(self, what: str, message: object, request_id: str | None) -> None:
-        log_problem("OpenAI", what, message, request_id=request_id, secret=self._api_key)
+        log_problem("OpenAI", what, message, request_id=request_id, secret=self.api_key)
 
     async def _read(self, response: "AsyncAPIResponse[Any]", report: Report) -> list[Found | bytes]:
         """The candidates for the finished picture, best first. Reports partial pictures as previews."""
@@ -186,7 +179,7 @@ class OpenAIEditor:
                 kind = str(document.get("type") or name).rpartition(".")[2]
                 if kind == "partial_image":
                     try:
-                        shown = await self._threads.run(_preview, document)
+                        shown = await self.threads.run(_preview, document)
                     except Unusable:
                         continue  # A bad preview must not fail a paid picture.
                     previews += 1
@@ -204,7 +197,11 @@ class OpenAIEditor:
             if not found:
                 raise
         finally:
-            await _close(response, documents)
+            # Exhaust the nested generators: the garbage collector might close them after the event loop has ended.
+            await response.close()
+            with contextlib.suppress(Exception):  # Reading a closed response fails.
+                async for _ in documents:
+                    pass
         if not found:
             # Only the keys: the values may repeat the prompt.
             names = ", ".join(document) if isinstance(document, dict) else ""
@@ -219,13 +216,13 @@ class OpenAIEditor:
         for each in found[:_MAX_TRIED]:
             try:
                 if isinstance(each, bytes):
-                    return await self._threads.run(usable, each, _MIN_SIDE)
+                    return await self.threads.run(usable, each, _MIN_SIDE)
                 with contextlib.suppress(Unusable):
-                    return await self._threads.run(_inline, each.text)
+                    return await self.threads.run(_inline, each.text)
                 url = _url(each, base)
                 get = partial(self._get, url, partial(self._log, request_id=request_id))
-                data = await attempt(get, report, within=self._deadline, backoff=self._backoff)
-                return await self._threads.run(usable, data, _MIN_SIDE)
+                data = await attempt(get, report, within=self.deadline, backoff=self.backoff)
+                return await self.threads.run(usable, data, _MIN_SIDE)
             except (Unusable, Failure) as error:
                 reasons.append(each.decode(errors="replace") if isinstance(each, bytes) else str(error))
         raise Unusable("; ".join(reasons))
@@ -235,8 +232,8 @@ class OpenAIEditor:
 
         On the API's own host it is fetched directly; from other hosts, and after a redirect, like users' image URLs.
         """
-        if _origin(url) == _origin(httpx2.URL(self._base_url)) and not url.userinfo:
-            async with provider_client(self._deadline, MAX_ANSWER, self._trust) as web:
+        if same_origin(url, httpx2.URL(self.base_url)) and not url.userinfo:
+            async with provider_client(self.deadline, MAX_ANSWER, self.trust) as web:
                 answer = await download(web, url, log)
             if isinstance(answer, bytes):
                 return answer
@@ -245,7 +242,7 @@ class OpenAIEditor:
                 raise Unusable("a redirect from https to http")
             url = target
         try:
-            return await self._fetcher.download(str(url), MAX_ANSWER)
+            return await self.fetcher.download(str(url), MAX_ANSWER)
         except Failure as failure:
             log("the picture could not be fetched", failure.sentence)
             unavailable = Failure("provider_unavailable")
@@ -275,14 +272,12 @@ def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[
     return request
 
 
-async def _documents(response: "AsyncAPIResponse[Any]") -> AsyncGenerator[tuple[str | None, Any]]:
+async def _documents(response: "AsyncAPIResponse[Any]") -> AsyncIterator[tuple[str | None, Any]]:
     """The JSON values of a response, each with its event's name; ``None`` and one value if it is not a stream.
 
     A body that is not JSON is yielded as bytes. Whether it is a stream is taken from its start, as gateways send wrong
     media types.
     """
-    from openai._streaming import SSEDecoder
-
     chunks = response.iter_bytes()
     start = b""
     async for chunk in chunks:
@@ -290,39 +285,23 @@ async def _documents(response: "AsyncAPIResponse[Any]") -> AsyncGenerator[tuple[
         if len(start) >= _STREAM_PREFIX:
             break
     if not _STREAM.match(start):
-        body = start + b"".join([chunk async for chunk in chunks])
-        try:
-            document = json.loads(body)
-        except ValueError:
-            document = body
+        document = start + b"".join([chunk async for chunk in chunks])
+        with contextlib.suppress(ValueError):
+            document = json.loads(document)
         yield None, document
         return
 
-    async def stream() -> AsyncIterator[bytes]:
-        yield start
-        async for chunk in chunks:
-            yield chunk
-        yield b"\n\n"  # Some streams do not end their last event.
-
-    async for event in SSEDecoder().aiter_bytes(stream()):
+    # httpx2's decoder checks the media type. Some streams do not end their last event.
+    media_type, body = {"Content-Type": "text/event-stream"}, joined(start, chunks, b"\n\n")
+    stream = httpx2.Response(200, headers=media_type, content=body, request=response.http_request)
+    async for event in httpx2.EventSource(stream, max_event_size=None):
         if event.data.startswith("[DONE]"):
             return
         try:
             document = json.loads(event.data)
         except ValueError:
             continue
-        yield event.event or "", document
-
-
-async def _close(response: "AsyncAPIResponse[Any]", documents: AsyncGenerator[tuple[str | None, Any]]) -> None:
-    """Close a response that was perhaps not read to its end, and exhaust its nested generators.
-
-    Otherwise the garbage collector would close them, perhaps after the event loop has ended.
-    """
-    await response.close()
-    with contextlib.suppress(Exception):  # Reading a closed response fails.
-        async for _ in documents:
-            pass
+        yield event.event, document
 
 
 def _inline(text: str) -> Picture:
@@ -354,10 +333,6 @@ def _joined(base: httpx2.URL, text: str) -> httpx2.URL:
         return base.join(text)
     except (httpx2.InvalidURL, ValueError):
         raise Unusable("an invalid URL") from None
-
-
-def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port
 
 
 def _outcome(error: "APIError") -> Failure | Declined:

@@ -24,7 +24,7 @@ from domain.requests import Options
 logger = logging.getLogger(__name__)
 
 
-class UnfitProvider(Exception):
+class UnfitProvider(ValueError):
     """The factory does not make a valid provider. The message is the reason, as part of a sentence."""
 
 

@@ -13,11 +13,12 @@ import re
 import ssl
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Annotated, Any, Final, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import httpx2
-from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic import AliasPath, BaseModel, Field, JsonValue, ValidationError
 
 from adapters.images.threads import ImageThreads
 from adapters.providers.attempts import (
@@ -28,6 +29,7 @@ from adapters.providers.attempts import (
     download,
     log_problem,
     provider_client,
+    same_origin,
 )
 from adapters.providers.pictures import Unusable, candidates, inline, usable
 from domain.errors import Failure
@@ -69,20 +71,14 @@ _NO_FACE: Final = re.compile(
 )
 
 
-class _Inputs(NamedTuple):
-    """A model's names for the picture and the face."""
-
-    picture: str
-    face: str
-
-
+#: By model, its names for the picture and the face.
 _INPUTS: Final = {
-    "lucataco/faceswap": _Inputs("target_image", "swap_image"),
-    "yan-ops/face_swap": _Inputs("target_image", "source_image"),
-    "ddvinh1/faceswap-photo-id": _Inputs("target_image", "source_image"),
-    "xiankgx/face-swap": _Inputs("local_target", "local_source"),
+    "lucataco/faceswap": ("target_image", "swap_image"),
+    "yan-ops/face_swap": ("target_image", "source_image"),
+    "ddvinh1/faceswap-photo-id": ("target_image", "source_image"),
+    "xiankgx/face-swap": ("local_target", "local_source"),
 }
-_OTHERS: Final = _Inputs("input_image", "swap_image")
+_OTHER_INPUTS: Final = ("input_image", "swap_image")
 
 
 class _Prediction(BaseModel):
@@ -92,62 +88,49 @@ class _Prediction(BaseModel):
     error: JsonValue = None
 
 
-class _Urls(BaseModel):
-    get: str
-
-
 class _File(BaseModel):
-    urls: _Urls
+    url: Annotated[str, Field(validation_alias=AliasPath("urls", "get"))]
 
 
 Answer = TypeVar("Answer", bound=BaseModel)
 T = TypeVar("T")
 
 
+@dataclass(repr=False, eq=False)
 class ReplicateFaceSwap:
-    """`domain.ports.providers.FaceSwapper` with a model on Replicate."""
+    """`domain.ports.providers.FaceSwapper` with a model on Replicate.
+
+    Its inputs are ``input_image`` for the picture and ``swap_image`` for the face, as for most models, unless other
+    names are known for it. Its output is an image, a list of images of which the first is used, or an object that
+    contains one, such as ``{"image": …}``.
+
+    Raises:
+        ValueError: `model` is not such a name.
+    """
 
     free = False
 
-    def __init__(
-        self,
-        threads: ImageThreads,
-        token: str,
-        model: str = DEFAULT_MODEL,
-        *,
-        base_url: str = BASE_URL,
-        deadline: float = 300,
-        grace: float = 5,
-        pace: float = 1,
-        output_hosts: Collection[str] = OUTPUT_HOSTS,
-        trust: ssl.SSLContext | None = None,
-    ) -> None:
-        """`model`: ``owner/name`` for one of Replicate's official models, else ``owner/name:version``.
+    threads: ImageThreads
+    token: str
+    #: ``owner/name`` for one of Replicate's official models, else ``owner/name:version``.
+    model: str = DEFAULT_MODEL
+    _: KW_ONLY
+    base_url: str = BASE_URL
+    #: In seconds: for the whole swap; after that, to cancel the prediction; before the first poll and the first retry.
+    deadline: float = 300
+    grace: float = 5
+    pace: float = 1
+    #: Outputs are fetched from these hosts by https, or from the API's own host.
+    output_hosts: Collection[str] = OUTPUT_HOSTS
+    trust: ssl.SSLContext | None = None
+    _swaps: set[asyncio.Task[Picture]] = field(default_factory=set, init=False)
 
-        Its inputs are ``input_image`` for the picture and ``swap_image`` for the face, as for most models, unless other
-        names are known for it. Its output is an image, a list of images of which the first is used, or an object that
-        contains one, such as ``{"image": …}``.
-
-        In seconds, `deadline`: for the whole swap; `grace`: after that, to cancel the prediction; `pace`: before the
-        first poll and the first retry. Outputs are fetched from `output_hosts` by https, or from the API's own host.
-
-        Raises:
-            ValueError: `model` is not such a name.
-        """
-        found = _MODEL.fullmatch(model)
+    def __post_init__(self) -> None:
+        found = _MODEL.fullmatch(self.model)
         if found is None:
             raise ValueError("A model on Replicate is owner/name, or owner/name:version.")
         self.name, self.version = found.groups()
-        self.inputs = _INPUTS.get(self.name.lower(), _OTHERS)
-        self.threads = threads
-        self.token = token
-        self.base = httpx2.URL(base_url)
-        self.deadline = deadline
-        self.grace = grace
-        self.pace = pace
-        self._output_hosts = output_hosts
-        self.trust = trust
-        self._swaps: set[asyncio.Task[Picture]] = set()
+        self.inputs = _INPUTS.get(self.name.lower(), _OTHER_INPUTS)
 
     async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
         # In a task, which can still cancel the prediction after this call was cancelled.
@@ -163,56 +146,55 @@ class ReplicateFaceSwap:
 
     async def _swapped(self, picture: Picture, face: Picture, report: Report) -> Picture:
         headers = {"Authorization": f"Bearer {self.token}"}
-        async with provider_client(_STEP, _MAX_ANSWER, self.trust, base_url=self.base, headers=headers) as api:
+        async with provider_client(_STEP, _MAX_ANSWER, self.trust, base_url=self.base_url, headers=headers) as api:
             return await _Swap(self, api, report).run(picture, face)
 
     def may_download(self, url: httpx2.URL) -> bool:
         """Whether outputs may be fetched from this URL."""
-        here = (url.scheme, url.host, url.port) == (self.base.scheme, self.base.host, self.base.port)
-        there = url.scheme == "https" and any(f".{url.host}".endswith(f".{host}") for host in self._output_hosts)
-        return (here or there) and not url.userinfo
+        there = url.scheme == "https" and any(f".{url.host}".endswith(f".{host}") for host in self.output_hosts)
+        return (there or same_origin(url, httpx2.URL(self.base_url))) and not url.userinfo
 
 
+@dataclass(eq=False)
 class _Swap:
     """One swap. Its methods raise `Failure`, and those run by `attempt` also `Declined`."""
 
-    def __init__(self, swapper: ReplicateFaceSwap, api: httpx2.AsyncClient, report: Report) -> None:
-        self._swapper = swapper
-        self._api = api
-        self._report = report
-        self._end = asyncio.get_running_loop().time() + swapper.deadline
-        self._creating: asyncio.Task[_Prediction] | None = None
-        #: Whether the prediction has ended.
-        self._ended = False
+    swapper: ReplicateFaceSwap
+    api: httpx2.AsyncClient
+    report: Report
+    creating: asyncio.Task[_Prediction] | None = None
+    #: Whether the prediction has ended.
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.end = asyncio.get_running_loop().time() + self.swapper.deadline
 
     async def run(self, picture: Picture, face: Picture) -> Picture:
-        inputs = self._swapper.inputs
+        picture_input, face_input = self.swapper.inputs
         try:
-            async with asyncio.timeout_at(self._end):
-                sent = {inputs.picture: await self._input(picture), inputs.face: await self._input(face)}
+            async with asyncio.timeout_at(self.end):
+                sent = {picture_input: await self._input(picture), face_input: await self._input(face)}
                 prediction = await self._attempt(partial(self._created, sent))
                 output = self._output(await self._wait(prediction))
-                await self._report(_PROCESSING[0], "Fetching the picture...", None)
-                return await self._admitted(await self._attempt(partial(self._downloaded, output)))
+                await self.report(_PROCESSING[0], "Fetching the picture...", None)
+                return await self._checked(await self._attempt(partial(self._downloaded, output)))
         except TimeoutError:
-            self._log(f"there was no result within {self._swapper.deadline} s")
+            self._log(f"there was no result within {self.swapper.deadline} s")
             raise Failure("provider_timeout") from None
         finally:
             await self._cancel()
 
     @property
     def _remaining(self) -> float:
-        return max(0.0, self._end - asyncio.get_running_loop().time())
+        return max(0.0, self.end - asyncio.get_running_loop().time())
 
     async def _attempt(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await attempt(call, self._report, within=self._remaining, backoff=self._swapper.pace)
-
-    # --- inputs
+        return await attempt(call, self.report, within=self._remaining, backoff=self.swapper.pace)
 
     async def _input(self, picture: Picture) -> str:
         if len(picture.data) <= MAX_DATA_URL:
             return f"data:{picture.media_type};base64,{base64.b64encode(picture.data).decode()}"
-        return (await self._attempt(partial(self._uploaded, picture))).urls.get
+        return (await self._attempt(partial(self._uploaded, picture))).url
 
     async def _uploaded(self, picture: Picture) -> _File:
         name = f"picture.{picture.media_type.rpartition('/')[2]}"
@@ -221,27 +203,25 @@ class _Swap:
         except Failure as failure:
             raise (Declined(failure) if failure.retryable else failure) from None
 
-    # --- the prediction
-
     async def _created(self, sent: dict[str, str]) -> _Prediction:
-        name, version = self._swapper.name, self._swapper.version
+        name, version = self.swapper.name, self.swapper.version
         path = "predictions" if version else f"models/{name}/predictions"
         body = {"input": sent} | ({"version": version} if version else {})
         headers = {"Cancel-After": f"{math.ceil(self._remaining) + 5}s"}
         # In a task: cancelling the prediction needs the id in its response.
-        self._creating = asyncio.create_task(self._call(_Prediction, "POST", path, json=body, headers=headers))
-        return await asyncio.shield(self._creating)
+        self.creating = asyncio.create_task(self._call(_Prediction, "POST", path, json=body, headers=headers))
+        return await asyncio.shield(self.creating)
 
     async def _wait(self, prediction: _Prediction) -> _Prediction:
         """Poll the prediction until it has ended, and return it."""
         path = f"predictions/{prediction.id}"
-        fraction, pause = 0.0, self._swapper.pace
+        fraction, pause = 0.0, self.swapper.pace
         while prediction.status not in _TERMINAL:
             most, message = _STARTING if prediction.status == "starting" else _PROCESSING
             fraction += max(0.0, most - fraction) / 5
-            await self._report(fraction, message, None)
+            await self.report(fraction, message, None)
             await asyncio.sleep(pause)
-            pause = min(1.2 * pause, 4 * self._swapper.pace)
+            pause = min(1.2 * pause, 4 * self.swapper.pace)
             try:
                 prediction = await self._call(_Prediction, "GET", path)
             except Declined as declined:
@@ -249,7 +229,7 @@ class _Swap:
             except Failure as failure:
                 if not failure.retryable:
                     raise
-        self._ended = True
+        self.ended = True
         return prediction
 
     def _output(self, prediction: _Prediction) -> str:
@@ -265,30 +245,28 @@ class _Swap:
 
     async def _cancel(self) -> None:
         """Cancel the prediction if it may still run."""
-        if self._creating is None or self._ended:
+        if self.creating is None or self.ended:
             return
         try:
-            async with asyncio.timeout(self._swapper.grace):
-                prediction = await self._creating
+            async with asyncio.timeout(self.swapper.grace):
+                prediction = await self.creating
                 await self._call(_Prediction, "POST", f"predictions/{prediction.id}/cancel")
         except TimeoutError:
             self._log("a prediction could not be cancelled in time, and may run on for a while")
         except (Declined, Failure):
             pass  # There is no prediction, or it has ended; the error has been logged.
 
-    # --- the output
-
     async def _downloaded(self, output: str) -> bytes:
         with suppress(Unusable):
             return inline(output)
-        async with provider_client(_STEP, MAX_OUTPUT, self._swapper.trust) as web:
+        async with provider_client(_STEP, MAX_OUTPUT, self.swapper.trust) as web:
             url = httpx2.URL()
             for _ in range(1 + _MAX_REDIRECTS):
                 try:
                     url = url.join(output)
                 except (httpx2.InvalidURL, ValueError):
                     url = httpx2.URL()
-                if not self._swapper.may_download(url):
+                if not self.swapper.may_download(url):
                     break
                 answer = await download(web, url, self._log)
                 if isinstance(answer, bytes):
@@ -297,19 +275,17 @@ class _Swap:
         self._log("the output is not where it may be", output)
         raise Failure("provider_unavailable")
 
-    async def _admitted(self, data: bytes) -> Picture:
+    async def _checked(self, data: bytes) -> Picture:
         try:
-            return await self._swapper.threads.run(usable, data)
+            return await self.swapper.threads.run(usable, data)
         except Unusable as error:
             self._log("the output is no picture", error)
             raise Failure("provider_unavailable") from None
 
-    # --- the API
-
     async def _call(self, kind: type[Answer], method: str, path: str, **content: Any) -> Answer:
         what = f"{method} {path}"
         try:
-            async with self._api.stream(method, path, **content) as response:
+            async with self.api.stream(method, path, **content) as response:
                 body = await response.aread()
         except httpx2.HTTPError as error:
             self._log(f"{what} brought no answer: {type(error).__name__}", error)
@@ -325,4 +301,4 @@ class _Swap:
             raise Failure("provider_unavailable") from None
 
     def _log(self, what: str, message: object = "", request_id: str | None = None) -> None:
-        log_problem("Replicate", what, message, request_id=request_id, secret=self._swapper.token)
+        log_problem("Replicate", what, message, request_id=request_id, secret=self.swapper.token)
