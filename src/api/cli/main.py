@@ -172,15 +172,14 @@ def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
 
 def replay(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803
     """``stagecast replay``: print the events of a generation on a running service."""
+    from api.cli.display import event_line
+
     service = load_remote(remote)
     path = f"/generations/{_segment(generationId)}/events"
     page = client.request("GET", service.url, path, service.token, user=user)
     try:
         for item in page["events"]:
-            event = item["data"]
-            print(f"{event['occurredAt']}  {event['progress']:3} %  {event['status']:<26} {event['message']}")
-            if "error" in event:
-                print(f"{'':34}{event['error']} ({event['code']})")
+            print(event_line(item["data"], f"{item['data']['occurredAt']}  "))
     except (KeyError, TypeError, ValueError):
         raise client.not_stagecast(service.url) from None
 

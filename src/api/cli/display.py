@@ -1,0 +1,213 @@
+"""Show the progress of generations: lines that a terminal redraws in place, or plain lines where there is none."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from io import BytesIO
+from threading import Lock
+from typing import Any, Final, Self
+
+from PIL import Image, ImageOps
+from rich.color import Color
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment, Segments
+from rich.spinner import Spinner
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+_REFRESH_RATE: Final = 10  # frames per second
+_MIN_WIDTH: Final = 46
+#: Rows of a generation with its stages, and the least that a picture takes.
+_DETAIL_ROWS: Final = 17
+_MAX_PICTURE_ROWS: Final = 28
+_TERMINAL: Final = ("completed", "failed")
+
+_JSON = Mapping[str, Any]
+
+
+def event_line(event: _JSON, label: str = "") -> str:
+    """One event, or the snapshot of a generation, as plain text after `label`; an error is a second line."""
+    message = _printable(event["message"])
+    line = f"{label}{event['progress']:3} %  {event['status']:<26} {message}"
+    if "error" in event:
+        line += f"\n{'':{len(label) + 8}}{_printable(event['error'])} ({event['code']})"
+    return line
+
+
+class Display:
+    """Prints a line for each event. It is open within its context."""
+
+    def __init__(self, *, detailed: bool = False) -> None:
+        self.detailed = detailed
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Show the last state, and leave it on the screen."""
+
+    def show(self, event: _JSON) -> None:
+        """Show the progress that an event, or the snapshot of a generation, reports."""
+        print(event_line(event, "" if self.detailed else f"{event['generationId']}  "), flush=True)
+
+    def remove(self, generation_id: str) -> None:
+        """Show a generation no longer."""
+
+    def show_picture(self, data: bytes) -> None:
+        """Show an image file (PNG, JPEG or WebP), in a detailed display on a terminal with colours."""
+
+
+def create_display(stages: Mapping[str, Sequence[_JSON]], *, detailed: bool = False) -> Display:
+    """Return the display that suits standard output.
+
+    Args:
+        stages: the stages of each kind, as ``GET /stages`` returns them.
+        detailed: only one generation is shown, with its stages where the terminal is large enough. Otherwise each
+            unfinished generation is a line, and finished ones move up.
+    """
+    # Given explicitly, because rich takes a pipe for a terminal if the environment says so.
+    console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
+    capable = console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
+    if not capable or not console.encoding.startswith("utf") or console.width < _MIN_WIDTH:
+        return Display(detailed=detailed)
+    return _LiveDisplay(stages, console, detailed=detailed and console.height > _DETAIL_ROWS)
+
+
+class _LiveDisplay(Display):
+    """Redraws the lines at the end of the terminal from a thread."""
+
+    def __init__(self, stages: Mapping[str, Sequence[_JSON]], console: Console, *, detailed: bool) -> None:
+        super().__init__(detailed=detailed)
+        self._stages = {kind: [row["status"] for row in rows if "progress" in row] for kind, rows in stages.items()}
+        self._console = console
+        self._lock = Lock()
+        self._generations: dict[str, _Generation] = {}
+        self._picture: RenderableType = ""
+        self._picture_rows = max(_DETAIL_ROWS, min(_MAX_PICTURE_ROWS, console.height - 8))
+        self._picture_columns = round(self._picture_rows * 4 / 3)
+        colours = console.color_system in ("256", "truecolor") and not console.no_color
+        self._has_pictures = detailed and colours and console.width >= self._picture_columns + _MIN_WIDTH
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=_REFRESH_RATE)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, event: _JSON) -> None:
+        with self._lock:
+            generation = self._generations.setdefault(event["generationId"], _Generation())
+            generation.update(event)
+            if self.detailed or event["status"] not in _TERMINAL:
+                return
+            del self._generations[event["generationId"]]
+        self._console.print(generation.line())
+
+    def remove(self, generation_id: str) -> None:
+        with self._lock:
+            self._generations.pop(generation_id, None)
+
+    def show_picture(self, data: bytes) -> None:
+        if self._has_pictures:
+            size = self._picture_columns, 2 * self._picture_rows
+            image = Image.open(BytesIO(data))
+            image.draft("RGB", size)
+            small = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
+            self._picture = Segments(list(_half_blocks(small)))
+
+    def _render(self) -> RenderableType:
+        with self._lock:
+            if not self.detailed:
+                return Group(*(generation.line() for generation in self._generations.values()))
+            details = Group(*(each.details(self._stages[each.event["kind"]]) for each in self._generations.values()))
+        if not self._has_pictures:
+            return details
+        grid = Table.grid(padding=(0, 3))
+        grid.add_column(width=self._picture_columns)
+        grid.add_column(vertical="middle", max_width=64)
+        grid.add_row(self._picture, details)
+        return grid
+
+
+class _Generation:
+    """What is shown of one generation."""
+
+    def __init__(self) -> None:
+        self.event: _JSON = {}
+        self._drawn = 0.0  # The progress of the bar, which moves smoothly to that of the event.
+        self._entered: dict[str, datetime] = {}
+        self._spinner = Spinner("dots", style="cyan")
+
+    def update(self, event: _JSON) -> None:
+        """Take an event or a snapshot."""
+        self.event = event
+        self._entered.setdefault(event["status"], datetime.fromisoformat(event.get("occurredAt") or event["updatedAt"]))
+
+    def line(self) -> RenderableType:
+        """One line: the id, the bar and the message."""
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(width=1)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        grid.add_column(ratio=1)
+        grid.add_column(width=5, justify="right")
+        grid.add_column(ratio=2, no_wrap=True, overflow="ellipsis", style="dim")
+        generation_id, message = Text(self.event["generationId"]), Text(self._message())
+        grid.add_row(self._sign(self.event["status"]), generation_id, *self._bar(), message)
+        return grid
+
+    def details(self, stages: Sequence[str]) -> RenderableType:
+        """The stages with the seconds at which they were entered, the message and the bar."""
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(width=1)
+        grid.add_column(ratio=1)
+        grid.add_column(justify="right", style="dim")
+        current, started = self.event["status"], min(self._entered.values())
+        for status in stages if current != "failed" else [*stages, "failed"]:
+            entered = self._entered.get(status)
+            style = "dim" if entered is None else "bold" if status == current != "completed" else ""
+            seconds = f"{(entered - started).total_seconds():.1f} s" if entered else ""
+            grid.add_row(self._sign(status), Text(status, style), seconds)
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(ratio=1)
+        bar.add_column(width=5, justify="right")
+        bar.add_row(*self._bar())
+        return Group(grid, Text(f"\n{self._message()}", "dim", no_wrap=True, overflow="ellipsis"), bar)
+
+    def _sign(self, status: str) -> RenderableType:
+        current = self.event["status"]
+        if status == "failed":
+            return Text("✘", "red")
+        if status == current and status != "completed":
+            return self._spinner
+        if status in self._entered:
+            return Text("✔", "green")
+        return Text("–" if current in _TERMINAL else "○", "dim")
+
+    def _bar(self) -> tuple[RenderableType, str]:
+        progress = self.event["progress"]
+        shown = progress if self.event["status"] in _TERMINAL else self._drawn
+        self._drawn += (progress - self._drawn) * 0.4
+        return ProgressBar(completed=shown, complete_style="cyan", finished_style="green"), f"{shown:.0f} %"
+
+    def _message(self) -> str:
+        return _printable(self.event.get("error") or self.event["message"])
+
+
+def _half_blocks(image: Image.Image) -> Iterator[Segment]:
+    """Each character shows two pixels: the upper in its own colour, the lower in that of its background."""
+    for y in range(0, image.height, 2):
+        for x in range(image.width):
+            upper, lower = (Color.from_rgb(*image.getpixel((x, y + below))) for below in (0, 1))  # type: ignore[misc]
+            yield Segment("▀", Style(color=upper, bgcolor=lower))
+        yield Segment.line()
+
+
+def _printable(text: str) -> str:
+    """The text without the control characters that could steer the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
