@@ -19,7 +19,7 @@ from aiohttp import web
 from api.cli.main import welcome
 from api.settings import describe_settings, load_settings
 from domain.errors import Failure
-from support.command_line import COMMANDS, MODULE, SERVE, Run, another, run_main, stagecast
+from support.command_line import COMMANDS, MODULE, SERVE, Run, other_server, run_main, stagecast
 from support.doubles import ScriptedEditor, raises
 from support.guarded import MISSING, SECRET, SERVICE, ask, guarded, token
 from support.harness import JSON, Running, running
@@ -488,7 +488,7 @@ class TestNoService:
         async def serve(_: web.Request) -> web.Response:
             return web.Response(text=answer, content_type="application/json")
 
-        async with another(serve) as url:
+        async with other_server(serve) as url:
             (await run_main(*command, "--url", url)).sentence(3)
 
 
@@ -504,7 +504,7 @@ async def test_the_token_goes_to_no_proxy_and_no_other_address(service: Running,
         heard.append(request.path)
         return web.Response(status=307, headers={"Location": f"{service.url}{request.path}"})
 
-    async with another(redirect) as other:
+    async with other_server(redirect) as other:
         (await run_main("credit", eve, "1", "--url", other, "--token", SERVICE)).sentence(3)
     assert heard == [f"/users/{eve}/credit"]
     assert (await service.get("/me", eve))["credit"] == 101

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from aiohttp import web
 
-from support.command_line import COMMANDS, STAGECAST, another, environment, run_main
+from support.command_line import COMMANDS, STAGECAST, environment, other_server, run_main
 from support.deployment import free_port
 from support.guarded import SECRET
 from support.harness import running
@@ -113,7 +113,7 @@ async def test_a_command_that_is_interrupted_ends_silently(tmp_path: Path) -> No
         await asyncio.Event().wait()
         raise AssertionError
 
-    async with another(never) as url:
+    async with other_server(never) as url:
         process = await asyncio.create_subprocess_exec(
             *(*STAGECAST, "credit", "ada", "5", "--url", url),
             stdout=asyncio.subprocess.PIPE,

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from support.harness import HUNG, Running, running
+from support.harness import TIMEOUT, Running, running
 from support.node import needs_node
 
 ROOT: Final = Path(__file__).parent.parent.parent
@@ -44,7 +44,7 @@ async def output(*command: str, cwd: Path = ROOT) -> str:
     process = await asyncio.create_subprocess_exec(
         *command, cwd=cwd, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    printed, errors = await asyncio.wait_for(process.communicate(), HUNG)
+    printed, errors = await asyncio.wait_for(process.communicate(), TIMEOUT)
     assert process.returncode == 0, errors.decode()
     return printed.decode()
 
@@ -64,7 +64,7 @@ async def test_the_client_code_of_the_readme_shows_an_edit_to_its_end(tmp_path: 
             cwd=ROOT,
             stdout=asyncio.subprocess.PIPE,
         )
-        printed, _ = await asyncio.wait_for(process.communicate(), HUNG)
+        printed, _ = await asyncio.wait_for(process.communicate(), TIMEOUT)
         [generation] = await generations(service, "123")
     lines = printed.decode().splitlines()
     assert lines[0] == f"{generation['generationId']} started"

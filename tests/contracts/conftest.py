@@ -6,21 +6,21 @@ from contextlib import AsyncExitStack
 import pytest
 
 from domain.ports.log import EventLog
-from support.builders import LOGS, Scribe, SteppableClock
-from support.event_log import Opener
+from support.builders import LOGS, EventRecorder, SteppableClock
+from support.event_log import LogOpener
 
 
 @pytest.fixture(params=list(LOGS))
-async def opener(request: pytest.FixtureRequest) -> AsyncIterator[Opener]:
+async def opener(request: pytest.FixtureRequest) -> AsyncIterator[LogOpener]:
     async with AsyncExitStack() as stack:
-        yield Opener(LOGS[request.param], stack, SteppableClock())
+        yield LogOpener(LOGS[request.param], stack, SteppableClock())
 
 
 @pytest.fixture
-async def scribe(opener: Opener) -> Scribe:
+async def recorder(opener: LogOpener) -> EventRecorder:
     return await opener()
 
 
 @pytest.fixture
-def log(scribe: Scribe) -> EventLog:
-    return scribe.log
+def log(recorder: EventRecorder) -> EventLog:
+    return recorder.log

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from domain.feed import Cursor, Feed, Logged
 from domain.generation import Generation
 from domain.ports.log import EventLog
-from support.builders import LOGS, NOON, PROPERTY, OpenLog, Scribe, SteppableClock
+from support.builders import LOGS, NOON, PROPERTY, EventRecorder, OpenLog, SteppableClock
 
 logs = pytest.mark.parametrize("open_log", list(LOGS.values()), ids=list(LOGS))
 
@@ -247,13 +247,13 @@ def test_advancing_never_moves_back_or_beyond_the_read_positions(cursor: Cursor,
 # --- the property: from any position, exactly the wanted events -------------------------------------------
 
 
-class Told(NamedTuple):
+class CursorHolder(NamedTuple):
     """A cursor that was handed out, the start of the reader that holds it, and what this reader has been sent."""
 
     cursor: Cursor
     attached_at: int
     position: int
-    told: tuple[int, ...]
+    received: tuple[int, ...]
 
 
 class World:
@@ -261,19 +261,19 @@ class World:
 
     def __init__(self, log: EventLog) -> None:
         self.log = log
-        self.scribe = Scribe(log, SteppableClock(NOON))
+        self.recorder = EventRecorder(log, SteppableClock(NOON))
         self.running: list[Generation] = []
         #: The generation of the event at each position.
         self.ids: list[str] = []
         self.ends: dict[str, int] = {}
         self.purged: set[str] = set()
         self.deleted: set[str] = set()
-        self.handed_out: list[Told] = []
+        self.handed_out: list[CursorHolder] = []
         self.delivered = 0
         self.refused = 0
 
     async def start(self, _: int) -> None:
-        self.running.append(await self.scribe.start())
+        self.running.append(await self.recorder.start())
         self.ids.append(self.running[-1].generation_id)
 
     async def move(self, which: int) -> None:
@@ -282,7 +282,7 @@ class World:
         index = which % len(self.running)
         generation = self.running.pop(index)
         status = "failed" if which % 3 == 0 or generation.status == "composition" else "composition"
-        generation = await self.scribe.move(generation, status)
+        generation = await self.recorder.move(generation, status)
         self.ids.append(generation.generation_id)
         if status == "failed":
             self.ends[generation.generation_id] = len(self.ids)
@@ -306,7 +306,7 @@ class World:
 
     async def attach(self, _: int) -> None:
         cursor = await self.log.head_cursor("ada")
-        self.handed_out.append(Told(cursor, len(self.ids), 0, ()))
+        self.handed_out.append(CursorHolder(cursor, len(self.ids), 0, ()))
 
     async def read(self, which: int) -> None:
         """One page after a cursor, which may have been handed out long ago."""
@@ -317,15 +317,15 @@ class World:
     def floor(self) -> int:
         return max((self.ends[name] for name in self.purged), default=0)
 
-    def may_be_refused(self, holder: Told) -> bool:
+    def may_be_refused(self, holder: CursorHolder) -> bool:
         """The floor has passed the cursor, or it lies in a deleted generation whose start its reader has seen."""
         live = holder.cursor.live
         spans = [(self.ids.index(name) + 1, self.ends[name]) for name in self.deleted]
         return live < self.floor or any(
-            first <= live < last and (first <= holder.attached_at or first in holder.told) for first, last in spans
+            first <= live < last and (first <= holder.attached_at or first in holder.received) for first, last in spans
         )
 
-    def wanted(self, holder: Told) -> list[int]:
+    def wanted(self, holder: CursorHolder) -> list[int]:
         """The events still to be sent: everything since the start, and all of what was unfinished then."""
         gone = self.purged | self.deleted
         return [
@@ -336,7 +336,7 @@ class World:
             and (position > holder.attached_at or self.ends.get(name, 1 << 60) > holder.attached_at)
         ]
 
-    async def page(self, holder: Told, limit: int) -> Told | None:
+    async def page(self, holder: CursorHolder, limit: int) -> CursorHolder | None:
         cursor = Cursor.parse(holder.cursor.text(self.log.epoch), self.log.epoch)
         assert cursor == holder.cursor
         read = await self.log.feed("ada", after=cursor.seen, anchor=cursor.live, limit=limit)
@@ -355,21 +355,21 @@ class World:
         self.delivered += len(told)
         after = holder
         for logged, handed in told:
-            after = after._replace(cursor=handed, position=logged.position, told=(*after.told, logged.position))
+            after = after._replace(cursor=handed, position=logged.position, received=(*after.received, logged.position))
             self.handed_out.append(after)
         after = after._replace(cursor=behind, position=read.upto)
         self.handed_out.append(after)
         del self.handed_out[:-60]
         return after
 
-    async def catch_up(self, holder: Told, limit: int) -> None:
+    async def catch_up(self, holder: CursorHolder, limit: int) -> None:
         """From any position to the head: every wanted event once, in order, or the cursor is unusable."""
-        expected = [*holder.told, *self.wanted(holder)]
-        present: Told | None = holder
+        expected = [*holder.received, *self.wanted(holder)]
+        present: CursorHolder | None = holder
         while present is not None:
             holder = present
             if holder.cursor.seen >= len(self.ids):
-                assert list(holder.told) == expected
+                assert list(holder.received) == expected
                 return
             present = await self.page(holder, limit)
 
@@ -388,7 +388,7 @@ async def play(open_log: OpenLog, commands: list[tuple[str, int]], limits: list[
             await getattr(world, name)(which)
         for turn, holder in enumerate(list(world.handed_out)):
             await world.catch_up(holder, limits[turn % len(limits)])
-        attached = Told(await log.head_cursor("ada"), len(world.ids), 0, ())
+        attached = CursorHolder(await log.head_cursor("ada"), len(world.ids), 0, ())
         assert not world.may_be_refused(attached)
         await world.catch_up(attached, 1_000)
         return world
@@ -416,9 +416,9 @@ async def test_the_property_is_not_empty(open_log: OpenLog) -> None:
 @logs
 async def test_another_users_cursor_does_not_parse(open_log: OpenLog) -> None:
     async with open_log(clock=SteppableClock()) as log:
-        scribe = Scribe(log)
+        recorder = EventRecorder(log)
         for user_id in ("ada", "bob"):
-            await scribe.whole(user_id)
+            await recorder.run_to_end(user_id)
         for position in range(7):
             anchor_id = (await log.feed("ada", after=0, anchor=position, limit=0)).anchor_id
             assert anchor_id is not None
@@ -432,10 +432,10 @@ async def test_another_users_cursor_does_not_parse(open_log: OpenLog) -> None:
 async def test_a_log_restored_in_an_older_state_is_detected(open_log: OpenLog) -> None:
     """The same epoch and positions, but other events: only the ids differ."""
     async with open_log(clock=SteppableClock()) as log, open_log(clock=SteppableClock()) as older:
-        scribe, again = Scribe(log), Scribe(older)
-        await scribe.whole()
+        recorder, again = EventRecorder(log), EventRecorder(older)
+        await recorder.run_to_end()
         again.entropy.event_id()
-        await again.whole()
+        await again.run_to_end()
         cursor = await log.head_cursor("ada")
         assert cursor.usable(await log.feed("ada", after=cursor.seen, anchor=cursor.live, limit=0))
         assert not cursor.usable(await older.feed("ada", after=cursor.seen, anchor=cursor.live, limit=0))

@@ -16,16 +16,16 @@ from domain.errors import (
 )
 from domain.feed import Logged
 from domain.ports.log import EventLog, IdempotencyRecord
-from support.builders import Scribe, anonymous, bodies, body, statuses
-from support.event_log import Opener, image, places, race, whole_feed
+from support.builders import EventRecorder, bodies, body, from_another_writer, statuses
+from support.event_log import LogOpener, event_keys, full_feed, image, race
 
 
-async def test_standing_tells_the_balance_and_what_is_unfinished(scribe: Scribe, log: EventLog) -> None:
+async def test_standing_tells_the_balance_and_what_is_unfinished(recorder: EventRecorder, log: EventLog) -> None:
     assert await log.standing("ada") == (100, 0)
-    await scribe.start()
-    one = await scribe.start()
+    await recorder.start()
+    one = await recorder.start()
     assert await log.standing("ada") == (98, 2)
-    await scribe.finish(one)
+    await recorder.finish(one)
     assert await log.standing("ada") == (98, 1)
     assert await log.standing("bob") == (100, 0)
 
@@ -33,8 +33,8 @@ async def test_standing_tells_the_balance_and_what_is_unfinished(scribe: Scribe,
 # --- one event after another -----------------------------------------------------------------------------
 
 
-async def test_an_append_returns_the_entry_that_everybody_reads(scribe: Scribe, log: EventLog) -> None:
-    append, _ = scribe.prepare_start()
+async def test_an_append_returns_the_entry_that_everybody_reads(recorder: EventRecorder, log: EventLog) -> None:
+    append, _ = recorder.prepare_start()
     logged = await log.append(append)
     assert logged == Logged(
         "ada", 1, append.event_id, append.generation_id, 1, "generation_started", logged.event, 1, None
@@ -43,11 +43,11 @@ async def test_an_append_returns_the_entry_that_everybody_reads(scribe: Scribe, 
     history = await log.generation(append.generation_id)
     assert history is not None
     assert list(history.events) == [logged]
-    assert list((await whole_feed(log)).entries) == [logged]
+    assert list((await full_feed(log)).entries) == [logged]
 
 
-async def test_a_generation_reads_back_as_it_was_written(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.whole("ada", "edit", face_swap=True)
+async def test_a_generation_reads_back_as_it_was_written(recorder: EventRecorder, log: EventLog) -> None:
+    generation = await recorder.run_to_end("ada", "edit", face_swap=True)
     history = await log.generation(generation.generation_id)
     assert history is not None
     assert (history.user_id, history.generation_id, history.kind) == ("ada", generation.generation_id, "edit")
@@ -60,32 +60,34 @@ async def test_a_generation_reads_back_as_it_was_written(scribe: Scribe, log: Ev
     assert {(entry.first, entry.end) for entry in history.events} == {(1, 8)}
 
 
-async def test_whether_the_last_stage_is_free_is_read_back_and_can_be_withdrawn(scribe: Scribe, log: EventLog) -> None:
+async def test_whether_the_last_stage_is_free_is_read_back_and_can_be_withdrawn(
+    recorder: EventRecorder, log: EventLog
+) -> None:
     async def read() -> set[bool]:
         history = await log.generation(generation.generation_id)
         assert history is not None
         return {each.free for each in (history, *await log.unfinished(), *await log.generations("ada", limit=9))}
 
-    generation = await scribe.move(await scribe.start(), "composition", "composition_completed")
+    generation = await recorder.move(await recorder.start(), "composition", "composition_completed")
     assert await read() == {False}
-    generation = await scribe.move(generation, "openai_editing", free=True)
+    generation = await recorder.move(generation, "openai_editing", free=True)
     assert await read() == {True}
-    append, generation = scribe.prepare(generation, "openai_editing", free=True, progress=70)
+    append, generation = recorder.prepare(generation, "openai_editing", free=True, progress=70)
     await log.append(append)
     await log.append(append)
     assert await read() == {True}
     await log.mark_paid(generation.generation_id)
     assert await read() == {False}
-    generation = await scribe.move(generation, "openai_editing", free=True, progress=75)
+    generation = await recorder.move(generation, "openai_editing", free=True, progress=75)
     assert await read() == {True}
-    await scribe.move(generation, "openai_editing_completed")
+    await recorder.move(generation, "openai_editing_completed")
     assert await read() == {False}
     await log.mark_paid("edit_1_there_is_none")
 
 
-async def test_only_the_next_sequence_is_taken(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.start()
-    append, _ = scribe.prepare(generation, "composition")
+async def test_only_the_next_sequence_is_taken(recorder: EventRecorder, log: EventLog) -> None:
+    generation = await recorder.start()
+    append, _ = recorder.prepare(generation, "composition")
     before = await image(log, "ada", generation.generation_id)
     for sequence in (0, 1, 3, 4, 100):
         with pytest.raises(Conflict) as refusal:
@@ -95,10 +97,10 @@ async def test_only_the_next_sequence_is_taken(scribe: Scribe, log: EventLog) ->
     await log.append(append)
 
 
-async def test_nothing_follows_the_terminal_event(scribe: Scribe, log: EventLog) -> None:
-    running = await scribe.start()
-    await scribe.move(running, "failed")
-    append, _ = scribe.prepare(running, "composition")
+async def test_nothing_follows_the_terminal_event(recorder: EventRecorder, log: EventLog) -> None:
+    running = await recorder.start()
+    await recorder.move(running, "failed")
+    append, _ = recorder.prepare(running, "composition")
     before = await image(log, "ada", running.generation_id)
     for sequence in (2, 3):
         with pytest.raises(Conflict) as refusal:
@@ -107,32 +109,34 @@ async def test_nothing_follows_the_terminal_event(scribe: Scribe, log: EventLog)
     assert await image(log, "ada", running.generation_id) == before
 
 
-async def test_a_generation_that_never_started_takes_no_event(scribe: Scribe, log: EventLog) -> None:
-    _, unborn = scribe.prepare_start()
-    append, _ = scribe.prepare(unborn, "composition")
+async def test_a_generation_that_never_started_takes_no_event(recorder: EventRecorder, log: EventLog) -> None:
+    _, unborn = recorder.prepare_start()
+    append, _ = recorder.prepare(unborn, "composition")
     for sequence in (1, 2):
         with pytest.raises(Conflict) as refusal:
             await log.append(replace(append, sequence=sequence))
         assert refusal.value.actual == 0
     assert await log.generation(unborn.generation_id) is None
-    assert (await whole_feed(log)).head == 0
+    assert (await full_feed(log)).head == 0
 
 
-async def test_an_id_that_is_taken_cannot_be_started_again(scribe: Scribe, log: EventLog) -> None:
-    append, _ = scribe.prepare_start()
+async def test_an_id_that_is_taken_cannot_be_started_again(recorder: EventRecorder, log: EventLog) -> None:
+    append, _ = recorder.prepare_start()
     await log.append(append)
     for user_id in ("ada", "bob"):
         with pytest.raises(Conflict):
-            await log.append(replace(anonymous(append, 7), user_id=user_id))
+            await log.append(replace(from_another_writer(append, 7), user_id=user_id))
     assert (await log.credit("ada"), await log.credit("bob")) == (99, 100)
 
 
 # --- many writers ----------------------------------------------------------------------------------------
 
 
-async def test_of_fifty_writers_of_one_sequence_one_wins_and_the_others_conflict(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.start()
-    appends = [scribe.prepare(generation, "composition")[0] for _ in range(50)]
+async def test_of_fifty_writers_of_one_sequence_one_wins_and_the_others_conflict(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    generation = await recorder.start()
+    appends = [recorder.prepare(generation, "composition")[0] for _ in range(50)]
     won, refused = await race(*map(log.append, appends))
     assert len(won) == 1
     assert [type(refusal) for refusal in refused] == [Conflict] * 49
@@ -142,18 +146,18 @@ async def test_of_fifty_writers_of_one_sequence_one_wins_and_the_others_conflict
     assert history.events[1] == won[0]
 
 
-async def test_two_writers_with_equal_bytes_are_two_writers(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.start()
-    append, _ = scribe.prepare(generation, "composition")
+async def test_two_writers_with_equal_bytes_are_two_writers(recorder: EventRecorder, log: EventLog) -> None:
+    generation = await recorder.start()
+    append, _ = recorder.prepare(generation, "composition")
     await log.append(append)
     with pytest.raises(Conflict):
-        await log.append(anonymous(append, append.event_id ^ 1))
+        await log.append(from_another_writer(append, append.event_id ^ 1))
 
 
-async def test_of_a_cancel_and_a_completion_that_race_one_is_the_end(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.move(await scribe.start(), "composition", "composition_completed", "openai_editing")
-    generation = await scribe.move(generation, "openai_editing_completed")
-    racers = [scribe.prepare(generation, status)[0] for status in ("completed", "failed")]
+async def test_of_a_cancel_and_a_completion_that_race_one_is_the_end(recorder: EventRecorder, log: EventLog) -> None:
+    generation = await recorder.move(await recorder.start(), "composition", "composition_completed", "openai_editing")
+    generation = await recorder.move(generation, "openai_editing_completed")
+    racers = [recorder.prepare(generation, status)[0] for status in ("completed", "failed")]
     won, refused = await race(*map(log.append, racers))
     assert (len(won), len(refused)) == (1, 1)
     told = statuses(await log.generation(generation.generation_id))
@@ -164,35 +168,35 @@ async def test_of_a_cancel_and_a_completion_that_race_one_is_the_end(scribe: Scr
 # --- a reply that was lost -------------------------------------------------------------------------------
 
 
-async def test_an_append_tried_again_is_one_entry_and_succeeds(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.start()
-    append, _ = scribe.prepare(generation, "composition")
+async def test_an_append_tried_again_is_one_entry_and_succeeds(recorder: EventRecorder, log: EventLog) -> None:
+    generation = await recorder.start()
+    append, _ = recorder.prepare(generation, "composition")
     logged = await log.append(append)
     before = await image(log, "ada", generation.generation_id)
     assert await log.append(append) == logged
     assert await image(log, "ada", generation.generation_id) == before
 
 
-async def test_it_succeeds_also_after_somebody_appended_the_next(scribe: Scribe, log: EventLog) -> None:
-    append, generation = scribe.prepare(await scribe.start(), "composition")
+async def test_it_succeeds_also_after_somebody_appended_the_next(recorder: EventRecorder, log: EventLog) -> None:
+    append, generation = recorder.prepare(await recorder.start(), "composition")
     logged = await log.append(append)
-    await scribe.move(generation, "composition_completed", "openai_editing")
+    await recorder.move(generation, "composition_completed", "openai_editing")
     before = await image(log, "ada", generation.generation_id)
     assert await log.append(append) == logged
     assert await image(log, "ada", generation.generation_id) == before
-    await scribe.move(await scribe.start(), "composition")
+    await recorder.move(await recorder.start(), "composition")
 
 
-async def test_it_succeeds_also_after_the_generation_has_ended(scribe: Scribe, log: EventLog) -> None:
-    append, generation = scribe.prepare(await scribe.start(), "composition")
+async def test_it_succeeds_also_after_the_generation_has_ended(recorder: EventRecorder, log: EventLog) -> None:
+    append, generation = recorder.prepare(await recorder.start(), "composition")
     logged = await log.append(append)
-    ended = await scribe.finish(generation)
+    ended = await recorder.finish(generation)
     assert await log.append(append) == logged._replace(end=ended.sequence)
 
 
-async def test_the_terminal_append_tried_again_refunds_once(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.start()
-    append, _ = scribe.prepare(generation, "failed")
+async def test_the_terminal_append_tried_again_refunds_once(recorder: EventRecorder, log: EventLog) -> None:
+    generation = await recorder.start()
+    append, _ = recorder.prepare(generation, "failed")
     logged = await log.append(append)
     assert await log.append(append) == logged
     assert await log.credit("ada") == 100
@@ -200,45 +204,45 @@ async def test_the_terminal_append_tried_again_refunds_once(scribe: Scribe, log:
 
 
 @pytest.mark.parametrize("key", [None, "k"])
-async def test_the_first_append_tried_again_debits_once(opener: Opener, key: str | None) -> None:
-    scribe = await opener(credits=1)
-    append, generation = scribe.prepare_start(key=key, max_unfinished=1)
-    logged = await scribe.log.append(append)
-    assert await scribe.log.append(append) == logged
-    assert await scribe.log.credit("ada") == 0
-    await scribe.move(generation, "composition")
-    assert await scribe.log.append(append) == logged
-    assert (await whole_feed(scribe.log)).head == 2
+async def test_the_first_append_tried_again_debits_once(opener: LogOpener, key: str | None) -> None:
+    recorder = await opener(credits=1)
+    append, generation = recorder.prepare_start(key=key, max_unfinished=1)
+    logged = await recorder.log.append(append)
+    assert await recorder.log.append(append) == logged
+    assert await recorder.log.credit("ada") == 0
+    await recorder.move(generation, "composition")
+    assert await recorder.log.append(append) == logged
+    assert (await full_feed(recorder.log)).head == 2
 
 
-async def test_retries_that_race_with_their_own_first_try_are_one_entry(scribe: Scribe, log: EventLog) -> None:
-    append, _ = scribe.prepare(await scribe.start(), "composition")
+async def test_retries_that_race_with_their_own_first_try_are_one_entry(recorder: EventRecorder, log: EventLog) -> None:
+    append, _ = recorder.prepare(await recorder.start(), "composition")
     won, refused = await race(*(log.append(append) for _ in range(20)))
     assert refused == []
     assert len(won) == 20
     assert len(set(won)) == 1
-    assert (await whole_feed(log)).head == 2
+    assert (await full_feed(log)).head == 2
 
 
-async def test_a_retry_at_another_sequence_is_another_event(scribe: Scribe, log: EventLog) -> None:
-    append, generation = scribe.prepare(await scribe.start(), "composition")
+async def test_a_retry_at_another_sequence_is_another_event(recorder: EventRecorder, log: EventLog) -> None:
+    append, generation = recorder.prepare(await recorder.start(), "composition")
     await log.append(append)
     with pytest.raises(Conflict):
         await log.append(replace(append, sequence=1))
-    other, _ = scribe.prepare(generation, "composition_completed")
+    other, _ = recorder.prepare(generation, "composition_completed")
     await log.append(replace(other, event_id=append.event_id))
-    assert (await whole_feed(log)).head == 3
+    assert (await full_feed(log)).head == 3
 
 
 # --- too late --------------------------------------------------------------------------------------------
 
 
 async def test_an_append_later_than_it_may_be_is_refused_and_nothing_comes_to_life(
-    scribe: Scribe, log: EventLog
+    recorder: EventRecorder, log: EventLog
 ) -> None:
-    append, _ = scribe.prepare_start(key="k", not_after=scribe.clock() + timedelta(seconds=5))
+    append, _ = recorder.prepare_start(key="k", not_after=recorder.clock() + timedelta(seconds=5))
     before = await image(log, "ada", append.generation_id)
-    scribe.clock.step(5.001)
+    recorder.clock.step(5.001)
     for _ in range(2):
         with pytest.raises(LogUnavailable):
             await log.append(append)
@@ -246,16 +250,16 @@ async def test_an_append_later_than_it_may_be_is_refused_and_nothing_comes_to_li
     assert await log.find_by_idempotency_key("ada", "k") is None
 
 
-async def test_an_append_just_in_time_is_taken(scribe: Scribe, log: EventLog) -> None:
-    append, _ = scribe.prepare_start(not_after=scribe.clock() + timedelta(seconds=5))
-    scribe.clock.step(5)
+async def test_an_append_just_in_time_is_taken(recorder: EventRecorder, log: EventLog) -> None:
+    append, _ = recorder.prepare_start(not_after=recorder.clock() + timedelta(seconds=5))
+    recorder.clock.step(5)
     await log.append(append)
 
 
-async def test_an_entry_that_is_in_the_log_is_recognised_however_late(scribe: Scribe, log: EventLog) -> None:
-    append, _ = scribe.prepare_start(not_after=scribe.clock() + timedelta(seconds=5))
+async def test_an_entry_that_is_in_the_log_is_recognised_however_late(recorder: EventRecorder, log: EventLog) -> None:
+    append, _ = recorder.prepare_start(not_after=recorder.clock() + timedelta(seconds=5))
     logged = await log.append(append)
-    scribe.clock.step(3_600)
+    recorder.clock.step(3_600)
     assert await log.append(append) == logged
     assert await log.credit("ada") == 99
 
@@ -263,18 +267,18 @@ async def test_an_entry_that_is_in_the_log_is_recognised_however_late(scribe: Sc
 # --- the order of the checks -----------------------------------------------------------------------------
 
 
-async def test_refusals_come_in_the_declared_order(opener: Opener) -> None:
-    scribe = await opener(credits=1)
-    log = scribe.log
-    first, _ = scribe.prepare_start(key="k", fingerprint="one")
+async def test_refusals_come_in_the_declared_order(opener: LogOpener) -> None:
+    recorder = await opener(credits=1)
+    log = recorder.log
+    first, _ = recorder.prepare_start(key="k", fingerprint="one")
     await log.append(first)
     assert first.start is not None
-    late = scribe.clock() - timedelta(seconds=1)
+    late = recorder.clock() - timedelta(seconds=1)
     mismatch = replace(first.start, fingerprint="two", max_unfinished=1)
     keyless = replace(mismatch, key=None)
 
     # Everything is wrong at once, and then one thing less at a time.
-    wrong = replace(anonymous(first, 5), sequence=9, not_after=late, start=mismatch)
+    wrong = replace(from_another_writer(first, 5), sequence=9, not_after=late, start=mismatch)
     before = await image(log, "ada", first.generation_id)
     with pytest.raises(LogUnavailable):
         await log.append(wrong)
@@ -296,15 +300,17 @@ async def test_refusals_come_in_the_declared_order(opener: Opener) -> None:
 # --- positions and sequences -----------------------------------------------------------------------------
 
 
-async def test_positions_are_contiguous_per_user_and_sequences_per_generation(scribe: Scribe, log: EventLog) -> None:
+async def test_positions_are_contiguous_per_user_and_sequences_per_generation(
+    recorder: EventRecorder, log: EventLog
+) -> None:
     async def live(user_id: str) -> None:
         for _ in range(3):
-            await scribe.whole(user_id)
+            await recorder.run_to_end(user_id)
             await asyncio.sleep(0)
 
     await asyncio.gather(*(live(user_id) for user_id in ("ada", "ada", "bob", "cy")))
     for user_id, generations in (("ada", 6), ("bob", 3), ("cy", 3)):
-        feed = await whole_feed(log, user_id)
+        feed = await full_feed(log, user_id)
         assert [entry.position for entry in feed.entries] == list(range(1, generations * 6 + 1))
         assert (feed.head, feed.upto) == (generations * 6, generations * 6)
         assert {entry.user_id for entry in feed.entries} == {user_id}
@@ -315,88 +321,90 @@ async def test_positions_are_contiguous_per_user_and_sequences_per_generation(sc
 
 
 async def test_interleaved_generations_share_one_feed_in_the_order_of_their_appends(
-    scribe: Scribe, log: EventLog
+    recorder: EventRecorder, log: EventLog
 ) -> None:
-    one, two = await scribe.start(), await scribe.start()
-    two = await scribe.move(two, "composition")
-    one = await scribe.move(one, "failed")
-    await scribe.move(two, "composition_completed")
+    one, two = await recorder.start(), await recorder.start()
+    two = await recorder.move(two, "composition")
+    one = await recorder.move(one, "failed")
+    await recorder.move(two, "composition_completed")
     a, b = one.generation_id, two.generation_id
-    assert places((await whole_feed(log)).entries) == [(a, 1), (b, 1), (b, 2), (a, 2), (b, 3)]
-    assert [entry.end for entry in (await whole_feed(log)).entries] == [4, None, None, 4, None]
-    assert [entry.first for entry in (await whole_feed(log)).entries] == [1, 2, 2, 1, 2]
+    assert event_keys((await full_feed(log)).entries) == [(a, 1), (b, 1), (b, 2), (a, 2), (b, 3)]
+    assert [entry.end for entry in (await full_feed(log)).entries] == [4, None, None, 4, None]
+    assert [entry.first for entry in (await full_feed(log)).entries] == [1, 2, 2, 1, 2]
 
 
 # --- credit ----------------------------------------------------------------------------------------------
 
 
-async def test_a_credit_is_reserved_at_the_start_and_kept_by_a_completion(scribe: Scribe, log: EventLog) -> None:
+async def test_a_credit_is_reserved_at_the_start_and_kept_by_a_completion(
+    recorder: EventRecorder, log: EventLog
+) -> None:
     assert await log.credit("ada") == 100
-    generation = await scribe.start()
+    generation = await recorder.start()
     assert await log.credit("ada") == 99
-    await scribe.finish(generation)
+    await recorder.finish(generation)
     assert await log.credit("ada") == 99
     told = bodies(await log.generation(generation.generation_id))
     assert [event.get("credit") for event in told] == [99, None, None, None, None, 99]
 
 
-async def test_a_failure_gives_the_credit_back(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.start()
-    await scribe.move(generation, "composition", "failed")
+async def test_a_failure_gives_the_credit_back(recorder: EventRecorder, log: EventLog) -> None:
+    generation = await recorder.start()
+    await recorder.move(generation, "composition", "failed")
     assert await log.credit("ada") == 100
     told = bodies(await log.generation(generation.generation_id))
     assert [event.get("credit") for event in told] == [99, None, 100]
     assert list(told[-1])[-1] == "credit"
 
 
-async def test_without_credit_nothing_starts_and_nothing_changes(opener: Opener) -> None:
-    scribe = await opener(credits=0)
-    append, _ = scribe.prepare_start(key="k")
-    before = await image(scribe.log, "ada", append.generation_id)
+async def test_without_credit_nothing_starts_and_nothing_changes(opener: LogOpener) -> None:
+    recorder = await opener(credits=0)
+    append, _ = recorder.prepare_start(key="k")
+    before = await image(recorder.log, "ada", append.generation_id)
     with pytest.raises(InsufficientCredit):
-        await scribe.log.append(append)
-    assert await image(scribe.log, "ada", append.generation_id) == before
-    assert await scribe.log.find_by_idempotency_key("ada", "k") is None
+        await recorder.log.append(append)
+    assert await image(recorder.log, "ada", append.generation_id) == before
+    assert await recorder.log.find_by_idempotency_key("ada", "k") is None
 
 
-async def test_of_two_starts_that_race_for_the_last_credit_one_is_taken(opener: Opener) -> None:
-    scribe = await opener(credits=1)
-    won, refused = await race(*(scribe.log.append(scribe.prepare_start()[0]) for _ in range(2)))
+async def test_of_two_starts_that_race_for_the_last_credit_one_is_taken(opener: LogOpener) -> None:
+    recorder = await opener(credits=1)
+    won, refused = await race(*(recorder.log.append(recorder.prepare_start()[0]) for _ in range(2)))
     assert len(won) == 1
     assert [type(refusal) for refusal in refused] == [InsufficientCredit]
-    assert await scribe.log.credit("ada") == 0
-    assert (await whole_feed(scribe.log)).head == 1
+    assert await recorder.log.credit("ada") == 0
+    assert (await full_feed(recorder.log)).head == 1
 
 
-async def test_a_refunded_credit_can_be_spent_again(opener: Opener) -> None:
-    scribe = await opener(credits=1)
+async def test_a_refunded_credit_can_be_spent_again(opener: LogOpener) -> None:
+    recorder = await opener(credits=1)
     for _ in range(3):
-        await scribe.short()
-    assert await scribe.log.credit("ada") == 1
+        await recorder.start_and_fail()
+    assert await recorder.log.credit("ada") == 1
 
 
-async def test_balances_of_users_are_their_own(scribe: Scribe, log: EventLog) -> None:
-    await scribe.start("ada")
-    await scribe.start("ada")
-    await scribe.start("bob")
+async def test_balances_of_users_are_their_own(recorder: EventRecorder, log: EventLog) -> None:
+    await recorder.start("ada")
+    await recorder.start("ada")
+    await recorder.start("bob")
     assert [await log.credit(user_id) for user_id in ("ada", "bob", "cy")] == [98, 99, 100]
 
 
-async def test_where_no_balances_are_kept_no_event_shows_one_and_nobody_runs_out(opener: Opener) -> None:
-    scribe = await opener(credits=None)
-    generations = [await scribe.whole() for _ in range(3)] + [await scribe.short()]
-    assert await scribe.log.credit("ada") is None
+async def test_where_no_balances_are_kept_no_event_shows_one_and_nobody_runs_out(opener: LogOpener) -> None:
+    recorder = await opener(credits=None)
+    generations = [await recorder.run_to_end() for _ in range(3)] + [await recorder.start_and_fail()]
+    assert await recorder.log.credit("ada") is None
     for generation in generations:
         assert not [
-            event for event in bodies(await scribe.log.generation(generation.generation_id)) if "credit" in event
+            event for event in bodies(await recorder.log.generation(generation.generation_id)) if "credit" in event
         ]
 
 
 # --- idempotency keys ------------------------------------------------------------------------------------
 
 
-async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(scribe: Scribe, log: EventLog) -> None:
-    appends = [scribe.prepare_start(key="k")[0] for _ in range(20)]
+async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(recorder: EventRecorder, log: EventLog) -> None:
+    appends = [recorder.prepare_start(key="k")[0] for _ in range(20)]
     won, refused = await race(*map(log.append, appends))
     assert len(won) == 1
     assert {type(refusal) for refusal in refused} == {AlreadyStarted}
@@ -409,19 +417,21 @@ async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(scribe: 
     assert await log.find_by_idempotency_key("ada", "k") == IdempotencyRecord(won[0].generation_id, "same")
 
 
-async def test_a_key_with_another_request_is_a_mismatch_and_changes_nothing(scribe: Scribe, log: EventLog) -> None:
-    await scribe.start(key="k", fingerprint="one")
-    append, _ = scribe.prepare_start(key="k", fingerprint="two")
+async def test_a_key_with_another_request_is_a_mismatch_and_changes_nothing(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    await recorder.start(key="k", fingerprint="one")
+    append, _ = recorder.prepare_start(key="k", fingerprint="two")
     before = await image(log, "ada", append.generation_id)
     with pytest.raises(IdempotencyMismatch):
         await log.append(append)
     assert await image(log, "ada", append.generation_id) == before
 
 
-async def test_a_key_is_its_users_own(scribe: Scribe, log: EventLog) -> None:
-    ada = await scribe.start("ada", key="k", fingerprint="one")
+async def test_a_key_is_its_users_own(recorder: EventRecorder, log: EventLog) -> None:
+    ada = await recorder.start("ada", key="k", fingerprint="one")
     assert await log.find_by_idempotency_key("bob", "k") is None
-    bob = await scribe.start("bob", key="k", fingerprint="two")
+    bob = await recorder.start("bob", key="k", fingerprint="two")
     assert await log.find_by_idempotency_key("ada", "k") == IdempotencyRecord(ada.generation_id, "one")
     assert await log.find_by_idempotency_key("bob", "k") == IdempotencyRecord(bob.generation_id, "two")
     assert await log.find_by_idempotency_key("ada", "other") is None
@@ -429,22 +439,22 @@ async def test_a_key_is_its_users_own(scribe: Scribe, log: EventLog) -> None:
 
 @pytest.mark.parametrize("retention", [True, False])
 async def test_a_key_outlives_the_end_of_its_generation_and_dies_with_its_removal(
-    scribe: Scribe, log: EventLog, retention: bool
+    recorder: EventRecorder, log: EventLog, retention: bool
 ) -> None:
-    first = await scribe.short(key="k", fingerprint="one")
+    first = await recorder.start_and_fail(key="k", fingerprint="one")
     with pytest.raises(AlreadyStarted):
-        await scribe.start(key="k", fingerprint="one")
+        await recorder.start(key="k", fingerprint="one")
     assert await log.remove(first.generation_id, retention=retention)
     assert await log.find_by_idempotency_key("ada", "k") is None
-    second = await scribe.start(key="k", fingerprint="two")
+    second = await recorder.start(key="k", fingerprint="two")
     assert await log.find_by_idempotency_key("ada", "k") == IdempotencyRecord(second.generation_id, "two")
 
 
 # --- how many at once ------------------------------------------------------------------------------------
 
 
-async def test_no_more_than_allowed_are_unfinished_however_many_race(scribe: Scribe, log: EventLog) -> None:
-    appends = [scribe.prepare_start(max_unfinished=3)[0] for _ in range(20)]
+async def test_no_more_than_allowed_are_unfinished_however_many_race(recorder: EventRecorder, log: EventLog) -> None:
+    appends = [recorder.prepare_start(max_unfinished=3)[0] for _ in range(20)]
     won, refused = await race(*map(log.append, appends))
     assert len(won) == 3
     assert [type(refusal) for refusal in refused] == [TooManyGenerations] * 17
@@ -452,10 +462,12 @@ async def test_no_more_than_allowed_are_unfinished_however_many_race(scribe: Scr
     assert len(await log.unfinished()) == 3
 
 
-async def test_the_end_of_one_makes_room_for_the_next_and_others_do_not_count(scribe: Scribe, log: EventLog) -> None:
-    one = await scribe.start(max_unfinished=1)
+async def test_the_end_of_one_makes_room_for_the_next_and_others_do_not_count(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    one = await recorder.start(max_unfinished=1)
     with pytest.raises(TooManyGenerations):
-        await scribe.start(max_unfinished=1)
-    await scribe.start("bob", max_unfinished=1)
-    await scribe.move(one, "failed")
-    await scribe.start(max_unfinished=1)
+        await recorder.start(max_unfinished=1)
+    await recorder.start("bob", max_unfinished=1)
+    await recorder.move(one, "failed")
+    await recorder.start(max_unfinished=1)

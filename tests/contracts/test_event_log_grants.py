@@ -7,185 +7,195 @@ import pytest
 
 from domain.errors import Conflict, CreditsOff, IdempotencyMismatch, InsufficientCredit
 from domain.ports.log import EventLog
-from support.builders import Heard, Scribe, bodies, body
-from support.event_log import Opener, race, whole_feed
+from support.builders import EventRecorder, RecordingFollower, bodies, body
+from support.event_log import LogOpener, full_feed, race
 
 # --- grants ----------------------------------------------------------------------------------------------
 
 
-async def grant(scribe: Scribe, amount: int, key: str | None = None, user_id: str = "ada", keep: float = 60) -> int:
+async def grant(
+    recorder: EventRecorder, amount: int, key: str | None = None, user_id: str = "ada", keep: float = 60
+) -> int:
     """The balance after a grant whose key is remembered for so many seconds."""
-    at = scribe.clock()
-    return await scribe.log.grant(user_id, amount, key=key, at=at, until=at + timedelta(seconds=keep))
+    at = recorder.clock()
+    return await recorder.log.grant(user_id, amount, key=key, at=at, until=at + timedelta(seconds=keep))
 
 
-async def test_a_grant_changes_the_balance_and_never_below_zero(scribe: Scribe, log: EventLog) -> None:
+async def test_a_grant_changes_the_balance_and_never_below_zero(recorder: EventRecorder, log: EventLog) -> None:
     for amount, left in ((5, 105), (0, 105), (-100, 5), (-6, 0), (-1, 0), (3, 3), (-3, 0), (10**9, 10**9)):
-        assert await grant(scribe, amount) == left
+        assert await grant(recorder, amount) == left
         assert await log.credit("ada") == left
 
 
-async def test_a_grant_is_no_event_and_nobody_hears_of_it(scribe: Scribe, log: EventLog) -> None:
-    await scribe.start()
-    before = await whole_feed(log)
-    heard = Heard()
-    async with log.follow(heard):
-        await grant(scribe, 1)
-        await grant(scribe, 0, user_id="nobody yet")
-        await scribe.start("bob")
-        await heard.until(lambda entries: bool(entries))
-    assert [entry.user_id for entry in heard.entries] == ["bob"]
-    assert await whole_feed(log) == before
-    assert (await whole_feed(log, "nobody yet")).head == 0
+async def test_a_grant_is_no_event_and_nobody_hears_of_it(recorder: EventRecorder, log: EventLog) -> None:
+    await recorder.start()
+    before = await full_feed(log)
+    follower = RecordingFollower()
+    async with log.follow(follower):
+        await grant(recorder, 1)
+        await grant(recorder, 0, user_id="nobody yet")
+        await recorder.start("bob")
+        await follower.until(lambda entries: bool(entries))
+    assert [entry.user_id for entry in follower.entries] == ["bob"]
+    assert await full_feed(log) == before
+    assert (await full_feed(log, "nobody yet")).head == 0
 
 
-async def test_who_was_granted_before_they_began_starts_from_that_balance(opener: Opener) -> None:
-    scribe = await opener(credits=0)
+async def test_who_was_granted_before_they_began_starts_from_that_balance(opener: LogOpener) -> None:
+    recorder = await opener(credits=0)
     with pytest.raises(InsufficientCredit):
-        await scribe.start()
-    await grant(scribe, 1)
-    append, _ = scribe.prepare_start()
-    assert body(await scribe.log.append(append))["credit"] == 0
+        await recorder.start()
+    await grant(recorder, 1)
+    append, _ = recorder.prepare_start()
+    assert body(await recorder.log.append(append))["credit"] == 0
     with pytest.raises(InsufficientCredit):
-        await scribe.start()
+        await recorder.start()
 
 
-async def test_the_place_of_a_feed_does_not_move_by_a_grant(scribe: Scribe, log: EventLog) -> None:
+async def test_the_place_of_a_feed_does_not_move_by_a_grant(recorder: EventRecorder, log: EventLog) -> None:
     for user_id in ("ada", "new"):
         if user_id == "ada":
-            await scribe.start(user_id)
+            await recorder.start(user_id)
         before = await log.head_cursor(user_id)
-        await grant(scribe, 1, user_id=user_id)
+        await grant(recorder, 1, user_id=user_id)
         assert await log.head_cursor(user_id) == before
 
 
-async def test_a_grant_with_a_key_happens_once_and_returns_what_it_had_brought(scribe: Scribe, log: EventLog) -> None:
-    assert await grant(scribe, 5, "k") == 105
-    await grant(scribe, -50)
-    await scribe.start()
-    scribe.clock.step(59)
-    assert await grant(scribe, 5, "k") == 105
+async def test_a_grant_with_a_key_happens_once_and_returns_what_it_had_brought(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    assert await grant(recorder, 5, "k") == 105
+    await grant(recorder, -50)
+    await recorder.start()
+    recorder.clock.step(59)
+    assert await grant(recorder, 5, "k") == 105
     assert await log.credit("ada") == 54
 
 
-async def test_a_grant_that_was_cut_at_zero_returns_zero_again(scribe: Scribe, log: EventLog) -> None:
-    assert await grant(scribe, -1_000, "k") == 0
-    await grant(scribe, 7)
-    assert await grant(scribe, -1_000, "k") == 0
+async def test_a_grant_that_was_cut_at_zero_returns_zero_again(recorder: EventRecorder, log: EventLog) -> None:
+    assert await grant(recorder, -1_000, "k") == 0
+    await grant(recorder, 7)
+    assert await grant(recorder, -1_000, "k") == 0
     assert await log.credit("ada") == 7
 
 
-async def test_a_key_with_another_amount_is_a_mismatch_and_grants_nothing(scribe: Scribe, log: EventLog) -> None:
-    await grant(scribe, 5, "k")
+async def test_a_key_with_another_amount_is_a_mismatch_and_grants_nothing(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    await grant(recorder, 5, "k")
     for other in (6, -5, 0):
         with pytest.raises(IdempotencyMismatch):
-            await grant(scribe, other, "k")
+            await grant(recorder, other, "k")
     assert await log.credit("ada") == 105
-    assert await grant(scribe, 5, "k") == 105
+    assert await grant(recorder, 5, "k") == 105
 
 
-async def test_a_key_of_a_grant_is_forgotten_when_its_time_is_over(scribe: Scribe, log: EventLog) -> None:
-    await grant(scribe, 5, "k")
-    scribe.clock.step(60)
-    assert await grant(scribe, 6, "k") == 111
-    scribe.clock.step(59)
-    assert await grant(scribe, 6, "k") == 111
+async def test_a_key_of_a_grant_is_forgotten_when_its_time_is_over(recorder: EventRecorder, log: EventLog) -> None:
+    await grant(recorder, 5, "k")
+    recorder.clock.step(60)
+    assert await grant(recorder, 6, "k") == 111
+    recorder.clock.step(59)
+    assert await grant(recorder, 6, "k") == 111
     assert await log.credit("ada") == 111
 
 
-async def test_keys_that_were_asked_for_again_live_no_longer(scribe: Scribe) -> None:
-    await grant(scribe, 5, "k")
-    scribe.clock.step(30)
-    assert await grant(scribe, 5, "k") == 105
-    scribe.clock.step(30)
-    assert await grant(scribe, 5, "k") == 110
+async def test_keys_that_were_asked_for_again_live_no_longer(recorder: EventRecorder) -> None:
+    await grant(recorder, 5, "k")
+    recorder.clock.step(30)
+    assert await grant(recorder, 5, "k") == 105
+    recorder.clock.step(30)
+    assert await grant(recorder, 5, "k") == 110
 
 
-async def test_each_key_of_a_grant_has_a_time_of_its_own(scribe: Scribe) -> None:
+async def test_each_key_of_a_grant_has_a_time_of_its_own(recorder: EventRecorder) -> None:
     """Also where the clock was set back an hour between two grants, or the retention was made shorter."""
-    await grant(scribe, 1, "long", keep=3600)
-    await grant(scribe, 5, "short", keep=60)
-    scribe.clock.step(61)
-    assert await grant(scribe, 5, "short") == 111
-    assert await grant(scribe, 1, "long") == 101
+    await grant(recorder, 1, "long", keep=3600)
+    await grant(recorder, 5, "short", keep=60)
+    recorder.clock.step(61)
+    assert await grant(recorder, 5, "short") == 111
+    assert await grant(recorder, 1, "long") == 101
 
 
-async def test_a_grant_without_a_key_happens_each_time(scribe: Scribe) -> None:
-    assert [await grant(scribe, 5) for _ in range(3)] == [105, 110, 115]
+async def test_a_grant_without_a_key_happens_each_time(recorder: EventRecorder) -> None:
+    assert [await grant(recorder, 5) for _ in range(3)] == [105, 110, 115]
 
 
-async def test_a_key_of_a_grant_is_its_users_own_and_not_a_starts(scribe: Scribe, log: EventLog) -> None:
-    await scribe.start(key="k")
-    assert await grant(scribe, 5, "k") == 104
-    assert await grant(scribe, 6, "k", "bob") == 106
+async def test_a_key_of_a_grant_is_its_users_own_and_not_a_starts(recorder: EventRecorder, log: EventLog) -> None:
+    await recorder.start(key="k")
+    assert await grant(recorder, 5, "k") == 104
+    assert await grant(recorder, 6, "k", "bob") == 106
     assert await log.find_by_idempotency_key("bob", "k") is None
-    await scribe.start("bob", key="k")
+    await recorder.start("bob", key="k")
     assert (await log.credit("ada"), await log.credit("bob")) == (104, 105)
 
 
-async def test_where_no_balances_are_kept_nothing_is_granted(opener: Opener) -> None:
-    scribe = await opener(credits=None)
+async def test_where_no_balances_are_kept_nothing_is_granted(opener: LogOpener) -> None:
+    recorder = await opener(credits=None)
     for amount, key in ((5, None), (0, None), (5, "k"), (6, "k")):
         with pytest.raises(CreditsOff):
-            await grant(scribe, amount, key)
-    assert await scribe.log.credit("ada") is None
+            await grant(recorder, amount, key)
+    assert await recorder.log.credit("ada") is None
 
 
 async def test_a_user_whose_generations_are_all_gone_keeps_the_balance_and_the_keys(
-    scribe: Scribe, log: EventLog
+    recorder: EventRecorder, log: EventLog
 ) -> None:
-    await grant(scribe, 5, "k")
-    generation = await scribe.whole()
+    await grant(recorder, 5, "k")
+    generation = await recorder.run_to_end()
     assert await log.remove(generation.generation_id, retention=True)
     assert await log.credit("ada") == 104
-    assert await grant(scribe, 5, "k") == 105
+    assert await grant(recorder, 5, "k") == 105
     assert await log.credit("ada") == 104
 
 
-async def test_of_twenty_racing_grants_with_one_key_one_happens(scribe: Scribe, log: EventLog) -> None:
-    assert await asyncio.gather(*(grant(scribe, 5, "k") for _ in range(20))) == [105] * 20
+async def test_of_twenty_racing_grants_with_one_key_one_happens(recorder: EventRecorder, log: EventLog) -> None:
+    assert await asyncio.gather(*(grant(recorder, 5, "k") for _ in range(20))) == [105] * 20
     assert await log.credit("ada") == 105
 
 
-async def test_of_racing_grants_with_one_key_and_two_amounts_one_amount_happens(scribe: Scribe, log: EventLog) -> None:
-    results = await asyncio.gather(*(grant(scribe, 5 + n % 2, "k") for n in range(10)), return_exceptions=True)
+async def test_of_racing_grants_with_one_key_and_two_amounts_one_amount_happens(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    results = await asyncio.gather(*(grant(recorder, 5 + n % 2, "k") for n in range(10)), return_exceptions=True)
     won = {result for result in results if isinstance(result, int)}
     assert sum(isinstance(result, IdempotencyMismatch) for result in results) == 5
     assert won == {await log.credit("ada")}
 
 
-async def test_grants_that_race_with_starts_lose_no_credit(opener: Opener) -> None:
+async def test_grants_that_race_with_starts_lose_no_credit(opener: LogOpener) -> None:
     """I6: start + grants - reserved + refunded = balance."""
-    scribe = await opener(credits=10)
-    appends = [scribe.prepare_start()[0] for _ in range(60)]
-    grants = [asyncio.ensure_future(grant(scribe, 1)) for _ in range(20)]
-    won, lost = await race(*(scribe.log.append(append) for append in appends))
+    recorder = await opener(credits=10)
+    appends = [recorder.prepare_start()[0] for _ in range(60)]
+    grants = [asyncio.ensure_future(grant(recorder, 1)) for _ in range(20)]
+    won, lost = await race(*(recorder.log.append(append) for append in appends))
     balances = await asyncio.gather(*grants)
     assert len(won) + len(lost) == 60
     assert all(isinstance(refusal, InsufficientCredit) for refusal in lost)
     assert 10 <= len(won) <= 30
-    assert await scribe.log.credit("ada") == 10 + 20 - len(won)
+    assert await recorder.log.credit("ada") == 10 + 20 - len(won)
     assert all(0 <= balance <= 30 for balance in balances)
     seen = [body(entry)["credit"] for entry in won]
     assert all(balance >= 0 for balance in seen)
 
 
-async def test_what_is_taken_back_while_credits_are_reserved_is_refunded_on_top(scribe: Scribe, log: EventLog) -> None:
-    running = [await scribe.start() for _ in range(3)]
-    assert await grant(scribe, -1_000) == 0
-    failed = await scribe.move(running[0], "failed")
+async def test_what_is_taken_back_while_credits_are_reserved_is_refunded_on_top(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    running = [await recorder.start() for _ in range(3)]
+    assert await grant(recorder, -1_000) == 0
+    failed = await recorder.move(running[0], "failed")
     assert bodies(await log.generation(failed.generation_id))[-1]["credit"] == 1
-    await asyncio.gather(grant(scribe, -1_000), *(scribe.move(each, "failed") for each in running[1:]))
+    await asyncio.gather(grant(recorder, -1_000), *(recorder.move(each, "failed") for each in running[1:]))
     left = await log.credit("ada")
     assert left is not None
     assert 0 <= left <= 2
 
 
 async def test_a_start_that_is_tried_again_after_its_generation_was_deleted_is_refused(log: EventLog) -> None:
-    scribe = Scribe(log)
-    append, generation = scribe.prepare_start()
+    recorder = EventRecorder(log)
+    append, generation = recorder.prepare_start()
     await log.append(append)
-    await scribe.move(generation, "failed")
+    await recorder.move(generation, "failed")
     await log.remove(generation.generation_id, retention=False)
     with pytest.raises(Conflict):
         await log.append(append)
@@ -193,10 +203,10 @@ async def test_a_start_that_is_tried_again_after_its_generation_was_deleted_is_r
 
 
 async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: EventLog) -> None:
-    scribe = Scribe(log)
-    deleted, purged = await scribe.short(), await scribe.short()
+    recorder = EventRecorder(log)
+    deleted, purged = await recorder.start_and_fail(), await recorder.start_and_fail()
     await log.remove(deleted.generation_id, retention=False)
-    later = scribe.clock.step(10)
+    later = recorder.clock.step(10)
     assert await log.finished_before(later, 10) == [deleted.generation_id, purged.generation_id]
     assert await log.remove(purged.generation_id, retention=True)
     assert await log.finished_before(later, 10) == []
@@ -204,8 +214,8 @@ async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: Ev
 
 
 async def test_a_log_that_can_be_written_says_so_and_is_not_changed_by_being_asked(log: EventLog) -> None:
-    scribe = Scribe(log)
-    generation = await scribe.short()
+    recorder = EventRecorder(log)
+    generation = await recorder.start_and_fail()
     before = await log.head_cursor("ada"), await log.generation(generation.generation_id), log.epoch
     await log.probe()
     assert before == (await log.head_cursor("ada"), await log.generation(generation.generation_id), log.epoch)

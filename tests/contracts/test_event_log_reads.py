@@ -7,57 +7,59 @@ import pytest
 from domain.errors import Conflict
 from domain.feed import Logged
 from domain.ports.log import EventLog, Gap
-from support.builders import Heard, Scribe, anonymous, statuses
-from support.event_log import Opener, places, pull, usable, whole_feed
+from support.builders import EventRecorder, RecordingFollower, from_another_writer, statuses
+from support.event_log import LogOpener, event_keys, full_feed, pull, usable
 
 # --- followers -------------------------------------------------------------------------------------------
 
 
-async def heard(follower: Heard, count: int) -> list[Logged]:
+async def entries_of(follower: RecordingFollower, count: int) -> list[Logged]:
     return await follower.until(lambda entries: len(entries) >= count)
 
 
-async def test_a_follower_hears_every_entry_once_in_order_while_appends_run(scribe: Scribe, log: EventLog) -> None:
-    follower = Heard()
+async def test_a_follower_hears_every_entry_once_in_order_while_appends_run(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    follower = RecordingFollower()
 
     async def live(user_id: str) -> None:
         for _ in range(10):
-            await scribe.whole(user_id)
+            await recorder.run_to_end(user_id)
             await asyncio.sleep(0)
 
     async with log.follow(follower):
         await asyncio.gather(*(live(user_id) for user_id in ("ada", "ada", "bob")))
-        await heard(follower, 180)
+        await entries_of(follower, 180)
     for user_id, count in (("ada", 120), ("bob", 60)):
         told = [entry for entry in follower.entries if entry.user_id == user_id]
         assert [entry.position for entry in told] == list(range(1, count + 1))
-        kept = (await whole_feed(log, user_id)).entries
+        kept = (await full_feed(log, user_id)).entries
         assert [entry.event for entry in told] == [entry.event for entry in kept]
         assert [entry.event_id for entry in told] == [entry.event_id for entry in kept]
 
 
-async def test_a_follower_hears_the_entry_as_it_was_at_the_append(scribe: Scribe, log: EventLog) -> None:
-    follower = Heard()
+async def test_a_follower_hears_the_entry_as_it_was_at_the_append(recorder: EventRecorder, log: EventLog) -> None:
+    follower = RecordingFollower()
     async with log.follow(follower):
-        append, generation = scribe.prepare_start()
+        append, generation = recorder.prepare_start()
         logged = [await log.append(append)]
-        append, _ = scribe.prepare(generation, "failed")
+        append, _ = recorder.prepare(generation, "failed")
         logged.append(await log.append(append))
-        assert await heard(follower, 2) == logged
+        assert await entries_of(follower, 2) == logged
     assert [(entry.first, entry.end) for entry in logged] == [(1, None), (1, 2)]
 
 
-async def test_between_a_read_and_what_is_heard_there_is_no_gap(scribe: Scribe, log: EventLog) -> None:
+async def test_between_a_read_and_what_is_heard_there_is_no_gap(recorder: EventRecorder, log: EventLog) -> None:
     async def write() -> None:
         for _ in range(30):
-            await scribe.whole()
+            await recorder.run_to_end()
             await asyncio.sleep(0)
 
     async def attach(after: int) -> None:
-        follower = Heard()
+        follower = RecordingFollower()
         async with log.follow(follower):
-            read = [entry.position for entry in (await whole_feed(log)).entries]
-            await heard(follower, after)
+            read = [entry.position for entry in (await full_feed(log)).entries]
+            await entries_of(follower, after)
             live = [entry.position for entry in follower.entries]
             assert live == list(range(live[0], live[0] + len(live)))
             assert live[0] <= (read[-1] if read else 0) + 1
@@ -70,9 +72,9 @@ async def test_between_a_read_and_what_is_heard_there_is_no_gap(scribe: Scribe, 
 
 
 async def test_a_follower_that_raises_undoes_nothing_and_stops_nobody(
-    scribe: Scribe, log: EventLog, caplog: pytest.LogCaptureFixture
+    recorder: EventRecorder, log: EventLog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before, after = Heard(), Heard()
+    before, after = RecordingFollower(), RecordingFollower()
     tries: list[Logged | Gap] = []
 
     def broken(entry: Logged | Gap) -> None:
@@ -80,35 +82,35 @@ async def test_a_follower_that_raises_undoes_nothing_and_stops_nobody(
         raise RuntimeError("a secret")
 
     async with log.follow(before), log.follow(broken), log.follow(after):
-        generation = await scribe.whole()
-        assert len(await heard(before, 6)) == len(await heard(after, 6)) == 6
+        generation = await recorder.run_to_end()
+        assert len(await entries_of(before, 6)) == len(await entries_of(after, 6)) == 6
     assert len(tries) == 6
     assert statuses(await log.generation(generation.generation_id))[-1] == "completed"
     assert caplog.records
     assert "a secret" not in caplog.text
 
 
-async def test_who_has_left_hears_nothing_more_and_who_stays_does(scribe: Scribe, log: EventLog) -> None:
-    leaving, staying = Heard(), Heard()
+async def test_who_has_left_hears_nothing_more_and_who_stays_does(recorder: EventRecorder, log: EventLog) -> None:
+    leaving, staying = RecordingFollower(), RecordingFollower()
     async with log.follow(staying):
         async with log.follow(leaving):
-            await scribe.start()
-            await heard(leaving, 1)
-        await scribe.start()
-        await heard(staying, 2)
+            await recorder.start()
+            await entries_of(leaving, 1)
+        await recorder.start()
+        await entries_of(staying, 2)
     assert len(leaving.entries) == 1
 
 
-async def test_refused_and_repeated_appends_are_not_heard(scribe: Scribe, log: EventLog) -> None:
-    append, generation = scribe.prepare_start()
+async def test_refused_and_repeated_appends_are_not_heard(recorder: EventRecorder, log: EventLog) -> None:
+    append, generation = recorder.prepare_start()
     await log.append(append)
-    follower = Heard()
+    follower = RecordingFollower()
     async with log.follow(follower):
         await log.append(append)
         with pytest.raises(Conflict):
-            await log.append(anonymous(append, 1))
-        await scribe.move(generation, "composition")
-        await heard(follower, 1)
+            await log.append(from_another_writer(append, 1))
+        await recorder.move(generation, "composition")
+        await entries_of(follower, 1)
     assert [entry.sequence for entry in follower.entries] == [2]
 
 
@@ -122,10 +124,10 @@ async def test_an_unknown_user_has_an_empty_feed(log: EventLog) -> None:
     assert (await log.feed("nobody", after=0, anchor=1, limit=10)).anchor_id is None
 
 
-async def test_pages_of_any_size_tell_the_whole_feed_once_in_order(scribe: Scribe, log: EventLog) -> None:
+async def test_pages_of_any_size_tell_the_whole_feed_once_in_order(recorder: EventRecorder, log: EventLog) -> None:
     for _ in range(3):
-        await scribe.whole()
-    every = list((await whole_feed(log)).entries)
+        await recorder.run_to_end()
+    every = list((await full_feed(log)).entries)
     assert len(every) == 18
     for limit in (1, 2, 5, 17, 18, 19, 1_000):
         told: list[Logged] = []
@@ -142,29 +144,29 @@ async def test_pages_of_any_size_tell_the_whole_feed_once_in_order(scribe: Scrib
         assert told == every
 
 
-async def test_a_read_without_room_tells_only_what_lies_around(scribe: Scribe, log: EventLog) -> None:
-    await scribe.whole()
+async def test_a_read_without_room_tells_only_what_lies_around(recorder: EventRecorder, log: EventLog) -> None:
+    await recorder.run_to_end()
     feed = await log.feed("ada", after=2, anchor=4, limit=0)
-    ids = [entry.event_id for entry in (await whole_feed(log)).entries]
+    ids = [entry.event_id for entry in (await full_feed(log)).entries]
     assert (list(feed.entries), feed.upto, feed.head, feed.anchor_id) == ([], 2, 6, ids[3])
 
 
-async def test_the_anchor_of_every_position_is_the_id_of_its_event(scribe: Scribe, log: EventLog) -> None:
-    await scribe.whole()
-    for entry in (await whole_feed(log)).entries:
+async def test_the_anchor_of_every_position_is_the_id_of_its_event(recorder: EventRecorder, log: EventLog) -> None:
+    await recorder.run_to_end()
+    for entry in (await full_feed(log)).entries:
         feed = await log.feed("ada", after=0, anchor=entry.position, limit=0)
         assert (feed.anchor_id, [*feed.deleted_spans]) == (entry.event_id, [])
     for beyond in (7, 8, 1_000_000):
         assert (await log.feed("ada", after=0, anchor=beyond, limit=0)).anchor_id is None
 
 
-async def test_the_id_before_the_first_event_is_the_users_the_epochs_and_stays(opener: Opener) -> None:
+async def test_the_id_before_the_first_event_is_the_users_the_epochs_and_stays(opener: LogOpener) -> None:
     one, two = await opener(epoch="one"), await opener(epoch="two")
 
-    async def zero(scribe: Scribe, user_id: str) -> int | None:
-        return (await scribe.log.feed(user_id, after=0, anchor=0, limit=0)).anchor_id
+    async def zero(recorder: EventRecorder, user_id: str) -> int | None:
+        return (await recorder.log.feed(user_id, after=0, anchor=0, limit=0)).anchor_id
 
-    ids = [await zero(scribe, user_id) for scribe in (one, two) for user_id in ("ada", "bob")]
+    ids = [await zero(recorder, user_id) for recorder in (one, two) for user_id in ("ada", "bob")]
     assert len(set(ids)) == 4
     assert None not in ids
     await one.start("ada")
@@ -172,33 +174,37 @@ async def test_the_id_before_the_first_event_is_the_users_the_epochs_and_stays(o
     assert (one.log.epoch, two.log.epoch) == ("one", "two")
 
 
-async def test_a_read_beyond_the_head_finds_nothing(scribe: Scribe, log: EventLog) -> None:
-    await scribe.start()
+async def test_a_read_beyond_the_head_finds_nothing(recorder: EventRecorder, log: EventLog) -> None:
+    await recorder.start()
     feed = await log.feed("ada", after=5, anchor=0, limit=10)
     assert (list(feed.entries), feed.head) == ([], 1)
 
 
-async def test_the_present_of_nobody_is_where_their_first_event_will_come(scribe: Scribe, log: EventLog) -> None:
+async def test_the_present_of_nobody_is_where_their_first_event_will_come(
+    recorder: EventRecorder, log: EventLog
+) -> None:
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (0, 0)
-    generation = await scribe.start()
+    generation = await recorder.start()
     told, _ = await pull(log, "ada", cursor)
-    assert places(told) == [(generation.generation_id, 1)]
+    assert event_keys(told) == [(generation.generation_id, 1)]
 
 
-async def test_the_present_holds_what_still_runs_and_nothing_that_has_ended(scribe: Scribe, log: EventLog) -> None:
-    await scribe.whole()
-    running = await scribe.move(await scribe.start(), "composition")
-    await scribe.whole()
+async def test_the_present_holds_what_still_runs_and_nothing_that_has_ended(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    await recorder.run_to_end()
+    running = await recorder.move(await recorder.start(), "composition")
+    await recorder.run_to_end()
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (14, 6)
     told, behind = await pull(log, "ada", cursor)
-    assert places(told) == [(running.generation_id, 1), (running.generation_id, 2)]
+    assert event_keys(told) == [(running.generation_id, 1), (running.generation_id, 2)]
     assert (behind.live, behind.seen) == (14, 14)
 
 
-async def test_the_present_of_a_user_with_nothing_running_is_the_head(scribe: Scribe, log: EventLog) -> None:
-    ended = await scribe.whole()
+async def test_the_present_of_a_user_with_nothing_running_is_the_head(recorder: EventRecorder, log: EventLog) -> None:
+    ended = await recorder.run_to_end()
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (6, 6)
     assert await usable(log, "ada", cursor)
@@ -211,14 +217,14 @@ async def test_the_present_of_a_user_with_nothing_running_is_the_head(scribe: Sc
 # --- what is yet to be told ------------------------------------------------------------------------------
 
 
-async def test_ends_are_kept_in_their_order_until_they_have_been_told(opener: Opener) -> None:
-    scribe = await opener(outbox=True)
-    log = scribe.log
-    slow = await scribe.start("ada")
-    quick = await scribe.whole("bob", face_swap=True)
-    slow = await scribe.move(slow, "failed")
-    last = await scribe.short("ada")
-    await scribe.start("ada")
+async def test_ends_are_kept_in_their_order_until_they_have_been_told(opener: LogOpener) -> None:
+    recorder = await opener(outbox=True)
+    log = recorder.log
+    slow = await recorder.start("ada")
+    quick = await recorder.run_to_end("bob", face_swap=True)
+    slow = await recorder.move(slow, "failed")
+    last = await recorder.start_and_fail("ada")
+    await recorder.start("ada")
     ends = []
     for generation in (quick, slow, last):
         history = await log.generation(generation.generation_id)
@@ -235,29 +241,31 @@ async def test_ends_are_kept_in_their_order_until_they_have_been_told(opener: Op
     assert (await log.generation(last.generation_id)) is not None
 
 
-async def test_an_end_that_was_told_is_not_to_be_told_again_because_its_append_is_tried_again(opener: Opener) -> None:
-    scribe = await opener(outbox=True)
-    append, generation = scribe.prepare(await scribe.start(), "failed")
-    await scribe.log.append(append)
-    await scribe.log.append(append)
-    assert len(await scribe.log.undelivered(10)) == 1
-    await scribe.log.delivered(generation.generation_id)
-    await scribe.log.append(append)
-    assert list(await scribe.log.undelivered(10)) == []
+async def test_an_end_that_was_told_is_not_to_be_told_again_because_its_append_is_tried_again(
+    opener: LogOpener,
+) -> None:
+    recorder = await opener(outbox=True)
+    append, generation = recorder.prepare(await recorder.start(), "failed")
+    await recorder.log.append(append)
+    await recorder.log.append(append)
+    assert len(await recorder.log.undelivered(10)) == 1
+    await recorder.log.delivered(generation.generation_id)
+    await recorder.log.append(append)
+    assert list(await recorder.log.undelivered(10)) == []
 
 
 @pytest.mark.parametrize("retention", [True, False])
-async def test_what_is_removed_is_not_told_any_more(opener: Opener, retention: bool) -> None:
-    scribe = await opener(outbox=True)
-    gone, kept = await scribe.short(), await scribe.short()
-    assert await scribe.log.remove(gone.generation_id, retention=retention)
-    assert [entry.generation_id for entry in await scribe.log.undelivered(10)] == [kept.generation_id]
-    await scribe.log.delivered(gone.generation_id)
-    await scribe.log.delivered("edit_1_unknown")
-    assert [entry.generation_id for entry in await scribe.log.undelivered(10)] == [kept.generation_id]
+async def test_what_is_removed_is_not_told_any_more(opener: LogOpener, retention: bool) -> None:
+    recorder = await opener(outbox=True)
+    gone, kept = await recorder.start_and_fail(), await recorder.start_and_fail()
+    assert await recorder.log.remove(gone.generation_id, retention=retention)
+    assert [entry.generation_id for entry in await recorder.log.undelivered(10)] == [kept.generation_id]
+    await recorder.log.delivered(gone.generation_id)
+    await recorder.log.delivered("edit_1_unknown")
+    assert [entry.generation_id for entry in await recorder.log.undelivered(10)] == [kept.generation_id]
 
 
-async def test_without_an_outbox_nothing_is_to_be_told(scribe: Scribe, log: EventLog) -> None:
-    generation = await scribe.short()
+async def test_without_an_outbox_nothing_is_to_be_told(recorder: EventRecorder, log: EventLog) -> None:
+    generation = await recorder.start_and_fail()
     assert list(await log.undelivered(10)) == []
     await log.delivered(generation.generation_id)

@@ -11,8 +11,8 @@ import pytest
 from domain.errors import Conflict, NotFinished
 from domain.feed import Cursor
 from domain.ports.log import EventLog
-from support.builders import Scribe, statuses
-from support.event_log import image, places, pull, usable, whole_feed
+from support.builders import EventRecorder, statuses
+from support.event_log import event_keys, full_feed, image, pull, usable
 
 # --- removal ---------------------------------------------------------------------------------------------
 
@@ -20,18 +20,20 @@ retentions = pytest.mark.parametrize("retention", [True, False])
 
 
 @retentions
-async def test_what_was_removed_answers_as_one_that_never_was(scribe: Scribe, log: EventLog, retention: bool) -> None:
-    ended, other = await scribe.whole(key="k"), await scribe.whole()
+async def test_what_was_removed_answers_as_one_that_never_was(
+    recorder: EventRecorder, log: EventLog, retention: bool
+) -> None:
+    ended, other = await recorder.run_to_end(key="k"), await recorder.run_to_end()
     credit = await log.credit("ada")
     assert await log.remove(ended.generation_id, retention=retention) is True
     assert await log.generation(ended.generation_id) is None
     assert [history.generation_id for history in await log.generations("ada", limit=10)] == [other.generation_id]
     assert await log.find_by_idempotency_key("ada", "k") is None
-    kept = [entry for entry in (await whole_feed(log)).entries if entry.event is not None]
+    kept = [entry for entry in (await full_feed(log)).entries if entry.event is not None]
     assert {entry.generation_id for entry in kept} == {other.generation_id}
     assert await log.credit("ada") == credit
     assert await log.remove(ended.generation_id, retention=retention) is False
-    append, _ = scribe.prepare(await scribe.start(), "composition")
+    append, _ = recorder.prepare(await recorder.start(), "composition")
     with pytest.raises(Conflict) as refusal:
         await log.append(replace(append, generation_id=ended.generation_id, sequence=7))
     assert refusal.value.actual == 0
@@ -43,8 +45,8 @@ async def test_what_never_was_cannot_be_removed(log: EventLog, retention: bool) 
 
 
 @pytest.mark.parametrize("strange", ["", "edit_1_\ud800", "a\x00b", "'; DROP TABLE users; --", "%", "x" * 60_000])
-async def test_any_text_may_be_asked_for(scribe: Scribe, log: EventLog, strange: str) -> None:
-    await scribe.short()
+async def test_any_text_may_be_asked_for(recorder: EventRecorder, log: EventLog, strange: str) -> None:
+    await recorder.start_and_fail()
     before = await image(log, "ada")
     assert await log.generation(strange) is None
     assert await log.remove(strange, retention=False) is False
@@ -53,51 +55,51 @@ async def test_any_text_may_be_asked_for(scribe: Scribe, log: EventLog, strange:
 
 @pytest.mark.parametrize("user_id", ["'", '"; --', "Ünï 🎨 : % * {}", "ADA", "ada ", "e\u0301", "1" * 128])
 async def test_a_user_may_have_any_name_and_none_is_taken_for_another(
-    scribe: Scribe, log: EventLog, user_id: str
+    recorder: EventRecorder, log: EventLog, user_id: str
 ) -> None:
-    await scribe.short("ada", key="k")
-    running = await scribe.start(user_id, key="k")
-    assert [entry.user_id for entry in (await whole_feed(log, user_id)).entries] == [user_id]
+    await recorder.start_and_fail("ada", key="k")
+    running = await recorder.start(user_id, key="k")
+    assert [entry.user_id for entry in (await full_feed(log, user_id)).entries] == [user_id]
     assert [history.generation_id for history in await log.generations(user_id, limit=10)] == [running.generation_id]
     assert (await log.credit("ada"), await log.credit(user_id)) == (100, 99)
 
 
 @retentions
-async def test_what_still_runs_is_not_removed(scribe: Scribe, log: EventLog, retention: bool) -> None:
-    running = await scribe.start()
+async def test_what_still_runs_is_not_removed(recorder: EventRecorder, log: EventLog, retention: bool) -> None:
+    running = await recorder.start()
     before = await image(log, "ada", running.generation_id)
     with pytest.raises(NotFinished):
         await log.remove(running.generation_id, retention=retention)
     assert await image(log, "ada", running.generation_id) == before
 
 
-async def test_retention_raises_the_floor_to_the_last_purged_position(scribe: Scribe, log: EventLog) -> None:
-    one, two, _ = [await scribe.short() for _ in range(3)]
+async def test_retention_raises_the_floor_to_the_last_purged_position(recorder: EventRecorder, log: EventLog) -> None:
+    one, two, _ = [await recorder.start_and_fail() for _ in range(3)]
     assert await log.remove(one.generation_id, retention=True)
-    assert (await whole_feed(log)).floor == 2
+    assert (await full_feed(log)).floor == 2
     assert await log.remove(two.generation_id, retention=True)
-    feed = await whole_feed(log)
+    feed = await full_feed(log)
     assert (feed.floor, feed.head) == (4, 6)
     assert [entry.position for entry in feed.entries] == [5, 6]
 
 
 async def test_the_places_of_a_deleted_one_are_forgotten_when_retention_would_have_purged_it(
-    scribe: Scribe, log: EventLog
+    recorder: EventRecorder, log: EventLog
 ) -> None:
-    gone, _ = await scribe.short(), await scribe.short()
+    gone, _ = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(gone.generation_id, retention=False)
-    assert (await whole_feed(log)).floor == 0
-    assert gone.generation_id in await log.finished_before(scribe.clock.step(), 10)
+    assert (await full_feed(log)).floor == 0
+    assert gone.generation_id in await log.finished_before(recorder.clock.step(), 10)
     assert await log.remove(gone.generation_id, retention=True)
-    feed = await whole_feed(log)
+    feed = await full_feed(log)
     assert feed.floor == 2
     assert [entry.position for entry in feed.entries] == [3, 4]
-    assert gone.generation_id not in await log.finished_before(scribe.clock.step(), 10)
+    assert gone.generation_id not in await log.finished_before(recorder.clock.step(), 10)
     assert await log.remove(gone.generation_id, retention=True) is False
 
 
-async def test_retention_never_lowers_the_floor(scribe: Scribe, log: EventLog) -> None:
-    one, two = await scribe.short(), await scribe.short()
+async def test_retention_never_lowers_the_floor(recorder: EventRecorder, log: EventLog) -> None:
+    one, two = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(two.generation_id, retention=True)
     ids = (await log.feed("ada", after=0, anchor=4, limit=0)).anchor_id
     assert await log.remove(one.generation_id, retention=True)
@@ -105,11 +107,11 @@ async def test_retention_never_lowers_the_floor(scribe: Scribe, log: EventLog) -
     assert (feed.floor, feed.anchor_id, list(feed.entries)) == (4, ids, [])
 
 
-async def test_delete_leaves_the_floor_and_empty_places_with_their_ids(scribe: Scribe, log: EventLog) -> None:
-    generations = [await scribe.short() for _ in range(3)]
-    every = (await whole_feed(log)).entries
+async def test_delete_leaves_the_floor_and_empty_places_with_their_ids(recorder: EventRecorder, log: EventLog) -> None:
+    generations = [await recorder.start_and_fail() for _ in range(3)]
+    every = (await full_feed(log)).entries
     assert await log.remove(generations[1].generation_id, retention=False)
-    feed = await whole_feed(log)
+    feed = await full_feed(log)
     assert (feed.floor, feed.head) == (0, 6)
     places_left = {entry.position: entry for entry in feed.entries}
     for entry in every:
@@ -123,14 +125,14 @@ async def test_delete_leaves_the_floor_and_empty_places_with_their_ids(scribe: S
 @retentions
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (1, 2), (2, 0), (0, 1, 2), (2, 1, 0)])
 async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
-    scribe: Scribe, log: EventLog, retention: bool, which: tuple[int, ...]
+    recorder: EventRecorder, log: EventLog, retention: bool, which: tuple[int, ...]
 ) -> None:
-    generations = [await scribe.short() for _ in range(3)]
-    every = list((await whole_feed(log)).entries)
+    generations = [await recorder.start_and_fail() for _ in range(3)]
+    every = list((await full_feed(log)).entries)
     for index in which:
         assert await log.remove(generations[index].generation_id, retention=retention)
     left = [generations[index].generation_id for index in range(3) if index not in which]
-    feed = await whole_feed(log)
+    feed = await full_feed(log)
     kept = [entry for entry in feed.entries if entry.event is not None]
     assert kept == [entry for entry in every if entry.generation_id in left]
     assert (feed.head, feed.upto) == (6, 6)
@@ -139,7 +141,7 @@ async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
     at_head = Cursor(6, every[-1].event_id, 6)
     attached = await log.head_cursor("ada")
     assert attached == at_head
-    following = await scribe.whole()
+    following = await recorder.run_to_end()
     for cursor in (at_head, attached):
         for limit in (1, 2, 100):
             told, _ = await pull(log, "ada", cursor, limit)
@@ -148,10 +150,10 @@ async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
             ]
 
 
-async def test_the_id_at_the_floor_stays_and_those_below_go(scribe: Scribe, log: EventLog) -> None:
+async def test_the_id_at_the_floor_stays_and_those_below_go(recorder: EventRecorder, log: EventLog) -> None:
     for _ in range(2):
-        await scribe.short()
-    every = (await whole_feed(log)).entries
+        await recorder.start_and_fail()
+    every = (await full_feed(log)).entries
     for history in await log.generations("ada", limit=10):
         assert await log.remove(history.generation_id, retention=True)
     assert (await log.feed("ada", after=0, anchor=4, limit=0)).anchor_id == every[3].event_id
@@ -160,99 +162,106 @@ async def test_the_id_at_the_floor_stays_and_those_below_go(scribe: Scribe, log:
     assert await usable(log, "ada", Cursor(4, every[3].event_id, 4))
 
 
-async def test_a_running_generation_older_than_the_floor_stays_readable(scribe: Scribe, log: EventLog) -> None:
-    old = await scribe.start()
-    ended = await scribe.short()
-    old = await scribe.move(old, "composition")
+async def test_a_running_generation_older_than_the_floor_stays_readable(recorder: EventRecorder, log: EventLog) -> None:
+    old = await recorder.start()
+    ended = await recorder.start_and_fail()
+    old = await recorder.move(old, "composition")
     assert await log.remove(ended.generation_id, retention=True)
-    feed = await whole_feed(log)
+    feed = await full_feed(log)
     assert (feed.floor, [entry.position for entry in feed.entries]) == (3, [1, 4])
     history = await log.generation(old.generation_id)
     assert statuses(history) == ["started", "composition"]
     cursor = await log.head_cursor("ada")
-    assert places((await pull(log, "ada", cursor))[0]) == [(old.generation_id, 1), (old.generation_id, 2)]
-    await scribe.finish(old)
-    assert places((await pull(log, "ada", cursor, 1))[0]) == [(old.generation_id, n) for n in range(1, 7)]
+    assert event_keys((await pull(log, "ada", cursor))[0]) == [(old.generation_id, 1), (old.generation_id, 2)]
+    await recorder.finish(old)
+    assert event_keys((await pull(log, "ada", cursor, 1))[0]) == [(old.generation_id, n) for n in range(1, 7)]
 
 
 async def test_reading_goes_on_from_before_the_floor_when_only_unwanted_events_went(
-    scribe: Scribe, log: EventLog
+    recorder: EventRecorder, log: EventLog
 ) -> None:
-    running = await scribe.start()
-    ended = await scribe.short()
-    running = await scribe.move(running, "composition")
+    running = await recorder.start()
+    ended = await recorder.start_and_fail()
+    running = await recorder.move(running, "composition")
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (4, 0)
     assert await log.remove(ended.generation_id, retention=True)
     assert await usable(log, "ada", cursor)
-    assert places((await pull(log, "ada", cursor, 1))[0]) == [(running.generation_id, 1), (running.generation_id, 2)]
+    assert event_keys((await pull(log, "ada", cursor, 1))[0]) == [
+        (running.generation_id, 1),
+        (running.generation_id, 2),
+    ]
 
 
 @retentions
 async def test_a_cursor_is_lost_once_a_generation_it_wanted_to_the_end_is_gone(
-    scribe: Scribe, log: EventLog, retention: bool
+    recorder: EventRecorder, log: EventLog, retention: bool
 ) -> None:
-    wanted = await scribe.start()
+    wanted = await recorder.start()
     cursor = await log.head_cursor("ada")
-    wanted = await scribe.move(wanted, "composition")
-    middle = (await whole_feed(log)).entries[-1]
-    await scribe.move(wanted, "failed")
-    behind = (await whole_feed(log)).entries[-1]
+    wanted = await recorder.move(wanted, "composition")
+    middle = (await full_feed(log)).entries[-1]
+    await recorder.move(wanted, "failed")
+    behind = (await full_feed(log)).entries[-1]
     assert await log.remove(wanted.generation_id, retention=retention)
     for lost in (cursor, cursor._replace(seen=cursor.live), Cursor(middle.position, middle.event_id, middle.position)):
         assert not await usable(log, "ada", lost)
     assert await usable(log, "ada", Cursor(behind.position, behind.event_id, behind.position))
 
 
-async def test_deleted_spans_is_told_from_the_first_event_on_and_before_the_last(scribe: Scribe, log: EventLog) -> None:
-    await scribe.short()
-    gone = await scribe.move(await scribe.start(), "composition", "failed")
-    await scribe.short()
+async def test_deleted_spans_is_told_from_the_first_event_on_and_before_the_last(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    await recorder.start_and_fail()
+    gone = await recorder.move(await recorder.start(), "composition", "failed")
+    await recorder.start_and_fail()
     assert await log.remove(gone.generation_id, retention=False)
     deleted_spans = [[*(await log.feed("ada", after=0, anchor=anchor, limit=0)).deleted_spans] for anchor in range(8)]
     assert deleted_spans == [[], [], [], [3], [3], [], [], []]
 
 
-async def test_one_deleted_before_it_was_seen_at_all_is_skipped(scribe: Scribe, log: EventLog) -> None:
+async def test_one_deleted_before_it_was_seen_at_all_is_skipped(recorder: EventRecorder, log: EventLog) -> None:
     cursor = await log.head_cursor("ada")
-    gone = await scribe.short()
-    kept = await scribe.short()
+    gone = await recorder.start_and_fail()
+    kept = await recorder.start_and_fail()
     assert await log.remove(gone.generation_id, retention=False)
     for limit in (2, 3, 100):
         told, behind = await pull(log, "ada", cursor, limit)
-        assert places(told) == [(kept.generation_id, 1), (kept.generation_id, 2)]
+        assert event_keys(told) == [(kept.generation_id, 1), (kept.generation_id, 2)]
         assert behind.live == behind.seen == 4
 
 
-async def test_places_left_by_delete_go_once_the_floor_has_passed_them(scribe: Scribe, log: EventLog) -> None:
-    deleted, purged = await scribe.short(), await scribe.short()
+async def test_places_left_by_delete_go_once_the_floor_has_passed_them(recorder: EventRecorder, log: EventLog) -> None:
+    deleted, purged = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(deleted.generation_id, retention=False)
     assert await log.remove(purged.generation_id, retention=True)
-    feed = await whole_feed(log)
+    feed = await full_feed(log)
     assert (list(feed.entries), feed.upto, feed.head, feed.floor, [*feed.deleted_spans]) == ([], 4, 4, 4, [])
     assert not (await log.feed("ada", after=0, anchor=1, limit=0)).deleted_spans
 
 
-async def test_deleting_below_the_floor_leaves_no_places(scribe: Scribe, log: EventLog) -> None:
-    low, high = await scribe.short(), await scribe.short()
+async def test_deleting_below_the_floor_leaves_no_places(recorder: EventRecorder, log: EventLog) -> None:
+    low, high = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(high.generation_id, retention=True)
     assert await log.remove(low.generation_id, retention=False)
-    feed = await whole_feed(log)
+    feed = await full_feed(log)
     assert (list(feed.entries), feed.floor, feed.head, [*feed.deleted_spans]) == ([], 4, 4, [])
 
 
-async def test_two_users_do_not_share_a_floor(scribe: Scribe, log: EventLog) -> None:
-    gone, _ = await scribe.short("ada"), await scribe.short("bob")
+async def test_two_users_do_not_share_a_floor(recorder: EventRecorder, log: EventLog) -> None:
+    gone, _ = await recorder.start_and_fail("ada"), await recorder.start_and_fail("bob")
     assert await log.remove(gone.generation_id, retention=True)
-    assert [(await whole_feed(log, user_id)).floor for user_id in ("ada", "bob")] == [2, 0]
+    assert [(await full_feed(log, user_id)).floor for user_id in ("ada", "bob")] == [2, 0]
 
 
-async def test_a_long_life_under_retention_keeps_numbering_without_a_gap(scribe: Scribe, log: EventLog) -> None:
-    previous = await scribe.short()
+async def test_a_long_life_under_retention_keeps_numbering_without_a_gap(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    previous = await recorder.start_and_fail()
     for turn in range(2, 40):
-        current = await scribe.short()
+        current = await recorder.start_and_fail()
         assert await log.remove(previous.generation_id, retention=True)
-        feed = await whole_feed(log)
+        feed = await full_feed(log)
         assert [entry.position for entry in feed.entries] == [2 * turn - 1, 2 * turn]
         assert (feed.head, feed.floor) == (2 * turn, 2 * turn - 2)
         previous = current
@@ -261,11 +270,11 @@ async def test_a_long_life_under_retention_keeps_numbering_without_a_gap(scribe:
 # --- lists -----------------------------------------------------------------------------------------------
 
 
-async def test_generations_come_newest_first_filtered_and_in_pages(scribe: Scribe, log: EventLog) -> None:
-    running = [await scribe.start() for _ in range(3)]
-    ended = [await scribe.short() for _ in range(3)]
-    running.append(await scribe.start())
-    await scribe.start("bob")
+async def test_generations_come_newest_first_filtered_and_in_pages(recorder: EventRecorder, log: EventLog) -> None:
+    running = [await recorder.start() for _ in range(3)]
+    ended = [await recorder.start_and_fail() for _ in range(3)]
+    running.append(await recorder.start())
+    await recorder.start("bob")
 
     async def ids(active: bool | None, before: int | None = None, limit: int = 100) -> list[str]:
         found = await log.generations("ada", active=active, before=before, limit=limit)
@@ -288,37 +297,41 @@ async def test_generations_come_newest_first_filtered_and_in_pages(scribe: Scrib
     assert await log.generations("nobody", limit=5) == []
 
 
-async def test_the_age_of_a_generation_is_that_of_its_first_event(scribe: Scribe, log: EventLog) -> None:
-    older, newer = await scribe.start(), await scribe.start()
-    await scribe.move(newer, "failed")
-    await scribe.move(older, "failed")
+async def test_the_age_of_a_generation_is_that_of_its_first_event(recorder: EventRecorder, log: EventLog) -> None:
+    older, newer = await recorder.start(), await recorder.start()
+    await recorder.move(newer, "failed")
+    await recorder.move(older, "failed")
     found = await log.generations("ada", active=False, limit=10)
     assert [history.generation_id for history in found] == [newer.generation_id, older.generation_id]
 
 
-async def test_unfinished_tells_everybodys_running_generations_oldest_first(scribe: Scribe, log: EventLog) -> None:
-    one = await scribe.start("ada")
-    two = await scribe.start("bob")
-    await scribe.short("ada")
-    three = await scribe.start("ada")
-    two = await scribe.move(two, "composition")
+async def test_unfinished_tells_everybodys_running_generations_oldest_first(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    one = await recorder.start("ada")
+    two = await recorder.start("bob")
+    await recorder.start_and_fail("ada")
+    three = await recorder.start("ada")
+    two = await recorder.move(two, "composition")
     found = await log.unfinished()
     assert [history.generation_id for history in found] == [one.generation_id, two.generation_id, three.generation_id]
     assert [statuses(history)[-1] for history in found] == ["started", "composition", "started"]
     for generation in (one, two, three):
-        await scribe.move(generation, "failed")
+        await recorder.move(generation, "failed")
     assert list(await log.unfinished()) == []
 
 
-async def test_finished_before_tells_those_that_ended_earlier_first_ended_first(scribe: Scribe, log: EventLog) -> None:
-    slow = await scribe.start("ada")
-    quick = await scribe.short("bob")
-    scribe.clock.step(10)
-    await scribe.move(slow, "failed")
-    scribe.clock.step(10)
-    last = await scribe.short("ada")
-    await scribe.start("ada")
-    now = scribe.clock()
+async def test_finished_before_tells_those_that_ended_earlier_first_ended_first(
+    recorder: EventRecorder, log: EventLog
+) -> None:
+    slow = await recorder.start("ada")
+    quick = await recorder.start_and_fail("bob")
+    recorder.clock.step(10)
+    await recorder.move(slow, "failed")
+    recorder.clock.step(10)
+    last = await recorder.start_and_fail("ada")
+    await recorder.start("ada")
+    now = recorder.clock()
     every = [quick.generation_id, slow.generation_id, last.generation_id]
     assert list(await log.finished_before(now + timedelta(seconds=1), 10)) == every
     assert list(await log.finished_before(now + timedelta(seconds=1), 2)) == every[:2]
@@ -329,13 +342,13 @@ async def test_finished_before_tells_those_that_ended_earlier_first_ended_first(
     assert list(await log.finished_before(now + timedelta(seconds=1), 10)) == every[1:]
 
 
-async def test_removing_while_appending_is_seen_whole_or_not_at_all(scribe: Scribe, log: EventLog) -> None:
+async def test_removing_while_appending_is_seen_whole_or_not_at_all(recorder: EventRecorder, log: EventLog) -> None:
     """A reader of one atomic read never sees a generation without its beginning or its end."""
     done = asyncio.Event()
 
     async def churn() -> None:
         for turn in range(40):
-            generation = await scribe.short()
+            generation = await recorder.start_and_fail()
             await asyncio.sleep(0)
             assert await log.remove(generation.generation_id, retention=turn % 2 == 0)
         done.set()
@@ -357,16 +370,18 @@ async def test_removing_while_appending_is_seen_whole_or_not_at_all(scribe: Scri
     assert reads > 1
 
 
-async def test_every_answer_holds_after_the_same_append_was_sent_by_many(scribe: Scribe, log: EventLog) -> None:
+async def test_every_answer_holds_after_the_same_append_was_sent_by_many(
+    recorder: EventRecorder, log: EventLog
+) -> None:
     """Eight writers drive three generations; each step is taken once, whoever takes it."""
-    running = [await scribe.start() for _ in range(3)]
+    running = [await recorder.start() for _ in range(3)]
     steps = ("composition", "composition_completed", "openai_editing", "openai_editing_completed", "completed")
 
     async def drive() -> None:
         for generation in running:
             present = generation
             for status in steps:
-                append, present = scribe.prepare(present, status)
+                append, present = recorder.prepare(present, status)
                 with contextlib.suppress(Conflict):
                     await log.append(append)
                 await asyncio.sleep(0)

@@ -31,12 +31,12 @@ from support.builders import (
     LOGS,
     PROPERTY,
     CountedEntropy,
-    Heard,
+    EventRecorder,
     OpenLog,
-    Scribe,
+    RecordingFollower,
     SteppableClock,
-    anonymous,
     body,
+    from_another_writer,
     path_of,
 )
 
@@ -76,7 +76,7 @@ class Place(NamedTuple):
     cursor: Cursor
     attached_at: int
     upto: int
-    told: tuple[int, ...]
+    received: tuple[int, ...]
 
 
 class LogMachine(RuleBasedStateMachine):
@@ -87,10 +87,10 @@ class LogMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.stack = contextlib.AsyncExitStack()
         self.clock = SteppableClock()
-        self.heard = Heard()
+        self.follower = RecordingFollower()
         self.log = self.run(self.stack.enter_async_context(self.open_log(clock=self.clock, credits=CREDITS)))
-        self.run(self.stack.enter_async_context(self.log.follow(self.heard)))
-        self.scribe = Scribe(self.log, self.clock, CountedEntropy())
+        self.run(self.stack.enter_async_context(self.log.follow(self.follower)))
+        self.recorder = EventRecorder(self.log, self.clock, CountedEntropy())
         self.alive: dict[str, Known] = {}
         self.ever: dict[str, Known] = {}
         self.head = dict.fromkeys(USERS, 0)
@@ -158,7 +158,7 @@ class LogMachine(RuleBasedStateMachine):
     def start(
         self, user_id: str, kind: Kind, face_swap: bool, key: str | None, fingerprint: str, reply_lost: bool
     ) -> None:
-        append, after = self.scribe.prepare_start(
+        append, after = self.recorder.prepare_start(
             user_id, kind, key=key, fingerprint=fingerprint, face_swap=face_swap and kind == "edit"
         )
         same = self.keyed(user_id, key)
@@ -189,7 +189,7 @@ class LogMachine(RuleBasedStateMachine):
         generation = known.generation
         path = path_of(generation.kind, face_swap=generation.face_swap_wanted)
         status = "failed" if fails else path[path.index(generation.status) + 1]
-        append, after = self.scribe.prepare(generation, status)
+        append, after = self.recorder.prepare(generation, status)
         logged = self.run(self.log.append(append))
         known.stale.append(generation)
         self.took(known, append, after, logged)
@@ -204,7 +204,7 @@ class LogMachine(RuleBasedStateMachine):
         generation = known.generation
         if generation.status not in generation.allowed:
             return
-        append, after = self.scribe.prepare(generation, generation.status, progress=generation.progress + 1)
+        append, after = self.recorder.prepare(generation, generation.status, progress=generation.progress + 1)
         logged = self.run(self.log.append(append))
         known.stale.append(generation)
         self.took(known, append, after, logged)
@@ -219,7 +219,7 @@ class LogMachine(RuleBasedStateMachine):
         generation = known.stale[which % len(known.stale)]
         path = path_of(generation.kind, face_swap=generation.face_swap_wanted)
         status = "failed" if cancels else path[path.index(generation.status) + 1]
-        append, _ = self.scribe.prepare(generation, status)
+        append, _ = self.recorder.prepare(generation, status)
         with pytest.raises(Conflict) as refusal:
             self.run(self.log.append(append))
         there = generation.generation_id in self.alive
@@ -242,7 +242,7 @@ class LogMachine(RuleBasedStateMachine):
             return
         refused = (Conflict, AlreadyStarted) if append.start is not None else Conflict
         with pytest.raises(refused):
-            self.run(self.log.append(anonymous(append, append.event_id ^ 1)))
+            self.run(self.log.append(from_another_writer(append, append.event_id ^ 1)))
 
     @rule(index=st.integers(0, 9), retention=st.booleans())
     def remove(self, index: int, retention: bool) -> None:
@@ -282,7 +282,7 @@ class LogMachine(RuleBasedStateMachine):
         """The floor has passed the place, or it lies in a deleted generation of which the reader knows."""
         live = place.cursor.live
         return live < self.floor[user_id] or any(
-            first <= live < last and (first <= place.attached_at or first in place.told)
+            first <= live < last and (first <= place.attached_at or first in place.received)
             for first, last in self.severing[user_id]
         )
 
@@ -310,7 +310,7 @@ class LogMachine(RuleBasedStateMachine):
         assert feed.upto > cursor.seen or feed.upto == feed.head
         handed = place
         for entry, after in told:
-            handed = Place(after, place.attached_at, entry.position, (*handed.told, entry.position))
+            handed = Place(after, place.attached_at, entry.position, (*handed.received, entry.position))
             self.places[user_id].append(handed)
         handed = handed._replace(cursor=behind, upto=feed.upto)
         self.places[user_id].append(handed)
@@ -322,12 +322,12 @@ class LogMachine(RuleBasedStateMachine):
             attached = Place(self.run(self.log.head_cursor(user_id)), self.head[user_id], 0, ())
             for place in (attached, self.places[user_id][-1]):
                 reader: Place | None = place
-                every = [*place.told, *(position for position, *_ in self.wanted(user_id, place))]
+                every = [*place.received, *(position for position, *_ in self.wanted(user_id, place))]
                 while reader is not None and reader.upto < self.head[user_id]:
                     reader = self.page(user_id, reader, 3)
                 assert reader is not None or place is not attached
                 if reader is not None:
-                    assert list(reader.told) == every
+                    assert list(reader.received) == every
                     assert len(set(every)) == len(every)
 
     # --- invariants ------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ class LogMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_follower_heard_every_entry_once_in_order(self) -> None:
-        assert self.heard.entries == self.appended
+        assert self.follower.entries == self.appended
 
 
 @pytest.mark.parametrize("open_log", list(LOGS.values()), ids=list(LOGS))

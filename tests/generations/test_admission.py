@@ -20,13 +20,13 @@ from domain.generation import Snapshot
 from domain.workflow import Wish
 from support.doubles import (
     FACE_URL,
-    Bytes,
-    Hold,
-    Passing,
+    ForwardingLog,
+    InMemoryBackend,
+    InMemoryUpload,
+    Pause,
     ScriptedEditor,
     ScriptedFetcher,
-    Studio,
-    pass_time,
+    advance_time,
     swap_wish,
     wish,
 )
@@ -34,9 +34,9 @@ from support.harness import running
 from support.http_app import assert_problem, serve_api
 
 
-def held(gate: asyncio.Event, data: bytes = b"one") -> tuple[Wish, Bytes]:
+def held(gate: asyncio.Event, data: bytes = b"one") -> tuple[Wish, InMemoryUpload]:
     """A wish whose upload cannot be read before the gate opens."""
-    file = Bytes(data, gate)
+    file = InMemoryUpload(data, gate)
     return wish(uploads=[file]), file
 
 
@@ -44,12 +44,12 @@ def held(gate: asyncio.Event, data: bytes = b"one") -> tuple[Wish, Bytes]:
 
 
 async def test_a_start_whose_credit_is_reserved_by_another_waits_for_it_and_reads_nothing() -> None:
-    studio, gate = Studio(credits=1, line=Passing), asyncio.Event()
+    backend, gate = InMemoryBackend(credits=1, line=ForwardingLog), asyncio.Event()
     first_wish, first_file = held(gate)
-    first = asyncio.create_task(studio.start(first_wish))
+    first = asyncio.create_task(backend.start(first_wish))
     await first_file.awaited.wait()
     others = [held(gate) for _ in range(5)]
-    waiting = [asyncio.create_task(studio.start(each)) for each, _ in others]
+    waiting = [asyncio.create_task(backend.start(each)) for each, _ in others]
     done, _ = await asyncio.wait(waiting, timeout=0.05)
     assert not done
     gate.set()
@@ -61,46 +61,46 @@ async def test_a_start_whose_credit_is_reserved_by_another_waits_for_it_and_read
 
 
 async def test_a_reservation_is_given_back_by_a_start_that_is_refused() -> None:
-    studio, gate = Studio(credits=1), asyncio.Event()
+    backend, gate = InMemoryBackend(credits=1), asyncio.Event()
     bad, file = held(gate, b"bad")
-    refused = asyncio.create_task(studio.start(bad))
+    refused = asyncio.create_task(backend.start(bad))
     await file.awaited.wait()
-    next_one = asyncio.create_task(studio.start())
+    next_one = asyncio.create_task(backend.start())
     gate.set()
     with pytest.raises(InvalidImage):
         await refused
     assert isinstance(await next_one, Snapshot)
-    assert await studio.workflow.credit("ada") == 0
+    assert await backend.workflow.credit("ada") == 0
 
 
 async def test_a_start_waits_for_others_for_so_long_and_is_then_told_to_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(admission, "WAIT", 0.05)
-    studio, gate = Studio(credits=1), asyncio.Event()
+    backend, gate = InMemoryBackend(credits=1), asyncio.Event()
     slow, file = held(gate)
-    first = asyncio.create_task(studio.start(slow))
+    first = asyncio.create_task(backend.start(slow))
     await file.awaited.wait()
     with pytest.raises(Overloaded):
-        await studio.start()
+        await backend.start()
     gate.set()
     await first
 
 
 async def test_reservations_of_one_user_concern_no_other() -> None:
-    studio, gate = Studio(credits=1), asyncio.Event()
+    backend, gate = InMemoryBackend(credits=1), asyncio.Event()
     slow, file = held(gate)
-    first = asyncio.create_task(studio.start(slow))
+    first = asyncio.create_task(backend.start(slow))
     await file.awaited.wait()
-    assert isinstance(await studio.start(user_id="bob"), Snapshot)
+    assert isinstance(await backend.start(user_id="bob"), Snapshot)
     gate.set()
     await first
 
 
 async def test_places_of_a_user_are_reserved_too() -> None:
-    studio, gate = Studio(max_per_user=2, line=Passing), asyncio.Event()
+    backend, gate = InMemoryBackend(max_per_user=2, line=ForwardingLog), asyncio.Event()
     starts = [held(gate) for _ in range(4)]
-    tasks = [asyncio.create_task(studio.start(each)) for each, _ in starts]
+    tasks = [asyncio.create_task(backend.start(each)) for each, _ in starts]
     for _, file in starts[:2]:
         await file.awaited.wait()
     assert not any(file.awaited.is_set() for _, file in starts[2:])
@@ -111,24 +111,24 @@ async def test_places_of_a_user_are_reserved_too() -> None:
 
 async def test_places_in_the_queue_are_reserved_and_free_workers_are_not_left_idle() -> None:
     gate = asyncio.Event()
-    async with Studio(max_waiting=1).open() as studio:
+    async with InMemoryBackend(max_waiting=1).open() as backend:
         starts = [held(gate) for _ in range(2)]
-        tasks = [asyncio.create_task(studio.start(each, user_id=f"user{n}")) for n, (each, _) in enumerate(starts)]
+        tasks = [asyncio.create_task(backend.start(each, user_id=f"user{n}")) for n, (each, _) in enumerate(starts)]
         await starts[0][1].awaited.wait()
         assert not starts[1][1].awaited.is_set()
         gate.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        await studio.settled()
+        await backend.settled()
     assert [type(result) for result in results] == [Snapshot, Snapshot]
 
 
 async def test_a_repeat_waits_for_the_first_request_and_not_for_reservations() -> None:
-    studio, gate = Studio(credits=1), asyncio.Event()
+    backend, gate = InMemoryBackend(credits=1), asyncio.Event()
     slow, file = held(gate)
-    first = asyncio.create_task(studio.start(slow, key="k"))
+    first = asyncio.create_task(backend.start(slow, key="k"))
     await file.awaited.wait()
-    repeats = [asyncio.create_task(studio.start(held(gate)[0], key="k")) for _ in range(3)]
-    other = asyncio.create_task(studio.start(wish(uploads=[Bytes(b"other")]), key="k"))
+    repeats = [asyncio.create_task(backend.start(held(gate)[0], key="k")) for _ in range(3)]
+    other = asyncio.create_task(backend.start(wish(uploads=[InMemoryUpload(b"other")]), key="k"))
     gate.set()
     begun = await first
     assert {(await each).generation_id for each in repeats} == {begun.generation_id}
@@ -137,11 +137,11 @@ async def test_a_repeat_waits_for_the_first_request_and_not_for_reservations() -
 
 
 async def test_a_repeat_of_a_request_that_was_refused_is_decided_anew() -> None:
-    studio, gate = Studio(), asyncio.Event()
+    backend, gate = InMemoryBackend(), asyncio.Event()
     bad, file = held(gate, b"bad")
-    first = asyncio.create_task(studio.start(bad, key="k"))
+    first = asyncio.create_task(backend.start(bad, key="k"))
     await file.awaited.wait()
-    repeat = asyncio.create_task(studio.start(key="k"))
+    repeat = asyncio.create_task(backend.start(key="k"))
     gate.set()
     with pytest.raises(InvalidImage):
         await first
@@ -149,13 +149,13 @@ async def test_a_repeat_of_a_request_that_was_refused_is_decided_anew() -> None:
 
 
 async def test_nothing_is_kept_of_starts_that_are_over() -> None:
-    studio = Studio()
-    async with studio.open():
+    backend = InMemoryBackend()
+    async with backend.open():
         for number in range(20):
-            await studio.start(user_id=f"user{number}", key="k")
-        await studio.settled()
-    assert not vars(studio.workflow)["_keys"]
-    assert not vars(vars(studio.workflow)["_admission"])["_reserved"]
+            await backend.start(user_id=f"user{number}", key="k")
+        await backend.settled()
+    assert not vars(backend.workflow)["_keys"]
+    assert not vars(vars(backend.workflow)["_admission"])["_reserved"]
 
 
 # --- starts per minute ------------------------------------------------------------------------------------
@@ -213,34 +213,34 @@ async def test_starts_of_a_minute_ago_count_no_more_and_are_forgotten(monkeypatc
 # --- stored images ----------------------------------------------------------------------------------------
 
 
-def kept(studio: Studio) -> int:
-    return sum(len(picture.data) for picture in studio.images.kept.values())
+def kept(backend: InMemoryBackend) -> int:
+    return sum(len(picture.data) for picture in backend.images.kept.values())
 
 
 async def test_stored_bytes_are_counted_as_images_come_and_go() -> None:
-    studio, stored = Studio(), 0
-    async with studio.open():
-        whole = await studio.make(swap_wish())
-        assert studio.stored.stored("ada") == kept(studio) > 0
-        hold = Hold()
-        studio.fetcher.acts = [hold]
-        cancelled = await studio.start(swap_wish())
-        await hold.reached.wait()
-        await studio.cancel(cancelled)
-        await studio.settled()
-        assert studio.stored.stored("ada") == kept(studio)
-        studio.fetcher.acts = []
-        studio.editor.result = studio.editor.result._replace(data=b"unstorable")
-        studio.images.refused = {b"unstorable"}
-        await studio.make()
-        assert studio.stored.stored("ada") == kept(studio)
+    backend, stored = InMemoryBackend(), 0
+    async with backend.open():
+        whole = await backend.make(swap_wish())
+        assert backend.stored.stored("ada") == kept(backend) > 0
+        pause = Pause()
+        backend.fetcher.acts = [pause]
+        cancelled = await backend.start(swap_wish())
+        await pause.reached.wait()
+        await backend.cancel(cancelled)
+        await backend.settled()
+        assert backend.stored.stored("ada") == kept(backend)
+        backend.fetcher.acts = []
+        backend.editor.result = backend.editor.result._replace(data=b"unstorable")
+        backend.images.refused = {b"unstorable"}
+        await backend.make()
+        assert backend.stored.stored("ada") == kept(backend)
         with pytest.raises(InvalidImage):
-            await studio.start(wish(uploads=[Bytes(b"good"), Bytes(b"bad")]))
-        stored = kept(studio)
-        assert studio.stored.stored("ada") == stored
-        await studio.workflow.delete("ada", whole.generation_id)
-        assert studio.stored.stored("ada") == kept(studio) < stored
-        assert studio.stored.stored("bob") == 0
+            await backend.start(wish(uploads=[InMemoryUpload(b"good"), InMemoryUpload(b"bad")]))
+        stored = kept(backend)
+        assert backend.stored.stored("ada") == stored
+        await backend.workflow.delete("ada", whole.generation_id)
+        assert backend.stored.stored("ada") == kept(backend) < stored
+        assert backend.stored.stored("bob") == 0
 
 
 async def test_beyond_the_limit_starts_are_refused_and_running_work_is_not(tmp_path: Path) -> None:
@@ -274,63 +274,63 @@ async def test_stored_bytes_are_known_after_a_restart(tmp_path: Path, log_settin
 
 
 async def test_those_that_fetch_keep_nobody_from_work_and_wait_for_no_worker_at_the_cost_of_their_deadline() -> None:
-    fetching, editing = Hold(), Hold()
-    studio = Studio(max_running=1, fetcher=ScriptedFetcher(fetching))
-    async with studio.open():
-        stuck = [await studio.start(swap_wish()) for _ in range(5)]
+    fetching, editing = Pause(), Pause()
+    backend = InMemoryBackend(max_running=1, fetcher=ScriptedFetcher(fetching))
+    async with backend.open():
+        stuck = [await backend.start(swap_wish()) for _ in range(5)]
         await fetching.reached.wait()
-        quick = await studio.start(user_id="bob")
-        await studio.reached(quick.generation_id, "completed")
-        assert [(await studio.statuses(each))[-1] for each in stuck] == ["composition"] * 2 + ["started"] * 3
-        studio.editor.acts = [editing]
-        busy = await studio.start(user_id="bob")
+        quick = await backend.start(user_id="bob")
+        await backend.reached(quick.generation_id, "completed")
+        assert [(await backend.statuses(each))[-1] for each in stuck] == ["composition"] * 2 + ["started"] * 3
+        backend.editor.acts = [editing]
+        busy = await backend.start(user_id="bob")
         await editing.reached.wait()
-        fetching.let_go.set()
-        while studio.queue.waiting < 5:
+        fetching.released.set()
+        while backend.queue.waiting < 5:
             await asyncio.sleep(0)
         # They have what they need, and wait for bob's.
-        assert [(await studio.statuses(each))[-1] for each in stuck[:2]] == ["composition"] * 2
-        assert await studio.cancel(stuck[0]) == "cancelled"
-        editing.let_go.set()
-        await studio.settled()
-        ends = [(await studio.statuses(each))[-1] for each in (busy, *stuck)]
+        assert [(await backend.statuses(each))[-1] for each in stuck[:2]] == ["composition"] * 2
+        assert await backend.cancel(stuck[0]) == "cancelled"
+        editing.released.set()
+        await backend.settled()
+        ends = [(await backend.statuses(each))[-1] for each in (busy, *stuck)]
         assert ends == ["completed", "failed", *["completed"] * 4]
-        await studio.check("ada", "bob")
-        assert studio.stored.stored("ada") + studio.stored.stored("bob") == kept(studio)
+        await backend.check("ada", "bob")
+        assert backend.stored.stored("ada") + backend.stored.stored("bob") == kept(backend)
 
 
 async def test_waiting_for_a_worker_after_fetching_is_no_work() -> None:
-    hold = Hold()
-    studio = Studio(max_running=1, editor=ScriptedEditor(hold))
-    async with studio.open():
-        overdue = await studio.start(user_id="bob")
-        await hold.reached.wait()
-        hold.reached.clear()
-        patient = await studio.start(wish(image_urls=(FACE_URL,)))
-        await studio.reached(patient.generation_id, "composition")
-        while not studio.queue.waiting:
+    pause = Pause()
+    backend = InMemoryBackend(max_running=1, editor=ScriptedEditor(pause))
+    async with backend.open():
+        overdue = await backend.start(user_id="bob")
+        await pause.reached.wait()
+        pause.reached.clear()
+        patient = await backend.start(wish(image_urls=(FACE_URL,)))
+        await backend.reached(patient.generation_id, "composition")
+        while not backend.queue.waiting:
             await asyncio.sleep(0)
-        await pass_time(studio.deadline)
-        await hold.reached.wait()
-        assert (await studio.statuses(overdue))[-1] == "failed"
-        hold.let_go.set()
-        await studio.settled()
-        assert (await studio.statuses(patient))[-1] == "completed"
-        await studio.check("ada", "bob")
+        await advance_time(backend.deadline)
+        await pause.reached.wait()
+        assert (await backend.statuses(overdue))[-1] == "failed"
+        pause.released.set()
+        await backend.settled()
+        assert (await backend.statuses(patient))[-1] == "completed"
+        await backend.check("ada", "bob")
 
 
 async def test_a_fetch_that_fails_makes_room_for_the_next() -> None:
-    studio = Studio(max_running=1)
+    backend = InMemoryBackend(max_running=1)
 
     async def fail(report: object) -> None:
         raise Failure("image_fetch_failed")
 
-    studio.fetcher.acts = [fail]
-    async with studio.open():
-        begun = [await studio.start(wish(image_urls=(FACE_URL,))) for _ in range(6)]
-        await studio.settled()
-        assert {(await studio.statuses(each))[-1] for each in begun} == {"failed"}
-        await studio.check()
+    backend.fetcher.acts = [fail]
+    async with backend.open():
+        begun = [await backend.start(wish(image_urls=(FACE_URL,))) for _ in range(6)]
+        await backend.settled()
+        assert {(await backend.statuses(each))[-1] for each in begun} == {"failed"}
+        await backend.check()
 
 
 # --- overload ---------------------------------------------------------------------------------------------

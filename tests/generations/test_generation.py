@@ -19,7 +19,7 @@ from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition
 from domain.events import Event, decode, encode, event_name, timestamp, with_credit
 from domain.generation import Generation
 from domain.stages import BEGIN, FLOWS, Kind, moves
-from support.builders import NOON, PROPERTY, facts_for, make_generation, make_order, moved_to, path_of
+from support.builders import NOON, PROPERTY, make_generation, make_order, moved_to, path_of, stage_fields
 
 SHEET = "http://test/images/sheet.png"
 EDITED = "http://test/images/edited.png"
@@ -34,7 +34,7 @@ variants = pytest.mark.parametrize(("kind", "face_swap"), VARIANTS)
 def story(generation: Generation, *statuses: str) -> tuple[list[Event], Generation]:
     events = []
     for status in statuses:
-        event, generation = generation.propose(status, NOON, **facts_for(generation.kind, status))
+        event, generation = generation.propose(status, NOON, **stage_fields(generation.kind, status))
         events.append(event)
     return events, generation
 
@@ -118,8 +118,8 @@ def test_a_generation_from_scratch_ends_with_the_generated_picture() -> None:
 
 def test_a_failed_face_swap_keeps_the_edit_and_says_so() -> None:
     given_ = reach("edit", True, "face_swap")
-    status, facts = given_.ending(Failure("provider_timeout"))
-    event, after = given_.propose(status, NOON, **facts)
+    status, fields = given_.ending(Failure("provider_timeout"))
+    event, after = given_.propose(status, NOON, **fields)
     told = wire(event)
     assert told["status"] == "completed"
     assert told["progress"] == 100
@@ -145,9 +145,9 @@ def test_a_failure_ends_every_other_stage_in_failed_with_its_code_and_sentence(
         if status == "face_swap":
             continue
         given_ = reach(kind, face_swap, status)
-        ending, facts = given_.ending(Failure(code, "Said plainly.", retryable=True))
+        ending, fields = given_.ending(Failure(code, "Said plainly.", retryable=True))
         assert ending == "failed"
-        event, after = given_.propose(ending, NOON, **facts)
+        event, after = given_.propose(ending, NOON, **fields)
         told = wire(event)
         assert told["failedStage"] == status
         assert (told["code"], told["error"], told["retryable"]) == (code, "Said plainly.", True)
@@ -159,7 +159,7 @@ def test_a_failure_ends_every_other_stage_in_failed_with_its_code_and_sentence(
 
 
 def test_a_cancelled_face_swap_fails_as_any_other_stage() -> None:
-    event, after = reach("edit", True, "face_swap").propose("failed", NOON, **facts_for("edit", "failed"))
+    event, after = reach("edit", True, "face_swap").propose("failed", NOON, **stage_fields("edit", "failed"))
     assert (event.failed_stage, event.progress, after.finished) == ("face_swap", 85, True)
 
 
@@ -181,10 +181,10 @@ def test_every_illegal_move_raises_and_changes_nothing(kind: Kind, face_swap: bo
         given_ = reach(kind, face_swap, source)
         before = state(given_)
         if (source, target) in legal(kind, face_swap):
-            given_.propose(target, NOON, **facts_for(kind, target))
+            given_.propose(target, NOON, **stage_fields(kind, target))
         else:
             with pytest.raises(IllegalTransition) as refusal:
-                given_.propose(target, NOON, **facts_for(kind, target))
+                given_.propose(target, NOON, **stage_fields(kind, target))
             assert (refusal.value.present, refusal.value.proposed) == (source, target)
             assert refusal.value.allowed == given_.allowed
             refused += 1
@@ -197,7 +197,7 @@ def test_a_legal_move_changes_only_the_copy(kind: Kind, face_swap: bool) -> None
     for source, target in legal(kind, face_swap):
         given_ = reach(kind, face_swap, source)
         before = state(given_)
-        event, after = given_.propose(target, NOON, **facts_for(kind, target))
+        event, after = given_.propose(target, NOON, **stage_fields(kind, target))
         assert state(given_) == before
         assert (after.status, after.sequence) == (target, given_.sequence + 1)
         assert (event.status, event.sequence) == (target, given_.sequence + 1)
@@ -214,13 +214,13 @@ def test_whatever_is_proposed_only_listed_moves_happen_and_progress_never_falls(
     events: list[Event] = []
     for _ in range(data.draw(st.integers(1, 25))):
         target = data.draw(st.sampled_from([BEGIN, *FLOWS[kind]]))
-        facts = facts_for(kind, target)
+        fields = stage_fields(kind, target)
         if target == generation.status:
-            facts["progress"] = data.draw(st.integers(0, 100))
+            fields["progress"] = data.draw(st.integers(0, 100))
         before, present = state(generation), generation.status
         after = None
         with contextlib.suppress(IllegalTransition):
-            event, after = generation.propose(target, NOON, **facts)
+            event, after = generation.propose(target, NOON, **fields)
         assert state(generation) == before
         if after is None:
             assert (present, target) not in listed or present == target or target not in generation.allowed
@@ -347,8 +347,8 @@ def test_allowed_lists_what_may_follow_now(kind: Kind, face_swap: bool, status: 
 def test_onward_follows_the_path_on_which_nothing_fails(kind: Kind, face_swap: bool) -> None:
     generation = make_generation(kind, face_swap=face_swap)
     for status in path_of(kind, face_swap=face_swap):
-        facts = facts_for(kind, status)
-        assert generation.onward(facts) == status
+        fields = stage_fields(kind, status)
+        assert generation.onward(fields) == status
         generation = moved_to(generation, status)
     with pytest.raises(IllegalTransition):
         generation.onward({})

@@ -5,50 +5,50 @@ from pathlib import Path
 
 from domain.housekeeping import Housekeeping
 from support.builders import SteppableClock
-from support.doubles import Hold, ScriptedEditor, Studio, png
+from support.doubles import InMemoryBackend, Pause, ScriptedEditor, png
 from support.harness import PHOTO, running
 
 
 async def test_a_sweep_removes_what_no_event_names_and_nothing_else() -> None:
-    hold = Hold()
-    studio = Studio()
-    async with studio.open():
-        done = await studio.make()
-        named = dict(studio.images.kept)
-        studio.editor.acts = [hold]
-        await studio.start()
-        await hold.reached.wait()
-        needed = dict(studio.images.kept)
-        await studio.images.save(done.generation_id, png("of a stage that was lost"))
-        await studio.images.save("edit_1_0000000000000000", png("of a start that was lost"))
-        assert await Housekeeping(studio.log, studio.stored).sweep(stored_before=studio.clock()) == 2
-        assert studio.images.kept == needed
+    pause = Pause()
+    backend = InMemoryBackend()
+    async with backend.open():
+        done = await backend.make()
+        named = dict(backend.images.kept)
+        backend.editor.acts = [pause]
+        await backend.start()
+        await pause.reached.wait()
+        needed = dict(backend.images.kept)
+        await backend.images.save(done.generation_id, png("of a stage that was lost"))
+        await backend.images.save("edit_1_0000000000000000", png("of a start that was lost"))
+        assert await Housekeeping(backend.log, backend.stored).sweep(stored_before=backend.clock()) == 2
+        assert backend.images.kept == needed
         assert named.items() <= needed.items()
-        hold.let_go.set()
-        await studio.settled()
+        pause.released.set()
+        await backend.settled()
 
 
 async def test_finished_generations_go_with_their_pictures_when_retention_ends_and_running_ones_never() -> None:
-    hold = Hold()
-    studio = Studio(clock=SteppableClock())
-    async with studio.open():
-        first = await studio.make()
-        studio.clock.step(60)
-        second = await studio.make()
-        studio.editor.acts = [hold]
-        running_one = await studio.start()
-        await hold.reached.wait()
-        studio.clock.step(30)
-        keeper = Housekeeping(studio.log, studio.stored)
-        assert await keeper.purge(ended_before=studio.clock() - timedelta(seconds=60)) == 1
-        assert await studio.log.generation(first.generation_id) is None
-        assert await studio.log.generation(second.generation_id) is not None
-        assert not any(name.startswith(first.generation_id) for name in studio.images.kept)
-        studio.clock.step(100_000)
-        assert await keeper.purge(ended_before=studio.clock()) == 1
-        assert await studio.log.generation(running_one.generation_id) is not None
-        hold.let_go.set()
-        await studio.settled()
+    pause = Pause()
+    backend = InMemoryBackend(clock=SteppableClock())
+    async with backend.open():
+        first = await backend.make()
+        backend.clock.step(60)
+        second = await backend.make()
+        backend.editor.acts = [pause]
+        running_one = await backend.start()
+        await pause.reached.wait()
+        backend.clock.step(30)
+        keeper = Housekeeping(backend.log, backend.stored)
+        assert await keeper.purge(ended_before=backend.clock() - timedelta(seconds=60)) == 1
+        assert await backend.log.generation(first.generation_id) is None
+        assert await backend.log.generation(second.generation_id) is not None
+        assert not any(name.startswith(first.generation_id) for name in backend.images.kept)
+        backend.clock.step(100_000)
+        assert await keeper.purge(ended_before=backend.clock()) == 1
+        assert await backend.log.generation(running_one.generation_id) is not None
+        pause.released.set()
+        await backend.settled()
 
 
 async def test_the_service_removes_what_a_killed_one_left_and_what_retention_ends(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ async def test_the_service_removes_what_a_killed_one_left_and_what_retention_end
 
 
 async def test_a_service_keeps_what_still_runs(tmp_path: Path) -> None:
-    hold = Hold()
-    editor = ScriptedEditor(hold)
+    pause = Pause()
+    editor = ScriptedEditor(pause)
     async with running(tmp_path, retention=0.3, overrides={"editor": editor}) as service:
         generation_id = await service.start("ada")
         done = await service.start("bob")
@@ -77,5 +77,5 @@ async def test_a_service_keeps_what_still_runs(tmp_path: Path) -> None:
         await service.http.post(f"/generations/{done}/cancel", headers={"X-User-Id": "bob"})
         await service.until(lambda: not (tmp_path / done).exists())
         assert (await service.get(f"/generations/{generation_id}"))["status"] == "openai_editing"
-        hold.let_go.set()
+        pause.released.set()
         await service.until(lambda: not any(each.is_dir() for each in tmp_path.iterdir()))

@@ -11,14 +11,14 @@ from domain import runner
 from domain.errors import LogUnavailable
 from domain.generation import Generation
 from domain.rehydrate import generation_of
-from support.builders import EDIT_WITH_SWAP, Scribe, bodies
+from support.builders import EDIT_WITH_SWAP, EventRecorder, bodies
 from support.doubles import (
     BASE,
-    Flaky,
-    Hold,
+    FlakyLog,
+    InMemoryBackend,
+    Pause,
     ScriptedEditor,
     ScriptedFaceSwapper,
-    Studio,
     png,
     reports,
     swap_wish,
@@ -28,34 +28,34 @@ from support.doubles import (
 FREE_EDITING = {"status": "openai_editing", "free": True}
 
 
-async def leave(studio: Studio, *events: dict[str, Any]) -> Generation:
+async def leave(backend: InMemoryBackend, *events: dict[str, Any]) -> Generation:
     """An edit with a face swap that another process has left after these events."""
-    begun = await studio.start(swap_wish())
-    await studio.queue.withdraw(begun.generation_id)
-    history = await studio.memory.generation(begun.generation_id)
+    begun = await backend.start(swap_wish())
+    await backend.queue.withdraw(begun.generation_id)
+    history = await backend.memory.generation(begun.generation_id)
     assert history is not None
     left = generation_of(history)
-    scribe = Scribe(studio.memory, studio.clock, studio.entropy)
+    recorder = EventRecorder(backend.memory, backend.clock, backend.entropy)
     for event in events:
-        facts = dict(event)
-        status = facts.pop("status")
+        fields = dict(event)
+        status = fields.pop("status")
         for stage, field in (
             ("composition_completed", "composition_url"),
             ("openai_editing_completed", "edited_image_url"),
             ("face_swap_completed", "face_swap_url"),
         ):
             if status == stage:
-                facts[field] = BASE + await studio.images.save(begun.generation_id, png(status))
-        left = await scribe.move(left, status, **facts)
+                fields[field] = BASE + await backend.images.save(begun.generation_id, png(status))
+        left = await recorder.move(left, status, **fields)
     return left
 
 
-async def go_on(studio: Studio, left: Generation) -> list[dict[str, object]]:
+async def go_on(backend: InMemoryBackend, left: Generation) -> list[dict[str, object]]:
     """Let the next process take up what is left, and return all events once it has ended."""
-    await studio.runner.resume()
-    async with studio.open():
-        await studio.settled()
-    events = bodies(await studio.memory.generation(left.generation_id))
+    await backend.runner.resume()
+    async with backend.open():
+        await backend.settled()
+    events = bodies(await backend.memory.generation(left.generation_id))
     assert [event["sequence"] for event in events] == list(range(1, len(events) + 1))
     progress = [event["progress"] for event in events]
     assert progress == sorted(progress)
@@ -69,10 +69,10 @@ def before(status: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("status", EDIT_WITH_SWAP[:-1])
 async def test_a_stage_without_provider_is_repeated_and_one_that_may_have_been_paid_for_is_not(status: str) -> None:
-    studio = Studio()
-    events = await go_on(studio, await leave(studio, *before(status)))
+    backend = InMemoryBackend()
+    events = await go_on(backend, await leave(backend, *before(status)))
     told = events[-1]
-    edits, swaps = len(studio.editor.calls), len(studio.face_swapper.calls)
+    edits, swaps = len(backend.editor.calls), len(backend.face_swapper.calls)
     assert (edits, swaps) == {
         "started": (1, 1),
         "composition": (1, 1),
@@ -103,12 +103,14 @@ async def test_a_stage_that_was_entered_with_a_free_provider_is_repeated_without
 ) -> None:
     low, high = (60, 80) if status == "openai_editing" else (85, 95)
     acts = [reports(fraction, f"at {fraction}") for fraction in (0.2, 0.5, 0.8)]
-    studio = Studio(editor=ScriptedEditor(*acts, free=True), face_swapper=ScriptedFaceSwapper(*acts, free=True))
+    backend = InMemoryBackend(
+        editor=ScriptedEditor(*acts, free=True), face_swapper=ScriptedFaceSwapper(*acts, free=True)
+    )
     events = [*before(status)[:-1], {"status": status, "free": True}]
     if reached is not None:
         halfway = low + int(reached * (high - low))
         events.append({"status": status, "free": True, "progress": halfway, "message": "Halfway"})
-    told = await go_on(studio, await leave(studio, *events))
+    told = await go_on(backend, await leave(backend, *events))
     assert told[-1]["status"] == "completed"
     assert "faceSwapError" not in told[-1]
     of_stage = [(event["progress"], event["message"]) for event in told if event["status"] == status]
@@ -119,41 +121,41 @@ async def test_a_stage_that_was_entered_with_a_free_provider_is_repeated_without
 
 
 async def test_a_free_stage_before_does_not_make_a_paid_one_free() -> None:
-    studio = Studio(editor=ScriptedEditor(free=True))
+    backend = InMemoryBackend(editor=ScriptedEditor(free=True))
     edited = [*before("composition_completed"), FREE_EDITING, {"status": "openai_editing_completed"}]
-    left = await leave(studio, *edited, {"status": "face_swap"})
-    error = (await go_on(studio, left))[-1]["faceSwapError"]
+    left = await leave(backend, *edited, {"status": "face_swap"})
+    error = (await go_on(backend, left))[-1]["faceSwapError"]
     assert isinstance(error, dict)
     assert error["code"] == "interrupted"
 
 
 async def test_work_that_was_free_is_done_by_a_paid_provider_once_and_not_again() -> None:
     """The service is killed, started with a paid editor, killed while that works, and started once more."""
-    hold = Hold()
-    studio = Studio(editor=ScriptedEditor(hold, free=False))
-    left = await leave(studio, *before("composition_completed"), FREE_EDITING)
-    await studio.runner.resume()
-    async with studio.open():
-        await hold.reached.wait()
-    assert len(studio.editor.calls) == 1
-    assert len(bodies(await studio.memory.generation(left.generation_id))) == left.sequence, "an event says so"
-    end = (await go_on(studio, left))[-1]
+    pause = Pause()
+    backend = InMemoryBackend(editor=ScriptedEditor(pause, free=False))
+    left = await leave(backend, *before("composition_completed"), FREE_EDITING)
+    await backend.runner.resume()
+    async with backend.open():
+        await pause.reached.wait()
+    assert len(backend.editor.calls) == 1
+    assert len(bodies(await backend.memory.generation(left.generation_id))) == left.sequence, "an event says so"
+    end = (await go_on(backend, left))[-1]
     assert (end["status"], end["code"], end["credit"]) == ("failed", "interrupted", 10)
-    assert len(studio.editor.calls) == 1
+    assert len(backend.editor.calls) == 1
 
 
 async def test_nothing_is_paid_for_before_the_log_knows_that_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_AGAIN", 0.01)
-    studio = Studio(line=Unwilling)
-    left = await leave(studio, *before("composition_completed"), FREE_EDITING)
-    log = studio.log
+    backend = InMemoryBackend(line=Unwilling)
+    left = await leave(backend, *before("composition_completed"), FREE_EDITING)
+    log = backend.log
     assert isinstance(log, Unwilling)
-    log.editor = studio.editor
-    assert (await go_on(studio, left))[-1]["status"] == "completed"
+    log.editor = backend.editor
+    assert (await go_on(backend, left))[-1]["status"] == "completed"
     assert log.refusals == 0
 
 
-class Unwilling(Flaky):
+class Unwilling(FlakyLog):
     """A log that is not available for the first notes that a stage is paid."""
 
     editor: ScriptedEditor
@@ -168,38 +170,38 @@ class Unwilling(Flaky):
 
 
 async def test_a_paid_stage_stays_paid_where_the_next_provider_is_free() -> None:
-    studio = Studio(editor=ScriptedEditor(free=True))
-    end = (await go_on(studio, await leave(studio, *before("openai_editing"))))[-1]
+    backend = InMemoryBackend(editor=ScriptedEditor(free=True))
+    end = (await go_on(backend, await leave(backend, *before("openai_editing"))))[-1]
     assert (end["status"], end["code"]) == ("failed", "interrupted")
-    assert studio.editor.calls == []
+    assert backend.editor.calls == []
 
 
 async def test_the_deadline_counts_the_work_that_was_done_before_and_not_the_time_in_between() -> None:
-    studio = Studio(deadline=600)
-    ok, late = [await studio.start() for _ in range(2)]
-    scribe = Scribe(studio.memory, studio.clock, studio.entropy)
+    backend = InMemoryBackend(deadline=600)
+    ok, late = [await backend.start() for _ in range(2)]
+    recorder = EventRecorder(backend.memory, backend.clock, backend.entropy)
     for begun, worked in ((ok, 540), (late, 600)):
-        history = await studio.memory.generation(begun.generation_id)
+        history = await backend.memory.generation(begun.generation_id)
         assert history is not None
-        composing = await scribe.move(generation_of(history), "composition")
-        studio.clock.step(worked)
-        name = await studio.images.save(begun.generation_id, next(iter(studio.images.kept.values())))
-        await scribe.move(composing, "composition_completed", composition_url=f"http://test/images/{name}")
-        await studio.queue.withdraw(begun.generation_id)
-    studio.clock.present += timedelta(hours=1)
-    await studio.runner.resume()
-    async with studio.open():
-        await studio.settled()
-    assert (await studio.events(ok))[-1]["status"] == "completed"
-    assert (await studio.events(late))[-1]["code"] == "deadline_exceeded"
+        composing = await recorder.move(generation_of(history), "composition")
+        backend.clock.step(worked)
+        name = await backend.images.save(begun.generation_id, next(iter(backend.images.kept.values())))
+        await recorder.move(composing, "composition_completed", composition_url=f"http://test/images/{name}")
+        await backend.queue.withdraw(begun.generation_id)
+    backend.clock.present += timedelta(hours=1)
+    await backend.runner.resume()
+    async with backend.open():
+        await backend.settled()
+    assert (await backend.events(ok))[-1]["status"] == "completed"
+    assert (await backend.events(late))[-1]["code"] == "deadline_exceeded"
 
 
 async def test_what_a_pipeline_of_the_users_own_works_on_is_left_to_it() -> None:
-    studio = Studio()
-    begun = await studio.start(wish()._replace(external=True))
-    await studio.runner.resume()
-    assert studio.queue.waiting == 0
-    assert await studio.statuses(begun) == ["started"]
+    backend = InMemoryBackend()
+    begun = await backend.start(wish()._replace(external=True))
+    await backend.runner.resume()
+    assert backend.queue.waiting == 0
+    assert await backend.statuses(begun) == ["started"]
 
 
 class Taken(MemoryQueue):
@@ -213,13 +215,13 @@ class Taken(MemoryQueue):
 
 async def test_what_somebody_else_has_taken_over_is_let_go_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_RENEW", 0.01)
-    hold = Hold()
-    studio = Studio(editor=ScriptedEditor(hold))
-    studio.queue = studio.runner.queue = studio.workflow._queue = queue = Taken()
-    async with studio.open():
-        begun = await studio.start()
-        await hold.reached.wait()
+    pause = Pause()
+    backend = InMemoryBackend(editor=ScriptedEditor(pause))
+    backend.queue = backend.runner.queue = backend.workflow._queue = queue = Taken()
+    async with backend.open():
+        begun = await backend.start()
+        await pause.reached.wait()
         queue.taken = True
-        await studio.settled()
-        assert hold.aborted.is_set()
-    assert (await studio.statuses(begun))[-1] == "openai_editing"
+        await backend.settled()
+        assert pause.aborted.is_set()
+    assert (await backend.statuses(begun))[-1] == "openai_editing"

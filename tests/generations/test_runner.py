@@ -12,12 +12,12 @@ from support.builders import EDIT, EDIT_WITH_SWAP, GENERATE
 from support.doubles import (
     BASE,
     FACE_URL,
-    Hold,
+    InMemoryBackend,
+    Pause,
     ScriptedComposer,
     ScriptedEditor,
     ScriptedFetcher,
-    Studio,
-    failed_well,
+    assert_failed_and_refunded,
     fails,
     picture_of,
     png,
@@ -32,73 +32,73 @@ from support.doubles import (
 
 
 async def test_an_edit_goes_through_its_stages_and_each_event_tells_what_is_known() -> None:
-    studio = Studio()
-    async with studio.open():
-        done = await studio.make(wish(shop="izmir"))
-    told = await studio.events(done)
+    backend = InMemoryBackend()
+    async with backend.open():
+        done = await backend.make(wish(shop="izmir"))
+    told = await backend.events(done)
     assert tuple(event["status"] for event in told) == EDIT
     assert [event["sequence"] for event in told] == [1, 2, 3, 4, 5, 6]
     assert all(event["metadata"] == {"shop": "izmir"} for event in told)
     assert ["compositionUrl" in event for event in told] == [False, False, True, True, True, True]
     assert ["editedImageUrl" in event for event in told] == [False, False, False, False, True, True]
-    assert picture_of(studio, told[-1]["compositionUrl"]) == b"one+two"
-    assert picture_of(studio, told[-1]["editedImageUrl"]) == b"edited"
+    assert picture_of(backend, told[-1]["compositionUrl"]) == b"one+two"
+    assert picture_of(backend, told[-1]["editedImageUrl"]) == b"edited"
     assert (told[-1]["progress"], told[-1]["credit"]) == (100, 9)
     assert not [key for event in told for key in event if key.startswith("faceSwap")]
-    await studio.check()
+    await backend.check()
 
 
 async def test_a_generation_from_scratch_ends_with_its_picture() -> None:
-    studio = Studio()
-    async with studio.open():
-        done = await studio.make(wish("generate"))
-    told = await studio.events(done)
+    backend = InMemoryBackend()
+    async with backend.open():
+        done = await backend.make(wish("generate"))
+    told = await backend.events(done)
     assert tuple(event["status"] for event in told) == GENERATE
-    assert picture_of(studio, told[-1]["generatedImageUrl"]) == b"edited"
+    assert picture_of(backend, told[-1]["generatedImageUrl"]) == b"edited"
     assert done.generated_image_url == told[-1]["generatedImageUrl"]
     assert "editedImageUrl" not in told[-1]
-    await studio.check()
+    await backend.check()
 
 
 async def test_a_face_swap_puts_the_first_url_into_the_edited_picture() -> None:
-    studio = Studio()
+    backend = InMemoryBackend()
     other = "http://pictures.test/2.png"
-    async with studio.open():
-        done = await studio.make(wish(image_urls=(FACE_URL, other), face_swap=True))
-    told = await studio.events(done)
+    async with backend.open():
+        done = await backend.make(wish(image_urls=(FACE_URL, other), face_swap=True))
+    told = await backend.events(done)
     assert tuple(event["status"] for event in told) == EDIT_WITH_SWAP
-    assert picture_of(studio, told[-1]["faceSwapUrl"]) == b"swapped"
+    assert picture_of(backend, told[-1]["faceSwapUrl"]) == b"swapped"
     assert told[0]["inputImage"] == FACE_URL
-    assert studio.fetcher.calls == [FACE_URL, other]
-    assert studio.face_swapper.calls == [(png("edited"), png(f"<{FACE_URL}>"))]
-    await studio.check()
+    assert backend.fetcher.calls == [FACE_URL, other]
+    assert backend.face_swapper.calls == [(png("edited"), png(f"<{FACE_URL}>"))]
+    await backend.check()
 
 
 async def test_the_sheet_shows_files_then_urls_in_the_order_given() -> None:
-    studio = Studio()
-    async with studio.open():
-        await studio.make(wish(image_urls=("http://b.test", "http://a.test")))
-    [pictures] = studio.composer.calls
+    backend = InMemoryBackend()
+    async with backend.open():
+        await backend.make(wish(image_urls=("http://b.test", "http://a.test")))
+    [pictures] = backend.composer.calls
     assert [picture.data for picture in pictures] == [b"one", b"two", b"<http://b.test>", b"<http://a.test>"]
 
 
 async def test_the_provider_gets_the_sheet_the_prompt_and_the_options_once() -> None:
-    studio = Studio()
-    async with studio.open():
-        await studio.make(wish(prompt="a green hat"))
-    [(kind, sheet, prompt, options)] = studio.editor.calls
+    backend = InMemoryBackend()
+    async with backend.open():
+        await backend.make(wish(prompt="a green hat"))
+    [(kind, sheet, prompt, options)] = backend.editor.calls
     assert (kind, sheet.data, prompt) == ("edit", b"one+two", "a green hat")
     assert options.aspect_ratio == "2:3"
 
 
 @pytest.mark.parametrize(("kind", "face_swap"), [("edit", False), ("edit", True), ("generate", False)])
 async def test_uploads_are_gone_at_the_end_and_what_events_name_is_there(kind: Kind, face_swap: bool) -> None:
-    studio = Studio()
-    async with studio.open():
-        done = await studio.make(wanted(kind, face_swap))
-    last = (await studio.events(done))[-1]
+    backend = InMemoryBackend()
+    async with backend.open():
+        done = await backend.make(wanted(kind, face_swap))
+    last = (await backend.events(done))[-1]
     named = {str(url).removeprefix(BASE) for key, url in last.items() if key.endswith("Url")}
-    assert set(studio.images.kept) == named
+    assert set(backend.images.kept) == named
     assert len(named) == (3 if face_swap else 2)
 
 
@@ -106,33 +106,33 @@ async def test_what_a_provider_reports_repeats_its_stage_with_rising_progress() 
     editor = ScriptedEditor(
         reports(0.25, "A quarter..."), reports(0.1, "Lower?"), reports(0.5, "Half...", png("preview")), reports(0.5)
     )
-    studio = Studio(editor=editor)
-    async with studio.open():
-        done = await studio.make()
-    repeats = [event for event in await studio.events(done) if event["status"] == "openai_editing"]
+    backend = InMemoryBackend(editor=editor)
+    async with backend.open():
+        done = await backend.make()
+    repeats = [event for event in await backend.events(done) if event["status"] == "openai_editing"]
     assert [(event["progress"], event["message"]) for event in repeats] == [
         (60, "OpenAI image editing started..."),
         (65, "A quarter..."),
         (70, "Half..."),
     ]
-    assert picture_of(studio, repeats[-1]["previewUrl"]) == b"preview"
-    await studio.check()
+    assert picture_of(backend, repeats[-1]["previewUrl"]) == b"preview"
+    await backend.check()
 
 
 async def test_a_waiting_generation_that_has_stood_in_another_process_is_taken_up_where_it_is() -> None:
     """As after a restart with a durable log: the sheet is loaded again by the URL in the log."""
-    hold = Hold()
-    studio = Studio(composer=ScriptedComposer(hold))
-    async with studio.open():
-        begun = await studio.start()
-        await hold.reached.wait()
-    assert await studio.statuses(begun) == ["started", "composition"]
-    studio.composer.acts = []
-    await studio.queue.offer("ada", begun.generation_id)
-    async with studio.open():
-        await studio.settled()
-    assert tuple(await studio.statuses(begun)) == EDIT
-    await studio.check()
+    pause = Pause()
+    backend = InMemoryBackend(composer=ScriptedComposer(pause))
+    async with backend.open():
+        begun = await backend.start()
+        await pause.reached.wait()
+    assert await backend.statuses(begun) == ["started", "composition"]
+    backend.composer.acts = []
+    await backend.queue.offer("ada", begun.generation_id)
+    async with backend.open():
+        await backend.settled()
+    assert tuple(await backend.statuses(begun)) == EDIT
+    await backend.check()
 
 
 # --- every step failing at every point -------------------------------------------------------------------
@@ -143,23 +143,23 @@ class Point(NamedTuple):
 
     name: str
     stage: str
-    break_it: Callable[[Studio, BaseException], None]
+    break_it: Callable[[InMemoryBackend, BaseException], None]
 
 
-def at_fetch(studio: Studio, error: BaseException) -> None:
-    studio.runner.fetcher = ScriptedFetcher(raises(error))
+def at_fetch(backend: InMemoryBackend, error: BaseException) -> None:
+    backend.runner.fetcher = ScriptedFetcher(raises(error))
 
 
-def at_compose(studio: Studio, error: BaseException) -> None:
-    studio.composer.acts = [raises(error)]
+def at_compose(backend: InMemoryBackend, error: BaseException) -> None:
+    backend.composer.acts = [raises(error)]
 
 
-def at_edit(studio: Studio, error: BaseException) -> None:
-    studio.editor.acts = [reports(0.3, preview=png("preview")), raises(error)]
+def at_edit(backend: InMemoryBackend, error: BaseException) -> None:
+    backend.editor.acts = [reports(0.3, preview=png("preview")), raises(error)]
 
 
-def at_swap(studio: Studio, error: BaseException) -> None:
-    studio.face_swapper.acts = [reports(0.3, preview=png("preview")), raises(error)]
+def at_swap(backend: InMemoryBackend, error: BaseException) -> None:
+    backend.face_swapper.acts = [reports(0.3, preview=png("preview")), raises(error)]
 
 
 POINTS = [Point("fetch", "composition", at_fetch), Point("compose", "composition", at_compose)]
@@ -173,12 +173,12 @@ EDITOR = {
 @pytest.mark.parametrize("code", FAILURE_CODES)
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
 async def test_a_composition_that_fails_ends_in_failed_refunded(point: Point, code: FailureCode) -> None:
-    studio = Studio()
-    point.break_it(studio, Failure(code))
-    async with studio.open():
-        done = await studio.make(swap_wish())
-    await failed_well(studio, done, point.stage, code)
-    assert studio.editor.calls == []
+    backend = InMemoryBackend()
+    point.break_it(backend, Failure(code))
+    async with backend.open():
+        done = await backend.make(swap_wish())
+    await assert_failed_and_refunded(backend, done, point.stage, code)
+    assert backend.editor.calls == []
 
 
 @pytest.mark.parametrize("code", FAILURE_CODES)
@@ -186,27 +186,29 @@ async def test_a_composition_that_fails_ends_in_failed_refunded(point: Point, co
 async def test_a_provider_that_fails_is_called_once_and_ends_it_in_failed_refunded(
     kind: Kind, face_swap: bool, code: FailureCode
 ) -> None:
-    studio = Studio()
-    at_edit(studio, Failure(code))
-    async with studio.open():
-        done = await studio.make(wanted(kind, face_swap))
-    await failed_well(studio, done, EDITOR[kind, face_swap], code)
+    backend = InMemoryBackend()
+    at_edit(backend, Failure(code))
+    async with backend.open():
+        done = await backend.make(wanted(kind, face_swap))
+    await assert_failed_and_refunded(backend, done, EDITOR[kind, face_swap], code)
     assert done.progress > 60
-    assert len(studio.editor.calls) == 1
-    assert studio.face_swapper.calls == []
+    assert len(backend.editor.calls) == 1
+    assert backend.face_swapper.calls == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("/etc/secret sk-123"), TimeoutError(), OSError(28, "No space")])
 @pytest.mark.parametrize("break_it", [at_fetch, at_compose, at_edit])
 async def test_an_unexpected_exception_ends_it_in_internal_and_its_words_go_nowhere(
-    break_it: Callable[[Studio, BaseException], None], error: Exception, caplog: pytest.LogCaptureFixture
+    break_it: Callable[[InMemoryBackend, BaseException], None], error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    studio = Studio()
-    break_it(studio, error)
-    async with studio.open():
-        done = await studio.make(swap_wish())
-    await failed_well(studio, done, "openai_editing" if break_it is at_edit else "composition", "internal")
-    assert "secret" not in str(await studio.events(done))
+    backend = InMemoryBackend()
+    break_it(backend, error)
+    async with backend.open():
+        done = await backend.make(swap_wish())
+    await assert_failed_and_refunded(
+        backend, done, "openai_editing" if break_it is at_edit else "composition", "internal"
+    )
+    assert "secret" not in str(await backend.events(done))
     assert done.generation_id in caplog.text
     assert type(error).__name__ in caplog.text
     assert "secret" not in caplog.text
@@ -214,42 +216,42 @@ async def test_an_unexpected_exception_ends_it_in_internal_and_its_words_go_nowh
 
 @pytest.mark.parametrize("break_it", [at_fetch, at_compose, at_edit, at_swap])
 async def test_a_provider_that_was_cancelled_inside_ends_its_stage(
-    break_it: Callable[[Studio, BaseException], None],
+    break_it: Callable[[InMemoryBackend, BaseException], None],
 ) -> None:
-    studio = Studio()
-    break_it(studio, asyncio.CancelledError())
-    async with studio.open():
-        done = await studio.make(swap_wish())
+    backend = InMemoryBackend()
+    break_it(backend, asyncio.CancelledError())
+    async with backend.open():
+        done = await backend.make(swap_wish())
     assert done.status in ("failed", "completed")
-    await studio.check()
+    await backend.check()
 
 
 @pytest.mark.parametrize("code", sorted({*FAILURE_CODES} - {"cancelled"}))
 async def test_a_face_swap_that_fails_keeps_the_edit_that_was_paid_for(code: FailureCode) -> None:
-    studio = Studio()
-    at_swap(studio, Failure(code, "Not this face."))
-    async with studio.open():
-        done = await studio.make(swap_wish())
-    told = (await studio.events(done))[-1]
+    backend = InMemoryBackend()
+    at_swap(backend, Failure(code, "Not this face."))
+    async with backend.open():
+        done = await backend.make(swap_wish())
+    told = (await backend.events(done))[-1]
     assert (told["status"], told["progress"], told["credit"]) == ("completed", 100, 9)
     assert told["message"] == "Image editing completed, but the face swap failed."
     assert told["faceSwapError"] == {"code": code, "message": "Not this face."}
-    assert picture_of(studio, told["editedImageUrl"]) == b"edited"
+    assert picture_of(backend, told["editedImageUrl"]) == b"edited"
     assert not {"faceSwapUrl", "error", "code", "failedStage"} & set(told)
-    assert len(studio.face_swapper.calls) == 1
-    await studio.check()
+    assert len(backend.face_swapper.calls) == 1
+    await backend.check()
 
 
 async def test_a_face_swap_that_breaks_keeps_the_edit_too() -> None:
-    studio = Studio()
-    at_swap(studio, RuntimeError("secret"))
-    async with studio.open():
-        done = await studio.make(swap_wish())
-    told = (await studio.events(done))[-1]
+    backend = InMemoryBackend()
+    at_swap(backend, RuntimeError("secret"))
+    async with backend.open():
+        done = await backend.make(swap_wish())
+    told = (await backend.events(done))[-1]
     assert told["status"] == "completed"
     assert isinstance(told["faceSwapError"], dict)
     assert told["faceSwapError"]["code"] == "internal"
-    await studio.check()
+    await backend.check()
 
 
 @pytest.mark.parametrize(
@@ -257,53 +259,53 @@ async def test_a_face_swap_that_breaks_keeps_the_edit_too() -> None:
     [(b"one+<http://pictures.test/face.png>", "composition"), (b"edited", "openai_editing")],
 )
 async def test_a_picture_that_cannot_be_stored_ends_it_in_storage_failed(unstorable: bytes, stage: str) -> None:
-    studio = Studio()
-    studio.images.refused = {unstorable}
-    async with studio.open():
-        done = await studio.make(swap_wish())
-    await failed_well(studio, done, stage, "storage_failed")
+    backend = InMemoryBackend()
+    backend.images.refused = {unstorable}
+    async with backend.open():
+        done = await backend.make(swap_wish())
+    await assert_failed_and_refunded(backend, done, stage, "storage_failed")
 
 
 async def test_a_swapped_picture_that_cannot_be_stored_keeps_the_edit() -> None:
-    studio = Studio()
-    studio.images.refused = {b"swapped"}
-    async with studio.open():
-        done = await studio.make(swap_wish())
+    backend = InMemoryBackend()
+    backend.images.refused = {b"swapped"}
+    async with backend.open():
+        done = await backend.make(swap_wish())
     assert done.face_swap_error is not None
     assert (done.status, done.face_swap_error.code) == ("completed", "storage_failed")
-    await studio.check()
+    await backend.check()
 
 
 async def test_an_upload_that_has_gone_ends_it_in_storage_failed() -> None:
-    studio = Studio()
-    begun = await studio.start()
-    studio.images.kept.clear()
-    async with studio.open():
-        await studio.settled()
-    await failed_well(
-        studio, await studio.workflow.snapshot("ada", begun.generation_id), "composition", "storage_failed"
+    backend = InMemoryBackend()
+    begun = await backend.start()
+    backend.images.kept.clear()
+    async with backend.open():
+        await backend.settled()
+    await assert_failed_and_refunded(
+        backend, await backend.workflow.snapshot("ada", begun.generation_id), "composition", "storage_failed"
     )
 
 
 async def test_one_that_fails_does_not_disturb_its_neighbours() -> None:
-    hold = Hold()
-    studio = Studio(editor=ScriptedEditor(hold), max_running=3)
-    async with studio.open():
-        fine = await studio.start()
-        await hold.reached.wait()
-        studio.runner.fetcher = ScriptedFetcher(fails("image_fetch_failed"))
-        broken = await studio.start(wish(uploads=[], image_urls=("http://x.test",)))
-        await studio.reached(broken.generation_id, "failed")
-        assert (await studio.statuses(fine))[-1] == "openai_editing"
-        hold.let_go.set()
-        await studio.settled()
-        assert tuple(await studio.statuses(fine)) == EDIT
-        await studio.check()
+    pause = Pause()
+    backend = InMemoryBackend(editor=ScriptedEditor(pause), max_running=3)
+    async with backend.open():
+        fine = await backend.start()
+        await pause.reached.wait()
+        backend.runner.fetcher = ScriptedFetcher(fails("image_fetch_failed"))
+        broken = await backend.start(wish(uploads=[], image_urls=("http://x.test",)))
+        await backend.reached(broken.generation_id, "failed")
+        assert (await backend.statuses(fine))[-1] == "openai_editing"
+        pause.released.set()
+        await backend.settled()
+        assert tuple(await backend.statuses(fine)) == EDIT
+        await backend.check()
 
 
 async def test_a_picture_that_cannot_be_discarded_stops_nobody() -> None:
-    studio = Studio()
-    studio.images.discard_errors = [OSError("disk"), Failure("storage_failed")]
-    async with studio.open():
+    backend = InMemoryBackend()
+    backend.images.discard_errors = [OSError("disk"), Failure("storage_failed")]
+    async with backend.open():
         for _ in range(3):
-            await studio.make()
+            await backend.make()

@@ -24,33 +24,44 @@ from domain.generation import Snapshot
 from domain.rehydrate import generation_of
 from domain.stages import Kind
 from domain.workflow import Wish
-from support.builders import NOON, Scribe
-from support.doubles import FACE_URL, Bytes, Flaky, Hold, Passing, ScriptedEditor, Studio, fails, swap_wish, wish
+from support.builders import NOON, EventRecorder
+from support.doubles import (
+    FACE_URL,
+    FlakyLog,
+    ForwardingLog,
+    InMemoryBackend,
+    InMemoryUpload,
+    Pause,
+    ScriptedEditor,
+    fails,
+    swap_wish,
+    wish,
+)
 
 # --- starting --------------------------------------------------------------------------------------------
 
 
 async def test_what_was_accepted_is_in_the_log_and_in_line() -> None:
-    studio = Studio()
-    begun = await studio.start()
+    backend = InMemoryBackend()
+    begun = await backend.start()
     assert (begun.status, begun.sequence, begun.progress, begun.user_id) == ("started", 1, 0, "ada")
-    assert await studio.statuses(begun) == ["started"]
-    assert studio.queue.waiting == 1
-    assert await studio.workflow.snapshot("ada", begun.generation_id) == begun
+    assert await backend.statuses(begun) == ["started"]
+    assert backend.queue.waiting == 1
+    assert await backend.workflow.snapshot("ada", begun.generation_id) == begun
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [("edit", "edit"), ("generate", "gen")])
 async def test_an_id_tells_kind_and_time_and_cannot_be_guessed(kind: Kind, prefix: str) -> None:
-    studio = Studio()
-    begun = await studio.start(wish(kind))
+    backend = InMemoryBackend()
+    begun = await backend.start(wish(kind))
     milliseconds = int(NOON.timestamp() * 1000)
     assert re.fullmatch(rf"{prefix}_{milliseconds}_[a-z0-9]{{16}}", begun.generation_id)
 
 
 async def test_the_first_event_shows_the_image_url_the_metadata_and_the_balance() -> None:
-    studio = Studio()
-    begun = await studio.start(wish(image_urls=(FACE_URL, "http://pictures.test/2.png"), shop="izmir"))
-    [event] = await studio.events(begun)
+    backend = InMemoryBackend()
+    begun = await backend.start(wish(image_urls=(FACE_URL, "http://pictures.test/2.png"), shop="izmir"))
+    [event] = await backend.events(begun)
     assert event["inputImage"] == FACE_URL
     assert event["metadata"] == {"shop": "izmir"}
     assert event["credit"] == 9
@@ -58,48 +69,48 @@ async def test_the_first_event_shows_the_image_url_the_metadata_and_the_balance(
 
 
 async def test_a_refused_image_says_which_and_nothing_is_left() -> None:
-    studio = Studio()
+    backend = InMemoryBackend()
     with pytest.raises(InvalidImage) as refusal:
-        await studio.start(wish(uploads=[Bytes(b"one"), Bytes(b"bad"), Bytes(b"two")]))
+        await backend.start(wish(uploads=[InMemoryUpload(b"one"), InMemoryUpload(b"bad"), InMemoryUpload(b"two")]))
     assert refusal.value.index == 1
-    assert studio.images.kept == {}
-    assert await studio.memory.generations("ada", limit=1) == []
-    assert await studio.workflow.credit("ada") == 10
+    assert backend.images.kept == {}
+    assert await backend.memory.generations("ada", limit=1) == []
+    assert await backend.workflow.credit("ada") == 10
 
 
 async def test_an_upload_that_cannot_be_stored_starts_nothing() -> None:
-    studio = Studio()
-    studio.images.refused = {b"two"}
+    backend = InMemoryBackend()
+    backend.images.refused = {b"two"}
     with pytest.raises(Failure) as failure:
-        await studio.start()
+        await backend.start()
     assert failure.value.code == "storage_failed"
-    assert studio.images.kept == {}
-    assert studio.queue.waiting == 0
+    assert backend.images.kept == {}
+    assert backend.queue.waiting == 0
 
 
 async def test_without_credit_nothing_is_even_decoded() -> None:
-    studio = Studio(credits=0)
+    backend = InMemoryBackend(credits=0)
     with pytest.raises(InsufficientCredit):
-        await studio.start()
-    assert studio.images.saved == []
+        await backend.start()
+    assert backend.images.saved == []
 
 
 async def test_of_two_starts_with_credit_for_one_one_is_accepted() -> None:
-    studio = Studio(credits=1, line=Passing)
-    results = await asyncio.gather(studio.start(), studio.start(), return_exceptions=True)
+    backend = InMemoryBackend(credits=1, line=ForwardingLog)
+    results = await asyncio.gather(backend.start(), backend.start(), return_exceptions=True)
     assert {type(result) for result in results} == {Snapshot, InsufficientCredit}
-    assert await studio.workflow.credit("ada") == 0
-    assert len(studio.images.kept) == 2
+    assert await backend.workflow.credit("ada") == 0
+    assert len(backend.images.kept) == 2
 
 
 async def test_a_full_queue_refuses_starts_once_those_that_are_about_to_join_have_joined() -> None:
-    studio = Studio(max_waiting=3, line=Passing)
+    backend = InMemoryBackend(max_waiting=3, line=ForwardingLog)
     gate = asyncio.Event()
-    files = [Bytes(b"x", gate) for _ in range(3)]
-    starting = [asyncio.create_task(studio.start(wish(uploads=[file]))) for file in files]
+    files = [InMemoryUpload(b"x", gate) for _ in range(3)]
+    starting = [asyncio.create_task(backend.start(wish(uploads=[file]))) for file in files]
     for file in files:
         await file.awaited.wait()
-    fourth = asyncio.create_task(studio.start())
+    fourth = asyncio.create_task(backend.start())
     done, _ = await asyncio.wait([fourth], timeout=0.05)
     assert not done
     gate.set()
@@ -107,40 +118,40 @@ async def test_a_full_queue_refuses_starts_once_those_that_are_about_to_join_hav
     with pytest.raises(QueueFull):
         await fourth
     with pytest.raises(QueueFull):
-        await studio.start(user_id="bob")
-    assert studio.queue.waiting == 3
+        await backend.start(user_id="bob")
+    assert backend.queue.waiting == 3
 
 
 async def test_no_user_has_more_unfinished_than_allowed_however_many_race() -> None:
-    studio = Studio(max_per_user=2, line=Passing)
-    results = await asyncio.gather(*(studio.start() for _ in range(8)), return_exceptions=True)
+    backend = InMemoryBackend(max_per_user=2, line=ForwardingLog)
+    results = await asyncio.gather(*(backend.start() for _ in range(8)), return_exceptions=True)
     assert [type(result) for result in results].count(Snapshot) == 2
     assert [type(result) for result in results].count(TooManyGenerations) == 6
-    await studio.start(user_id="bob")
-    assert len(studio.images.kept) == 6
+    await backend.start(user_id="bob")
+    assert len(backend.images.kept) == 6
 
 
 async def test_while_draining_nothing_new_is_taken_but_a_known_key_is_answered() -> None:
-    studio = Studio()
-    begun = await studio.start(key="k")
-    studio.workflow.draining = True
+    backend = InMemoryBackend()
+    begun = await backend.start(key="k")
+    backend.workflow.draining = True
     with pytest.raises(Draining):
-        await studio.start()
-    assert await studio.start(key="k") == begun
+        await backend.start()
+    assert await backend.start(key="k") == begun
 
 
 # --- idempotency -----------------------------------------------------------------------------------------
 
 
 async def test_a_key_used_again_returns_the_generation_as_it_is_now() -> None:
-    studio = Studio()
-    async with studio.open():
-        begun = await studio.start(key="k")
-        await studio.settled()
-        again = await studio.start(key="k")
+    backend = InMemoryBackend()
+    async with backend.open():
+        begun = await backend.start(key="k")
+        await backend.settled()
+        again = await backend.start(key="k")
         assert (again.generation_id, again.status) == (begun.generation_id, "completed")
-        assert len(studio.editor.calls) == 1
-        await studio.check()
+        assert len(backend.editor.calls) == 1
+        await backend.check()
 
 
 @pytest.mark.parametrize(
@@ -148,141 +159,141 @@ async def test_a_key_used_again_returns_the_generation_as_it_is_now() -> None:
     [
         pytest.param(wish(prompt="a blue hat"), id="prompt"),
         pytest.param(wish("generate"), id="kind"),
-        pytest.param(wish(uploads=[Bytes(b"two"), Bytes(b"one")]), id="order of files"),
-        pytest.param(wish(uploads=[Bytes(b"onetwo")]), id="boundaries of files"),
-        pytest.param(wish(uploads=[Bytes(b"one"), Bytes(b"tw0")]), id="content of a file"),
+        pytest.param(wish(uploads=[InMemoryUpload(b"two"), InMemoryUpload(b"one")]), id="order of files"),
+        pytest.param(wish(uploads=[InMemoryUpload(b"onetwo")]), id="boundaries of files"),
+        pytest.param(wish(uploads=[InMemoryUpload(b"one"), InMemoryUpload(b"tw0")]), id="content of a file"),
         pytest.param(wish(image_urls=(FACE_URL,)), id="urls"),
         pytest.param(wish(note="x"), id="metadata"),
     ],
 )
 async def test_a_key_used_for_another_request_is_a_mismatch(other: Wish) -> None:
-    studio = Studio()
-    await studio.start(key="k")
-    kept = dict(studio.images.kept)
+    backend = InMemoryBackend()
+    await backend.start(key="k")
+    kept = dict(backend.images.kept)
     with pytest.raises(IdempotencyMismatch):
-        await studio.start(other, key="k")
-    assert studio.images.kept == kept
-    assert await studio.workflow.credit("ada") == 9
+        await backend.start(other, key="k")
+    assert backend.images.kept == kept
+    assert await backend.workflow.credit("ada") == 9
 
 
 async def test_twenty_parallel_starts_with_one_key_are_one_generation() -> None:
-    studio = Studio(line=Passing)
-    begun = await asyncio.gather(*(studio.start(key="k") for _ in range(20)))
+    backend = InMemoryBackend(line=ForwardingLog)
+    begun = await asyncio.gather(*(backend.start(key="k") for _ in range(20)))
     assert len({snapshot.generation_id for snapshot in begun}) == 1
-    assert await studio.workflow.credit("ada") == 9
-    assert studio.queue.waiting == 1
-    assert len(studio.images.kept) == 2
+    assert await backend.workflow.credit("ada") == 9
+    assert backend.queue.waiting == 1
+    assert len(backend.images.kept) == 2
 
 
 async def test_they_are_also_where_the_key_takes_the_last_credit() -> None:
-    studio = Studio(credits=1, line=Passing)
+    backend = InMemoryBackend(credits=1, line=ForwardingLog)
 
     async def late(turns: int) -> Snapshot:
         for _ in range(turns):
             await asyncio.sleep(0)
-        return await studio.start(wish(uploads=[]), key="k")
+        return await backend.start(wish(uploads=[]), key="k")
 
     begun = await asyncio.gather(*map(late, range(20)))
     assert len({snapshot.generation_id for snapshot in begun}) == 1
 
 
 async def test_racing_starts_with_one_key_and_two_requests_are_one_generation_and_a_mismatch() -> None:
-    studio = Studio(line=Passing)
+    backend = InMemoryBackend(line=ForwardingLog)
     results = await asyncio.gather(
-        studio.start(wish(prompt="one"), key="k"), studio.start(wish(prompt="two"), key="k"), return_exceptions=True
+        backend.start(wish(prompt="one"), key="k"), backend.start(wish(prompt="two"), key="k"), return_exceptions=True
     )
     assert {type(result) for result in results} == {Snapshot, IdempotencyMismatch}
-    assert len(studio.images.kept) == 2
+    assert len(backend.images.kept) == 2
 
 
 # --- a caller that goes away, a log that does not answer ----------------------------------------------------
 
 
 async def test_a_caller_that_goes_away_stops_nothing() -> None:
-    studio = Studio()
+    backend = InMemoryBackend()
     gate = asyncio.Event()
-    async with studio.open():
-        file = Bytes(b"one", gate)
-        call = asyncio.create_task(studio.start(wish(uploads=[file])))
+    async with backend.open():
+        file = InMemoryUpload(b"one", gate)
+        call = asyncio.create_task(backend.start(wish(uploads=[file])))
         await file.awaited.wait()
         call.cancel()
         await asyncio.wait([call])
         assert call.cancelled()
         gate.set()
-        [first, *_] = await studio.heard.until(bool)
-        await studio.reached(first.generation_id, "completed")
-        await studio.settled()
-        await studio.check()
+        [first, *_] = await backend.follower.until(bool)
+        await backend.reached(first.generation_id, "completed")
+        await backend.settled()
+        await backend.check()
 
 
 async def test_a_start_that_the_log_never_got_is_refused_and_leaves_nothing() -> None:
-    studio = Studio(line=lambda log: Flaky(log, ["before"] * 100))
+    backend = InMemoryBackend(line=lambda log: FlakyLog(log, ["before"] * 100))
     with pytest.raises(LogUnavailable):
-        await studio.start()
-    assert studio.images.kept == {}
-    assert studio.queue.waiting == 0
-    assert await studio.memory.generations("ada", limit=1) == []
+        await backend.start()
+    assert backend.images.kept == {}
+    assert backend.queue.waiting == 0
+    assert await backend.memory.generations("ada", limit=1) == []
 
 
 async def test_a_start_whose_reply_was_lost_is_worked_on_or_never_was() -> None:
     """Either the caller got a 202 and it is done, or a 503 and there is nothing, or what there is ends refunded."""
-    studio = Studio(line=lambda log: Flaky(log, ["after"]))
-    async with studio.open():
+    backend = InMemoryBackend(line=lambda log: FlakyLog(log, ["after"]))
+    async with backend.open():
         try:
-            await studio.start()
+            await backend.start()
         except LogUnavailable:
-            assert await studio.memory.generations("ada", limit=1) == []
-        await studio.settled()
-        await studio.check()
+            assert await backend.memory.generations("ada", limit=1) == []
+        await backend.settled()
+        await backend.check()
 
 
 # --- cancel ----------------------------------------------------------------------------------------------
 
 
 async def test_what_waits_is_cancelled_at_once_and_never_worked_on() -> None:
-    studio = Studio()
-    begun = await studio.start()
-    assert await studio.cancel(begun) == "cancelled"
-    event = (await studio.events(begun))[-1]
+    backend = InMemoryBackend()
+    begun = await backend.start()
+    assert await backend.cancel(begun) == "cancelled"
+    event = (await backend.events(begun))[-1]
     assert (event["status"], event["code"], event["failedStage"]) == ("failed", "cancelled", "started")
     assert event["credit"] == 10
-    assert await studio.cancel(begun) == "already_finished"
-    async with studio.open():
-        await studio.settled()
-    assert studio.composer.calls == []
-    await studio.check()
+    assert await backend.cancel(begun) == "already_finished"
+    async with backend.open():
+        await backend.settled()
+    assert backend.composer.calls == []
+    await backend.check()
 
 
 async def test_two_cancels_at_once_are_one_end_and_one_refund() -> None:
-    studio = Studio(line=Passing)
-    begun = await studio.start()
-    outcomes = await asyncio.gather(studio.cancel(begun), studio.cancel(begun))
+    backend = InMemoryBackend(line=ForwardingLog)
+    begun = await backend.start()
+    outcomes = await asyncio.gather(backend.cancel(begun), backend.cancel(begun))
     assert sorted(outcomes) == ["already_finished", "cancelled"]
-    assert await studio.statuses(begun) == ["started", "failed"]
-    assert await studio.workflow.credit("ada") == 10
+    assert await backend.statuses(begun) == ["started", "failed"]
+    assert await backend.workflow.credit("ada") == 10
 
 
 async def test_a_cancel_that_is_overtaken_ends_the_generation_where_it_is_then() -> None:
-    studio = Studio(line=Passing)
-    begun = await studio.start()
-    scribe = Scribe(studio.memory, studio.clock)
-    started = generation_of(await studio.workflow.history("ada", begun.generation_id))
-    assert isinstance(studio.log, Passing)
-    studio.log.overtake = lambda: scribe.move(started, "composition")
-    assert await studio.cancel(begun) == "cancelled"
-    assert await studio.statuses(begun) == ["started", "composition", "failed"]
+    backend = InMemoryBackend(line=ForwardingLog)
+    begun = await backend.start()
+    recorder = EventRecorder(backend.memory, backend.clock)
+    started = generation_of(await backend.workflow.history("ada", begun.generation_id))
+    assert isinstance(backend.log, ForwardingLog)
+    backend.log.overtake = lambda: recorder.move(started, "composition")
+    assert await backend.cancel(begun) == "cancelled"
+    assert await backend.statuses(begun) == ["started", "composition", "failed"]
 
 
 async def test_a_cancel_that_is_overtaken_by_the_end_comes_too_late() -> None:
-    studio = Studio(line=Passing)
-    begun = await studio.start()
-    scribe = Scribe(studio.memory, studio.clock)
-    started = generation_of(await studio.workflow.history("ada", begun.generation_id))
-    assert isinstance(studio.log, Passing)
-    studio.log.overtake = lambda: scribe.finish(started)
-    assert await studio.cancel(begun) == "already_finished"
-    assert (await studio.statuses(begun))[-1] == "completed"
-    assert await studio.workflow.credit("ada") == 9
+    backend = InMemoryBackend(line=ForwardingLog)
+    begun = await backend.start()
+    recorder = EventRecorder(backend.memory, backend.clock)
+    started = generation_of(await backend.workflow.history("ada", begun.generation_id))
+    assert isinstance(backend.log, ForwardingLog)
+    backend.log.overtake = lambda: recorder.finish(started)
+    assert await backend.cancel(begun) == "already_finished"
+    assert (await backend.statuses(begun))[-1] == "completed"
+    assert await backend.workflow.credit("ada") == 9
 
 
 # --- other people's ----------------------------------------------------------------------------------------
@@ -290,93 +301,93 @@ async def test_a_cancel_that_is_overtaken_by_the_end_comes_too_late() -> None:
 
 @pytest.mark.parametrize("use", ["cancel", "delete", "history", "snapshot"])
 async def test_another_users_generation_is_as_one_that_never_was(use: str) -> None:
-    studio = Studio()
-    begun = await studio.start()
+    backend = InMemoryBackend()
+    begun = await backend.start()
     for user_id, generation_id in (("bob", begun.generation_id), ("ada", "edit_1_unknown")):
         with pytest.raises(NotFound):
-            await getattr(studio.workflow, use)(user_id, generation_id)
-    assert await studio.statuses(begun) == ["started"]
+            await getattr(backend.workflow, use)(user_id, generation_id)
+    assert await backend.statuses(begun) == ["started"]
 
 
 # --- delete ----------------------------------------------------------------------------------------------
 
 
 async def test_deleting_removes_history_and_pictures_at_once_and_for_good() -> None:
-    studio = Studio()
-    async with studio.open():
-        gone, kept = await studio.make(), await studio.make()
-    with_both = len(studio.images.kept)
-    await studio.workflow.delete("ada", gone.generation_id)
-    assert len(studio.images.kept) == with_both // 2
-    assert not [name for name in studio.images.kept if name.startswith(gone.generation_id)]
+    backend = InMemoryBackend()
+    async with backend.open():
+        gone, kept = await backend.make(), await backend.make()
+    with_both = len(backend.images.kept)
+    await backend.workflow.delete("ada", gone.generation_id)
+    assert len(backend.images.kept) == with_both // 2
+    assert not [name for name in backend.images.kept if name.startswith(gone.generation_id)]
     with pytest.raises(NotFound):
-        await studio.workflow.snapshot("ada", gone.generation_id)
+        await backend.workflow.snapshot("ada", gone.generation_id)
     with pytest.raises(NotFound):
-        await studio.workflow.delete("ada", gone.generation_id)
-    assert await studio.workflow.snapshot("ada", kept.generation_id) == kept
-    assert await studio.workflow.credit("ada") == 8
+        await backend.workflow.delete("ada", gone.generation_id)
+    assert await backend.workflow.snapshot("ada", kept.generation_id) == kept
+    assert await backend.workflow.credit("ada") == 8
 
 
 async def test_what_runs_is_not_deleted() -> None:
-    studio = Studio()
-    begun = await studio.start()
+    backend = InMemoryBackend()
+    begun = await backend.start()
     with pytest.raises(NotFinished):
-        await studio.workflow.delete("ada", begun.generation_id)
-    assert await studio.statuses(begun) == ["started"]
-    assert len(studio.images.kept) == 2
+        await backend.workflow.delete("ada", begun.generation_id)
+    assert await backend.statuses(begun) == ["started"]
+    assert len(backend.images.kept) == 2
 
 
 # --- reading -----------------------------------------------------------------------------------------------
 
 
 async def test_a_finished_generation_says_when_it_expires_and_a_running_one_does_not() -> None:
-    studio = Studio()
-    async with studio.open():
-        done = await studio.make()
+    backend = InMemoryBackend()
+    async with backend.open():
+        done = await backend.make()
     assert done.expires_at == timestamp(NOON + timedelta(days=1))
-    assert (await studio.start()).expires_at is None
+    assert (await backend.start()).expires_at is None
 
 
 async def test_pages_lead_from_the_newest_to_the_oldest() -> None:
-    studio = Studio()
-    begun = [await studio.start() for _ in range(5)]
-    await studio.cancel(begun[2])
+    backend = InMemoryBackend()
+    begun = [await backend.start() for _ in range(5)]
+    await backend.cancel(begun[2])
     newest_first = [snapshot.generation_id for snapshot in reversed(begun)]
     for limit in (1, 2, 4, 5, 6):
         told: list[str] = []
         before: int | None = None
         while True:
-            page = await studio.workflow.page("ada", active=None, before=before, limit=limit)
+            page = await backend.workflow.page("ada", active=None, before=before, limit=limit)
             assert 1 <= len(page.generations) <= limit
             told += [snapshot.generation_id for snapshot in page.generations]
             before = page.next
             if before is None:
                 break
         assert told == newest_first
-    finished = await studio.workflow.page("ada", active=False, before=None, limit=10)
+    finished = await backend.workflow.page("ada", active=False, before=None, limit=10)
     assert [snapshot.generation_id for snapshot in finished.generations] == [begun[2].generation_id]
-    active = await studio.workflow.page("ada", active=True, before=None, limit=10)
+    active = await backend.workflow.page("ada", active=True, before=None, limit=10)
     assert len(active.generations) == 4
 
 
 async def test_recent_tells_all_that_runs_and_the_last_twenty_that_ended() -> None:
-    studio = Studio(credits=None, max_per_user=1_000)
-    oldest = await studio.start()
+    backend = InMemoryBackend(credits=None, max_per_user=1_000)
+    oldest = await backend.start()
     for _ in range(25):
-        await studio.cancel(await studio.start())
-    newest = await studio.start()
-    recent = await studio.workflow.recent("ada")
+        await backend.cancel(await backend.start())
+    newest = await backend.start()
+    recent = await backend.workflow.recent("ada")
     ids = [snapshot.generation_id for snapshot in recent]
     assert (ids[0], ids[-1], len(ids)) == (newest.generation_id, oldest.generation_id, 22)
     assert ids == sorted(ids, reverse=True)
 
 
 async def test_where_no_balances_are_kept_nobody_is_refused() -> None:
-    studio = Studio(credits=None)
-    async with studio.open():
-        done = await studio.make()
-    assert await studio.workflow.credit("ada") is None
-    assert not [event for event in await studio.events(done) if "credit" in event]
+    backend = InMemoryBackend(credits=None)
+    async with backend.open():
+        done = await backend.make()
+    assert await backend.workflow.credit("ada") is None
+    assert not [event for event in await backend.events(done) if "credit" in event]
 
 
 async def test_every_refusal_has_a_code_and_a_sentence_of_its_own() -> None:
@@ -387,32 +398,32 @@ async def test_every_refusal_has_a_code_and_a_sentence_of_its_own() -> None:
 
 
 async def test_a_cancelled_generation_that_still_stands_in_line_blocks_nobody() -> None:
-    hold = Hold()
-    studio = Studio(max_running=1, editor=ScriptedEditor(hold))
-    async with studio.open():
-        first = await studio.start()
-        await hold.reached.wait()
-        second, third = await studio.start(), await studio.start(swap_wish())
-        assert await studio.cancel(second) == "cancelled"
-        hold.let_go.set()
-        await studio.settled()
-        assert [(await studio.statuses(one))[-1] for one in (first, second, third)] == [
+    pause = Pause()
+    backend = InMemoryBackend(max_running=1, editor=ScriptedEditor(pause))
+    async with backend.open():
+        first = await backend.start()
+        await pause.reached.wait()
+        second, third = await backend.start(), await backend.start(swap_wish())
+        assert await backend.cancel(second) == "cancelled"
+        pause.released.set()
+        await backend.settled()
+        assert [(await backend.statuses(one))[-1] for one in (first, second, third)] == [
             "completed",
             "failed",
             "completed",
         ]
-        await studio.check()
+        await backend.check()
 
 
 async def test_what_was_cancelled_in_line_makes_room_in_it() -> None:
-    studio = Studio(max_waiting=1)
-    await studio.cancel(await studio.start())
-    await studio.start()
+    backend = InMemoryBackend(max_waiting=1)
+    await backend.cancel(await backend.start())
+    await backend.start()
 
 
 async def test_a_failed_generation_gives_the_credit_back_for_the_next() -> None:
-    studio = Studio(credits=1, editor=ScriptedEditor(fails("provider_rejected")))
-    async with studio.open():
+    backend = InMemoryBackend(credits=1, editor=ScriptedEditor(fails("provider_rejected")))
+    async with backend.open():
         for _ in range(3):
-            assert (await studio.make()).status == "failed"
-        await studio.check()
+            assert (await backend.make()).status == "failed"
+        await backend.check()

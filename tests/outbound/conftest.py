@@ -14,7 +14,7 @@ from domain.ports.log import EventLog
 from support.builders import LOGS, SteppableClock
 from support.provider_faults import closed_port
 from support.provider_faults import listening as origin_listening
-from support.sites import PNG, SITE, Canary, Names, Site, fetcher_with, listening, page
+from support.sites import PNG, SITE, Canary, FakeResolver, Site, fetcher_with, listening, page
 from support.webhooks import Receiver
 
 
@@ -44,12 +44,12 @@ async def canary() -> AsyncIterator[Canary]:
 
 
 @pytest.fixture
-def names() -> Names:
-    return Names({"pictures.test": [[SITE]], "other.test": [[SITE]]})
+def names() -> FakeResolver:
+    return FakeResolver({"pictures.test": [[SITE]], "other.test": [[SITE]]})
 
 
 @pytest.fixture
-def fetcher(names: Names) -> UrlFetcher:
+def fetcher(names: FakeResolver) -> UrlFetcher:
     return fetcher_with(names)
 
 

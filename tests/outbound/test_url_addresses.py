@@ -18,11 +18,11 @@ from support.sites import (
     FORBIDDEN,
     INTAKE,
     LOOPBACK,
-    NOBODY,
     PUBLIC,
     SITE,
+    UNUSED_ADDRESS,
     Canary,
-    Names,
+    FakeResolver,
     Site,
     canary_names,
     fetcher_with,
@@ -119,7 +119,7 @@ async def test_no_spelling_of_loopback_is_connected_to(canary: Canary, dialled: 
 
 @pytest.mark.parametrize("host", ["2130706434", "127.2", "0x7f000002", "0x7f.2", "0177.2", "127.0.0x2", "0x"])
 async def test_a_number_is_no_name_whatever_a_resolver_makes_of_it(dialled: list[Any], host: str) -> None:
-    names = Names({host: [[SITE]]})
+    names = FakeResolver({host: [[SITE]]})
     assert (await refused(fetcher_with(names), f"http://{host}/")).sentence.endswith(FORBIDDEN)
     assert (names.asked, dialled) == ([], [])
 
@@ -136,7 +136,7 @@ async def test_nor_is_it_with_the_systems_resolver(canary: Canary, dialled: list
 async def test_no_internal_address_is_connected_to(dialled: list[Any], text: str, scheme: str) -> None:
     address = ip_address(text)
     literal = f"[{text}]" if address.version == 6 else text
-    fetcher = fetcher_with(Names({"inside.test": [[address]], "mixed.test": [[PUBLIC, address]]}))
+    fetcher = fetcher_with(FakeResolver({"inside.test": [[address]], "mixed.test": [[PUBLIC, address]]}))
     for host in (literal, "inside.test", "mixed.test"):
         failure = await refused(fetcher, f"{scheme}://{host}/latest/meta-data/")
         assert failure.sentence.endswith(FORBIDDEN)
@@ -149,7 +149,7 @@ async def test_one_forbidden_address_among_good_ones_forbids_the_name(
     site: Site, canary: Canary, dialled: list[Any], order: int
 ) -> None:
     answer = [SITE, PUBLIC, SITE, ip_address("127.0.0.1")][::order]
-    fetcher = fetcher_with(Names({"pictures.test": [answer]}))
+    fetcher = fetcher_with(FakeResolver({"pictures.test": [answer]}))
     assert (await refused(fetcher, site.url())).sentence.endswith(FORBIDDEN)
     assert dialled == []
 
@@ -157,7 +157,7 @@ async def test_one_forbidden_address_among_good_ones_forbids_the_name(
 async def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
     site: Site, canary: Canary, dialled: list[Any]
 ) -> None:
-    names = Names({"pictures.test": [[SITE], [ip_address("127.0.0.1")]]})
+    names = FakeResolver({"pictures.test": [[SITE], [ip_address("127.0.0.1")]]})
     fetcher = fetcher_with(names)
     await fetcher.fetch(site.url())
     assert names.asked == ["pictures.test"]
@@ -171,36 +171,36 @@ async def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
 async def test_a_name_that_changes_its_address_in_a_redirect_is_checked_again(
     site: Site, canary: Canary, dialled: list[Any]
 ) -> None:
-    names = Names({"pictures.test": [[SITE], [ip_address("127.0.0.1")]]})
+    names = FakeResolver({"pictures.test": [[SITE], [ip_address("127.0.0.1")]]})
     fetcher = fetcher_with(names)
     site.pages["/away"] = redirect(f"//pictures.test:{canary.port}/a.png")
     assert (await refused(fetcher, site.url("/away"))).sentence.endswith(FORBIDDEN)
     assert len(dialled) == 1
 
 
-async def test_without_permission_nothing_on_this_machine_is_fetched(site: Site, names: Names) -> None:
+async def test_without_permission_nothing_on_this_machine_is_fetched(site: Site, names: FakeResolver) -> None:
     fetcher = fetcher_with(names, allow=())
     assert (await refused(fetcher, site.url())).sentence.endswith(FORBIDDEN)
     assert site.connections == 0
 
 
 async def test_an_allowed_network_of_one_version_says_nothing_about_the_other(dialled: list[Any]) -> None:
-    fetcher = fetcher_with(Names(), allow=[ip_network("127.0.0.0/8"), ip_network("10.0.0.0/8")])
+    fetcher = fetcher_with(FakeResolver(), allow=[ip_network("127.0.0.0/8"), ip_network("10.0.0.0/8")])
     for host in ("[::1]", "[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]", "[64:ff9b::a00:1]"):
         assert (await refused(fetcher, f"http://{host}/")).sentence.endswith(FORBIDDEN)
     assert dialled == []
 
 
 async def test_an_address_with_a_scope_is_refused_even_from_an_allowed_network(dialled: list[Any]) -> None:
-    fetcher = fetcher_with(Names(), allow=[ip_network("fe80::/10"), ip_network("::/0")])
+    fetcher = fetcher_with(FakeResolver(), allow=[ip_network("fe80::/10"), ip_network("::/0")])
     assert (await refused(fetcher, "http://[fe80::1%1]/")).sentence.endswith(FORBIDDEN)
     assert dialled == []
 
 
-@pytest.mark.skipif(NOBODY == SITE, reason="there are only two loopback addresses here")
+@pytest.mark.skipif(UNUSED_ADDRESS == SITE, reason="there are only two loopback addresses here")
 async def test_the_next_address_is_tried_where_one_does_not_answer(site: Site) -> None:
-    names = Names({"pictures.test": [[NOBODY, SITE]]})
-    fetcher = fetcher_with(names, allow=[ip_network(SITE), ip_network(NOBODY)])
+    names = FakeResolver({"pictures.test": [[UNUSED_ADDRESS, SITE]]})
+    fetcher = fetcher_with(names, allow=[ip_network(SITE), ip_network(UNUSED_ADDRESS)])
     await fetcher.fetch(site.url())
     assert site.connections == 1
 
@@ -231,7 +231,7 @@ async def test_a_name_server_that_does_not_answer_now_may_later() -> None:
 
 
 async def test_a_name_without_an_address_is_refused() -> None:
-    fetcher = fetcher_with(Names({"empty.test": [[]]}))
+    fetcher = fetcher_with(FakeResolver({"empty.test": [[]]}))
     assert (await refused(fetcher, "http://empty.test/")).sentence.endswith(FORBIDDEN)
 
 

@@ -13,7 +13,20 @@ import pytest
 from adapters.outbound.url_fetcher import MAX_BYTES, UrlFetcher
 from support.doubles import TrustingIntake
 from support.pictures import opened
-from support.sites import BROKEN, INTAKE, OK, PNG, SITE, Names, Site, fetcher_with, listening, page, redirect, refused
+from support.sites import (
+    BROKEN,
+    INTAKE,
+    OK,
+    PNG,
+    SITE,
+    FakeResolver,
+    Site,
+    fetcher_with,
+    listening,
+    page,
+    redirect,
+    refused,
+)
 
 # --- time ------------------------------------------------------------------------------------------------
 
@@ -38,7 +51,7 @@ async def drip_head(writer: asyncio.StreamWriter) -> None:
 
 @pytest.mark.parametrize("slow", [stall, drip, drip_head])
 async def test_what_takes_too_long_is_given_up_however_it_drips(
-    site: Site, names: Names, slow: Callable[[asyncio.StreamWriter], Awaitable[None]]
+    site: Site, names: FakeResolver, slow: Callable[[asyncio.StreamWriter], Awaitable[None]]
 ) -> None:
     fetcher = fetcher_with(names, intake=TrustingIntake(), deadline=0.2)
     site.pages["/a"] = slow
@@ -50,7 +63,7 @@ async def test_what_takes_too_long_is_given_up_however_it_drips(
     assert failure.retryable
 
 
-async def test_the_deadline_is_one_for_all_hops(site: Site, names: Names) -> None:
+async def test_the_deadline_is_one_for_all_hops(site: Site, names: FakeResolver) -> None:
     async def late(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.15)
         writer.write(redirect("/late"))
@@ -143,7 +156,7 @@ async def safe_site(certificate: Certificate) -> AsyncIterator[Site]:
 
 
 @pytest.fixture
-def trusting(certificate: Certificate, names: Names) -> UrlFetcher:
+def trusting(certificate: Certificate, names: FakeResolver) -> UrlFetcher:
     return fetcher_with(names, trust=certificate.trusting)
 
 
@@ -166,7 +179,7 @@ async def test_a_certificate_for_another_name_is_refused(safe_site: Site, trusti
     assert safe_site.requests == []
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_refused(safe_site: Site, names: Names) -> None:
+async def test_a_certificate_that_nobody_vouches_for_is_refused(safe_site: Site, names: FakeResolver) -> None:
     fetcher = UrlFetcher(INTAKE, allow=[ip_network(SITE)], resolve=names, deadline=60, connect_timeout=30)
     failure = await refused(fetcher, safe_site.url(scheme="https"))
     assert failure.sentence.endswith("its site has no valid certificate.")
@@ -191,7 +204,7 @@ async def test_a_redirect_may_lead_to_https_and_not_back(site: Site, safe_site: 
     assert site.connections == 1
 
 
-async def test_a_handshake_that_never_ends_is_given_up_and_closed(names: Names) -> None:
+async def test_a_handshake_that_never_ends_is_given_up_and_closed(names: FakeResolver) -> None:
     lines: set[asyncio.StreamWriter] = set()
 
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -27,7 +27,7 @@ from support.sites import (
     PNG,
     SITE,
     Canary,
-    Names,
+    FakeResolver,
     Site,
     canary_names,
     fetcher_with,
@@ -84,7 +84,7 @@ from support.sites import (
     ],
 )
 async def test_what_is_no_plain_web_address_is_not_fetched(
-    fetcher: UrlFetcher, dialled: list[Any], names: Names, url: str
+    fetcher: UrlFetcher, dialled: list[Any], names: FakeResolver, url: str
 ) -> None:
     assert not (await refused(fetcher, url)).retryable
     assert (names.asked, dialled) == ([], [])
@@ -101,12 +101,12 @@ def test_whatever_the_url_is_it_is_refused_with_a_sentence(url: str) -> None:
 
 
 async def _refused_by_all(url: str) -> None:
-    fetcher = fetcher_with(Names())
+    fetcher = fetcher_with(FakeResolver())
     await refused(fetcher, url)
 
 
 async def test_an_international_name_is_asked_for_and_sent_in_its_ascii_form(site: Site) -> None:
-    names = Names({"xn--bcher-kva.test": [[SITE]]})
+    names = FakeResolver({"xn--bcher-kva.test": [[SITE]]})
     fetcher = fetcher_with(names)
     await fetcher.fetch(site.url(host="BÜCHER.test"))
     await fetcher.fetch(site.url(host="xn--bcher-kva.test"))
@@ -114,12 +114,12 @@ async def test_an_international_name_is_asked_for_and_sent_in_its_ascii_form(sit
     assert all(f"\r\nHost: xn--bcher-kva.test:{site.port}\r\n" in request for request in site.requests)
 
 
-async def test_a_name_may_end_with_its_dot(site: Site, fetcher: UrlFetcher, names: Names) -> None:
+async def test_a_name_may_end_with_its_dot(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
     await fetcher.fetch(site.url(host="pictures.test."))
     assert names.asked == ["pictures.test"]
 
 
-async def test_an_allowed_address_may_be_given_as_it_is(site: Site, fetcher: UrlFetcher, names: Names) -> None:
+async def test_an_allowed_address_may_be_given_as_it_is(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
     await fetcher.fetch(site.url(host=f"[{SITE}]" if SITE.version == 6 else str(SITE)))
     assert names.asked == []
 
@@ -166,7 +166,7 @@ async def test_a_redirect_is_followed(site: Site, fetcher: UrlFetcher, status: s
     assert not any("cookie" in request.lower() or "referer" in request.lower() for request in site.requests)
 
 
-async def test_each_hop_asks_for_the_address_again(site: Site, fetcher: UrlFetcher, names: Names) -> None:
+async def test_each_hop_asks_for_the_address_again(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
     site.pages |= {"/1": redirect("/2"), "/2": redirect("/3"), "/3": redirect("/a.png")}
     await fetcher.fetch(site.url("/1"))
     assert names.asked == ["pictures.test"] * 4
@@ -309,7 +309,7 @@ async def test_a_picture_may_end_with_the_connection(site: Site, fetcher: UrlFet
     assert opened(await fetcher.fetch(site.url("/a"))).size == (60, 40)
 
 
-async def test_ten_megabytes_are_taken(site: Site, names: Names) -> None:
+async def test_ten_megabytes_are_taken(site: Site, names: FakeResolver) -> None:
     fetcher = fetcher_with(names, intake=TrustingIntake())
     site.pages["/a"] = page(b"x" * MAX_BYTES)
     assert len((await fetcher.fetch(site.url("/a"))).data) == MAX_BYTES
@@ -355,7 +355,7 @@ async def test_an_endless_body_is_read_no_further_than_ten_megabytes(
     ],
     ids=["continue", "headers", "header", "blank", "garbage", "tiny-chunks", "chunk-extensions", "trailers"],
 )
-async def test_no_flood_of_anything_else_lasts(site: Site, names: Names, head: bytes, blob: bytes) -> None:
+async def test_no_flood_of_anything_else_lasts(site: Site, names: FakeResolver, head: bytes, blob: bytes) -> None:
     """Each is over after some kilobytes or pieces, long before the parser has gone through ten megabytes of it."""
     fetcher = fetcher_with(names, intake=TrustingIntake(), deadline=60)
     site.pages["/a"] = lambda writer: flood(writer, blob, head)
@@ -465,6 +465,6 @@ def test_whatever_the_site_answers_there_is_a_sentence(answer: bytes) -> None:
 
 async def _answered(answer: bytes) -> None:
     site = Site(pages={"/a": answer})
-    fetcher = fetcher_with(Names({"pictures.test": [[SITE]]}), deadline=5)
+    fetcher = fetcher_with(FakeResolver({"pictures.test": [[SITE]]}), deadline=5)
     async with listening(site.serve, str(SITE)) as site.port:
         await refused(fetcher, site.url("/a"))

@@ -15,10 +15,10 @@ from domain.errors import LogUnavailable
 from domain.feed import Logged
 from domain.ports.log import EventLog
 from domain.webhooks import NotDelivered, Webhooks
-from support.builders import Scribe, SteppableClock
-from support.doubles import Passing
+from support.builders import EventRecorder, SteppableClock
+from support.doubles import ForwardingLog
 from support.provider_faults import hang, listening
-from support.webhooks import Receiver, all_told, ids, sender_to, status, until, webhooks_for, working
+from support.webhooks import Receiver, ids, sender_to, status, until, until_all_delivered, webhooks_for, working
 
 # --- the loop ----------------------------------------------------------------------------------------------
 
@@ -43,31 +43,31 @@ class Scripted:
 
 
 async def test_the_oldest_end_is_told_first(log: EventLog) -> None:
-    scribe = Scribe(log)
-    late = await scribe.start("ada")
-    ended = [await scribe.short(f"user {index}") for index in range(30)]
-    ended.append(await scribe.finish(late))
+    recorder = EventRecorder(log)
+    late = await recorder.start("ada")
+    ended = [await recorder.start_and_fail(f"user {index}") for index in range(30)]
+    ended.append(await recorder.finish(late))
     poster = Scripted()
     async with working(webhooks_for(log, poster)):
-        await all_told(log)
+        await until_all_delivered(log)
     assert poster.posts == [each.generation_id for each in ended]
 
 
 async def test_a_crowd_of_ends_is_told_once_each(log: EventLog) -> None:
-    scribe = Scribe(log)
+    recorder = EventRecorder(log)
     poster = Scripted()
     async with working(webhooks_for(log, poster)):
-        ended = [await scribe.short(f"user {index % 7}") for index in range(300)]
-        await all_told(log)
+        ended = [await recorder.start_and_fail(f"user {index % 7}") for index in range(300)]
+        await until_all_delivered(log)
     assert sorted(poster.posts) == sorted(each.generation_id for each in ended)
 
 
 async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: EventLog, receiver: Receiver) -> None:
-    scribe = Scribe(memory)
-    slow = await scribe.short()
+    recorder = EventRecorder(memory)
+    slow = await recorder.start_and_fail()
     receiver.always[slow.generation_id] = hang
     async with working(webhooks_for(memory, sender_to(receiver.origin))):
-        others = [await scribe.short() for _ in range(30)]
+        others = [await recorder.start_and_fail() for _ in range(30)]
         await until(lambda: len(receiver.ids) == len(others) and bool(receiver.posts(slow)))
         async with asyncio.timeout(60):
             while ids(await memory.undelivered(10)) != [slow.generation_id]:
@@ -79,13 +79,13 @@ async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: Even
 async def test_what_is_never_taken_however_much_of_it_leaves_room_for_the_rest(
     memory: EventLog, receiver: Receiver
 ) -> None:
-    scribe = Scribe(memory)
-    poison = [await scribe.short() for _ in range(25)]
+    recorder = EventRecorder(memory)
+    poison = [await recorder.start_and_fail() for _ in range(25)]
     receiver.always = {each.generation_id: hang for each in poison}
     webhooks = webhooks_for(memory, sender_to(receiver.origin, timeout=0.1))
     async with working(webhooks):
         await webhooks.settled()
-        others = [await scribe.short() for _ in range(30)]
+        others = [await recorder.start_and_fail() for _ in range(30)]
         await until(lambda: {*receiver.ids} == {each.generation_id for each in others})
         # And all of it is posted again all the same.
         await until(lambda: all(len(receiver.posts(each)) > 1 for each in poison))
@@ -103,24 +103,24 @@ async def test_only_a_few_are_posted_at_once(memory: EventLog) -> None:
             await super().post(message_id, body)
 
     poster = Counting()
-    scribe = Scribe(memory)
+    recorder = EventRecorder(memory)
     for _ in range(50):
-        await scribe.short()
+        await recorder.start_and_fail()
     async with working(webhooks_for(memory, poster)):
-        await all_told(memory)
+        await until_all_delivered(memory)
     assert poster.most == 8
 
 
 async def test_what_has_been_taken_or_removed_is_forgotten(memory: EventLog) -> None:
-    class Watched(Passing):
+    class Watched(ForwardingLog):
         limits: ClassVar[list[int]] = []
 
         async def undelivered(self, limit: int) -> Sequence[Logged]:
             self.limits.append(limit)
             return await super().undelivered(limit)
 
-    scribe, poster = Scribe(memory), Scripted()
-    refused = [await scribe.short() for _ in range(20)]
+    recorder, poster = EventRecorder(memory), Scripted()
+    refused = [await recorder.start_and_fail() for _ in range(20)]
     poster.plans = {each.generation_id: [NotDelivered("answered with 500")] for each in refused}
     watched = Watched(memory)
     webhooks = webhooks_for(watched, poster)
@@ -129,9 +129,9 @@ async def test_what_has_been_taken_or_removed_is_forgotten(memory: EventLog) -> 
         for each in refused[:10]:
             await memory.remove(each.generation_id, retention=False)
         poster.plans.clear()
-        await all_told(memory)
+        await until_all_delivered(memory)
         for _ in range(2):
-            await scribe.short()
+            await recorder.start_and_fail()
             await webhooks.settled()
     assert max(watched.limits) > watched.limits[0]
     assert watched.limits[-1] == watched.limits[0]
@@ -140,7 +140,7 @@ async def test_what_has_been_taken_or_removed_is_forgotten(memory: EventLog) -> 
 async def test_the_pauses_double_up_to_a_limit_and_are_told_less_and_less_often(
     memory: EventLog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    generation = await Scribe(memory).short()
+    generation = await EventRecorder(memory).start_and_fail()
     poster = Scripted()
     poster.plans[generation.generation_id] = [NotDelivered("answered with 500")]
     async with working(Webhooks(memory, poster, lambda: 0.0, backoff=0.01, longest=0.05)):
@@ -156,7 +156,7 @@ async def test_a_part_of_a_pause_is_left_to_chance(
     memory: EventLog, caplog: pytest.LogCaptureFixture, chance: float, pause: float
 ) -> None:
     poster = Scripted()
-    poster.plans[(await Scribe(memory).short()).generation_id] = [NotDelivered("answered with 500")]
+    poster.plans[(await EventRecorder(memory).start_and_fail()).generation_id] = [NotDelivered("answered with 500")]
     webhooks = Webhooks(memory, poster, lambda: chance, backoff=8)
     async with working(webhooks):
         await webhooks.settled()
@@ -166,8 +166,8 @@ async def test_a_part_of_a_pause_is_left_to_chance(
 async def test_who_asks_to_be_left_alone_is_and_others_are_told_meanwhile(
     memory: EventLog, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scribe = Scribe(memory)
-    patient, greedy, plain = [await scribe.short() for _ in range(3)]
+    recorder = EventRecorder(memory)
+    patient, greedy, plain = [await recorder.start_and_fail() for _ in range(3)]
     poster = Scripted()
     poster.plans[patient.generation_id] = [NotDelivered("answered with 429", after=60)]
     poster.plans[greedy.generation_id] = [NotDelivered("answered with 503", after=1e9)]
@@ -180,35 +180,35 @@ async def test_who_asks_to_be_left_alone_is_and_others_are_told_meanwhile(
 
 
 async def test_a_poster_that_breaks_ends_nothing(memory: EventLog, caplog: pytest.LogCaptureFixture) -> None:
-    scribe = Scribe(memory)
+    recorder = EventRecorder(memory)
     poster = Scripted()
-    broken = await scribe.short()
+    broken = await recorder.start_and_fail()
     poster.plans[broken.generation_id] = [ZeroDivisionError("secret")] * 2 + [NotDelivered("answered with 500")]
     async with working(webhooks_for(memory, poster)):
         await until(lambda: poster.posts.count(broken.generation_id) > 3)
         del poster.plans[broken.generation_id]
-        await all_told(memory)
+        await until_all_delivered(memory)
     assert poster.taken == [broken.generation_id]
     assert "ZeroDivisionError" in caplog.text
     assert "secret" not in caplog.text
 
 
 async def test_a_generation_that_is_removed_is_not_told_any_more(log: EventLog) -> None:
-    scribe, poster = Scribe(log), Scripted()
-    before, refused, last = [await scribe.short() for _ in range(3)]
+    recorder, poster = EventRecorder(log), Scripted()
+    before, refused, last = [await recorder.start_and_fail() for _ in range(3)]
     await log.remove(before.generation_id, retention=False)
     poster.plans[refused.generation_id] = [NotDelivered("answered with 500")]
     async with working(webhooks_for(log, poster)):
         await until(lambda: poster.posts.count(refused.generation_id) > 2)
         await log.remove(refused.generation_id, retention=True)
-        await all_told(log)
+        await until_all_delivered(log)
         # What may have been read of the log before that is posted before this is.
-        marker = await scribe.short("bob")
-        await all_told(log)
+        marker = await recorder.start_and_fail("bob")
+        await until_all_delivered(log)
         tries = poster.posts.count(refused.generation_id)
         poster.plans.clear()
-        again = await scribe.short("bob")
-        await all_told(log)
+        again = await recorder.start_and_fail("bob")
+        await until_all_delivered(log)
     assert poster.posts.count(refused.generation_id) == tries
     assert poster.taken == [each.generation_id for each in (last, marker, again)]
     assert before.generation_id not in poster.posts
@@ -232,24 +232,24 @@ async def test_what_was_not_taken_before_a_restart_is_told_after_it_and_nothing_
 ) -> None:
     earlier = Receiver()
     async with life(tmp_path / "log.db") as log, listening(earlier.origin):
-        scribe = Scribe(log)
-        taken, refused, unanswered = [await scribe.short() for _ in range(3)]
+        recorder = EventRecorder(log)
+        taken, refused, unanswered = [await recorder.start_and_fail() for _ in range(3)]
         earlier.always = {refused.generation_id: status(500), unanswered.generation_id: hang}
         async with working(webhooks_for(log, sender_to(earlier.origin))):
             await until(lambda: len(earlier.posts(refused)) > 1 and bool(earlier.posts(unanswered)))
             while len(await log.undelivered(10)) > 2:
                 await asyncio.sleep(0.005)
-        late = await scribe.short()
+        late = await recorder.start_and_fail()
     async with life(tmp_path / "log.db") as log:
         assert ids(await log.undelivered(10)) == [each.generation_id for each in (refused, unanswered, late)]
         async with working(webhooks_for(log, sender_to(receiver.origin))):
-            await all_told(log)
+            await until_all_delivered(log)
     assert earlier.ids == [taken.generation_id]
     assert sorted(receiver.ids) == [each.generation_id for each in (refused, unanswered, late)]
     assert len({post.body for post in (*earlier.posts(refused), *receiver.posts(refused))}) == 1
 
 
-class Absent(Passing):
+class Absent(ForwardingLog):
     """A log that does not answer the next so many questions of each kind."""
 
     reads = 0
@@ -271,15 +271,15 @@ class Absent(Passing):
 async def test_a_log_that_does_not_answer_is_asked_again_and_nothing_is_told_twice(memory: EventLog) -> None:
     absent = Absent(memory)
     absent.reads, absent.marks = 2, 2
-    generation = await Scribe(memory).short()
+    generation = await EventRecorder(memory).start_and_fail()
     poster = Scripted()
     async with working(webhooks_for(absent, poster)):
-        await all_told(memory)
+        await until_all_delivered(memory)
     assert (absent.reads, absent.marks) == (0, 0)
     assert poster.posts == [generation.generation_id]
 
 
-class Stale(Passing):
+class Stale(ForwardingLog):
     """A log that, having read of two ends, waits until the first of them has been taken before it tells of both."""
 
     def __init__(self, log: EventLog) -> None:
@@ -303,18 +303,18 @@ async def test_what_is_taken_while_the_log_is_read_is_not_told_again(memory: Eve
             await super().post(message_id, body)
             await stale.has_read_both.wait()
 
-    scribe = Scribe(memory)
+    recorder = EventRecorder(memory)
     poster = Slow()
     async with working(webhooks_for(stale, poster)):
-        first = await scribe.short()
+        first = await recorder.start_and_fail()
         await until(lambda: poster.posts == [first.generation_id])
-        second = await scribe.short()
-        await all_told(memory)
+        second = await recorder.start_and_fail()
+        await until_all_delivered(memory)
     assert poster.posts == [first.generation_id, second.generation_id]
 
 
 async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: EventLog, receiver: Receiver) -> None:
-    generation = await Scribe(memory).short()
+    generation = await EventRecorder(memory).start_and_fail()
     receiver.always[generation.generation_id] = hang
     async with working(webhooks_for(memory, sender_to(receiver.origin))):
         await asyncio.wait_for(receiver.origin.reached.wait(), 20)
@@ -323,20 +323,20 @@ async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: Eve
 
 
 async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: EventLog) -> None:
-    scribe = Scribe(memory)
+    recorder = EventRecorder(memory)
     poster = Scripted()
-    refused = await scribe.short()
+    refused = await recorder.start_and_fail()
     poster.plans[refused.generation_id] = [NotDelivered("answered with 500", after=60)]
     webhooks = webhooks_for(memory, poster)
     async with working(webhooks):
         await webhooks.settled()
         assert poster.posts == [refused.generation_id]
-        ended = [await scribe.short() for _ in range(20)]
+        ended = [await recorder.start_and_fail() for _ in range(20)]
         await webhooks.settled()
         assert poster.taken == [each.generation_id for each in ended]
 
 
-class Overtaken(Passing):
+class Overtaken(ForwardingLog):
     """A log in which another generation ends while the first reader waits for what it has read."""
 
     def __init__(self, log: EventLog, end: Callable[[], Awaitable[object]]) -> None:
@@ -352,7 +352,7 @@ class Overtaken(Passing):
 
 async def test_what_ends_while_the_log_is_read_is_waited_for_too(memory: EventLog) -> None:
     poster = Scripted()
-    webhooks = webhooks_for(Overtaken(memory, Scribe(memory).short), poster)
+    webhooks = webhooks_for(Overtaken(memory, EventRecorder(memory).start_and_fail), poster)
     async with working(webhooks):
         await webhooks.settled()
         assert len(poster.posts) == 1

@@ -24,13 +24,24 @@ from domain import recorder
 from domain.feed import Logged
 from domain.ports.log import EventLog
 from domain.webhooks import NotDelivered, message_of
-from support.builders import Scribe, body
-from support.doubles import Hold, ScriptedEditor
+from support.builders import EventRecorder, body
+from support.doubles import Pause, ScriptedEditor
 from support.harness import running
 from support.node import ROOT, needs_node
 from support.provider_faults import Answer, Flood, Origin, drip, hang, head, listening, raw, reset, then
 from support.provider_faults import whole as answer_with
-from support.webhooks import SECRET, WARY, Receiver, all_told, hang_up, sender_to, status, until, webhooks_for, working
+from support.webhooks import (
+    NO_TRUSTED_CAS,
+    SECRET,
+    Receiver,
+    hang_up,
+    sender_to,
+    status,
+    until,
+    until_all_delivered,
+    webhooks_for,
+    working,
+)
 
 # --- what is told ------------------------------------------------------------------------------------------
 
@@ -38,13 +49,13 @@ from support.webhooks import SECRET, WARY, Receiver, all_told, hang_up, sender_t
 async def test_every_end_is_told_once_in_the_bytes_of_the_log_and_nothing_but_ends(
     log: EventLog, receiver: Receiver
 ) -> None:
-    scribe = Scribe(log)
-    before = await scribe.whole("ada", "generate", metadata={"order": "ü 7"})
+    recorder = EventRecorder(log)
+    before = await recorder.run_to_end("ada", "generate", metadata={"order": "ü 7"})
     async with working(webhooks_for(log, sender_to(receiver.origin))):
-        failed = await scribe.short('Ünï 🎨 "quoted"')
-        completed = await scribe.whole("bob", face_swap=True)
-        await scribe.move(await scribe.start("bob"), "composition")
-        await all_told(log)
+        failed = await recorder.start_and_fail('Ünï 🎨 "quoted"')
+        completed = await recorder.run_to_end("bob", face_swap=True)
+        await recorder.move(await recorder.start("bob"), "composition")
+        await until_all_delivered(log)
     assert sorted(receiver.ids) == sorted(each.generation_id for each in (before, failed, completed))
     for request in receiver.origin.requests:
         message = Webhook(SECRET).verify(request.body, dict(request.headers))
@@ -67,8 +78,8 @@ async def test_every_end_is_told_once_in_the_bytes_of_the_log_and_nothing_but_en
 
 async def test_without_a_secret_nothing_is_signed(memory: EventLog, receiver: Receiver) -> None:
     async with working(webhooks_for(memory, sender_to(receiver.origin, secret=None))):
-        await Scribe(memory).short()
-        await all_told(memory)
+        await EventRecorder(memory).start_and_fail()
+        await until_all_delivered(memory)
     [request] = receiver.origin.requests
     assert "webhook-signature" not in request.headers
     assert {"webhook-id", "webhook-timestamp"} <= request.headers.keys()
@@ -81,8 +92,8 @@ async def test_who_the_url_names_is_who_calls_and_no_proxy_is_asked(
         monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
     address = f"http://ad%40a:p%3Aw@127.0.0.1:{receiver.origin.port}/hook?key=1#there"
     async with working(webhooks_for(memory, WebhookSender(address, SECRET, clock=now, timeout=60))):
-        await Scribe(memory).short()
-        await all_told(memory)
+        await EventRecorder(memory).start_and_fail()
+        await until_all_delivered(memory)
     [request] = receiver.origin.requests
     assert request.target == "/hook?key=1"
     assert base64.b64decode(request.headers["authorization"].removeprefix("Basic ")) == b"ad@a:p:w"
@@ -119,10 +130,10 @@ async def test_what_is_not_taken_is_posted_again_until_it_is(
     clock = iter(range(1_000))
     begun = now()
     sender = sender_to(receiver.origin, clock=lambda: begun + timedelta(seconds=next(clock)), timeout=0.3)
-    generation = await Scribe(memory).short()
+    generation = await EventRecorder(memory).start_and_fail()
     receiver.plans[generation.generation_id] = list(trouble)
     async with working(webhooks_for(memory, sender)):
-        await all_told(memory)
+        await until_all_delivered(memory)
     posts = receiver.origin.requests
     # On a slow day an answer that says it was taken may come too late, as it would from a slow receiver.
     assert len(posts) == len(trouble) + len(receiver.taken)
@@ -136,13 +147,13 @@ async def test_what_is_not_taken_is_posted_again_until_it_is(
 async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
     log: EventLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scribe = Scribe(log)
-    gone = await scribe.short()
+    recorder = EventRecorder(log)
+    gone = await recorder.start_and_fail()
     receiver.plans[gone.generation_id] = [status(410, Retry_After="0")]
     webhooks = webhooks_for(log, sender_to(receiver.origin))
     async with working(webhooks):
         await webhooks.settled()
-        later = [await scribe.short() for _ in range(3)]
+        later = [await recorder.start_and_fail() for _ in range(3)]
         # The service can still leave in time.
         await webhooks.settled()
         # Longer than the longest pause before another attempt.
@@ -151,16 +162,16 @@ async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
     [line] = [record for record in caplog.records if record.name == "domain.webhooks"]
     assert (line.levelname, "answered with 410" in line.getMessage()) == ("ERROR", True)
     async with working(webhooks_for(log, sender_to(receiver.origin))):
-        await all_told(log)
+        await until_all_delivered(log)
     assert sorted(receiver.ids) == sorted(each.generation_id for each in (gone, *later))
 
 
 async def test_several_answers_of_410_at_once_are_reported_once(
     memory: EventLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scribe = Scribe(memory)
+    recorder = EventRecorder(memory)
     for _ in range(5):
-        receiver.always[(await scribe.short()).generation_id] = status(410)
+        receiver.always[(await recorder.start_and_fail()).generation_id] = status(410)
     webhooks = webhooks_for(memory, sender_to(receiver.origin))
     async with working(webhooks):
         await webhooks.settled()
@@ -183,10 +194,10 @@ async def test_several_answers_of_410_at_once_are_reported_once(
 async def test_what_was_answered_with_success_is_taken_whatever_follows(
     memory: EventLog, receiver: Receiver, answer: Answer
 ) -> None:
-    generation = await Scribe(memory).short()
+    generation = await EventRecorder(memory).start_and_fail()
     receiver.always[generation.generation_id] = answer
     async with working(webhooks_for(memory, sender_to(receiver.origin))):
-        await all_told(memory)
+        await until_all_delivered(memory)
     assert len(receiver.origin.requests) == 1
 
 
@@ -195,10 +206,10 @@ async def test_of_what_the_receiver_says_hardly_anything_is_read(
     memory: EventLog, receiver: Receiver, code: int
 ) -> None:
     flood = Flood(2_000)
-    generation = await Scribe(memory).short()
+    generation = await EventRecorder(memory).start_and_fail()
     receiver.plans[generation.generation_id] = [then(raw(head(code, length=2_000 * 1024 * 1024)), flood)]
     async with working(webhooks_for(memory, sender_to(receiver.origin))):
-        await all_told(memory)
+        await until_all_delivered(memory)
     assert flood.taken < 64
     assert len(receiver.origin.requests) == (1 if code == 200 else 2)
 
@@ -206,14 +217,14 @@ async def test_of_what_the_receiver_says_hardly_anything_is_read(
 async def test_a_receiver_that_is_down_at_first_is_told_once_it_is_there(memory: EventLog, port: int) -> None:
     receiver = Receiver()
     receiver.origin.port = port
-    scribe = Scribe(memory)
+    recorder = EventRecorder(memory)
     webhooks = webhooks_for(memory, sender_to(receiver.origin))
     async with working(webhooks):
-        ended = [await scribe.short() for _ in range(3)]
+        ended = [await recorder.start_and_fail() for _ in range(3)]
         await webhooks.settled()
         assert receiver.origin.requests == []
         async with listening(receiver.origin, port):
-            await all_told(memory)
+            await until_all_delivered(memory)
     assert sorted(receiver.ids) == [each.generation_id for each in ended]
 
 
@@ -264,10 +275,10 @@ async def test_a_service_that_stops_tells_what_it_has_to_end(
 ) -> None:
     # It does not wait for long, which may be too short where everything is slow.
     monkeypatch.setattr(api_service, "_FLUSH", 60)
-    hold = Hold()
-    async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}, **hooked(receiver.origin)) as service:
+    pause = Pause()
+    async with running(tmp_path, overrides={"editor": ScriptedEditor(pause)}, **hooked(receiver.origin)) as service:
         generation_id = await service.start("ada")
-        await hold.reached.wait()
+        await pause.reached.wait()
         service.server.begin_shutdown(now=True)
         await until(lambda: bool(receiver.taken))
     [request] = receiver.origin.requests
@@ -316,10 +327,10 @@ async def test_a_receiver_of_the_page_takes_what_is_ours_once_and_nothing_else(
     receiver = await asyncio.create_subprocess_exec(*program(language), env=environment, stdout=asyncio.subprocess.PIPE)
     try:
         assert receiver.stdout is not None
-        scribe = Scribe(memory)
-        async with working(webhooks_for(memory, WebhookSender(address, SECRET, clock=now, trust=WARY))):
-            completed, failed = await scribe.whole("ada"), await scribe.short("bob")
-            await all_told(memory)
+        recorder = EventRecorder(memory)
+        async with working(webhooks_for(memory, WebhookSender(address, SECRET, clock=now, trust=NO_TRUSTED_CAS))):
+            completed, failed = await recorder.run_to_end("ada"), await recorder.start_and_fail("bob")
+            await until_all_delivered(memory)
         told = sorted([await receiver.stdout.readline() for _ in range(2)])
         assert told == [
             f"generation_completed ada {completed.generation_id}\n".encode(),
@@ -328,13 +339,13 @@ async def test_a_receiver_of_the_page_takes_what_is_ours_once_and_nothing_else(
         history = await memory.generation(completed.generation_id)
         assert history is not None
         id_and_body = message_of(history.events[-1])
-        await WebhookSender(address, SECRET, clock=now, trust=WARY).post(*id_and_body)
+        await WebhookSender(address, SECRET, clock=now, trust=NO_TRUSTED_CAS).post(*id_and_body)
         other = "whsec_" + base64.b64encode(b"k" * 32).decode()
         for stranger in (
-            WebhookSender(address, other, clock=now, trust=WARY),
-            WebhookSender(address, None, clock=now, trust=WARY),
-            WebhookSender(address, SECRET, clock=lambda: now() - timedelta(minutes=6), trust=WARY),
-            WebhookSender(address, SECRET, clock=lambda: now() + timedelta(minutes=6), trust=WARY),
+            WebhookSender(address, other, clock=now, trust=NO_TRUSTED_CAS),
+            WebhookSender(address, None, clock=now, trust=NO_TRUSTED_CAS),
+            WebhookSender(address, SECRET, clock=lambda: now() - timedelta(minutes=6), trust=NO_TRUSTED_CAS),
+            WebhookSender(address, SECRET, clock=lambda: now() + timedelta(minutes=6), trust=NO_TRUSTED_CAS),
         ):
             with pytest.raises(NotDelivered, match="401"):
                 await stranger.post("edit_1:2", b"{}")
@@ -356,8 +367,8 @@ def everything_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCa
 async def test_no_log_line_tells_a_secret_or_what_the_receiver_says(
     memory: EventLog, receiver: Receiver, everything_logged: pytest.LogCaptureFixture
 ) -> None:
-    scribe = Scribe(memory)
-    generations = [await scribe.short() for _ in range(3)]
+    recorder = EventRecorder(memory)
+    generations = [await recorder.start_and_fail() for _ in range(3)]
     said = "its own words\r\nERROR forged"
     for generation, answer in zip(
         generations, [answer_with(said.encode(), 500), hang_up, raw(b"HTTP/1.1 500 its own words\r\n\r\n")], strict=True
@@ -365,7 +376,7 @@ async def test_no_log_line_tells_a_secret_or_what_the_receiver_says(
         receiver.plans[generation.generation_id] = [answer]
     address = f"http://ada:p4ssw0rd@127.0.0.1:{receiver.origin.port}/hook/p4th?key=qu3ry"
     async with working(webhooks_for(memory, WebhookSender(address, SECRET, clock=now))):
-        await all_told(memory)
+        await until_all_delivered(memory)
     assert "answered with 500" in everything_logged.text
     signatures = [request.headers["webhook-signature"].removeprefix("v1,") for request in receiver.origin.requests]
     credentials = base64.b64encode(b"ada:p4ssw0rd").decode()

@@ -46,7 +46,7 @@ OTHER: Final = picture("256x384", RED)
 SKETCH: Final = picture("256x384", BLUE)
 ENCODED: Final = in_base64(RESULT)
 DATA_URL: Final = f"data:image/png;base64,{ENCODED}"
-NOBODY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 #: The public internet of these tests.
 PUBLIC: Final = ip_address("127.0.0.2")
@@ -57,7 +57,7 @@ async def resolve(host: str) -> Sequence[IPAddress]:
 
 
 FETCHER: Final = UrlFetcher(
-    PillowIntake(THREADS), allow=[ip_network(PUBLIC)], resolve=resolve, trust=NOBODY, connect_timeout=30
+    PillowIntake(THREADS), allow=[ip_network(PUBLIC)], resolve=resolve, trust=NO_TRUSTED_CAS, connect_timeout=30
 )
 
 
@@ -106,7 +106,14 @@ async def _ignore(fraction: float, message: str, preview: Picture | None = None)
 
 def editor_for(server: OpenAIServer, model: str = DEFAULT_MODEL) -> OpenAIEditor:
     return OpenAIEditor(
-        THREADS, FETCHER, api_key=KEY, base_url=server.base_url, model=model, deadline=60, backoff=0.01, trust=NOBODY
+        THREADS,
+        FETCHER,
+        api_key=KEY,
+        base_url=server.base_url,
+        model=model,
+        deadline=60,
+        backoff=0.01,
+        trust=NO_TRUSTED_CAS,
     )
 
 
@@ -256,7 +263,7 @@ async def test_credentials_in_the_base_url_go_to_no_file(server: Gateway) -> Non
     answer, files = as_json(entry(url="/files/a.png")), server.origin.respond
     server.origin.respond = lambda request: answer if request.method == "POST" else files(request)
     base_url = server.base_url.replace("http://", "http://ada:secret@")
-    editor = OpenAIEditor(THREADS, FETCHER, api_key=KEY, base_url=base_url, deadline=60, trust=NOBODY)
+    editor = OpenAIEditor(THREADS, FETCHER, api_key=KEY, base_url=base_url, deadline=60, trust=NO_TRUSTED_CAS)
     assert (await editor.edit(SHEET, "Winter", Options(), _ignore)).data == RESULT
     [request] = server.fetched
     assert "authorization" not in request.headers

@@ -19,11 +19,11 @@ from adapters.providers.openai import DEFAULT_MODEL, OpenAIEditor
 from domain.ports.images import Picture
 from domain.requests import AspectRatio, Background, InputFidelity, Options, Quality
 from providers import openai_description
-from support.doubles import Studio, wish
+from support.doubles import InMemoryBackend, wish
 from support.openai_editor import (
     DEADLINE,
     FETCHER,
-    NOBODY,
+    NO_TRUSTED_CAS,
     PROMPT,
     RESULT,
     SHEET,
@@ -248,7 +248,7 @@ async def test_without_a_base_url_it_is_openais_whatever_the_environment_says(
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     monkeypatch.setenv("HTTPS_PROXY", server.origin.address)
-    await failing(OpenAIEditor(THREADS, FETCHER, api_key=KEY, deadline=DEADLINE, trust=NOBODY))
+    await failing(OpenAIEditor(THREADS, FETCHER, api_key=KEY, deadline=DEADLINE, trust=NO_TRUSTED_CAS))
     [request] = server.origin.requests
     assert (request.method, request.target) == ("CONNECT", "api.openai.com:443")
 
@@ -345,11 +345,11 @@ async def test_a_transparent_picture_stays_transparent(server: OpenAIServer) -> 
 
 async def test_a_generation_shows_each_preview_with_rising_progress(server: OpenAIServer) -> None:
     server.answer(stream(partial(0, SKETCH), partial(1, SKETCH), completed(RESULT)))
-    studio = Studio()
-    studio.runner.editor = editor_at(server.base_url)
-    async with studio.open():
-        made = await studio.make(wish())
-    shown = [event for event in await studio.events(made) if event["status"] == "openai_editing"]
+    backend = InMemoryBackend()
+    backend.runner.editor = editor_at(server.base_url)
+    async with backend.open():
+        made = await backend.make(wish())
+    shown = [event for event in await backend.events(made) if event["status"] == "openai_editing"]
     assert [event["progress"] for event in shown] == [60, 70, 75]
     assert [("previewUrl" in event) for event in shown] == [False, True, True]
     assert made.status == "completed"

@@ -12,7 +12,7 @@ from PIL import Image
 from domain.errors import Failure, FailureCode
 from domain.ports.images import Picture
 from domain.requests import Options
-from support.doubles import pass_time
+from support.doubles import advance_time
 from support.openai_editor import (
     DEADLINE,
     PROMPT,
@@ -148,7 +148,7 @@ async def once(server: OpenAIServer, answer: Answer, *, too_late: bool = False) 
     call = asyncio.create_task(failing(editor_at(server.base_url), reports))
     if too_late:
         await server.origin.reached.wait()
-        await pass_time(DEADLINE)
+        await advance_time(DEADLINE)
     failure = await call
     assert len(server.calls) == 1
     assert reports.messages == []
@@ -397,8 +397,8 @@ async def test_a_call_that_is_given_up_leaves_its_request_id_for_the_bill(
     server.answer(then(stream(partial(0, SKETCH)), hang))
     reports = Reports()
     call = asyncio.create_task(failing(editor_at(server.base_url), reports))
-    await reports.told.wait()
-    await pass_time(DEADLINE)
+    await reports.received.wait()
+    await advance_time(DEADLINE)
     assert (await call).code == "provider_timeout"
     assert warnings_of(caplog) == [f"OpenAI: 'gave up waiting' (request '{REQUEST_ID}'): ''"]
 
@@ -416,10 +416,10 @@ async def test_cancelling_hangs_up(server: OpenAIServer, answer: Answer) -> None
 
 
 async def test_cancelling_one_does_not_touch_its_neighbour(server: OpenAIServer) -> None:
-    let_go = asyncio.Event()
+    released = asyncio.Event()
 
     async def later(writer: asyncio.StreamWriter) -> None:
-        await let_go.wait()
+        await released.wait()
         await stream(completed(RESULT))(writer)
 
     server.answer(later)
@@ -429,7 +429,7 @@ async def test_cancelling_one_does_not_touch_its_neighbour(server: OpenAIServer)
         await asyncio.sleep(0.005)
     one.cancel()
     await server.origin.left.wait()
-    let_go.set()
+    released.set()
     assert (await other).data == RESULT
     assert one.cancelled()
 

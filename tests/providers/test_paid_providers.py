@@ -15,7 +15,7 @@ from api.app import create_service
 from api.settings import Settings
 from api.wiring import wire
 from domain.ports.images import Picture
-from support.doubles import pass_time
+from support.doubles import advance_time
 from support.harness import JSON, Running, running
 from support.openai_server import KEY, OpenAIServer, data_of, error, in_base64, openai_server, pictures
 from support.pictures import RED, THREADS, encoded, opened, solid
@@ -138,7 +138,7 @@ async def test_a_provider_that_takes_too_long_is_left_before_the_deadline_and_na
         generation_id = await service.start()
         await openai.origin.reached.wait()
         # Nobody is connected meanwhile, whose pings would be late.
-        await pass_time(271)
+        await advance_time(271)
         await openai.origin.left.wait()
         await service.service.queue.settled()
         failed = (await service.events(generation_id))[-1]

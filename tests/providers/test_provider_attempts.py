@@ -12,7 +12,7 @@ import pytest
 from adapters.providers.attempts import Declined, answered, attempt, broken, log_problem
 from domain.errors import Failure, FailureCode
 from domain.ports.images import Picture
-from support.doubles import pass_time
+from support.doubles import advance_time
 
 BUSY = Failure("provider_rate_limited")
 AWAY = Failure("provider_unavailable")
@@ -127,7 +127,7 @@ async def test_the_time_is_for_all_calls_together_and_ends_the_last_one() -> Non
 
     async def call() -> str:
         if calls.count == 0:
-            await pass_time(30)
+            await advance_time(30)
         await calls()
         begun.set()
         try:
@@ -138,7 +138,7 @@ async def test_the_time_is_for_all_calls_together_and_ends_the_last_one() -> Non
 
     failure = asyncio.create_task(failing(call, Reports(), within=60))
     await begun.wait()
-    await pass_time(30)
+    await advance_time(30)
     assert ((await failure).code, calls.count, aborted.is_set()) == ("provider_timeout", 2, True)
 
 

@@ -80,7 +80,7 @@ async def test_answers_compressed_unasked_are_read(replicate: Replicate, what: s
             body = SWAPPED
         else:
             await replicate.create(request)
-            body = codecs.BOM_UTF8 + b"\n" + json.dumps(replicate.tell(next(iter(replicate.predictions)))).encode()
+            body = codecs.BOM_UTF8 + b"\n" + json.dumps(replicate.report(next(iter(replicate.predictions)))).encode()
         if encoding != "UTF-8":
             body = gzip.compress(body) if encoding == "gzip" else brotli.compress(body)
         return web.Response(body=body, headers={"Content-Encoding": encoding})

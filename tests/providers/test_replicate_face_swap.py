@@ -23,7 +23,7 @@ from adapters.providers.replicate import DEFAULT_MODEL, ReplicateFaceSwap
 from domain.errors import Failure
 from domain.ports.images import Picture
 from domain.ports.providers import FaceSwapper
-from support.doubles import pass_time
+from support.doubles import advance_time
 from support.pictures import BLUE, GREEN, RED, THREADS, alike, colour_at, opened, picture, raw_png, solid
 from support.provider_faults import closed_port
 from support.replicate_server import (
@@ -44,7 +44,7 @@ from support.replicate_server import (
 )
 
 #: Trusts nobody, and is quickly made.
-WARY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 EDITED, FACE = solid(RED), solid(GREEN, kind="JPEG")
 SWAPPED: Final = solid(BLUE).data
@@ -72,7 +72,7 @@ async def canary() -> AsyncIterator[Replicate]:
 
 
 def swapper_at(replicate: Replicate, model: str = DEFAULT_MODEL, **options: Any) -> ReplicateFaceSwap:
-    given: dict[str, Any] = {"deadline": 60, "grace": 60, "pace": 0.01, "trust": WARY} | options
+    given: dict[str, Any] = {"deadline": 60, "grace": 60, "pace": 0.01, "trust": NO_TRUSTED_CAS} | options
     return ReplicateFaceSwap(THREADS, TOKEN, model, base_url=replicate.url, **given)
 
 
@@ -85,16 +85,16 @@ class Reports:
     """`domain.ports.providers.Report`: keeps what it is told."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[float, str]] = []
+        self.received: list[tuple[float, str]] = []
 
     async def __call__(self, fraction: float, message: str, preview: Picture | None) -> None:
         assert preview is None
-        self.told.append((fraction, message))
+        self.received.append((fraction, message))
 
     @property
     def messages(self) -> list[str]:
         """Each once."""
-        return list(dict.fromkeys(message for _, message in self.told))
+        return list(dict.fromkeys(message for _, message in self.received))
 
 
 async def swapped(swapper: FaceSwapper, reports: Reports | None = None) -> None:
@@ -108,7 +108,7 @@ async def too_late(replicate: Replicate, what: str, times: int = 1, **options: A
     # Less than a step of a request may take, which is not what is to be over.
     failing = asyncio.create_task(failed(swapper_at(replicate, deadline=20, **options)))
     await replicate.until_asked(what, times)
-    await pass_time(20)
+    await advance_time(20)
     return await failing
 
 
@@ -155,7 +155,7 @@ async def test_progress_rises_and_says_what_is_going_on(replicate: Replicate, sw
     replicate.statuses = [*repeat("starting", 4), *repeat("processing", 4), "starting", "processing", "succeeded"]
     reports = Reports()
     await swapped(swapper, reports)
-    fractions = [fraction for fraction, _ in reports.told]
+    fractions = [fraction for fraction, _ in reports.received]
     assert fractions == sorted(fractions)
     assert len(set(fractions)) >= 9
     assert 0 < fractions[0] < fractions[-1] < 1
@@ -247,7 +247,7 @@ async def test_a_model_that_is_not_there_is_rejected(replicate: Replicate, model
 @pytest.mark.parametrize("model", ["", "face-swap", "a/b/c", "a/b:", "a/b:c/d", "../x", "a/..", "a/b?c", "a/b:c\n"])
 def test_what_is_no_name_of_a_model_is_refused(model: str) -> None:
     with pytest.raises(ValueError, match="owner/name"):
-        ReplicateFaceSwap(THREADS, TOKEN, model, trust=WARY)
+        ReplicateFaceSwap(THREADS, TOKEN, model, trust=NO_TRUSTED_CAS)
 
 
 # --- the create fails --------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ async def test_a_token_that_is_not_taken_is_told_to_nobody(
     replicate: Replicate, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = "nobody'5 k3y"
-    swapper = ReplicateFaceSwap(THREADS, token, base_url=replicate.url, trust=WARY)
+    swapper = ReplicateFaceSwap(THREADS, token, base_url=replicate.url, trust=NO_TRUSTED_CAS)
     assert (await failed(swapper)).code == "provider_rejected"
     assert "401" in caplog.text
     assert token not in caplog.text
@@ -315,7 +315,7 @@ async def test_where_it_was_declined_it_is_made_again(
     await swapped(swapper, reports)
     assert replicate.count("create") == 3
     assert len(replicate.predictions) == 1
-    assert all("trying again" in message for _, message in reports.told[:2])
+    assert all("trying again" in message for _, message in reports.received[:2])
 
 
 async def test_who_is_always_declined_is_told_to_come_back_later(
@@ -333,7 +333,7 @@ async def test_where_nobody_listens_it_is_tried_again() -> None:
     with closed_port() as port:
         failure = await failed(swapper_at(Replicate(port=port)), reports)
     assert failure.code == "provider_unavailable"
-    assert len(reports.told) == 3
+    assert len(reports.received) == 3
 
 
 # --- while it runs -----------------------------------------------------------------------------------------
@@ -389,9 +389,9 @@ async def test_a_reply_that_comes_after_the_deadline_still_tells_what_to_cancel(
     replicate.will("create", held(replicate, replicate.create))
     failing = asyncio.create_task(failed(swapper_at(replicate, deadline=20)))
     await replicate.until_asked("create")
-    await pass_time(20)
+    await advance_time(20)
     assert not failing.done()
-    replicate.let_go.set()
+    replicate.released.set()
     assert (await failing).code == "provider_timeout"
     assert replicate.count("create") == 1
     assert replicate.count("cancel") == 1
@@ -405,9 +405,9 @@ async def test_a_create_without_a_reply_is_waited_for_no_longer_than_the_grace(
     replicate.will("create", fault)
     failing = asyncio.create_task(failed(swapper_at(replicate, deadline=60, grace=60)))
     await replicate.until_asked("create")
-    await pass_time(60)
+    await advance_time(60)
     assert not failing.done()
-    await pass_time(60)
+    await advance_time(60)
     assert (await failing).code == "provider_timeout"
     assert [seen.what for seen in replicate.seen] == ["create"]
     assert "may run on for a while" in caplog.text
@@ -419,7 +419,7 @@ async def test_a_cancel_that_fails_changes_nothing(replicate: Replicate, fault: 
     replicate.will("cancel", fault)
     failing = asyncio.create_task(too_late(replicate, "poll", grace=20))
     await replicate.until_asked("cancel")
-    await pass_time(20)
+    await advance_time(20)
     assert (await failing).code == "provider_timeout"
     assert replicate.count("cancel") == 1
 
@@ -449,7 +449,7 @@ async def test_who_is_cancelled_while_the_create_is_on_its_way_cancels_what_it_c
     replicate.will("create", held(replicate, replicate.create))
     await cancelled_when(replicate.until_asked("create"), swapper.swap(EDITED, FACE, Reports()))
     assert replicate.count("cancel") == 0
-    replicate.let_go.set()
+    replicate.released.set()
     await replicate.until_asked("cancel")
     assert replicate.count("create") == 1
 
@@ -616,7 +616,7 @@ async def test_an_output_that_is_not_where_it_may_be_is_not_fetched(
     ],
 )
 def test_outputs_lie_at_replicate_and_nowhere_else(url: str, allowed: bool) -> None:
-    assert ReplicateFaceSwap(THREADS, TOKEN, trust=WARY).may_download(httpx2.URL(url)) is allowed
+    assert ReplicateFaceSwap(THREADS, TOKEN, trust=NO_TRUSTED_CAS).may_download(httpx2.URL(url)) is allowed
 
 
 async def test_redirects_have_an_end(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
@@ -681,7 +681,7 @@ async def test_the_picture_comes_from_another_host_by_https(
 ) -> None:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
-    trust = ssl.create_default_context(cafile=str(certificate)) if trusted else WARY
+    trust = ssl.create_default_context(cafile=str(certificate)) if trusted else NO_TRUSTED_CAS
     swapper = swapper_at(replicate, trust=trust, output_hosts=["localhost"])
     async with Replicate(picture=SWAPPED).serving(tls) as delivery:
         replicate.output = f"https://localhost:{delivery.port}/out.png"

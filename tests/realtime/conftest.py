@@ -9,24 +9,28 @@ import pytest
 import pytest_asyncio
 
 from adapters.system import now
-from support.builders import IN_MEMORY, Scribe, SteppableClock
+from support.builders import IN_MEMORY, EventRecorder, SteppableClock
 from support.harness import running
 from support.node import browsers
-from support.recovery import Stage
+from support.recovery import RecoveryHarness
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["memory", "sqlite"])
-async def theatre(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
+async def shared_harness(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> AsyncIterator[RecoveryHarness]:
     images: Path = tmp_path_factory.mktemp("images")
     with TemporaryDirectory(dir=IN_MEMORY) as folder:
         log = "memory://" if request.param == "memory" else f"sqlite:///{folder}/log.db"
         async with running(images, log=log) as service, AsyncExitStack() as listening, browsers() as everybody:
-            stage = Stage(service, everybody, Scribe(service.service.log, SteppableClock(now())), listening)
-            yield stage
-            await stage.close()
+            harness = RecoveryHarness(
+                service, everybody, EventRecorder(service.service.log, SteppableClock(now())), listening
+            )
+            yield harness
+            await harness.close()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def stage(theatre: Stage) -> AsyncIterator[Stage]:
-    yield theatre
-    await theatre.close()
+async def harness(shared_harness: RecoveryHarness) -> AsyncIterator[RecoveryHarness]:
+    yield shared_harness
+    await shared_harness.close()

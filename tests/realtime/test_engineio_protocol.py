@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 import websockets
 
-from support.harness import BARE, HUNG, Running, running
+from support.harness import RAW_OPTIONS, TIMEOUT, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -46,7 +46,7 @@ async def waiting(service: Running, path: str) -> asyncio.Task[httpx2.Response]:
 @contextlib.asynccontextmanager
 async def websocket(service: Running, path: str, **options: Any) -> AsyncIterator[websockets.ClientConnection]:
     url = f"ws://127.0.0.1:{service.port}{path.replace('transport=polling', 'transport=websocket')}"
-    async with asyncio.timeout(HUNG), websockets.connect(url, **BARE, **options) as connection:
+    async with asyncio.timeout(TIMEOUT), websockets.connect(url, **RAW_OPTIONS, **options) as connection:
         yield connection
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from support.doubles import Hold, ScriptedEditor
+from support.doubles import Pause, ScriptedEditor
 from support.harness import running
 from support.node import needs_node, seed
 
@@ -41,12 +41,12 @@ async def test_the_seeds_snippet_shows_every_stage_on_both_devices_and_none_to_o
 
 
 async def test_the_seeds_snippet_that_comes_late_shows_the_bar_where_it_is(tmp_path: Path, log_setting: str) -> None:
-    hold = Hold()
-    async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(hold)}) as service:
+    pause = Pause()
+    async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(pause)}) as service:
         generation_id = await service.start("123")
-        await hold.reached.wait()
+        await pause.reached.wait()
         async with seed(service.url, 123) as phone:
             await phone.until(lambda: len(phone.data) == 4)
-            hold.let_go.set()
+            pause.released.set()
             await phone.until(lambda: bool(phone.named("generation_completed")))
             assert phone.data == await service.events(generation_id, "123")

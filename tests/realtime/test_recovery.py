@@ -1,7 +1,8 @@
 """Connection state recovery with the official client: every sentence that the contract has about it.
 
 The log is written to by hand, so that each connection falls at a place that is known. Most tests end with
-`Stage.complete`: one more event comes, and the client has been sent the whole feed, each event once and in order.
+`RecoveryHarness.complete`: one more event comes, and then the client has been sent the whole feed, each event once
+and in order.
 """
 
 import asyncio
@@ -12,21 +13,23 @@ import pytest
 
 from adapters.realtime import engineio_socket
 from adapters.system import now
-from support.harness import HUNG
+from support.harness import TIMEOUT
 from support.node import needs_node
-from support.recovery import WAITS, WAYS, Stage, both_deaths, both_ways, every_way, wire
+from support.recovery import WAITS, WAYS, RecoveryHarness, both_deaths, both_ways, every_way, wire
 
 pytestmark = [needs_node, pytest.mark.asyncio(loop_scope="module")]
 
 
-async def test_connect_carries_a_pid_and_every_event_its_cursor_and_nothing_else_ends_in_a_string(stage: Stage) -> None:
-    user = stage.user()
-    clients = [stage.open(user, way) for way in WAYS] + [stage.open(None, auth={"userId": user})]
+async def test_connect_carries_a_pid_and_every_event_its_cursor_and_nothing_else_ends_in_a_string(
+    harness: RecoveryHarness,
+) -> None:
+    user = harness.user()
+    clients = [harness.open(user, way) for way in WAYS] + [harness.open(None, auth={"userId": user})]
     for client in clients:
         await client.connected()
-        await stage.service.until(lambda: len(stage.service.service.hub.rooms.get(user, ())) == len(clients))
-    await stage.scribe.whole(user)
-    await stage.scribe.whole(user, "generate")
+        await harness.service.until(lambda: len(harness.service.service.hub.rooms.get(user, ())) == len(clients))
+    await harness.recorder.run_to_end(user)
+    await harness.recorder.run_to_end(user, "generate")
     for client in clients:
         nack = await client.call("subscribe_to_generation", {"generationId": "no"})
         assert nack["ok"] is False
@@ -35,8 +38,8 @@ async def test_connect_carries_a_pid_and_every_event_its_cursor_and_nothing_else
         assert isinstance(hello["pid"], str)
         assert len(hello["pid"]) >= 32
         assert hello["pid"] != hello["sid"]
-    await stage.complete(user, *clients)
-    due = [await stage.cursor(user, position) for position in range(1, 14)]
+    await harness.complete(user, *clients)
+    due = [await harness.cursor(user, position) for position in range(1, 14)]
     for client in clients:
         assert [further for [further] in client.further] == due
     assert len({(await client.connected())["pid"] for client in clients}) == len(clients)
@@ -44,35 +47,37 @@ async def test_connect_carries_a_pid_and_every_event_its_cursor_and_nothing_else
 
 @every_way
 @pytest.mark.parametrize("end", ["cut", "close"])
-async def test_a_client_that_was_away_is_recovered_with_all_it_missed(stage: Stage, way: str, end: str) -> None:
-    user = stage.user()
-    client = stage.open(user, way, **WAITS)
+async def test_a_client_that_was_away_is_recovered_with_all_it_missed(
+    harness: RecoveryHarness, way: str, end: str
+) -> None:
+    user = harness.user()
+    client = harness.open(user, way, **WAITS)
     before = await client.ack()
     assert before["recovered"] is False
     if way == "upgrade":
         await client.until(lambda: bool(client.on("upgrade")))
-    running = await stage.scribe.move(await stage.scribe.start(user), "composition")
+    running = await harness.recorder.move(await harness.recorder.start(user), "composition")
     await client.until(lambda: len(client.events) == 2)
     client.do(end)
     await client.disconnected()
-    await stage.scribe.finish(running)
+    await harness.recorder.finish(running)
     for kind in ("edit", "generate"):
-        await stage.scribe.whole(user, kind)
-    await stage.scribe.start(user)
+        await harness.recorder.run_to_end(user, kind)
+    await harness.recorder.start(user)
     client.do("connect")
     again, first = await client.connected(2), await client.connected()
     assert again["recovered"] is True
     assert again["pid"] == first["pid"]
     assert again["sid"] != first["sid"]
-    await stage.complete(user, client)
+    await harness.complete(user, client)
     assert client.notices == []
     assert len(client.on("ack")) == 1
 
 
 @every_way
-async def test_a_connection_that_fell_before_the_first_event_is_recovered(stage: Stage, way: str) -> None:
-    user = stage.user()
-    client = stage.open(user, way, **WAITS)
+async def test_a_connection_that_fell_before_the_first_event_is_recovered(harness: RecoveryHarness, way: str) -> None:
+    user = harness.user()
+    client = harness.open(user, way, **WAITS)
     await client.ack()
     client.do("cut")
     await client.disconnected()
@@ -81,56 +86,58 @@ async def test_a_connection_that_fell_before_the_first_event_is_recovered(stage:
         assert (await client.connected(len(client.on("connect")) + 1))["recovered"] is True
         client.do("cut")
         await client.disconnected(len(client.on("disconnect")) + 1)
-    await stage.scribe.whole(user)
+    await harness.recorder.run_to_end(user)
     client.do("connect")
-    await stage.complete(user, client)
+    await harness.complete(user, client)
 
 
 @every_way
 @both_deaths
 async def test_a_connection_may_fall_after_any_event_of_a_replay(
-    stage: Stage, way: str, silently: bool, monkeypatch: pytest.MonkeyPatch
+    harness: RecoveryHarness, way: str, silently: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two generations run, interleaved; when the clients come back, one has ended and a third has come and gone."""
     monkeypatch.setattr(engineio_socket, "MAX_BATCH", 1)  # One event in each polling answer.
-    user, scribe = stage.user(), stage.scribe
-    one, two = await scribe.start(user), await scribe.start(user, "generate")
+    user, recorder = harness.user(), harness.recorder
+    one, two = await recorder.start(user), await recorder.start(user, "generate")
     for status, other in [("composition", "composition"), ("composition_completed", "composition_completed")]:
-        one, two = await scribe.move(one, status), await scribe.move(two, other)
-    one = await scribe.move(one, "openai_editing")
-    replayed = len(await stage.feed(user))
+        one, two = await recorder.move(one, status), await recorder.move(two, other)
+    one = await recorder.move(one, "openai_editing")
+    replayed = len(await harness.feed(user))
     assert replayed == 7
-    lines = [await stage.line(place) for place in range(replayed)]
+    lines = [await harness.line(place) for place in range(replayed)]
     clients = []
     for line in lines:
         line.silently = silently
-        clients.append(stage.open(user, way, line=line, **WAITS))
+        clients.append(harness.open(user, way, line=line, **WAITS))
     for place, client in enumerate(clients):
         await client.disconnected()
         assert len(client.events) == place
-    await scribe.finish(one)
-    two = await scribe.move(two, "ai_generation")
-    await scribe.whole(user)
+    await recorder.finish(one)
+    two = await recorder.move(two, "ai_generation")
+    await recorder.run_to_end(user)
     for client in clients:
         client.do("connect")
     for client in clients:
         assert (await client.connected(2))["recovered"] is True
     # Those that the server had not noticed have been replaced.
-    await stage.service.until(lambda: len(stage.service.service.hub.rooms[user]) == len(clients))
-    await scribe.finish(two)
-    await stage.complete(user, *clients)
+    await harness.service.until(lambda: len(harness.service.service.hub.rooms[user]) == len(clients))
+    await recorder.finish(two)
+    await harness.complete(user, *clients)
 
 
 @every_way
 @both_deaths
-async def test_a_connection_may_fall_again_and_again_while_events_come(stage: Stage, way: str, silently: bool) -> None:
-    user = stage.user()
+async def test_a_connection_may_fall_again_and_again_while_events_come(
+    harness: RecoveryHarness, way: str, silently: bool
+) -> None:
+    user = harness.user()
     falls: list[int | Literal["connect"]] = [0, 1, "connect", 0, 0, 17, "connect", "connect", 40, 5, 90]
-    line = await stage.line(*falls)
+    line = await harness.line(*falls)
     line.silently = silently
-    client = stage.open(user, way, line=line)
+    client = harness.open(user, way, line=line)
     await client.ack()
-    pouring = asyncio.create_task(stage.pour(user, 400, filler=300))
+    pouring = asyncio.create_task(harness.pour(user, 400, filler=300))
     await client.until(lambda: line.fallen == len(falls))
     line.down = True
     line.fall()
@@ -138,60 +145,62 @@ async def test_a_connection_may_fall_again_and_again_while_events_come(stage: St
     await pouring
     await client.until(lambda: len(client.on("disconnect")) >= fallen)
     line.down = False
-    await stage.complete(user, client)
+    await harness.complete(user, client)
     assert len(client.on("connect")) > 1
     assert {each["pid"] for each in client.on("connect")} == {(await client.connected())["pid"]}
     assert all(each["recovered"] for each in client.on("connect")[1:])
 
 
-async def test_after_another_user_took_the_socket_over_it_is_theirs_that_is_recovered(stage: Stage) -> None:
+async def test_after_another_user_took_the_socket_over_it_is_theirs_that_is_recovered(harness: RecoveryHarness) -> None:
     for way in WAYS:
-        ada, bob = stage.user(), stage.user()
-        adas = await stage.scribe.start(ada)
-        client = stage.open(ada, way, **WAITS)
+        ada, bob = harness.user(), harness.user()
+        adas = await harness.recorder.start(ada)
+        client = harness.open(ada, way, **WAITS)
         await client.until(lambda client=client: len(client.events) == 1)  # type: ignore[misc]
         assert (await client.call("authenticate", {"userId": bob}))["userId"] == bob
         client.do("cut")  # Before bob's first event: the client says ada's offset.
         await client.disconnected()
-        adas = await stage.scribe.finish(adas)
-        await stage.scribe.whole(bob)
+        adas = await harness.recorder.finish(adas)
+        await harness.recorder.run_to_end(bob)
         client.do("connect")
         assert (await client.connected(2))["recovered"] is True
-        await stage.scribe.short(ada)
-        hers = (await stage.feed(ada))[:1]
-        await stage.complete(bob, client, skip=1)
+        await harness.recorder.start_and_fail(ada)
+        hers = (await harness.feed(ada))[:1]
+        await harness.complete(bob, client, skip=1)
         assert client.events[:1] == hers
         assert (await client.call("authenticate", {"userId": bob}))["recovered"] is True
 
 
-async def test_a_user_who_comes_back_to_the_same_socket_is_recovered_after_it(stage: Stage) -> None:
-    ada, bob = stage.user(), stage.user()
-    client = stage.open(ada, **WAITS)
+async def test_a_user_who_comes_back_to_the_same_socket_is_recovered_after_it(harness: RecoveryHarness) -> None:
+    ada, bob = harness.user(), harness.user()
+    client = harness.open(ada, **WAITS)
     await client.ack()
-    await stage.scribe.whole(ada)
+    await harness.recorder.run_to_end(ada)
     await client.until(lambda: len(client.events) == 6)
     await client.call("authenticate", {"userId": bob})
-    await stage.scribe.whole(ada)
+    await harness.recorder.run_to_end(ada)
     await client.call("authenticate", {"userId": ada})
     client.do("cut")  # What it says last of ada lies before the time of bob, which it has left out.
     await client.disconnected()
-    await stage.scribe.whole(ada)
+    await harness.recorder.run_to_end(ada)
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
-    await stage.complete(ada, client, after=12, skip=6)
+    await harness.complete(ada, client, after=12, skip=6)
 
 
-async def test_a_socket_that_is_taken_over_without_recovery_cannot_be_taken_up_as_the_former_user(stage: Stage) -> None:
-    ada, bob = stage.user(), stage.user()
-    hers = await stage.scribe.start(ada)
-    client = stage.open(ada, **WAITS)
+async def test_a_socket_that_is_taken_over_without_recovery_cannot_be_taken_up_as_the_former_user(
+    harness: RecoveryHarness,
+) -> None:
+    ada, bob = harness.user(), harness.user()
+    hers = await harness.recorder.start(ada)
+    client = harness.open(ada, **WAITS)
     await client.until(lambda: len(client.events) == 1)
     pid = (await client.connected())["pid"]
     await client.call("authenticate", {"userId": bob, "recovery": False})
     client.do("cut")
     await client.disconnected()
-    await stage.scribe.finish(hers)
-    connection = await stage.service.raw()
+    await harness.recorder.finish(hers)
+    connection = await harness.service.raw()
     await connection.send("40" + json.dumps({"pid": pid}))
     hello = json.loads(str(await connection.recv())[2:])
     await connection.close()
@@ -200,22 +209,22 @@ async def test_a_socket_that_is_taken_over_without_recovery_cannot_be_taken_up_a
 
 @both_ways
 async def test_a_disconnect_of_the_client_ends_the_pid_and_its_offset_is_the_next_cursor(
-    stage: Stage, way: str
+    harness: RecoveryHarness, way: str
 ) -> None:
-    user = stage.user()
-    client = stage.open(user, way)
+    user = harness.user()
+    client = harness.open(user, way)
     await client.ack()
-    running = await stage.scribe.move(await stage.scribe.start(user), "composition")
+    running = await harness.recorder.move(await harness.recorder.start(user), "composition")
     await client.until(lambda: len(client.events) == 2)
     client.do("disconnect")
     assert await client.disconnected() == "io client disconnect"
-    running = await stage.scribe.finish(running)
+    running = await harness.recorder.finish(running)
     client.do("connect")
     again = await client.connected(2)
     assert again["recovered"] is False
     assert again["pid"] != (await client.connected())["pid"]
-    sessions, ended = stage.service.service.sessions, (await client.connected())["pid"]
-    async with asyncio.timeout(HUNG):
+    sessions, ended = harness.service.service.sessions, (await client.connected())["pid"]
+    async with asyncio.timeout(TIMEOUT):
         while await sessions.load(ended, at=now()) is not None:  # It counts as ended before it is written down.
             await asyncio.sleep(0.01)
     ack = await client.call("authenticate", {"userId": user})
@@ -223,15 +232,15 @@ async def test_a_disconnect_of_the_client_ends_the_pid_and_its_offset_is_the_nex
     await client.until(lambda: len(client.events) == 6)
     client.do("cut")  # And the new pid begins there.
     assert (await client.connected(3))["recovered"] is True
-    await stage.complete(user, client)
+    await harness.complete(user, client)
 
 
-async def test_an_offset_that_is_not_the_users_or_comes_with_a_cursor_does_not_count(stage: Stage) -> None:
-    ada, bob = stage.user(), stage.user()
-    first, second = stage.open(ada), stage.open(ada)
+async def test_an_offset_that_is_not_the_users_or_comes_with_a_cursor_does_not_count(harness: RecoveryHarness) -> None:
+    ada, bob = harness.user(), harness.user()
+    first, second = harness.open(ada), harness.open(ada)
     await first.ack()
     await second.ack()
-    await stage.scribe.whole(ada)
+    await harness.recorder.run_to_end(ada)
     for client in (first, second):
         await client.until(lambda client=client: len(client.events) == 6)  # type: ignore[misc]
         client.do("disconnect")
@@ -240,12 +249,12 @@ async def test_an_offset_that_is_not_the_users_or_comes_with_a_cursor_does_not_c
         await client.connected(2)
     ack = await first.call("authenticate", {"userId": bob})
     assert ack["recovered"] is False
-    await stage.complete(bob, first, skip=6)
+    await harness.complete(bob, first, skip=6)
     # A cursor that is given counts, also where it is older, and where it is none.
-    third = await stage.cursor(ada, 3)
+    third = await harness.cursor(ada, 3)
     ack = await second.call("authenticate", {"userId": ada, "cursor": third})
     assert (ack["recovered"], ack["cursor"]) == (True, third)
-    await stage.complete(ada, second, after=3, skip=6)
+    await harness.complete(ada, second, after=3, skip=6)
     second.do("disconnect")
     await second.disconnected(2)
     second.do("connect")
@@ -253,13 +262,13 @@ async def test_an_offset_that_is_not_the_users_or_comes_with_a_cursor_does_not_c
     assert (await second.call("authenticate", {"userId": ada, "cursor": ""}))["recovered"] is False
 
 
-async def test_a_disconnect_has_ended_the_pid_before_the_packet_behind_it_asks_for_it(stage: Stage) -> None:
-    user = stage.user()
-    async with wire(stage, userId=user) as client:
+async def test_a_disconnect_has_ended_the_pid_before_the_packet_behind_it_asks_for_it(harness: RecoveryHarness) -> None:
+    user = harness.user()
+    async with wire(harness, userId=user) as client:
         again = json.dumps({"pid": client.pid})
         await asyncio.gather(client.connection.send("41"), client.connection.send("40" + again))
         assert (await client.next("40"))["pid"] != client.pid
-    http, path = stage.service.http, "/socket.io/?EIO=4&transport=polling"
+    http, path = harness.service.http, "/socket.io/?EIO=4&transport=polling"
     path += f"&sid={json.loads((await http.get(path)).text[1:])['sid']}"
     await http.post(path, content=f'40{{"userId":"{user}"}}')
     pid = json.loads((await http.get(path)).text.split("\x1e")[0][2:])["pid"]
@@ -270,22 +279,22 @@ async def test_a_disconnect_has_ended_the_pid_before_the_packet_behind_it_asks_f
 
 @every_way
 async def test_a_client_whose_handshake_names_its_user_is_told_so_first_and_nothing_is_doubled(
-    stage: Stage, way: str
+    harness: RecoveryHarness, way: str
 ) -> None:
-    user = stage.user()
-    running = await stage.scribe.move(await stage.scribe.start(user), "composition")
-    old = await stage.cursor(user, 1)
-    clients = [stage.open(None, way, auth={"userId": user, **given}, **WAITS) for given in ({}, {"cursor": old})]
+    user = harness.user()
+    running = await harness.recorder.move(await harness.recorder.start(user), "composition")
+    old = await harness.cursor(user, 1)
+    clients = [harness.open(None, way, auth={"userId": user, **given}, **WAITS) for given in ({}, {"cursor": old})]
     for client, missed in zip(clients, (2, 1), strict=True):
         await client.until(lambda client=client, missed=missed: len(client.events) == missed)  # type: ignore[misc]
         client.do("cut")
         await client.disconnected()
-    await stage.scribe.finish(running)
+    await harness.recorder.finish(running)
     for client in clients:  # The known pid counts before the cursor, which is still the old one.
         client.do("connect")
         assert (await client.connected(2))["recovered"] is True
     for client, began, recovered in zip(clients, (0, 1), (False, True), strict=True):
-        await stage.complete(user, client, after=began)
+        await harness.complete(user, client, after=began)
         order = [line.get("name", line["on"]) for line in client.lines if line["on"] in ("connect", "event")]
         places = [place for place, name in enumerate(order) if name == "connect"]
         assert [order[place + 1] for place in places] == ["authenticated"] * 2
@@ -298,23 +307,23 @@ async def test_a_client_whose_handshake_names_its_user_is_told_so_first_and_noth
 @every_way
 @pytest.mark.parametrize("given", ["nothing", "its newest cursor", "no cursor"])
 async def test_a_connect_handler_that_authenticates_again_gets_a_fresh_ack_and_nothing_again(
-    stage: Stage, way: str, given: str
+    harness: RecoveryHarness, way: str, given: str
 ) -> None:
-    user = stage.user()
-    running = await stage.scribe.start(user)
-    extra = {"nothing": {}, "its newest cursor": {"cursor": await stage.cursor(user, 1)}, "no cursor": {"cursor": ""}}
-    client = stage.open(None, way, always={"userId": user, **extra[given]}, **WAITS)
+    user = harness.user()
+    running = await harness.recorder.start(user)
+    extra = {"nothing": {}, "its newest cursor": {"cursor": await harness.cursor(user, 1)}, "no cursor": {"cursor": ""}}
+    client = harness.open(None, way, always={"userId": user, **extra[given]}, **WAITS)
     ack = await client.ack("always")
     assert ack["recovered"] is (given == "its newest cursor")
-    running = await stage.scribe.move(running, "composition")
+    running = await harness.recorder.move(running, "composition")
     began = 1 if given == "its newest cursor" else 0
     await client.until(lambda: len(client.events) == 2 - began)
     client.do("cut")
     await client.disconnected()
-    await stage.scribe.finish(running)
+    await harness.recorder.finish(running)
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
     ack = await client.ack("always", 2)
     assert (ack["ok"], ack["recovered"], ack["userId"]) == (True, True, user)
     assert ack["generations"][0]["status"] == "completed"
-    await stage.complete(user, client, after=began)
+    await harness.complete(user, client, after=began)

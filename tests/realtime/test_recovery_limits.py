@@ -19,9 +19,9 @@ from domain.events import timestamp
 from domain.feed import Feed
 from domain.ports.log import History
 from support.builders import SteppableClock
-from support.harness import HUNG
+from support.harness import TIMEOUT
 from support.node import needs_node
-from support.recovery import SECRET, WAITS, Stage, both_ways, has_ended, other_stage, session, wire
+from support.recovery import SECRET, WAITS, RecoveryHarness, both_ways, has_ended, other_service, session, wire
 
 pytestmark = [needs_node, pytest.mark.asyncio(loop_scope="module")]
 
@@ -46,32 +46,32 @@ class SilentLog(MemoryLog):
 
 @both_ways
 async def test_while_the_log_does_not_answer_a_client_comes_back_until_it_is_recovered(
-    theatre: Stage, tmp_path: Path, way: str
+    shared_harness: RecoveryHarness, tmp_path: Path, way: str
 ) -> None:
     log = SilentLog(epoch="e1", credits=100, clock=now)
-    async with other_stage(theatre, tmp_path, {"log": log}) as stage:
-        client = stage.open("eve", way)
+    async with other_service(shared_harness, tmp_path, {"log": log}) as harness:
+        client = harness.open("eve", way)
         await client.ack()
-        await stage.scribe.start("eve")
+        await harness.recorder.start("eve")
         await client.until(lambda: len(client.events) == 1)
         log.silent = ("feed",)
         client.do("cut")
         await client.disconnected(3)
         assert len(client.on("connect")) == 1
-        await stage.scribe.whole("eve")
+        await harness.recorder.run_to_end("eve")
         log.silent = ()
         assert (await client.connected(2))["recovered"] is True
-        await stage.complete("eve", client)
+        await harness.complete("eve", client)
         # Over polling the client tells of each try that came to nothing; a refusal would have a code.
         assert not any("data" in each for each in client.on("refused"))
 
 
 async def test_an_authenticate_that_the_log_did_not_answer_leaves_the_pid_where_it_was(
-    theatre: Stage, tmp_path: Path
+    shared_harness: RecoveryHarness, tmp_path: Path
 ) -> None:
     log = SilentLog(epoch="e1", credits=100, clock=now)
-    async with other_stage(theatre, tmp_path, {"log": log}) as stage:
-        client = stage.open("eve", **WAITS)
+    async with other_service(shared_harness, tmp_path, {"log": log}) as harness:
+        client = harness.open("eve", **WAITS)
         await client.ack()
         log.silent = ("generations",)
         assert (await client.call("authenticate", {"userId": "bob"}))["code"] == "unavailable"
@@ -80,14 +80,14 @@ async def test_an_authenticate_that_the_log_did_not_answer_leaves_the_pid_where_
         await client.disconnected()
         client.do("connect")
         assert (await client.connected(2))["recovered"] is True
-        assert list(stage.service.service.hub.rooms) == ["eve"]
+        assert list(harness.service.service.hub.rooms) == ["eve"]
 
 
 @pytest.mark.parametrize("where", ["handshake", "authenticate"])
 async def test_a_client_of_one_argument_gets_one_with_the_cursor_in_it_and_goes_on_from_there(
-    stage: Stage, where: str
+    harness: RecoveryHarness, where: str
 ) -> None:
-    user, told = stage.user(), list[dict[str, Any]]()
+    user, told = harness.user(), list[dict[str, Any]]()
     news = asyncio.Event()
 
     def one_argument(data: dict[str, Any]) -> None:
@@ -99,63 +99,63 @@ async def test_a_client_of_one_argument_gets_one_with_the_cursor_in_it_and_goes_
             client.on(name, one_argument)
 
     async def until(count: int) -> None:
-        async with asyncio.timeout(HUNG):
+        async with asyncio.timeout(TIMEOUT):
             while len(told) < count:
                 news.clear()
                 await news.wait()
 
     handshake = {"recovery": False} if where == "handshake" else {"x": 1}
     said = {"recovery": False} if where == "authenticate" else {}
-    async with stage.service.phone(**handshake) as phone:
+    async with harness.service.phone(**handshake) as phone:
         listen(phone.client)
         assert (await phone.authenticate(user, **said))["recovered"] is False
-        running = await stage.scribe.move(await stage.scribe.start(user), "composition")
+        running = await harness.recorder.move(await harness.recorder.start(user), "composition")
         await until(2)
-    assert [data["cursor"] for data in told] == [await stage.cursor(user, 1), await stage.cursor(user, 2)]
-    await stage.scribe.finish(running)
-    async with stage.service.phone(**handshake) as phone:
+    assert [data["cursor"] for data in told] == [await harness.cursor(user, 1), await harness.cursor(user, 2)]
+    await harness.recorder.finish(running)
+    async with harness.service.phone(**handshake) as phone:
         listen(phone.client)
         ack = await phone.authenticate(user, cursor=told[-1]["cursor"], **said)
         assert ack["recovered"] is True
         await until(6)
-        await stage.scribe.whole(user)
+        await harness.recorder.run_to_end(user)
         await until(12)
     events = [{key: value for key, value in data.items() if key != "cursor"} for data in told]
-    assert events == [data for _, data in await stage.feed(user)]
+    assert events == [data for _, data in await harness.feed(user)]
 
 
-async def test_a_client_without_recovery_has_no_usable_pid(stage: Stage) -> None:
-    user = stage.user()
-    async with wire(stage, recovery=False) as client:
+async def test_a_client_without_recovery_has_no_usable_pid(harness: RecoveryHarness) -> None:
+    user = harness.user()
+    async with wire(harness, recovery=False) as client:
         assert client.pid is None
-    async with wire(stage, recovery=False, userId=user) as client:
+    async with wire(harness, recovery=False, userId=user) as client:
         assert client.pid is None
         assert (await client.next())[0] == "authenticated"
-    pid = await session(stage, user, recovery=False)
-    async with wire(stage, pid=pid) as client:
+    pid = await session(harness, user, recovery=False)
+    async with wire(harness, pid=pid) as client:
         assert client.pid != pid
-    pid = await session(stage, user)
-    async with wire(stage, recovery=False, pid=pid) as client:
+    pid = await session(harness, user)
+    async with wire(harness, recovery=False, pid=pid) as client:
         assert client.pid is None
 
 
 @both_ways
 async def test_a_replay_that_was_asked_for_is_not_resumed_and_takes_no_cursor_back(
-    stage: Stage, way: str, monkeypatch: pytest.MonkeyPatch
+    harness: RecoveryHarness, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engineio_socket, "MAX_BATCH", 1)
-    user = stage.user()
-    old = await stage.scribe.whole(user)
-    line = await stage.line()
-    client = stage.open(user, way, line=line, **WAITS)
+    user = harness.user()
+    old = await harness.recorder.run_to_end(user)
+    line = await harness.line()
+    client = harness.open(user, way, line=line, **WAITS)
     await client.ack()
-    running = await stage.scribe.start(user)
+    running = await harness.recorder.start(user)
     await client.until(lambda: len(client.events) == 1)
     line.falls.append(3)
     client.do("emit", ref="never", name="subscribe_to_generation", args=[{"generationId": old.generation_id}])
     await client.disconnected()
     assert [data["sequence"] for _, data in client.events] == [1, 1, 2, 3]
-    await stage.scribe.move(running, "composition")
+    await harness.recorder.move(running, "composition")
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
     await client.until(lambda: len(client.events) == 5)
@@ -166,19 +166,19 @@ async def test_a_replay_that_was_asked_for_is_not_resumed_and_takes_no_cursor_ba
     await client.until(lambda: len(client.events) == 8)
     assert [data["sequence"] for _, data in client.events[5:]] == [4, 5, 6]
     # Each replayed event carried the place that the feed had been shown up to.
-    place = await stage.cursor(user, 7)
+    place = await harness.cursor(user, 7)
     assert [further for [further] in client.further[:4]] == [place] * 4
-    assert [further for [further] in client.further[5:]] == [await stage.cursor(user, 8)] * 3
-    await stage.complete(user, client, after=8, skip=8)
+    assert [further for [further] in client.further[5:]] == [await harness.cursor(user, 8)] * 3
+    await harness.complete(user, client, after=8, skip=8)
 
 
-async def test_replays_that_are_asked_for_while_events_come_take_no_cursor_back(stage: Stage) -> None:
-    user = stage.user()
-    old = [await stage.scribe.whole(user) for _ in range(5)]
-    line = await stage.line(30, 60, 20, 200)
-    client = stage.open(user, line=line)
+async def test_replays_that_are_asked_for_while_events_come_take_no_cursor_back(harness: RecoveryHarness) -> None:
+    user = harness.user()
+    old = [await harness.recorder.run_to_end(user) for _ in range(5)]
+    line = await harness.line(30, 60, 20, 200)
+    client = harness.open(user, line=line)
     await client.ack()
-    pouring = asyncio.create_task(stage.pour(user, 400))
+    pouring = asyncio.create_task(harness.pour(user, 400))
     asked = 0
     while not pouring.done():
         client.do("emit", ref="any", name="subscribe_to_generation", args=[
@@ -187,11 +187,11 @@ async def test_replays_that_are_asked_for_while_events_come_take_no_cursor_back(
         asked += 1
         await asyncio.sleep(0.002)
     await pouring
-    last = await stage.scribe.short(user)
+    last = await harness.recorder.start_and_fail(user)
     await client.until(lambda: has_ended(client, last))
     names = {each.generation_id for each in old}
     by_itself = [event for event in client.events if event[1]["generationId"] not in names]
-    assert by_itself == (await stage.feed(user))[30:]
+    assert by_itself == (await harness.feed(user))[30:]
     assert all(each["recovered"] for each in client.on("connect")[1:])
 
 
@@ -205,28 +205,28 @@ def clock() -> SteppableClock:
 
 
 @asynccontextmanager
-async def keyed(theatre: Stage, images: Path, clock: SteppableClock) -> AsyncIterator[Stage]:
-    async with other_stage(theatre, images, {"clock": clock}, jwt_secret=SECRET) as stage:
-        yield stage
-        stage.service.phones.clear()
-        stage.service.server.begin_shutdown(now=True)  # HTTP is not asked without a token what holds.
-        await stage.service.until(lambda: stage.service.server.should_exit)
+async def keyed(shared_harness: RecoveryHarness, images: Path, clock: SteppableClock) -> AsyncIterator[RecoveryHarness]:
+    async with other_service(shared_harness, images, {"clock": clock}, jwt_secret=SECRET) as harness:
+        yield harness
+        harness.service.phones.clear()
+        harness.service.server.begin_shutdown(now=True)  # HTTP is not asked without a token what holds.
+        await harness.service.until(lambda: harness.service.server.should_exit)
 
 
 async def test_with_a_key_a_pid_is_good_until_its_token_ends(
-    theatre: Stage, tmp_path: Path, clock: SteppableClock
+    shared_harness: RecoveryHarness, tmp_path: Path, clock: SteppableClock
 ) -> None:
-    async with keyed(theatre, tmp_path, clock) as stage:
+    async with keyed(shared_harness, tmp_path, clock) as harness:
         clients = [
-            stage.open(None, first={"token": token(clock, "eve", 60)}, **WAITS),
-            stage.open(None, "polling", first={"token": token(clock, "eve", 60)}, **WAITS),
-            stage.open(None, auth={"token": token(clock, "eve", 600), "cursor": ""}, **WAITS),
+            harness.open(None, first={"token": token(clock, "eve", 60)}, **WAITS),
+            harness.open(None, "polling", first={"token": token(clock, "eve", 60)}, **WAITS),
+            harness.open(None, auth={"token": token(clock, "eve", 600), "cursor": ""}, **WAITS),
         ]
         for client in clients:
             await client.connected()
-        await stage.service.until(lambda: len(stage.service.service.hub.rooms.get("eve", ())) == 3)
+        await harness.service.until(lambda: len(harness.service.service.hub.rooms.get("eve", ())) == 3)
         # The last of them shows a token in each handshake; the second extends its own.
-        running = await stage.scribe.start("eve")
+        running = await harness.recorder.start("eve")
         ack = await clients[1].call("authenticate", {"token": token(clock, "eve", 120)})
         assert (ack["ok"], ack["recovered"]) == (True, False)
         assert ack["expiresAt"] == timestamp(clock() + timedelta(minutes=120))
@@ -235,7 +235,7 @@ async def test_with_a_key_a_pid_is_good_until_its_token_ends(
             client.do("cut")
             await client.disconnected()
         clock.step(59 * 60)
-        await stage.scribe.move(running, "composition")
+        await harness.recorder.move(running, "composition")
         for client in clients:
             client.do("connect")
             assert (await client.connected(2))["recovered"] is True
@@ -243,7 +243,7 @@ async def test_with_a_key_a_pid_is_good_until_its_token_ends(
             client.do("cut")
             await client.disconnected(2)
         clock.step(60)
-        await stage.scribe.whole("eve")
+        await harness.recorder.run_to_end("eve")
         for client, good in zip(clients, (False, True, True), strict=True):
             client.do("connect")
             assert (await client.connected(3))["recovered"] is good
@@ -251,40 +251,40 @@ async def test_with_a_key_a_pid_is_good_until_its_token_ends(
         assert (await clients[0].call("authenticate", {"userId": "eve"}))["code"] == "unauthenticated"
         ack = await clients[0].call("authenticate", {"token": token(clock, "eve", 60)})
         assert ack["recovered"] is True
-        await stage.complete("eve", *clients)
+        await harness.complete("eve", *clients)
 
 
 @both_ways
 async def test_a_socket_closed_at_the_end_of_its_token_is_told_and_goes_on_with_a_fresh_one(
-    theatre: Stage, tmp_path: Path, clock: SteppableClock, way: str
+    shared_harness: RecoveryHarness, tmp_path: Path, clock: SteppableClock, way: str
 ) -> None:
-    async with keyed(theatre, tmp_path, clock) as stage:
-        await stage.scribe.start("eve")
-        client = stage.open(None, way, first={"token": token(clock, "eve", 1 / 60)}, **WAITS)
+    async with keyed(shared_harness, tmp_path, clock) as harness:
+        await harness.recorder.start("eve")
+        client = harness.open(None, way, first={"token": token(clock, "eve", 1 / 60)}, **WAITS)
         await client.ack()
         assert await client.disconnected() == "transport close"
         assert client.notices == [["authentication_expired", {"code": "token_expired"}]]
         clock.step(1)
-        await stage.scribe.whole("eve")
+        await harness.recorder.run_to_end("eve")
         client.do("connect")
         assert (await client.connected(2))["recovered"] is False
         ack = await client.call("authenticate", {"token": token(clock, "eve", 60)})
         assert ack["recovered"] is True
-        await stage.complete("eve", client)
+        await harness.complete("eve", client)
 
 
 async def test_a_handshake_whose_token_names_another_user_does_not_take_the_pid_up(
-    theatre: Stage, tmp_path: Path, clock: SteppableClock
+    shared_harness: RecoveryHarness, tmp_path: Path, clock: SteppableClock
 ) -> None:
-    async with keyed(theatre, tmp_path, clock) as stage:
-        pid = await session(stage, "eve", token=token(clock, "eve", 60))
-        async with wire(stage, pid=pid, token=token(clock, "bob", 60)) as client:
+    async with keyed(shared_harness, tmp_path, clock) as harness:
+        pid = await session(harness, "eve", token=token(clock, "eve", 60))
+        async with wire(harness, pid=pid, token=token(clock, "bob", 60)) as client:
             assert client.pid != pid
             assert (await client.next())[1]["userId"] == "bob"
         for given in ({"userId": "bob"}, {"userId": ""}, {"userId": "bob", "token": token(clock, "eve", 60)}):
-            async with wire(stage, pid=pid, **given) as client:
+            async with wire(harness, pid=pid, **given) as client:
                 assert client.pid != pid
-        async with wire(stage, pid=pid, token=token(clock, "eve", 30)) as client:
+        async with wire(harness, pid=pid, token=token(clock, "eve", 30)) as client:
             assert client.pid == pid
             name, hello = await client.next()
             assert (name, hello["userId"], hello["recovered"]) == ("authenticated", "eve", True)
@@ -292,11 +292,11 @@ async def test_a_handshake_whose_token_names_another_user_does_not_take_the_pid_
 
 
 async def test_a_session_is_kept_while_it_is_connected_and_for_retention_after_that(
-    theatre: Stage, tmp_path: Path, clock: SteppableClock
+    shared_harness: RecoveryHarness, tmp_path: Path, clock: SteppableClock
 ) -> None:
-    async with other_stage(theatre, tmp_path, {"clock": clock}, retention=1) as stage:
-        sessions = stage.service.service.sessions
-        client = stage.open("eve", **WAITS)
+    async with other_service(shared_harness, tmp_path, {"clock": clock}, retention=1) as harness:
+        sessions = harness.service.service.sessions
+        client = harness.open("eve", **WAITS)
         await client.ack()
         pid = (await client.connected())["pid"]
         touch, touched = sessions.touch, list[Any]()
@@ -306,139 +306,141 @@ async def test_a_session_is_kept_while_it_is_connected_and_for_retention_after_t
             touched.append((set(pids), at))
 
         sessions.touch = told  # type: ignore[method-assign]
-        await stage.scribe.start("eve")
+        await harness.recorder.start("eve")
         for _ in range(3):  # The house is kept ten times in a retention.
             clock.step(0.9)
-            await stage.service.until(lambda: ({pid}, clock()) in touched)
+            await harness.service.until(lambda: ({pid}, clock()) in touched)
         clock.step(0.5)
         client.do("cut")
         await client.disconnected()
-        await stage.service.until(lambda: ({pid}, clock()) in touched and stage.service.service.sockets.idle)
+        await harness.service.until(lambda: ({pid}, clock()) in touched and harness.service.service.sockets.idle)
         clock.step(0.9)
-        await stage.scribe.start("eve")
+        await harness.recorder.start("eve")
         client.do("connect")
         assert (await client.connected(2))["recovered"] is True
         await client.until(lambda: len(client.events) == 2)
         client.do("cut")
         await client.disconnected(2)
-        await stage.service.until(lambda: stage.service.service.sockets.idle)
+        await harness.service.until(lambda: harness.service.service.sockets.idle)
         clock.step(1)
         client.do("connect")
         assert (await client.connected(3))["recovered"] is False
         # Its generations still run, so its offset is still good: nothing was lost.
         assert (await client.call("authenticate", {"userId": "eve"}))["recovered"] is True
-        await stage.complete("eve", client)
+        await harness.complete("eve", client)
 
 
 @both_ways
 async def test_after_a_restart_with_a_log_in_memory_nothing_is_recovered_and_events_flow_on(
-    theatre: Stage, tmp_path: Path, way: str
+    shared_harness: RecoveryHarness, tmp_path: Path, way: str
 ) -> None:
-    line = await theatre.line()
-    async with other_stage(theatre, tmp_path / "one") as stage:
-        line.port = stage.service.port
-        client = stage.open(None, way, line=line, always={"userId": "eve"})
+    line = await shared_harness.line()
+    async with other_service(shared_harness, tmp_path / "one") as harness:
+        line.port = harness.service.port
+        client = harness.open(None, way, line=line, always={"userId": "eve"})
         await client.ack("always")
-        await stage.scribe.whole("eve")
+        await harness.recorder.run_to_end("eve")
         await client.until(lambda: len(client.events) == 6)
         cursor = client.further[-1][0]
         pid = (await client.connected())["pid"]
         line.down = True
         line.fall()
-        del stage.browsers.open_browsers[client.id]  # Whom the end of this stage does not send away.
-    async with other_stage(theatre, tmp_path / "two") as stage:
-        stage.browsers.open_browsers[client.id] = client
-        await stage.scribe.start("eve")
+        del harness.browsers.open_browsers[client.id]  # Whom the end of this harness does not send away.
+    async with other_service(shared_harness, tmp_path / "two") as harness:
+        harness.browsers.open_browsers[client.id] = client
+        await harness.recorder.start("eve")
         count = len(client.on("connect"))
-        line.port, line.down = stage.service.port, False
+        line.port, line.down = harness.service.port, False
         again = await client.connected(count + 1)
         assert again["recovered"] is False
         assert again["pid"] != pid
         ack = await client.ack("always", len(client.on("connect")))
         assert ack["recovered"] is False
-        await stage.complete("eve", client, skip=6)
-        async with wire(stage) as other:
+        await harness.complete("eve", client, skip=6)
+        async with wire(harness) as other:
             assert (await other.authenticate(userId="eve", cursor=cursor))["recovered"] is False
 
 
 async def test_a_slow_reader_recovers_thousands_of_events_and_is_never_cut_while_it_moves(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    harness: RecoveryHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 3.0)
     # Each takes a log in a file long to write; read they are by pages, which does not change with their number.
-    count = 1_500 if stage.service.service.log.durable else 5_000
-    user = stage.user()
-    line = await stage.line()
-    client = stage.open(user, line=line, **WAITS)
+    count = 1_500 if harness.service.service.log.durable else 5_000
+    user = harness.user()
+    line = await harness.line()
+    client = harness.open(user, line=line, **WAITS)
     await client.ack()
     line.fall()
     await client.disconnected()
-    await stage.pour(user, count, filler=300)
+    await harness.pour(user, count, filler=300)
     line.pace = count * 150
     began = asyncio.get_running_loop().time()
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
-    await stage.complete(user, client)
+    await harness.complete(user, client)
     assert asyncio.get_running_loop().time() - began > 3
     assert len(client.on("disconnect")) == 1
 
 
-async def test_a_reader_that_stops_is_closed_and_recovers_later(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reader_that_stops_is_closed_and_recovers_later(
+    harness: RecoveryHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 0.5)
-    user = stage.user()
-    client = stage.open(user)
+    user = harness.user()
+    client = harness.open(user)
     await client.ack()
-    server = stage.service.service.sockets
+    server = harness.service.service.sockets
     client.do("pause")
     await client.until(lambda: bool(client.on("paused")))
-    await stage.pour(user, 1_500, filler=1_900)
-    await stage.service.until(lambda: user not in stage.service.service.hub.rooms)
+    await harness.pour(user, 1_500, filler=1_900)
+    await harness.service.until(lambda: user not in harness.service.service.hub.rooms)
     monkeypatch.undo()
     assert server.pids == set()
     client.do("resume")
     assert (await client.connected(2))["recovered"] is True
-    await stage.complete(user, client)
+    await harness.complete(user, client)
 
 
-async def test_of_many_that_take_up_one_pid_at_once_one_stays(stage: Stage) -> None:
-    user = stage.user()
-    pid = await session(stage, user)
-    await stage.scribe.whole(user)
-    connections = await asyncio.gather(*(stage.service.raw() for _ in range(8)))
+async def test_of_many_that_take_up_one_pid_at_once_one_stays(harness: RecoveryHarness) -> None:
+    user = harness.user()
+    pid = await session(harness, user)
+    await harness.recorder.run_to_end(user)
+    connections = await asyncio.gather(*(harness.service.raw() for _ in range(8)))
     await asyncio.gather(*(each.send("40" + json.dumps({"pid": pid})) for each in connections))
-    server, rooms = stage.service.service.sockets, stage.service.service.hub.rooms
-    await stage.service.until(lambda: len(rooms.get(user, ())) == len(server.sessions) == 1)
-    await stage.scribe.short(user)
+    server, rooms = harness.service.service.sockets, harness.service.service.hub.rooms
+    await harness.service.until(lambda: len(rooms.get(user, ())) == len(server.sessions) == 1)
+    await harness.recorder.start_and_fail(user)
     assert list(server.pids) == [pid]
     for each in connections:
         each.transport.abort()
 
 
 async def test_who_has_been_recovered_is_not_asked_to_authenticate(
-    theatre: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_harness: RecoveryHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with other_stage(theatre, tmp_path) as stage:
-        client = stage.open("eve")
+    async with other_service(shared_harness, tmp_path) as harness:
+        client = harness.open("eve")
         await client.ack()
         # It comes back by itself, and tries again where a slow machine is not in time.
-        monkeypatch.setattr(stage.service.service.sockets, "_auth_timeout", 0.3)
+        monkeypatch.setattr(harness.service.service.sockets, "_auth_timeout", 0.3)
         client.do("cut")
         assert (await client.connected(2))["recovered"] is True
         await asyncio.sleep(0.6)  # Longer than the patience: what is awaited is that nothing happens.
         assert len(client.on("disconnect")) == 1
-        await stage.complete("eve", client)
+        await harness.complete("eve", client)
 
 
 @pytest.mark.parametrize("back", ["by a user who comes back", "by a cursor that is given"])
 async def test_what_a_session_begins_anew_is_recovered_although_the_client_still_says_an_offset_from_before(
-    stage: Stage, back: str
+    harness: RecoveryHarness, back: str
 ) -> None:
     """The connection falls before the first event of a replay of what the client had once been sent."""
-    ada, bob = stage.user(), stage.user()
-    line = await stage.line()
-    client = stage.open(ada, line=line, **WAITS)
+    ada, bob = harness.user(), harness.user()
+    line = await harness.line()
+    client = harness.open(ada, line=line, **WAITS)
     await client.ack()
-    await stage.scribe.move(await stage.scribe.start(ada), "composition", "composition_completed")
+    await harness.recorder.move(await harness.recorder.start(ada), "composition", "composition_completed")
     await client.until(lambda: len(client.events) == 3)
     if back == "by a user who comes back":
         await client.call("authenticate", {"userId": bob})
@@ -458,4 +460,4 @@ async def test_what_a_session_begins_anew_is_recovered_although_the_client_still
     await client.disconnected(fallen + 1)
     client.do("connect")
     assert (await client.connected(connected + 1))["recovered"] is True
-    await stage.complete(ada, client, skip=3)
+    await harness.complete(ada, client, skip=3)

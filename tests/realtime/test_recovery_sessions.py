@@ -5,28 +5,30 @@ from typing import Any
 
 import pytest
 
-from support.harness import rest_of
+from support.harness import frames_until_close
 from support.node import needs_node
-from support.recovery import WAITS, WAYS, Stage, both_ways, session, wire
+from support.recovery import WAITS, WAYS, RecoveryHarness, both_ways, session, wire
 
 pytestmark = [needs_node, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest.mark.parametrize("pid", ["x", "", "x" * 60_000])
-async def test_an_unknown_pid_is_unusable_and_the_offset_is_the_next_cursor(stage: Stage, pid: Any) -> None:
-    await _offset_counts_after(stage, pid)
+async def test_an_unknown_pid_is_unusable_and_the_offset_is_the_next_cursor(harness: RecoveryHarness, pid: Any) -> None:
+    await _offset_counts_after(harness, pid)
 
 
 @pytest.mark.parametrize("pid", [7, [], {"a": 1}, True])
-async def test_a_pid_of_the_wrong_type_is_unusable_and_the_offset_is_the_next_cursor(stage: Stage, pid: Any) -> None:
-    await _offset_counts_after(stage, pid)
+async def test_a_pid_of_the_wrong_type_is_unusable_and_the_offset_is_the_next_cursor(
+    harness: RecoveryHarness, pid: Any
+) -> None:
+    await _offset_counts_after(harness, pid)
 
 
-async def _offset_counts_after(stage: Stage, pid: Any) -> None:
-    user = stage.user()
-    await stage.scribe.whole(user)
-    offset = await stage.cursor(user, 2)
-    async with wire(stage, pid=pid, offset=offset) as client:
+async def _offset_counts_after(harness: RecoveryHarness, pid: Any) -> None:
+    user = harness.user()
+    await harness.recorder.run_to_end(user)
+    offset = await harness.cursor(user, 2)
+    async with wire(harness, pid=pid, offset=offset) as client:
         assert client.pid is not None
         assert client.pid != pid
         await client.connection.send("421" + json.dumps(["subscribe_to_generation", {"generationId": "x"}]))
@@ -35,77 +37,77 @@ async def _offset_counts_after(stage: Stage, pid: Any) -> None:
         assert (await client.authenticate(userId=""))["code"] == "bad_request"
         ack = await client.authenticate(userId=user)
         assert (ack["recovered"], ack["cursor"]) == (True, offset)
-        assert await client.events(4) == (await stage.feed(user))[2:]
-    async with wire(stage, pid=pid, offset=offset, userId=user) as client:
+        assert await client.events(4) == (await harness.feed(user))[2:]
+    async with wire(harness, pid=pid, offset=offset, userId=user) as client:
         name, hello = await client.next()
         assert (name, hello["recovered"], hello["cursor"]) == ("authenticated", True, offset)
-        assert await client.events(4) == (await stage.feed(user))[2:]
+        assert await client.events(4) == (await harness.feed(user))[2:]
 
 
-async def test_a_pid_is_unusable_where_the_handshake_names_another_user(stage: Stage) -> None:
-    ada, bob = stage.user(), stage.user()
-    await stage.scribe.whole(ada)
-    running = await stage.scribe.start(bob)
-    pid = await session(stage, ada)
-    async with wire(stage, pid=pid, offset=await stage.cursor(ada, 6), userId=bob) as client:
+async def test_a_pid_is_unusable_where_the_handshake_names_another_user(harness: RecoveryHarness) -> None:
+    ada, bob = harness.user(), harness.user()
+    await harness.recorder.run_to_end(ada)
+    running = await harness.recorder.start(bob)
+    pid = await session(harness, ada)
+    async with wire(harness, pid=pid, offset=await harness.cursor(ada, 6), userId=bob) as client:
         assert client.pid != pid
         name, hello = await client.next()
         assert (name, hello["userId"], hello["recovered"]) == ("authenticated", bob, False)
-        await stage.scribe.whole(ada)
-        await stage.scribe.finish(running)
-        assert await client.events(6) == await stage.feed(bob)
+        await harness.recorder.run_to_end(ada)
+        await harness.recorder.finish(running)
+        assert await client.events(6) == await harness.feed(bob)
 
 
 @pytest.mark.parametrize("offset", ["", "x", 7, None, True, [], {}, "another's", "of another log", "older", "left out"])
-async def test_an_offset_that_is_none_of_the_sessions_counts_as_its_base(stage: Stage, offset: Any) -> None:
-    user, other = stage.user(), stage.user()
-    await stage.scribe.whole(user)
-    await stage.scribe.whole(other)
-    base = await stage.cursor(user, 3)
-    pid = await session(stage, user, cursor=base)
+async def test_an_offset_that_is_none_of_the_sessions_counts_as_its_base(harness: RecoveryHarness, offset: Any) -> None:
+    user, other = harness.user(), harness.user()
+    await harness.recorder.run_to_end(user)
+    await harness.recorder.run_to_end(other)
+    base = await harness.cursor(user, 3)
+    pid = await session(harness, user, cursor=base)
     real = {
-        "another's": await stage.cursor(other, 5),
+        "another's": await harness.cursor(other, 5),
         "of another log": base.replace(base[0], "0" if base[0] == "1" else "1", 1),
-        "older": await stage.cursor(user, 1),
+        "older": await harness.cursor(user, 1),
     }
     given = {} if offset == "left out" else {"offset": real.get(offset, offset) if isinstance(offset, str) else offset}
-    async with wire(stage, pid=pid, **given) as client:
+    async with wire(harness, pid=pid, **given) as client:
         assert client.pid == pid
-        assert await client.events(3) == (await stage.feed(user))[3:]
+        assert await client.events(3) == (await harness.feed(user))[3:]
 
 
 @pytest.mark.parametrize("fault", ["an id that never was", "a place that is not yet", "a generation deleted since"])
-async def test_an_offset_that_is_unusable_otherwise_makes_the_pid_so(stage: Stage, fault: str) -> None:
-    user = stage.user()
-    pid = await session(stage, user)
-    generation = await stage.scribe.whole(user)
-    feed, live, event_id, seen = (await stage.cursor(user, 4)).split(".")[:4]
+async def test_an_offset_that_is_unusable_otherwise_makes_the_pid_so(harness: RecoveryHarness, fault: str) -> None:
+    user = harness.user()
+    pid = await session(harness, user)
+    generation = await harness.recorder.run_to_end(user)
+    feed, live, event_id, seen = (await harness.cursor(user, 4)).split(".")[:4]
     offset = {
         "an id that never was": f"{feed}.{live}.{int(event_id, 16) ^ 1:x}.{seen}",
         "a place that is not yet": f"{feed}.99.{event_id}.99",
     }.get(fault, f"{feed}.{live}.{event_id}.{seen}")
     if fault == "a generation deleted since":
-        await stage.service.service.log.remove(generation.generation_id, retention=False)
-    async with wire(stage, pid=pid, offset=offset) as client:
+        await harness.service.service.log.remove(generation.generation_id, retention=False)
+    async with wire(harness, pid=pid, offset=offset) as client:
         assert client.pid != pid
         ack = await client.authenticate(userId=user)
         assert ack["recovered"] is False
-        await stage.scribe.whole(user)
-        assert await client.events(6) == (await stage.feed(user))[-6:]
+        await harness.recorder.run_to_end(user)
+        assert await client.events(6) == (await harness.feed(user))[-6:]
 
 
 @both_ways
-async def test_an_offset_behind_retention_is_not_recovered_and_says_so(stage: Stage, way: str) -> None:
-    user, log = stage.user(), stage.service.service.log
-    client = stage.open(user, way, **WAITS)
+async def test_an_offset_behind_retention_is_not_recovered_and_says_so(harness: RecoveryHarness, way: str) -> None:
+    user, log = harness.user(), harness.service.service.log
+    client = harness.open(user, way, **WAITS)
     await client.ack()
-    running = await stage.scribe.start(user)
+    running = await harness.recorder.start(user)
     await client.until(lambda: len(client.events) == 1)
     client.do("cut")
     await client.disconnected()
-    gone = await stage.scribe.whole(user)
+    gone = await harness.recorder.run_to_end(user)
     assert await log.remove(gone.generation_id, retention=True)
-    running = await stage.scribe.move(running, "composition")
+    running = await harness.recorder.move(running, "composition")
     client.do("connect")
     again = await client.connected(2)
     assert again["recovered"] is False
@@ -113,78 +115,78 @@ async def test_an_offset_behind_retention_is_not_recovered_and_says_so(stage: St
     ack = await client.call("authenticate", {"userId": user})
     assert ack["recovered"] is False
     assert [(each["generationId"], each["sequence"]) for each in ack["generations"]] == [(running.generation_id, 2)]
-    await stage.scribe.finish(running)
+    await harness.recorder.finish(running)
     # What still ran is sent anew, and then what comes.
-    await stage.complete(user, client, skip=1)
+    await harness.complete(user, client, skip=1)
 
 
-async def test_a_generation_that_had_ended_and_was_purged_takes_no_offset_away(stage: Stage) -> None:
-    user, log = stage.user(), stage.service.service.log
-    client = stage.open(user, **WAITS)
+async def test_a_generation_that_had_ended_and_was_purged_takes_no_offset_away(harness: RecoveryHarness) -> None:
+    user, log = harness.user(), harness.service.service.log
+    client = harness.open(user, **WAITS)
     await client.ack()
-    gone = await stage.scribe.whole(user)
-    await stage.scribe.start(user)
+    gone = await harness.recorder.run_to_end(user)
+    await harness.recorder.start(user)
     await client.until(lambda: len(client.events) == 7)
     client.do("cut")
     await client.disconnected()
     assert await log.remove(gone.generation_id, retention=True)
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
-    await stage.complete(user, client, skip=6)
+    await harness.complete(user, client, skip=6)
 
 
-async def test_a_pid_taken_up_again_closes_the_older_socket(stage: Stage) -> None:
+async def test_a_pid_taken_up_again_closes_the_older_socket(harness: RecoveryHarness) -> None:
     for way in WAYS:
-        user = stage.user()
-        client = stage.open(user, way, **WAITS)
+        user = harness.user()
+        client = harness.open(user, way, **WAITS)
         pid = (await client.connected())["pid"]
         await client.ack()
         if way == "upgrade":
             await client.until(lambda client=client: bool(client.on("upgrade")))  # type: ignore[misc]
-        await stage.scribe.whole(user)
+        await harness.recorder.run_to_end(user)
         await client.until(lambda client=client: len(client.events) == 6)  # type: ignore[misc]
-        async with wire(stage, pid=pid, offset=client.further[3][0]) as newer:
+        async with wire(harness, pid=pid, offset=client.further[3][0]) as newer:
             assert newer.pid == pid
-            assert await newer.events(2) == (await stage.feed(user))[4:]
+            assert await newer.events(2) == (await harness.feed(user))[4:]
             assert "transport" in await client.disconnected()
-            await stage.scribe.short(user)
-            assert await newer.events(2) == (await stage.feed(user))[6:]
+            await harness.recorder.start_and_fail(user)
+            assert await newer.events(2) == (await harness.feed(user))[6:]
             assert len(client.events) == 6
-            assert len(stage.service.service.hub.rooms[user]) == 1
+            assert len(harness.service.service.hub.rooms[user]) == 1
             client.do("connect")  # And that one has it back in the same way.
             assert (await client.connected(2))["recovered"] is True
-            assert not [frame for frame in await rest_of(newer.connection) if frame.startswith("41")]
-        await stage.complete(user, client)
+            assert not [frame for frame in await frames_until_close(newer.connection) if frame.startswith("41")]
+        await harness.complete(user, client)
 
 
-async def test_the_devices_of_a_user_are_recovered_each_for_itself(stage: Stage) -> None:
-    user = stage.user()
-    phone, laptop = stage.open(user, **WAITS), stage.open(user, "polling", **WAITS)
+async def test_the_devices_of_a_user_are_recovered_each_for_itself(harness: RecoveryHarness) -> None:
+    user = harness.user()
+    phone, laptop = harness.open(user, **WAITS), harness.open(user, "polling", **WAITS)
     await phone.ack()
     await laptop.ack()
-    running = await stage.scribe.start(user)
+    running = await harness.recorder.start(user)
     await phone.until(lambda: len(phone.events) == 1)
     phone.do("cut")
     await phone.disconnected()
-    running = await stage.scribe.move(running, "composition")
+    running = await harness.recorder.move(running, "composition")
     await laptop.until(lambda: len(laptop.events) == 2)
     laptop.do("cut")
     await laptop.disconnected()
-    await stage.scribe.finish(running)
+    await harness.recorder.finish(running)
     for client in (laptop, phone):
         client.do("connect")
         assert (await client.connected(2))["recovered"] is True
-    await stage.complete(user, phone, laptop)
+    await harness.complete(user, phone, laptop)
 
 
 @both_ways
-async def test_a_failed_authenticate_changes_nothing_of_what_is_recovered(stage: Stage, way: str) -> None:
-    user = stage.user()
-    client = stage.open(user, way, **WAITS)
+async def test_a_failed_authenticate_changes_nothing_of_what_is_recovered(harness: RecoveryHarness, way: str) -> None:
+    user = harness.user()
+    client = harness.open(user, way, **WAITS)
     await client.ack()
     assert (await client.call("authenticate", {"userId": ""}))["ok"] is False
     client.do("cut")
     await client.disconnected()
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
-    await stage.complete(user, client)
+    await harness.complete(user, client)

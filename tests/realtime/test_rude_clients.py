@@ -25,7 +25,7 @@ from adapters.serving import uvicorn_server
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.ports.log import History
-from support.harness import Running, reluctant, rest_of, running
+from support.harness import Running, frames_until_close, running, stalled_device
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,7 +43,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runn
 async def service(shared: Running) -> AsyncIterator[Running]:
     """Shared by all these tests. It is idle after each of them."""
     yield shared
-    await shared.until_nobody_is_here()
+    await shared.until_all_disconnected()
     await shared.service.queue.settled()
 
 
@@ -114,7 +114,7 @@ async def test_an_oversized_websocket_handshake_closes_the_connection(service: R
 async def test_a_client_that_requests_acks_and_never_reads_is_disconnected(service: Running) -> None:
     for _ in range(5):
         await service.start("ada", metadata=json.dumps({"filler": "x" * 1900}))
-    connection = await reluctant(service)
+    connection = await stalled_device(service)
     [asking] = service.service.sockets.eio.sockets.values()
     with contextlib.suppress(websockets.ConnectionClosed):
         while not asking.gone:
@@ -257,7 +257,7 @@ async def test_packets_of_another_namespace_are_not_handled(service: Running, fr
     connection = await service.raw()
     await connection.send('40{"userId":"ada"}')
     await connection.send(frame)
-    assert not [each for each in await rest_of(connection) if "bob" in each]
+    assert not [each for each in await frames_until_close(connection) if "bob" in each]
 
 
 async def test_a_client_that_requests_endless_replays_is_disconnected(service: Running) -> None:

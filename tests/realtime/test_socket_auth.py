@@ -18,7 +18,7 @@ from adapters.system import now
 from domain.events import timestamp
 from domain.feed import Cursor
 from support.builders import NOON, SteppableClock
-from support.doubles import Hold, ScriptedEditor
+from support.doubles import Pause, ScriptedEditor
 from support.guarded import BAD, EXPIRED, GOOD, MISSING, Wire, guarded, token, wire
 from support.harness import JSON, Running
 
@@ -35,7 +35,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runn
 async def service(shared: Running) -> AsyncIterator[Running]:
     """The service of all these tests. Each leaves it idle."""
     yield shared
-    await shared.until_nobody_is_here()
+    await shared.until_all_disconnected()
     await shared.service.queue.settled()
 
 
@@ -232,12 +232,12 @@ class TestWithTokensThatEnd:
     """While a provider works."""
 
     @pytest.fixture
-    def hold(self) -> Hold:
-        return Hold()
+    def pause(self) -> Pause:
+        return Pause()
 
     @pytest_asyncio.fixture(loop_scope="module")
-    async def service(self, tmp_path: Path, hold: Hold) -> AsyncIterator[Running]:
-        overrides = {"editor": ScriptedEditor(hold), "clock": SteppableClock()}
+    async def service(self, tmp_path: Path, pause: Pause) -> AsyncIterator[Running]:
+        overrides = {"editor": ScriptedEditor(pause), "clock": SteppableClock()}
         async with guarded(tmp_path, overrides=overrides) as service:
             yield service
 
@@ -273,10 +273,10 @@ class TestWithTokensThatEnd:
         assert (await service.http.get(client)).status_code == 400
 
     async def test_nothing_follows_the_notice_and_the_rest_comes_with_a_fresh_token(
-        self, service: Running, hold: Hold
+        self, service: Running, pause: Pause
     ) -> None:
         generation_id = await service.start("ada")
-        await hold.reached.wait()
+        await pause.reached.wait()
         async with wire(service, {"token": token()}) as bare:
             await bare.until(generation_id, 4)
             await bare.authenticate(token=short())
@@ -284,20 +284,20 @@ class TestWithTokensThatEnd:
             assert bare.sequences(generation_id) == [1, 2, 3, 4]
             assert bare.events()[-1][0] == "authentication_expired"
             cursor = [each[2] for each in bare.events() if len(each) == 3][-1]
-        hold.let_go.set()
+        pause.released.set()
         async with wire(service, {"token": token(), "cursor": cursor}) as bare:
             await bare.until_over(generation_id)
             assert bare.sequences(generation_id) == [5, 6]
 
     async def test_a_fresh_token_before_it_goes_on_and_nothing_is_lost_or_doubled(
-        self, service: Running, hold: Hold
+        self, service: Running, pause: Pause
     ) -> None:
         generation_id = await service.start("ada")
-        await hold.reached.wait()
+        await pause.reached.wait()
         async with soon_over(service, {"token": token()}) as (bare, [ack], seconds):
             assert ack["expiresAt"] == timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo))
             await asyncio.sleep(seconds + 0.2)  # What is awaited is that nothing happens.
-            hold.let_go.set()
+            pause.released.set()
             await bare.until_over(generation_id)
             assert bare.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
@@ -307,9 +307,9 @@ class TestWithTokensThatEnd:
             await bare.closed()
             assert bare.events()[-1] == ["authentication_expired", {"code": "token_expired"}]
 
-    async def test_the_end_that_counts_is_the_present_users(self, service: Running, hold: Hold) -> None:
+    async def test_the_end_that_counts_is_the_present_users(self, service: Running, pause: Pause) -> None:
         generation_id = await service.start("bob")
-        await hold.reached.wait()
+        await pause.reached.wait()
         async with (
             soon_over(service, {"token": token("bob")}) as (stays, [ack], seconds),
             wire(service, {"token": token("ada")}) as goes,
@@ -318,7 +318,7 @@ class TestWithTokensThatEnd:
             assert (await goes.authenticate(token=short("bob", seconds)))["userId"] == "bob"
             await goes.closed()
             assert goes.events()[-1] == ["authentication_expired", {"code": "token_expired"}]
-            hold.let_go.set()
+            pause.released.set()
             await stays.until_over(generation_id)
             assert stays.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
@@ -360,16 +360,16 @@ class TestOneUserAfterTheOther:
     """While a provider works for both."""
 
     @pytest.fixture
-    def hold(self) -> Hold:
-        return Hold()
+    def pause(self) -> Pause:
+        return Pause()
 
     @pytest.fixture
     def log(self) -> GatedLog:
         return GatedLog()
 
     @pytest_asyncio.fixture(loop_scope="module")
-    async def service(self, tmp_path: Path, hold: Hold, log: GatedLog) -> AsyncIterator[Running]:
-        async with guarded(tmp_path, overrides={"editor": ScriptedEditor(hold), "log": log}) as service:
+    async def service(self, tmp_path: Path, pause: Pause, log: GatedLog) -> AsyncIterator[Running]:
+        async with guarded(tmp_path, overrides={"editor": ScriptedEditor(pause), "log": log}) as service:
             yield service
 
     @pytest_asyncio.fixture(loop_scope="module")
@@ -384,7 +384,7 @@ class TestOneUserAfterTheOther:
     @pytest.mark.parametrize("order", [["ada", "bob"], ["bob", "ada"], ["ada", "bob", "ada"], ["bob", "bob", "ada"]])
     @pytest.mark.parametrize("waiting", [True, False], ids=["waiting for acks", "pipelined"])
     async def test_the_last_one_has_it(
-        self, service: Running, hold: Hold, ids: dict[str, str], order: list[str], waiting: bool
+        self, service: Running, pause: Pause, ids: dict[str, str], order: list[str], waiting: bool
     ) -> None:
         async with wire(service) as bare:
             beginnings = []
@@ -398,7 +398,7 @@ class TestOneUserAfterTheOther:
             last = order[-1]
             switched = next(n for n, frame in enumerate(bare.frames) if frame.startswith(beginnings[-1]))
             assert set(service.service.hub.rooms) == {last}
-            hold.let_go.set()
+            pause.released.set()
             await bare.until_over(ids[last])
             await self.settle(service, bare)
             told = [each[1].get("generationId") for each in bare.events(bare.frames[switched:])]
@@ -408,7 +408,7 @@ class TestOneUserAfterTheOther:
 
     @pytest.mark.parametrize(("slow", "quick"), [("ada", "bob"), ("bob", "ada")])
     async def test_the_last_one_has_it_also_where_the_log_answers_the_first_one_later(
-        self, service: Running, hold: Hold, ids: dict[str, str], log: GatedLog, slow: str, quick: str
+        self, service: Running, pause: Pause, ids: dict[str, str], log: GatedLog, slow: str, quick: str
     ) -> None:
         gate = log.gate(slow)
         async with wire(service) as bare:
@@ -421,7 +421,7 @@ class TestOneUserAfterTheOther:
             assert (await bare.ack(second))["userId"] == quick
             switched = next(n for n, frame in enumerate(bare.frames) if frame.startswith(second))
             assert set(service.service.hub.rooms) == {quick}
-            hold.let_go.set()
+            pause.released.set()
             await bare.until_over(ids[quick])
             await self.settle(service, bare)
             assert bare.sequences(ids[quick]) == [1, 2, 3, 4, 5, 6]
@@ -438,7 +438,7 @@ class TestOneUserAfterTheOther:
             await bare.say("authenticate", {"token": token(slow)})
             await log.asked[slow].wait()
         gate.set()
-        await service.until_nobody_is_here()
+        await service.until_all_disconnected()
 
     async def settle(self, service: Running, bare: Wire) -> None:
         """Wait until everything is over, and has been sent."""

@@ -19,8 +19,8 @@ from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Cursor, feed_name
 from support.builders import IN_MEMORY
-from support.doubles import Hold, ScriptedEditor
-from support.harness import Running, flood, reluctant, rest_of, running
+from support.doubles import Pause, ScriptedEditor
+from support.harness import Running, flood, frames_until_close, running, stalled_device
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -37,7 +37,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
 async def service(shared: Running) -> AsyncIterator[Running]:
     """Shared by all these tests. Each leaves it idle."""
     yield shared
-    await shared.until_nobody_is_here()
+    await shared.until_all_disconnected()
     await shared.service.queue.settled()
 
 
@@ -146,92 +146,94 @@ class TestWithWorkHeldUp:
     """While a provider works."""
 
     @pytest.fixture
-    def hold(self) -> Hold:
-        return Hold()
+    def pause(self) -> Pause:
+        return Pause()
 
     @pytest_asyncio.fixture(loop_scope="module")
-    async def service(self, tmp_path: Path, log_setting: str, hold: Hold) -> AsyncIterator[Running]:
-        async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(hold)}) as service:
+    async def service(self, tmp_path: Path, log_setting: str, pause: Pause) -> AsyncIterator[Running]:
+        async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(pause)}) as service:
             yield service
             await service.service.queue.settled()
 
-    async def test_a_late_device_gets_earlier_events_and_then_live_ones(self, service: Running, hold: Hold) -> None:
+    async def test_a_late_device_gets_earlier_events_and_then_live_ones(self, service: Running, pause: Pause) -> None:
         generation_id = await service.start("ada")
-        await hold.reached.wait()
+        await pause.reached.wait()
         async with service.phone("ada") as phone:
             await phone.until(lambda: len(phone.events) == 4)
-            hold.let_go.set()
+            pause.released.set()
             await phone.until_over(generation_id)
             assert phone.of(generation_id) == await service.events(generation_id)
 
-    async def test_finished_generations_are_in_the_ack_and_not_replayed(self, service: Running, hold: Hold) -> None:
-        hold.let_go.set()
+    async def test_finished_generations_are_in_the_ack_and_not_replayed(self, service: Running, pause: Pause) -> None:
+        pause.released.set()
         async with service.phone("ada") as phone:
             over = await service.start("ada")
             await phone.until_over(over)
-            hold.let_go.clear()
-            hold.reached.clear()
+            pause.released.clear()
+            pause.reached.clear()
             active = await service.start("ada")
-            await hold.reached.wait()
+            await pause.reached.wait()
             async with service.phone("ada") as late:
                 await late.until(lambda: len(late.events) == 4)
                 assert late.sequences(over) == []
-                hold.let_go.set()
+                pause.released.set()
                 await late.until_over(active)
 
-    async def test_authenticating_again_sends_nothing_again(self, service: Running, hold: Hold) -> None:
+    async def test_authenticating_again_sends_nothing_again(self, service: Running, pause: Pause) -> None:
         generation_id = await service.start("ada")
-        await hold.reached.wait()
+        await pause.reached.wait()
         async with service.phone("ada") as phone:
             await phone.until(lambda: len(phone.events) == 4)
             ack = await phone.authenticate("ada")
             assert ack["cursor"] == phone.cursors[-1]
-            hold.let_go.set()
+            pause.released.set()
             await phone.until_over(generation_id)
             assert phone.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
-    async def test_subscribing_after_authenticating_does_not_show_two_bars(self, service: Running, hold: Hold) -> None:
+    async def test_subscribing_after_authenticating_does_not_show_two_bars(
+        self, service: Running, pause: Pause
+    ) -> None:
         generation_id = await service.start("ada")
-        await hold.reached.wait()
+        await pause.reached.wait()
         async with service.phone() as phone:
             phone.user = "ada"
             await phone.client.emit("authenticate", {"userId": "ada"})
             ack = await phone.call("subscribe_to_generation", {"generationId": generation_id})
             assert (ack["ok"], ack["generationId"], ack["status"]) == (True, generation_id, "openai_editing")
-            hold.let_go.set()
+            pause.released.set()
             await phone.until_over(generation_id)
             assert phone.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
-    async def test_authenticating_as_another_user_replaces_the_first(self, service: Running, hold: Hold) -> None:
+    async def test_authenticating_as_another_user_replaces_the_first(self, service: Running, pause: Pause) -> None:
         adas, bobs = await service.start("ada"), await service.start("bob")
-        await hold.reached.wait()
+        await pause.reached.wait()
         async with service.phone("ada") as phone:
             await phone.until(lambda: len(phone.of(adas)) == 4)
             phone.events.clear()
             await phone.authenticate("bob")
-            hold.let_go.set()
+            pause.released.set()
             await phone.until_over(bobs)
             assert phone.sequences(adas) == []
             assert phone.sequences(bobs) == [1, 2, 3, 4, 5, 6]
 
-    async def test_a_device_continues_from_its_cursor(self, service: Running, hold: Hold) -> None:
+    async def test_a_device_continues_from_its_cursor(self, service: Running, pause: Pause) -> None:
         async with service.phone("ada") as phone:
             generation_id = await service.start("ada")
-            await hold.reached.wait()
+            await pause.reached.wait()
             await phone.until(lambda: len(phone.events) == 4)
             cursor = phone.cursors[1]
-        hold.let_go.set()
+        pause.released.set()
         async with service.phone() as phone:
             ack = await phone.authenticate("ada", cursor=cursor)
             assert ack["recovered"] is True
             await phone.until_over(generation_id)
             assert phone.sequences(generation_id) == [3, 4, 5, 6]
 
-    async def test_a_client_that_disconnects_stops_no_work(self, service: Running, hold: Hold) -> None:
+    async def test_a_client_that_disconnects_stops_no_work(self, service: Running, pause: Pause) -> None:
         async with service.phone("ada"):
             generation_id = await service.start("ada")
-            await hold.reached.wait()
-        hold.let_go.set()
+            await pause.reached.wait()
+        pause.released.set()
         async with service.phone("ada") as phone:
             await service.service.queue.settled()
             ack = await phone.authenticate("ada")
@@ -355,7 +357,9 @@ async def test_protocol_abuse_closes_the_transport_and_nothing_else(
         await connection.send('40{"userId":"ada"}')
         assert str(await connection.recv()).startswith('40{"sid"')
         await connection.send(frame)
-        assert not [each for each in await rest_of(connection) if each.startswith("41")], "DISCONNECT was sent"
+        assert not [each for each in await frames_until_close(connection) if each.startswith("41")], (
+            "DISCONNECT was sent"
+        )
         generation_id = await service.start("ada")
         await neighbour.until_over(generation_id)
     assert not any("Traceback" in record.getMessage() or record.exc_info for record in caplog.records)
@@ -364,7 +368,7 @@ async def test_protocol_abuse_closes_the_transport_and_nothing_else(
 async def test_an_event_before_connect_closes_the_transport(service: Running) -> None:
     connection = await service.raw()
     await connection.send('42["authenticate",{"userId":"ada"}]')
-    assert await rest_of(connection) == []
+    assert await frames_until_close(connection) == []
 
 
 async def test_an_unknown_namespace_is_refused_and_the_default_one_stays_usable(service: Running) -> None:
@@ -386,7 +390,7 @@ async def test_an_unrequested_ack_is_ignored(service: Running) -> None:
 async def test_a_socket_that_never_connects_is_closed(tmp_path: Path) -> None:
     async with running(tmp_path, overrides={"auth_timeout": 0.1}) as service:
         connection = await service.raw()
-        assert await rest_of(connection) == ["1"]
+        assert await frames_until_close(connection) == ["1"]
 
 
 async def test_a_socket_that_never_authenticates_is_notified_and_closed(tmp_path: Path) -> None:
@@ -396,7 +400,7 @@ async def test_a_socket_that_never_authenticates_is_notified_and_closed(tmp_path
             connection = await service.raw()
             with contextlib.suppress(websockets.ConnectionClosed):
                 await connection.send("40")
-            frames = await rest_of(connection)
+            frames = await frames_until_close(connection)
         assert '42["authentication_required",{"code":"unauthenticated"}]' in frames
         assert not any(frame.startswith("41") for frame in frames)
 
@@ -447,7 +451,7 @@ async def test_a_handshake_while_the_log_is_unavailable_closes_the_transport(tmp
     async with running(tmp_path, overrides={"log": log}) as service:
         connection = await service.raw()
         await connection.send('40{"userId":"ada"}')
-        assert not [frame for frame in await rest_of(connection) if frame.startswith("4")]
+        assert not [frame for frame in await frames_until_close(connection) if frame.startswith("4")]
 
 
 #: Events of 2 kB each: more than the kernel buffers for a stalled reader and the service queues.
@@ -459,7 +463,7 @@ async def test_a_stalled_reader_is_bounded_and_closed_and_slows_no_others(
 ) -> None:
     service = own_service
     monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 60.0)  # Which no other client reaches, however slow the machine.
-    stalled = await reluctant(service)
+    stalled = await stalled_device(service)
     [waiting] = service.service.sockets.eio.sockets.values()
     async with service.phone("ada") as neighbour:
         async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
@@ -477,7 +481,7 @@ async def test_a_slow_reader_that_resumes_gets_every_event(
 ) -> None:
     service = own_service
     monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 60.0)
-    slow = await reluctant(service)
+    slow = await stalled_device(service)
     [waiting] = service.service.sockets.eio.sockets.values()
     async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
         pass
@@ -519,15 +523,15 @@ async def test_a_client_that_reconnects_on_the_same_transport_is_unauthenticated
 
 
 async def test_shutdown_notifies_devices_before_it_closes_their_sockets(tmp_path: Path) -> None:
-    hold = Hold()
-    async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}) as service:
+    pause = Pause()
+    async with running(tmp_path, overrides={"editor": ScriptedEditor(pause)}) as service:
         connection = await service.raw()
         await connection.send('40{"userId":"ada"}')
         assert str(await connection.recv()).startswith("40")
         await service.start("ada")
-        await hold.reached.wait()
+        await pause.reached.wait()
         service.server.begin_shutdown(now=True)
-        frames = await rest_of(connection)
+        frames = await frames_until_close(connection)
         failed = next(json.loads(frame[2:]) for frame in frames if "generation_failed" in frame)
         assert failed[1]["code"] == "interrupted"
         assert failed[1]["credit"] == 100

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from support.case_server import Process, Served
+from support.case_server import Process, ServedService
 from support.processes import allow_sockets
 from support.wire import JSON, Wire, hang_up
 
@@ -77,13 +77,15 @@ class Trial:
         return self.folder / "images"
 
     @asynccontextmanager
-    async def serve(self, *, sockets: int = 100, inside: JSON | None = None, **settings: Any) -> AsyncIterator[Served]:
+    async def serve(
+        self, *, sockets: int = 100, inside: JSON | None = None, **settings: Any
+    ) -> AsyncIterator[ServedService]:
         """A service for this case, with so many sockets at once. In the end nothing may be left of them."""
         allow_sockets(2 * sockets)
         settings = {"credits": 1_000_000, "starts_per_minute": "off", "max_lag_ms": "off", **settings}
         async with self.process.serve(self.images, inside=inside, **settings) as served:
             yield served
-            self.tell("tables empty after", await seconds_of(served.until(lambda figures: figures.idle)), "s")
+            self.report("tables empty after", await seconds_of(served.until(lambda figures: figures.idle)), "s")
         self.check_logged(self.process)
 
     def check_logged(self, process: Process) -> None:
@@ -91,14 +93,14 @@ class Trial:
         for line in process.logged:
             assert not any(word in line for word in ("Traceback", "ERROR", SECRET, str(self.folder))), line
 
-    def tell(self, name: str, value: float | str, unit: str = "") -> None:
+    def report(self, name: str, value: float | str, unit: str = "") -> None:
         """Keep a figure."""
         text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else _short(value)
         self.figures[name] = f"{text} {unit}".strip()
 
     def at_most(self, name: str, value: float, most: float, unit: str = "", *, time: bool = False) -> None:
         """Keep a figure that must not be larger. What depends on `time` is judged only where times are."""
-        self.tell(name, value, unit)
+        self.report(name, value, unit)
         if value > most and (self.timed or not time):
             self.failures.append(f"{name}: {self.figures[name]}, more than {most:g}")
 
@@ -133,7 +135,7 @@ async def seconds_of(doing: Awaitable[Any]) -> float:
 # --- what several cases do ---------------------------------------------------------------------------------
 
 
-async def check(served: Served, wires: Iterable[Wire]) -> None:
+async def check(served: ServedService, wires: Iterable[Wire]) -> None:
     """The invariants. These sockets are aborted on the way; no others may be left.
 
     I4 and I5, of each socket whose user had generations: it is told the last event there is; of every generation
@@ -144,9 +146,9 @@ async def check(served: Served, wires: Iterable[Wire]) -> None:
     last = {user: generation_id for generation_id, user in served.owners.items()}
     histories = dict[str, list[JSON]]()
     for wire in wires:
-        assert not wire.sent_away, "a DISCONNECT was sent"
+        assert not wire.disconnected_by_server, "a DISCONNECT was sent"
         if wire.user not in last:
-            assert wire.told == [], "was told of somebody else"
+            assert wire.received == [], "was told of somebody else"
             continue
         await wire.until_end_of(last[wire.user])
         events = dict[str, list[JSON]]()
@@ -164,11 +166,11 @@ async def check(served: Served, wires: Iterable[Wire]) -> None:
 async def caught_up(wires: Iterable[Wire], count: int) -> None:
     """Wait until each of them was told so many events."""
     for wire in wires:
-        await wire.until_told(count)
+        await wire.until_received(count)
 
 
 @asynccontextmanager
-async def flowing(served: Served, *users: str, rate: float, count: int = 10) -> AsyncIterator[None]:
+async def flowing(served: ServedService, *users: str, rate: float, count: int = 10) -> AsyncIterator[None]:
     """Meanwhile each of these users has one generation after the other, of so many events, `rate` a second."""
     over = asyncio.Event()
 

@@ -10,7 +10,7 @@ import httpx2
 from PIL import Image
 
 from reliability.cases import Trial, case
-from support.case_server import Served
+from support.case_server import ServedService
 from support.deployment import files_in
 from support.harness import PHOTO
 from support.pictures import GREEN, RED, encoded, quarters, solid
@@ -20,7 +20,9 @@ from support.wire import JSON
 FACE = solid(GREEN).data
 
 
-async def post(served: Served, user: str, *images: bytes, key: str | None = None, **fields: Any) -> httpx2.Response:
+async def post(
+    served: ServedService, user: str, *images: bytes, key: str | None = None, **fields: Any
+) -> httpx2.Response:
     """The answer to a start."""
     parts: list[tuple[str, Any]] = [("images", (f"{n}.jpg", data, "image/jpeg")) for n, data in enumerate(images)]
     parts += [(name, (None, str(value))) for name, value in {"prompt": "a red hat", **fields}.items()]
@@ -37,7 +39,7 @@ def code_of(answer: httpx2.Response) -> str:
     return str(answer.json()["code"])
 
 
-async def cancel(served: Served, user: str, answer: httpx2.Response) -> JSON:
+async def cancel(served: ServedService, user: str, answer: httpx2.Response) -> JSON:
     path = f"{answer.headers['location']}/cancel"
     outcome = await served.http.post(path, headers={"X-User-Id": user})
     assert outcome.status_code == 200, outcome.text
@@ -45,7 +47,7 @@ async def cancel(served: Served, user: str, answer: httpx2.Response) -> JSON:
     return body
 
 
-async def made(served: Served, user: str) -> float:
+async def made(served: ServedService, user: str) -> float:
     """Have an edit made, and return how many seconds it took."""
     began = time.monotonic()
     answer = await post(served, user, PHOTO)
@@ -68,7 +70,7 @@ async def made(served: Served, user: str) -> float:
 async def started_and_cancelled(trial: Trial, tries: int, limit: int) -> None:
     codes, began = Counter[str](), time.monotonic()
 
-    async def one(served: Served) -> None:
+    async def one(served: ServedService) -> None:
         answer = await post(served, "mallory", PHOTO)
         codes[code_of(answer)] += 1
         if answer.status_code == 202:
@@ -79,12 +81,12 @@ async def started_and_cancelled(trial: Trial, tries: int, limit: int) -> None:
             await asyncio.gather(*(one(served) for _ in range(10)))
         took = time.monotonic() - began
         trial.at_most("another user's edit", await made(served, "ada"), 5, "s", time=True)
-        await served.worked()
+        await served.until_idle()
         stored = sum(file.stat().st_size for file in files_in(trial.images))
-        trial.tell("bytes of images left, with the other user's", stored)
+        trial.report("bytes of images left, with the other user's", stored)
         await served.check("ada")
-    trial.tell("accepted", codes["202"])
-    trial.tell("refused", codes["too_many_starts"])
+    trial.report("accepted", codes["202"])
+    trial.report("refused", codes["too_many_starts"])
     assert set(codes) == {"202", "too_many_starts"}, codes
     assert limit <= codes["202"] <= limit * (1 + took // 60), codes
 
@@ -116,14 +118,14 @@ async def tarpit(trial: Trial, tarpits: int, running: int) -> None:
         stages = Counter[str]()
         for answer in stuck:
             stages[(await served.get(answer.headers["location"], "mallory"))["status"]] += 1
-        trial.tell("an edit before", before, "s")
+        trial.report("an edit before", before, "s")
         trial.at_most("an edit meanwhile", after, 2 * before + 0.5, "s", time=True)
-        trial.tell("fetching, and waiting to", f"{stages['composition']}, {stages['started']}")
+        trial.report("fetching, and waiting to", f"{stages['composition']}, {stages['started']}")
         assert stages == {"composition": 2, "started": tarpits - 2}, stages
         assert len(pit.requests) == 2
         for answer in reversed(stuck):
             await cancel(served, "mallory", answer)
-        await served.worked()
+        await served.until_idle()
         await served.check("ada", "mallory")
 
 
@@ -147,9 +149,9 @@ def costly(side: int) -> bytes:
 )
 async def costly_images(trial: Trial, starts: int, side: int) -> None:
     image = costly(side)
-    trial.tell("bytes of an image", len(image))
+    trial.report("bytes of an image", len(image))
     async with trial.serve(credits=1) as served:
-        cpu = (await served.figures(afresh=True)).cpu
+        cpu = (await served.figures(reset=True)).cpu
         sent = [asyncio.create_task(post(served, "mallory", *[image] * 5)) for _ in range(starts)]
         await asyncio.sleep(0.3)
         began = time.monotonic()
@@ -157,9 +159,9 @@ async def costly_images(trial: Trial, starts: int, side: int) -> None:
         trial.at_most("the tiny start", time.monotonic() - began, 5, "s", time=True)
         assert tiny.status_code == 202
         codes = Counter(code_of(answer) for answer in await asyncio.gather(*sent))
-        await served.worked()
-        trial.tell("CPU time of the service", (await served.figures()).cpu - cpu, "s")
-        trial.tell("statuses", ", ".join(f"{code} {count}" for code, count in codes.most_common()))
+        await served.until_idle()
+        trial.report("CPU time of the service", (await served.figures()).cpu - cpu, "s")
+        trial.report("statuses", ", ".join(f"{code} {count}" for code, count in codes.most_common()))
         # Where decoding takes longer than a start waits for another's credit, it is told to come again.
         assert codes["202"] == 1, codes
         assert codes["insufficient_credit"] + codes["overloaded"] == starts - 1, codes
@@ -195,17 +197,17 @@ def largest(side: int) -> list[bytes]:
 )
 async def largest_images(trial: Trial, users: int, side: int) -> None:
     images = largest(side)
-    trial.tell("bytes of a start", sum(map(len, images)))
+    trial.report("bytes of a start", sum(map(len, images)))
     async with trial.serve() as served:
         await made(served, "ada")
-        before, began = await served.figures(afresh=True), time.monotonic()
+        before, began = await served.figures(reset=True), time.monotonic()
         answers = await asyncio.gather(*(post(served, f"user{number}", *images) for number in range(users)))
-        trial.tell("until all were accepted", time.monotonic() - began, "s")
+        trial.report("until all were accepted", time.monotonic() - began, "s")
         assert {code_of(answer) for answer in answers} == {"202"}, {code_of(answer) for answer in answers}
-        await served.worked()
+        await served.until_idle()
         after = await served.figures()
-        trial.tell("until all were made", time.monotonic() - began, "s")
-        trial.tell("memory before", before.rss / 1_000, "MB")
+        trial.report("until all were made", time.monotonic() - began, "s")
+        trial.report("memory before", before.rss / 1_000, "MB")
         trial.at_most("memory at most", after.peak / 1_000, 500, "MB")
         trial.at_most("event loop late by, at most", after.lag * 1_000, 250, "ms", time=True)
         await served.check(*(f"user{number}" for number in range(users)))
@@ -239,13 +241,13 @@ async def overload(trial: Trial, readers: int, lag: float) -> None:
                 "/generations/edit?runner=external", files=[("prompt", (None, "x"))], headers={"X-User-Id": "ada"}
             )
         )
-        await served.worked()
+        await served.until_idle()
         generation_id, _ = await served.flood("ada", 500)
         path = f"/generations/{generation_id}/events"
 
         async def read(statuses: Counter[int]) -> None:
             while not over.is_set():
-                statuses[(await served.look(path, "ada")).status_code] += 1
+                statuses[(await served.get_response(path, "ada")).status_code] += 1
 
         over, statuses = asyncio.Event(), Counter[int]()
         reading = [asyncio.create_task(read(statuses)) for _ in range(readers)]
@@ -269,8 +271,8 @@ async def overload(trial: Trial, readers: int, lag: float) -> None:
         began = time.monotonic()
         await accepted(lambda: post(served, "bob", PHOTO))
         trial.at_most("until starts are accepted again", time.monotonic() - began, 2, "s", time=True)
-        trial.tell("starts accepted, and refused", f"{codes['202']}, {codes['overloaded']}")
-        trial.tell("reads meanwhile", statuses[200])
+        trial.report("starts accepted, and refused", f"{codes['202']}, {codes['overloaded']}")
+        trial.report("reads meanwhile", statuses[200])
         assert set(statuses) == {200}, statuses
-        await served.worked()
+        await served.until_idle()
         await served.check("bob")

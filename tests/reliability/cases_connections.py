@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Final
 
 from reliability.cases import SECRET, Trial, case, caught_up, check, flowing, seconds_of
-from support.case_server import Served
+from support.case_server import ServedService
 from support.node import Browser, browsers
 from support.processes import together
 from support.proxy import Fault, Kind, Proxy, Way
@@ -65,10 +65,10 @@ async def faults_between_client_and_server(
             assert got == feed[len(feed) - len(got) :], "a client's events are not the log's"
             assert all(_recoveries(client)), "a client that came back was not recovered"
         await everybody.forget_all()
-        trial.tell("faults", proxy.struck + silent.struck)
-        trial.tell("events to each client", len(feed))
-        trial.tell("recoveries", sum(len(_recoveries(client)) for client in official))
-        trial.tell("ping interval and timeout", f"{ping[0]:g} + {ping[1]:g} s")
+        trial.report("faults", proxy.struck + silent.struck)
+        trial.report("events to each client", len(feed))
+        trial.report("recoveries", sum(len(_recoveries(client)) for client in official))
+        trial.report("ping interval and timeout", f"{ping[0]:g} + {ping[1]:g} s")
         trial.at_most("half-open noticed after", noticed, sum(ping) + 1, "s", time=True)
         await check(served, [await _knows_all(served, witness)])
 
@@ -95,7 +95,7 @@ async def _cut(proxy: Proxy, clients: Sequence[Browser], cuts: int) -> None:
         await _told_more(clients)
 
 
-async def _half_open(served: Served, proxy: Proxy, count: int, interval: float) -> float:
+async def _half_open(served: ServedService, proxy: Proxy, count: int, interval: float) -> float:
     """Let nothing pass any more on the lines of so many sockets, and nobody know.
 
     After how many seconds the server has noticed all.
@@ -119,7 +119,7 @@ async def _half_open(served: Served, proxy: Proxy, count: int, interval: float) 
     return noticed
 
 
-async def _knows_all(served: Served, wire: Wire) -> Wire:
+async def _knows_all(served: ServedService, wire: Wire) -> Wire:
     """The device, once it was told everything. It comes back where it did not answer a ping in time."""
     last = [generation_id for generation_id, user in served.owners.items() if user == wire.user][-1]
     while True:
@@ -127,7 +127,7 @@ async def _knows_all(served: Served, wire: Wire) -> Wire:
             await wire.until_end_of(last)
         except ConnectionResetError:
             with contextlib.suppress(ConnectionResetError):
-                wire = await served.again(wire)
+                wire = await served.reconnect(wire)
         else:
             return wire
 
@@ -172,7 +172,7 @@ async def stalled_readers(trial: Trial, readers: int, sockets: int, rounds: int,
             looking.cancel()
             await caught_up(hogs, int(_HOG * seconds))
             await hang_up(hogs)
-            before = await served.figures(afresh=True)
+            before = await served.figures(reset=True)
             # New ones: for somebody who has read well the kernel buffers more and more.
             hogs = await together(lambda _: served.wire("hog", narrow=True), readers)
             await served.stall(stall)
@@ -187,8 +187,8 @@ async def stalled_readers(trial: Trial, readers: int, sockets: int, rounds: int,
         reading, stalled = (statistics.median(values) for values in p99.values())
         trial.at_most("cut after", max(cut_after), 7, "s", time=True)
         trial.at_most("memory", max(grown), 50, "MB")
-        trial.tell("p99 while they read", reading, "ms")
-        trial.tell("p99 while they do not", stalled, "ms")
+        trial.report("p99 while they read", reading, "ms")
+        trial.report("p99 while they do not", stalled, "ms")
         trial.at_most("ratio of the p99", stalled / reading, 1.2, time=True)
         await check(served, crowd)
 
@@ -199,9 +199,9 @@ _HOG: Final = 150
 _OTHERS: Final = 50
 
 
-async def _p99(served: Served, crowd: Sequence[Wire], others: Sequence[str], seconds: float) -> float:
+async def _p99(served: ServedService, crowd: Sequence[Wire], others: Sequence[str], seconds: float) -> float:
     """Have events flow for so long. The 99th percentile of what they take to all these sockets, in milliseconds."""
-    before = [len(wire.told) for wire in crowd]
+    before = [len(wire.received) for wire in crowd]
     each, hogs = max(2, int(_OTHERS * seconds / len(others))), int(_HOG * seconds)
     floods = await asyncio.gather(
         served.flood("hog", hogs, filler=8_000, rate=_HOG),
@@ -209,8 +209,8 @@ async def _p99(served: Served, crowd: Sequence[Wire], others: Sequence[str], sec
     )
     began, latencies = dict(floods), list[float]()
     for wire, count in zip(crowd, before, strict=True):
-        await wire.until_told(count + (hogs if wire.user == "hog" else each))
-        for told in wire.told[count:]:
+        await wire.until_received(count + (hogs if wire.user == "hog" else each))
+        for told in wire.received[count:]:
             event = parse(told.text)[1]
             latencies.append((told.at - began[event["generationId"]][event["sequence"] - 1]) / 1e6)
     return statistics.quantiles(latencies, n=100)[98]
@@ -228,26 +228,26 @@ async def idle_sockets(trial: Trial, sockets: int, seconds: float, comers: int, 
     async with trial.serve(sockets=sockets + comers) as served:
         await _come_and_go(served, comers, 1)  # What is made once is no cost of a socket.
         wires, costs = list[Wire](), list[tuple[float, float]]()
-        before = await served.figures(afresh=True)
+        before = await served.figures(reset=True)
         for crowd in (sockets // 4, sockets):
             # Half of them are devices of one user, who is also the comers'.
             wires += await together(lambda n: served.wire("ada" if n % 2 else f"user-{n}"), crowd - len(wires))
             costs.append(await _come_and_go(served, comers, rounds))
-        after = await served.figures(afresh=True)
+        after = await served.figures(reset=True)
         trial.at_most("memory each", (after.rss - before.rss) / sockets, 60, "kB")
         for name, few, many in zip(("connect", "disconnect"), *costs, strict=True):
-            trial.tell(f"CPU per {name}", f"{few:,.0f} µs at {sockets // 4:,}, {many:,.0f} at {sockets:,}")
+            trial.report(f"CPU per {name}", f"{few:,.0f} µs at {sockets // 4:,}, {many:,.0f} at {sockets:,}")
             trial.at_most(f"ratio per {name}", many / few, 1.5, time=True)
         _, staying = await asyncio.wait([asyncio.create_task(wire.gone.wait()) for wire in wires], timeout=seconds)
         trial.at_most("dropped", sockets - len(staying), 0)
         figures = await served.figures()
         assert figures.sockets == figures.devices == sockets
-        trial.tell("lag of the event loop", figures.lag * 1_000, "ms")
+        trial.report("lag of the event loop", figures.lag * 1_000, "ms")
         await check(served, wires)
         await asyncio.wait(staying)
 
 
-async def _come_and_go(served: Served, comers: int, rounds: int) -> tuple[float, float]:
+async def _come_and_go(served: ServedService, comers: int, rounds: int) -> tuple[float, float]:
     """The server's CPU time per connect and per disconnect, in microseconds: of the best of these rounds."""
     there = (await served.figures()).sockets
     connect, disconnect = list[float](), list[float]()
@@ -279,16 +279,16 @@ async def reconnect_storms(trial: Trial, sockets: int, users: int, rounds: int) 
             for wire in wires:
                 wire.abort()
             floods = asyncio.gather(*(served.flood(f"user-{n}", per_round) for n in range(users)))
-            wires = await asyncio.gather(*map(served.again, wires))
+            wires = await asyncio.gather(*map(served.reconnect, wires))
             await floods
             await caught_up(wires, per_round * number)
             took.append(time.monotonic() - began)
             cpu.append((await served.until(lambda figures: figures.sockets == figures.devices == sockets)).cpu)
-            memory.append((await served.figures(afresh=True)).rss / 1_000)
-        assert all(len(wire.told) == per_round * rounds for wire in wires)
+            memory.append((await served.figures(reset=True)).rss / 1_000)
+        assert all(len(wire.received) == per_round * rounds for wire in wires)
         trial.at_most("all caught up after", max(took), 5, "s", time=True)
-        trial.tell("the server's CPU time for it", max(b - a for a, b in pairwise(cpu)), "s")
-        trial.tell("memory of each round", " ".join(f"{each:.0f}" for each in memory) + " MB")
+        trial.report("the server's CPU time for it", max(b - a for a, b in pairwise(cpu)), "s")
+        trial.report("memory of each round", " ".join(f"{each:.0f}" for each in memory) + " MB")
         trial.at_most("last / second", memory[-1] / memory[1], 1.1)
         await check(served, wires)
 
@@ -329,7 +329,7 @@ async def loiterers(trial: Trial, each: int, auth_timeout: float) -> None:
             await wire.until_gone()
             stays.append(time.monotonic() - began)
             assert wire.notices == [("authentication_required", {"code": "unauthenticated"})] * (number % 3)
-            assert not wire.sent_away
+            assert not wire.disconnected_by_server
 
         async def ask() -> None:
             while True:
@@ -346,10 +346,10 @@ async def loiterers(trial: Trial, each: int, auth_timeout: float) -> None:
         asking.cancel()
         await asyncio.wait([asking])
         assert asking.cancelled(), "health did not answer"
-        trial.tell("auth_timeout", auth_timeout, "s")
+        trial.report("auth_timeout", auth_timeout, "s")
         trial.at_most("longest stay", max(stays), 20, "s", time=True)
-        trial.tell("health answers", len(answers))
-        trial.tell("slowest of them", max(answers), "ms")
+        trial.report("health answers", len(answers))
+        trial.report("slowest of them", max(answers), "ms")
         await check(served, [])
 
 
@@ -365,19 +365,19 @@ async def changes_of_identity(trial: Trial, sockets: int, tokens: int) -> None:
     async with trial.serve(sockets=sockets) as served:
         async with flowing(served, "ada", "bob", rate=60, count=40):
             wires = await together(lambda number: _change(served, number), sockets)
-        trial.tell("sockets of A and B", len(wires))
+        trial.report("sockets of A and B", len(wires))
         await check(served, wires)
     async with trial.serve(sockets=tokens, jwt_secret=SECRET) as served:
         async with flowing(served, "ada", rate=20):
             ends = await together(lambda number: _expire(served, number), tokens, at_once=tokens)
         late = [seconds for _, seconds in ends if seconds is not None]
         assert min(late) > -0.05, "closed before its time"
-        trial.tell("tokens that expired", len(late))
+        trial.report("tokens that expired", len(late))
         trial.at_most("closed after exp, at the latest", max(late), 1, "s", time=True)
         await check(served, [wire for wire, _ in ends])
 
 
-async def _change(served: Served, number: int) -> Wire:
+async def _change(served: ServedService, number: int) -> Wire:
     """A socket that is of A or B first, waits or does not, and changes once or again and again."""
     users = ["ada", "bob"] * (3 if number & 4 else 1)
     users = users if number & 1 else users[::-1]
@@ -387,19 +387,19 @@ async def _change(served: Served, number: int) -> Wire:
         asked = wire.ask("authenticate", {"userId": user})
         if number & 2:
             await wire.until_asked(asked)
-            await wire.until_told(wire.marks[asked] + 1)
+            await wire.until_received(wire.marks[asked] + 1)
     await wire.until_asked(len(users))
     wire.user = users[-1]
-    await wire.until_told(wire.marks[len(users)] + 5)
+    await wire.until_received(wire.marks[len(users)] + 5)
     marks = [wire.marks[n] for n in range(1, len(users) + 1)]
     assert marks[0] == 0, "told something before it was anybody's"
-    for user, start, end in zip(users, marks, [*marks[1:], len(wire.told)], strict=True):
+    for user, start, end in zip(users, marks, [*marks[1:], len(wire.received)], strict=True):
         assert {served.owners[event["generationId"]] for event in wire.events[start:end]} <= {user}
-    del wire.told[: marks[-1]]
+    del wire.received[: marks[-1]]
     return wire
 
 
-async def _expire(served: Served, number: int) -> tuple[Wire, float | None]:
+async def _expire(served: ServedService, number: int) -> tuple[Wire, float | None]:
     """A socket whose token has just been renewed, or has expired; how many seconds after that it was closed."""
     expired = ("authentication_expired", {"code": "token_expired"})
     renewed = number % 2 == 1
@@ -412,7 +412,7 @@ async def _expire(served: Served, number: int) -> tuple[Wire, float | None]:
             ack = await wire.call("authenticate", {"userId": "ada", "token": served.token("ada", 600)})
             assert (ack["ok"], ack["recovered"]) == (True, False)
             if expired not in wire.notices:
-                await wire.until_told(1)
+                await wire.until_received(1)
                 return wire, None
         except Refused as refusal:
             if refusal.args[1] != "token_expired":
@@ -425,9 +425,9 @@ async def _expire(served: Served, number: int) -> tuple[Wire, float | None]:
     await wire.until_gone()
     late = time.time() - expires
     assert wire.notices[1:] == [expired]
-    assert not wire.sent_away
-    other, offset = await Wire.open(served.port, told=wire.told), wire.offset
+    assert not wire.disconnected_by_server
+    other, offset = await Wire.open(served.port, told=wire.received), wire.offset
     again = await other.connect(token=served.token("ada", 600), **offset)
     assert again["recovered"] is ("offset" in offset), again
-    await other.until_told(1)
+    await other.until_received(1)
     return other, late

@@ -21,8 +21,8 @@ from adapters.system import now
 from domain.housekeeping import Housekeeping
 from reliability.cases import Trial, case
 from support.builders import LOGS
-from support.deployment import ENDS, Caller, Deployment, Life, Ordered, Phone, parts, task_group
-from support.doubles import Hold, ScriptedEditor
+from support.deployment import ENDS, Deployment, Life, Phone, RequestedGeneration, RetryingClient, parts, task_group
+from support.doubles import Pause, ScriptedEditor
 from support.harness import PHOTO, running
 from support.pictures import GREEN, encoded, solid
 from support.provider_faults import Origin, listening, then, whole
@@ -103,7 +103,7 @@ async def _no_room_for_pictures(trial: Trial, deployment: Deployment) -> None:
     faces = Origin(lambda _: then(wait, whole(solid(GREEN).data, media_type="image/png")))
     async with (
         listening(faces),
-        Caller.open(deployment.url) as caller,
+        RetryingClient.open(deployment.url) as caller,
         deployment.serving(fetch_allow="127.0.0.0/8") as life,
     ):
         phone = await _phone(deployment.port)
@@ -127,11 +127,11 @@ async def _no_room_for_pictures(trial: Trial, deployment: Deployment) -> None:
         again = (await caller.ask("POST", "/generations/edit", "ada", key="k", files=form)).json()["generationId"]
         assert (await _until_ended(phone, again))["status"] == "completed"
         await _all_is_well(deployment, caller, phone, life, spent=2)
-        trial.tell("no room for pictures", "2 starts refused, 1 failed and was refunded, then 1 completed")
+        trial.report("no room for pictures", "2 starts refused, 1 failed and was refunded, then 1 completed")
 
 
 async def _no_room_for_the_log(trial: Trial, deployment: Deployment) -> None:
-    async with Caller.open(deployment.url) as caller, deployment.serving(local_seconds=0.5) as life:
+    async with RetryingClient.open(deployment.url) as caller, deployment.serving(local_seconds=0.5) as life:
         with contextlib.closing(sqlite3.connect(f"{deployment.log.as_uri()}?mode=ro", uri=True)) as stranger:
             # Somebody who reads keeps the write-ahead log from being emptied: pictures are smaller than it.
             stranger.execute("BEGIN")
@@ -139,10 +139,10 @@ async def _no_room_for_the_log(trial: Trial, deployment: Deployment) -> None:
             phone = await _phone(deployment.port)
             filler = {"metadata": json.dumps({"x": "x" * 1_900})}
             external = [
-                await Ordered(f"{number}", "generate", filler, external=True).start(caller, "pat")
+                await RequestedGeneration(f"{number}", "generate", filler, external=True).start(caller, "pat")
                 for number in range(12)
             ]
-            running = await Ordered("running", "edit", {}, external=False).start(caller, "ada")
+            running = await RequestedGeneration("running", "edit", {}, external=False).start(caller, "ada")
             await phone.wire.until(lambda: phone.events[-1:] != [] and phone.events[-1]["progress"] >= 60)
             wal = deployment.log.with_name("log.db-wal").stat().st_size
             assert wal > 300_000
@@ -151,7 +151,9 @@ async def _no_room_for_the_log(trial: Trial, deployment: Deployment) -> None:
                 calls = _writes(caller, external[0])
                 for answer in await asyncio.gather(*(call() for call in calls)):
                     _refused(answer, "log_unavailable")
-                trial.tell("no room for the log", f"{len(calls)} calls refused after {time.monotonic() - began:.1f} s")
+                trial.report(
+                    "no room for the log", f"{len(calls)} calls refused after {time.monotonic() - began:.1f} s"
+                )
                 with contextlib.suppress(ConnectionResetError):
                     await _phone(deployment.port)
                     raise AssertionError("a session that could not be kept was promised")
@@ -174,7 +176,7 @@ async def _no_room_for_the_log(trial: Trial, deployment: Deployment) -> None:
         await _all_is_well(deployment, caller, phone, life, spent=2)
 
 
-def _writes(caller: Caller, external: str) -> list[Callable[[], Awaitable[httpx2.Response]]]:
+def _writes(caller: RetryingClient, external: str) -> list[Callable[[], Awaitable[httpx2.Response]]]:
     """Calls that the log has to keep, each of them to be made again in the same way."""
     transitions = f"/generations/{external}/transitions"
     return [
@@ -185,7 +187,7 @@ def _writes(caller: Caller, external: str) -> list[Callable[[], Awaitable[httpx2
     ]
 
 
-async def _all_is_well(deployment: Deployment, caller: Caller, phone: Phone, life: Life, *, spent: int) -> None:
+async def _all_is_well(deployment: Deployment, caller: RetryingClient, phone: Phone, life: Life, *, spent: int) -> None:
     """Afterwards: the devices, the log, the balance and the folder agree. Nothing was swept."""
     feed = await caller.feed("ada", phone.beginning)
     assert phone.events == feed
@@ -212,12 +214,12 @@ class JumpingClock:
 
 
 async def _the_clock_jumps(trial: Trial, images: Path, log: str) -> None:
-    clock, hold = JumpingClock(), Hold()
-    overrides = {"clock": clock, "editor": ScriptedEditor(hold)}
+    clock, pause = JumpingClock(), Pause()
+    overrides = {"clock": clock, "editor": ScriptedEditor(pause)}
     async with running(images, log=log, overrides=overrides) as service:
         phone = await _phone(service.port)
         ids = [await service.start()]
-        await hold.reached.wait()
+        await pause.reached.wait()
         for hours in (1, -1, -1, 1):
             clock.jump(hours)
             ids.append(await service.start())
@@ -228,7 +230,7 @@ async def _the_clock_jumps(trial: Trial, images: Path, log: str) -> None:
             key = {"Idempotency-Key": "k"}
             granted = await service.http.post("/users/pat/credit", headers=key, json={"amount": 5})
             assert granted.json()["credit"] == 105, "granted twice"
-            hold.let_go.set()
+            pause.released.set()
             for generation_id in ids:
                 assert (await _until_ended(phone, generation_id))["status"] == "completed"
             keeper = Housekeeping(service.service.log, service.service.images)
@@ -239,5 +241,5 @@ async def _the_clock_jumps(trial: Trial, images: Path, log: str) -> None:
         assert [each["generationId"] for each in listed] == ids[::-1], "not in the order of their starts"
         times = [event["occurredAt"] for event in phone.events]
         assert times != sorted(times), "the clock did not go back"
-        trial.tell("events over four jumps, in order", len(times))
+        trial.report("events over four jumps, in order", len(times))
         await hang_up([phone.wire])

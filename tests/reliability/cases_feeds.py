@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from reliability.cases import Trial, case, caught_up, check, flowing
-from support.case_server import Process, Served
+from support.case_server import Process, ServedService
 from support.deployment import files_in, free_port
 from support.processes import together
 from support.wire import Wire, frame, hang_up
@@ -58,7 +58,7 @@ async def frames_that_make_no_sense(trial: Trial, frames: int, large: int, flood
     async with trial.serve() as served:
         neighbour = await served.wire("ada")
         await together(lambda _: _throw(served, _GOOD[0]), frames // 10, at_once=16)
-        before = await served.figures(afresh=True)
+        before = await served.figures(reset=True)
         async with flowing(served, "ada", rate=50, count=max(10, frames // 100)):
             thrown = await together(lambda n: _throw(served, odd[n]), len(odd), at_once=16)
             await together(lambda n: _throw_large(served, n), large, at_once=4)
@@ -66,17 +66,17 @@ async def frames_that_make_no_sense(trial: Trial, frames: int, large: int, flood
         after = await served.until(lambda figures: figures.devices == 1)
         nacks = 0
         for wire in thrown:
-            assert not wire.sent_away
+            assert not wire.disconnected_by_server
             told = repr((wire.acks, wire.refused, wire.notices))
             assert not any(word in told for word in ("Traceback", str(trial.folder), "/src/")), told
             for ack in wire.acks.values():
                 nacks += ack["ok"] is not True
                 assert ack["ok"] is True or (set(ack) == {"ok", "code", "message"} and ack["code"] in _CODES), ack
-        trial.tell("sockets closed", sum(not wire.survived for wire in thrown))
-        trial.tell("typed nacks", nacks)
-        trial.at_most("memory", ((await served.figures(afresh=True)).rss - before.rss) / 1_000, 10, "MB")
+        trial.report("sockets closed", sum(not wire.survived for wire in thrown))
+        trial.report("typed nacks", nacks)
+        trial.at_most("memory", ((await served.figures(reset=True)).rss - before.rss) / 1_000, 10, "MB")
         trial.at_most("memory at its peak", (after.peak - before.rss) / 1_000, 10, "MB")
-        trial.tell("lag of the event loop", after.lag * 1_000, "ms")
+        trial.report("lag of the event loop", after.lag * 1_000, "ms")
         await check(served, [neighbour])
 
 
@@ -90,7 +90,7 @@ def _mutant(chance: random.Random) -> str:
     return text
 
 
-async def _throw(served: Served, text: str) -> Wire:
+async def _throw(served: ServedService, text: str) -> Wire:
     """Send a frame, as text or as binary, and then a good one: either that is answered, or the socket is closed."""
     wire = await served.wire("mallory")
     wire.send(text.encode() if len(text) % 20 == 7 else text, '42777777["authenticate",{"userId":"mallory"}]')
@@ -101,7 +101,7 @@ async def _throw(served: Served, text: str) -> Wire:
     return wire
 
 
-async def _throw_large(served: Served, number: int) -> None:
+async def _throw_large(served: ServedService, number: int) -> None:
     """17 MB: in one frame, text or binary, in many pieces, or in a polling request."""
     data = bytes(17_000_000)
     if number % 4 == 3:
@@ -119,7 +119,7 @@ async def _throw_large(served: Served, number: int) -> None:
     await wire.until_gone()
 
 
-async def _pour_binary(served: Served) -> None:
+async def _pour_binary(served: ServedService) -> None:
     """Binary frames without end, announced as attachments."""
     wire = await served.wire("mallory")
     while not wire.gone.is_set():
@@ -151,7 +151,7 @@ async def attach_from_every_cursor(trial: Trial, events: int, rate: float) -> No
 
         async def attach(place: int) -> Wire:
             # Some come at the head, and some have a stretch to read first; all while more comes.
-            await reference.until_told(min(place + chance.choice((0, 0, 1, 5, 40)), events - 10), 600)
+            await reference.until_received(min(place + chance.choice((0, 0, 1, 5, 40)), events - 10), 600)
             if place % 20 == 19:
                 return await served.wire("ada")  # It wants what still runs, and what comes.
             wire = await served.wire("ada", cursor=reference.cursor_after(place) if place else beginning)
@@ -165,11 +165,11 @@ async def attach_from_every_cursor(trial: Trial, events: int, rate: float) -> No
         for place, wire in enumerate([reference, *wires], -1):
             if place % 20 == 19:
                 await wire.until_end_of(feed[-1]["generationId"])
-                place = events - len(wire.told)
-            await wire.until_told(events - max(place, 0))
+                place = events - len(wire.received)
+            await wire.until_received(events - max(place, 0))
             assert wire.events == feed[max(place, 0) :], f"a gap or a duplicate after the cursor at {place}"
-        trial.tell("sockets", len(wires))
-        trial.tell("events sent", sum(len(wire.told) for wire in wires))
+        trial.report("sockets", len(wires))
+        trial.report("events sent", sum(len(wire.received) for wire in wires))
         await check(served, [reference, *wires])
 
 
@@ -203,7 +203,7 @@ async def retention_under_load(trial: Trial, seconds: float, retention: float, r
                 endings.append(await _replay_what_is_removed(served, f"reader-{len(endings)}"))
 
         await asyncio.gather(load(), look(), replay())
-        await served.worked()
+        await served.until_idle()
         async with asyncio.timeout(30 + 2 * retention):
             for user in set(served.owners.values()):
                 while (await served.get("/generations", user))["generations"]:
@@ -214,13 +214,13 @@ async def retention_under_load(trial: Trial, seconds: float, retention: float, r
         parts = samples[third : 2 * third], samples[2 * third :]
         memory = [statistics.fmean(rss for rss, _ in part) for part in parts]
         files = [statistics.fmean(files for _, files in part) for part in parts]
-        trial.tell("generations", started)
-        trial.tell("memory, middle and last third", f"{memory[0]:.1f} and {memory[1]:.1f} MB")
+        trial.report("generations", started)
+        trial.report("memory, middle and last third", f"{memory[0]:.1f} and {memory[1]:.1f} MB")
         trial.at_most("last / middle", memory[1] / memory[0], 1.05, time=True)
-        trial.tell("files, middle and last third", f"{files[0]:.1f} and {files[1]:.1f}")
+        trial.report("files, middle and last third", f"{files[0]:.1f} and {files[1]:.1f}")
         trial.at_most("last / middle of the files", files[1] / max(files[0], 1), 1.25, time=True)
         for ending in sorted(set(endings)):
-            trial.tell(f"replays {ending}", endings.count(ending))
+            trial.report(f"replays {ending}", endings.count(ending))
         await served.until(lambda figures: figures.idle)
 
 
@@ -228,7 +228,7 @@ async def retention_under_load(trial: Trial, seconds: float, retention: float, r
 _TOO_LATE: Final = "for which it was too late"
 
 
-async def _replay_what_is_removed(served: Served, user: str) -> str:
+async def _replay_what_is_removed(served: ServedService, user: str) -> str:
     """Stop reading in the middle of a replay until retention has removed what is replayed. How it ended."""
     first = await served.wire(user)
     cursor = first.notices[0][1]["cursor"]
@@ -236,25 +236,25 @@ async def _replay_what_is_removed(served: Served, user: str) -> str:
     generation_id, _ = await served.flood(user, 600, filler=2_000)
     wire = await served.wire(user, narrow=True, cursor=cursor)
     with contextlib.suppress(ConnectionResetError):
-        await wire.until_told(20 if wire.notices[0][1]["recovered"] else 0)
-    if len(wire.told) < 20:
+        await wire.until_received(20 if wire.notices[0][1]["recovered"] else 0)
+    if len(wire.received) < 20:
         # On a machine that is slow. Nothing but the removal is an excuse.
-        assert (await served.look(f"/generations/{generation_id}", user)).status_code == 404
+        assert (await served.get_response(f"/generations/{generation_id}", user)).status_code == 404
         await hang_up([wire])
         return _TOO_LATE
     wire.transport.pause_reading()
     async with asyncio.timeout(60):
-        while (await served.look(f"/generations/{generation_id}", user)).status_code != 404:
+        while (await served.get_response(f"/generations/{generation_id}", user)).status_code != 404:
             await asyncio.sleep(0.05)
     wire.transport.resume_reading()
     with contextlib.suppress(ConnectionResetError):
-        await wire.until_told(600)
-    assert [event["sequence"] for event in wire.events] == list(range(1, len(wire.told) + 1)), "a hole"
-    assert not wire.sent_away
-    if len(wire.told) == 600:
+        await wire.until_received(600)
+    assert [event["sequence"] for event in wire.events] == list(range(1, len(wire.received) + 1)), "a hole"
+    assert not wire.disconnected_by_server
+    if len(wire.received) == 600:
         await hang_up([wire])
         return "read to the end"
-    again = await served.wire(user, cursor=wire.cursor_after(len(wire.told)))
+    again = await served.wire(user, cursor=wire.cursor_after(len(wire.received)))
     assert again.notices[0][1]["recovered"] is False
     assert again.notices[0][1]["generations"] == []
     await hang_up([wire, again])
@@ -274,13 +274,13 @@ async def slow_reader(trial: Trial, events: int, pace: float, stall: float) -> N
         first = await served.wire("ada")
         beginning = first.notices[0][1]["cursor"]
         await served.flood("ada", 5)
-        await first.until_told(5)
+        await first.until_received(5)
         await hang_up([first])
         await served.until(lambda figures: figures.idle)
         for _ in range(10):
             await served.flood("ada", events // 10, filler=1_900)
         await served.stall(stall)
-        before = await served.figures(afresh=True)
+        before = await served.figures(reset=True)
         began = time.monotonic()
         async with flowing(served, "ada", rate=10):
             slow = await _sip(served, first, pace, 5 + events, stall)
@@ -288,24 +288,24 @@ async def slow_reader(trial: Trial, events: int, pace: float, stall: float) -> N
         feed = await served.feed("ada", beginning)
         slow = await _sip(served, slow, pace, len(feed), stall)
         assert slow.events == feed
-        trial.tell("events, each once", len(feed))
-        trial.tell("read for", f"{took:.1f} s, {took / stall:.1f} × that time")
+        trial.report("events, each once", len(feed))
+        trial.report("read for", f"{took:.1f} s, {took / stall:.1f} × that time")
         trial.at_most("memory", ((await served.figures()).peak - before.rss) / 1_000, 10, "MB")
         await check(served, [slow])
 
 
-async def _sip(served: Served, wire: Wire, pace: float, count: int, stall: float) -> Wire:
+async def _sip(served: ServedService, wire: Wire, pace: float, count: int, stall: float) -> Wire:
     """Read so many kB a second, a little at a time, until it was told so many events: this socket, or its successor.
 
     One that is gone comes back. While it reads, only that nothing was read for long, since this process was not given
     any time, is an excuse for cutting it.
     """
     longest, last = math.inf if wire.gone.is_set() else 0.0, time.monotonic()
-    while len(wire.told) < count:
+    while len(wire.received) < count:
         if wire.gone.is_set():
             assert longest > stall / 2, "cut while it moved"
             longest, last = 0.0, time.monotonic()
-            wire = await served.again(wire, narrow=True)
+            wire = await served.reconnect(wire, narrow=True)
         taken = wire.taken
         wire.transport.resume_reading()
         while wire.taken == taken and not wire.gone.is_set():
@@ -349,15 +349,15 @@ async def killed_with_a_log_in_memory(trial: Trial, rounds: int, generations: in
             await caught_up(returns, 6)
             assert all({event["generationId"] for event in wire.events} == {generation_id} for wire in returns)
             await check(served, returns)
-    trial.tell("images left by the killed", " ".join(map(str, left)))
-    trial.tell("of those, left now", 0)
-    trial.tell("cursors and sessions, none recovered", asked)
+    trial.report("images left by the killed", " ".join(map(str, left)))
+    trial.report("of those, left now", 0)
+    trial.report("cursors and sessions, none recovered", asked)
 
 
-async def _nothing_is_recovered(served: Served, wires: Sequence[Wire]) -> list[Wire]:
+async def _nothing_is_recovered(served: ServedService, wires: Sequence[Wire]) -> list[Wire]:
     """The sockets that come back with every cursor and every session that these have had."""
     cursors = {wire.notices[0][1]["cursor"] for wire in wires}
-    cursors |= {wire.cursor_after(place) for wire in wires for place in range(1, len(wire.told) + 1)}
+    cursors |= {wire.cursor_after(place) for wire in wires for place in range(1, len(wire.received) + 1)}
     returns = []
     for cursor in cursors:
         page = await served.get(f"/events?after={cursor}", "ada")

@@ -27,9 +27,9 @@ from domain.rehydrate import generation_of
 from domain.requests import Order
 from domain.stages import FLOWS
 from reliability.cases import Trial, case
-from support.builders import EDIT, LOGS, Heard, facts_for, make_generation, make_order, statuses
-from support.deployment import ENDS, Caller, Deployment, Ordered, Phone, task_group
-from support.doubles import Passing
+from support.builders import EDIT, LOGS, RecordingFollower, make_generation, make_order, stage_fields, statuses
+from support.deployment import ENDS, Deployment, Phone, RequestedGeneration, RetryingClient, task_group
+from support.doubles import ForwardingLog
 from support.node import Browser, Browsers, browsers
 from support.openai_server import KEY, OpenAIServer, completed, openai_server, partial, stream
 from support.openai_server import picture as drawing
@@ -41,7 +41,7 @@ from support.wire import JSON, Wire, hang_up, parse
 # --- 3: lost replies --------------------------------------------------------------------------------------
 
 
-class LosingReplies(Passing):
+class LosingReplies(ForwardingLog):
     """A line to the log on which half of all replies are lost, and then often somebody appends the next."""
 
     def __init__(self, log: EventLog, recorder: Recorder) -> None:
@@ -83,7 +83,7 @@ class LosingReplies(Passing):
 
 async def _move_on(recorder: Recorder, generation: Generation) -> Generation:
     status = EDIT[EDIT.index(generation.status) + 1] if generation.sequence else EDIT[0]
-    return await recorder.move(generation, status, facts_for("edit", status))
+    return await recorder.move(generation, status, stage_fields("edit", status))
 
 
 @case(
@@ -96,21 +96,21 @@ async def _move_on(recorder: Recorder, generation: Generation) -> Generation:
 )
 async def lost_replies(trial: Trial, generations: int) -> None:
     for name, open_log in LOGS.items():
-        heard = Heard()
-        async with open_log(clock=now, credits=generations) as log, log.follow(heard):
+        follower = RecordingFollower()
+        async with open_log(clock=now, credits=generations) as log, log.follow(follower):
             line = LosingReplies(log, Recorder(log, now, SystemEntropy()))
             recorder = Recorder(line, now, SystemEntropy(), patience=60)
             conflicts = await together(functools.partial(_write, recorder, line), generations)
             for number in range(generations):
                 assert statuses(await log.generation(_id(number))) == list(EDIT), "not each event once"
             assert await log.credit("ada") == 0
-            ids = [entry.event_id for entry in heard.entries]
+            ids = [entry.event_id for entry in follower.entries]
             assert len(ids) == len(set(ids)) == (await log.feed("ada", after=0, anchor=0, limit=0)).head
             # Who was overtaken finds out with the next append, and only then.
             assert sum(conflicts) == line.overtaken, "an append that was made was taken for somebody else's"
             assert line.overtaken > generations / 4
-            trial.tell(f"{name}: replies lost", f"{line.lost} of {line.appends}, {line.overtaken} overtaken")
-            trial.tell(f"{name}: entries", len(ids))
+            trial.report(f"{name}: replies lost", f"{line.lost} of {line.appends}, {line.overtaken} overtaken")
+            trial.report(f"{name}: entries", len(ids))
 
 
 async def _write(recorder: Recorder, line: LosingReplies, number: int) -> int:
@@ -190,13 +190,13 @@ class Provider:
 class Owner:
     """A user with two devices, who does all kinds of things at random until it is over."""
 
-    def __init__(self, name: str, caller: Caller, phone: Phone, browser: Browser, face: str) -> None:
+    def __init__(self, name: str, caller: RetryingClient, phone: Phone, browser: Browser, face: str) -> None:
         self.name = name
         self.phone = phone
         self.browser = browser
         self.over = False
         #: By key, as are the grants.
-        self.orders: dict[str, Ordered] = {}
+        self.orders: dict[str, RequestedGeneration] = {}
         self.grants: dict[str, int] = {}
         #: Whose deletion was asked for, and how they had ended.
         self.deleted: dict[str, str] = {}
@@ -217,12 +217,12 @@ class Owner:
         """How those ended of whose end both devices know."""
         both = [
             {event["generationId"]: event["status"] for event in events if event["status"] in ENDS}
-            for events in (self.phone.events, self.told)
+            for events in (self.phone.events, self.received)
         ]
         return {each: status for each, status in both[0].items() if each in both[1]}
 
     @property
-    def told(self) -> list[JSON]:
+    def received(self) -> list[JSON]:
         """What the official client was told."""
         return [event for _, event in self.browser.events]
 
@@ -246,7 +246,7 @@ class Owner:
             await self._order(kind, {"imageUrls": json.dumps([self._face])} if swap else {}, external=False)
 
     async def _order(self, kind: str, fields: JSON, *, external: bool) -> str:
-        order = Ordered(f"{self.name} {len(self.orders)}", kind, fields, external)
+        order = RequestedGeneration(f"{self.name} {len(self.orders)}", kind, fields, external)
         self.orders[order.key] = order
         return await order.start(self._caller, self.name)
 
@@ -366,7 +366,7 @@ class Coroner:
         for event in owner.acknowledged:
             kept = events.get((event["generationId"], event["sequence"]))
             assert json.loads(kept or "null") == event or event["generationId"] in owner.deleted, "a report was lost"
-        told = owner.phone.wire.told[self._looked_at[owner.name] :]
+        told = owner.phone.wire.received[self._looked_at[owner.name] :]
         self._looked_at[owner.name] += len(told)
         for each in told:
             event = parse(each.text)[1]
@@ -444,7 +444,7 @@ async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, ali
             ["openai"],
         )
         provider, starts, unready = Provider(server), list[float](), 0
-        async with Caller.open(deployment.url) as caller, task_group() as group:
+        async with RetryingClient.open(deployment.url) as caller, task_group() as group:
             async with deployment.serving(fresh=True) as life:
                 names = [f"user-{number}" for number in range(users)]
                 owners = [await _owner(name, deployment, caller, everybody, faces.address) for name in names]
@@ -480,7 +480,7 @@ async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, ali
                 assert await life.ended() == 0
             coroner.look(resumed=True)
             _check_words(life.logged, deployment)
-            trial.tell("images left by the killed", len(deployment.pictures))
+            trial.report("images left by the killed", len(deployment.pictures))
             async with deployment.serving() as life:
                 for owner in owners:
                     await _check_owner(owner, caller, provider.calls, deployment)
@@ -491,16 +491,16 @@ async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, ali
                 assert await life.ended() == 0
         await everybody.forget_all()
         await hang_up([owner.phone.wire for owner in owners])
-    trial.tell("kills", f"{kills}, {unready} of them before it was ready")
-    trial.tell("a start took", f"{statistics.median(starts):.2f} s, at most {max(starts):.2f}")
-    trial.tell("generations", sum(len(owner.started) for owner in owners))
-    trial.tell("in stages when killed", ", ".join(f"{name} {count}" for name, count in coroner.found.most_common()))
-    trial.tell("interrupted, and refunded", coroner.interrupted)
-    trial.tell("free face swaps made again", coroner.repeated)
-    trial.tell("events told to the devices", sum(len(owner.told) + len(owner.phone.events) for owner in owners))
-    trial.tell("returns, all recovered", sum(owner.phone.returns + len(_returns(owner.browser)) for owner in owners))
-    trial.tell("calls without an answer, made again", caller.unanswered)
-    trial.tell("provider calls, at most one each", provider.calls.total())
+    trial.report("kills", f"{kills}, {unready} of them before it was ready")
+    trial.report("a start took", f"{statistics.median(starts):.2f} s, at most {max(starts):.2f}")
+    trial.report("generations", sum(len(owner.started) for owner in owners))
+    trial.report("in stages when killed", ", ".join(f"{name} {count}" for name, count in coroner.found.most_common()))
+    trial.report("interrupted, and refunded", coroner.interrupted)
+    trial.report("free face swaps made again", coroner.repeated)
+    trial.report("events told to the devices", sum(len(owner.received) + len(owner.phone.events) for owner in owners))
+    trial.report("returns, all recovered", sum(owner.phone.returns + len(_returns(owner.browser)) for owner in owners))
+    trial.report("calls without an answer, made again", caller.unanswered)
+    trial.report("provider calls, at most one each", provider.calls.total())
 
 
 def _face() -> Origin:
@@ -513,7 +513,7 @@ def _face() -> Origin:
     return Origin(lambda _: then(pause, whole(data, media_type="image/png")))
 
 
-async def _owner(name: str, deployment: Deployment, caller: Caller, everybody: Browsers, face: str) -> Owner:
+async def _owner(name: str, deployment: Deployment, caller: RetryingClient, everybody: Browsers, face: str) -> Owner:
     wire = await Wire.open(deployment.port)
     await wire.connect(userId=name)
     browser = everybody.open(deployment.url, first={"userId": name})  # Like the seed's: it authenticates once.
@@ -523,7 +523,7 @@ async def _owner(name: str, deployment: Deployment, caller: Caller, everybody: B
 
 async def _told(owners: Sequence[Owner], stages: Collection[str], seconds: float) -> None:
     """Wait until somebody is told that one of these stages has begun, or for so long."""
-    lists = [(owner.phone.wire.told, len(owner.phone.wire.told)) for owner in owners]
+    lists = [(owner.phone.wire.received, len(owner.phone.wire.received)) for owner in owners]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while not any(parse(each.text)[1]["status"] in stages for told, seen in lists for each in told[seen:]):
@@ -541,16 +541,16 @@ def _check_words(lines: Sequence[str], deployment: Deployment) -> None:
     assert not any(word in line for line in lines for word in words), "\n".join(lines)
 
 
-async def _check_owner(owner: Owner, caller: Caller, calls: Mapping[str, int], deployment: Deployment) -> None:
+async def _check_owner(owner: Owner, caller: RetryingClient, calls: Mapping[str, int], deployment: Deployment) -> None:
     """I1 to I7 for a user, by HTTP and by what the devices were told."""
     name, gone = owner.name, set(owner.deleted)
     feed = await caller.feed(name, owner.phone.beginning)
     # Of what is deleted both knew the end before.
     await owner.phone.until(lambda: len(_but(owner.phone.events, gone)) >= len(feed))
-    await owner.browser.until(lambda: len(_but(owner.told, gone)) >= len(feed))
+    await owner.browser.until(lambda: len(_but(owner.received, gone)) >= len(feed))
     assert all(_returns(owner.browser)), "the official client was not recovered"
     assert _but(owner.phone.events, gone) == feed, "a device was told otherwise"
-    assert owner.told == owner.phone.events
+    assert owner.received == owner.phone.events
     snapshots = {each["generationId"]: each for each in await caller.generations(name)}
     assert set(snapshots) == owner.started - gone, "not what was answered with 202"
     kept = Counter(owner.deleted.values())["completed"]
@@ -584,7 +584,7 @@ def _but(events: Iterable[JSON], gone: Collection[str]) -> list[JSON]:
     return [event for event in events if event["generationId"] not in gone]
 
 
-def _fold(order: Ordered, user: str, history: Sequence[JSON]) -> JSON:
+def _fold(order: RequestedGeneration, user: str, history: Sequence[JSON]) -> JSON:
     wish = Order(prompt=order.key, face_swap="imageUrls" in order.fields)
     events = [Event.model_validate(event) for event in history]
     kind = history[0]["kind"]
@@ -592,7 +592,7 @@ def _fold(order: Ordered, user: str, history: Sequence[JSON]) -> JSON:
     return {**whole.snapshot().model_dump(by_alias=True, exclude_none=True), "expiresAt": None}
 
 
-async def _check_cursors(owner: Owner, caller: Caller) -> None:
+async def _check_cursors(owner: Owner, caller: RetryingClient) -> None:
     """The cursors of all lives are good, but where a deletion took an end away that they had yet to be told of."""
     events, wire = owner.phone.events, owner.phone.wire
     for place in random.Random(owner.name).sample(range(1, len(events) + 1), min(20, len(events))):
@@ -603,7 +603,7 @@ async def _check_cursors(owner: Owner, caller: Caller) -> None:
             assert rest == _but(events[place:], owner.deleted)
 
 
-async def _check_pictures(deployment: Deployment, owners: Sequence[Owner], caller: Caller) -> None:
+async def _check_pictures(deployment: Deployment, owners: Sequence[Owner], caller: RetryingClient) -> None:
     """Every picture that an event names is there, and no other."""
     own, named = f"http://localhost:{deployment.port}/images/", set[str]()
     for owner in owners:

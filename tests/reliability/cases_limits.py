@@ -96,9 +96,9 @@ class _Health:
             self.answers.append((time.monotonic() - began) * 1_000)
             await asyncio.sleep(0.02)
 
-    def tell(self, trial: Trial) -> None:
-        trial.tell("health answers", len(self.answers))
-        trial.tell("slowest of them", max(self.answers), "ms")
+    def report(self, trial: Trial) -> None:
+        trial.report("health answers", len(self.answers))
+        trial.report("slowest of them", max(self.answers), "ms")
         trial.at_most("health unanswered", self.failures, 0)
 
 
@@ -140,7 +140,7 @@ async def early_answers(trial: Trial, connections: int, rounds: int, linger: flo
 
             for _ in range(rounds):
                 await together(one, connections, at_once=connections)
-        health.tell(trial)
+        health.report(trial)
         trial.at_most("answers that were lost", rounds * connections - answered, 0)
         trial.at_most("longest stay after the answer", max(stays), 5, "s", time=True)
         _check(life.logged)
@@ -193,8 +193,8 @@ async def half_sent_uploads(trial: Trial, uploads: int, window: float) -> None:
         watching.cancel()
         await asyncio.wait([watching])
         assert watching.cancelled()
-        health.tell(trial)
-        trial.tell("spooled at most", most, "MB")
+        health.report(trial)
+        trial.report("spooled at most", most, "MB")
         trial.at_most("spooled afterwards", _spooled(pid), 0, "MB")
         trial.at_most("longest until closed", max(answers), window * 1.5, "s", time=True)
         trial.at_most("whole uploads refused", 5 - accepted, 0)
@@ -236,7 +236,7 @@ async def too_many_connections(trial: Trial, flood: int, most: int, each: int, o
                         served += (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
                 held.append(line)
             there = sum(not line.reader.at_eof() and line.reader.exception() is None for line in lines)
-        health.tell(trial)
+        health.report(trial)
         trial.at_most("others not served", others - served, 0)
         trial.at_most("connections of the crowd", there, each)
         _check(life.logged)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from reliability.cases import Trial, case
-from support.deployment import ENDS, Caller, Deployment, Ordered, Phone, task_group
+from support.deployment import ENDS, Deployment, Phone, RequestedGeneration, RetryingClient, task_group
 from support.wire import JSON, Wire, hang_up
 
 # --- 5: SIGTERM -------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ class Stop(NamedTuple):
 class Stopped:
     """A service that is about to be stopped, and who uses it."""
 
-    def __init__(self, deployment: Deployment, caller: Caller, phone: Phone) -> None:
+    def __init__(self, deployment: Deployment, caller: RetryingClient, phone: Phone) -> None:
         self.deployment = deployment
         self.caller = caller
         self.phone = phone
@@ -56,7 +56,9 @@ class Stopped:
         reports += [{"status": "ai_generation", "progress": progress} for progress in range(60, 100)]
         reports += [{"status": "completed"}]  # Else it would be waited for.
         for number in range(2):
-            order = Ordered(f"{number}", "generate", {"metadata": json.dumps({"x": "x" * 1_900})}, external=True)
+            order = RequestedGeneration(
+                f"{number}", "generate", {"metadata": json.dumps({"x": "x" * 1_900})}, external=True
+            )
             path = f"/generations/{await order.start(self.caller, 'hog')}/transitions"
             for report in reports:
                 answer = await self.caller.ask("POST", path, "hog", json=report)
@@ -82,9 +84,9 @@ class Stopped:
 
     async def work(self) -> None:
         """One generation is with the offline editor, and another waits."""
-        self.running = await Ordered("running", "edit", {}, external=False).start(self.caller, "ada")
+        self.running = await RequestedGeneration("running", "edit", {}, external=False).start(self.caller, "ada")
         await self.phone.wire.until(lambda: self.phone.events[-1:] != [] and self.phone.events[-1]["progress"] >= 60)
-        self.waiting = await Ordered("waiting", "edit", {}, external=False).start(self.caller, "ada")
+        self.waiting = await RequestedGeneration("waiting", "edit", {}, external=False).start(self.caller, "ada")
         await self.phone.wire.until(lambda: any(each["generationId"] == self.waiting for each in self.phone.events))
 
     async def everything(self) -> None:
@@ -93,12 +95,12 @@ class Stopped:
 
     async def check(self) -> None:
         """Afterwards: what was left was told to have ended, or is taken up by the next life of the service."""
-        assert not self.phone.wire.sent_away
+        assert not self.phone.wire.disconnected_by_server
         if self.stalled is not None:
             wire, events = self.stalled
             wire.transport.resume_reading()
             await wire.until_gone()
-            assert len(wire.told) < events, "it was not stalled"
+            assert len(wire.received) < events, "it was not stalled"
         if not self.running:
             return
         if self.deployment.durable:
@@ -168,7 +170,7 @@ async def stopped(trial: Trial, rounds: int, at_once: int, apart: bool) -> None:
 async def _stop(deployment: Deployment, stop: Stop) -> float:
     """After how many seconds it was gone."""
     flags = {"drain": stop.drain, "local_seconds": stop.local_seconds, "max_running": 1}
-    async with Caller.open(deployment.url) as caller, deployment.serving(**flags) as life:
+    async with RetryingClient.open(deployment.url) as caller, deployment.serving(**flags) as life:
         wire = await Wire.open(deployment.port)
         await wire.connect(userId="ada")
         here = Stopped(deployment, caller, Phone(wire))

@@ -18,7 +18,7 @@ from typing import Final
 
 from adapters.sqlite.database import examine
 from reliability.cases import Trial, case
-from support.deployment import Caller, Deployment, Life, parts
+from support.deployment import Deployment, Life, RetryingClient, parts
 from support.harness import PHOTO
 from support.wire import JSON, Wire, hang_up
 
@@ -27,18 +27,18 @@ _LOST: Final = "the file of the log was removed, replaced or cut off"
 
 
 @asynccontextmanager
-async def _served(deployment: Deployment) -> AsyncIterator[tuple[Life, Caller]]:
-    async with deployment.serving() as life, Caller.open(deployment.url) as caller:
+async def _served(deployment: Deployment) -> AsyncIterator[tuple[Life, RetryingClient]]:
+    async with deployment.serving() as life, RetryingClient.open(deployment.url) as caller:
         yield life, caller
 
 
-async def _start(caller: Caller, user: str = "ada") -> str:
+async def _start(caller: RetryingClient, user: str = "ada") -> str:
     answer = await caller.once("POST", "/generations/edit", user, files=parts("a red hat", PHOTO))
     assert answer.status_code == 202, answer.text
     return str(answer.json()["generationId"])
 
 
-async def _completed(caller: Caller, generation_id: str, user: str = "ada") -> JSON:
+async def _completed(caller: RetryingClient, generation_id: str, user: str = "ada") -> JSON:
     async with asyncio.timeout(60):
         while (found := await caller.get(f"/generations/{generation_id}", user))["status"] != "completed":
             await asyncio.sleep(0.01)
@@ -49,7 +49,7 @@ async def _told(wire: Wire, count: int) -> None:
     await asyncio.wait_for(wire.until(lambda: len(wire.events) >= count), 60)
 
 
-async def _check_pictures(caller: Caller, *generations: JSON) -> int:
+async def _check_pictures(caller: RetryingClient, *generations: JSON) -> int:
     urls = [found[key] for found in generations for key in ("compositionUrl", "editedImageUrl")]
     for url in urls:
         answer = await caller.once("GET", f"/images/{url.rpartition('/')[2]}", "ada")
@@ -96,8 +96,8 @@ async def one_owner(trial: Trial, rounds: int) -> None:
         refused += 1
         async with _served(deployment) as (_, caller):
             pictures += await _check_pictures(caller, *generations)
-    trial.tell("refused with 3", refused)
-    trial.tell("pictures fetched, none missing", pictures)
+    trial.report("refused with 3", refused)
+    trial.report("pictures fetched, none missing", pictures)
 
 
 @case(
@@ -151,8 +151,8 @@ async def damaged_rows(trial: Trial, rounds: int, users: int) -> None:
                 assert [event["sequence"] for event in events] == list(range(1, len(events) + 1)), "I1"
             assert not any("red hat" in line or "Traceback" in line for line in life.lines), "I9"
             assert sum("counts as deleted" in line for line in life.lines) == len(victims), life.lines
-    trial.tell("damaged generations found", found)
-    trial.tell("others, as before", served)
+    trial.report("damaged generations found", found)
+    trial.report("others, as before", served)
 
 
 def _damage(log: Path, chance: random.Random) -> str:
@@ -194,7 +194,7 @@ async def lost_files(trial: Trial, rounds: int) -> None:
         for number in range(rounds):
             group.create_task(one(number))
     trial.at_most("noticed after, at most", max(noticed), 5, "s", time=True)
-    trial.tell("answers still served", len(noticed))
+    trial.report("answers still served", len(noticed))
 
 
 async def _lose(deployment: Deployment, way: str) -> float:

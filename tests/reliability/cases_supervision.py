@@ -21,8 +21,8 @@ from domain.supervisor import Supervisor
 from reliability.cases import Trial, case
 from reliability.cases_disk_and_clock import SCRATCH_IS_NO_FILE, no_room
 from support.builders import OpenLog, open_memory_log, open_sqlite_log
-from support.deployment import Caller, Deployment, Life, parts
-from support.doubles import Passing
+from support.deployment import Deployment, Life, RetryingClient, parts
+from support.doubles import ForwardingLog
 from support.harness import PHOTO, running
 from support.pictures import RED, solid
 from support.processes import until_handled
@@ -34,7 +34,7 @@ _LOGS: Final[dict[str, OpenLog]] = {"memory": open_memory_log, "sqlite": open_sq
 _ERRORS: Final = (OSError, MemoryError, LogUnavailable, asyncio.CancelledError)
 
 
-class Failing(Passing):
+class Failing(ForwardingLog):
     """A log of which every method that only background tasks call fails now and then."""
 
     def __init__(self, log: EventLog, chance: random.Random) -> None:
@@ -123,8 +123,8 @@ async def _tasks_fail(trial: Trial, name: str, starts: int) -> None:
             began = time.monotonic()
             await service.until(partial(_all_work, service.service.supervisor))
             trial.at_most(f"{name}: all parts work again after", time.monotonic() - began, 7, "s", time=True)
-            trial.tell(f"{name}: failures of background tasks", log.failures)
-            trial.tell(f"{name}: ended in internal", starts - spent)
+            trial.report(f"{name}: failures of background tasks", log.failures)
+            trial.report(f"{name}: ended in internal", starts - spent)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -178,14 +178,14 @@ async def stopped_while_starts_arrive(trial: Trial, rounds: int, pixels: int) ->
             moments = chance.uniform(0, 1 if trial.timed else 0.5), chance.uniform(0, 1)
             group.create_task(one(number, number % 2 == 1, _SIGNALS[number % 3], *moments))
     for answer, count in sorted(answers.items()):
-        trial.tell(f"answered {answer}", count)
+        trial.report(f"answered {answer}", count)
 
 
 async def _stop_starts(
     deployment: Deployment, picture: bytes, signals: Sequence[signal.Signals], after: float
 ) -> list[str]:
     """What four starts were answered that were on their way when the signals came."""
-    async with Caller.open(deployment.url) as caller, deployment.serving() as life:
+    async with RetryingClient.open(deployment.url) as caller, deployment.serving() as life:
         wire = await Wire.open(deployment.port)
         await wire.connect(userId="ada")
         sent = asyncio.Semaphore(0)
@@ -219,7 +219,7 @@ async def _stop_starts(
     left = set(accepted) - heard
     assert not left or deployment.durable, "somebody was told 202, and nothing more"
     if left:
-        async with deployment.serving(), Caller.open(deployment.url) as caller:
+        async with deployment.serving(), RetryingClient.open(deployment.url) as caller:
             for each in left:
                 while (await caller.get(f"/generations/{each}", "ada"))["status"] not in ("completed", "failed"):
                     await asyncio.sleep(0.02)
@@ -283,7 +283,7 @@ async def readiness_tells(trial: Trial, rounds: int, askers: int) -> None:
     async def one(name: str, number: int) -> None:
         fault, part = _FAULTS[name]
         deployment = Deployment(trial.folder / f"{name.replace(' ', '-')}-{number}", prelude=SCRATCH_IS_NO_FILE)
-        async with Caller.open(deployment.url) as caller, deployment.serving() as life:
+        async with RetryingClient.open(deployment.url) as caller, deployment.serving() as life:
             async with _asked_by(caller, askers):
                 await _until(caller, 200)
                 began = time.monotonic()
@@ -308,7 +308,7 @@ async def readiness_tells(trial: Trial, rounds: int, askers: int) -> None:
 
 
 @asynccontextmanager
-async def _asked_by(caller: Caller, askers: int) -> AsyncIterator[None]:
+async def _asked_by(caller: RetryingClient, askers: int) -> AsyncIterator[None]:
     """So many ask for readiness, each once it has been answered."""
 
     async def ask() -> None:
@@ -325,7 +325,7 @@ async def _asked_by(caller: Caller, askers: int) -> AsyncIterator[None]:
         await asyncio.gather(*asking, return_exceptions=True)
 
 
-async def _until(caller: Caller, status: int, failing: str | None = None) -> None:
+async def _until(caller: RetryingClient, status: int, failing: str | None = None) -> None:
     """Wait until readiness answers so, and this part fails."""
     async with asyncio.timeout(30):
         while True:

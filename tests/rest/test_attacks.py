@@ -26,11 +26,11 @@ from support.attacks import (
     FILE,
     FORM,
     GOOD,
-    HANGS,
     LINUX,
     MEGABYTE,
     PROMPT,
     SECRET,
+    TIMEOUT,
     AttackedService,
     Table,
     Wire,
@@ -198,7 +198,7 @@ async def test_a_wrong_length_starts_nothing(attacked: AttackedService) -> None:
         await long.head(f"Content-Length: {len(GOOD) + 20}")
         await long.send(GOOD)
         long.writer.write_eof()
-        async with asyncio.timeout(HANGS):
+        async with asyncio.timeout(TIMEOUT):
             assert await long.reader.read() == b""
     for lengths in (
         ["Content-Length: -1"],
@@ -326,7 +326,7 @@ async def test_a_head_without_end_is_refused(locked: AttackedService) -> None:
         async with locked.connect() as wire:
             answer = b""
             # Who is hung up on while still sending may not come to read why.
-            async with asyncio.timeout(HANGS):
+            async with asyncio.timeout(TIMEOUT):
                 with contextlib.suppress(ConnectionError):
                     await wire.send(b"GET /me HTTP/1.1\r\nHost: localhost\r\n")
                     for _ in range(20):
@@ -370,9 +370,9 @@ async def measured(tmp_path: Path) -> AsyncIterator[Measured]:
     )
     assert process.stdout is not None
     try:
-        line = (await asyncio.wait_for(process.stdout.readline(), HANGS)).decode()
+        line = (await asyncio.wait_for(process.stdout.readline(), TIMEOUT)).decode()
         port = int(re.findall(r"http://localhost:(\d+)", line)[0])
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=HANGS) as http:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT) as http:
             yield Measured(process.pid, http)
     finally:
         if process.returncode is None:
@@ -405,7 +405,7 @@ async def test_memory_stays_bounded_whatever_is_sent(tmp_path: Path) -> None:
         warm = await service.http.post("/generations/edit", content=GOOD, headers=mine)
         assert warm.status_code == 202, warm.text
         # What is measured is the floods, and not the work on a picture.
-        async with asyncio.timeout(HANGS):
+        async with asyncio.timeout(TIMEOUT):
             while (await service.http.get(warm.headers["Location"], headers=mine)).json()["status"] != "completed":
                 await asyncio.sleep(0.05)
         grown = {}

@@ -40,7 +40,7 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runn
 async def service(shared: Running) -> AsyncIterator[Running]:
     """The service of all these tests. Each leaves it idle."""
     yield shared
-    await shared.until_nobody_is_here()
+    await shared.until_all_disconnected()
     await shared.service.queue.settled()
 
 
@@ -394,7 +394,7 @@ async def test_an_issuer_that_does_not_answer_makes_nobody_a_stranger(
     published: Running, issuer: Issuer, clock: SteppableClock
 ) -> None:
     good = by(ec_key("ours"), "ec")
-    issuer.fails()
+    issuer.respond_with_error()
     assert_problem(await ask(published, good), 503, "unavailable")
     async with wire(published) as bare, wire(published, hello=False) as refused:
         nack = await bare.authenticate(token=good)
@@ -413,7 +413,7 @@ async def test_who_is_in_stays_in_while_the_issuer_does_not_answer(
     published: Running, issuer: Issuer, clock: SteppableClock
 ) -> None:
     async with wire(published, {"token": by(ec_key("ours"), "ec")}) as bare:
-        issuer.fails()
+        issuer.respond_with_error()
         clock.step(2 * 3600)  # The keys that were fetched are good no more.
         nack = await bare.authenticate(token=by(ec_key("ours"), "ec", "bob"))
         assert nack["code"] == "unavailable"

@@ -20,7 +20,7 @@ from api.settings import Settings, SettingsError
 from api.web.page import FOLDER
 from api.wiring import wire
 from support.browser import needs_chromium, tabs
-from support.harness import HUNG, JSON, PHOTO, Running, running
+from support.harness import JSON, PHOTO, TIMEOUT, Running, running
 from support.http_app import assert_problem
 from support.node import ROOT, browsers, needs_client, needs_node
 from support.proxy import Proxy, forward
@@ -134,7 +134,7 @@ async def test_the_client_module_works_below_the_path(place: tuple[Running, str]
     node = await asyncio.create_subprocess_exec(
         "node", "--input-type=module", "--eval", script, cwd=ROOT, stdout=asyncio.subprocess.PIPE
     )
-    printed, _ = await asyncio.wait_for(node.communicate(), HUNG)
+    printed, _ = await asyncio.wait_for(node.communicate(), TIMEOUT)
     assert generation_id in printed.decode().strip().split(",")
 
 

@@ -19,7 +19,7 @@ from api.rest.proxies import ForwardedHeaders
 from api.settings import load_settings
 from api.wiring import connection_table
 from support.deployment import Deployment
-from support.harness import HUNG, running
+from support.harness import TIMEOUT, running
 from support.raw_http import Client, serving
 
 REQUEST = b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -52,7 +52,7 @@ async def client(
 async def answered(each: Client) -> bool:
     """Whether this is answered, and not hung up on."""
     try:
-        async with asyncio.timeout(HUNG):
+        async with asyncio.timeout(TIMEOUT):
             return b"here" in await each.reader.readuntil(b"here")
     except (asyncio.IncompleteReadError, ConnectionError):
         return False
@@ -143,7 +143,7 @@ async def test_an_address_has_as_many_connections_as_it_may_and_others_are_serve
         async with client(port) as first:
             assert await answered(await stack.enter_async_context(client(port, b"wait")))
             async with client(port) as third:
-                assert await asyncio.wait_for(third.reader.read(), HUNG) == b""
+                assert await asyncio.wait_for(third.reader.read(), TIMEOUT) == b""
             assert not await closed(first)
         while len(table._addresses) > 1:
             await asyncio.sleep(0.01)
@@ -173,7 +173,7 @@ async def test_a_closed_websocket_gives_its_place_back(tmp_path: Path) -> None:
         for _ in range(3):
             connection = await service.raw()
             async with client(port, b"health/live") as beside:
-                assert await asyncio.wait_for(beside.reader.read(), HUNG) == b""
+                assert await asyncio.wait_for(beside.reader.read(), TIMEOUT) == b""
             await connection.close()
             await service.until(lambda: not table._addresses)
 
@@ -205,7 +205,7 @@ async def test_a_user_has_as_many_sockets_as_allowed(tmp_path: Path) -> None:
                 one_too_many = await service.raw()
                 for frame in frames:
                     await one_too_many.send(frame)
-                await asyncio.wait_for(one_too_many.wait_closed(), HUNG)
+                await asyncio.wait_for(one_too_many.wait_closed(), TIMEOUT)
             await other.authenticate("bob")
         await service.until(lambda: service.service.hub.device_count("ada") == 1)
         async with service.phone("ada") as again:
@@ -219,7 +219,7 @@ async def test_a_socket_that_is_taken_up_again_replaces_the_older_one(tmp_path: 
         pid = str(await first.recv()).split('"pid":"')[1].split('"')[0]
         again = await service.raw()
         await again.send(f'40{{"pid":"{pid}","userId":"ada"}}')
-        await asyncio.wait_for(first.wait_closed(), HUNG)
+        await asyncio.wait_for(first.wait_closed(), TIMEOUT)
         assert pid in str(await again.recv())
         await again.close()
 

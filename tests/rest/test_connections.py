@@ -14,7 +14,7 @@ import pytest_asyncio
 from api.app import create_server
 from api.settings import Settings
 from api.wiring import wire
-from support.harness import HUNG, Running, running
+from support.harness import TIMEOUT, Running, running
 from support.raw_http import LAST, exchange, serving, statuses, stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -88,7 +88,7 @@ async def test_a_client_that_asks_for_an_upgrade_may_wait_to_be_told_to_go_on(se
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     expects = b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(FORM)
     writer.write(START + MULTIPART + H2C + expects)
-    async with asyncio.timeout(HUNG):
+    async with asyncio.timeout(TIMEOUT):
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(FORM + LAST)
         assert statuses(await reader.read()) == [202, 200]
@@ -136,7 +136,7 @@ async def test_a_websocket_handshake_may_offer_further_protocols_to_upgrade_to(s
     head = f"Host: localhost\r\nUpgrade: {upgrade}\r\nConnection: keep-alive, Upgrade\r\n".encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     writer.write(b"GET /socket.io/?EIO=4&transport=websocket HTTP/1.1\r\n" + head + KEY + b"Content-Length: 0\r\n\r\n")
-    async with asyncio.timeout(HUNG):
+    async with asyncio.timeout(TIMEOUT):
         assert (await reader.readline()).startswith(b"HTTP/1.1 101 ")
         assert b'0{"sid":' in await reader.readuntil(b"maxPayload")
     writer.transport.abort()
@@ -180,7 +180,7 @@ async def test_a_stream_by_http_1_0_is_not_chunked_and_ends_with_the_connection(
     async with serving(stream) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
-        answer = await asyncio.wait_for(reader.read(), HUNG)
+        answer = await asyncio.wait_for(reader.read(), TIMEOUT)
         assert answer.endswith(b"\r\nconnection: close\r\n\r\none two")
         assert b"chunked" not in answer
         writer.close()
@@ -193,7 +193,7 @@ async def test_an_idle_connection_is_kept_as_long_as_the_setting_says() -> None:
             writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
             await asyncio.sleep(pause)
-        assert await asyncio.wait_for(reader.read(), HUNG) == b""
+        assert await asyncio.wait_for(reader.read(), TIMEOUT) == b""
         writer.close()
 
 

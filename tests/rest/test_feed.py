@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapters.system import now
-from support.builders import Scribe, SteppableClock
+from support.builders import EventRecorder, SteppableClock
 from support.harness import JSON, Running, running
 
 
@@ -17,8 +17,8 @@ async def service(tmp_path: Path, log_setting: str) -> AsyncIterator[Running]:
 
 
 @pytest.fixture
-def scribe(service: Running) -> Scribe:
-    return Scribe(service.service.log, SteppableClock(now()))
+def recorder(service: Running) -> EventRecorder:
+    return EventRecorder(service.service.log, SteppableClock(now()))
 
 
 async def poll(service: Running, cursor: str, limit: int = 200, user: str = "ada") -> JSON:
@@ -39,10 +39,10 @@ async def read_on(service: Running, cursor: str, limit: int) -> tuple[list[tuple
 
 
 async def test_without_a_cursor_it_tells_how_things_stand_and_goes_on_with_what_runs(
-    service: Running, scribe: Scribe
+    service: Running, recorder: EventRecorder
 ) -> None:
-    done = await scribe.whole()
-    running_one = await scribe.move(await scribe.start(), "composition")
+    done = await recorder.run_to_end()
+    running_one = await recorder.move(await recorder.start(), "composition")
     present = await service.get("/events")
     assert present.keys() == {"recovered", "cursor", "generations"}
     assert present["recovered"] is False
@@ -51,21 +51,23 @@ async def test_without_a_cursor_it_tells_how_things_stand_and_goes_on_with_what_
     assert [each["generationId"] for each in listed] == [running_one.generation_id, done.generation_id]
     events, cursor = await read_on(service, present["cursor"], 200)
     assert [data for _, data in events] == await service.events(running_one.generation_id)
-    await scribe.finish(running_one)
+    await recorder.finish(running_one)
     page = await poll(service, cursor)
     assert [item["data"] for item in page["events"]] == (await service.events(running_one.generation_id))[2:]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 1000])
-async def test_pages_of_any_size_hold_everything_once_in_order(service: Running, scribe: Scribe, limit: int) -> None:
+async def test_pages_of_any_size_hold_everything_once_in_order(
+    service: Running, recorder: EventRecorder, limit: int
+) -> None:
     """Among them stretches that are not wanted: of what had ended when the reader came."""
     empty = (await service.get("/events"))["cursor"]
-    first = await scribe.start()
-    await scribe.whole()
-    await scribe.whole()
+    first = await recorder.start()
+    await recorder.run_to_end()
+    await recorder.run_to_end()
     from_the_middle = (await service.get("/events"))["cursor"]
-    await scribe.finish(first)
-    await scribe.whole()
+    await recorder.finish(first)
+    await recorder.run_to_end()
     everything, end = await read_on(service, empty, limit)
     histories = [each["generationId"] for each in (await service.get("/generations"))["generations"]]
     for generation_id in histories:
@@ -80,14 +82,14 @@ async def test_pages_of_any_size_hold_everything_once_in_order(service: Running,
     assert everything[-1][0] == "generation_completed"
 
 
-async def test_a_cursor_goes_from_a_socket_to_http_and_back(service: Running, scribe: Scribe) -> None:
+async def test_a_cursor_goes_from_a_socket_to_http_and_back(service: Running, recorder: EventRecorder) -> None:
     async with service.phone("ada") as phone:
-        generation = await scribe.start()
+        generation = await recorder.start()
         await phone.until(lambda: len(phone.events) == 1)
-        generation = await scribe.move(generation, "composition")
+        generation = await recorder.move(generation, "composition")
         page = await poll(service, phone.cursors[0])
         assert [item["data"]["sequence"] for item in page["events"]] == [2]
-    await scribe.finish(generation)
+    await recorder.finish(generation)
     async with service.phone() as later:
         ack = await later.authenticate("ada", cursor=page["cursor"])
         assert ack["recovered"] is True
@@ -95,12 +97,14 @@ async def test_a_cursor_goes_from_a_socket_to_http_and_back(service: Running, sc
         assert later.sequences(generation.generation_id) == [3, 4, 5, 6]
 
 
-async def test_a_cursor_that_is_not_usable_says_so_and_brings_a_good_one(service: Running, scribe: Scribe) -> None:
-    await scribe.start("bob")
+async def test_a_cursor_that_is_not_usable_says_so_and_brings_a_good_one(
+    service: Running, recorder: EventRecorder
+) -> None:
+    await recorder.start("bob")
     bobs = (await service.get("/events", "bob"))["cursor"]
-    generation = await scribe.start()
+    generation = await recorder.start()
     cursor = (await service.get("/events"))["cursor"]
-    await scribe.finish(generation)
+    await recorder.finish(generation)
     await service.service.log.remove(generation.generation_id, retention=False)
     for unusable in (bobs, "made-up", "", cursor):
         page = await poll(service, unusable)
@@ -109,13 +113,15 @@ async def test_a_cursor_that_is_not_usable_says_so_and_brings_a_good_one(service
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-async def test_who_never_heard_of_what_was_deleted_reads_past_it(service: Running, scribe: Scribe, limit: int) -> None:
+async def test_who_never_heard_of_what_was_deleted_reads_past_it(
+    service: Running, recorder: EventRecorder, limit: int
+) -> None:
     """Wherever a page ends; over Socket.IO as well. Who was told that it began has to look anew."""
     empty = (await service.get("/events"))["cursor"]
-    gone, kept = await scribe.start(), await scribe.start()
+    gone, kept = await recorder.start(), await recorder.start()
     knowing = (await poll(service, empty, 1))["cursor"]
-    await scribe.finish(kept)
-    await scribe.move(gone, "failed")
+    await recorder.finish(kept)
+    await recorder.move(gone, "failed")
     await service.service.log.remove(gone.generation_id, retention=False)
     cursor = (await poll(service, empty, 1))["cursor"]
     events, _ = await read_on(service, empty, limit)

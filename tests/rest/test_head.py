@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from api.rest.head import HeadAsGet
-from support.harness import HUNG, Running, running
+from support.harness import TIMEOUT, Running, running
 from support.raw_http import LAST, exchange, serving, statuses
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -101,9 +101,9 @@ async def test_head_of_a_stream_is_its_headers_and_the_end() -> None:
     async with serving(HeadAsGet(endless)) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        answer = await asyncio.wait_for(reader.read(), HUNG)
+        answer = await asyncio.wait_for(reader.read(), TIMEOUT)
         assert answer.startswith(b"HTTP/1.1 200 OK")
         assert answer.endswith(b"\r\n\r\n")
         assert b"retry" not in answer
-        await asyncio.wait_for(ended.wait(), HUNG)
+        await asyncio.wait_for(ended.wait(), TIMEOUT)
         writer.close()

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from starlette.routing import Mount
 
-from support.doubles import Hold, ScriptedEditor
+from support.doubles import Pause, ScriptedEditor
 from support.guarded import MISSING, SERVICE, Wire, ask, guarded, token, wire
 from support.harness import JSON, PHOTO, Running, running
 from support.http_app import assert_problem
@@ -122,9 +122,9 @@ def folders(path: Path) -> int:
 class World:
     """A service with a running, a finished and a deleted generation of each user."""
 
-    def __init__(self, service: Running, hold: Hold, *, tokens: str) -> None:
+    def __init__(self, service: Running, pause: Pause, *, tokens: str) -> None:
         self.service = service
-        self.hold = hold
+        self.pause = pause
         self._tokens = tokens
         self.running = dict[str, str]()
         self.finished = dict[str, str]()
@@ -146,14 +146,14 @@ class World:
         return answer
 
     async def fill(self) -> None:
-        self.hold.let_go.set()
+        self.pause.released.set()
         for user in USERS:
             self.deleted[user], self.finished[user] = [await self._start(user) for _ in range(2)]
         await worked_off(self.service)
         for user in USERS:
             assert (await self.call(user, f"/generations/{self.deleted[user]}", "DELETE")).status_code == 204
             await self.give_back(user)
-        self.hold.let_go.clear()
+        self.pause.released.clear()
         for user in USERS:
             self.running[user] = await self._start(user)
             while (await self.call(user, f"/generations/{self.running[user]}")).json()["sequence"] < 4:
@@ -191,16 +191,16 @@ TOKENS: Final = ("open", "own", "service")
 
 @asynccontextmanager
 async def filled_world(images: Path, tokens: str) -> AsyncIterator[World]:
-    hold = Hold()
-    overrides = {"editor": ScriptedEditor(hold)}
+    pause = Pause()
+    overrides = {"editor": ScriptedEditor(pause)}
     opened = running(images, overrides=overrides) if tokens == "open" else guarded(images, overrides=overrides)
     async with opened as service:
-        world = World(service, hold, tokens=tokens)
+        world = World(service, pause, tokens=tokens)
         if tokens == "open":
             service.http.headers["Authorization"] = "none"  # `ask` takes it away.
         await world.fill()
         yield world
-        hold.let_go.set()
+        pause.released.set()
         await worked_off(service)
 
 
@@ -552,8 +552,8 @@ async def test_twenty_starts_at_once_with_one_key_are_one_generation_one_credit_
 
 
 async def test_of_starts_at_once_with_credit_for_one_exactly_one_is_accepted(tmp_path: Path) -> None:
-    hold = Hold()
-    async with running(tmp_path, credits=1, overrides={"editor": ScriptedEditor(hold)}) as service:
+    pause = Pause()
+    async with running(tmp_path, credits=1, overrides={"editor": ScriptedEditor(pause)}) as service:
         answers = await asyncio.gather(*(service.post("ada", "edit") for _ in range(2)))
         accepted, refused = sorted(answers, key=lambda answer: answer.status_code)
         assert accepted.status_code == 202
@@ -562,5 +562,5 @@ async def test_of_starts_at_once_with_credit_for_one_exactly_one_is_accepted(tmp
         assert len((await service.get("/generations"))["generations"]) == 1
         assert (await service.post("bob", "edit")).status_code == 202, "another user's credit is another's"
         assert folders(tmp_path) == 2, "pictures of the refused are left"
-        hold.let_go.set()
+        pause.released.set()
         await worked_off(service)

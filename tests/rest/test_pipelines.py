@@ -29,7 +29,7 @@ class Program(NamedTuple):
     #: The line at which its work is done, and one at which it fails.
     last: str
     breaks: str
-    told: tuple[tuple[str, int], ...]
+    received: tuple[tuple[str, int], ...]
     made: JSON
 
 
@@ -127,7 +127,7 @@ async def test_a_service_with_a_token_tells_every_stage_to_the_users_phone(tmp_p
         [generation] = (await service.get("/generations"))["generations"]
         assert done == (0, f"{generation['generationId']} {program.made['message']}\n", "")
         await phone.until_over(generation["generationId"])
-        assert [(event["status"], event["progress"]) for _, event in phone.events] == [*program.told]
+        assert [(event["status"], event["progress"]) for _, event in phone.events] == [*program.received]
         assert phone.events[-1][1].items() >= program.made.items()
 
 
@@ -145,7 +145,7 @@ async def test_a_line_that_breaks_again_and_again_changes_nothing(
         assert proxy.struck == 5
     [generation] = (await service.get("/generations", user))["generations"]
     events = await service.events(generation["generationId"], user)
-    assert [(event["status"], event["progress"]) for event in events] == [*program.told]
+    assert [(event["status"], event["progress"]) for event in events] == [*program.received]
     assert (await service.get("/me", user))["credit"] == 99
 
 

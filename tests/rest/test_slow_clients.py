@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from adapters.serving import uvicorn_server
 from api.rest import bodies
-from support.harness import HUNG, Running, running
+from support.harness import TIMEOUT, Running, running
 from support.pictures import RED, solid
 from support.raw_http import Client, serving, statuses, stream
 
@@ -89,7 +89,7 @@ async def test_a_connection_is_closed_soon_after_an_answer_that_did_not_wait_for
 
 
 async def test_a_client_that_sends_its_whole_body_first_can_read_the_answer(service: Running) -> None:
-    async with connected(service.port, EDIT + LONG) as client, asyncio.timeout(HUNG):
+    async with connected(service.port, EDIT + LONG) as client, asyncio.timeout(TIMEOUT):
         for _ in range(78):  # Short of the end, so that it is the service that closes.
             client.writer.write(b"x" * 64_000)
             await client.writer.drain()
@@ -107,9 +107,9 @@ async def test_after_the_end_of_a_connection_was_announced_no_request_is_answere
         + form
     )
     async with connected(service.port, b"POST /nothing" + HOST + b"Content-Length: 1\r\n\r\n") as client:
-        await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), HUNG)
+        await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), TIMEOUT)
         client.writer.write(b"x" + EDIT.replace(b"edit", b"edit?runner=external") + start)
-        rest = await asyncio.wait_for(client.reader.read(), HUNG)
+        rest = await asyncio.wait_for(client.reader.read(), TIMEOUT)
     assert statuses(rest) == []
     assert len((await service.get("/generations?limit=100"))["generations"]) == before
 
@@ -118,9 +118,9 @@ async def test_a_whole_request_keeps_its_connection_whatever_it_is_answered(serv
     async with connected(
         service.port, EDIT + b"Content-Length: 3\r\n\r\nabc", b"GET /stages" + HOST + b"\r\n"
     ) as client:
-        head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), HUNG)
+        head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), TIMEOUT)
         assert b"connection: close" not in head
-        await asyncio.wait_for(client.reader.readuntil(b"HTTP/1.1 200 OK\r\n"), HUNG)
+        await asyncio.wait_for(client.reader.readuntil(b"HTTP/1.1 200 OK\r\n"), TIMEOUT)
 
 
 # --- what is no body ----------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ async def test_a_request_may_have_so_many_bytes_of_headers_and_trailers(
 async def test_a_whole_head_that_is_too_large_is_refused_and_a_large_body_behind_a_head_is_not(
     service: Running,
 ) -> None:
-    async with connected(service.port, b"GET /stages" + HOST) as client, asyncio.timeout(HUNG):
+    async with connected(service.port, b"GET /stages" + HOST) as client, asyncio.timeout(TIMEOUT):
         client.writer.write(b"X: " + b"y" * 65_000 + b"\r\nZ: " + b"y" * 66_100 + b"\r\n\r\n")
         assert statuses(await client.reader.read()) == [431]
     body = b"x" * 3_000_000
-    async with connected(service.port) as client, asyncio.timeout(HUNG):
+    async with connected(service.port) as client, asyncio.timeout(TIMEOUT):
         for _ in range(3):
             client.writer.write(EDIT + FORM + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             await client.writer.drain()
@@ -161,7 +161,7 @@ async def test_a_whole_head_that_is_too_large_is_refused_and_a_large_body_behind
 
 async def test_trailers_are_not_taken_for_headers(service: Running) -> None:
     trailers = b"4\r\nnull\r\n0\r\nX-User-Id: mallory\r\n\r\n"
-    async with connected(service.port, b"GET /me" + HOST + CHUNKED + trailers) as client, asyncio.timeout(HUNG):
+    async with connected(service.port, b"GET /me" + HOST + CHUNKED + trailers) as client, asyncio.timeout(TIMEOUT):
         answer = await client.reader.readuntil(b"}")
     assert statuses(answer) == [200]
     assert problem(answer)["userId"] == "demo"
@@ -170,12 +170,12 @@ async def test_trailers_are_not_taken_for_headers(service: Running) -> None:
 async def test_all_files_of_a_request_take_one_descriptor(service: Running) -> None:
     part = b'\r\n--x\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n' + b"x" * 300_000
     before = spooled()
-    async with connected(service.port, EDIT + FORM + LONG, FILE, part * 9) as client, asyncio.timeout(HUNG):
+    async with connected(service.port, EDIT + FORM + LONG, FILE, part * 9) as client, asyncio.timeout(TIMEOUT):
         while spooled() == before:
             await asyncio.sleep(0.01)
         await client.writer.drain()
         assert spooled() == before + 1
-    async with asyncio.timeout(HUNG):
+    async with asyncio.timeout(TIMEOUT):
         while spooled() > before:
             await asyncio.sleep(0.01)
 
@@ -202,7 +202,9 @@ async def test_a_body_that_comes_too_slowly_is_answered_with_408_and_nothing_of_
     monkeypatch.setattr(uvicorn_server, "LINGER", 0.2)
     before = spooled()
     async with connected(service.port, request_bytes) as client:
-        answer = await client.until_closed(trickle) if trickle else await asyncio.wait_for(client.reader.read(), HUNG)
+        answer = (
+            await client.until_closed(trickle) if trickle else await asyncio.wait_for(client.reader.read(), TIMEOUT)
+        )
     assert statuses(answer)[-1] == 408
     assert (problem(answer)["code"], problem(answer)["status"]) == ("request_timeout", 408)
     assert b"connection: close" in answer.lower()
@@ -217,7 +219,7 @@ async def test_a_slow_polling_request_is_answered_with_408_and_ends_its_session(
     monkeypatch.setattr(bodies, "BODY_WINDOW", 0.3)
     path = f"POST /socket.io/?EIO=4&transport=polling&sid={sid}".encode()
     async with connected(service.port, path + HOST + b"Content-Length: 9\r\n\r\n4") as client:
-        answer = await asyncio.wait_for(client.reader.read(), HUNG)
+        answer = await asyncio.wait_for(client.reader.read(), TIMEOUT)
     assert problem(answer)["code"] == "request_timeout"
     await service.until(lambda: sid not in service.service.sockets.eio.sockets)
 
@@ -240,7 +242,7 @@ async def test_an_upload_at_an_acceptable_pace_may_take_long(service: Running, m
         for at in range(0, len(form), 300):
             client.writer.write(form[at : at + 300])
             await asyncio.sleep(0.05)
-        head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), HUNG)
+        head = await asyncio.wait_for(client.reader.readuntil(b"\r\n\r\n"), TIMEOUT)
     assert statuses(head) == [202]
 
 
@@ -280,7 +282,7 @@ async def test_a_response_that_is_not_read_is_given_up(monkeypatch: pytest.Monke
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
         received = 0
         with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(HUNG):
+            async with asyncio.timeout(TIMEOUT):
                 while data := await client.reader.read(1 << 20):
                     received += len(data)
         assert received < 10_000_000
@@ -290,7 +292,7 @@ async def test_a_response_that_is_read_slowly_arrives_whole(monkeypatch: pytest.
     monkeypatch.setattr(uvicorn_server, "SEND_TIMEOUT", 1)
     async with serving(large) as port, connected(port, b"GET /" + HOST + b"Connection: close\r\n\r\n") as client:
         received = 0
-        while data := await asyncio.wait_for(client.reader.read(200_000), HUNG):
+        while data := await asyncio.wait_for(client.reader.read(200_000), TIMEOUT):
             received += len(data)
             await asyncio.sleep(0.02)
         assert received > 10_000_000

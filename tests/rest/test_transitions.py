@@ -14,7 +14,7 @@ from adapters.memory.log import MemoryLog
 from adapters.system import now
 from domain import recorder
 from support.builders import SteppableClock
-from support.doubles import Flaky, Hold, ScriptedEditor
+from support.doubles import FlakyLog, Pause, ScriptedEditor
 from support.guarded import guarded, token
 from support.harness import JSON, Phone, Running, running
 from support.http_app import assert_problem
@@ -109,15 +109,15 @@ async def credit(service: Running, user: str) -> int:
 
 @pytest.mark.parametrize("flow", FLOWS)
 async def test_what_is_told_is_what_the_phone_sees_and_what_the_log_keeps(service: Running, flow: str) -> None:
-    kind, fields, rows = FLOWS[flow]
+    kind, form, rows = FLOWS[flow]
     user = f"user {next(user_numbers)}"
     async with service.phone(user) as phone:
-        pipeline = await begin(service, kind, user=user, metadata='{"order": 7}', **fields)
-        answers = [await pipeline.tell(status, **facts) for status, facts, _, _ in rows]
+        pipeline = await begin(service, kind, user=user, metadata='{"order": 7}', **form)
+        answers = [await pipeline.report(status, **fields) for status, fields, _, _ in rows]
         await phone.until_over(pipeline.generation_id)
     started, *events = phone.of(pipeline.generation_id)
     assert started["status"] == "started"
-    assert started.get("inputImage") == (FACE if fields else None)
+    assert started.get("inputImage") == (FACE if form else None)
     assert [answer.json() for answer in answers] == events
     assert [name for name, _ in phone.events] == [
         "generation_started",
@@ -125,8 +125,8 @@ async def test_what_is_told_is_what_the_phone_sees_and_what_the_log_keeps(servic
         "generation_completed",
     ]
     known: JSON = {}
-    for number, (event, (status, facts, progress, message)) in enumerate(zip(events, rows, strict=True)):
-        known |= facts
+    for number, (event, (status, fields, progress, message)) in enumerate(zip(events, rows, strict=True)):
+        known |= fields
         end = {"credit": 99} if status == "completed" else {}
         assert event == {
             "generationId": pipeline.generation_id,
@@ -157,7 +157,7 @@ async def test_images_are_optional_and_the_service_does_none_of_the_work(service
         assert [phone.sequences(pipeline.generation_id) for pipeline in pipelines] == [[1], [1], [1]]
         await service.until(lambda: (service.service.queue.waiting, service.service.queue.held) == (0, 0))
         for pipeline in pipelines:
-            await pipeline.told("composition")
+            await pipeline.report_accepted("composition")
 
 
 async def test_what_is_no_runner_or_no_form_is_refused(service: Running) -> None:
@@ -184,52 +184,52 @@ async def test_whatever_may_not_come_next_is_refused_with_what_may(service: Runn
     pipeline = await begin(service)
     for status in ("started", *[row[0] for row in (*EDIT, DONE)]):
         if status != "started":
-            await pipeline.told(status)
+            await pipeline.report_accepted(status)
         for illegal in [*sorted(STATUSES - {*ALLOWED[status]} - {status}), "begin", "flying"]:
-            problem = await pipeline.refused(illegal, "illegal_transition")
+            problem = await pipeline.assert_rejected(illegal, "illegal_transition")
             assert problem["allowed"] == ALLOWED[status]
     # What is told with it does not matter then.
-    assert (await pipeline.refused("failed", "illegal_transition", generatedImageUrl=MADE))["allowed"] == []
+    assert (await pipeline.assert_rejected("failed", "illegal_transition", generatedImageUrl=MADE))["allowed"] == []
 
 
 async def test_without_a_face_swap_there_is_none_and_with_one_there_is_no_way_around(service: Running) -> None:
-    plain = await (await begin(service)).upto("openai_editing_completed")
-    assert (await plain.refused("face_swap", "illegal_transition"))["allowed"] == ["completed", "failed"]
-    swap = await (await begin(service, imageUrls=FACE)).upto("openai_editing_completed")
-    assert (await swap.refused("completed", "illegal_transition"))["allowed"] == ["face_swap", "failed"]
+    plain = await (await begin(service)).report_up_to("openai_editing_completed")
+    assert (await plain.assert_rejected("face_swap", "illegal_transition"))["allowed"] == ["completed", "failed"]
+    swap = await (await begin(service, imageUrls=FACE)).report_up_to("openai_editing_completed")
+    assert (await swap.assert_rejected("completed", "illegal_transition"))["allowed"] == ["face_swap", "failed"]
 
 
 async def test_the_status_alone_will_do_all_the_way(service: Running) -> None:
     swapped = await begin(service, imageUrls=FACE)
     for status, *_ in (*EDIT, SWAP):
-        await swapped.told(status)
-    assert (await swapped.told("face_swap_completed"))["progress"] == 95
-    assert "faceSwapError" not in await swapped.told("completed")
-    kept = await (await begin(service, imageUrls=FACE)).upto("face_swap")
-    end = await kept.told("completed")
+        await swapped.report_accepted(status)
+    assert (await swapped.report_accepted("face_swap_completed"))["progress"] == 95
+    assert "faceSwapError" not in await swapped.report_accepted("completed")
+    kept = await (await begin(service, imageUrls=FACE)).report_up_to("face_swap")
+    end = await kept.report_accepted("completed")
     assert end["message"] == "Image editing completed, but the face swap failed."
     assert end["faceSwapError"]["code"] == "internal"
-    failed = await (await begin(service)).told("failed")
+    failed = await (await begin(service)).report_accepted("failed")
     assert (failed["code"], failed["retryable"], failed["error"]) == ("internal", False, "Something went wrong.")
 
 
 async def test_a_stage_in_which_a_provider_works_may_be_told_again_with_higher_progress(service: Running) -> None:
     pipeline = await begin(service, imageUrls=FACE)
     for stage, low, high in (("openai_editing", 60, 80), ("face_swap", 85, 95)):
-        await pipeline.upto(stage, EDIT) if stage == "openai_editing" else await pipeline.told(stage)
-        first = await pipeline.told(stage, progress=low + 4, message="Half-way…", previewUrl=PREVIEW)
+        await pipeline.report_up_to(stage, EDIT) if stage == "openai_editing" else await pipeline.report_accepted(stage)
+        first = await pipeline.report_accepted(stage, progress=low + 4, message="Half-way…", previewUrl=PREVIEW)
         assert (first["progress"], first["message"], first["previewUrl"]) == (low + 4, "Half-way…", PREVIEW)
         for progress in (low, low + 4, high, 100):
-            await pipeline.field_refused(stage, "progress", progress=progress, message="Other words")
-        await pipeline.field_refused(stage, "progress", message="Without any")
-        second = await pipeline.told(stage, progress=high - 1)
+            await pipeline.assert_field_rejected(stage, "progress", progress=progress, message="Other words")
+        await pipeline.assert_field_rejected(stage, "progress", message="Without any")
+        second = await pipeline.report_accepted(stage, progress=high - 1)
         assert (second["progress"], second["sequence"]) == (high - 1, first["sequence"] + 1)
         assert second["previewUrl"] == PREVIEW
         assert second["message"] == ("OpenAI image editing started..." if high == 80 else "Applying face swap...")
         if high == 80:
-            await pipeline.told("openai_editing_completed", editedImageUrl=EDITED)
-    await pipeline.told("face_swap_completed", faceSwapUrl=SWAPPED)
-    end = await pipeline.told("completed")
+            await pipeline.report_accepted("openai_editing_completed", editedImageUrl=EDITED)
+    await pipeline.report_accepted("face_swap_completed", faceSwapUrl=SWAPPED)
+    end = await pipeline.report_accepted("completed")
     assert "previewUrl" not in end
 
 
@@ -243,13 +243,15 @@ async def test_progress_stays_within_the_stage(service: Running) -> None:
         ("completed", 100, 100),
     ):
         for progress in {-1, 0, low - 1, high + 1, 101} - {low}:
-            await pipeline.field_refused(status, "progress", progress=progress)
-        assert (await pipeline.told(status, progress=high))["progress"] == high
+            await pipeline.assert_field_rejected(status, "progress", progress=progress)
+        assert (await pipeline.report_accepted(status, progress=high))["progress"] == high
 
 
 async def test_the_first_event_of_a_stage_may_have_words_of_its_own(service: Running) -> None:
     pipeline = await begin(service)
-    assert (await pipeline.told("composition", message="Cutting out the hat…"))["message"] == "Cutting out the hat…"
+    assert (await pipeline.report_accepted("composition", message="Cutting out the hat…"))[
+        "message"
+    ] == "Cutting out the hat…"
 
 
 # --- the same again ----------------------------------------------------------------------------------------
@@ -259,11 +261,11 @@ async def test_the_same_again_answers_the_same_event_byte_for_byte(service: Runn
     pipeline = await begin(service, imageUrls=FACE)
     _, _, rows = FLOWS["edit with face swap"]
     repeats = {"openai_editing": {"progress": 70, "message": "Half-way…"}}
-    for status, facts, _, _ in rows:
-        for told in [facts, *([repeats[status]] if status in repeats else [])]:
-            first = await pipeline.tell(status, **told)
+    for status, fields, _, _ in rows:
+        for told in [fields, *([repeats[status]] if status in repeats else [])]:
+            first = await pipeline.report(status, **told)
             count = len(await pipeline.events())
-            same = await pipeline.tell(status, **told)
+            same = await pipeline.report(status, **told)
             other = await pipeline.post(json.dumps({"sequence": None, **told, "status": status}, indent=2))
             assert (first.status_code, same.status_code, other.status_code) == (200, 200, 200)
             assert first.content == same.content == other.content
@@ -273,31 +275,31 @@ async def test_the_same_again_answers_the_same_event_byte_for_byte(service: Runn
 
 async def test_what_is_not_the_same_or_not_the_last_is_no_repeat(service: Running) -> None:
     pipeline = await begin(service)
-    await pipeline.told("composition")
-    await pipeline.refused("composition", "illegal_transition", message="Composing images...")
-    await pipeline.refused("composition", "illegal_transition", progress=20)
-    await pipeline.told("composition_completed", compositionUrl=SHEET)
-    await pipeline.refused("composition", "illegal_transition")
-    await pipeline.refused("composition_completed", "illegal_transition")
-    await pipeline.refused("composition_completed", "illegal_transition", compositionUrl=SHEET + "?")
-    await pipeline.told("failed", error="It broke.")
-    await pipeline.refused("failed", "illegal_transition")
-    assert (await pipeline.told("failed", error="It broke."))["error"] == "It broke."
+    await pipeline.report_accepted("composition")
+    await pipeline.assert_rejected("composition", "illegal_transition", message="Composing images...")
+    await pipeline.assert_rejected("composition", "illegal_transition", progress=20)
+    await pipeline.report_accepted("composition_completed", compositionUrl=SHEET)
+    await pipeline.assert_rejected("composition", "illegal_transition")
+    await pipeline.assert_rejected("composition_completed", "illegal_transition")
+    await pipeline.assert_rejected("composition_completed", "illegal_transition", compositionUrl=SHEET + "?")
+    await pipeline.report_accepted("failed", error="It broke.")
+    await pipeline.assert_rejected("failed", "illegal_transition")
+    assert (await pipeline.report_accepted("failed", error="It broke."))["error"] == "It broke."
     assert await credit(service, pipeline.user) == 100
 
 
 async def test_the_number_it_would_get_may_be_told_and_has_to_be_right(service: Running) -> None:
     pipeline = await begin(service)
     for wrong in (1, 3, 99):
-        await pipeline.refused("composition", "conflict", sequence=wrong)
-    first = await pipeline.tell("composition", sequence=2)
+        await pipeline.assert_rejected("composition", "conflict", sequence=wrong)
+    first = await pipeline.report("composition", sequence=2)
     assert first.json()["sequence"] == 2
-    assert (await pipeline.tell("composition", sequence=2)).content == first.content
-    await pipeline.refused("composition_completed", "conflict", sequence=2)
-    await pipeline.refused("flying", "illegal_transition", sequence=3)
+    assert (await pipeline.report("composition", sequence=2)).content == first.content
+    await pipeline.assert_rejected("composition_completed", "conflict", sequence=2)
+    await pipeline.assert_rejected("flying", "illegal_transition", sequence=3)
     for malformed in (0, -1, "3", 3.5, True):
-        await pipeline.field_refused("composition_completed", "sequence", sequence=malformed)
-    await pipeline.told("composition_completed", sequence=3)
+        await pipeline.assert_field_rejected("composition_completed", "sequence", sequence=malformed)
+    await pipeline.report_accepted("composition_completed", sequence=3)
 
 
 async def test_after_a_restart_the_same_is_still_the_same_and_who_falls_silent_is_still_noticed(
@@ -308,34 +310,34 @@ async def test_after_a_restart_the_same_is_still_the_same_and_who_falls_silent_i
     overrides = {"clock": clock}
     async with running(tmp_path / "images", overrides=overrides, **settings) as service:
         going, silent = await begin(service, user="ada"), await begin(service, user="ada")
-        first = await going.tell("composition", message="Cutting out the hat…")
-        await silent.told("composition")
+        first = await going.report("composition", message="Cutting out the hat…")
+        await silent.report_accepted("composition")
     async with running(tmp_path / "images", overrides=overrides, **settings) as service, service.phone("ada") as phone:
         going.service = silent.service = service
-        assert (await going.tell("composition", message="Cutting out the hat…")).content == first.content
-        await going.told("composition_completed")
+        assert (await going.report("composition", message="Cutting out the hat…")).content == first.content
+        await going.report_accepted("composition_completed")
         clock.step(0.4)
-        await going.told("openai_editing")
+        await going.report_accepted("openai_editing")
         clock.step(0.4)
         await phone.until_over(silent.generation_id)
         assert phone.of(silent.generation_id)[-1]["code"] == "deadline_exceeded"
-        await going.told("failed")
+        await going.report_accepted("failed")
 
 
 async def test_where_the_log_lost_the_reply_it_is_one_event_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = Flaky(MemoryLog(epoch="e1", credits=100, clock=now))
+    log = FlakyLog(MemoryLog(epoch="e1", credits=100, clock=now))
     async with running(tmp_path, overrides={"log": log}) as service:
         pipeline = await begin(service, user="ada")
         log.appends = ["after"]
-        assert (await pipeline.told("composition"))["sequence"] == 2
+        assert (await pipeline.report_accepted("composition"))["sequence"] == 2
         # It is in the log, but whoever told it hears nothing of that.
         monkeypatch.setattr(recorder, "ATTENTION", 0.2)
         log.appends = ["after", *["before"] * 50]
-        assert_problem(await pipeline.tell("composition_completed", compositionUrl=SHEET), 503, "log_unavailable")
+        assert_problem(await pipeline.report("composition_completed", compositionUrl=SHEET), 503, "log_unavailable")
         log.appends.clear()
-        assert (await pipeline.told("composition_completed", compositionUrl=SHEET))["sequence"] == 3
+        assert (await pipeline.report_accepted("composition_completed", compositionUrl=SHEET))["sequence"] == 3
         assert [event["sequence"] for event in await pipeline.events()] == [1, 2, 3]
 
 
@@ -362,10 +364,10 @@ async def test_where_the_log_lost_the_reply_it_is_one_event_all_the_same(
     ],
 )
 async def test_urls_are_http_or_https(service: Running, url: object) -> None:
-    pipeline = await (await begin(service, imageUrls=FACE)).upto("face_swap")
-    await pipeline.field_refused("failed", "compositionUrl", compositionUrl=url)
+    pipeline = await (await begin(service, imageUrls=FACE)).report_up_to("face_swap")
+    await pipeline.assert_field_rejected("failed", "compositionUrl", compositionUrl=url)
     for field in ("compositionUrl", "previewUrl", "editedImageUrl", "generatedImageUrl", "faceSwapUrl"):
-        await pipeline.field_refused("face_swap_completed", field, **{field: url})
+        await pipeline.assert_field_rejected("face_swap_completed", field, **{field: url})
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ async def test_urls_are_http_or_https(service: Running, url: object) -> None:
     ],
 )
 async def test_what_does_not_belong_to_a_status_is_not_told_with_it(service: Running, status: str, fact: JSON) -> None:
-    await (await begin(service)).field_refused(status, next(iter(fact)), **fact)
+    await (await begin(service)).assert_field_rejected(status, next(iter(fact)), **fact)
 
 
 @pytest.mark.parametrize(
@@ -400,11 +402,11 @@ async def test_what_does_not_belong_to_a_status_is_not_told_with_it(service: Run
     ],
 )
 async def test_an_unknown_key_or_a_value_of_another_kind_is_refused(service: Running, wrong: JSON) -> None:
-    await (await begin(service)).field_refused("composition", next(iter(wrong)), **wrong)
+    await (await begin(service)).assert_field_rejected("composition", next(iter(wrong)), **wrong)
 
 
 async def test_keys_have_one_spelling(service: Running) -> None:
-    await (await begin(service)).field_refused("composition", "composition_url", composition_url=SHEET)
+    await (await begin(service)).assert_field_rejected("composition", "composition_url", composition_url=SHEET)
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", '"composition"', "null", "{}", '{"status": 7}', '{"status": ""}'])
@@ -423,10 +425,10 @@ async def test_a_body_without_end_is_refused(service: Running) -> None:
 
 
 async def test_a_failure_without_a_code_is_internal_and_not_worth_another_try(service: Running) -> None:
-    pipeline = await (await begin(service)).upto("openai_editing")
-    await pipeline.told("openai_editing", progress=72)
-    await pipeline.field_refused("failed", "progress", progress=100)
-    event = await pipeline.told("failed")
+    pipeline = await (await begin(service)).report_up_to("openai_editing")
+    await pipeline.report_accepted("openai_editing", progress=72)
+    await pipeline.assert_field_rejected("failed", "progress", progress=100)
+    event = await pipeline.report_accepted("failed")
     assert event.pop("error")
     assert (
         event.items()
@@ -463,17 +465,17 @@ async def test_a_failure_without_a_code_is_internal_and_not_worth_another_try(se
 async def test_a_failure_with_a_code_says_whether_it_is_worth_another_try(
     service: Running, code: str, retryable: bool
 ) -> None:
-    event = await (await begin(service, "generate")).told("failed", code=code, error="Only seas today.")
+    event = await (await begin(service, "generate")).report_accepted("failed", code=code, error="Only seas today.")
     assert (event["code"], event["retryable"], event["error"]) == (code, retryable, "Only seas today.")
 
 
 @pytest.mark.parametrize("wrong", [{"code": "teapot"}, {"code": ""}, {"code": 7}, {"error": ""}, {"error": "x" * 501}])
 async def test_an_unknown_code_or_no_sentence_is_refused(service: Running, wrong: JSON) -> None:
-    await (await begin(service)).field_refused("failed", next(iter(wrong)), **wrong)
+    await (await begin(service)).assert_field_rejected("failed", next(iter(wrong)), **wrong)
 
 
 async def test_a_face_swap_that_failed_says_why(service: Running) -> None:
-    pipeline = await (await begin(service, imageUrls=FACE)).upto("face_swap")
+    pipeline = await (await begin(service, imageUrls=FACE)).report_up_to("face_swap")
     for wrong, field in (
         ({}, "faceSwapError.code"),
         ({"code": "internal"}, "faceSwapError.message"),
@@ -482,32 +484,32 @@ async def test_a_face_swap_that_failed_says_why(service: Running) -> None:
         ({**SWAP_ERROR, "retryable": True}, "faceSwapError.retryable"),
         ("internal", "faceSwapError"),
     ):
-        await pipeline.field_refused("completed", field, faceSwapError=wrong)
-    event = await pipeline.told("completed", faceSwapError=SWAP_ERROR)
+        await pipeline.assert_field_rejected("completed", field, faceSwapError=wrong)
+    event = await pipeline.report_accepted("completed", faceSwapError=SWAP_ERROR)
     assert event["faceSwapError"] == SWAP_ERROR
     assert event["editedImageUrl"] == EDITED
     assert "faceSwapUrl" not in event
 
 
 async def test_where_no_face_swap_was_asked_for_nothing_is_told_of_one(service: Running) -> None:
-    pipeline = await (await begin(service)).upto("openai_editing")
-    await pipeline.field_refused("openai_editing_completed", "faceSwapUrl", faceSwapUrl=SWAPPED)
-    await pipeline.told("openai_editing_completed")
-    await pipeline.field_refused("completed", "faceSwapUrl", faceSwapUrl=SWAPPED)
-    await pipeline.field_refused("completed", "faceSwapError", faceSwapError=SWAP_ERROR)
+    pipeline = await (await begin(service)).report_up_to("openai_editing")
+    await pipeline.assert_field_rejected("openai_editing_completed", "faceSwapUrl", faceSwapUrl=SWAPPED)
+    await pipeline.report_accepted("openai_editing_completed")
+    await pipeline.assert_field_rejected("completed", "faceSwapUrl", faceSwapUrl=SWAPPED)
+    await pipeline.assert_field_rejected("completed", "faceSwapError", faceSwapError=SWAP_ERROR)
 
 
 async def test_a_face_swap_is_made_or_fails_and_not_both(service: Running) -> None:
-    failed = await (await begin(service, imageUrls=FACE)).upto("face_swap")
-    await failed.refused("completed", "invalid_request", 422, faceSwapError=SWAP_ERROR, faceSwapUrl=SWAPPED)
-    await failed.told("face_swap_completed", faceSwapUrl=SWAPPED)
-    await failed.field_refused("completed", "faceSwapError", faceSwapError=SWAP_ERROR)
+    failed = await (await begin(service, imageUrls=FACE)).report_up_to("face_swap")
+    await failed.assert_rejected("completed", "invalid_request", 422, faceSwapError=SWAP_ERROR, faceSwapUrl=SWAPPED)
+    await failed.report_accepted("face_swap_completed", faceSwapUrl=SWAPPED)
+    await failed.assert_field_rejected("completed", "faceSwapError", faceSwapError=SWAP_ERROR)
 
 
 async def test_a_cancel_ends_it_and_nothing_follows(service: Running) -> None:
     user = f"user {next(user_numbers)}"
     async with service.phone(user) as phone:
-        pipeline = await (await begin(service, user=user)).upto("openai_editing")
+        pipeline = await (await begin(service, user=user)).report_up_to("openai_editing")
         cancelled = await service.http.post(
             f"/generations/{pipeline.generation_id}/cancel", headers={"X-User-Id": user}
         )
@@ -516,7 +518,7 @@ async def test_a_cancel_ends_it_and_nothing_follows(service: Running) -> None:
         end = phone.of(pipeline.generation_id)[-1]
         assert (end["code"], end["failedStage"], end["credit"]) == ("cancelled", "openai_editing", 100)
         for status in ("openai_editing", "openai_editing_completed", "failed"):
-            assert (await pipeline.refused(status, "illegal_transition"))["allowed"] == []
+            assert (await pipeline.assert_rejected(status, "illegal_transition"))["allowed"] == []
         assert await credit(service, user) == 100
 
 
@@ -528,10 +530,14 @@ async def test_who_says_nothing_for_too_long_has_failed_and_who_goes_on_has_not(
     ):
         going, silent = await begin(service, user="ada"), await begin(service, user="ada")
         swapping = await begin(service, user="ada", imageUrls=FACE)
-        await swapping.upto("face_swap")
+        await swapping.report_up_to("face_swap")
         for progress in range(61, 65):
             clock.step(0.4)
-            await (going.upto("openai_editing") if progress == 61 else going.told("openai_editing", progress=progress))
+            await (
+                going.report_up_to("openai_editing")
+                if progress == 61
+                else going.report_accepted("openai_editing", progress=progress)
+            )
         await phone.until_over(silent.generation_id, swapping.generation_id)
         end = phone.of(silent.generation_id)[-1]
         assert (end["code"], end["failedStage"]) == ("deadline_exceeded", "started")
@@ -539,10 +545,10 @@ async def test_who_says_nothing_for_too_long_has_failed_and_who_goes_on_has_not(
         # A face swap that comes to nothing does not waste the edit.
         kept = phone.of(swapping.generation_id)[-1]
         assert (kept["status"], kept["faceSwapError"]["code"]) == ("completed", "deadline_exceeded")
-        assert (await going.told("openai_editing_completed"))["sequence"] == 8
+        assert (await going.report_accepted("openai_editing_completed"))["sequence"] == 8
         clock.step(0.6)
         await phone.until_over(going.generation_id)
-        assert (await going.refused("completed", "illegal_transition"))["allowed"] == []
+        assert (await going.assert_rejected("completed", "illegal_transition"))["allowed"] == []
         assert await credit(service, "ada") == 99
 
 
@@ -559,7 +565,7 @@ async def with_key(images: Path) -> AsyncIterator[tuple[Running, Phone]]:
 async def test_where_there_is_a_key_only_services_may_and_they_act_for_the_user(tmp_path: Path) -> None:
     async with with_key(tmp_path) as (service, phone):
         pipeline = await begin(service, user="ada")
-        await pipeline.told("composition")
+        await pipeline.report_accepted("composition")
         await phone.until(lambda: phone.sequences(pipeline.generation_id) == [1, 2])
         path = f"/generations/{pipeline.generation_id}"
         assert (await service.get(path))["userId"] == "ada"
@@ -583,35 +589,35 @@ async def test_what_belongs_to_somebody_else_is_not_there(service: Running) -> N
     stranger = Pipeline(service, "a stranger", pipeline.generation_id)
     missing = Pipeline(service, "a stranger", "edit_1763829000123_k3v9x2ab4c6d8e0f")
     answers = [
-        await each.tell(status, **facts)
+        await each.report(status, **fields)
         for each in (stranger, missing)
-        for status, facts in (("composition", {}), ("flying", {}), ("composition", {"sequence": 9}))
+        for status, fields in (("composition", {}), ("flying", {}), ("composition", {"sequence": 9}))
     ]
     assert {answer.content for answer in answers} == {answers[0].content}
     assert_problem(answers[0], 404, "not_found")
-    assert_problem(await Pipeline(service, pipeline.user, "edit_1").tell("composition"), 404, "not_found")
+    assert_problem(await Pipeline(service, pipeline.user, "edit_1").report("composition"), 404, "not_found")
     assert len(await pipeline.events()) == 1
 
 
 async def test_what_the_service_works_on_is_not_reported_by_others(tmp_path: Path) -> None:
-    hold = Hold()
-    async with running(tmp_path, overrides={"editor": ScriptedEditor(hold)}) as service, service.phone("ada") as phone:
+    pause = Pause()
+    async with running(tmp_path, overrides={"editor": ScriptedEditor(pause)}) as service, service.phone("ada") as phone:
         internal = Pipeline(service, "ada", await service.start("ada"))
-        await hold.reached.wait()
-        await internal.refused("openai_editing_completed", "not_external")
-        await internal.refused("failed", "not_external", sequence=99)
-        hold.let_go.set()
+        await pause.reached.wait()
+        await internal.assert_rejected("openai_editing_completed", "not_external")
+        await internal.assert_rejected("failed", "not_external", sequence=99)
+        pause.released.set()
         await phone.until_over(internal.generation_id)
-        await internal.refused("failed", "not_external")
+        await internal.assert_rejected("failed", "not_external")
 
 
 # --- at the same time --------------------------------------------------------------------------------------
 
 
 async def test_of_many_that_say_the_same_at_once_each_is_answered_with_the_one_event(service: Running) -> None:
-    pipeline = await (await begin(service)).upto("openai_editing")
-    for facts in ({"progress": 70}, {"progress": 75, "sequence": 6}):
-        answers = await asyncio.gather(*(pipeline.tell("openai_editing", **facts) for _ in range(12)))
+    pipeline = await (await begin(service)).report_up_to("openai_editing")
+    for fields in ({"progress": 70}, {"progress": 75, "sequence": 6}):
+        answers = await asyncio.gather(*(pipeline.report("openai_editing", **fields) for _ in range(12)))
         assert {answer.status_code for answer in answers} == {200}
         assert len({answer.content for answer in answers}) == 1
     assert [event["sequence"] for event in await pipeline.events()] == [1, 2, 3, 4, 5, 6]
@@ -623,7 +629,7 @@ async def test_of_many_that_say_different_things_at_once_one_is_heard(service: R
         ("composition", "illegal_transition", {}),
         ("composition_completed", "conflict", {"sequence": 3}),
     ):
-        answers = await asyncio.gather(*(pipeline.tell(status, message=f"Pipeline {n}", **more) for n in range(12)))
+        answers = await asyncio.gather(*(pipeline.report(status, message=f"Pipeline {n}", **more) for n in range(12)))
         [heard] = [answer for answer in answers if answer.status_code == 200]
         for answer in answers:
             if answer is not heard:
@@ -632,8 +638,8 @@ async def test_of_many_that_say_different_things_at_once_one_is_heard(service: R
 
 
 async def test_progress_told_by_many_at_once_rises_without_a_gap(service: Running) -> None:
-    pipeline = await (await begin(service)).upto("openai_editing")
-    answers = await asyncio.gather(*(pipeline.tell("openai_editing", progress=each) for each in range(61, 79)))
+    pipeline = await (await begin(service)).report_up_to("openai_editing")
+    answers = await asyncio.gather(*(pipeline.report("openai_editing", progress=each) for each in range(61, 79)))
     assert {answer.status_code for answer in answers} <= {200, 422}
     events = await pipeline.events()
     assert [event["sequence"] for event in events] == list(range(1, len(events) + 1))
@@ -644,10 +650,10 @@ async def test_progress_told_by_many_at_once_rises_without_a_gap(service: Runnin
 
 async def test_a_cancel_and_the_end_at_once_make_one_end(service: Running) -> None:
     for _ in range(5):
-        pipeline = await (await begin(service, user="racer")).upto("openai_editing_completed")
+        pipeline = await (await begin(service, user="racer")).report_up_to("openai_editing_completed")
         path = f"/generations/{pipeline.generation_id}/cancel"
         end, cancel = await asyncio.gather(
-            pipeline.tell("completed"), service.http.post(path, headers={"X-User-Id": "racer"})
+            pipeline.report("completed"), service.http.post(path, headers={"X-User-Id": "racer"})
         )
         outcome = cancel.json()["outcome"]
         assert (end.status_code, outcome) in ((200, "already_finished"), (409, "cancelled"))

@@ -24,22 +24,22 @@ from domain.identity import Identity, InvalidToken, KeysUnavailable, TokenExpire
 from support.builders import NOON, SteppableClock
 from support.jwks_issuer import (
     LATER,
-    PATIENT,
+    LONG_TIMEOUT,
     SECRET,
     Issuer,
     PrivateKey,
-    by_key,
-    by_secret,
     certificate_of,
     claims,
     ec_key,
+    hs256_token,
     issuer_tokens,
     jwk,
-    lasting,
+    long_lived_token,
     part,
     raw,
     rsa_key,
     running_issuer,
+    signed_token,
 )
 
 
@@ -63,16 +63,18 @@ def tokens(issuer: Issuer, clock: SteppableClock) -> Tokens:
 @pytest.mark.parametrize("kid", ["rsa-1", "ec-1"])
 async def test_a_token_by_a_published_key_is_taken(tokens: Tokens, kid: str) -> None:
     key: PrivateKey = rsa_key("ours") if kid == "rsa-1" else ec_key("ours")
-    assert await tokens.verify(by_key(key, kid)) == Identity("ada", datetime.fromtimestamp(LATER, UTC), service=False)
+    assert await tokens.verify(signed_token(key, kid)) == Identity(
+        "ada", datetime.fromtimestamp(LATER, UTC), service=False
+    )
 
 
 async def test_a_token_by_an_unpublished_key_is_refused(tokens: Tokens) -> None:
     for token in (
-        by_key(rsa_key("theirs"), "rsa-1"),
-        by_key(ec_key("theirs"), "ec-1"),
-        by_key(rsa_key("theirs"), "rsa-2"),
-        by_key(rsa_key("ours"), "ec-1"),
-        by_key(ec_key("ours"), "rsa-1"),
+        signed_token(rsa_key("theirs"), "rsa-1"),
+        signed_token(ec_key("theirs"), "ec-1"),
+        signed_token(rsa_key("theirs"), "rsa-2"),
+        signed_token(rsa_key("ours"), "ec-1"),
+        signed_token(ec_key("ours"), "rsa-1"),
     ):
         with pytest.raises(InvalidToken):
             await tokens.verify(token)
@@ -107,23 +109,23 @@ async def test_an_rsa_key_verifies_by_one_algorithm(tokens: Tokens, algorithm: s
 
 async def test_a_token_without_a_key_id_is_taken_where_only_one_key_can_be_meant(issuer: Issuer) -> None:
     tokens = issuer_tokens(issuer)
-    assert await tokens.verify(by_key(rsa_key("ours")))
-    assert await tokens.verify(by_key(ec_key("ours")))
+    assert await tokens.verify(signed_token(rsa_key("ours")))
+    assert await tokens.verify(signed_token(ec_key("ours")))
     issuer.publish(jwk(rsa_key("ours"), kid="rsa-1"), jwk(rsa_key("next"), kid="rsa-2"))
     with pytest.raises(InvalidToken):
-        await issuer_tokens(issuer).verify(by_key(rsa_key("ours")))
+        await issuer_tokens(issuer).verify(signed_token(rsa_key("ours")))
 
 
 async def test_a_key_without_an_id_is_used_where_it_is_the_only_one_of_its_type(issuer: Issuer) -> None:
     issuer.publish(jwk(rsa_key("ours")), jwk(ec_key("ours")))
     tokens = issuer_tokens(issuer)
     for kid in (None, "any"):
-        assert await tokens.verify(by_key(rsa_key("ours"), kid))
-        assert await tokens.verify(by_key(ec_key("ours"), kid))
+        assert await tokens.verify(signed_token(rsa_key("ours"), kid))
+        assert await tokens.verify(signed_token(ec_key("ours"), kid))
     issuer.publish(jwk(rsa_key("ours")), jwk(rsa_key("next")))
     for kid in (None, "any"):
         with pytest.raises(InvalidToken):
-            await issuer_tokens(issuer).verify(by_key(rsa_key("ours"), kid))
+            await issuer_tokens(issuer).verify(signed_token(rsa_key("ours"), kid))
 
 
 #: What an issuer may publish beside its signing keys, all with the id "odd".
@@ -161,11 +163,11 @@ ODD: dict[str, Callable[[], object]] = {
 async def test_what_is_published_but_not_for_this_is_ignored(issuer: Issuer, odd: str) -> None:
     issuer.publish(ODD[odd](), jwk(ec_key("good"), kid="good"))
     tokens = issuer_tokens(issuer)
-    assert await tokens.verify(by_key(ec_key("good"), "good"))
+    assert await tokens.verify(signed_token(ec_key("good"), "good"))
     for forged in (
-        by_key(rsa_key("ours"), "odd"),
-        by_key(rsa_key("ours")),
-        by_key(ec_key("ours"), "odd"),
+        signed_token(rsa_key("ours"), "odd"),
+        signed_token(rsa_key("ours")),
+        signed_token(ec_key("ours"), "odd"),
         raw(b'{"alg": "HS256", "kid": "odd"}', json.dumps(claims()).encode()),
     ):
         with pytest.raises(InvalidToken):
@@ -176,20 +178,20 @@ async def test_what_is_published_but_not_for_this_is_ignored(issuer: Issuer, odd
 async def test_a_set_without_a_usable_key_counts_as_no_answer(issuer: Issuer, odd: str) -> None:
     issuer.publish(ODD[odd]())
     with pytest.raises(KeysUnavailable):
-        await issuer_tokens(issuer).verify(by_key(rsa_key("ours"), "odd"))
+        await issuer_tokens(issuer).verify(signed_token(rsa_key("ours"), "odd"))
 
 
 @pytest.mark.parametrize("members", [{"use": "sig"}, {"alg": "RS256"}, {"key_ops": ["verify"]}, {"x5t": "?", "new": 1}])
 async def test_what_a_key_says_of_itself_may_fit(issuer: Issuer, members: dict[str, Any]) -> None:
     issuer.publish(jwk(rsa_key("ours"), kid="rsa-1", **members))
-    assert await issuer_tokens(issuer).verify(by_key(rsa_key("ours"), "rsa-1"))
+    assert await issuer_tokens(issuer).verify(signed_token(rsa_key("ours"), "rsa-1"))
 
 
 # --- when the issuer is asked ----------------------------------------------------------------------------
 
 
 async def test_the_issuer_is_asked_once_in_five_minutes(tokens: Tokens, issuer: Issuer, clock: SteppableClock) -> None:
-    token = lasting(rsa_key("ours"), "rsa-1")
+    token = long_lived_token(rsa_key("ours"), "rsa-1")
     for minutes, requests in ((0, 1), (4.9, 1), (5, 2), (9.9, 2), (10, 3)):
         clock.present = NOON + timedelta(minutes=minutes)
         assert await tokens.verify(token)
@@ -197,8 +199,8 @@ async def test_the_issuer_is_asked_once_in_five_minutes(tokens: Tokens, issuer: 
 
 
 async def test_verifications_at_once_share_one_request(tokens: Tokens, issuer: Issuer) -> None:
-    asked, go_on = issuer.waits()
-    waiting = asyncio.gather(*(tokens.verify(by_key(rsa_key("ours"), "rsa-1")) for _ in range(50)))
+    asked, go_on = issuer.hold_responses()
+    waiting = asyncio.gather(*(tokens.verify(signed_token(rsa_key("ours"), "rsa-1")) for _ in range(50)))
     await asked.wait()
     go_on.set()
     assert {identity.user_id for identity in await waiting} == {"ada"}
@@ -206,22 +208,22 @@ async def test_verifications_at_once_share_one_request(tokens: Tokens, issuer: I
 
 
 async def test_a_new_key_is_noticed_at_once_with_one_request_for_all(tokens: Tokens, issuer: Issuer) -> None:
-    await tokens.verify(by_key(rsa_key("ours"), "rsa-1"))
+    await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
     issuer.publish(jwk(rsa_key("next"), kid="rsa-2"))
-    asked, go_on = issuer.waits()
-    waiting = asyncio.gather(*(tokens.verify(by_key(rsa_key("next"), "rsa-2")) for _ in range(50)))
+    asked, go_on = issuer.hold_responses()
+    waiting = asyncio.gather(*(tokens.verify(signed_token(rsa_key("next"), "rsa-2")) for _ in range(50)))
     await asked.wait()
     go_on.set()
     assert len(await waiting) == 50
     assert issuer.requests == 2
     with pytest.raises(InvalidToken):
-        await tokens.verify(by_key(rsa_key("ours"), "rsa-1"))
+        await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
 
 
 async def test_a_withdrawn_key_is_good_for_five_minutes_at_most(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
-    token = lasting(rsa_key("ours"), "rsa-1")
+    token = long_lived_token(rsa_key("ours"), "rsa-1")
     await tokens.verify(token)
     issuer.publish(jwk(rsa_key("next"), kid="rsa-2"))
     clock.step(300)
@@ -232,18 +234,18 @@ async def test_a_withdrawn_key_is_good_for_five_minutes_at_most(
 async def test_made_up_key_ids_bring_the_issuer_one_request_in_ten_seconds(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
-    await tokens.verify(by_key(rsa_key("ours"), "rsa-1"))
+    await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
     for requests in (2, 3, 4):
         for number in range(20):
             with pytest.raises(InvalidToken):
-                await tokens.verify(by_key(rsa_key("theirs"), f"made-up-{number}"))
+                await tokens.verify(signed_token(rsa_key("theirs"), f"made-up-{number}"))
         await asyncio.gather(
-            *(tokens.verify(by_key(rsa_key("theirs"), f"too-{n}")) for n in range(20)), return_exceptions=True
+            *(tokens.verify(signed_token(rsa_key("theirs"), f"too-{n}")) for n in range(20)), return_exceptions=True
         )
         assert issuer.requests == requests
         clock.step(9.9)
         with pytest.raises(InvalidToken):
-            await tokens.verify(by_key(rsa_key("theirs"), "made-up"))
+            await tokens.verify(signed_token(rsa_key("theirs"), "made-up"))
         assert issuer.requests == requests
         clock.step(0.1)
 
@@ -251,7 +253,7 @@ async def test_made_up_key_ids_bring_the_issuer_one_request_in_ten_seconds(
 async def test_a_token_that_can_never_be_good_does_not_bring_the_issuer_a_request(
     tokens: Tokens, issuer: Issuer
 ) -> None:
-    for token in ("", "x", by_secret(claims()), raw(b'{"alg": "none", "kid": "x"}', b"{}"), "x" * 9000):
+    for token in ("", "x", hs256_token(claims()), raw(b'{"alg": "none", "kid": "x"}', b"{}"), "x" * 9000):
         with pytest.raises(InvalidToken):
             await tokens.verify(token)
     assert issuer.requests == 0
@@ -260,9 +262,9 @@ async def test_a_token_that_can_never_be_good_does_not_bring_the_issuer_a_reques
 async def test_who_has_a_known_key_does_not_wait_while_somebody_else_asks(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
-    token = lasting(rsa_key("ours"), "rsa-1")
+    token = long_lived_token(rsa_key("ours"), "rsa-1")
     await tokens.verify(token)
-    asked, go_on = issuer.waits()
+    asked, go_on = issuer.hold_responses()
     clock.step(300)
     first = asyncio.create_task(tokens.verify(token))
     await asked.wait()
@@ -274,8 +276,8 @@ async def test_who_has_a_known_key_does_not_wait_while_somebody_else_asks(
 
 
 async def test_who_gives_up_waiting_does_not_spoil_it_for_others(tokens: Tokens, issuer: Issuer) -> None:
-    asked, go_on = issuer.waits()
-    first, *others = (asyncio.create_task(tokens.verify(by_key(rsa_key("ours"), "rsa-1"))) for _ in range(5))
+    asked, go_on = issuer.hold_responses()
+    first, *others = (asyncio.create_task(tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))) for _ in range(5))
     await asked.wait()
     first.cancel()
     go_on.set()
@@ -286,7 +288,7 @@ async def test_who_gives_up_waiting_does_not_spoil_it_for_others(tokens: Tokens,
 async def test_keys_of_a_future_that_was_taken_back_are_asked_for_again(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
-    token = by_key(rsa_key("ours"), "rsa-1")
+    token = signed_token(rsa_key("ours"), "rsa-1")
     await tokens.verify(token)
     clock.step(-86_400)
     assert await tokens.verify(token)
@@ -300,7 +302,7 @@ async def test_without_any_key_nobody_can_be_verified_until_the_issuer_answers(
     issuer: Issuer, clock: SteppableClock
 ) -> None:
     await issuer.stop()
-    tokens, token = issuer_tokens(issuer, clock), by_key(rsa_key("ours"), "rsa-1")
+    tokens, token = issuer_tokens(issuer, clock), signed_token(rsa_key("ours"), "rsa-1")
     with pytest.raises(KeysUnavailable) as refusal:
         await tokens.verify(token)
     assert refusal.value.code == "unavailable"
@@ -311,13 +313,13 @@ async def test_without_any_key_nobody_can_be_verified_until_the_issuer_answers(
     clock.step(1)
     assert await tokens.verify(token)
     with pytest.raises(InvalidToken):
-        await tokens.verify(by_key(rsa_key("theirs"), "made-up"))
+        await tokens.verify(signed_token(rsa_key("theirs"), "made-up"))
 
 
 async def test_known_keys_serve_for_an_hour_while_the_issuer_is_down(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
-    token = lasting(rsa_key("ours"), "rsa-1")
+    token = long_lived_token(rsa_key("ours"), "rsa-1")
     await tokens.verify(token)
     await issuer.stop()
     for _ in range(59):
@@ -334,9 +336,9 @@ async def test_known_keys_serve_for_an_hour_while_the_issuer_is_down(
 async def test_an_issuer_that_fails_is_asked_once_in_ten_seconds_while_there_are_keys_to_go_on_with(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
-    token = lasting(rsa_key("ours"), "rsa-1")
+    token = long_lived_token(rsa_key("ours"), "rsa-1")
     await tokens.verify(token)
-    issuer.fails(503)
+    issuer.respond_with_error(503)
     clock.step(300)
     for requests in (2, 3, 4):
         await asyncio.gather(*(tokens.verify(token) for _ in range(20)))
@@ -347,18 +349,18 @@ async def test_an_issuer_that_fails_is_asked_once_in_ten_seconds_while_there_are
 
 
 async def test_while_the_issuer_is_down_an_unknown_key_id_is_not_called_wrong(tokens: Tokens, issuer: Issuer) -> None:
-    await tokens.verify(by_key(rsa_key("ours"), "rsa-1"))
-    issuer.fails(500)
+    await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
+    issuer.respond_with_error(500)
     for _ in range(2):
         with pytest.raises(KeysUnavailable):
-            await tokens.verify(by_key(rsa_key("next"), "rsa-2"))
-    assert await tokens.verify(by_key(rsa_key("ours"), "rsa-1"))
+            await tokens.verify(signed_token(rsa_key("next"), "rsa-2"))
+    assert await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
     assert issuer.requests == 2
 
 
 async def test_what_is_wrong_without_any_key_is_called_wrong_while_the_issuer_is_down(issuer: Issuer) -> None:
     await issuer.stop()
-    for token in ("", "x.y.z", by_secret(claims())):
+    for token in ("", "x.y.z", hs256_token(claims())):
         with pytest.raises(InvalidToken):
             await issuer_tokens(issuer).verify(token)
 
@@ -390,22 +392,22 @@ GOOD_DOCUMENT = json.dumps({"keys": [jwk(ec_key("ours"), kid="ec-1")]}).encode()
 async def test_garbage_counts_as_no_answer_and_spoils_no_key(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock, document: bytes
 ) -> None:
-    issuer.says(document)
-    token = lasting(ec_key("ours"), "ec-1")
+    issuer.respond_with(document)
+    token = long_lived_token(ec_key("ours"), "ec-1")
     with pytest.raises(KeysUnavailable):
         await tokens.verify(token)
-    issuer.says(GOOD_DOCUMENT)
+    issuer.respond_with(GOOD_DOCUMENT)
     clock.step(1)
     assert await tokens.verify(token)
-    issuer.says(document)
+    issuer.respond_with(document)
     clock.step(300)
     assert await tokens.verify(token)
     assert issuer.requests == 3
 
 
 async def test_an_answer_may_have_256_kilobytes(tokens: Tokens, issuer: Issuer) -> None:
-    issuer.says(GOOD_DOCUMENT.ljust(256 * 1024))
-    assert await tokens.verify(by_key(ec_key("ours"), "ec-1"))
+    issuer.respond_with(GOOD_DOCUMENT.ljust(256 * 1024))
+    assert await tokens.verify(signed_token(ec_key("ours"), "ec-1"))
 
 
 async def test_a_compressed_answer_is_not_unpacked(tokens: Tokens, issuer: Issuer) -> None:
@@ -419,15 +421,15 @@ async def test_a_compressed_answer_is_not_unpacked(tokens: Tokens, issuer: Issue
 
     issuer.answer = compressed
     with pytest.raises(KeysUnavailable):
-        await tokens.verify(by_key(ec_key("ours"), "ec-1"))
+        await tokens.verify(signed_token(ec_key("ours"), "ec-1"))
     assert asked_for == ["identity"]
 
 
 @pytest.mark.parametrize("status", [204, 301, 302, 307, 401, 404, 500, 503])
 async def test_any_other_status_than_200_counts_as_no_answer(tokens: Tokens, issuer: Issuer, status: int) -> None:
-    issuer.fails(status, Location=f"{issuer.url}-elsewhere")
+    issuer.respond_with_error(status, Location=f"{issuer.url}-elsewhere")
     with pytest.raises(KeysUnavailable):
-        await tokens.verify(by_key(ec_key("ours"), "ec-1"))
+        await tokens.verify(signed_token(ec_key("ours"), "ec-1"))
     assert issuer.requests == 1
 
 
@@ -439,11 +441,11 @@ async def test_an_answer_that_never_ends_is_not_waited_for(issuer: Issuer) -> No
             await answer.write(b" ")
             await asyncio.sleep(0.02)
 
-    for answer in (drip, issuer.waits() and issuer.answer):
+    for answer in (drip, issuer.hold_responses() and issuer.answer):
         issuer.answer = answer
         async with asyncio.timeout(30):
             with pytest.raises(KeysUnavailable):
-                await issuer_tokens(issuer, timeout=0.2).verify(by_key(ec_key("ours"), "ec-1"))
+                await issuer_tokens(issuer, timeout=0.2).verify(signed_token(ec_key("ours"), "ec-1"))
 
 
 async def test_a_server_that_does_not_speak_http_counts_as_no_answer(clock: SteppableClock) -> None:
@@ -456,7 +458,7 @@ async def test_a_server_that_does_not_speak_http_counts_as_no_answer(clock: Step
         for scheme in ("http", "https"):
             keys = JwksKeys(f"{scheme}://127.0.0.1:{port}/keys", clock=clock)
             with pytest.raises(KeysUnavailable):
-                await Tokens(keys, clock=clock).verify(by_key(ec_key("ours"), "ec-1"))
+                await Tokens(keys, clock=clock).verify(signed_token(ec_key("ours"), "ec-1"))
 
 
 @pytest.mark.parametrize(
@@ -464,7 +466,7 @@ async def test_a_server_that_does_not_speak_http_counts_as_no_answer(clock: Step
 )
 async def test_an_address_that_is_none_gives_no_keys(clock: SteppableClock, url: str) -> None:
     with pytest.raises(KeysUnavailable):
-        await Tokens(JwksKeys(url, clock=clock), clock=clock).verify(by_key(ec_key("ours"), "ec-1"))
+        await Tokens(JwksKeys(url, clock=clock), clock=clock).verify(signed_token(ec_key("ours"), "ec-1"))
 
 
 async def test_an_issuer_has_to_prove_its_name_by_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,7 +477,7 @@ async def test_an_issuer_has_to_prove_its_name_by_tls(tmp_path: Path, monkeypatc
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(pem)
 
-    issuer, clock, token = Issuer(), SteppableClock(), by_key(ec_key("ours"), "ec-1")
+    issuer, clock, token = Issuer(), SteppableClock(), signed_token(ec_key("ours"), "ec-1")
     issuer.publish(jwk(ec_key("ours"), kid="ec-1"))
     await issuer.start(server)
     try:
@@ -484,7 +486,7 @@ async def test_an_issuer_has_to_prove_its_name_by_tls(tmp_path: Path, monkeypatc
             await Tokens(JwksKeys(proven, clock=clock), clock=clock).verify(token)
         monkeypatch.setenv("SSL_CERT_FILE", str(pem))
         fresh = ssl_context.__wrapped__()
-        assert await Tokens(JwksKeys(proven, clock=clock, timeout=PATIENT, trust=fresh), clock=clock).verify(token)
+        assert await Tokens(JwksKeys(proven, clock=clock, timeout=LONG_TIMEOUT, trust=fresh), clock=clock).verify(token)
         with pytest.raises(KeysUnavailable):
             await Tokens(JwksKeys(unproven, clock=clock, trust=fresh), clock=clock).verify(token)
     finally:
@@ -495,7 +497,7 @@ async def test_proxies_of_the_environment_are_not_used(tokens: Tokens, monkeypat
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(variable, f"http://127.0.0.1:{nobody.getsockname()[1]}")
-        assert await tokens.verify(by_key(ec_key("ours"), "ec-1"))
+        assert await tokens.verify(signed_token(ec_key("ours"), "ec-1"))
 
 
 # --- what is told ----------------------------------------------------------------------------------------
@@ -507,15 +509,21 @@ async def test_neither_secrets_nor_tokens_are_told(issuer: Issuer, caplog: pytes
     clock = SteppableClock()
     address = issuer.url.replace("http://", "http://user:hunter2@") + "?key=hunter2"
     told = [repr(secret), str(secret.key), repr(secret.key), repr(Tokens(secret, clock=clock))]
-    good = by_secret(claims(aud="x"))
+    good = hs256_token(claims(aud="x"))
     refused: list[Refusal] = []
-    issuer.fails(500)
+    issuer.respond_with_error(500)
     for tokens, token in (
         (Tokens(secret, clock=clock), good),
         (Tokens(secret, clock=clock), good[:-3]),
-        (Tokens(secret, clock=clock), by_secret(claims(exp=1))),
-        (Tokens(JwksKeys(address, clock=clock, timeout=PATIENT), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
-        (Tokens(JwksKeys(address.replace("http", "ftp"), clock=clock), clock=clock), by_key(rsa_key("ours"), "rsa-1")),
+        (Tokens(secret, clock=clock), hs256_token(claims(exp=1))),
+        (
+            Tokens(JwksKeys(address, clock=clock, timeout=LONG_TIMEOUT), clock=clock),
+            signed_token(rsa_key("ours"), "rsa-1"),
+        ),
+        (
+            Tokens(JwksKeys(address.replace("http", "ftp"), clock=clock), clock=clock),
+            signed_token(rsa_key("ours"), "rsa-1"),
+        ),
     ):
         with pytest.raises(Refusal) as refusal:
             await tokens.verify(token)

@@ -18,10 +18,9 @@ from support.jwks_issuer import (
     LATER,
     NOW,
     SECRET,
-    by_key,
-    by_secret,
     claims,
     ec_key,
+    hs256_token,
     issuer_tokens,
     jwk,
     part,
@@ -29,6 +28,7 @@ from support.jwks_issuer import (
     rsa_key,
     running_issuer,
     secret_tokens,
+    signed_token,
     verify,
 )
 
@@ -104,7 +104,7 @@ async def test_any_other_scope_makes_an_ordinary_user(scope: object) -> None:
 @pytest.mark.parametrize("exp", [LATER, LATER + 0.5])
 async def test_a_token_is_good_to_the_last_moment_and_no_longer(exp: float) -> None:
     clock, end = SteppableClock(), datetime.fromtimestamp(exp, UTC)
-    tokens, token = secret_tokens(clock), by_secret(claims(exp=exp))
+    tokens, token = secret_tokens(clock), hs256_token(claims(exp=exp))
     clock.present = end - timedelta(microseconds=1)
     assert (await tokens.verify(token)).expires_at == end
     clock.present = end
@@ -167,7 +167,7 @@ async def test_an_expired_token_is_called_so_only_where_nothing_else_is_wrong() 
         with pytest.raises(InvalidToken):
             await verify(wrong)
     with pytest.raises(InvalidToken):
-        await secret_tokens().verify(by_secret(expired, secret=b"x" * 32))
+        await secret_tokens().verify(hs256_token(expired, secret=b"x" * 32))
 
 
 # --- for whom and by whom --------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ async def test_without_a_configured_audience_a_token_for_anybody_in_particular_i
     tokens = secret_tokens()
     for _ in range(3):
         with pytest.raises(InvalidToken):
-            await tokens.verify(by_secret(claims(aud="stagecast")))
+            await tokens.verify(hs256_token(claims(aud="stagecast")))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no audience is configured" in caplog.text
 
@@ -217,9 +217,9 @@ async def test_a_token_by_our_issuer_is_taken_and_no_other() -> None:
         "tökên.a.b",
         "\ud800.a.b",
         "😀" * 100,
-        by_secret(claims()) + "\n",
-        by_secret(claims()) + ".x",
-        by_secret(claims()).replace(".", " ."),
+        hs256_token(claims()) + "\n",
+        hs256_token(claims()) + ".x",
+        hs256_token(claims()).replace(".", " ."),
         raw(b'{"alg": "HS256"}', b"[" * 3000),
         raw(b'{"alg": "HS256"}', b"[" * 2500 + b"]" * 2500),
         raw(b'{"alg": "HS256", "x": ' + b"[" * 2500 + b"]" * 2500 + b"}", b"{}"),
@@ -242,7 +242,7 @@ async def test_what_is_no_token_is_refused(token: str) -> None:
         await secret_tokens().verify(token)
 
 
-@pytest.mark.parametrize("value", [None, b"", by_secret(claims()).encode(), 1, ["x"], {}])
+@pytest.mark.parametrize("value", [None, b"", hs256_token(claims()).encode(), 1, ["x"], {}])
 async def test_what_is_not_even_text_is_refused(value: Any) -> None:
     with pytest.raises(InvalidToken):
         await secret_tokens().verify(value)
@@ -279,7 +279,7 @@ async def test_an_unsigned_token_is_refused(algorithm: str, signature: str) -> N
 
 async def test_another_secret_is_refused() -> None:
     with pytest.raises(InvalidToken):
-        await secret_tokens().verify(by_secret(claims(), secret=SECRET[:-1] + b"!"))
+        await secret_tokens().verify(hs256_token(claims(), secret=SECRET[:-1] + b"!"))
 
 
 @pytest.mark.parametrize("secret", [b"", b"hunter2", b"hunter2" * 4 + b"abc"])
@@ -390,7 +390,7 @@ def test_any_text_is_refused(token: str) -> None:
 
 
 @PROPERTY
-@given(token=edited(by_secret(claims())))
+@given(token=edited(hs256_token(claims())))
 def test_an_edited_token_is_refused_unless_it_still_says_the_same(token: str) -> None:
     assert asyncio.run(outcome(secret_tokens(), token)) in (None, asyncio.run(verify(claims())))
 
@@ -408,7 +408,7 @@ def test_a_signature_makes_no_nonsense_good(header: dict[str, Any], payload: dic
 
 
 def test_public_keys_refuse_whatever_else_comes_too() -> None:
-    whole = {name: by_key(key, name) for name, key in (("rsa-1", rsa_key("ours")), ("ec-1", ec_key("ours")))}
+    whole = {name: signed_token(key, name) for name, key in (("rsa-1", rsa_key("ours")), ("ec-1", ec_key("ours")))}
     with asyncio.Runner() as runner:
         context = running_issuer(jwk(rsa_key("ours"), kid="rsa-1"), jwk(ec_key("ours"), kid="ec-1"))
         issuer = runner.run(context.__aenter__())
@@ -436,7 +436,7 @@ def test_public_keys_refuse_whatever_else_comes_too() -> None:
 
 
 def test_whatever_the_issuer_says_nobody_is_taken_for_somebody() -> None:
-    forged = by_key(rsa_key("theirs"), "rsa-1", exp=LATER + 86_400 * 365)
+    forged = signed_token(rsa_key("theirs"), "rsa-1", exp=LATER + 86_400 * 365)
     with asyncio.Runner() as runner:
         context = running_issuer()
         issuer, clock = runner.run(context.__aenter__()), SteppableClock()
@@ -459,7 +459,7 @@ def test_whatever_the_issuer_says_nobody_is_taken_for_somebody() -> None:
             )
         )
         def check(document: bytes) -> None:
-            issuer.says(document)
+            issuer.respond_with(document)
             clock.step(7_200)
             assert runner.run(outcome(tokens, forged)) is None
 

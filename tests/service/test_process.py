@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command_line import SERVE, Done, run_main
+from support.command_line import SERVE, CommandResult, run_main
 from support.harness import JSON
 from support.serve_process import last_of, patient, serving, stagecast, talk, until, watching
 from support.sites import PNG, SITE, Site, listening, page
@@ -149,7 +149,7 @@ async def test_a_port_that_is_taken_is_told_in_one_sentence_with_3(tmp_path: Pat
 async def test_a_folder_that_cannot_be_written_is_told_in_one_sentence_with_2() -> None:
     process = await stagecast("serve", "--images", "/dev/null/x")
     output, errors = await process.communicate()
-    done = Done(process.returncode or 0, output.decode(), errors.decode())
+    done = CommandResult(process.returncode or 0, output.decode(), errors.decode())
     assert "STAGECAST_IMAGES" in done.sentence(2)
 
 

@@ -19,7 +19,7 @@ from domain.errors import LogUnavailable
 from domain.housekeeping import Housekeeping
 from domain.ports.log import Deliver
 from domain.stored_images import StoredImages
-from support.doubles import Passing
+from support.doubles import ForwardingLog
 from support.harness import JSON, Running, running
 
 #: Seconds in which a failure has to show.
@@ -115,7 +115,7 @@ async def test_a_thread_pool_that_is_stuck_fails_without_more_threads_being_take
         await until(service, 200)
 
 
-class Unfollowed(Passing):
+class Unfollowed(ForwardingLog):
     """A log that cannot be followed."""
 
     broken = True

@@ -14,7 +14,7 @@ import pytest
 from support.harness import JSON, PHOTO
 from support.pictures import RED, solid
 from support.processes import until_handled
-from support.serve_process import HANGS, Process, last_of, patient, serving, stagecast, talk, watching
+from support.serve_process import TIMEOUT, Process, last_of, patient, serving, stagecast, talk, watching
 
 WHO: Final = {"X-User-Id": "ada"}
 #: Takes the decoder about a second.
@@ -43,7 +43,7 @@ def head(length: int) -> bytes:
 
 async def answer_of(reader: asyncio.StreamReader) -> tuple[int, JSON]:
     """One whole answer: its status and its JSON."""
-    async with asyncio.timeout(HANGS):
+    async with asyncio.timeout(TIMEOUT):
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
         [length] = [int(line.split(":")[1]) for line in lines if line.startswith("content-length:")]
         return int(lines[0].split()[1]), json.loads(await reader.readexactly(length))
@@ -130,7 +130,7 @@ async def _before_it_listens(tmp_path: Path, number: signal.Signals, after: floa
     await until_handled(process.pid, signal.SIGTERM)  # Python itself takes a moment to start.
     await asyncio.sleep(after)
     process.send_signal(number)
-    _, errors = await asyncio.wait_for(process.communicate(), HANGS)
+    _, errors = await asyncio.wait_for(process.communicate(), TIMEOUT)
     assert (process.returncode, errors.decode()) == (0, ""), after
 
 

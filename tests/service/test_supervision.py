@@ -20,13 +20,13 @@ from domain.feed import Logged
 from domain.ports.log import Append, Deliver, EventLog, History
 from domain.supervisor import Supervisor
 from support.builders import open_memory_log, open_sqlite_log
-from support.doubles import Hold, Passing, ScriptedEditor
+from support.doubles import ForwardingLog, Pause, ScriptedEditor
 from support.harness import JSON, Running, running
 
 FAULTS = [OSError, MemoryError, LogUnavailable, asyncio.CancelledError]
 
 
-class Faulty(Passing):
+class Faulty(ForwardingLog):
     """A log whose methods raise what is listed for them, and that damages events of one generation."""
 
     def __init__(self, log: EventLog, **errors: list[BaseException]) -> None:
@@ -122,25 +122,25 @@ async def test_retention_sets_aside_what_cannot_be_removed(tmp_path: Path, log: 
                 raise OSError
             await super().remove(generation_id)
 
-    images, hold = Stuck(tmp_path / "images", log="memory", epoch="e1"), Hold()
-    editor = ScriptedEditor(hold, hold)
+    images, pause = Stuck(tmp_path / "images", log="memory", epoch="e1"), Pause()
+    editor = ScriptedEditor(pause, pause)
     async with faulty(tmp_path, log, overrides={"images": images, "editor": editor}, retention=0.5) as (service, _):
         images.stuck, other = await service.start(), await service.start()
         await service.until(lambda: len(editor.calls) == 2)
-        hold.let_go.set()
+        pause.released.set()
         await service.until(lambda: not (tmp_path / "images" / other).exists())
         assert (await service.get("/generations"))["generations"] == []
 
 
 async def test_an_unreadable_waiting_order_ends_its_own_generation(tmp_path: Path) -> None:
-    hold, file = Hold(), tmp_path / "log.db"
+    pause, file = Pause(), tmp_path / "log.db"
     settings: JSON = {"log": f"sqlite:///{file}", "max_running": 1}
-    editor = ScriptedEditor(hold)
+    editor = ScriptedEditor(pause)
     async with running(tmp_path / "images", overrides={"editor": editor}, **settings) as service:
         first, bad, last = [await service.start() for _ in range(3)]
-        await hold.reached.wait()
+        await pause.reached.wait()
         damage(file, bad)
-        hold.let_go.set()
+        pause.released.set()
         assert (await ended(service, last))["status"] == (await ended(service, first))["status"] == "completed"
         await until_internal(service, bad)
         assert (await service.get("/me"))["credit"] == 98
@@ -183,13 +183,13 @@ async def test_a_renewal_that_fails_disturbs_no_work(
                 raise self.errors.pop()
             return await super().renew(generation_ids)
 
-    queue, hold = Unrenewed(), Hold()
-    overrides = {"queue": queue, "editor": ScriptedEditor(hold)}
+    queue, pause = Unrenewed(), Pause()
+    overrides = {"queue": queue, "editor": ScriptedEditor(pause)}
     async with faulty(tmp_path, "memory", overrides=overrides) as (service, _):
         generation_id = await service.start()
-        await hold.reached.wait()
+        await pause.reached.wait()
         await service.until(lambda: not queue.errors)
-        hold.let_go.set()
+        pause.released.set()
         assert (await ended(service, generation_id))["status"] == "completed"
 
 
@@ -197,8 +197,8 @@ async def test_a_renewal_that_fails_disturbs_no_work(
 async def test_an_event_that_cannot_be_sent_ends_its_own_generation_and_others_are_sent(
     tmp_path: Path, log: str
 ) -> None:
-    hold = Hold()
-    editor = ScriptedEditor(hold)
+    pause = Pause()
+    editor = ScriptedEditor(pause)
     async with faulty(tmp_path, log, overrides={"editor": editor}) as (service, between):
         between.on_append = lambda entry: (
             setattr(between, "poisonous", entry.generation_id) if not between.poisonous else None
@@ -207,7 +207,7 @@ async def test_an_event_that_cannot_be_sent_ends_its_own_generation_and_others_a
         async with phone as one, other as two:
             bad = await service.start()
             assert (await ended(service, bad))["code"] == "internal"
-            hold.let_go.set()
+            pause.released.set()
             good = await service.start()
             for device in (one, two):
                 await device.until_over(good)
@@ -259,7 +259,7 @@ async def test_an_external_generation_damaged_before_a_restart_is_set_aside_and_
         bad, good = await started_elsewhere(service), await started_elsewhere(service)
     damage(file, bad)
     async with running(tmp_path / "images", log=f"sqlite:///{file}", deadline=0.5) as service:
-        assert (await service.look(f"/generations/{bad}", "ada")).status_code == 404
+        assert (await service.get_response(f"/generations/{bad}", "ada")).status_code == 404
         assert (await ended(service, good))["code"] == "deadline_exceeded"
         # What becomes of its credit is decided by a person.
         assert (await service.get("/me"))["credit"] == 99
@@ -284,13 +284,13 @@ async def test_a_webhook_that_cannot_be_encoded_is_set_aside(tmp_path: Path, log
         receiver,
         faulty(tmp_path, log, errors=errors, webhook_url=f"http://127.0.0.1:{port}/") as (service, between),
     ):
-        hold = Hold()
+        pause = Pause()
         between.on_append = lambda entry: (
             setattr(between, "poisonous", entry.generation_id) if not between.poisonous else None
         )
         bad, good = await service.start(), await service.start()
         assert between.poisonous == bad
-        hold.let_go.set()
+        pause.released.set()
         await service.until(lambda: any(good.encode() in body for body in bodies))
         async with asyncio.timeout(10):
             while await between.inner.undelivered(10):

@@ -24,7 +24,7 @@ from domain.identity import Identity
 from domain.ports.log import EventLog, History
 from domain.ports.sessions import Session
 from domain.rehydrate import generation_of, order_of
-from support.builders import NOON, CountedEntropy, Scribe, SteppableClock
+from support.builders import NOON, CountedEntropy, EventRecorder, SteppableClock
 from support.harness import running
 
 DAY: Final = timedelta(days=1)
@@ -32,7 +32,7 @@ SECRET: Final = "a prompt that nobody may read"
 USERS: Final = ("ada", "bob", "cy")
 
 
-class Life(Scribe):
+class Life(EventRecorder):
     """One life of the log; `database` is what it is made on."""
 
     database: Database
@@ -56,10 +56,10 @@ async def path(tmp_path: Path) -> Path:
     """A log with finished, running, waiting, removed and deleted generations of three users."""
     async with opened(tmp_path / "log.db") as life:
         for user in USERS:
-            await life.whole(user, key=f"key of {user}", face_swap=True, prompt=SECRET)
-            await life.log.remove((await life.short(user)).generation_id, retention=True)
-            await life.log.remove((await life.short(user)).generation_id, retention=False)
-            await life.short(user)
+            await life.run_to_end(user, key=f"key of {user}", face_swap=True, prompt=SECRET)
+            await life.log.remove((await life.start_and_fail(user)).generation_id, retention=True)
+            await life.log.remove((await life.start_and_fail(user)).generation_id, retention=False)
+            await life.start_and_fail(user)
             await life.move(await life.start(user, prompt=SECRET), "composition")
             await life.start(user)
             await life.log.grant(user, 5, key="k", at=NOON, until=NOON + DAY)
@@ -78,7 +78,7 @@ def rows(path: Path, query: str) -> list[Any]:
         return connection.execute(query).fetchall()
 
 
-async def shown(life: Scribe, user: str) -> list[tuple[str, int]]:
+async def shown(life: EventRecorder, user: str) -> list[tuple[str, int]]:
     """The user's generations, each of which has to be readable."""
     found: Sequence[History] = await life.log.generations(user, limit=100)
     for history in found:
@@ -139,7 +139,7 @@ async def test_a_generation_that_cannot_be_read_counts_as_deleted_and_is_kept(
         feed = await life.log.feed("ada", after=0, anchor=0, limit=1_000)
         assert [entry for entry in feed.entries if entry.generation_id == generation_id and entry.event] == []
         present = await life.log.head_cursor("ada")
-        whole = await life.whole("ada", key="key of ada")
+        whole = await life.run_to_end("ada", key="key of ada")
         after = await life.log.feed("ada", after=present.live, anchor=present.live, limit=100)
         assert present.usable(after)
         assert [entry.sequence for entry in after.entries] == list(range(1, whole.sequence + 1))
@@ -271,7 +271,7 @@ async def test_a_feed_with_wrong_bounds_goes_on_and_its_cursors_say_that_the_pas
         assert not Cursor(old.position, old.event_id, old.position).usable(
             await life.log.feed("ada", after=old.position, anchor=old.position, limit=0)
         )
-        await life.whole("ada")
+        await life.run_to_end("ada")
 
 
 async def test_a_session_that_cannot_be_read_is_none(path: Path) -> None:
@@ -347,7 +347,7 @@ async def serves(path: Path, *, examined: bool) -> None:
             with contextlib.suppress(IdempotencyMismatch):  # Another amount may be written there.
                 await life.log.grant(user, 5, key="k", at=NOON, until=NOON + DAY)
             await life.log.grant(user, 5, key=None, at=NOON, until=NOON)
-            generation = await life.whole(user)
+            generation = await life.run_to_end(user)
             feed = await life.log.feed(user, after=present.live, anchor=present.live, limit=100)
             wanted, _ = present._replace(seen=present.live).advance(feed)
             assert [entry.sequence for entry, _ in wanted if entry.generation_id == generation.generation_id] == list(

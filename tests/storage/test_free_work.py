@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from support.deployment import Caller, Deployment, Life, parts
+from support.deployment import Deployment, Life, RetryingClient, parts
 from support.harness import PHOTO
 from support.openai_server import KEY, openai_server
 from support.pictures import GREEN, solid
@@ -35,13 +35,13 @@ async def face() -> AsyncIterator[str]:
         yield f"{origin.address}/face.png"
 
 
-async def start(caller: Caller, kind: str, **fields: object) -> str:
+async def start(caller: RetryingClient, kind: str, **fields: object) -> str:
     answer = await caller.ask("POST", f"/generations/{kind}", USER, files=parts("a red hat", PHOTO, **fields))
     assert answer.status_code == 202, answer.text
     return str(answer.json()["generationId"])
 
 
-async def reached(caller: Caller, generation_id: str, status: str, progress: int) -> None:
+async def reached(caller: RetryingClient, generation_id: str, status: str, progress: int) -> None:
     while True:
         snapshot = await caller.get(f"/generations/{generation_id}", USER)
         if (snapshot["status"], snapshot["progress"] >= progress) == (status, True):
@@ -50,7 +50,7 @@ async def reached(caller: Caller, generation_id: str, status: str, progress: int
         await asyncio.sleep(0.01)
 
 
-async def end(caller: Caller, generation_id: str) -> list[JSON]:
+async def end(caller: RetryingClient, generation_id: str) -> list[JSON]:
     """All events, once it has ended: contiguous, rising, each stage entered once."""
     while True:
         events = await caller.events(generation_id, USER)
@@ -87,7 +87,7 @@ async def test_a_generation_that_was_killed_in_an_offline_stage_completes_after_
 ) -> None:
     async with face() as url:
         deployment = Deployment(tmp_path / "service", {"fetch_allow": "127.0.0.0/8"})
-        async with Caller.open(deployment.url) as caller:
+        async with RetryingClient.open(deployment.url) as caller:
             seconds = 2 if status == "face_swap" else 20
             async with deployment.serving(local_seconds=seconds) as life:
                 fields = {"imageUrls": json.dumps([url])} if status == "face_swap" else {}
@@ -106,7 +106,7 @@ async def test_free_work_is_repeated_by_a_paid_editor_once_and_then_counts_as_pa
         deployment = Deployment(
             tmp_path / "service", environment={"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.base_url}
         )
-        async with Caller.open(deployment.url) as caller:
+        async with RetryingClient.open(deployment.url) as caller:
             done, cut = await left_in_the_editor(deployment, caller, 2)
             server.answer(server.draw, hang)
             async with deployment.serving(editor="openai", max_running=1) as life:
@@ -129,7 +129,7 @@ async def test_work_of_a_paid_editor_is_interrupted_also_where_the_next_editor_i
         deployment = Deployment(
             tmp_path / "service", environment={"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.base_url}
         )
-        async with Caller.open(deployment.url) as caller:
+        async with RetryingClient.open(deployment.url) as caller:
             async with deployment.serving(editor="openai") as life:
                 generation_id = await start(caller, "edit")
                 await server.origin.reached.wait()
@@ -140,7 +140,7 @@ async def test_work_of_a_paid_editor_is_interrupted_also_where_the_next_editor_i
                 assert (await caller.get("/me", USER))["credit"] == 100
 
 
-async def left_in_the_editor(deployment: Deployment, caller: Caller, count: int) -> list[str]:
+async def left_in_the_editor(deployment: Deployment, caller: RetryingClient, count: int) -> list[str]:
     """Generations whose process was killed while the offline editor worked on them, near the end of its stage."""
     async with deployment.serving(local_seconds=30) as life:
         started = [await start(caller, "edit") for _ in range(count)]
@@ -158,7 +158,7 @@ async def test_no_kill_at_any_moment_interrupts_free_work(tmp_path: Path) -> Non
         flags = {"fetch_allow": "127.0.0.0/8", "local_seconds": 1, "credits": 120, "max_per_user": 120}
         deployment = Deployment(tmp_path / "service", flags)
         started, found = list[str](), set[str]()
-        async with Caller.open(deployment.url) as caller:
+        async with RetryingClient.open(deployment.url) as caller:
             for number in range(120):
                 async with deployment.serving(fresh=number % 20 == 0) as life:
                     swap = chance.random() < 0.7

@@ -24,7 +24,7 @@ from adapters.images.folder import FolderRefused, ImageFolder
 from adapters.sqlite.database import Database, LogRefused
 from domain.errors import Failure, LogUnavailable
 from domain.ports.images import Picture
-from support.deployment import Caller, Deployment, Life, parts
+from support.deployment import Deployment, Life, RetryingClient, parts
 from support.harness import PHOTO, running
 
 PNG: Final = Picture(b"the bytes of a PNG", "image/png")
@@ -180,19 +180,19 @@ async def test_no_child_process_keeps_what_its_parent_held(tmp_path: Path) -> No
 
 
 @asynccontextmanager
-async def durable(folder: Path) -> AsyncIterator[tuple[Deployment, Life, Caller]]:
+async def durable(folder: Path) -> AsyncIterator[tuple[Deployment, Life, RetryingClient]]:
     deployment = Deployment(folder)
-    async with deployment.serving() as life, Caller.open(deployment.url) as caller:
+    async with deployment.serving() as life, RetryingClient.open(deployment.url) as caller:
         yield deployment, life, caller
 
 
-async def start(caller: Caller) -> str:
+async def start(caller: RetryingClient) -> str:
     answer = await caller.once("POST", "/generations/edit", "ada", files=parts("x", PHOTO))
     assert answer.status_code == 202, answer.text
     return str(answer.json()["generationId"])
 
 
-async def completed(caller: Caller, generation_id: str) -> list[str]:
+async def completed(caller: RetryingClient, generation_id: str) -> list[str]:
     """Wait for its end; the paths of its pictures."""
     while (found := await caller.get(f"/generations/{generation_id}"))["status"] != "completed":
         await asyncio.sleep(0.01)
@@ -260,7 +260,7 @@ async def test_a_log_whose_file_is_lost_refuses_starts_and_says_so_once(tmp_path
         life.send(signal.SIGKILL)
         await life.ended()
     if lost == "wal removed":  # All that was answered is in the file itself.
-        async with deployment.serving(), Caller.open(deployment.url) as caller:
+        async with deployment.serving(), RetryingClient.open(deployment.url) as caller:
             await completed(caller, generation_id)
     elif lost != "cut":
         async with deployment.life() as life:  # Another log: it must not remove the pictures of the lost one.

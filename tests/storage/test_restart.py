@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 
 import pytest
 
-from support.deployment import Caller, Deployment, parts
-from support.doubles import FACE_URL, Hold, ScriptedComposer, ScriptedEditor, ScriptedFaceSwapper, ScriptedFetcher
+from support.deployment import Deployment, RetryingClient, parts
+from support.doubles import FACE_URL, Pause, ScriptedComposer, ScriptedEditor, ScriptedFaceSwapper, ScriptedFetcher
 from support.harness import PHOTO, Running, running
 from support.node import Script, needs_node, seed
 from support.openai_server import KEY, OpenAIServer, openai_server
@@ -37,7 +37,7 @@ async def attach(service: Running, user: str = "ada", **auth: str) -> Wire:
 
 async def come_back(service: Running, wire: Wire) -> Wire:
     """As the official client does: with its session, and where it had come to."""
-    other = await Wire.open(service.port, told=wire.told)
+    other = await Wire.open(service.port, told=wire.received)
     await other.connect(**wire.offset)
     assert other.pid == wire.pid, "not recovered"
     return other
@@ -60,7 +60,7 @@ async def test_the_seeds_client_sees_the_service_die_and_come_back_and_misses_no
 ) -> None:
     deployment = Deployment(tmp_path / "service", {"max_running": 1, "drain": 0})
     async with (
-        Caller.open(deployment.url) as caller,
+        RetryingClient.open(deployment.url) as caller,
         deployment.serving(local_seconds=60) as life,
         seed(deployment.url, USER) as phone,
     ):
@@ -82,7 +82,7 @@ async def test_the_seeds_client_sees_the_service_die_and_come_back_and_misses_no
             assert (await caller.get("/me", f"{USER}"))["credit"] == 98
 
 
-async def start(caller: Caller) -> str:
+async def start(caller: RetryingClient) -> str:
     answer = await caller.ask("POST", "/generations/edit", f"{USER}", files=parts("a red hat", PHOTO))
     return str(answer.json()["generationId"])
 
@@ -109,7 +109,7 @@ async def test_sessions_cursors_keys_balances_grants_and_images_are_there_after_
         before = [await first.get(path) for path in (f"/generations/{done}", f"/generations/{done}/events", "/me")]
         picture = (await first.http.get(f"/images/{url.rpartition('/')[2]}")).content
         await hang_up([wire])
-    cursors = [beginning, *(wire.cursor_after(count) for count in range(1, len(wire.told) + 1))]
+    cursors = [beginning, *(wire.cursor_after(count) for count in range(1, len(wire.received) + 1))]
     stray = images / "edit_1_0000000000000000" / f"edit_1_0000000000000000-{'0' * 32}.png"
     stray.parent.mkdir()
     stray.write_bytes(picture)
@@ -141,7 +141,7 @@ class Left(NamedTuple):
     """Where a generation is left, and how it goes on."""
 
     #: What holds it there.
-    held_by: Callable[[Hold], JSON]
+    held_by: Callable[[Pause], JSON]
     status: str
     then: tuple[str, ...]
     code: str | None = None
@@ -150,19 +150,19 @@ class Left(NamedTuple):
 
 _LEFT: Final = {
     "composition": Left(
-        lambda hold: {"composer": ScriptedComposer(hold)},
+        lambda pause: {"composer": ScriptedComposer(pause)},
         "composition",
         ("composition_completed", "openai_editing", "openai_editing_completed", "completed"),
     ),
     "the edit": Left(
-        lambda hold: {"editor": ScriptedEditor(hold)}, "openai_editing", ("failed",), "interrupted", credit=100
+        lambda pause: {"editor": ScriptedEditor(pause)}, "openai_editing", ("failed",), "interrupted", credit=100
     ),
     "the face swap": Left(
-        lambda hold: {
+        lambda pause: {
             "composer": ScriptedComposer(),
             "editor": ScriptedEditor(),
             "fetcher": ScriptedFetcher(),
-            "face_swapper": ScriptedFaceSwapper(hold),
+            "face_swapper": ScriptedFaceSwapper(pause),
         },
         "face_swap",
         ("completed",),
@@ -175,15 +175,15 @@ _LEFT: Final = {
 async def test_what_was_left_is_made_again_where_it_is_free_and_else_ended_and_what_waited_runs(
     tmp_path: Path, log: str, left: Left
 ) -> None:
-    hold = Hold()
-    async with running(tmp_path / "images", log=log, overrides=left.held_by(hold), max_running=1) as first:
+    pause = Pause()
+    async with running(tmp_path / "images", log=log, overrides=left.held_by(pause), max_running=1) as first:
         wire = await attach(first)
         swap: JSON = {"imageUrls": FACE_URL} if left.status == "face_swap" else {}
         stuck = await first.start(**swap)
-        await hold.reached.wait()
+        await pause.reached.wait()
         waiting = await first.start(user="bob")
         await wire.until(lambda: bool(wire.events) and wire.events[-1]["status"] == left.status)
-        seen = len(wire.told)
+        seen = len(wire.received)
         await hang_up([wire])
     async with running(tmp_path / "images", log=log) as again:
         back = await come_back(again, wire)
@@ -242,7 +242,7 @@ async def test_a_second_process_on_the_same_file_is_refused_with_3_and_a_sentenc
             assert second.lines == [f"stagecast: The log {deployment.log} is in use by another process."]
         await first.start()
         await first.service.queue.settled()
-    async with deployment.serving() as third, Caller.open(deployment.url) as caller:
+    async with deployment.serving() as third, RetryingClient.open(deployment.url) as caller:
         [generation] = await caller.generations("ada")
         assert generation["status"] == "completed"
         third.send(signal.SIGTERM)
@@ -251,7 +251,7 @@ async def test_a_second_process_on_the_same_file_is_refused_with_3_and_a_sentenc
 
 async def test_an_upload_that_finds_no_room_is_refused_like_every_start_without_room(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path / "service")
-    async with deployment.serving() as life, Caller.open(deployment.url) as caller:
+    async with deployment.serving() as life, RetryingClient.open(deployment.url) as caller:
         resource.prlimit(life.pid.result(), resource.RLIMIT_FSIZE, (100_000, -1))
         answer = await caller.once("POST", "/generations/edit", "ada", files=parts("x", bytes(2_000_000)))
         assert (answer.status_code, answer.json()["code"]) == (503, "storage_failed")
@@ -268,7 +268,7 @@ async def test_a_start_without_room_for_the_log_ends_what_was_left_once_there_is
     async with (
         openai_server() as server,
         paid(deployment, server).serving(editor="openai") as life,
-        Caller.open(deployment.url) as caller,
+        RetryingClient.open(deployment.url) as caller,
     ):
         server.answer(hang)
         with contextlib.closing(sqlite3.connect(f"{deployment.log.as_uri()}?mode=ro", uri=True)) as stranger:
@@ -283,7 +283,7 @@ async def test_a_start_without_room_for_the_log_ends_what_was_left_once_there_is
     # The file can be opened, and nothing can be added to it.
     assert deployment.log.with_name("log.db-wal").stat().st_size > 40_000
     deployment.prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, -1))"
-    async with deployment.serving() as life, Caller.open(deployment.url) as caller:
+    async with deployment.serving() as life, RetryingClient.open(deployment.url) as caller:
         refused = await caller.once("POST", "/generations/edit?runner=external", f"{USER}", files=parts("x"))
         assert (refused.status_code, refused.json()["code"]) == (503, "log_unavailable")
         resource.prlimit(life.pid.result(), resource.RLIMIT_FSIZE, (-1, -1))

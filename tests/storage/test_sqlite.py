@@ -16,7 +16,7 @@ from adapters.sqlite.log import SqliteLog
 from domain.errors import LogUnavailable
 from domain.identity import Identity
 from domain.ports.sessions import Session
-from support.builders import NOON, Heard, bodies, statuses
+from support.builders import NOON, RecordingFollower, bodies, statuses
 from support.sqlite_files import RETENTION, content, held, image, opened, python, rows
 
 # --- what is there again ---------------------------------------------------------------------------------
@@ -24,12 +24,12 @@ from support.sqlite_files import RETENTION, content, held, image, opened, python
 
 async def test_a_log_that_is_opened_again_is_as_it_was_left(path: Path) -> None:
     async with opened(path, outbox=True) as first:
-        scribe = first.scribe
-        await scribe.whole("ada", key="k", face_swap=True)
-        gone, purged = await scribe.short("ada"), await scribe.short("ada")
-        running = await scribe.move(await scribe.start("ada"), "composition")
-        await scribe.start("bob", key="k", fingerprint="bobs")
-        told = await scribe.short("Ünï 🎨 '")
+        recorder = first.recorder
+        await recorder.run_to_end("ada", key="k", face_swap=True)
+        gone, purged = await recorder.start_and_fail("ada"), await recorder.start_and_fail("ada")
+        running = await recorder.move(await recorder.start("ada"), "composition")
+        await recorder.start("bob", key="k", fingerprint="bobs")
+        told = await recorder.start_and_fail("Ünï 🎨 '")
         await first.log.delivered(told.generation_id)
         await first.log.remove(purged.generation_id, retention=True)
         await first.log.remove(gone.generation_id, retention=False)
@@ -44,8 +44,8 @@ async def test_a_log_that_is_opened_again_is_as_it_was_left(path: Path) -> None:
         assert cursor.usable(await again.log.feed("ada", after=cursor.seen, anchor=cursor.live, limit=0))
         assert await again.sessions.load("pid", at=NOON) == session
         assert await again.log.grant("cy", 5, key="g", at=NOON, until=NOON + RETENTION) == 105
-        again.scribe.entropy.event_id()
-        await again.scribe.finish(running)
+        again.recorder.entropy.event_id()
+        await again.recorder.finish(running)
         history = await again.log.generation(running.generation_id)
         assert statuses(history)[-1] == "completed"
         assert history is not None
@@ -54,10 +54,10 @@ async def test_a_log_that_is_opened_again_is_as_it_was_left(path: Path) -> None:
 
 async def test_an_append_whose_reply_was_lost_with_the_process_is_recognised(path: Path) -> None:
     async with opened(path) as first:
-        append, generation = first.scribe.prepare_start(key="k", not_after=NOON)
+        append, generation = first.recorder.prepare_start(key="k", not_after=NOON)
         logged = await first.log.append(append)
     async with opened(path) as again:
-        again.scribe.clock.step(3_600)
+        again.recorder.clock.step(3_600)
         assert await again.log.append(append) == logged
         assert await again.log.credit("ada") == 99
         assert statuses(await again.log.generation(generation.generation_id)) == ["started"]
@@ -71,7 +71,7 @@ async def test_the_epoch_is_the_files_own(tmp_path: Path) -> None:
 
 async def test_the_setting_of_credits_is_for_who_is_new(path: Path) -> None:
     async with opened(path, credits=3) as first:
-        await first.scribe.start("ada")
+        await first.recorder.start("ada")
     async with opened(path, credits=50) as again:
         assert [await again.log.credit(user_id) for user_id in ("ada", "new")] == [2, 50]
 
@@ -79,24 +79,24 @@ async def test_the_setting_of_credits_is_for_who_is_new(path: Path) -> None:
 async def test_who_began_while_no_balances_were_kept_is_new_when_they_are(path: Path) -> None:
     """I6 over a change of the setting: what was not reserved is not given back."""
     async with opened(path, credits=None) as first:
-        free = await first.scribe.start("ada")
+        free = await first.recorder.start("ada")
     async with opened(path, credits=10) as again:
-        again.scribe.count = 10
+        again.recorder.count = 10
         assert await again.log.credit("ada") == 10
-        await again.scribe.move(free, "failed")
+        await again.recorder.move(free, "failed")
         assert bodies(await again.log.generation(free.generation_id))[-1]["credit"] == 10
-        await again.scribe.start("ada")
+        await again.recorder.start("ada")
         assert await again.log.credit("ada") == 9
 
 
 async def test_what_was_reserved_is_given_back_also_while_balances_are_off(path: Path) -> None:
     async with opened(path, credits=10) as first:
-        paid = await first.scribe.start("ada")
+        paid = await first.recorder.start("ada")
     async with opened(path, credits=None) as off:
-        off.scribe.count = 10
-        await off.scribe.move(paid, "failed")
+        off.recorder.count = 10
+        await off.recorder.move(paid, "failed")
         assert "credit" not in bodies(await off.log.generation(paid.generation_id))[-1]
-        await off.scribe.start("ada")
+        await off.recorder.start("ada")
         assert await off.log.credit("ada") is None
     async with opened(path, credits=50) as again:
         assert await again.log.credit("ada") == 10
@@ -104,10 +104,10 @@ async def test_what_was_reserved_is_given_back_also_while_balances_are_off(path:
 
 async def test_what_ended_without_an_outbox_is_not_told_when_there_is_one(path: Path) -> None:
     async with opened(path, outbox=True) as first:
-        kept = await first.scribe.short()
+        kept = await first.recorder.start_and_fail()
     async with opened(path) as without:
-        without.scribe.count = 10
-        await without.scribe.short()
+        without.recorder.count = 10
+        await without.recorder.start_and_fail()
         assert list(await without.log.undelivered(10)) == []
     async with opened(path, outbox=True) as again:
         assert [entry.generation_id for entry in await again.log.undelivered(10)] == [kept.generation_id]
@@ -123,25 +123,25 @@ sys.path.insert(0, sys.argv[2])
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from adapters.system import SystemEntropy
-from support.builders import CountedEntropy, Scribe, SteppableClock, path_of
+from support.builders import CountedEntropy, EventRecorder, SteppableClock, path_of
 
-async def live(scribe, user, life):
+async def live(recorder, user, life):
     for number in itertools.count():
-        append, generation = scribe.prepare_start(user, generation_id=f"edit_1_{life}{user}{number}")
+        append, generation = recorder.prepare_start(user, generation_id=f"edit_1_{life}{user}{number}")
         for status in path_of("edit")[1:4 + number % 3] + ("failed",) * (number % 2):
-            logged = await scribe.log.append(append)
+            logged = await recorder.log.append(append)
             print(logged.user_id, logged.position, logged.event_id, flush=True)
             if generation.finished:
                 break
-            append, generation = scribe.prepare(generation, status)
+            append, generation = recorder.prepare(generation, status)
 
 async def main():
     database = Database(Path(sys.argv[1]), epoch="e1")
     log = SqliteLog(database, credits=100_000, clock=SteppableClock())
-    scribe = Scribe(log, SteppableClock(), SystemEntropy())
-    life = scribe.entropy.token()
+    recorder = EventRecorder(log, SteppableClock(), SystemEntropy())
+    life = recorder.entropy.token()
     print("ready", flush=True)
-    await asyncio.gather(*(live(scribe, f"user{number % 3}", f"{life}{number}") for number in range(8)))
+    await asyncio.gather(*(live(recorder, f"user{number % 3}", f"{life}{number}") for number in range(8)))
 
 asyncio.run(main())
 """
@@ -212,7 +212,7 @@ async def test_a_second_process_is_refused_until_the_first_is_gone_however_it_we
 async def test_the_folder_is_made_and_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "a folder?mode=memory#%41" / "ünï" / "log.db"
     async with opened(path) as first:
-        await first.scribe.start()
+        await first.recorder.start()
         assert await first.log.credit("ada") == 99
     assert path.is_file()
 
@@ -258,7 +258,7 @@ def test_what_cannot_be_opened_is_refused_with_a_sentence(tmp_path: Path, where:
 async def test_an_empty_file_becomes_a_log(path: Path) -> None:
     written(path, b"")
     async with opened(path) as first:
-        await first.scribe.start()
+        await first.recorder.start()
 
 
 # --- versions of the schema ------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def version(path: Path) -> int:
 @pytest.mark.parametrize("steps", [1, 2])
 async def test_a_log_of_an_older_version_is_brought_to_this_one_with_all_it_holds(path: Path, steps: int) -> None:
     async with opened(path) as older:
-        generation = await older.scribe.short()
+        generation = await older.recorder.start_and_fail()
         before = await image(older.log, "ada")
     assert version(path) == len(SCHEMA)
     schema = _LATER[: len(SCHEMA) + steps]
@@ -295,7 +295,7 @@ async def test_a_log_of_an_older_version_is_brought_to_this_one_with_all_it_hold
 
 async def test_a_step_that_fails_leaves_the_log_in_the_version_it_had(path: Path) -> None:
     async with opened(path) as older:
-        await older.scribe.short()
+        await older.recorder.start_and_fail()
         before = await image(older.log, "ada")
     broken = (*_LATER, "CREATE TABLE more (id); DROP TABLE users; SELECT no FROM where_there_is_none")
     with pytest.raises(LogRefused, match="cannot be opened: no such table"):
@@ -307,7 +307,7 @@ async def test_a_step_that_fails_leaves_the_log_in_the_version_it_had(path: Path
 
 async def test_a_log_of_a_newer_version_is_refused_and_left_as_it_was(path: Path) -> None:
     async with opened(path, schema=_LATER) as newer:
-        await newer.scribe.short()
+        await newer.recorder.start_and_fail()
     before = content(path)
     sentence = rf"was written by a newer Stagecast \(schema {len(_LATER)}; this one knows {len(SCHEMA)}\)\.$"
     with pytest.raises(LogRefused, match=sentence):
@@ -321,8 +321,8 @@ async def test_a_log_of_a_newer_version_is_refused_and_left_as_it_was(path: Path
 @pytest.mark.usefixtures("patient")
 async def test_reads_and_the_event_loop_go_on_while_a_write_waits_for_the_disk(path: Path) -> None:
     async with opened(path) as here:
-        generation = await here.scribe.start()
-        append, _ = here.scribe.prepare(generation, "composition")
+        generation = await here.recorder.start()
+        append, _ = here.recorder.prepare(generation, "composition")
         with held(path):
             waiting = asyncio.create_task(here.log.append(append))
             for _ in range(50):
@@ -338,7 +338,7 @@ async def test_what_waited_for_the_disk_shares_one_transaction(path: Path) -> No
         done: list[str] = []
         await here.database.write(lambda connection: connection.set_trace_callback(done.append))
         with held(path):
-            appends = [asyncio.create_task(here.scribe.start(f"user {n}")) for n in range(100)]
+            appends = [asyncio.create_task(here.recorder.start(f"user {n}")) for n in range(100)]
             await asyncio.sleep(0)
         await asyncio.gather(*appends)
         assert 1 <= done.count("COMMIT") <= 3
@@ -347,12 +347,12 @@ async def test_what_waited_for_the_disk_shares_one_transaction(path: Path) -> No
 
 @pytest.mark.usefixtures("patient")
 async def test_one_refusal_among_many_undoes_nothing_of_the_others(path: Path) -> None:
-    heard = Heard()
-    async with opened(path, credits=1) as here, here.log.follow(heard):
-        first, generation = here.scribe.prepare_start()
-        second, _ = here.scribe.prepare(generation, "composition")
+    follower = RecordingFollower()
+    async with opened(path, credits=1) as here, here.log.follow(follower):
+        first, generation = here.recorder.prepare_start()
+        second, _ = here.recorder.prepare(generation, "composition")
         with held(path):
-            poor, bobs = here.scribe.prepare_start()[0], here.scribe.prepare_start("bob")[0]
+            poor, bobs = here.recorder.prepare_start()[0], here.recorder.prepare_start("bob")[0]
             appends = (first, poor, second, second, bobs)
             attempts = [asyncio.create_task(here.log.append(append)) for append in appends]
             await asyncio.sleep(0)
@@ -360,7 +360,7 @@ async def test_one_refusal_among_many_undoes_nothing_of_the_others(path: Path) -
         assert [type(result).__name__ for result in results] == [
             "Logged", "InsufficientCredit", "Logged", "Logged", "Logged"
         ]  # fmt: skip
-        assert heard.entries == [results[0], results[2], results[4]]
+        assert follower.entries == [results[0], results[2], results[4]]
 
 
 @pytest.mark.usefixtures("patient")
@@ -374,10 +374,10 @@ async def test_an_operation_that_breaks_off_has_changed_nothing(path: Path) -> N
         connection.execute("no SQL")
 
     async with opened(path) as here:
-        await here.scribe.start()
+        await here.recorder.start()
         with held(path):
             attempts = [asyncio.create_task(here.database.write(each)) for each in (break_off, make_no_sense)]
-            following = asyncio.create_task(here.scribe.start())
+            following = asyncio.create_task(here.recorder.start())
             await asyncio.sleep(0)
         results = await asyncio.gather(*attempts, return_exceptions=True)
         assert [type(result) for result in results] == [ZeroDivisionError, LogUnavailable]
@@ -405,9 +405,9 @@ class Dawdling:
 @pytest.mark.parametrize("in_the_middle", [False, True])
 async def test_who_gives_up_waiting_breaks_nothing(path: Path, in_the_middle: bool) -> None:
     """Neither before the transaction has begun nor in the middle of it."""
-    heard, before, behind = Heard(), Dawdling(), Dawdling()
-    async with opened(path) as here, here.log.follow(heard):
-        appends = [here.scribe.prepare_start(f"user {n}")[0] for n in range(40)]
+    follower, before, behind = RecordingFollower(), Dawdling(), Dawdling()
+    async with opened(path) as here, here.log.follow(follower):
+        appends = [here.recorder.prepare_start(f"user {n}")[0] for n in range(40)]
         first = asyncio.create_task(here.database.write(before))
         await before.begun.wait()
         tasks = [asyncio.create_task(here.log.append(append)) for append in appends]
@@ -423,17 +423,17 @@ async def test_who_gives_up_waiting_breaks_nothing(path: Path, in_the_middle: bo
             dawdling.going_on.set()
         await asyncio.gather(first, last)
         kept = await asyncio.gather(*tasks[1::2])
-        assert len(heard.entries) == (40 if in_the_middle else 20)
+        assert len(follower.entries) == (40 if in_the_middle else 20)
         # Whoever gave up tries again, and finds out which of them it was.
         again = [await here.log.append(append) for append in appends[::2]]
         assert {entry.sequence for entry in (*kept, *again)} == {1}
-        assert sorted(heard.entries) == sorted((*kept, *again))
+        assert sorted(follower.entries) == sorted((*kept, *again))
         assert len(await here.log.unfinished()) == 40
 
 
 async def test_a_reader_that_gives_up_breaks_nothing(path: Path) -> None:
     async with opened(path) as here:
-        await here.scribe.start()
+        await here.recorder.start()
         tasks = [asyncio.create_task(here.log.credit("ada")) for _ in range(40)]
         await asyncio.sleep(0)
         for task in tasks[::2]:

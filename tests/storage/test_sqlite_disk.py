@@ -15,7 +15,7 @@ from domain.errors import AlreadyStarted, LogUnavailable
 from domain.feed import Cursor
 from domain.identity import Identity
 from domain.ports.sessions import Session
-from support.builders import NOON, Heard
+from support.builders import NOON, RecordingFollower
 from support.sqlite_files import RETENTION, Opened, content, held, image, opened, python, rows
 
 
@@ -54,12 +54,12 @@ async def no_room_for_pages(here: Opened, path: Path) -> AsyncIterator[None]:
 async def test_a_full_disk_refuses_whole_appends_and_is_well_again_when_there_is_room(
     path: Path, no_room: Callable[[Opened, Path], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard = Heard()
-    async with opened(path) as here, here.log.follow(heard):
-        generation = await here.scribe.start(prompt="x" * 4_000)
+    follower = RecordingFollower()
+    async with opened(path) as here, here.log.follow(follower):
+        generation = await here.recorder.start(prompt="x" * 4_000)
         before = await image(here.log, "ada", "bob")
-        appends = [here.scribe.prepare_start(user_id, prompt="x" * 4_000)[0] for user_id in ("ada", "bob")]
-        appends.append(here.scribe.prepare(generation, "composition", message="x" * 9_000)[0])
+        appends = [here.recorder.prepare_start(user_id, prompt="x" * 4_000)[0] for user_id in ("ada", "bob")]
+        appends.append(here.recorder.prepare(generation, "composition", message="x" * 9_000)[0])
         async with no_room(here, path):
             for _ in range(2):
                 results = await asyncio.gather(*map(here.log.append, appends), return_exceptions=True)
@@ -69,7 +69,7 @@ async def test_a_full_disk_refuses_whole_appends_and_is_well_again_when_there_is
         assert "xxx" not in caplog.text
         logged = [await here.log.append(append) for append in appends]
         assert [entry.sequence for entry in logged] == [1, 1, 2]
-        assert heard.entries[1:] == logged
+        assert follower.entries[1:] == logged
         whole = await image(here.log, "ada", "bob")
     async with opened(path) as again:
         assert await image(again.log, "ada", "bob") == whole
@@ -77,7 +77,7 @@ async def test_a_full_disk_refuses_whole_appends_and_is_well_again_when_there_is
 
 async def test_while_a_stranger_keeps_the_file_an_append_is_refused_in_the_end(path: Path) -> None:
     async with opened(path) as here:
-        append, _ = here.scribe.prepare_start()
+        append, _ = here.recorder.prepare_start()
         with held(path), pytest.raises(LogUnavailable):
             await here.log.append(append)
         assert (await here.log.append(append)).position == 1
@@ -93,13 +93,13 @@ async def test_every_transaction_is_synced_before_it_is_answered(path: Path) -> 
 
 
 async def test_closing_does_first_what_was_asked_for_and_then_refuses(path: Path) -> None:
-    heard: list[Any] = []
-    async with opened(path) as here, here.log.follow(heard.append):
-        appends = [asyncio.create_task(here.scribe.start(f"user {n}")) for n in range(300)]
+    follower: list[Any] = []
+    async with opened(path) as here, here.log.follow(follower.append):
+        appends = [asyncio.create_task(here.recorder.start(f"user {n}")) for n in range(300)]
         await asyncio.sleep(0)
         await here.log.close()
-        assert len(await asyncio.gather(*appends)) == len(heard) == 300
-        for refused in (here.scribe.start(), here.log.credit("ada"), here.sessions.end("pid")):
+        assert len(await asyncio.gather(*appends)) == len(follower) == 300
+        for refused in (here.recorder.start(), here.log.credit("ada"), here.sessions.end("pid")):
             with pytest.raises(LogUnavailable):
                 await refused
         await here.log.close()
@@ -115,14 +115,14 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
-from support.builders import Scribe, SteppableClock
+from support.builders import EventRecorder, SteppableClock
 
 async def main():
-    scribe = Scribe(SqliteLog(Database(Path(sys.argv[1]), epoch="e1"), credits=1, clock=SteppableClock()))
-    await scribe.start()
-    await scribe.log.credit("ada")
+    recorder = EventRecorder(SqliteLog(Database(Path(sys.argv[1]), epoch="e1"), credits=1, clock=SteppableClock()))
+    await recorder.start()
+    await recorder.log.credit("ada")
     global under_way
-    under_way = asyncio.create_task(scribe.start("bob"))
+    under_way = asyncio.create_task(recorder.start("bob"))
     await asyncio.sleep(0)
 
 asyncio.run(main())
@@ -149,12 +149,12 @@ def bytes_left(path: Path) -> int:
 @pytest.mark.parametrize("retention", [True, False])
 async def test_what_is_removed_is_gone_from_the_disk_too(path: Path, retention: bool) -> None:
     async with opened(path) as here:
-        scribe = here.scribe
-        secret = [await scribe.start(prompt=_SECRET, key=_SECRET)]
-        others = [await scribe.start("bob", prompt="x" * 150 * n) for n in range(1, 21)]
-        secret += [await scribe.start(prompt=_SECRET * 8 * n, metadata={"note": _SECRET * n}) for n in range(1, 21)]
+        recorder = here.recorder
+        secret = [await recorder.start(prompt=_SECRET, key=_SECRET)]
+        others = [await recorder.start("bob", prompt="x" * 150 * n) for n in range(1, 21)]
+        secret += [await recorder.start(prompt=_SECRET * 8 * n, metadata={"note": _SECRET * n}) for n in range(1, 21)]
         for generation in (*others, *secret):
-            await scribe.move(generation, "composition", "failed")
+            await recorder.move(generation, "composition", "failed")
         assert bytes_left(path) > 1_000
         for generation in secret:
             assert await here.log.remove(generation.generation_id, retention=retention)
@@ -169,7 +169,7 @@ async def test_the_file_does_not_grow_while_as_much_goes_as_comes(path: Path) ->
 
         async def turn_over(count: int) -> int:
             for _ in range(count):
-                generations = [here.scribe.short(prompt="x" * 3_000) for _ in range(20)]
+                generations = [here.recorder.start_and_fail(prompt="x" * 3_000) for _ in range(20)]
                 for generation in await asyncio.gather(*generations):
                     await here.log.remove(generation.generation_id, retention=True)
             [(pages,)] = await here.database.read(rows("PRAGMA page_count"))
@@ -198,13 +198,13 @@ async def test_no_question_reads_a_whole_table(path: Path) -> None:
     async with opened(path, outbox=True) as here:
         for where in (here.database.write, here.database.read):
             await where(lambda connection: connection.set_trace_callback(asked.append))
-        log, scribe = here.log, here.scribe
+        log, recorder = here.log, here.recorder
         for retention in (True, False):
-            generation = await scribe.whole(key="k")
-            append, _ = scribe.prepare_start(key="k")
+            generation = await recorder.run_to_end(key="k")
+            append, _ = recorder.prepare_start(key="k")
             with pytest.raises(AlreadyStarted):
                 await log.append(append)
-            append, _ = scribe.prepare(await scribe.start(), "composition")
+            append, _ = recorder.prepare(await recorder.start(), "composition")
             for _ in range(2):
                 await log.append(append)
             await log.grant("ada", 5, key="k", at=NOON, until=NOON + RETENTION)

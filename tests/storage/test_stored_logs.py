@@ -37,7 +37,7 @@ async def test_a_log_of_an_earlier_version_is_served_as_it_was(name: str, tmp_pa
             events = await service.feed("ada", cursor["cursor"])
             after = [[event["generationId"], event["sequence"]] for event in events]
             assert after[: len(cursor["after"])] == cursor["after"]
-        assert (await service.look(f"/generations/{stored['deleted']}", "ada")).status_code == 404
+        assert (await service.get_response(f"/generations/{stored['deleted']}", "ada")).status_code == 404
         for key, generation_id in stored["keys"].items():
             begun = await service.service.log.find_by_idempotency_key("ada", key)
             assert begun is not None

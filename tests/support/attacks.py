@@ -27,7 +27,7 @@ CRLF: Final = b"\r\n"
 FORM: Final = "multipart/form-data; boundary=B"
 
 #: Seconds after which something hangs, and is not slow: what is decoded stands back behind all others on a machine.
-HANGS: Final = 60
+TIMEOUT: Final = 60
 
 LINUX: Final = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -73,7 +73,7 @@ class AttackedService:
     ) -> httpx2.Response:
         headers = {"Content-Type": content_type, **self.headers["mallory"], **headers}
         path = f"/generations/{kind}"
-        return await self.service.http.post(path, content=content, headers=headers, timeout=HANGS)
+        return await self.service.http.post(path, content=content, headers=headers, timeout=TIMEOUT)
 
     async def outcome(self, content: bytes, content_type: str = FORM, **rest: Any) -> str:
         """The status, and the code of a problem: as a table of expectations has it."""
@@ -85,7 +85,7 @@ class AttackedService:
     async def watch(self) -> None:
         """One generation of bob's, whose device is sent all of it."""
         headers = {"Content-Type": FORM, **self.headers["bob"]}
-        answer = await self.service.http.post("/generations/generate", content=GOOD, headers=headers, timeout=HANGS)
+        answer = await self.service.http.post("/generations/generate", content=GOOD, headers=headers, timeout=TIMEOUT)
         assert answer.status_code == 202, answer.text
         generation_id = answer.json()["generationId"]
         await self.bob.until_over(generation_id)
@@ -103,7 +103,7 @@ class AttackedService:
         self.over = True
         await self.watching
         await self.watch()
-        async with asyncio.timeout(HANGS):
+        async with asyncio.timeout(TIMEOUT):
             await self.service.service.queue.settled()
         for path in ("/health/live", "/health/ready"):
             assert (await self.service.http.get(path)).status_code == 200
@@ -164,7 +164,7 @@ class Wire:
 
     async def answer(self) -> str:
         """The outcome of the next answer."""
-        async with asyncio.timeout(HANGS):
+        async with asyncio.timeout(TIMEOUT):
             status = int((await self.reader.readline()).split()[1])
             head = await self.reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head)

@@ -49,7 +49,7 @@ EDIT_WITH_SWAP: Final = (*EDIT[:-1], "face_swap", "face_swap_completed", "comple
 GENERATE: Final = ("started", "composition", "composition_completed", "ai_generation", "completed")
 
 #: What the provider stages bring, so that a guard which asks for it is content.
-FACTS: Final[Mapping[str, Mapping[str, Any]]] = {
+STAGE_FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
     "composition_completed": {"composition_url": "http://test/images/sheet.png"},
     "openai_editing_completed": {"edited_image_url": "http://test/images/edited.png"},
     "face_swap_completed": {"face_swap_url": "http://test/images/swapped.png"},
@@ -112,17 +112,17 @@ def path_of(kind: Kind, *, face_swap: bool = False) -> tuple[str, ...]:
     return EDIT_WITH_SWAP if face_swap else EDIT
 
 
-def facts_for(kind: Kind, status: str) -> dict[str, Any]:
+def stage_fields(kind: Kind, status: str) -> dict[str, Any]:
     """What a generation that goes well has found on entering a status."""
     if kind == "generate" and status == "completed":
         return {"generated_image_url": "http://test/images/generated.png"}
-    return dict(FACTS.get(status, {}))
+    return dict(STAGE_FIELDS.get(status, {}))
 
 
 def moved_to(generation: Generation, *statuses: str, at: datetime = NOON) -> Generation:
     """The generation after these statuses, with what each of them brings. No log involved."""
     for status in statuses:
-        _, generation = generation.propose(status, at, **facts_for(generation.kind, status))
+        _, generation = generation.propose(status, at, **stage_fields(generation.kind, status))
     return generation
 
 
@@ -135,10 +135,10 @@ def append_for(
     start: Start | None = None,
     not_after: datetime | None = None,
     free: bool = False,
-    **facts: Any,
+    **fields: Any,
 ) -> tuple[Append, Generation]:
     """The append of the generation's next event, and the generation as it is once that is in the log."""
-    event, after = generation.propose(status, at, **{**facts_for(generation.kind, status), **facts})
+    event, after = generation.propose(status, at, **{**stage_fields(generation.kind, status), **fields})
     append = Append(
         user_id=generation.user_id,
         generation_id=generation.generation_id,
@@ -157,7 +157,7 @@ def append_for(
 
 
 @dataclass
-class Scribe:
+class EventRecorder:
     """Writes generations into a log, one event at a time."""
 
     log: EventLog
@@ -192,9 +192,9 @@ class Scribe:
         await self.log.append(append)
         return after
 
-    async def move(self, generation: Generation, *statuses: str, **facts: Any) -> Generation:
+    async def move(self, generation: Generation, *statuses: str, **fields: Any) -> Generation:
         for status in statuses:
-            append, generation = self.prepare(generation, status, **facts)
+            append, generation = self.prepare(generation, status, **fields)
             await self.log.append(append)
         return generation
 
@@ -203,11 +203,11 @@ class Scribe:
         path = path_of(generation.kind, face_swap=generation.face_swap_wanted)
         return await self.move(generation, *path[path.index(generation.status) + 1 :])
 
-    async def whole(self, user_id: str = "ada", kind: Kind = "edit", **rest: Any) -> Generation:
+    async def run_to_end(self, user_id: str = "ada", kind: Kind = "edit", **rest: Any) -> Generation:
         """One from its start to its end."""
         return await self.finish(await self.start(user_id, kind, **rest))
 
-    async def short(self, user_id: str = "ada", **rest: Any) -> Generation:
+    async def start_and_fail(self, user_id: str = "ada", **rest: Any) -> Generation:
         """One of two events, the second of which is its end."""
         return await self.move(await self.start(user_id, **rest), "failed")
 
@@ -250,7 +250,7 @@ async def open_sqlite_log(
 LOGS: Final[Mapping[str, OpenLog]] = {"memory": open_memory_log, "sqlite": open_sqlite_log}
 
 
-class Heard:
+class RecordingFollower:
     """A follower that keeps what it was told."""
 
     def __init__(self) -> None:
@@ -291,6 +291,6 @@ def statuses(history: History | None) -> list[str]:
     return [str(event["status"]) for event in bodies(history)]
 
 
-def anonymous(append: Append, event_id: int) -> Append:
+def from_another_writer(append: Append, event_id: int) -> Append:
     """The same append by another writer: equal bytes, another event id."""
     return replace(append, event_id=event_id)

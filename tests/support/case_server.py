@@ -46,12 +46,12 @@ _LOOK: Final = 0.02
 class Figures:
     """What the process says of itself and of its service."""
 
-    #: kB of memory: now, and at most since it was last measured afresh.
+    #: kB of memory: now, and at most since it was last measured reset.
     rss: int
     peak: int
     #: Seconds of CPU time so far.
     cpu: float
-    #: Seconds by which the event loop was late, at most since it was last measured afresh.
+    #: Seconds by which the event loop was late, at most since it was last measured reset.
     lag: float
     #: How many transports there are, and how many devices are attached.
     sockets: int
@@ -116,7 +116,9 @@ class Process:
         return code
 
     @asynccontextmanager
-    async def serve(self, images: Path, *, inside: JSON | None = None, **settings: Any) -> AsyncIterator["Served"]:
+    async def serve(
+        self, images: Path, *, inside: JSON | None = None, **settings: Any
+    ) -> AsyncIterator["ServedService"]:
         """A service in this process, with its images in this folder. It is stopped at once in the end.
 
         `inside` is what is no setting: `auth_timeout` and `ping` (two numbers), all in seconds.
@@ -127,7 +129,7 @@ class Process:
         headers = {} if secret is None else {"Authorization": f"Bearer {_token(secret, 'operator', service=True)}"}
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as http:
             try:
-                yield Served(self, port, http, images, secret)
+                yield ServedService(self, port, http, images, secret)
             finally:
                 if self._process.returncode is None:
                     await self.ask("stop")
@@ -154,7 +156,7 @@ class Process:
 
 
 @dataclass
-class Served(Reader):
+class ServedService(Reader):
     """A service in another process."""
 
     process: Process
@@ -180,9 +182,9 @@ class Served(Reader):
         await wire.connect(userId=user, **auth)
         return wire
 
-    async def again(self, wire: Wire, *, narrow: bool = False) -> Wire:
+    async def reconnect(self, wire: Wire, *, narrow: bool = False) -> Wire:
         """The socket that the official client opens in place of this one: it takes up the session."""
-        other = await Wire.open(self.port, told=wire.told, narrow=narrow)
+        other = await Wire.open(self.port, told=wire.received, narrow=narrow)
         await other.connect(**wire.offset)
         assert other.pid == wire.pid, "not recovered"
         other.user = wire.user
@@ -209,12 +211,12 @@ class Served(Reader):
         self.owners[generation_id] = user
         return generation_id
 
-    async def look(self, path: str, user: str) -> httpx2.Response:
+    async def get_response(self, path: str, user: str) -> httpx2.Response:
         return await self.http.get(path, headers={"X-User-Id": user})
 
-    async def figures(self, *, afresh: bool = False) -> Figures:
-        """See `Figures`. `afresh`: garbage is collected first, and from here on the maxima are taken anew."""
-        return Figures(**await self.process.ask("figures", afresh=afresh))
+    async def figures(self, *, reset: bool = False) -> Figures:
+        """See `Figures`. `reset`: garbage is collected first, and from here on the maxima are taken anew."""
+        return Figures(**await self.process.ask("figures", reset=reset))
 
     async def sids(self) -> set[str]:
         """The ids of the transports."""
@@ -231,9 +233,9 @@ class Served(Reader):
         """From now on, who takes nothing for so long is cut; by default, as long as the service has by itself."""
         await self.process.ask("stall", seconds=seconds)
 
-    async def worked(self) -> None:
+    async def until_idle(self) -> None:
         """Wait until no generation waits or is worked on."""
-        await self.process.ask("worked")
+        await self.process.ask("until_idle")
 
     async def check(self, *users: str) -> None:
         """I1 to I3, I6 and I8, by the one function that all tests use, inside. No client may be left."""
@@ -304,12 +306,12 @@ class _Host:
             await anext(pouring)
         return {"began": began}
 
-    async def figures(self, afresh: bool) -> JSON:
-        if afresh:
+    async def figures(self, reset: bool) -> JSON:
+        if reset:
             gc.collect()
             await asyncio.sleep(2 * _LOOK)  # That was no fault of the service.
             self.lag = 0.0
-        rss, peak = _memory(afresh)
+        rss, peak = _memory(reset)
         sockets, rooms = self.here.service.sockets, self.here.service.hub.rooms
         return {
             "rss": rss,
@@ -328,7 +330,7 @@ class _Host:
         send_buffer.STALL_TIMEOUT = seconds
         return {}
 
-    async def worked(self) -> JSON:
+    async def until_idle(self) -> JSON:
         await self.here.service.queue.settled()
         return {}
 
@@ -347,9 +349,9 @@ class _Host:
             self.lag = max(self.lag, loop.time() - due)
 
 
-def _memory(afresh: bool) -> list[int]:
-    """Resident kB: now, and at most since it was last asked for afresh."""
-    if afresh:
+def _memory(reset: bool) -> list[int]:
+    """Resident kB: now, and at most since it was last asked for reset."""
+    if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return [int(status.split(f"{name}:")[1].split()[0]) for name in ("VmRSS", "VmHWM")]

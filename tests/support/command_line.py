@@ -20,7 +20,7 @@ STAGECAST: Final = (str(Path(sys.executable).with_name("stagecast")),)
 MODULE: Final = (sys.executable, "-m", "api")
 
 
-class Done(NamedTuple):
+class CommandResult(NamedTuple):
     """A process that has ended."""
 
     code: int
@@ -42,7 +42,7 @@ def environment(variables: dict[str, str]) -> dict[str, str]:
 
 async def stagecast(
     *arguments: str | bytes, folder: Path | None = None, program: tuple[str, ...] = STAGECAST, **variables: str
-) -> Done:
+) -> CommandResult:
     """Run a command, in a folder of its own, so that nobody's ``.env`` counts."""
     child = await asyncio.create_subprocess_exec(
         *program,
@@ -55,10 +55,10 @@ async def stagecast(
     output, errors = await asyncio.wait_for(child.communicate(), 60)
     assert child.returncode is not None
     assert b"Traceback" not in errors, errors.decode()
-    return Done(child.returncode, output.decode(), errors.decode())
+    return CommandResult(child.returncode, output.decode(), errors.decode())
 
 
-async def run_main(*arguments: str | bytes, folder: Path | None = None, **variables: str) -> Done:
+async def run_main(*arguments: str | bytes, folder: Path | None = None, **variables: str) -> CommandResult:
     """The same in a thread of this process. Not for a ``serve`` that begins: it would not end."""
     output, errors = TextIOWrapper(BytesIO(), "utf-8"), TextIOWrapper(BytesIO(), "utf-8", "backslashreplace")
 
@@ -77,10 +77,10 @@ async def run_main(*arguments: str | bytes, folder: Path | None = None, **variab
         code = await asyncio.wait_for(asyncio.to_thread(run), 60)
     for stream in (output, errors):
         stream.seek(0)
-    return Done(code, output.read(), errors.read())
+    return CommandResult(code, output.read(), errors.read())
 
 
-Run = Callable[..., Awaitable[Done]]
+Run = Callable[..., Awaitable[CommandResult]]
 
 
 #: One that would not begin with a good secret either.
@@ -94,7 +94,7 @@ COMMANDS: Final = ("serve", "demo", "check", "token", "credit", "replay")
 
 
 @contextlib.asynccontextmanager
-async def another(serve: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+async def other_server(serve: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
     """The address of a web server that is none of ours."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", serve)

@@ -232,7 +232,7 @@ class Deployment:
             yield life
 
 
-class Caller(Reader):
+class RetryingClient(Reader):
     """Calls a service by HTTP, again and again until it answers, as its clients are told to."""
 
     def __init__(self, http: httpx2.AsyncClient) -> None:
@@ -242,7 +242,7 @@ class Caller(Reader):
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str) -> AsyncIterator["Caller"]:
+    async def open(cls, url: str) -> AsyncIterator["RetryingClient"]:
         async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
             yield cls(http)
 
@@ -261,7 +261,7 @@ class Caller(Reader):
                 self.unanswered += 1
                 await asyncio.sleep(0.05)
 
-    async def look(self, path: str, user: str) -> httpx2.Response:
+    async def get_response(self, path: str, user: str) -> httpx2.Response:
         return await self.ask("GET", path, user)
 
     async def generations(self, user: str, **which: str) -> list[JSON]:
@@ -296,7 +296,7 @@ ENDS: Final = ("completed", "failed")
 
 
 @dataclass
-class Ordered:
+class RequestedGeneration:
     """A generation that somebody wants, and asks for until it is there."""
 
     key: str
@@ -305,7 +305,7 @@ class Ordered:
     external: bool
     generation_id: str = ""
 
-    async def start(self, caller: Caller, user: str) -> str:
+    async def start(self, caller: RetryingClient, user: str) -> str:
         """Its id, once the service has answered."""
         path = f"/generations/{self.kind}" + ("?runner=external" if self.external else "")
         form = parts(self.key, *([] if self.external else [PHOTO]), **self.fields)
@@ -350,12 +350,12 @@ class Phone:
         """Come back, once there is somebody, and go on from where it was."""
         while True:
             try:
-                wire = await Wire.open(port, told=self.wire.told)
+                wire = await Wire.open(port, told=self.wire.received)
                 await wire.connect(**self.wire.offset)
             except OSError:
                 await asyncio.sleep(0.02)
                 continue
-            assert not self.wire.sent_away, "a DISCONNECT was sent"
+            assert not self.wire.disconnected_by_server, "a DISCONNECT was sent"
             assert wire.pid == self.wire.pid, "a session was lost"
             self.wire = wire
             self.returns += 1

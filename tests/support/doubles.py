@@ -1,6 +1,6 @@
-"""Small real implementations of the ports, which do what a test says, and a studio where all work together.
+"""Small real implementations of the ports, which do what a test says, and a backend where all work together.
 
-And the time of the event loop, which passes when a test says so: `pass_time`.
+And the time of the event loop, which passes when a test says so: `advance_time`.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from domain.stages import Kind
 from domain.stored_images import StoredImages
 from domain.supervisor import OK, Supervisor
 from domain.workflow import Wish, Workflow
-from support.builders import NOON, CountedEntropy, Heard, SteppableClock, bodies
+from support.builders import NOON, CountedEntropy, RecordingFollower, SteppableClock, bodies
 
 BASE = "http://test/images/"
 FACE_URL = "http://pictures.test/face.png"
@@ -39,18 +39,18 @@ FACE_URL = "http://pictures.test/face.png"
 Act = Callable[[Report], Awaitable[None]]
 
 
-async def pass_time(seconds: float) -> None:
+async def advance_time(seconds: float) -> None:
     """Let so much time pass on the event loop's clock, in next to none of the world's.
 
     So a test need not be short of time for something to come too late. It passes in steps, in each of which what is
     on its way arrives, and who waits for the next piece of something waits anew.
     """
     for _ in range(4):
-        _put_forward(seconds / 4)
+        _advance_clock(seconds / 4)
         await asyncio.sleep(0.01)
 
 
-def _put_forward(seconds: float) -> None:
+def _advance_clock(seconds: float) -> None:
     loop = asyncio.get_running_loop()
     time = loop.time
     loop.time = lambda: time() + seconds  # type: ignore[method-assign]
@@ -78,20 +78,20 @@ def fails(code: FailureCode) -> Act:
     return raises(Failure(code))
 
 
-class Hold:
+class Pause:
     """An act that lasts until it is let go. Tells when it was reached, and whether it was aborted."""
 
     def __init__(self, *, stubborn: bool = False) -> None:
         """A stubborn one does not let itself be aborted: it goes on as soon as that is tried."""
         self._stubborn = stubborn
         self.reached = asyncio.Event()
-        self.let_go = asyncio.Event()
+        self.released = asyncio.Event()
         self.aborted = asyncio.Event()
 
     async def __call__(self, report: Report) -> None:
         self.reached.set()
         try:
-            await self.let_go.wait()
+            await self.released.wait()
         except asyncio.CancelledError:
             self.aborted.set()
             if not self._stubborn:
@@ -225,7 +225,7 @@ class InMemoryImages:
         pass
 
 
-class Bytes:
+class InMemoryUpload:
     """`domain.workflow.Upload` of these bytes; where there is a gate, not before it opens."""
 
     def __init__(self, data: bytes, gate: asyncio.Event | None = None) -> None:
@@ -242,7 +242,7 @@ class Bytes:
         return self._data
 
 
-class Passing:
+class ForwardingLog:
     """`domain.ports.log.EventLog` that passes everything on to another, over a line with a delay."""
 
     def __init__(self, log: EventLog) -> None:
@@ -258,96 +258,96 @@ class Passing:
     def durable(self) -> bool:
         return self.inner.durable
 
-    async def pass_on(self) -> None:
+    async def forward(self) -> None:
         await asyncio.sleep(0)
 
     async def append(self, entry: Append) -> Logged:
-        await self.pass_on()
+        await self.forward()
         overtake, self.overtake = self.overtake, None
         if overtake is not None:
             await overtake()
         logged = await self.inner.append(entry)
-        await self.pass_on()
+        await self.forward()
         return logged
 
     async def mark_paid(self, generation_id: str) -> None:
-        await self.pass_on()
+        await self.forward()
         await self.inner.mark_paid(generation_id)
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.find_by_idempotency_key(user_id, key)
 
     async def generation(self, generation_id: str) -> History | None:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.generation(generation_id)
 
     async def generations(
         self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
     ) -> Sequence[History]:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.generations(user_id, active=active, before=before, limit=limit)
 
     async def unfinished(self) -> Sequence[History]:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.unfinished()
 
     async def set_aside(self, generation_id: str) -> bool:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.set_aside(generation_id)
 
     async def examine(self) -> None:
-        await self.pass_on()
+        await self.forward()
         await self.inner.examine()
 
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.finished_before(moment, limit)
 
     async def head_cursor(self, user_id: str) -> Cursor:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.head_cursor(user_id)
 
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.feed(user_id, after=after, anchor=anchor, limit=limit)
 
     def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
         return self.inner.follow(deliver)
 
     async def credit(self, user_id: str) -> int | None:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.credit(user_id)
 
     async def standing(self, user_id: str) -> Standing:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.standing(user_id)
 
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.grant(user_id, amount, key=key, at=at, until=until)
 
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.remove(generation_id, retention=retention)
 
     async def undelivered(self, limit: int) -> Sequence[Logged]:
-        await self.pass_on()
+        await self.forward()
         return await self.inner.undelivered(limit)
 
     async def delivered(self, generation_id: str) -> None:
-        await self.pass_on()
+        await self.forward()
         await self.inner.delivered(generation_id)
 
     async def probe(self) -> None:
-        await self.pass_on()
+        await self.forward()
         await self.inner.probe()
 
     async def close(self) -> None:
         await self.inner.close()
 
 
-class Flaky(Passing):
+class FlakyLog(ForwardingLog):
     """A log that is not available now and then.
 
     `appends` says for the next appends what goes wrong: ``"before"`` it is made, ``"after"`` (it is made, and
@@ -387,23 +387,23 @@ def wish(
     kind: Kind = "edit",
     *,
     prompt: str = "a red hat",
-    uploads: Sequence[Bytes] | None = None,
+    uploads: Sequence[InMemoryUpload] | None = None,
     image_urls: tuple[str, ...] = (),
     face_swap: bool = False,
     **rest: str,
 ) -> Wish:
-    files = [Bytes(b"one"), Bytes(b"two")] if uploads is None else uploads
+    files = [InMemoryUpload(b"one"), InMemoryUpload(b"two")] if uploads is None else uploads
     metadata = dict(rest) if rest else None
     return Wish(kind, prompt, Options(), files, image_urls, face_swap, None if metadata is None else {**metadata})
 
 
 def swap_wish() -> Wish:
     """An edit that asks for a face swap."""
-    return wish(uploads=[Bytes(b"one")], image_urls=(FACE_URL,), face_swap=True)
+    return wish(uploads=[InMemoryUpload(b"one")], image_urls=(FACE_URL,), face_swap=True)
 
 
 @dataclass
-class Studio:
+class InMemoryBackend:
     """The whole domain over adapters in memory, with providers that do what a test says."""
 
     credits: int | None = 10
@@ -460,13 +460,13 @@ class Studio:
             max_running=self.max_running,
             deadline=self.deadline,
         )
-        self.heard = Heard()
+        self.follower = RecordingFollower()
         self._running: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator["Studio"]:
+    async def open(self) -> AsyncIterator["InMemoryBackend"]:
         """The runner works. If it dies of itself, so does the test."""
-        async with self.memory.follow(self.heard):
+        async with self.memory.follow(self.follower):
             self._running = asyncio.create_task(self.runner.run())
             try:
                 yield self
@@ -503,7 +503,7 @@ class Studio:
     async def reached(self, generation_id: str, status: str) -> None:
         """Wait until the log holds an event of this status."""
         text = f'"status":"{status}"'.encode()
-        await self.heard.until(
+        await self.follower.until(
             lambda entries: any(
                 entry.generation_id == generation_id and text in (entry.event or b"") for entry in entries
             )
@@ -542,18 +542,18 @@ def wanted(kind: Kind, face_swap: bool) -> Wish:
     return swap_wish() if face_swap else wish(kind)
 
 
-def picture_of(studio: Studio, url: object) -> bytes:
+def picture_of(backend: InMemoryBackend, url: object) -> bytes:
     """The bytes of the picture that an event's URL names."""
     assert isinstance(url, str)
     assert url.startswith(BASE)
-    return studio.images.kept[url.removeprefix(BASE)].data
+    return backend.images.kept[url.removeprefix(BASE)].data
 
 
-async def failed_well(studio: Studio, done: Snapshot, stage: str, code: str) -> None:
-    told = (await studio.events(done))[-1]
+async def assert_failed_and_refunded(backend: InMemoryBackend, done: Snapshot, stage: str, code: str) -> None:
+    told = (await backend.events(done))[-1]
     assert (told["status"], told["failedStage"], told["code"]) == ("failed", stage, code)
     assert told["credit"] == 10
     assert isinstance(told["error"], str)
     assert isinstance(told["retryable"], bool)
     assert (done.status, done.failed_stage, done.code) == ("failed", stage, code)
-    await studio.check()
+    await backend.check()

@@ -7,10 +7,10 @@ from contextlib import AsyncExitStack
 from domain.errors import Refusal
 from domain.feed import Cursor, Feed, Logged
 from domain.ports.log import EventLog
-from support.builders import OpenLog, Scribe, SteppableClock
+from support.builders import EventRecorder, OpenLog, SteppableClock
 
 
-class Opener:
+class LogOpener:
     """Opens logs of the adapter under test, which are closed when the test is over."""
 
     def __init__(self, factory: OpenLog, stack: AsyncExitStack, clock: SteppableClock) -> None:
@@ -18,9 +18,9 @@ class Opener:
         self._stack = stack
         self.clock = clock
 
-    async def __call__(self, *, credits: int | None = 100, epoch: str = "e1", outbox: bool = False) -> Scribe:
+    async def __call__(self, *, credits: int | None = 100, epoch: str = "e1", outbox: bool = False) -> EventRecorder:
         opened = self._factory(clock=self.clock, credits=credits, epoch=epoch, outbox=outbox)
-        return Scribe(await self._stack.enter_async_context(opened), self.clock)
+        return EventRecorder(await self._stack.enter_async_context(opened), self.clock)
 
 
 async def race(*attempts: Awaitable[Logged]) -> tuple[list[Logged], list[Refusal]]:
@@ -36,14 +36,14 @@ async def race(*attempts: Awaitable[Logged]) -> tuple[list[Logged], list[Refusal
     )
 
 
-async def whole_feed(log: EventLog, user_id: str = "ada") -> Feed:
+async def full_feed(log: EventLog, user_id: str = "ada") -> Feed:
     return await log.feed(user_id, after=0, anchor=0, limit=10_000)
 
 
 async def image(log: EventLog, user_id: str, *generation_ids: str) -> object:
     """Everything that a log tells about a user: to see that nothing has happened."""
     return (
-        await whole_feed(log, user_id),
+        await full_feed(log, user_id),
         await log.credit(user_id),
         await log.generations(user_id, limit=1_000),
         [await log.generation(generation_id) for generation_id in generation_ids],
@@ -52,7 +52,7 @@ async def image(log: EventLog, user_id: str, *generation_ids: str) -> object:
     )
 
 
-def places(entries: Iterable[Logged]) -> list[tuple[str, int]]:
+def event_keys(entries: Iterable[Logged]) -> list[tuple[str, int]]:
     return [(entry.generation_id, entry.sequence) for entry in entries]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import jwt
 import websockets
 
-from support.harness import JSON, Running, rest_of, running
+from support.harness import JSON, Running, frames_until_close, running
 
 SECRET: Final = "correct-horse-battery-staple-0123456789"
 
@@ -104,7 +104,7 @@ class Wire:
 
     async def closed(self) -> None:
         """Wait until the other side has closed the transport. It never says DISCONNECT."""
-        self.frames += await rest_of(self.connection)
+        self.frames += await frames_until_close(self.connection)
         assert not [frame for frame in self.frames if frame.startswith("41")], "DISCONNECT was sent"
 
 

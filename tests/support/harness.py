@@ -31,9 +31,9 @@ JSON = dict[str, Any]
 
 TERMINAL: Final = ("generation_completed", "generation_failed")
 #: Seconds after which what is waited for counts as hung.
-HUNG: Final = 30
+TIMEOUT: Final = 30
 #: Options of a bare WebSocket: its pings are Engine.IO's.
-BARE: Final[JSON] = {"compression": None, "ping_interval": None, "open_timeout": HUNG}
+RAW_OPTIONS: Final[JSON] = {"compression": None, "ping_interval": None, "open_timeout": TIMEOUT}
 #: Tall and thin, so that little of the sheet has to be drawn.
 PHOTO: Final = solid(RED, (16, 400), "JPEG").data
 
@@ -62,11 +62,11 @@ class Phone:
 
     async def until(self, happened: Callable[[], bool]) -> None:
         async with self._changed:
-            await asyncio.wait_for(self._changed.wait_for(happened), HUNG)
+            await asyncio.wait_for(self._changed.wait_for(happened), TIMEOUT)
 
     async def call(self, name: str, *arguments: Any) -> JSON:
         """Send an event and return its ack."""
-        ack = await self.client.call(name, arguments if len(arguments) != 1 else arguments[0], timeout=HUNG)
+        ack = await self.client.call(name, arguments if len(arguments) != 1 else arguments[0], timeout=TIMEOUT)
         assert isinstance(ack, dict)
         return ack
 
@@ -96,11 +96,11 @@ class Reader(ABC):
     """Reads what a user may see of a service, by HTTP."""
 
     @abstractmethod
-    async def look(self, path: str, user: str) -> httpx2.Response:
+    async def get_response(self, path: str, user: str) -> httpx2.Response:
         """The answer to GET."""
 
     async def get(self, path: str, user: str = "ada") -> JSON:
-        answer = await self.look(path, user)
+        answer = await self.get_response(path, user)
         assert answer.status_code == 200, answer.text
         body = answer.json()
         assert isinstance(body, dict)
@@ -138,10 +138,10 @@ class Running(Reader):
         self, user: str | None = None, *, transports: Sequence[str] = (), **auth: Any
     ) -> AsyncIterator[Phone]:
         """A device; with `user`, one that has authenticated by event."""
-        client = socketio.AsyncClient(reconnection=False, request_timeout=HUNG)
+        client = socketio.AsyncClient(reconnection=False, request_timeout=TIMEOUT)
         phone = Phone(self.url, client)
         client.on("*", phone.take)
-        await client.connect(self.url, auth=auth or None, transports=list(transports) or None, wait_timeout=HUNG)
+        await client.connect(self.url, auth=auth or None, transports=list(transports) or None, wait_timeout=TIMEOUT)
         self.phones.append(phone)
         try:
             if user is not None:
@@ -164,24 +164,24 @@ class Running(Reader):
         headers = {"X-User-Id": user} | ({"Idempotency-Key": key} if key else {})
         return await self.http.post(f"/generations/{kind}", files=parts, headers=headers)
 
-    async def look(self, path: str, user: str) -> httpx2.Response:
+    async def get_response(self, path: str, user: str) -> httpx2.Response:
         return await self.http.get(path, headers={"X-User-Id": user})
 
     async def raw(self, query: str = "") -> websockets.ClientConnection:
         """A bare WebSocket that speaks Engine.IO itself. The OPEN packet has been read."""
         connection = await websockets.connect(
-            f"ws://127.0.0.1:{self.port}/socket.io/?EIO=4&transport=websocket{query}", **BARE
+            f"ws://127.0.0.1:{self.port}/socket.io/?EIO=4&transport=websocket{query}", **RAW_OPTIONS
         )
         assert str(await connection.recv()).startswith("0{")
         return connection
 
-    async def until(self, holds: Callable[[], bool], seconds: float = HUNG) -> None:
+    async def until(self, holds: Callable[[], bool], seconds: float = TIMEOUT) -> None:
         """Wait until something holds of the service's own tables, which tell nobody when they change."""
         async with asyncio.timeout(seconds):
             while not holds():
                 await asyncio.sleep(0.01)
 
-    async def until_nobody_is_here(self) -> None:
+    async def until_all_disconnected(self) -> None:
         """Wait until no socket is left, nor anything kept for one.
 
         Whose program was killed while it polled is missed only by two pings, which takes 47 seconds.
@@ -233,7 +233,7 @@ class Running(Reader):
                 got = phone.of(generation_id)
                 first = got[0]["sequence"] - 1
                 assert got == events[first : first + len(got)], "I4"
-        await self.until_nobody_is_here()
+        await self.until_all_disconnected()
 
 
 @asynccontextmanager
@@ -254,7 +254,7 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
             url = f"http://127.0.0.1:{port}"
             # What is idle is let go long before the server does so, which would fall together with a request.
             limits = httpx2.Limits(keepalive_expiry=1)
-            async with httpx2.AsyncClient(base_url=url, timeout=HUNG, limits=limits, verify=ssl_context()) as http:
+            async with httpx2.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits, verify=ssl_context()) as http:
                 service_running = Running(url, port, service, server, http)
                 yield service_running
                 if not server.should_exit:
@@ -288,10 +288,10 @@ async def flood(log: EventLog, user: str, generation_id: str, count: int, *, fil
         yield
 
 
-async def rest_of(connection: websockets.ClientConnection) -> list[str]:
+async def frames_until_close(connection: websockets.ClientConnection) -> list[str]:
     """Every frame until the other side closes, which it has to do soon."""
     frames: list[str] = []
-    async with asyncio.timeout(HUNG):
+    async with asyncio.timeout(TIMEOUT):
         while True:
             try:
                 frames.append(str(await connection.recv()))
@@ -299,13 +299,13 @@ async def rest_of(connection: websockets.ClientConnection) -> list[str]:
                 return frames
 
 
-async def reluctant(service: Running) -> websockets.ClientConnection:
+async def stalled_device(service: Running) -> websockets.ClientConnection:
     """The only device of ada, which has stopped reading."""
     line = socket.socket()
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
     line.connect(("127.0.0.1", service.port))
     address = f"ws://127.0.0.1:{service.port}/socket.io/?EIO=4&transport=websocket"
-    connection = await websockets.connect(address, sock=line, **BARE)
+    connection = await websockets.connect(address, sock=line, **RAW_OPTIONS)
     assert str(await connection.recv()).startswith("0{")
     await connection.send('40{"userId":"ada"}')
     assert str(await connection.recv()).startswith("40")

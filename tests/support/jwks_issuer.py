@@ -32,7 +32,7 @@ NOW = NOON.timestamp()
 LATER = int(NOW) + 60
 
 #: Seconds that an issuer has, where how long it takes is not what is tried.
-PATIENT = 30
+LONG_TIMEOUT = 30
 
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
@@ -54,7 +54,7 @@ def raw(header: bytes, payload: bytes, secret: bytes = SECRET) -> str:
     return f"{signed}.{part(hmac.digest(secret, signed.encode(), hashlib.sha256))}"
 
 
-def by_secret(payload: Mapping[str, Any], *, secret: bytes = SECRET) -> str:
+def hs256_token(payload: Mapping[str, Any], *, secret: bytes = SECRET) -> str:
     return raw(b'{"alg":"HS256","typ":"JWT"}', json.dumps(payload).encode(), secret)
 
 
@@ -79,7 +79,7 @@ def jwk(key: PrivateKey, **members: Any) -> dict[str, Any]:
     return {name: value for name, value in {**entry, **members}.items() if value is not None}
 
 
-def by_key(key: PrivateKey, kid: str | None = None, **others: Any) -> str:
+def signed_token(key: PrivateKey, kid: str | None = None, **others: Any) -> str:
     algorithm = "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
     return jwt.encode(claims(**others), key, algorithm, headers={"kid": kid} if kid is not None else None)
 
@@ -104,19 +104,19 @@ class Issuer:
     def publish(self, *entries: object) -> None:
         self.answer, self._entries = self._keys, entries
 
-    def says(self, body: bytes, **headers: str) -> None:
+    def respond_with(self, body: bytes, **headers: str) -> None:
         async def answer(request: web.Request) -> web.Response:
             return web.Response(body=body, headers=headers)
 
         self.answer = answer
 
-    def fails(self, status: int = 500, **headers: str) -> None:
+    def respond_with_error(self, status: int = 500, **headers: str) -> None:
         async def answer(request: web.Request) -> web.Response:
             return web.json_response({"keys": list(self._entries)}, status=status, headers=headers)
 
         self.answer = answer
 
-    def waits(self) -> tuple[asyncio.Event, asyncio.Event]:
+    def hold_responses(self) -> tuple[asyncio.Event, asyncio.Event]:
         """Answer nobody before the second event is set. The first one says that somebody has asked."""
         asked, go_on = asyncio.Event(), asyncio.Event()
 
@@ -177,7 +177,7 @@ def secret_tokens(clock: SteppableClock | None = None, **options: Any) -> Tokens
 
 
 async def verify(payload: Mapping[str, Any], **options: Any) -> Identity:
-    return await secret_tokens(**options).verify(by_secret(payload))
+    return await secret_tokens(**options).verify(hs256_token(payload))
 
 
 def certificate_of(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -192,11 +192,11 @@ def certificate_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def issuer_tokens(issuer: Issuer, clock: SteppableClock | None = None, timeout: float = PATIENT) -> Tokens:
+def issuer_tokens(issuer: Issuer, clock: SteppableClock | None = None, timeout: float = LONG_TIMEOUT) -> Tokens:
     clock = clock or SteppableClock()
     return Tokens(JwksKeys(issuer.url, clock=clock, timeout=timeout), clock=clock)
 
 
-def lasting(key: PrivateKey, kid: str | None = None) -> str:
+def long_lived_token(key: PrivateKey, kid: str | None = None) -> str:
     """A token that outlives the caches."""
-    return by_key(key, kid, exp=LATER + 86_400)
+    return signed_token(key, kid, exp=LATER + 86_400)

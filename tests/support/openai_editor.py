@@ -30,18 +30,25 @@ DEADLINE: Final = 60
 
 
 #: Quickly made.
-NOBODY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 #: Public addresses only.
-FETCHER: Final = UrlFetcher(PillowIntake(THREADS), trust=NOBODY)
+FETCHER: Final = UrlFetcher(PillowIntake(THREADS), trust=NO_TRUSTED_CAS)
 
 
 def editor_at(
     base_url: str, model: str = DEFAULT_MODEL, *, deadline: float = DEADLINE, api_key: str = KEY
 ) -> OpenAIEditor:
     return OpenAIEditor(
-        THREADS, FETCHER, api_key=api_key, base_url=base_url, model=model, deadline=deadline, backoff=0.01, trust=NOBODY
+        THREADS,
+        FETCHER,
+        api_key=api_key,
+        base_url=base_url,
+        model=model,
+        deadline=deadline,
+        backoff=0.01,
+        trust=NO_TRUSTED_CAS,
     )
 
 
@@ -51,13 +58,13 @@ class Reports:
         self.messages: list[str] = []
         self.previews: list[Picture | None] = []
         #: Something has been reported.
-        self.told = asyncio.Event()
+        self.received = asyncio.Event()
 
     async def __call__(self, fraction: float, message: str, preview: Picture | None = None) -> None:
         self.fractions.append(fraction)
         self.messages.append(message)
         self.previews.append(preview)
-        self.told.set()
+        self.received.set()
 
 
 async def edited(server: OpenAIServer, reports: Reports | None = None, model: str = DEFAULT_MODEL) -> Picture:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from domain.ports.images import Load, Picture
 from domain.ports.providers import Report
 from domain.requests import Options
-from support.doubles import Act, Hold
+from support.doubles import Act, Pause
 from support.harness import Running
 from support.pictures import RED, solid
 
@@ -23,10 +23,10 @@ class PromptedEditor:
         """Register acts for a prompt; each edit with it runs the next one."""
         self.acts[prompt].extend(acts)
 
-    def hold(self, prompt: str) -> Hold:
-        hold = Hold()
-        self.at(prompt, hold)
-        return hold
+    def pause(self, prompt: str) -> Pause:
+        pause = Pause()
+        self.at(prompt, pause)
+        return pause
 
     async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
         if self.acts[prompt]:

@@ -29,7 +29,7 @@ SWAP_ERROR: Final = {"code": "provider_rejected", "message": "There is no face i
 Row = tuple[str, JSON, int, str]
 
 
-#: What is reported, and what becomes of it: status, facts, percentage, message. From the contract, word for word.
+#: What is reported, and what becomes of it: status, fields, percentage, message. From the contract, word for word.
 EDIT: Final[Sequence[Row]] = (
     ("composition", {}, 20, "Composing images..."),
     (
@@ -63,39 +63,39 @@ class Pipeline:
     user: str
     generation_id: str
 
-    async def tell(self, status: str, **facts: Any) -> httpx2.Response:
-        return await self.post(json.dumps({"status": status, **facts}))
+    async def report(self, status: str, **fields: Any) -> httpx2.Response:
+        return await self.post(json.dumps({"status": status, **fields}))
 
     async def post(self, body: str | bytes) -> httpx2.Response:
         path = f"/generations/{self.generation_id}/transitions"
         return await self.service.http.post(path, content=body, headers={"X-User-Id": self.user})
 
-    async def told(self, status: str, **facts: Any) -> JSON:
+    async def report_accepted(self, status: str, **fields: Any) -> JSON:
         """Tell it; it has to be taken."""
-        answer = await self.tell(status, **facts)
+        answer = await self.report(status, **fields)
         assert answer.status_code == 200, answer.text
         event = answer.json()
         assert isinstance(event, dict)
         return event
 
-    async def upto(self, last: str, rows: Sequence[Row] = (*EDIT, SWAP)) -> "Pipeline":
+    async def report_up_to(self, last: str, rows: Sequence[Row] = (*EDIT, SWAP)) -> "Pipeline":
         """All stages up to this one."""
-        for status, facts, _, _ in rows[: [row[0] for row in rows].index(last) + 1]:
-            await self.told(status, **facts)
+        for status, fields, _, _ in rows[: [row[0] for row in rows].index(last) + 1]:
+            await self.report_accepted(status, **fields)
         return self
 
     async def events(self) -> list[JSON]:
         return await self.service.events(self.generation_id, self.user)
 
-    async def refused(self, status: str, code: str, http: int = 409, /, **facts: Any) -> JSON:
+    async def assert_rejected(self, status: str, code: str, http: int = 409, /, **fields: Any) -> JSON:
         """Tell it; it has to be refused like this, and to change nothing."""
         before = await self.events()
-        problem = assert_problem(await self.tell(status, **facts), http, code)
+        problem = assert_problem(await self.report(status, **fields), http, code)
         assert await self.events() == before
         return problem
 
-    async def field_refused(self, status: str, field: str, /, **facts: Any) -> None:
-        problem = await self.refused(status, "invalid_request", 422, **facts)
+    async def assert_field_rejected(self, status: str, field: str, /, **fields: Any) -> None:
+        problem = await self.assert_rejected(status, "invalid_request", 422, **fields)
         assert field in [error["field"] for error in problem["errors"]]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters.serving.uvicorn_server import Server
-from support.harness import HUNG, Running
+from support.harness import TIMEOUT, Running
 
 LAST = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
@@ -17,7 +17,7 @@ LAST = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r
 async def exchange(service: Running, *pieces: bytes) -> bytes:
     """Send these pieces, each once the one before has been taken, and return all that is answered."""
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
-    async with asyncio.timeout(HUNG):
+    async with asyncio.timeout(TIMEOUT):
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
@@ -64,7 +64,7 @@ class Client:
     async def until_closed(self, trickle: bytes, pause: float = 0.05) -> bytes:
         """All that was answered, once nothing more can be sent."""
         answer = b""
-        async with asyncio.timeout(HUNG):
+        async with asyncio.timeout(TIMEOUT):
             with contextlib.suppress(ConnectionError):
                 while True:
                     with contextlib.suppress(TimeoutError):

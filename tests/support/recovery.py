@@ -17,8 +17,8 @@ import websockets
 from adapters.system import now
 from domain.feed import Cursor, feed_name
 from domain.generation import Generation
-from support.builders import Scribe, SteppableClock, body
-from support.harness import HUNG, Running, flood, running
+from support.builders import EventRecorder, SteppableClock, body
+from support.harness import TIMEOUT, Running, flood, running
 from support.node import Browser, Browsers
 
 WAYS: Final = {"polling": ["polling"], "websocket": ["websocket"], "upgrade": ["polling", "websocket"]}
@@ -162,12 +162,12 @@ async def _frame(reader: asyncio.StreamReader) -> bytes:
 
 
 @dataclass
-class Stage:
+class RecoveryHarness:
     """A service whose log is written to by hand, and official clients of it."""
 
     service: Running
     browsers: Browsers
-    scribe: Scribe
+    recorder: EventRecorder
     listening: AsyncExitStack
     _lines: list[Line] = field(default_factory=list)
     _users: int = 0
@@ -205,15 +205,15 @@ class Stage:
 
         `skip`: so many events that it was sent are not meant.
         """
-        last = await self.scribe.short(user)
+        last = await self.recorder.start_and_fail(user)
         for client in clients:
             await client.until(lambda client=client: has_ended(client, last))  # type: ignore[misc]
             assert client.events[skip:] == (await self.feed(user))[after:]
 
     async def pour(self, user: str, count: int, filler: int = 10) -> None:
         """One generation of so many events."""
-        self.scribe.count += 1
-        generation_id = f"edit_1_{self.scribe.count:016d}"
+        self.recorder.count += 1
+        generation_id = f"edit_1_{self.recorder.count:016d}"
         async for _ in flood(self.service.service.log, user, generation_id, count, filler=filler):
             pass
 
@@ -224,7 +224,7 @@ class Stage:
             await self._lines.pop().end()
         for left in list(self.service.service.sockets.eio.sockets.values()):
             left.abort()  # Those whose clients have gone without a word.
-        await self.service.until_nobody_is_here()
+        await self.service.until_all_disconnected()
         for browser in everybody:
             check(browser)
 
@@ -257,15 +257,19 @@ def has_ended(client: Browser, generation: Generation) -> bool:
 
 
 @asynccontextmanager
-async def other_stage(theatre: Stage, images: Path, overrides: Any = None, **settings: Any) -> AsyncIterator[Stage]:
+async def other_service(
+    shared_harness: RecoveryHarness, images: Path, overrides: Any = None, **settings: Any
+) -> AsyncIterator[RecoveryHarness]:
     """The same clients, and another service."""
     async with running(images, overrides=overrides, **settings) as service:
         clock = (overrides or {}).get("clock") or SteppableClock(now())
-        stage = Stage(service, theatre.browsers, Scribe(service.service.log, clock), theatre.listening)
+        harness = RecoveryHarness(
+            service, shared_harness.browsers, EventRecorder(service.service.log, clock), shared_harness.listening
+        )
         try:
-            yield stage
+            yield harness
         finally:
-            await stage.close()
+            await harness.close()
 
 
 @dataclass
@@ -286,7 +290,7 @@ class Wire:
 
     async def next(self, prefix: str = "42") -> Any:
         """The next frame that begins like this, without it. Others are not looked at."""
-        async with asyncio.timeout(HUNG):
+        async with asyncio.timeout(TIMEOUT):
             while True:
                 frame = str(await self.connection.recv())
                 if frame.startswith(prefix):
@@ -298,8 +302,8 @@ class Wire:
 
 
 @asynccontextmanager
-async def wire(stage: Stage, **auth: Any) -> AsyncIterator[Wire]:
-    connection = await stage.service.raw()
+async def wire(harness: RecoveryHarness, **auth: Any) -> AsyncIterator[Wire]:
+    connection = await harness.service.raw()
     try:
         await connection.send("40" + (json.dumps(auth) if auth else ""))
         frame = str(await connection.recv())
@@ -309,9 +313,9 @@ async def wire(stage: Stage, **auth: Any) -> AsyncIterator[Wire]:
         connection.transport.abort()
 
 
-async def session(stage: Stage, user: str, **said: Any) -> str:
+async def session(harness: RecoveryHarness, user: str, **said: Any) -> str:
     """The pid of a socket that has authenticated like this, and is gone."""
-    async with wire(stage) as first:
+    async with wire(harness) as first:
         assert (await first.authenticate(userId=user, **said))["ok"] is True
         assert first.pid is not None
         return first.pid

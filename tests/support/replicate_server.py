@@ -68,7 +68,7 @@ class Replicate:
     uploads: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: What is `held` waits for this.
-    let_go: asyncio.Event = field(default_factory=asyncio.Event)
+    released: asyncio.Event = field(default_factory=asyncio.Event)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -113,20 +113,20 @@ class Replicate:
             return problem(422, f"- input: {missing[0]} is required")
         ident = f"p{len(self.predictions)}rediction"
         self.predictions[ident] = {"model": name, "input": body["input"], "told": 0}
-        return web.json_response(self.tell(ident), status=201)
+        return web.json_response(self.report(ident), status=201)
 
     async def poll(self, request: web.Request) -> web.StreamResponse:
         ident = request.match_info["id"]
         if ident not in self.predictions:
             return problem(404, "The requested resource could not be found.")
-        return web.json_response(self.tell(ident))
+        return web.json_response(self.report(ident))
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
         ident = request.match_info["id"]
         if ident not in self.predictions:
             return problem(404, "The requested resource could not be found.")
         self.statuses = ("canceled",)
-        return web.json_response(self.tell(ident))
+        return web.json_response(self.report(ident))
 
     async def upload(self, request: web.Request) -> web.StreamResponse:
         head = f"Content-Type: {request.headers['Content-Type']}\r\n\r\n".encode()
@@ -140,7 +140,7 @@ class Replicate:
     async def deliver(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=self.picture, content_type="image/png")
 
-    def tell(self, ident: str) -> dict[str, Any]:
+    def report(self, ident: str) -> dict[str, Any]:
         prediction = self.predictions[ident]
         status = self.statuses[min(prediction["told"], len(self.statuses) - 1)]
         prediction["told"] += 1
@@ -269,7 +269,7 @@ def held(replicate: Replicate, handler: Answer) -> Answer:
     """An answer that waits to be let go."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        await replicate.let_go.wait()
+        await replicate.released.wait()
         return await handler(request)
 
     return answer

@@ -16,7 +16,7 @@ from support.harness import JSON
 from support.pictures import RED, solid
 
 #: Seconds after which something hangs, and is not slow.
-HANGS: Final = 60
+TIMEOUT: Final = 60
 
 
 @dataclass
@@ -34,13 +34,13 @@ class Process:
 
     async def ended(self) -> tuple[int, str]:
         """Its exit code, and what it wrote to standard error."""
-        _, errors = await asyncio.wait_for(self.process.communicate(), HANGS)
+        _, errors = await asyncio.wait_for(self.process.communicate(), TIMEOUT)
         assert self.process.returncode is not None
         return self.process.returncode, errors.decode()
 
     async def draining(self, http: httpx2.AsyncClient) -> httpx2.Response:
         """What it answers who asks whether it is ready, once it is not."""
-        async with asyncio.timeout(HANGS):
+        async with asyncio.timeout(TIMEOUT):
             while (ready := await http.get(f"{self.url}/health/ready")).status_code == 200:
                 await asyncio.sleep(0.01)
         return ready
@@ -64,7 +64,7 @@ async def serving(tmp_path: Path, *flags: str) -> AsyncIterator[Process]:
     process = await stagecast("serve", "--port", "0", "--images", str(tmp_path / "images"), *flags)
     assert process.stdout is not None
     try:
-        line = (await asyncio.wait_for(process.stdout.readline(), HANGS)).decode()
+        line = (await asyncio.wait_for(process.stdout.readline(), TIMEOUT)).decode()
         assert "http://localhost:" in line, (await process.communicate())[1].decode()
         port = int(line.split("http://localhost:")[1].split()[0])
         yield Process(process, line, f"http://127.0.0.1:{port}")
@@ -77,10 +77,10 @@ async def serving(tmp_path: Path, *flags: str) -> AsyncIterator[Process]:
 @contextlib.asynccontextmanager
 async def watching(url: str) -> AsyncIterator[list[dict[str, Any]]]:
     """The events of ada's feed, as a device gets them."""
-    client = socketio.AsyncClient(reconnection=False, request_timeout=HANGS)
+    client = socketio.AsyncClient(reconnection=False, request_timeout=TIMEOUT)
     events: list[dict[str, Any]] = []
     client.on("*", lambda name, data, *_: events.append(data))
-    await client.connect(url, auth={"userId": "ada", "recovery": False}, wait_timeout=HANGS)
+    await client.connect(url, auth={"userId": "ada", "recovery": False}, wait_timeout=TIMEOUT)
     try:
         yield events
     finally:
@@ -95,7 +95,7 @@ async def talk(port: int, talks: contextlib.AsyncExitStack) -> tuple[asyncio.Str
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(HANGS):
+    async with asyncio.timeout(TIMEOUT):
         while not holds():
             await asyncio.sleep(0.01)
 
@@ -107,4 +107,4 @@ async def last_of(events: list[JSON]) -> JSON:
 
 
 def patient() -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(timeout=HANGS)
+    return httpx2.AsyncClient(timeout=TIMEOUT)

@@ -23,7 +23,7 @@ from support.pictures import RED, THREADS, solid
 #: Where the sites are. Linux has a whole network of loopback addresses; elsewhere there is one of each version.
 SITE: Final = ip_address("127.0.0.2" if sys.platform == "linux" else "::1")
 
-NOBODY: Final = ip_address("127.0.0.3" if sys.platform == "linux" else "::1")
+UNUSED_ADDRESS: Final = ip_address("127.0.0.3" if sys.platform == "linux" else "::1")
 
 PUBLIC: Final = ip_address("93.184.216.34")
 
@@ -116,7 +116,7 @@ class Canary:
     visits: list[object] = field(default_factory=list)
 
 
-class Names:
+class FakeResolver:
     """A resolver: each name has its answers, one per question, the last one for ever."""
 
     def __init__(self, answers: dict[str, list[list[IPAddress]]] | None = None) -> None:
@@ -134,7 +134,7 @@ class Names:
 INTAKE: Final = PillowIntake(THREADS)
 
 #: Trusts nobody, and is quickly made.
-WARY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def fetcher_with(
@@ -142,7 +142,7 @@ def fetcher_with(
     *,
     intake: ImageIntake = INTAKE,
     allow: Sequence[IPNetwork] = (ip_network(SITE),),
-    trust: ssl.SSLContext = WARY,
+    trust: ssl.SSLContext = NO_TRUSTED_CAS,
     deadline: float = 60,
     connect_timeout: float = 30,
 ) -> UrlFetcher:
@@ -183,10 +183,12 @@ a@127.0.0.1 pictures.test@127.0.0.1 pictures.test:80@127.0.0.1 127.0.0.1\\@pictu
 """
 
 
-def canary_names() -> Names:
+def canary_names() -> FakeResolver:
     """A name server that believes in every spelling of loopback that a C library would."""
     loopback = [ip_address("127.0.0.1")]
-    names = Names({name: [loopback] for name in ("localhost", "localhost.localdomain", "loopback.pictures.test")})
+    names = FakeResolver(
+        {name: [loopback] for name in ("localhost", "localhost.localdomain", "loopback.pictures.test")}
+    )
     for text in LOOPBACK.split():
         with contextlib.suppress(OSError, UnicodeError):
             names.answers[text.lower()] = [[ip_address(socket.inet_ntoa(socket.inet_aton(text)))]]

@@ -13,7 +13,7 @@ from typing import Any, Final
 from adapters.sqlite.database import SCHEMA, Database
 from adapters.sqlite.log import SqliteLog
 from adapters.sqlite.sessions import SqliteSessions
-from support.builders import NOON, Scribe, SteppableClock
+from support.builders import NOON, EventRecorder, SteppableClock
 
 RETENTION: Final = timedelta(days=1)
 
@@ -24,7 +24,7 @@ class Opened:
 
     database: Database
     log: SqliteLog
-    scribe: Scribe
+    recorder: EventRecorder
     sessions: SqliteSessions
 
 
@@ -36,7 +36,7 @@ async def opened(
     clock = SteppableClock()
     log = SqliteLog(database, credits=credits, clock=clock, outbox=outbox)
     try:
-        yield Opened(database, log, Scribe(log, clock), SqliteSessions(database, RETENTION))
+        yield Opened(database, log, EventRecorder(log, clock), SqliteSessions(database, RETENTION))
     finally:
         await log.close()
 

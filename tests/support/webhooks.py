@@ -21,7 +21,7 @@ SECRET: Final = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
 
 #: Trusts nobody; to read the system's certificates takes a while.
-WARY: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 TAKEN: Final = answer_with(b"")
@@ -77,7 +77,7 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def all_told(log: EventLog) -> None:
+async def until_all_delivered(log: EventLog) -> None:
     """Wait until the log has nothing left to tell."""
     async with asyncio.timeout(60):
         while await log.undelivered(1):
@@ -89,7 +89,9 @@ def ids(entries: Sequence[Logged]) -> list[str]:
 
 
 def sender_to(origin: Origin, path: str = "/hook", secret: str | None = SECRET, **rest: Any) -> WebhookSender:
-    return WebhookSender(origin.address + path, secret, **{"clock": now, "timeout": 60, "trust": WARY, **rest})
+    return WebhookSender(
+        origin.address + path, secret, **{"clock": now, "timeout": 60, "trust": NO_TRUSTED_CAS, **rest}
+    )
 
 
 def webhooks_for(log: EventLog, poster: Any, *, backoff: float = 0.01, longest: float = 0.05) -> Webhooks:

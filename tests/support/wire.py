@@ -73,7 +73,7 @@ class Wire(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(self, told: list[ReceivedEvent] | None = None) -> None:
-        self.told: list[ReceivedEvent] = [] if told is None else told
+        self.received: list[ReceivedEvent] = [] if told is None else told
         #: Every other event: name and data.
         self.notices: list[tuple[str, JSON]] = []
         self.acks: dict[int, Any] = {}
@@ -89,7 +89,7 @@ class Wire(asyncio.Protocol):
         self.hello: JSON | None = None
         self.refused: JSON | None = None
         #: A DISCONNECT came, after which official clients stay away.
-        self.sent_away = False
+        self.disconnected_by_server = False
         self.gone = asyncio.Event()
         self.user = ""
         self._buffer = bytearray()
@@ -182,13 +182,13 @@ class Wire(asyncio.Protocol):
         """Wait for the ack of this number."""
         await self.until(lambda: number in self.acks)
 
-    async def until_told(self, count: int, seconds: float = 60) -> None:
+    async def until_received(self, count: int, seconds: float = 60) -> None:
         """Wait until it was told so many events in all."""
-        await self.until(lambda: len(self.told) >= count, seconds)
+        await self.until(lambda: len(self.received) >= count, seconds)
 
     async def until_end_of(self, generation_id: str) -> None:
         """Wait until the last thing that it was told is the end of this generation."""
-        await self.until(lambda: bool(self.told) and _is_end(parse(self.told[-1].text)[1], generation_id))
+        await self.until(lambda: bool(self.received) and _is_end(parse(self.received[-1].text)[1], generation_id))
 
     async def until_gone(self, seconds: float = 60) -> None:
         async with asyncio.timeout(seconds):
@@ -199,11 +199,11 @@ class Wire(asyncio.Protocol):
     @property
     def events(self) -> list[JSON]:
         """The events of generations, in order."""
-        return [parse(each.text)[1] for each in self.told]
+        return [parse(each.text)[1] for each in self.received]
 
     def cursor_after(self, count: int) -> str:
         """The cursor that came with the event of this number, from 1 on."""
-        return str(parse(self.told[count - 1].text)[2])
+        return str(parse(self.received[count - 1].text)[2])
 
     @property
     def pid(self) -> str:
@@ -214,7 +214,7 @@ class Wire(asyncio.Protocol):
     @property
     def offset(self) -> JSON:
         """What the official client says when it comes back: its session, and how far it had come."""
-        last = {"offset": self.cursor_after(len(self.told))} if self.told else {}
+        last = {"offset": self.cursor_after(len(self.received))} if self.received else {}
         return {"pid": self.pid, **last}
 
     # what comes
@@ -255,7 +255,7 @@ class Wire(asyncio.Protocol):
         if opcode == _CLOSE:
             self.write(frame(data, opcode=_CLOSE))
         elif data.startswith(_EVENTS):
-            self.told.append(ReceivedEvent(data, time.monotonic_ns()))
+            self.received.append(ReceivedEvent(data, time.monotonic_ns()))
         elif data == b"2":
             self.send("3")
         elif data.startswith(b"0"):
@@ -263,14 +263,14 @@ class Wire(asyncio.Protocol):
         elif data.startswith(b"40"):
             self.hello = json.loads(data[2:])
         elif data.startswith(b"41"):
-            self.sent_away = True
+            self.disconnected_by_server = True
         elif data.startswith(b"42"):
             name, notice = json.loads(data[2:])
             self.notices.append((name, notice))
         elif data.startswith(b"43"):
             number, _, ack = data[2:].partition(b"[")
             self.acks[int(number)] = json.loads(ack[:-1] or b"null")
-            self.marks[int(number)] = len(self.told)
+            self.marks[int(number)] = len(self.received)
         elif data.startswith(b"44"):
             refused = data[2:] if data[2:3] == b"{" else data.partition(b",")[2]  # Behind a namespace.
             self.refused = json.loads(refused)

@@ -22,7 +22,7 @@ from api.web.page import CDN, FOLDER
 from api.wiring import wire
 from support.browser import Tab, axe_violations, needs_axe, needs_chromium, tabs
 from support.builders import SteppableClock
-from support.doubles import Hold
+from support.doubles import Pause
 from support.guarded import guarded, token
 from support.harness import Running, running
 from support.node import needs_client
@@ -40,23 +40,23 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
         yield service
 
 
-async def started(tab: Tab, prompt: str) -> Hold:
+async def started(tab: Tab, prompt: str) -> Pause:
     """Start an edit, and wait until its editor works."""
-    hold = EDITOR.hold(prompt)
+    pause = EDITOR.pause(prompt)
     await tab.start(prompt)
-    await hold.reached.wait()
+    await pause.reached.wait()
     await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
-    return hold
+    return pause
 
 
 async def test_after_a_manual_disconnect_nothing_is_missed_and_late_events_are_reported(
     browser: Browser, service: Running
 ) -> None:
     async with tabs(browser, service.url, 2, user="ada") as [away, there]:
-        hold = await started(away, "a far hat")
+        pause = await started(away, "a far hat")
         await away.cut()
         await expect(away["#notice"]).to_contain_text("You have cut this tab’s live connection.")
-        hold.let_go.set()
+        pause.released.set()
         await there.shows("completed", "a far hat")
         await away.shows("active", "a far hat")
         await expect(away["#bar"]).to_have_attribute("aria-valuenow", "60")
@@ -71,13 +71,13 @@ async def test_after_a_manual_disconnect_nothing_is_missed_and_late_events_are_r
 
 async def test_after_a_network_loss_nothing_is_missed(browser: Browser, service: Running) -> None:
     async with tabs(browser, service.url, user="ben", ignore=NETWORK) as [tab]:
-        hold = await started(tab, "a lone hat")
+        pause = await started(tab, "a lone hat")
         await tab.page.context.set_offline(True)
         await tab.is_connected("offline")
         await expect(tab["#notice"]).to_contain_text("Offline.")
         async with service.phone("ben") as phone:
             [generation] = (await service.get("/generations", "ben"))["generations"]
-            hold.let_go.set()
+            pause.released.set()
             await phone.until_over(generation["generationId"])
         await tab.shows("active")
         await tab.page.context.set_offline(False)
@@ -94,8 +94,8 @@ async def test_without_the_socket_io_client_the_page_polls_and_shows_a_notice(
         await tab.goto()
         await tab.is_connected("polling")
         await expect(tab["#notice"]).to_contain_text("The Socket.IO client could not be loaded")
-        hold = await started(tab, "a polled hat")
-        hold.let_go.set()
+        pause = await started(tab, "a polled hat")
+        pause.released.set()
         await tab.shows("completed", "a polled hat")
         assert await tab.timeline() == await logged(service, "cem")
 

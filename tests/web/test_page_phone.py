@@ -52,7 +52,7 @@ async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
     browser: Browser, service: Running, size: tuple[int, int]
 ) -> None:
     user = f"start {size[0]}"
-    hold = EDITOR.hold(user)
+    pause = EDITOR.pause(user)
     async with tabs(browser, service.url, user=user, viewport=viewport(size)) as [tab]:
         if size == LAPTOP:
             assert await is_on_screen(tab["#start"])
@@ -62,7 +62,7 @@ async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
             await tab[place].evaluate("(element) => element.scrollIntoView({ block: 'center' })")
             assert await is_on_screen(tab["#start"]), place
         await tab.start(user)
-        await hold.reached.wait()
+        await pause.reached.wait()
         await expect(tab["#stage-name"]).to_have_text("OpenAI editing")
         for part in ("#stage-title", "#percent", "#bar"):
             assert await is_on_screen(tab[part]), part
@@ -74,28 +74,28 @@ async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
             await expect(tab["#strip"]).to_have_text("Live 60% OpenAI editing", use_inner_text=False)
             assert await is_on_screen(tab["#strip"])
             assert await fits(tab)
-            hold.let_go.set()
+            pause.released.set()
             await expect(tab["#strip"]).to_contain_text("Completed")
             await tab["#strip"].click()
             await expect(tab["#stage-title"]).to_be_focused()
             await expect(tab["#strip"]).to_be_hidden()
-        hold.let_go.set()
+        pause.released.set()
         await tab.shows("completed")
 
 
 @needs_axe
 async def test_the_strip_is_readable_and_shows_that_the_page_is_offline(browser: Browser, service: Running) -> None:
-    hold = EDITOR.hold("a far hat")
+    pause = EDITOR.pause("a far hat")
     async with tabs(browser, service.url, user="strip", viewport=viewport(PHONE), locale="tr-TR") as [tab]:
         await tab.start("a far hat")
-        await hold.reached.wait()
+        await pause.reached.wait()
         await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
         await tab.page.evaluate("scrollTo(0, document.body.scrollHeight)")
         await expect(tab["#strip"]).to_contain_text("Canlı")
         assert await axe_violations(tab.page, "color-contrast", "button-name") == []
         await tab["#cut"].evaluate("(button) => button.click()")
         await expect(tab["#strip"]).to_contain_text("Çevrimdışı")
-        hold.let_go.set()
+        pause.released.set()
 
 
 @pytest.mark.parametrize("size", [PHONE, LAPTOP])

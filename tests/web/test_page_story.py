@@ -37,10 +37,10 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 
 async def test_two_tabs_show_each_stage_and_the_picture_live(browser: Browser, service: Running) -> None:
-    hold = EDITOR.hold("a red hat")
+    pause = EDITOR.pause("a red hat")
     async with tabs(browser, service.url, 2, user="ada") as both:
         await both[0].start("a red hat")
-        await hold.reached.wait()
+        await pause.reached.wait()
         for tab in both:
             await tab.shows("active", "a red hat")
             bar = tab["#bar"]
@@ -54,7 +54,7 @@ async def test_two_tabs_show_each_stage_and_the_picture_live(browser: Browser, s
             await expect(tab["#timeline [data-state=to-come]"]).to_have_text(
                 ["OpenAI editing done 80%", "Completed 100%"]
             )
-        hold.let_go.set()
+        pause.released.set()
         for tab in both:
             await tab.shows("completed", "a red hat")
             await expect(tab["#after"]).to_have_js_property("naturalWidth", 200)
@@ -81,15 +81,15 @@ async def test_the_before_and_after_slider_works_by_keyboard_and_by_button(brows
 
 
 async def test_a_reload_during_a_generation_loses_nothing(browser: Browser, service: Running) -> None:
-    hold = EDITOR.hold("a slow hat")
+    pause = EDITOR.pause("a slow hat")
     async with tabs(browser, service.url, user="cem") as [tab]:
         await tab.start("a slow hat")
-        await hold.reached.wait()
+        await pause.reached.wait()
         await tab.page.reload()
         await tab.shows("active", "a slow hat")
         await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
         await expect(tab["#timeline time"]).to_have_count(4)
-        hold.let_go.set()
+        pause.released.set()
         await tab.shows("completed")
         assert await tab.timeline() == await logged(service, "cem")
 
@@ -129,12 +129,12 @@ async def test_trying_again_a_generation_of_another_tab_fills_the_form(browser: 
 
 
 async def test_a_cancellation_shows_in_both_tabs_and_refunds_the_credit(browser: Browser, service: Running) -> None:
-    holds = [EDITOR.hold("a small hat"), EDITOR.hold("a big hat")]
+    holds = [EDITOR.pause("a small hat"), EDITOR.pause("a big hat")]
     async with tabs(browser, service.url, 2, user="fay") as [first, second]:
         await first.start("a small hat")
         await first.start("a big hat")
-        for hold in holds:
-            await hold.reached.wait()
+        for pause in holds:
+            await pause.reached.wait()
         await second.page.bring_to_front()
         await second.page.get_by_role("button", name="Cancel: a small hat").click()
         for tab in (first, second):
@@ -244,17 +244,17 @@ async def test_files_can_be_dropped_and_urls_pasted(browser: Browser, service: R
 
 
 async def test_an_image_url_enables_the_face_swap(browser: Browser, service: Running) -> None:
-    hold = EDITOR.hold("another face")
+    pause = EDITOR.pause("another face")
     async with tabs(browser, service.url, user="kim") as [tab]:
         await expect(tab["#face-swap"]).to_be_disabled()
         await tab["#url"].fill(f"{service.url}/static/samples/face.webp")
         await tab["#url"].press("Enter")
         await expect(tab["#tray img"]).to_have_js_property("naturalWidth", 600)
         await tab.start("another face")
-        await hold.reached.wait()
+        await pause.reached.wait()
         ahead = ["OpenAI editing done 80%", "Face swap 85%", "Face swapped 95%", "Completed 100%"]
         await expect(tab["#timeline [data-state=to-come]"]).to_have_text(ahead)
-        hold.let_go.set()
+        pause.released.set()
         await tab.shows("completed")
         await expect(tab["#pictures a"]).to_have_text(["Sheet ↗", "Edited ↗", "Face swapped ↗"])
         await expect(tab["#timeline time"]).to_have_count(8)
@@ -358,12 +358,12 @@ async def test_all_controls_can_be_reached_by_keyboard(browser: Browser, service
 async def test_axe_finds_no_violations_in_any_state(browser: Browser, service: Running, scheme: str) -> None:
     user, prompts = f"oya {scheme}", [f"{what} {scheme}" for what in ("run", "fail", "done")]
     rules = () if scheme == "light" else ("color-contrast",)
-    hold = EDITOR.hold(prompts[0])
+    pause = EDITOR.pause(prompts[0])
     EDITOR.at(prompts[1], fails("provider_unavailable"))
     async with tabs(browser, service.url, user=user, color_scheme=scheme) as [tab]:
         assert await axe_violations(tab.page, *rules) == [], "empty"
         await tab.start(prompts[0])
-        await hold.reached.wait()
+        await pause.reached.wait()
         await tab.cut()
         assert await axe_violations(tab.page, *rules) == [], "running, cut off"
         await tab["#cut"].click()
@@ -371,7 +371,7 @@ async def test_axe_finds_no_violations_in_any_state(browser: Browser, service: R
         await tab.start(prompts[1])
         await tab.shows("failed")
         assert await axe_violations(tab.page, *rules) == [], "failed, another runs"
-        hold.let_go.set()
+        pause.released.set()
         await tab.start(prompts[2])
         await tab.shows("completed")
         await tab["#user-button"].click()
@@ -379,7 +379,7 @@ async def test_axe_finds_no_violations_in_any_state(browser: Browser, service: R
 
 
 async def test_the_page_fits_a_phone_of_360_pixels(browser: Browser, service: Running) -> None:
-    hold = EDITOR.hold("wide")
+    pause = EDITOR.pause("wide")
     async with tabs(browser, service.url, user="pia", viewport={"width": 360, "height": 640}) as [tab]:
         await fits(tab)
         await tab.start("Donaudampfschifffahrtsgesellschaftskapitänsmützenabzeichen" * 3)
@@ -388,10 +388,10 @@ async def test_the_page_fits_a_phone_of_360_pixels(browser: Browser, service: Ru
         await tab["#composer summary"].click()
         await tab[".shapes label:has-text('3:2')"].click()
         await tab.start("wide")
-        await hold.reached.wait()
+        await pause.reached.wait()
         await tab.cut()
         await fits(tab)
-        hold.let_go.set()
+        pause.released.set()
 
 
 async def fits(tab: Tab) -> None:

@@ -53,16 +53,16 @@ async def half_open(browser: Browser, service: Running, user: str, *scripts: str
             await tab.page.add_init_script(script)
         await tab.goto()
         await expect(tab["body"]).to_have_attribute("data-connection", re.compile("live|polling"))
-        hold = EDITOR.hold(user)
+        pause = EDITOR.pause(user)
         await tab.start(user)
-        await hold.reached.wait()
+        await pause.reached.wait()
         await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
         if not scripts:
             await tab.upgraded()
         proxy.strike("half_open")
         async with service.phone(user) as phone:
             [generation] = (await service.get("/generations", user))["generations"]
-            hold.let_go.set()
+            pause.released.set()
             await phone.until_over(generation["generationId"])
         await tab.shows("active", user)
         yield tab, proxy
