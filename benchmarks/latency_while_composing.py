@@ -77,7 +77,7 @@ async def serve(images: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         settings = load_settings({"port": port, "images": images, "local_seconds": 0, "credits": None})
-        service, app = create_service(wire(settings))
+        service, app = create_service(await wire(settings))
         server = Server(app, service.shutdown, lambda: print(port, flush=True))
         ticking = asyncio.create_task(tick(service.log))
         await server.serve([listener])

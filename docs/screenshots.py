@@ -79,7 +79,7 @@ async def _service(images: Path, ahead: timedelta) -> AsyncIterator[str]:
         settings = Settings(_env_file=None, images=images, public_url=url, fetch_allow="127.0.0.1/32")
         ready = asyncio.Event()
         face_swapper = LocalFaceSwap(threads, _SLOW)
-        parts = wire(settings, clock=lambda: now() + ahead, editor=_Editor(threads), face_swapper=face_swapper)
+        parts = await wire(settings, clock=lambda: now() + ahead, editor=_Editor(threads), face_swapper=face_swapper)
         server = create_server(parts, ready.set)
         serving = asyncio.create_task(server.serve([listener]))
         await ready.wait()

@@ -37,9 +37,8 @@ class Service:
         settings, entropy = parts.settings, parts.entropy
         self.settings = settings
         self.clock = parts.clock
-        self.log = parts.log
-        self.sessions = parts.sessions
-        self.queue = parts.queue
+        self.storage = storage = parts.storage
+        self.log, self.sessions, self.queue = storage.log, storage.sessions, storage.queue
         self.images = StoredImages(parts.images)
         self.webhooks = parts.webhooks
         self._threads = parts.threads
@@ -57,10 +56,12 @@ class Service:
         self.external = ExternalWork(self.log, recorder, self._quarantine, self.clock, settings.deadline)
         self.workflow = Workflow(
             log=self.log,
+            ledger=storage.ledger,
+            retention=storage.retention,
             recorder=recorder,
             queue=self.queue,
             external=self.external,
-            admission=Admission(self.log, self.queue, self.images, limits, lambda: self._lag.overloaded),
+            admission=Admission(storage.ledger, self.queue, self.images, limits, lambda: self._lag.overloaded),
             images=self.images,
             intake=parts.intake,
             clock=self.clock,
@@ -95,7 +96,7 @@ class Service:
             max_per_user=settings.max_sockets_per_user,
         )
         self.sockets = parts.socket_server(sockets)
-        self._housekeeping = Housekeeping(self.log, self.images)
+        self._housekeeping = Housekeeping(self.log, storage.retention, self.images)
         self._readiness = Readiness(
             self.supervisor,
             {LOG: (self.log.probe, LogUnavailable()), IMAGES: (self.images.probe, Failure("storage_failed"))},
@@ -130,7 +131,7 @@ class Service:
             tasks.create_task(keep(FOLLOWER, self.hub.run))
             tasks.create_task(keep("quarantine", self._quarantine.run))
             tasks.create_task(keep("external", self.external.run))
-            tasks.create_task(keep("examination", self.log.examine))
+            tasks.create_task(keep("examination", self.storage.examine))
             tasks.create_task(every(pause, "retention", self._purge))
             tasks.create_task(every(_SWEEP_EVERY, "sweep", self._sweep, after=_SWEEP_EVERY if swept else 0))
             tasks.create_task(every(pause, "sessions", self._touch))
@@ -162,7 +163,7 @@ class Service:
         await _cancel(self._background)
         await self._readiness.close()
         await self.images.close()
-        await self.log.close()
+        await self.storage.close()
         self._threads.close()
 
     async def _drained(self) -> None:

@@ -447,11 +447,6 @@ class Settings(_Sources):
         """The path of the public URL, with which every route is served too; empty if it has none."""
         return urlsplit(self.public_url).path
 
-    @property
-    def log_file(self) -> Path | None:
-        """The file of the log; ``None``: it is kept in memory."""
-        return Path(self.log.removeprefix(_SQLITE)) if self.log.startswith(_SQLITE) else None
-
     @model_validator(mode="before")
     @classmethod
     def _without_remote(cls, given: dict[str, Any]) -> dict[str, Any]:

@@ -5,19 +5,17 @@ What the rest of the package needs of an adapter, it imports from here (``import
 
 import random
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Final, NamedTuple
 
 from adapters.images.composer import PillowComposer
 from adapters.images.folder import FolderRefused, ImageFolder
 from adapters.images.intake import PillowIntake
 from adapters.images.threads import ImageThreads
-from adapters.memory.log import MemoryLog
-from adapters.memory.queue import MemoryQueue
-from adapters.memory.sessions import MemorySessions
+from adapters.memory import storage as memory_storage
 from adapters.offline.editor import LocalEditor
 from adapters.offline.face_swap import LocalFaceSwap
 from adapters.outbound.sample_fetcher import SampleFetcher
@@ -34,9 +32,7 @@ from adapters.serving.connection_table import ConnectionTable
 from adapters.serving.loop_lag import LoopLag
 from adapters.serving.uvicorn_server import ClientLimit as ClientLimit
 from adapters.serving.uvicorn_server import Server as Server
-from adapters.sqlite.database import Database, Examined, LogRefused, examine
-from adapters.sqlite.log import SqliteLog
-from adapters.sqlite.sessions import SqliteSessions
+from adapters.sqlite import storage as sqlite_storage
 from adapters.system import SystemEntropy, descriptors, now
 from adapters.tokens.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
 from api.cli.client import Unavailable
@@ -44,10 +40,8 @@ from api.realtime.sockets import Sockets
 from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
 from api.web import page
 from domain.ports.images import Composer, ImageFetcher, ImageIntake, ImageStore
-from domain.ports.leases import WorkQueue
-from domain.ports.log import EventLog
 from domain.ports.providers import FaceSwapper, ImageEditor
-from domain.ports.sessions import Sessions
+from domain.ports.storage import Examined, Storage, StorageOptions, StorageRefused
 from domain.ports.system import Clock, Entropy
 from domain.webhooks import Webhooks
 
@@ -68,9 +62,7 @@ class Parts:
     editor: ImageEditor
     face_swapper: FaceSwapper
     fetcher: ImageFetcher
-    log: EventLog
-    sessions: Sessions
-    queue: WorkQueue
+    storage: Storage
     images: ImageStore
     #: ``None``: no webhook is configured.
     webhooks: Webhooks | None
@@ -80,7 +72,7 @@ class Parts:
     socket_server: Callable[[Sockets], SocketServer]
 
 
-def wire(
+async def wire(
     settings: Settings,
     *,
     clock: Clock = now,
@@ -89,8 +81,7 @@ def wire(
     face_swapper: FaceSwapper | None = None,
     fetcher: ImageFetcher | None = None,
     images: ImageStore | None = None,
-    log: EventLog | None = None,
-    queue: WorkQueue | None = None,
+    storage: Storage | None = None,
     auth_timeout: float = AUTH_TIMEOUT,
 ) -> Parts:
     """Build the parts that the settings ask for. The other arguments replace a part; `auth_timeout` is in seconds.
@@ -105,7 +96,14 @@ def wire(
     # Before the log is opened: an operator's own factory may fail.
     editor = editor or _editor(settings, threads, web)
     face_swapper = face_swapper or _face_swapper(settings, threads)
-    log, sessions = _log(settings, clock, log)
+    sender = _webhook_sender(settings, clock)
+    tokens = _tokens(settings, clock)
+    storage = storage or await _open_storage(settings, clock)
+    try:
+        images = images or _images(settings, storage)
+    except BaseException:
+        await storage.close()
+        raise
     return Parts(
         settings=settings,
         clock=clock,
@@ -117,12 +115,10 @@ def wire(
         face_swapper=face_swapper,
         fetcher=fetcher
         or SampleFetcher(intake, web, base=f"{settings.public_url}/static/samples", folder=page.FOLDER / "samples"),
-        log=log,
-        sessions=sessions,
-        queue=queue or MemoryQueue(),
-        images=images or _images(settings, log),
-        webhooks=_webhooks(settings, log, clock),
-        tokens=_tokens(settings, clock),
+        storage=storage,
+        images=images,
+        webhooks=None if sender is None else Webhooks(storage.log, storage.outbox, sender, random.random),
+        tokens=tokens,
         lag=LoopLag(None if settings.max_lag_ms is None else settings.max_lag_ms / 1000),
         socket_server=lambda sockets: SocketServer(
             on_connect=sockets.on_connect,
@@ -134,40 +130,49 @@ def wire(
     )
 
 
-def _log(settings: Settings, clock: Clock, log: EventLog | None) -> tuple[EventLog, Sessions]:
-    """The log, unless it is given, and the sessions stored with it.
+class _Technology(NamedTuple):
+    open: Callable[[str, StorageOptions], Awaitable[Storage]]
+    #: Looks for damage, and only reads.
+    examine: Callable[[str], Examined] = lambda url: Examined()
 
-    Raises:
-        Unavailable: the file cannot be opened as a log.
-    """
-    retention, epoch = timedelta(seconds=settings.retention), secrets.token_hex(8)
-    outbox = settings.webhook_url is not None
-    if log is not None or settings.log_file is None:
-        memory = MemoryLog(epoch=epoch, credits=settings.credits, clock=clock, outbox=outbox)
-        return log or memory, MemorySessions(retention)
+
+#: By the scheme of ``STAGECAST_LOG``.
+_TECHNOLOGIES: Final[Mapping[str, _Technology]] = {
+    "memory": _Technology(memory_storage.open_storage),
+    "sqlite": _Technology(sqlite_storage.open_storage, sqlite_storage.examine),
+}
+
+
+def _scheme(settings: Settings) -> str:
+    return settings.log.partition(":")[0]
+
+
+async def _open_storage(settings: Settings, clock: Clock) -> Storage:
+    """Raises `Unavailable`: the storage cannot be opened."""
+    options = StorageOptions(
+        epoch=secrets.token_hex(8),
+        credits=settings.credits,
+        clock=clock,
+        retention=timedelta(seconds=settings.retention),
+        outbox=settings.webhook_url is not None,
+    )
     try:
-        database = Database(settings.log_file, epoch=epoch)
-    except LogRefused as refused:
+        return await _TECHNOLOGIES[_scheme(settings)].open(settings.log, options)
+    except StorageRefused as refused:
         raise Unavailable(str(refused)) from None
-    durable = SqliteLog(database, credits=settings.credits, clock=clock, outbox=outbox)
-    return durable, SqliteSessions(database, retention)
 
 
-def _images(settings: Settings, log: EventLog) -> ImageStore:
+def _images(settings: Settings, storage: Storage) -> ImageStore:
     """The image folder, claimed for this log.
 
     Raises:
         Unavailable: it belongs to another log or process, or cannot be used.
     """
+    kind = _scheme(settings) if storage.log.durable else "memory"
     try:
-        return ImageFolder(settings.images, log=_kind(settings) if log.durable else "memory", epoch=log.epoch)
+        return ImageFolder(settings.images, log=kind, epoch=storage.log.epoch)
     except FolderRefused as refused:
         raise Unavailable(str(refused)) from None
-
-
-def _kind(settings: Settings) -> str:
-    """The kind of log, as the mark in an image folder names it."""
-    return settings.log.partition(":")[0]
 
 
 @contextmanager
@@ -217,13 +222,12 @@ def _face_swapper(settings: Settings, threads: ImageThreads) -> FaceSwapper:
                 return OwnFaceSwap(factory, threads)
 
 
-def _webhooks(settings: Settings, log: EventLog, clock: Clock) -> Webhooks | None:
+def _webhook_sender(settings: Settings, clock: Clock) -> WebhookSender | None:
     if settings.webhook_url is None:
         return None
     secret = None if settings.webhook_secret is None else settings.webhook_secret.get_secret_value()
     with _refused_as("STAGECAST_WEBHOOK_URL must be an http or https URL."):
-        sender = WebhookSender(settings.webhook_url, secret, clock=clock)
-    return Webhooks(log, sender, random.random)
+        return WebhookSender(settings.webhook_url, secret, clock=clock)
 
 
 def _provider_deadline(settings: Settings) -> float:
@@ -281,14 +285,14 @@ def examine_stores(settings: Settings) -> Sequence[str]:
         _tokens(settings, now)
         _editor(settings, threads, UrlFetcher(PillowIntake(threads), allow=settings.fetch_allow))
         _face_swapper(settings, threads)
-        _webhooks(settings, MemoryLog(epoch="", credits=None, clock=now), now)
+        _webhook_sender(settings, now)
     finally:
         threads.close()
     try:
-        examined = Examined([]) if settings.log_file is None else examine(settings.log_file)
+        examined = _TECHNOLOGIES[_scheme(settings)].examine(settings.log)
         if not examined.damage or examined.epoch is not None:
-            ImageFolder.examine(settings.images, log=_kind(settings), epoch=examined.epoch)
-    except (FolderRefused, LogRefused) as refused:
+            ImageFolder.examine(settings.images, log=_scheme(settings), epoch=examined.epoch)
+    except (FolderRefused, StorageRefused) as refused:
         raise Unavailable(str(refused)) from None
     return examined.damage
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from domain.errors import InsufficientCredit, Overloaded, QueueFull, StorageLimit, TooManyGenerations, TooManyStarts
 from domain.ports.leases import WorkQueue
-from domain.ports.log import EventLog
+from domain.ports.ledger import Ledger
 from domain.stored_images import StoredImages
 
 #: Seconds for which a start waits for what only other starts in progress keep from it.
@@ -47,13 +47,13 @@ class Admission:
 
     def __init__(
         self,
-        log: EventLog,
+        ledger: Ledger,
         queue: WorkQueue,
         images: StoredImages,
         limits: Limits,
         overloaded: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._log = log
+        self._ledger = ledger
         self._queue = queue
         self._images = images
         self._limits = limits
@@ -133,7 +133,7 @@ class Admission:
         self, user_id: str, reserved: _Reserved, size: int, external: bool
     ) -> asyncio.Event | None:
         changed, joined, limits = reserved.changed, self._joined, self._limits
-        standing = await self._log.standing(user_id)
+        standing = await self._ledger.standing(user_id)
         places = math.inf if external else limits.max_waiting - self._queue.waiting
         if places <= 0:
             raise QueueFull

@@ -8,6 +8,7 @@ from typing import Final
 
 from domain.errors import LogUnavailable
 from domain.ports.log import EventLog, History
+from domain.ports.retention import Retention
 from domain.rehydrate import order_of
 from domain.stored_images import StoredImages
 from domain.supervisor import reason_of
@@ -21,8 +22,9 @@ _BATCH: Final = 50
 class Housekeeping:
     """Removes what has expired. One generation that cannot be removed is set aside, and the others go on."""
 
-    def __init__(self, log: EventLog, images: StoredImages) -> None:
+    def __init__(self, log: EventLog, retention: Retention, images: StoredImages) -> None:
         self._log = log
+        self._retention = retention
         self._images = images
         #: Generations that could not be removed: they are logged once, and tried again in each round.
         self._stuck: set[str] = set()
@@ -31,7 +33,7 @@ class Housekeeping:
         """Remove finished generations that ended before that moment, whole. Return how many."""
         purged, tried = 0, set[str]()
         while True:
-            expired = await self._log.finished_before(ended_before, _BATCH + len(tried))
+            expired = await self._retention.finished_before(ended_before, _BATCH + len(tried))
             batch = [generation_id for generation_id in expired if generation_id not in tried]
             if not batch:
                 self._stuck &= tried
@@ -70,12 +72,12 @@ class Housekeeping:
         return set(failed)
 
     async def _purge(self, generation_id: str) -> None:
-        await self._log.remove(generation_id, retention=True)
+        await self._retention.remove(generation_id, retention=True)
         await self._images.remove(generation_id)
 
     async def _sweep(self, generation_id: str, names: Sequence[str]) -> int:
         history = await self._log.generation(generation_id)
-        if history is None and await self._log.set_aside(generation_id):
+        if history is None and await self._retention.set_aside(generation_id):
             return 0  # A person decides what becomes of it.
         if history is None:
             await self._images.remove(generation_id)

@@ -17,6 +17,7 @@ from domain.errors import LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
 from domain.ports.log import EventLog, Gap
+from domain.ports.webhook_outbox import WebhookOutbox
 from domain.rehydrate import UNREADABLE
 from domain.supervisor import being_cancelled
 
@@ -77,18 +78,20 @@ class Webhooks:
     def __init__(
         self,
         log: EventLog,
+        outbox: WebhookOutbox,
         poster: Poster,
         chance: Callable[[], float],
         *,
         backoff: float = 1,
         longest: float = 300,
     ) -> None:
-        """The log is one with an outbox, of which nobody else delivers.
+        """Nobody else delivers from this outbox.
 
         `backoff`: seconds after the first attempt, twice as much after each further one, up to `longest`, but for a
         random part: up to a half of them is left out. `chance`: random numbers from 0 to 1.
         """
         self._log = log
+        self._outbox = outbox
         self._poster = poster
         self._chance = chance
         self._backoff = backoff
@@ -129,7 +132,7 @@ class Webhooks:
         # What is taken while the log is read may still be told of.
         under_way = set(self._under_way)
         try:
-            entries = await self._log.undelivered(min(len(self._failed), _MOST_FAILED) + 2 * _PARALLEL)
+            entries = await self._outbox.undelivered(min(len(self._failed), _MOST_FAILED) + 2 * _PARALLEL)
         except LogUnavailable:
             return clock() + _AGAIN
         known = {entry.generation_id for entry in entries}
@@ -193,7 +196,7 @@ class Webhooks:
     async def _mark(self, generation_id: str) -> None:
         while True:
             try:
-                return await self._log.delivered(generation_id)
+                return await self._outbox.delivered(generation_id)
             except LogUnavailable:
                 await asyncio.sleep(_AGAIN)
 

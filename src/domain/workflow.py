@@ -32,7 +32,9 @@ from domain.generation import Generation, Snapshot
 from domain.identity import WORKING_FOR
 from domain.ports.images import ImageIntake
 from domain.ports.leases import WorkQueue
+from domain.ports.ledger import Ledger
 from domain.ports.log import EventLog, History, Start
+from domain.ports.retention import Retention
 from domain.ports.system import Clock, Entropy
 from domain.recorder import Recorder
 from domain.rehydrate import generation_of, is_external, order_of, readable_part_of
@@ -88,6 +90,8 @@ class Workflow:
         self,
         *,
         log: EventLog,
+        ledger: Ledger,
+        retention: Retention,
         recorder: Recorder,
         queue: WorkQueue,
         external: ExternalWork,
@@ -100,6 +104,8 @@ class Workflow:
         supervisor: Supervisor,
     ) -> None:
         self.log = log
+        self._ledger = ledger
+        self._retention = retention
         self._recorder = recorder
         self._queue = queue
         self._external = external
@@ -299,7 +305,7 @@ class Workflow:
     async def delete(self, user_id: str, generation_id: str) -> None:
         """Remove a finished generation, its history and its pictures. Raises `NotFound`, `NotFinished`."""
         await self.history(user_id, generation_id)
-        await self.log.remove(generation_id, retention=False)
+        await self._retention.remove(generation_id, retention=False)
         await self._images.remove(generation_id)
 
     async def history(self, user_id: str, generation_id: str) -> History:
@@ -330,12 +336,12 @@ class Workflow:
 
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` where none are kept."""
-        return await self.log.credit(user_id)
+        return await self._ledger.credit(user_id)
 
     async def grant(self, user_id: str, amount: int, key: str | None) -> int:
         """Give credit, or take it back. Raises `IdempotencyMismatch`, `CreditsOff`."""
         now = self._clock()
-        return await self.log.grant(user_id, amount, key=key, at=now, until=now + self._limits.retention)
+        return await self._ledger.grant(user_id, amount, key=key, at=now, until=now + self._limits.retention)
 
     async def _fingerprint(self, wish: Wish) -> str:
         """Tells one request from another: kind, fields, and the contents of its files."""

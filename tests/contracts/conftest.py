@@ -5,8 +5,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from domain.ports.log import EventLog
-from support.builders import LOGS, EventRecorder, SteppableClock
+from support.builders import LOGS, EventRecorder, SteppableClock, WholeLog
 from support.event_log import LogOpener
 
 
@@ -22,5 +21,5 @@ async def recorder(opener: LogOpener) -> EventRecorder:
 
 
 @pytest.fixture
-def log(recorder: EventRecorder) -> EventLog:
+def log(recorder: EventRecorder) -> WholeLog:
     return recorder.log

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from domain.feed import Cursor, Feed, Logged
 from domain.generation import Generation
-from domain.ports.log import EventLog
-from support.builders import LOGS, NOON, PROPERTY, EventRecorder, OpenLog, SteppableClock
+from support.builders import LOGS, NOON, PROPERTY, EventRecorder, OpenLog, SteppableClock, WholeLog
 
 logs = pytest.mark.parametrize("open_log", list(LOGS.values()), ids=list(LOGS))
 
@@ -259,7 +258,7 @@ class CursorHolder(NamedTuple):
 class World:
     """A log with one user, and a list of every event that was ever appended."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: WholeLog) -> None:
         self.log = log
         self.recorder = EventRecorder(log, SteppableClock(NOON))
         self.running: list[Generation] = []

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.log.EventLog`: every adapter of it passes this suite."""
+"""The contract of `domain.ports.log.WholeLog`: every adapter of it passes this suite."""
 
 import asyncio
 from dataclasses import replace
@@ -15,12 +15,12 @@ from domain.errors import (
     TooManyGenerations,
 )
 from domain.feed import Logged
-from domain.ports.log import EventLog, IdempotencyRecord
-from support.builders import EventRecorder, bodies, body, from_another_writer, statuses
+from domain.ports.log import IdempotencyRecord
+from support.builders import EventRecorder, WholeLog, bodies, body, from_another_writer, statuses
 from support.event_log import LogOpener, event_keys, full_feed, image, race
 
 
-async def test_standing_tells_the_balance_and_what_is_unfinished(recorder: EventRecorder, log: EventLog) -> None:
+async def test_standing_tells_the_balance_and_what_is_unfinished(recorder: EventRecorder, log: WholeLog) -> None:
     assert await log.standing("ada") == (100, 0)
     await recorder.start()
     one = await recorder.start()
@@ -33,7 +33,7 @@ async def test_standing_tells_the_balance_and_what_is_unfinished(recorder: Event
 # --- one event after another -----------------------------------------------------------------------------
 
 
-async def test_an_append_returns_the_entry_that_everybody_reads(recorder: EventRecorder, log: EventLog) -> None:
+async def test_an_append_returns_the_entry_that_everybody_reads(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare_start()
     logged = await log.append(append)
     assert logged == Logged(
@@ -46,7 +46,7 @@ async def test_an_append_returns_the_entry_that_everybody_reads(recorder: EventR
     assert list((await full_feed(log)).entries) == [logged]
 
 
-async def test_a_generation_reads_back_as_it_was_written(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_generation_reads_back_as_it_was_written(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.run_to_end("ada", "edit", face_swap=True)
     history = await log.generation(generation.generation_id)
     assert history is not None
@@ -61,7 +61,7 @@ async def test_a_generation_reads_back_as_it_was_written(recorder: EventRecorder
 
 
 async def test_whether_the_last_stage_is_free_is_read_back_and_can_be_withdrawn(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     async def read() -> set[bool]:
         history = await log.generation(generation.generation_id)
@@ -85,7 +85,7 @@ async def test_whether_the_last_stage_is_free_is_read_back_and_can_be_withdrawn(
     await log.mark_paid("edit_1_there_is_none")
 
 
-async def test_only_the_next_sequence_is_taken(recorder: EventRecorder, log: EventLog) -> None:
+async def test_only_the_next_sequence_is_taken(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     append, _ = recorder.prepare(generation, "composition")
     before = await image(log, "ada", generation.generation_id)
@@ -97,7 +97,7 @@ async def test_only_the_next_sequence_is_taken(recorder: EventRecorder, log: Eve
     await log.append(append)
 
 
-async def test_nothing_follows_the_terminal_event(recorder: EventRecorder, log: EventLog) -> None:
+async def test_nothing_follows_the_terminal_event(recorder: EventRecorder, log: WholeLog) -> None:
     running = await recorder.start()
     await recorder.move(running, "failed")
     append, _ = recorder.prepare(running, "composition")
@@ -109,7 +109,7 @@ async def test_nothing_follows_the_terminal_event(recorder: EventRecorder, log: 
     assert await image(log, "ada", running.generation_id) == before
 
 
-async def test_a_generation_that_never_started_takes_no_event(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_generation_that_never_started_takes_no_event(recorder: EventRecorder, log: WholeLog) -> None:
     _, unborn = recorder.prepare_start()
     append, _ = recorder.prepare(unborn, "composition")
     for sequence in (1, 2):
@@ -120,7 +120,7 @@ async def test_a_generation_that_never_started_takes_no_event(recorder: EventRec
     assert (await full_feed(log)).head == 0
 
 
-async def test_an_id_that_is_taken_cannot_be_started_again(recorder: EventRecorder, log: EventLog) -> None:
+async def test_an_id_that_is_taken_cannot_be_started_again(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare_start()
     await log.append(append)
     for user_id in ("ada", "bob"):
@@ -133,7 +133,7 @@ async def test_an_id_that_is_taken_cannot_be_started_again(recorder: EventRecord
 
 
 async def test_of_fifty_writers_of_one_sequence_one_wins_and_the_others_conflict(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     generation = await recorder.start()
     appends = [recorder.prepare(generation, "composition")[0] for _ in range(50)]
@@ -146,7 +146,7 @@ async def test_of_fifty_writers_of_one_sequence_one_wins_and_the_others_conflict
     assert history.events[1] == won[0]
 
 
-async def test_two_writers_with_equal_bytes_are_two_writers(recorder: EventRecorder, log: EventLog) -> None:
+async def test_two_writers_with_equal_bytes_are_two_writers(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     append, _ = recorder.prepare(generation, "composition")
     await log.append(append)
@@ -154,7 +154,7 @@ async def test_two_writers_with_equal_bytes_are_two_writers(recorder: EventRecor
         await log.append(from_another_writer(append, append.event_id ^ 1))
 
 
-async def test_of_a_cancel_and_a_completion_that_race_one_is_the_end(recorder: EventRecorder, log: EventLog) -> None:
+async def test_of_a_cancel_and_a_completion_that_race_one_is_the_end(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.move(await recorder.start(), "composition", "composition_completed", "openai_editing")
     generation = await recorder.move(generation, "openai_editing_completed")
     racers = [recorder.prepare(generation, status)[0] for status in ("completed", "failed")]
@@ -168,7 +168,7 @@ async def test_of_a_cancel_and_a_completion_that_race_one_is_the_end(recorder: E
 # --- a reply that was lost -------------------------------------------------------------------------------
 
 
-async def test_an_append_tried_again_is_one_entry_and_succeeds(recorder: EventRecorder, log: EventLog) -> None:
+async def test_an_append_tried_again_is_one_entry_and_succeeds(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     append, _ = recorder.prepare(generation, "composition")
     logged = await log.append(append)
@@ -177,7 +177,7 @@ async def test_an_append_tried_again_is_one_entry_and_succeeds(recorder: EventRe
     assert await image(log, "ada", generation.generation_id) == before
 
 
-async def test_it_succeeds_also_after_somebody_appended_the_next(recorder: EventRecorder, log: EventLog) -> None:
+async def test_it_succeeds_also_after_somebody_appended_the_next(recorder: EventRecorder, log: WholeLog) -> None:
     append, generation = recorder.prepare(await recorder.start(), "composition")
     logged = await log.append(append)
     await recorder.move(generation, "composition_completed", "openai_editing")
@@ -187,14 +187,14 @@ async def test_it_succeeds_also_after_somebody_appended_the_next(recorder: Event
     await recorder.move(await recorder.start(), "composition")
 
 
-async def test_it_succeeds_also_after_the_generation_has_ended(recorder: EventRecorder, log: EventLog) -> None:
+async def test_it_succeeds_also_after_the_generation_has_ended(recorder: EventRecorder, log: WholeLog) -> None:
     append, generation = recorder.prepare(await recorder.start(), "composition")
     logged = await log.append(append)
     ended = await recorder.finish(generation)
     assert await log.append(append) == logged._replace(end=ended.sequence)
 
 
-async def test_the_terminal_append_tried_again_refunds_once(recorder: EventRecorder, log: EventLog) -> None:
+async def test_the_terminal_append_tried_again_refunds_once(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     append, _ = recorder.prepare(generation, "failed")
     logged = await log.append(append)
@@ -215,7 +215,7 @@ async def test_the_first_append_tried_again_debits_once(opener: LogOpener, key: 
     assert (await full_feed(recorder.log)).head == 2
 
 
-async def test_retries_that_race_with_their_own_first_try_are_one_entry(recorder: EventRecorder, log: EventLog) -> None:
+async def test_retries_that_race_with_their_own_first_try_are_one_entry(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare(await recorder.start(), "composition")
     won, refused = await race(*(log.append(append) for _ in range(20)))
     assert refused == []
@@ -224,7 +224,7 @@ async def test_retries_that_race_with_their_own_first_try_are_one_entry(recorder
     assert (await full_feed(log)).head == 2
 
 
-async def test_a_retry_at_another_sequence_is_another_event(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_retry_at_another_sequence_is_another_event(recorder: EventRecorder, log: WholeLog) -> None:
     append, generation = recorder.prepare(await recorder.start(), "composition")
     await log.append(append)
     with pytest.raises(Conflict):
@@ -238,7 +238,7 @@ async def test_a_retry_at_another_sequence_is_another_event(recorder: EventRecor
 
 
 async def test_an_append_later_than_it_may_be_is_refused_and_nothing_comes_to_life(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     append, _ = recorder.prepare_start(key="k", not_after=recorder.clock() + timedelta(seconds=5))
     before = await image(log, "ada", append.generation_id)
@@ -250,13 +250,13 @@ async def test_an_append_later_than_it_may_be_is_refused_and_nothing_comes_to_li
     assert await log.find_by_idempotency_key("ada", "k") is None
 
 
-async def test_an_append_just_in_time_is_taken(recorder: EventRecorder, log: EventLog) -> None:
+async def test_an_append_just_in_time_is_taken(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare_start(not_after=recorder.clock() + timedelta(seconds=5))
     recorder.clock.step(5)
     await log.append(append)
 
 
-async def test_an_entry_that_is_in_the_log_is_recognised_however_late(recorder: EventRecorder, log: EventLog) -> None:
+async def test_an_entry_that_is_in_the_log_is_recognised_however_late(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare_start(not_after=recorder.clock() + timedelta(seconds=5))
     logged = await log.append(append)
     recorder.clock.step(3_600)
@@ -301,7 +301,7 @@ async def test_refusals_come_in_the_declared_order(opener: LogOpener) -> None:
 
 
 async def test_positions_are_contiguous_per_user_and_sequences_per_generation(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     async def live(user_id: str) -> None:
         for _ in range(3):
@@ -321,7 +321,7 @@ async def test_positions_are_contiguous_per_user_and_sequences_per_generation(
 
 
 async def test_interleaved_generations_share_one_feed_in_the_order_of_their_appends(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     one, two = await recorder.start(), await recorder.start()
     two = await recorder.move(two, "composition")
@@ -337,7 +337,7 @@ async def test_interleaved_generations_share_one_feed_in_the_order_of_their_appe
 
 
 async def test_a_credit_is_reserved_at_the_start_and_kept_by_a_completion(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     assert await log.credit("ada") == 100
     generation = await recorder.start()
@@ -348,7 +348,7 @@ async def test_a_credit_is_reserved_at_the_start_and_kept_by_a_completion(
     assert [event.get("credit") for event in told] == [99, None, None, None, None, 99]
 
 
-async def test_a_failure_gives_the_credit_back(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_failure_gives_the_credit_back(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     await recorder.move(generation, "composition", "failed")
     assert await log.credit("ada") == 100
@@ -383,7 +383,7 @@ async def test_a_refunded_credit_can_be_spent_again(opener: LogOpener) -> None:
     assert await recorder.log.credit("ada") == 1
 
 
-async def test_balances_of_users_are_their_own(recorder: EventRecorder, log: EventLog) -> None:
+async def test_balances_of_users_are_their_own(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.start("ada")
     await recorder.start("ada")
     await recorder.start("bob")
@@ -403,7 +403,7 @@ async def test_where_no_balances_are_kept_no_event_shows_one_and_nobody_runs_out
 # --- idempotency keys ------------------------------------------------------------------------------------
 
 
-async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(recorder: EventRecorder, log: EventLog) -> None:
+async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(recorder: EventRecorder, log: WholeLog) -> None:
     appends = [recorder.prepare_start(key="k")[0] for _ in range(20)]
     won, refused = await race(*map(log.append, appends))
     assert len(won) == 1
@@ -418,7 +418,7 @@ async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(recorder
 
 
 async def test_a_key_with_another_request_is_a_mismatch_and_changes_nothing(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     await recorder.start(key="k", fingerprint="one")
     append, _ = recorder.prepare_start(key="k", fingerprint="two")
@@ -428,7 +428,7 @@ async def test_a_key_with_another_request_is_a_mismatch_and_changes_nothing(
     assert await image(log, "ada", append.generation_id) == before
 
 
-async def test_a_key_is_its_users_own(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_key_is_its_users_own(recorder: EventRecorder, log: WholeLog) -> None:
     ada = await recorder.start("ada", key="k", fingerprint="one")
     assert await log.find_by_idempotency_key("bob", "k") is None
     bob = await recorder.start("bob", key="k", fingerprint="two")
@@ -439,7 +439,7 @@ async def test_a_key_is_its_users_own(recorder: EventRecorder, log: EventLog) ->
 
 @pytest.mark.parametrize("retention", [True, False])
 async def test_a_key_outlives_the_end_of_its_generation_and_dies_with_its_removal(
-    recorder: EventRecorder, log: EventLog, retention: bool
+    recorder: EventRecorder, log: WholeLog, retention: bool
 ) -> None:
     first = await recorder.start_and_fail(key="k", fingerprint="one")
     with pytest.raises(AlreadyStarted):
@@ -453,7 +453,7 @@ async def test_a_key_outlives_the_end_of_its_generation_and_dies_with_its_remova
 # --- how many at once ------------------------------------------------------------------------------------
 
 
-async def test_no_more_than_allowed_are_unfinished_however_many_race(recorder: EventRecorder, log: EventLog) -> None:
+async def test_no_more_than_allowed_are_unfinished_however_many_race(recorder: EventRecorder, log: WholeLog) -> None:
     appends = [recorder.prepare_start(max_unfinished=3)[0] for _ in range(20)]
     won, refused = await race(*map(log.append, appends))
     assert len(won) == 3
@@ -463,7 +463,7 @@ async def test_no_more_than_allowed_are_unfinished_however_many_race(recorder: E
 
 
 async def test_the_end_of_one_makes_room_for_the_next_and_others_do_not_count(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     one = await recorder.start(max_unfinished=1)
     with pytest.raises(TooManyGenerations):

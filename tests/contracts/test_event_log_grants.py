@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.log.EventLog`: grants of credit."""
+"""The contract of `domain.ports.log.WholeLog`: grants of credit."""
 
 import asyncio
 from datetime import timedelta
@@ -6,8 +6,7 @@ from datetime import timedelta
 import pytest
 
 from domain.errors import Conflict, CreditsOff, IdempotencyMismatch, InsufficientCredit
-from domain.ports.log import EventLog
-from support.builders import EventRecorder, RecordingFollower, bodies, body
+from support.builders import EventRecorder, RecordingFollower, WholeLog, bodies, body
 from support.event_log import LogOpener, full_feed, race
 
 # --- grants ----------------------------------------------------------------------------------------------
@@ -21,13 +20,13 @@ async def grant(
     return await recorder.log.grant(user_id, amount, key=key, at=at, until=at + timedelta(seconds=keep))
 
 
-async def test_a_grant_changes_the_balance_and_never_below_zero(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_grant_changes_the_balance_and_never_below_zero(recorder: EventRecorder, log: WholeLog) -> None:
     for amount, left in ((5, 105), (0, 105), (-100, 5), (-6, 0), (-1, 0), (3, 3), (-3, 0), (10**9, 10**9)):
         assert await grant(recorder, amount) == left
         assert await log.credit("ada") == left
 
 
-async def test_a_grant_is_no_event_and_nobody_hears_of_it(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_grant_is_no_event_and_nobody_hears_of_it(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.start()
     before = await full_feed(log)
     follower = RecordingFollower()
@@ -52,7 +51,7 @@ async def test_who_was_granted_before_they_began_starts_from_that_balance(opener
         await recorder.start()
 
 
-async def test_the_place_of_a_feed_does_not_move_by_a_grant(recorder: EventRecorder, log: EventLog) -> None:
+async def test_the_place_of_a_feed_does_not_move_by_a_grant(recorder: EventRecorder, log: WholeLog) -> None:
     for user_id in ("ada", "new"):
         if user_id == "ada":
             await recorder.start(user_id)
@@ -62,7 +61,7 @@ async def test_the_place_of_a_feed_does_not_move_by_a_grant(recorder: EventRecor
 
 
 async def test_a_grant_with_a_key_happens_once_and_returns_what_it_had_brought(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     assert await grant(recorder, 5, "k") == 105
     await grant(recorder, -50)
@@ -72,7 +71,7 @@ async def test_a_grant_with_a_key_happens_once_and_returns_what_it_had_brought(
     assert await log.credit("ada") == 54
 
 
-async def test_a_grant_that_was_cut_at_zero_returns_zero_again(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_grant_that_was_cut_at_zero_returns_zero_again(recorder: EventRecorder, log: WholeLog) -> None:
     assert await grant(recorder, -1_000, "k") == 0
     await grant(recorder, 7)
     assert await grant(recorder, -1_000, "k") == 0
@@ -80,7 +79,7 @@ async def test_a_grant_that_was_cut_at_zero_returns_zero_again(recorder: EventRe
 
 
 async def test_a_key_with_another_amount_is_a_mismatch_and_grants_nothing(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     await grant(recorder, 5, "k")
     for other in (6, -5, 0):
@@ -90,7 +89,7 @@ async def test_a_key_with_another_amount_is_a_mismatch_and_grants_nothing(
     assert await grant(recorder, 5, "k") == 105
 
 
-async def test_a_key_of_a_grant_is_forgotten_when_its_time_is_over(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_key_of_a_grant_is_forgotten_when_its_time_is_over(recorder: EventRecorder, log: WholeLog) -> None:
     await grant(recorder, 5, "k")
     recorder.clock.step(60)
     assert await grant(recorder, 6, "k") == 111
@@ -120,7 +119,7 @@ async def test_a_grant_without_a_key_happens_each_time(recorder: EventRecorder) 
     assert [await grant(recorder, 5) for _ in range(3)] == [105, 110, 115]
 
 
-async def test_a_key_of_a_grant_is_its_users_own_and_not_a_starts(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_key_of_a_grant_is_its_users_own_and_not_a_starts(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.start(key="k")
     assert await grant(recorder, 5, "k") == 104
     assert await grant(recorder, 6, "k", "bob") == 106
@@ -138,7 +137,7 @@ async def test_where_no_balances_are_kept_nothing_is_granted(opener: LogOpener) 
 
 
 async def test_a_user_whose_generations_are_all_gone_keeps_the_balance_and_the_keys(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     await grant(recorder, 5, "k")
     generation = await recorder.run_to_end()
@@ -148,13 +147,13 @@ async def test_a_user_whose_generations_are_all_gone_keeps_the_balance_and_the_k
     assert await log.credit("ada") == 104
 
 
-async def test_of_twenty_racing_grants_with_one_key_one_happens(recorder: EventRecorder, log: EventLog) -> None:
+async def test_of_twenty_racing_grants_with_one_key_one_happens(recorder: EventRecorder, log: WholeLog) -> None:
     assert await asyncio.gather(*(grant(recorder, 5, "k") for _ in range(20))) == [105] * 20
     assert await log.credit("ada") == 105
 
 
 async def test_of_racing_grants_with_one_key_and_two_amounts_one_amount_happens(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     results = await asyncio.gather(*(grant(recorder, 5 + n % 2, "k") for n in range(10)), return_exceptions=True)
     won = {result for result in results if isinstance(result, int)}
@@ -179,7 +178,7 @@ async def test_grants_that_race_with_starts_lose_no_credit(opener: LogOpener) ->
 
 
 async def test_what_is_taken_back_while_credits_are_reserved_is_refunded_on_top(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     running = [await recorder.start() for _ in range(3)]
     assert await grant(recorder, -1_000) == 0
@@ -191,7 +190,7 @@ async def test_what_is_taken_back_while_credits_are_reserved_is_refunded_on_top(
     assert 0 <= left <= 2
 
 
-async def test_a_start_that_is_tried_again_after_its_generation_was_deleted_is_refused(log: EventLog) -> None:
+async def test_a_start_that_is_tried_again_after_its_generation_was_deleted_is_refused(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     append, generation = recorder.prepare_start()
     await log.append(append)
@@ -202,7 +201,7 @@ async def test_a_start_that_is_tried_again_after_its_generation_was_deleted_is_r
     assert await log.credit("ada") == 100
 
 
-async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: EventLog) -> None:
+async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     deleted, purged = await recorder.start_and_fail(), await recorder.start_and_fail()
     await log.remove(deleted.generation_id, retention=False)
@@ -213,7 +212,7 @@ async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: Ev
     assert not await log.remove(deleted.generation_id, retention=True)
 
 
-async def test_a_log_that_can_be_written_says_so_and_is_not_changed_by_being_asked(log: EventLog) -> None:
+async def test_a_log_that_can_be_written_says_so_and_is_not_changed_by_being_asked(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     generation = await recorder.start_and_fail()
     before = await log.head_cursor("ada"), await log.generation(generation.generation_id), log.epoch

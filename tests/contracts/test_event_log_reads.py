@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.log.EventLog`: followers, reads, cursors and undelivered ends."""
+"""The contract of `domain.ports.log.WholeLog`: followers, reads, cursors and undelivered ends."""
 
 import asyncio
 
@@ -6,8 +6,8 @@ import pytest
 
 from domain.errors import Conflict
 from domain.feed import Logged
-from domain.ports.log import EventLog, Gap
-from support.builders import EventRecorder, RecordingFollower, from_another_writer, statuses
+from domain.ports.log import Gap
+from support.builders import EventRecorder, RecordingFollower, WholeLog, from_another_writer, statuses
 from support.event_log import LogOpener, event_keys, full_feed, pull, usable
 
 # --- followers -------------------------------------------------------------------------------------------
@@ -18,7 +18,7 @@ async def entries_of(follower: RecordingFollower, count: int) -> list[Logged]:
 
 
 async def test_a_follower_hears_every_entry_once_in_order_while_appends_run(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     follower = RecordingFollower()
 
@@ -38,7 +38,7 @@ async def test_a_follower_hears_every_entry_once_in_order_while_appends_run(
         assert [entry.event_id for entry in told] == [entry.event_id for entry in kept]
 
 
-async def test_a_follower_hears_the_entry_as_it_was_at_the_append(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_follower_hears_the_entry_as_it_was_at_the_append(recorder: EventRecorder, log: WholeLog) -> None:
     follower = RecordingFollower()
     async with log.follow(follower):
         append, generation = recorder.prepare_start()
@@ -49,7 +49,7 @@ async def test_a_follower_hears_the_entry_as_it_was_at_the_append(recorder: Even
     assert [(entry.first, entry.end) for entry in logged] == [(1, None), (1, 2)]
 
 
-async def test_between_a_read_and_what_is_heard_there_is_no_gap(recorder: EventRecorder, log: EventLog) -> None:
+async def test_between_a_read_and_what_is_heard_there_is_no_gap(recorder: EventRecorder, log: WholeLog) -> None:
     async def write() -> None:
         for _ in range(30):
             await recorder.run_to_end()
@@ -72,7 +72,7 @@ async def test_between_a_read_and_what_is_heard_there_is_no_gap(recorder: EventR
 
 
 async def test_a_follower_that_raises_undoes_nothing_and_stops_nobody(
-    recorder: EventRecorder, log: EventLog, caplog: pytest.LogCaptureFixture
+    recorder: EventRecorder, log: WholeLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, after = RecordingFollower(), RecordingFollower()
     tries: list[Logged | Gap] = []
@@ -90,7 +90,7 @@ async def test_a_follower_that_raises_undoes_nothing_and_stops_nobody(
     assert "a secret" not in caplog.text
 
 
-async def test_who_has_left_hears_nothing_more_and_who_stays_does(recorder: EventRecorder, log: EventLog) -> None:
+async def test_who_has_left_hears_nothing_more_and_who_stays_does(recorder: EventRecorder, log: WholeLog) -> None:
     leaving, staying = RecordingFollower(), RecordingFollower()
     async with log.follow(staying):
         async with log.follow(leaving):
@@ -101,7 +101,7 @@ async def test_who_has_left_hears_nothing_more_and_who_stays_does(recorder: Even
     assert len(leaving.entries) == 1
 
 
-async def test_refused_and_repeated_appends_are_not_heard(recorder: EventRecorder, log: EventLog) -> None:
+async def test_refused_and_repeated_appends_are_not_heard(recorder: EventRecorder, log: WholeLog) -> None:
     append, generation = recorder.prepare_start()
     await log.append(append)
     follower = RecordingFollower()
@@ -117,14 +117,14 @@ async def test_refused_and_repeated_appends_are_not_heard(recorder: EventRecorde
 # --- the feed --------------------------------------------------------------------------------------------
 
 
-async def test_an_unknown_user_has_an_empty_feed(log: EventLog) -> None:
+async def test_an_unknown_user_has_an_empty_feed(log: WholeLog) -> None:
     feed = await log.feed("nobody", after=0, anchor=0, limit=10)
     assert (list(feed.entries), feed.upto, feed.head, feed.floor, [*feed.deleted_spans]) == ([], 0, 0, 0, [])
     assert feed.anchor_id is not None
     assert (await log.feed("nobody", after=0, anchor=1, limit=10)).anchor_id is None
 
 
-async def test_pages_of_any_size_tell_the_whole_feed_once_in_order(recorder: EventRecorder, log: EventLog) -> None:
+async def test_pages_of_any_size_tell_the_whole_feed_once_in_order(recorder: EventRecorder, log: WholeLog) -> None:
     for _ in range(3):
         await recorder.run_to_end()
     every = list((await full_feed(log)).entries)
@@ -144,14 +144,14 @@ async def test_pages_of_any_size_tell_the_whole_feed_once_in_order(recorder: Eve
         assert told == every
 
 
-async def test_a_read_without_room_tells_only_what_lies_around(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_read_without_room_tells_only_what_lies_around(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.run_to_end()
     feed = await log.feed("ada", after=2, anchor=4, limit=0)
     ids = [entry.event_id for entry in (await full_feed(log)).entries]
     assert (list(feed.entries), feed.upto, feed.head, feed.anchor_id) == ([], 2, 6, ids[3])
 
 
-async def test_the_anchor_of_every_position_is_the_id_of_its_event(recorder: EventRecorder, log: EventLog) -> None:
+async def test_the_anchor_of_every_position_is_the_id_of_its_event(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.run_to_end()
     for entry in (await full_feed(log)).entries:
         feed = await log.feed("ada", after=0, anchor=entry.position, limit=0)
@@ -174,14 +174,14 @@ async def test_the_id_before_the_first_event_is_the_users_the_epochs_and_stays(o
     assert (one.log.epoch, two.log.epoch) == ("one", "two")
 
 
-async def test_a_read_beyond_the_head_finds_nothing(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_read_beyond_the_head_finds_nothing(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.start()
     feed = await log.feed("ada", after=5, anchor=0, limit=10)
     assert (list(feed.entries), feed.head) == ([], 1)
 
 
 async def test_the_present_of_nobody_is_where_their_first_event_will_come(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (0, 0)
@@ -191,7 +191,7 @@ async def test_the_present_of_nobody_is_where_their_first_event_will_come(
 
 
 async def test_the_present_holds_what_still_runs_and_nothing_that_has_ended(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     await recorder.run_to_end()
     running = await recorder.move(await recorder.start(), "composition")
@@ -203,7 +203,7 @@ async def test_the_present_holds_what_still_runs_and_nothing_that_has_ended(
     assert (behind.live, behind.seen) == (14, 14)
 
 
-async def test_the_present_of_a_user_with_nothing_running_is_the_head(recorder: EventRecorder, log: EventLog) -> None:
+async def test_the_present_of_a_user_with_nothing_running_is_the_head(recorder: EventRecorder, log: WholeLog) -> None:
     ended = await recorder.run_to_end()
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (6, 6)
@@ -265,7 +265,7 @@ async def test_what_is_removed_is_not_told_any_more(opener: LogOpener, retention
     assert [entry.generation_id for entry in await recorder.log.undelivered(10)] == [kept.generation_id]
 
 
-async def test_without_an_outbox_nothing_is_to_be_told(recorder: EventRecorder, log: EventLog) -> None:
+async def test_without_an_outbox_nothing_is_to_be_told(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start_and_fail()
     assert list(await log.undelivered(10)) == []
     await log.delivered(generation.generation_id)

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.log.EventLog`: removal, retention and lists of generations."""
+"""The contract of `domain.ports.log.WholeLog`: removal, retention and lists of generations."""
 
 import asyncio
 import contextlib
@@ -10,8 +10,7 @@ import pytest
 
 from domain.errors import Conflict, NotFinished
 from domain.feed import Cursor
-from domain.ports.log import EventLog
-from support.builders import EventRecorder, statuses
+from support.builders import EventRecorder, WholeLog, statuses
 from support.event_log import event_keys, full_feed, image, pull, usable
 
 # --- removal ---------------------------------------------------------------------------------------------
@@ -21,7 +20,7 @@ retentions = pytest.mark.parametrize("retention", [True, False])
 
 @retentions
 async def test_what_was_removed_answers_as_one_that_never_was(
-    recorder: EventRecorder, log: EventLog, retention: bool
+    recorder: EventRecorder, log: WholeLog, retention: bool
 ) -> None:
     ended, other = await recorder.run_to_end(key="k"), await recorder.run_to_end()
     credit = await log.credit("ada")
@@ -40,12 +39,12 @@ async def test_what_was_removed_answers_as_one_that_never_was(
 
 
 @retentions
-async def test_what_never_was_cannot_be_removed(log: EventLog, retention: bool) -> None:
+async def test_what_never_was_cannot_be_removed(log: WholeLog, retention: bool) -> None:
     assert await log.remove("edit_1_unknown", retention=retention) is False
 
 
 @pytest.mark.parametrize("strange", ["", "edit_1_\ud800", "a\x00b", "'; DROP TABLE users; --", "%", "x" * 60_000])
-async def test_any_text_may_be_asked_for(recorder: EventRecorder, log: EventLog, strange: str) -> None:
+async def test_any_text_may_be_asked_for(recorder: EventRecorder, log: WholeLog, strange: str) -> None:
     await recorder.start_and_fail()
     before = await image(log, "ada")
     assert await log.generation(strange) is None
@@ -55,7 +54,7 @@ async def test_any_text_may_be_asked_for(recorder: EventRecorder, log: EventLog,
 
 @pytest.mark.parametrize("user_id", ["'", '"; --', "Ünï 🎨 : % * {}", "ADA", "ada ", "e\u0301", "1" * 128])
 async def test_a_user_may_have_any_name_and_none_is_taken_for_another(
-    recorder: EventRecorder, log: EventLog, user_id: str
+    recorder: EventRecorder, log: WholeLog, user_id: str
 ) -> None:
     await recorder.start_and_fail("ada", key="k")
     running = await recorder.start(user_id, key="k")
@@ -65,7 +64,7 @@ async def test_a_user_may_have_any_name_and_none_is_taken_for_another(
 
 
 @retentions
-async def test_what_still_runs_is_not_removed(recorder: EventRecorder, log: EventLog, retention: bool) -> None:
+async def test_what_still_runs_is_not_removed(recorder: EventRecorder, log: WholeLog, retention: bool) -> None:
     running = await recorder.start()
     before = await image(log, "ada", running.generation_id)
     with pytest.raises(NotFinished):
@@ -73,7 +72,7 @@ async def test_what_still_runs_is_not_removed(recorder: EventRecorder, log: Even
     assert await image(log, "ada", running.generation_id) == before
 
 
-async def test_retention_raises_the_floor_to_the_last_purged_position(recorder: EventRecorder, log: EventLog) -> None:
+async def test_retention_raises_the_floor_to_the_last_purged_position(recorder: EventRecorder, log: WholeLog) -> None:
     one, two, _ = [await recorder.start_and_fail() for _ in range(3)]
     assert await log.remove(one.generation_id, retention=True)
     assert (await full_feed(log)).floor == 2
@@ -84,7 +83,7 @@ async def test_retention_raises_the_floor_to_the_last_purged_position(recorder: 
 
 
 async def test_the_places_of_a_deleted_one_are_forgotten_when_retention_would_have_purged_it(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     gone, _ = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(gone.generation_id, retention=False)
@@ -98,7 +97,7 @@ async def test_the_places_of_a_deleted_one_are_forgotten_when_retention_would_ha
     assert await log.remove(gone.generation_id, retention=True) is False
 
 
-async def test_retention_never_lowers_the_floor(recorder: EventRecorder, log: EventLog) -> None:
+async def test_retention_never_lowers_the_floor(recorder: EventRecorder, log: WholeLog) -> None:
     one, two = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(two.generation_id, retention=True)
     ids = (await log.feed("ada", after=0, anchor=4, limit=0)).anchor_id
@@ -107,7 +106,7 @@ async def test_retention_never_lowers_the_floor(recorder: EventRecorder, log: Ev
     assert (feed.floor, feed.anchor_id, list(feed.entries)) == (4, ids, [])
 
 
-async def test_delete_leaves_the_floor_and_empty_places_with_their_ids(recorder: EventRecorder, log: EventLog) -> None:
+async def test_delete_leaves_the_floor_and_empty_places_with_their_ids(recorder: EventRecorder, log: WholeLog) -> None:
     generations = [await recorder.start_and_fail() for _ in range(3)]
     every = (await full_feed(log)).entries
     assert await log.remove(generations[1].generation_id, retention=False)
@@ -125,7 +124,7 @@ async def test_delete_leaves_the_floor_and_empty_places_with_their_ids(recorder:
 @retentions
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (1, 2), (2, 0), (0, 1, 2), (2, 1, 0)])
 async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
-    recorder: EventRecorder, log: EventLog, retention: bool, which: tuple[int, ...]
+    recorder: EventRecorder, log: WholeLog, retention: bool, which: tuple[int, ...]
 ) -> None:
     generations = [await recorder.start_and_fail() for _ in range(3)]
     every = list((await full_feed(log)).entries)
@@ -150,7 +149,7 @@ async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
             ]
 
 
-async def test_the_id_at_the_floor_stays_and_those_below_go(recorder: EventRecorder, log: EventLog) -> None:
+async def test_the_id_at_the_floor_stays_and_those_below_go(recorder: EventRecorder, log: WholeLog) -> None:
     for _ in range(2):
         await recorder.start_and_fail()
     every = (await full_feed(log)).entries
@@ -162,7 +161,7 @@ async def test_the_id_at_the_floor_stays_and_those_below_go(recorder: EventRecor
     assert await usable(log, "ada", Cursor(4, every[3].event_id, 4))
 
 
-async def test_a_running_generation_older_than_the_floor_stays_readable(recorder: EventRecorder, log: EventLog) -> None:
+async def test_a_running_generation_older_than_the_floor_stays_readable(recorder: EventRecorder, log: WholeLog) -> None:
     old = await recorder.start()
     ended = await recorder.start_and_fail()
     old = await recorder.move(old, "composition")
@@ -178,7 +177,7 @@ async def test_a_running_generation_older_than_the_floor_stays_readable(recorder
 
 
 async def test_reading_goes_on_from_before_the_floor_when_only_unwanted_events_went(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     running = await recorder.start()
     ended = await recorder.start_and_fail()
@@ -195,7 +194,7 @@ async def test_reading_goes_on_from_before_the_floor_when_only_unwanted_events_w
 
 @retentions
 async def test_a_cursor_is_lost_once_a_generation_it_wanted_to_the_end_is_gone(
-    recorder: EventRecorder, log: EventLog, retention: bool
+    recorder: EventRecorder, log: WholeLog, retention: bool
 ) -> None:
     wanted = await recorder.start()
     cursor = await log.head_cursor("ada")
@@ -210,7 +209,7 @@ async def test_a_cursor_is_lost_once_a_generation_it_wanted_to_the_end_is_gone(
 
 
 async def test_deleted_spans_is_told_from_the_first_event_on_and_before_the_last(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     await recorder.start_and_fail()
     gone = await recorder.move(await recorder.start(), "composition", "failed")
@@ -220,7 +219,7 @@ async def test_deleted_spans_is_told_from_the_first_event_on_and_before_the_last
     assert deleted_spans == [[], [], [], [3], [3], [], [], []]
 
 
-async def test_one_deleted_before_it_was_seen_at_all_is_skipped(recorder: EventRecorder, log: EventLog) -> None:
+async def test_one_deleted_before_it_was_seen_at_all_is_skipped(recorder: EventRecorder, log: WholeLog) -> None:
     cursor = await log.head_cursor("ada")
     gone = await recorder.start_and_fail()
     kept = await recorder.start_and_fail()
@@ -231,7 +230,7 @@ async def test_one_deleted_before_it_was_seen_at_all_is_skipped(recorder: EventR
         assert behind.live == behind.seen == 4
 
 
-async def test_places_left_by_delete_go_once_the_floor_has_passed_them(recorder: EventRecorder, log: EventLog) -> None:
+async def test_places_left_by_delete_go_once_the_floor_has_passed_them(recorder: EventRecorder, log: WholeLog) -> None:
     deleted, purged = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(deleted.generation_id, retention=False)
     assert await log.remove(purged.generation_id, retention=True)
@@ -240,7 +239,7 @@ async def test_places_left_by_delete_go_once_the_floor_has_passed_them(recorder:
     assert not (await log.feed("ada", after=0, anchor=1, limit=0)).deleted_spans
 
 
-async def test_deleting_below_the_floor_leaves_no_places(recorder: EventRecorder, log: EventLog) -> None:
+async def test_deleting_below_the_floor_leaves_no_places(recorder: EventRecorder, log: WholeLog) -> None:
     low, high = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(high.generation_id, retention=True)
     assert await log.remove(low.generation_id, retention=False)
@@ -248,14 +247,14 @@ async def test_deleting_below_the_floor_leaves_no_places(recorder: EventRecorder
     assert (list(feed.entries), feed.floor, feed.head, [*feed.deleted_spans]) == ([], 4, 4, [])
 
 
-async def test_two_users_do_not_share_a_floor(recorder: EventRecorder, log: EventLog) -> None:
+async def test_two_users_do_not_share_a_floor(recorder: EventRecorder, log: WholeLog) -> None:
     gone, _ = await recorder.start_and_fail("ada"), await recorder.start_and_fail("bob")
     assert await log.remove(gone.generation_id, retention=True)
     assert [(await full_feed(log, user_id)).floor for user_id in ("ada", "bob")] == [2, 0]
 
 
 async def test_a_long_life_under_retention_keeps_numbering_without_a_gap(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     previous = await recorder.start_and_fail()
     for turn in range(2, 40):
@@ -270,7 +269,7 @@ async def test_a_long_life_under_retention_keeps_numbering_without_a_gap(
 # --- lists -----------------------------------------------------------------------------------------------
 
 
-async def test_generations_come_newest_first_filtered_and_in_pages(recorder: EventRecorder, log: EventLog) -> None:
+async def test_generations_come_newest_first_filtered_and_in_pages(recorder: EventRecorder, log: WholeLog) -> None:
     running = [await recorder.start() for _ in range(3)]
     ended = [await recorder.start_and_fail() for _ in range(3)]
     running.append(await recorder.start())
@@ -297,7 +296,7 @@ async def test_generations_come_newest_first_filtered_and_in_pages(recorder: Eve
     assert await log.generations("nobody", limit=5) == []
 
 
-async def test_the_age_of_a_generation_is_that_of_its_first_event(recorder: EventRecorder, log: EventLog) -> None:
+async def test_the_age_of_a_generation_is_that_of_its_first_event(recorder: EventRecorder, log: WholeLog) -> None:
     older, newer = await recorder.start(), await recorder.start()
     await recorder.move(newer, "failed")
     await recorder.move(older, "failed")
@@ -306,7 +305,7 @@ async def test_the_age_of_a_generation_is_that_of_its_first_event(recorder: Even
 
 
 async def test_unfinished_tells_everybodys_running_generations_oldest_first(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     one = await recorder.start("ada")
     two = await recorder.start("bob")
@@ -322,7 +321,7 @@ async def test_unfinished_tells_everybodys_running_generations_oldest_first(
 
 
 async def test_finished_before_tells_those_that_ended_earlier_first_ended_first(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     slow = await recorder.start("ada")
     quick = await recorder.start_and_fail("bob")
@@ -342,7 +341,7 @@ async def test_finished_before_tells_those_that_ended_earlier_first_ended_first(
     assert list(await log.finished_before(now + timedelta(seconds=1), 10)) == every[1:]
 
 
-async def test_removing_while_appending_is_seen_whole_or_not_at_all(recorder: EventRecorder, log: EventLog) -> None:
+async def test_removing_while_appending_is_seen_whole_or_not_at_all(recorder: EventRecorder, log: WholeLog) -> None:
     """A reader of one atomic read never sees a generation without its beginning or its end."""
     done = asyncio.Event()
 
@@ -371,7 +370,7 @@ async def test_removing_while_appending_is_seen_whole_or_not_at_all(recorder: Ev
 
 
 async def test_every_answer_holds_after_the_same_append_was_sent_by_many(
-    recorder: EventRecorder, log: EventLog
+    recorder: EventRecorder, log: WholeLog
 ) -> None:
     """Eight writers drive three generations; each step is taken once, whoever takes it."""
     running = [await recorder.start() for _ in range(3)]

@@ -21,7 +21,7 @@ async def test_a_sweep_removes_what_no_event_names_and_nothing_else() -> None:
         needed = dict(backend.images.kept)
         await backend.images.save(done.generation_id, png("of a stage that was lost"))
         await backend.images.save("edit_1_0000000000000000", png("of a start that was lost"))
-        assert await Housekeeping(backend.log, backend.stored).sweep(stored_before=backend.clock()) == 2
+        assert await Housekeeping(backend.log, backend.log, backend.stored).sweep(stored_before=backend.clock()) == 2
         assert backend.images.kept == needed
         assert named.items() <= needed.items()
         pause.released.set()
@@ -39,7 +39,7 @@ async def test_finished_generations_go_with_their_pictures_when_retention_ends_a
         running_one = await backend.start()
         await pause.reached.wait()
         backend.clock.step(30)
-        keeper = Housekeeping(backend.log, backend.stored)
+        keeper = Housekeeping(backend.log, backend.log, backend.stored)
         assert await keeper.purge(ended_before=backend.clock() - timedelta(seconds=60)) == 1
         assert await backend.log.generation(first.generation_id) is None
         assert await backend.log.generation(second.generation_id) is not None

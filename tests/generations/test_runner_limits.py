@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from domain import recorder
 from domain.generation import Snapshot
 from domain.ports.images import Picture
-from domain.ports.log import EventLog
 from domain.ports.providers import Report
 from domain.rehydrate import generation_of
 from domain.stages import Kind
-from support.builders import EDIT, EDIT_WITH_SWAP, GENERATE, PROPERTY, EventRecorder, RecordingFollower
+from support.builders import EDIT, EDIT_WITH_SWAP, GENERATE, PROPERTY, EventRecorder, RecordingFollower, WholeLog
 from support.doubles import (
     Act,
     FlakyLog,
@@ -151,7 +150,7 @@ async def test_a_cancel_aborts_the_work_and_a_late_result_is_dropped(stage: str,
 @pytest.mark.parametrize("boundary", range(1, 9))
 @pytest.mark.parametrize("log", [None, ForwardingLog], ids=["at once", "over a line"])
 async def test_a_cancel_at_any_event_leaves_one_end_and_one_refund(
-    boundary: int, face_swap: bool, log: Callable[[EventLog], EventLog] | None
+    boundary: int, face_swap: bool, log: Callable[[WholeLog], WholeLog] | None
 ) -> None:
     path = EDIT_WITH_SWAP if face_swap else EDIT
     if boundary > len(path):
@@ -321,7 +320,7 @@ async def test_those_that_wait_stay_at_started_until_there_is_room() -> None:
 async def test_an_append_that_fails_for_a_while_is_tried_again_and_made_once(event: int, trouble: str) -> None:
     flaky: list[FlakyLog] = []
 
-    def line(log: EventLog) -> EventLog:
+    def line(log: WholeLog) -> WholeLog:
         flaky.append(FlakyLog(log, ["-"] * (event - 1) + [trouble] * 2))
         return flaky[0]
 
@@ -358,7 +357,7 @@ async def test_a_log_that_stays_away_is_given_up_and_the_others_go_on() -> None:
 async def test_a_read_that_fails_for_a_while_does_not_end_the_runner() -> None:
     flaky: list[FlakyLog] = []
 
-    def line(log: EventLog) -> EventLog:
+    def line(log: WholeLog) -> WholeLog:
         flaky.append(FlakyLog(log))
         return flaky[0]
 

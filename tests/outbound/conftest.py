@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from adapters.outbound.url_fetcher import UrlFetcher
-from domain.ports.log import EventLog
-from support.builders import LOGS, SteppableClock
+from support.builders import LOGS, SteppableClock, WholeLog
 from support.provider_faults import closed_port
 from support.provider_faults import listening as origin_listening
 from support.sites import PNG, SITE, Canary, FakeResolver, Site, fetcher_with, listening, page
@@ -54,13 +53,13 @@ def fetcher(names: FakeResolver) -> UrlFetcher:
 
 
 @pytest.fixture(params=LOGS)
-async def log(request: pytest.FixtureRequest) -> AsyncIterator[EventLog]:
+async def log(request: pytest.FixtureRequest) -> AsyncIterator[WholeLog]:
     async with LOGS[request.param](clock=SteppableClock(), outbox=True) as opened:
         yield opened
 
 
 @pytest.fixture
-async def memory() -> AsyncIterator[EventLog]:
+async def memory() -> AsyncIterator[WholeLog]:
     async with LOGS["memory"](clock=SteppableClock(), outbox=True) as opened:
         yield opened
 

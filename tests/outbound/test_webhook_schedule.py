@@ -13,9 +13,8 @@ from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from domain.errors import LogUnavailable
 from domain.feed import Logged
-from domain.ports.log import EventLog
 from domain.webhooks import NotDelivered, Webhooks
-from support.builders import EventRecorder, SteppableClock
+from support.builders import EventRecorder, SteppableClock, WholeLog
 from support.doubles import ForwardingLog
 from support.provider_faults import hang, listening
 from support.webhooks import Receiver, ids, sender_to, status, until, until_all_delivered, webhooks_for, working
@@ -42,7 +41,7 @@ class Scripted:
         self.taken.append(generation_id)
 
 
-async def test_the_oldest_end_is_told_first(log: EventLog) -> None:
+async def test_the_oldest_end_is_told_first(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     late = await recorder.start("ada")
     ended = [await recorder.start_and_fail(f"user {index}") for index in range(30)]
@@ -53,7 +52,7 @@ async def test_the_oldest_end_is_told_first(log: EventLog) -> None:
     assert poster.posts == [each.generation_id for each in ended]
 
 
-async def test_a_crowd_of_ends_is_told_once_each(log: EventLog) -> None:
+async def test_a_crowd_of_ends_is_told_once_each(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     poster = Scripted()
     async with working(webhooks_for(log, poster)):
@@ -62,7 +61,7 @@ async def test_a_crowd_of_ends_is_told_once_each(log: EventLog) -> None:
     assert sorted(poster.posts) == sorted(each.generation_id for each in ended)
 
 
-async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: EventLog, receiver: Receiver) -> None:
+async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: WholeLog, receiver: Receiver) -> None:
     recorder = EventRecorder(memory)
     slow = await recorder.start_and_fail()
     receiver.always[slow.generation_id] = hang
@@ -77,7 +76,7 @@ async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: Even
 
 
 async def test_what_is_never_taken_however_much_of_it_leaves_room_for_the_rest(
-    memory: EventLog, receiver: Receiver
+    memory: WholeLog, receiver: Receiver
 ) -> None:
     recorder = EventRecorder(memory)
     poison = [await recorder.start_and_fail() for _ in range(25)]
@@ -91,7 +90,7 @@ async def test_what_is_never_taken_however_much_of_it_leaves_room_for_the_rest(
         await until(lambda: all(len(receiver.posts(each)) > 1 for each in poison))
 
 
-async def test_only_a_few_are_posted_at_once(memory: EventLog) -> None:
+async def test_only_a_few_are_posted_at_once(memory: WholeLog) -> None:
     class Counting(Scripted):
         at_once = most = 0
 
@@ -111,7 +110,7 @@ async def test_only_a_few_are_posted_at_once(memory: EventLog) -> None:
     assert poster.most == 8
 
 
-async def test_what_has_been_taken_or_removed_is_forgotten(memory: EventLog) -> None:
+async def test_what_has_been_taken_or_removed_is_forgotten(memory: WholeLog) -> None:
     class Watched(ForwardingLog):
         limits: ClassVar[list[int]] = []
 
@@ -138,12 +137,12 @@ async def test_what_has_been_taken_or_removed_is_forgotten(memory: EventLog) -> 
 
 
 async def test_the_pauses_double_up_to_a_limit_and_are_told_less_and_less_often(
-    memory: EventLog, caplog: pytest.LogCaptureFixture
+    memory: WholeLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     generation = await EventRecorder(memory).start_and_fail()
     poster = Scripted()
     poster.plans[generation.generation_id] = [NotDelivered("answered with 500")]
-    async with working(Webhooks(memory, poster, lambda: 0.0, backoff=0.01, longest=0.05)):
+    async with working(Webhooks(memory, memory, poster, lambda: 0.0, backoff=0.01, longest=0.05)):
         await until(lambda: len(poster.posts) > 8)
     lines = [record for record in caplog.records if record.name == "domain.webhooks"]
     pauses = [record.args[-1] for record in lines if isinstance(record.args, tuple)]
@@ -153,18 +152,18 @@ async def test_the_pauses_double_up_to_a_limit_and_are_told_less_and_less_often(
 
 @pytest.mark.parametrize(("chance", "pause"), [(0.0, 8.0), (1.0, 4.0)])
 async def test_a_part_of_a_pause_is_left_to_chance(
-    memory: EventLog, caplog: pytest.LogCaptureFixture, chance: float, pause: float
+    memory: WholeLog, caplog: pytest.LogCaptureFixture, chance: float, pause: float
 ) -> None:
     poster = Scripted()
     poster.plans[(await EventRecorder(memory).start_and_fail()).generation_id] = [NotDelivered("answered with 500")]
-    webhooks = Webhooks(memory, poster, lambda: chance, backoff=8)
+    webhooks = Webhooks(memory, memory, poster, lambda: chance, backoff=8)
     async with working(webhooks):
         await webhooks.settled()
     assert f"again in {pause:.0f} s" in caplog.text
 
 
 async def test_who_asks_to_be_left_alone_is_and_others_are_told_meanwhile(
-    memory: EventLog, caplog: pytest.LogCaptureFixture
+    memory: WholeLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = EventRecorder(memory)
     patient, greedy, plain = [await recorder.start_and_fail() for _ in range(3)]
@@ -179,7 +178,7 @@ async def test_who_asks_to_be_left_alone_is_and_others_are_told_meanwhile(
     assert "503; again in 3600 s" in caplog.text
 
 
-async def test_a_poster_that_breaks_ends_nothing(memory: EventLog, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_poster_that_breaks_ends_nothing(memory: WholeLog, caplog: pytest.LogCaptureFixture) -> None:
     recorder = EventRecorder(memory)
     poster = Scripted()
     broken = await recorder.start_and_fail()
@@ -193,7 +192,7 @@ async def test_a_poster_that_breaks_ends_nothing(memory: EventLog, caplog: pytes
     assert "secret" not in caplog.text
 
 
-async def test_a_generation_that_is_removed_is_not_told_any_more(log: EventLog) -> None:
+async def test_a_generation_that_is_removed_is_not_told_any_more(log: WholeLog) -> None:
     recorder, poster = EventRecorder(log), Scripted()
     before, refused, last = [await recorder.start_and_fail() for _ in range(3)]
     await log.remove(before.generation_id, retention=False)
@@ -218,13 +217,13 @@ async def test_a_generation_that_is_removed_is_not_told_any_more(log: EventLog) 
 
 
 @asynccontextmanager
-async def life(path: Path) -> AsyncIterator[EventLog]:
+async def life(path: Path) -> AsyncIterator[WholeLog]:
     """One life of a durable log."""
-    opened = SqliteLog(Database(path, epoch="e1"), credits=100, clock=SteppableClock(), outbox=True)
+    database = Database(path, epoch="e1")
     try:
-        yield opened
+        yield SqliteLog(database, credits=100, clock=SteppableClock(), outbox=True)
     finally:
-        await opened.close()
+        await database.close()
 
 
 async def test_what_was_not_taken_before_a_restart_is_told_after_it_and_nothing_twice(
@@ -268,7 +267,7 @@ class Absent(ForwardingLog):
         await super().delivered(generation_id)
 
 
-async def test_a_log_that_does_not_answer_is_asked_again_and_nothing_is_told_twice(memory: EventLog) -> None:
+async def test_a_log_that_does_not_answer_is_asked_again_and_nothing_is_told_twice(memory: WholeLog) -> None:
     absent = Absent(memory)
     absent.reads, absent.marks = 2, 2
     generation = await EventRecorder(memory).start_and_fail()
@@ -282,7 +281,7 @@ async def test_a_log_that_does_not_answer_is_asked_again_and_nothing_is_told_twi
 class Stale(ForwardingLog):
     """A log that, having read of two ends, waits until the first of them has been taken before it tells of both."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: WholeLog) -> None:
         super().__init__(log)
         self.has_read_both = asyncio.Event()
 
@@ -295,7 +294,7 @@ class Stale(ForwardingLog):
         return entries
 
 
-async def test_what_is_taken_while_the_log_is_read_is_not_told_again(memory: EventLog) -> None:
+async def test_what_is_taken_while_the_log_is_read_is_not_told_again(memory: WholeLog) -> None:
     stale = Stale(memory)
 
     class Slow(Scripted):
@@ -313,7 +312,7 @@ async def test_what_is_taken_while_the_log_is_read_is_not_told_again(memory: Eve
     assert poster.posts == [first.generation_id, second.generation_id]
 
 
-async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: EventLog, receiver: Receiver) -> None:
+async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: WholeLog, receiver: Receiver) -> None:
     generation = await EventRecorder(memory).start_and_fail()
     receiver.always[generation.generation_id] = hang
     async with working(webhooks_for(memory, sender_to(receiver.origin))):
@@ -322,7 +321,7 @@ async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: Eve
     assert ids(await memory.undelivered(1)) == [generation.generation_id]
 
 
-async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: EventLog) -> None:
+async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: WholeLog) -> None:
     recorder = EventRecorder(memory)
     poster = Scripted()
     refused = await recorder.start_and_fail()
@@ -339,7 +338,7 @@ async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: Event
 class Overtaken(ForwardingLog):
     """A log in which another generation ends while the first reader waits for what it has read."""
 
-    def __init__(self, log: EventLog, end: Callable[[], Awaitable[object]]) -> None:
+    def __init__(self, log: WholeLog, end: Callable[[], Awaitable[object]]) -> None:
         super().__init__(log)
         self.ends = [end]
 
@@ -350,7 +349,7 @@ class Overtaken(ForwardingLog):
         return entries
 
 
-async def test_what_ends_while_the_log_is_read_is_waited_for_too(memory: EventLog) -> None:
+async def test_what_ends_while_the_log_is_read_is_waited_for_too(memory: WholeLog) -> None:
     poster = Scripted()
     webhooks = webhooks_for(Overtaken(memory, EventRecorder(memory).start_and_fail), poster)
     async with working(webhooks):

@@ -22,9 +22,8 @@ from adapters.system import now
 from api import service as api_service
 from domain import recorder
 from domain.feed import Logged
-from domain.ports.log import EventLog
 from domain.webhooks import NotDelivered, message_of
-from support.builders import EventRecorder, body
+from support.builders import EventRecorder, WholeLog, body
 from support.doubles import Pause, ScriptedEditor
 from support.harness import running
 from support.node import ROOT, needs_node
@@ -47,7 +46,7 @@ from support.webhooks import (
 
 
 async def test_every_end_is_told_once_in_the_bytes_of_the_log_and_nothing_but_ends(
-    log: EventLog, receiver: Receiver
+    log: WholeLog, receiver: Receiver
 ) -> None:
     recorder = EventRecorder(log)
     before = await recorder.run_to_end("ada", "generate", metadata={"order": "ü 7"})
@@ -76,7 +75,7 @@ async def test_every_end_is_told_once_in_the_bytes_of_the_log_and_nothing_but_en
         assert request.headers["host"] == f"127.0.0.1:{receiver.origin.port}"
 
 
-async def test_without_a_secret_nothing_is_signed(memory: EventLog, receiver: Receiver) -> None:
+async def test_without_a_secret_nothing_is_signed(memory: WholeLog, receiver: Receiver) -> None:
     async with working(webhooks_for(memory, sender_to(receiver.origin, secret=None))):
         await EventRecorder(memory).start_and_fail()
         await until_all_delivered(memory)
@@ -86,7 +85,7 @@ async def test_without_a_secret_nothing_is_signed(memory: EventLog, receiver: Re
 
 
 async def test_who_the_url_names_is_who_calls_and_no_proxy_is_asked(
-    memory: EventLog, receiver: Receiver, port: int, monkeypatch: pytest.MonkeyPatch
+    memory: WholeLog, receiver: Receiver, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
@@ -125,7 +124,7 @@ def test_what_is_no_secret_or_no_url_is_refused_and_not_repeated(url: str, secre
     ],
 )
 async def test_what_is_not_taken_is_posted_again_until_it_is(
-    memory: EventLog, receiver: Receiver, trouble: list[Answer]
+    memory: WholeLog, receiver: Receiver, trouble: list[Answer]
 ) -> None:
     clock = iter(range(1_000))
     begun = now()
@@ -145,7 +144,7 @@ async def test_what_is_not_taken_is_posted_again_until_it_is(
 
 
 async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
-    log: EventLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
+    log: WholeLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = EventRecorder(log)
     gone = await recorder.start_and_fail()
@@ -167,7 +166,7 @@ async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
 
 
 async def test_several_answers_of_410_at_once_are_reported_once(
-    memory: EventLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
+    memory: WholeLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = EventRecorder(memory)
     for _ in range(5):
@@ -192,7 +191,7 @@ async def test_several_answers_of_410_at_once_are_reported_once(
     ],
 )
 async def test_what_was_answered_with_success_is_taken_whatever_follows(
-    memory: EventLog, receiver: Receiver, answer: Answer
+    memory: WholeLog, receiver: Receiver, answer: Answer
 ) -> None:
     generation = await EventRecorder(memory).start_and_fail()
     receiver.always[generation.generation_id] = answer
@@ -203,7 +202,7 @@ async def test_what_was_answered_with_success_is_taken_whatever_follows(
 
 @pytest.mark.parametrize("code", [200, 500])
 async def test_of_what_the_receiver_says_hardly_anything_is_read(
-    memory: EventLog, receiver: Receiver, code: int
+    memory: WholeLog, receiver: Receiver, code: int
 ) -> None:
     flood = Flood(2_000)
     generation = await EventRecorder(memory).start_and_fail()
@@ -214,7 +213,7 @@ async def test_of_what_the_receiver_says_hardly_anything_is_read(
     assert len(receiver.origin.requests) == (1 if code == 200 else 2)
 
 
-async def test_a_receiver_that_is_down_at_first_is_told_once_it_is_there(memory: EventLog, port: int) -> None:
+async def test_a_receiver_that_is_down_at_first_is_told_once_it_is_there(memory: WholeLog, port: int) -> None:
     receiver = Receiver()
     receiver.origin.port = port
     recorder = EventRecorder(memory)
@@ -320,7 +319,7 @@ def program(language: str) -> list[str]:
 
 @pytest.mark.parametrize("language", [pytest.param("js", marks=needs_node), "python"])
 async def test_a_receiver_of_the_page_takes_what_is_ours_once_and_nothing_else(
-    memory: EventLog, port: int, language: str
+    memory: WholeLog, port: int, language: str
 ) -> None:
     address = f"http://127.0.0.1:{port}/hooks/stagecast"
     environment = {"PATH": os.environ["PATH"], "PORT": str(port), "STAGECAST_WEBHOOK_SECRET": SECRET}
@@ -365,7 +364,7 @@ def everything_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCa
 
 
 async def test_no_log_line_tells_a_secret_or_what_the_receiver_says(
-    memory: EventLog, receiver: Receiver, everything_logged: pytest.LogCaptureFixture
+    memory: WholeLog, receiver: Receiver, everything_logged: pytest.LogCaptureFixture
 ) -> None:
     recorder = EventRecorder(memory)
     generations = [await recorder.start_and_fail() for _ in range(3)]

@@ -251,11 +251,13 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (f"{MODULE}:Shy", rf"looking at what {MODULE}:Shy returned failed with ValueError in line \d+ of {MODULE}"),
     ],
 )
-def test_a_factory_that_makes_no_editor_is_refused_with_a_sentence(tmp_path: Path, name: str, reason: str) -> None:
+async def test_a_factory_that_makes_no_editor_is_refused_with_a_sentence(
+    tmp_path: Path, name: str, reason: str
+) -> None:
     log = tmp_path / "log.db"
     settings = load_settings({"editor": name, "images": tmp_path / "images", "log": f"sqlite:///{log}"})
     with pytest.raises(SettingsError) as caught:
-        wire(settings)
+        await wire(settings)
     sentence = str(caught.value)
     assert re.fullmatch(rf"STAGECAST_EDITOR must name a factory of an editor; [^\n]*{reason}\.", sentence), sentence
     assert SECRET not in sentence
@@ -264,9 +266,9 @@ def test_a_factory_that_makes_no_editor_is_refused_with_a_sentence(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-def test_a_factory_that_makes_no_face_swap_is_refused_with_a_sentence() -> None:
+async def test_a_factory_that_makes_no_face_swap_is_refused_with_a_sentence() -> None:
     with pytest.raises(SettingsError, match=r"^STAGECAST_FACE_SWAP must name .* no async method swap\.$"):
-        wire(load_settings({"face_swap": f"{MODULE}:Provider"}))
+        await wire(load_settings({"face_swap": f"{MODULE}:Provider"}))
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,8 @@ async def test_a_face_swap_that_fails_does_not_waste_the_edit(
         assert (len(openai.calls), replicate.count("create")) == (1, 1)
 
 
-def test_keys_choose_the_providers(tmp_path: Path) -> None:
+async def test_keys_choose_the_providers(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, images=tmp_path, openai_api_key=KEY, replicate_api_token=TOKEN)
-    service, _ = create_service(wire(settings))
+    service, _ = create_service(await wire(settings))
     assert type(service.runner.editor).__name__ == "OpenAIEditor"
     assert type(service.runner.face_swapper).__name__ == "ReplicateFaceSwap"

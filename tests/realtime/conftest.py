@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from adapters.system import now
-from support.builders import IN_MEMORY, EventRecorder, SteppableClock
+from support.builders import IN_MEMORY, EventWriter, SteppableClock
 from support.harness import running
 from support.node import browsers
 from support.recovery import RecoveryHarness
@@ -24,7 +24,7 @@ async def shared_harness(
         log = "memory://" if request.param == "memory" else f"sqlite:///{folder}/log.db"
         async with running(images, log=log) as service, AsyncExitStack() as listening, browsers() as everybody:
             harness = RecoveryHarness(
-                service, everybody, EventRecorder(service.service.log, SteppableClock(now())), listening
+                service, everybody, EventWriter(service.service.log, SteppableClock(now())), listening
             )
             yield harness
             await harness.close()

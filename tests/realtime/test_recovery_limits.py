@@ -18,7 +18,7 @@ from domain.errors import LogUnavailable
 from domain.events import timestamp
 from domain.feed import Feed
 from domain.ports.log import History
-from support.builders import SteppableClock
+from support.builders import SteppableClock, memory_storage
 from support.harness import TIMEOUT
 from support.node import needs_node
 from support.recovery import SECRET, WAITS, RecoveryHarness, both_ways, has_ended, other_service, session, wire
@@ -49,7 +49,7 @@ async def test_while_the_log_does_not_answer_a_client_comes_back_until_it_is_rec
     shared_harness: RecoveryHarness, tmp_path: Path, way: str
 ) -> None:
     log = SilentLog(epoch="e1", credits=100, clock=now)
-    async with other_service(shared_harness, tmp_path, {"log": log}) as harness:
+    async with other_service(shared_harness, tmp_path, {"storage": memory_storage(log)}) as harness:
         client = harness.open("eve", way)
         await client.ack()
         await harness.recorder.start("eve")
@@ -70,7 +70,7 @@ async def test_an_authenticate_that_the_log_did_not_answer_leaves_the_pid_where_
     shared_harness: RecoveryHarness, tmp_path: Path
 ) -> None:
     log = SilentLog(epoch="e1", credits=100, clock=now)
-    async with other_service(shared_harness, tmp_path, {"log": log}) as harness:
+    async with other_service(shared_harness, tmp_path, {"storage": memory_storage(log)}) as harness:
         client = harness.open("eve", **WAITS)
         await client.ack()
         log.silent = ("generations",)

@@ -87,7 +87,7 @@ async def test_an_offset_that_is_unusable_otherwise_makes_the_pid_so(harness: Re
         "a place that is not yet": f"{feed}.99.{event_id}.99",
     }.get(fault, f"{feed}.{live}.{event_id}.{seen}")
     if fault == "a generation deleted since":
-        await harness.service.service.log.remove(generation.generation_id, retention=False)
+        await harness.service.service.storage.retention.remove(generation.generation_id, retention=False)
     async with wire(harness, pid=pid, offset=offset) as client:
         assert client.pid != pid
         ack = await client.authenticate(userId=user)
@@ -98,7 +98,7 @@ async def test_an_offset_that_is_unusable_otherwise_makes_the_pid_so(harness: Re
 
 @both_ways
 async def test_an_offset_behind_retention_is_not_recovered_and_says_so(harness: RecoveryHarness, way: str) -> None:
-    user, log = harness.user(), harness.service.service.log
+    user = harness.user()
     client = harness.open(user, way, **WAITS)
     await client.ack()
     running = await harness.recorder.start(user)
@@ -106,7 +106,7 @@ async def test_an_offset_behind_retention_is_not_recovered_and_says_so(harness: 
     client.do("cut")
     await client.disconnected()
     gone = await harness.recorder.run_to_end(user)
-    assert await log.remove(gone.generation_id, retention=True)
+    assert await harness.service.service.storage.retention.remove(gone.generation_id, retention=True)
     running = await harness.recorder.move(running, "composition")
     client.do("connect")
     again = await client.connected(2)
@@ -121,7 +121,7 @@ async def test_an_offset_behind_retention_is_not_recovered_and_says_so(harness: 
 
 
 async def test_a_generation_that_had_ended_and_was_purged_takes_no_offset_away(harness: RecoveryHarness) -> None:
-    user, log = harness.user(), harness.service.service.log
+    user = harness.user()
     client = harness.open(user, **WAITS)
     await client.ack()
     gone = await harness.recorder.run_to_end(user)
@@ -129,7 +129,7 @@ async def test_a_generation_that_had_ended_and_was_purged_takes_no_offset_away(h
     await client.until(lambda: len(client.events) == 7)
     client.do("cut")
     await client.disconnected()
-    assert await log.remove(gone.generation_id, retention=True)
+    assert await harness.service.service.storage.retention.remove(gone.generation_id, retention=True)
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
     await harness.complete(user, client, skip=6)

@@ -25,6 +25,7 @@ from adapters.serving import uvicorn_server
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.ports.log import History
+from support.builders import memory_storage
 from support.harness import Running, frames_until_close, running, stalled_device
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -289,7 +290,7 @@ class Forgetful(MemoryLog):
 
 async def test_a_replay_waits_until_the_log_is_available(tmp_path: Path) -> None:
     log = Forgetful(epoch="e1", credits=100, clock=now)
-    async with running(tmp_path, overrides={"log": log}) as service, service.phone("ada") as phone:
+    async with running(tmp_path, overrides={"storage": memory_storage(log)}) as service, service.phone("ada") as phone:
         generation_id = await service.start("ada")
         await phone.until_over(generation_id)
         phone.events.clear()

@@ -17,7 +17,7 @@ from adapters.realtime import engineio_socket
 from adapters.system import now
 from domain.events import timestamp
 from domain.feed import Cursor
-from support.builders import NOON, SteppableClock
+from support.builders import NOON, SteppableClock, memory_storage
 from support.doubles import Pause, ScriptedEditor
 from support.guarded import BAD, EXPIRED, GOOD, MISSING, Wire, guarded, token, wire
 from support.harness import JSON, Running
@@ -369,7 +369,9 @@ class TestOneUserAfterTheOther:
 
     @pytest_asyncio.fixture(loop_scope="module")
     async def service(self, tmp_path: Path, pause: Pause, log: GatedLog) -> AsyncIterator[Running]:
-        async with guarded(tmp_path, overrides={"editor": ScriptedEditor(pause), "log": log}) as service:
+        async with guarded(
+            tmp_path, overrides={"editor": ScriptedEditor(pause), "storage": memory_storage(log)}
+        ) as service:
             yield service
 
     @pytest_asyncio.fixture(loop_scope="module")

@@ -18,7 +18,7 @@ from adapters.realtime import send_buffer
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Cursor, feed_name
-from support.builders import IN_MEMORY
+from support.builders import IN_MEMORY, memory_storage
 from support.doubles import Pause, ScriptedEditor
 from support.harness import Running, flood, frames_until_close, running, stalled_device
 
@@ -437,7 +437,7 @@ async def test_a_handler_that_fails_is_acknowledged_as_unavailable(
 ) -> None:
     log = BrokenLog(epoch="e", credits=100, clock=now)
     log.error = error
-    async with running(tmp_path, overrides={"log": log}) as service, service.phone() as phone:
+    async with running(tmp_path, overrides={"storage": memory_storage(log)}) as service, service.phone() as phone:
         nack = await phone.call("authenticate", {"userId": "ada"})
         assert (nack["ok"], nack["code"]) == (False, "unavailable")
         assert "secret" not in caplog.text
@@ -448,7 +448,7 @@ async def test_a_handler_that_fails_is_acknowledged_as_unavailable(
 async def test_a_handshake_while_the_log_is_unavailable_closes_the_transport(tmp_path: Path, error: Exception) -> None:
     log = BrokenLog(epoch="e", credits=100, clock=now)
     log.error = error
-    async with running(tmp_path, overrides={"log": log}) as service:
+    async with running(tmp_path, overrides={"storage": memory_storage(log)}) as service:
         connection = await service.raw()
         await connection.send('40{"userId":"ada"}')
         assert not [frame for frame in await frames_until_close(connection) if frame.startswith("4")]

@@ -21,13 +21,22 @@ from domain.errors import Conflict, LogUnavailable
 from domain.events import Event
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.ports.log import Append, EventLog, Start
+from domain.ports.log import Append, Start
 from domain.recorder import Recorder
 from domain.rehydrate import generation_of
 from domain.requests import Order
 from domain.stages import FLOWS
 from reliability.cases import Trial, case
-from support.builders import EDIT, LOGS, RecordingFollower, make_generation, make_order, stage_fields, statuses
+from support.builders import (
+    EDIT,
+    LOGS,
+    RecordingFollower,
+    WholeLog,
+    make_generation,
+    make_order,
+    stage_fields,
+    statuses,
+)
 from support.deployment import ENDS, Deployment, Phone, RequestedGeneration, RetryingClient, task_group
 from support.doubles import ForwardingLog
 from support.node import Browser, Browsers, browsers
@@ -44,7 +53,7 @@ from support.wire import JSON, Wire, hang_up, parse
 class LosingReplies(ForwardingLog):
     """A line to the log on which half of all replies are lost, and then often somebody appends the next."""
 
-    def __init__(self, log: EventLog, recorder: Recorder) -> None:
+    def __init__(self, log: WholeLog, recorder: Recorder) -> None:
         super().__init__(log)
         self._others = recorder
         self._chance = random.Random(3)

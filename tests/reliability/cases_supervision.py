@@ -16,11 +16,11 @@ from adapters.memory.queue import MemoryQueue
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Logged
-from domain.ports.log import Append, EventLog, History
+from domain.ports.log import Append, History
 from domain.supervisor import Supervisor
 from reliability.cases import Trial, case
 from reliability.cases_disk_and_clock import SCRATCH_IS_NO_FILE, no_room
-from support.builders import OpenLog, open_memory_log, open_sqlite_log
+from support.builders import OpenLog, WholeLog, memory_storage, open_memory_log, open_sqlite_log
 from support.deployment import Deployment, Life, RetryingClient, parts
 from support.doubles import ForwardingLog
 from support.harness import PHOTO, running
@@ -37,7 +37,7 @@ _ERRORS: Final = (OSError, MemoryError, LogUnavailable, asyncio.CancelledError)
 class Failing(ForwardingLog):
     """A log of which every method that only background tasks call fails now and then."""
 
-    def __init__(self, log: EventLog, chance: random.Random) -> None:
+    def __init__(self, log: WholeLog, chance: random.Random) -> None:
         super().__init__(log)
         self.chance = chance
         self.failures = 0
@@ -100,7 +100,7 @@ async def _tasks_fail(trial: Trial, name: str, starts: int) -> None:
     chance = random.Random(35)
     async with _LOGS[name](credits=starts, clock=now) as inner:
         log = Failing(inner, chance)
-        overrides = {"log": log, "queue": FailingQueue(chance)}
+        overrides = {"storage": memory_storage(log, queue=FailingQueue(chance))}
         folder = trial.folder / name
         async with running(folder, overrides=overrides, retention=0.5, max_per_user=starts) as service:
             async with service.phone("ada") as phone:

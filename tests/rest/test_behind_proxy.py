@@ -161,7 +161,7 @@ async def test_the_page_works_below_the_path(place: tuple[Running, str], browser
 async def test_a_path_of_the_services_own_is_refused(tmp_path: Path, path: str) -> None:
     settings = Settings(_env_file=None, images=tmp_path, editor="local", public_url=f"https://example.com{path}")
     with pytest.raises(SettingsError, match="STAGECAST_PUBLIC_URL must not"):
-        create_service(wire(settings))
+        create_service(await wire(settings))
 
 
 async def seen(

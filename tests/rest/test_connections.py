@@ -202,4 +202,4 @@ async def test_the_setting_of_idle_connections_reaches_the_server(
     tmp_path: Path, chosen: dict[str, Any], seconds: float
 ) -> None:
     settings = Settings(_env_file=None, images=tmp_path, **chosen)
-    assert create_server(wire(settings)).config.timeout_keep_alive == seconds
+    assert create_server(await wire(settings)).config.timeout_keep_alive == seconds

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapters.system import now
-from support.builders import EventRecorder, SteppableClock
+from support.builders import EventWriter, SteppableClock
 from support.harness import JSON, Running, running
 
 
@@ -17,8 +17,8 @@ async def service(tmp_path: Path, log_setting: str) -> AsyncIterator[Running]:
 
 
 @pytest.fixture
-def recorder(service: Running) -> EventRecorder:
-    return EventRecorder(service.service.log, SteppableClock(now()))
+def recorder(service: Running) -> EventWriter:
+    return EventWriter(service.service.log, SteppableClock(now()))
 
 
 async def poll(service: Running, cursor: str, limit: int = 200, user: str = "ada") -> JSON:
@@ -39,7 +39,7 @@ async def read_on(service: Running, cursor: str, limit: int) -> tuple[list[tuple
 
 
 async def test_without_a_cursor_it_tells_how_things_stand_and_goes_on_with_what_runs(
-    service: Running, recorder: EventRecorder
+    service: Running, recorder: EventWriter
 ) -> None:
     done = await recorder.run_to_end()
     running_one = await recorder.move(await recorder.start(), "composition")
@@ -58,7 +58,7 @@ async def test_without_a_cursor_it_tells_how_things_stand_and_goes_on_with_what_
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 1000])
 async def test_pages_of_any_size_hold_everything_once_in_order(
-    service: Running, recorder: EventRecorder, limit: int
+    service: Running, recorder: EventWriter, limit: int
 ) -> None:
     """Among them stretches that are not wanted: of what had ended when the reader came."""
     empty = (await service.get("/events"))["cursor"]
@@ -82,7 +82,7 @@ async def test_pages_of_any_size_hold_everything_once_in_order(
     assert everything[-1][0] == "generation_completed"
 
 
-async def test_a_cursor_goes_from_a_socket_to_http_and_back(service: Running, recorder: EventRecorder) -> None:
+async def test_a_cursor_goes_from_a_socket_to_http_and_back(service: Running, recorder: EventWriter) -> None:
     async with service.phone("ada") as phone:
         generation = await recorder.start()
         await phone.until(lambda: len(phone.events) == 1)
@@ -98,14 +98,14 @@ async def test_a_cursor_goes_from_a_socket_to_http_and_back(service: Running, re
 
 
 async def test_a_cursor_that_is_not_usable_says_so_and_brings_a_good_one(
-    service: Running, recorder: EventRecorder
+    service: Running, recorder: EventWriter
 ) -> None:
     await recorder.start("bob")
     bobs = (await service.get("/events", "bob"))["cursor"]
     generation = await recorder.start()
     cursor = (await service.get("/events"))["cursor"]
     await recorder.finish(generation)
-    await service.service.log.remove(generation.generation_id, retention=False)
+    await service.service.storage.retention.remove(generation.generation_id, retention=False)
     for unusable in (bobs, "made-up", "", cursor):
         page = await poll(service, unusable)
         assert (page["recovered"], page["generations"]) == (False, [])
@@ -114,7 +114,7 @@ async def test_a_cursor_that_is_not_usable_says_so_and_brings_a_good_one(
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
 async def test_who_never_heard_of_what_was_deleted_reads_past_it(
-    service: Running, recorder: EventRecorder, limit: int
+    service: Running, recorder: EventWriter, limit: int
 ) -> None:
     """Wherever a page ends; over Socket.IO as well. Who was told that it began has to look anew."""
     empty = (await service.get("/events"))["cursor"]
@@ -122,7 +122,7 @@ async def test_who_never_heard_of_what_was_deleted_reads_past_it(
     knowing = (await poll(service, empty, 1))["cursor"]
     await recorder.finish(kept)
     await recorder.move(gone, "failed")
-    await service.service.log.remove(gone.generation_id, retention=False)
+    await service.service.storage.retention.remove(gone.generation_id, retention=False)
     cursor = (await poll(service, empty, 1))["cursor"]
     events, _ = await read_on(service, empty, limit)
     assert [data for _, data in events] == await service.events(kept.generation_id)

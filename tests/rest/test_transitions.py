@@ -13,7 +13,7 @@ import pytest_asyncio
 from adapters.memory.log import MemoryLog
 from adapters.system import now
 from domain import recorder
-from support.builders import SteppableClock
+from support.builders import SteppableClock, memory_storage
 from support.doubles import FlakyLog, Pause, ScriptedEditor
 from support.guarded import guarded, token
 from support.harness import JSON, Phone, Running, running
@@ -328,7 +328,7 @@ async def test_where_the_log_lost_the_reply_it_is_one_event_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = FlakyLog(MemoryLog(epoch="e1", credits=100, clock=now))
-    async with running(tmp_path, overrides={"log": log}) as service:
+    async with running(tmp_path, overrides={"storage": memory_storage(log)}) as service:
         pipeline = await begin(service, user="ada")
         log.appends = ["after"]
         assert (await pipeline.report_accepted("composition"))["sequence"] == 2

@@ -19,6 +19,7 @@ from domain.errors import LogUnavailable
 from domain.housekeeping import Housekeeping
 from domain.ports.log import Deliver
 from domain.stored_images import StoredImages
+from support.builders import memory_storage
 from support.doubles import ForwardingLog
 from support.harness import JSON, Running, running
 
@@ -133,7 +134,7 @@ class Unfollowed(ForwardingLog):
 
 async def test_a_log_that_cannot_be_followed_fails_and_works_again_and_nothing_is_missed(tmp_path: Path) -> None:
     log = Unfollowed(MemoryLog(epoch="e1", credits=100, clock=now))
-    async with running(tmp_path, overrides={"log": log}) as service, service.phone("ada") as phone:
+    async with running(tmp_path, overrides={"storage": memory_storage(log)}) as service, service.phone("ada") as phone:
         await fails_with(service, "unavailable", "follower")
         generation_id = await service.start()
         log.broken = False
@@ -156,7 +157,10 @@ async def test_a_runner_that_cannot_take_work_fails_and_works_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue = Unclaimed()
-    async with running(tmp_path, overrides={"queue": queue}) as service, service.phone("ada") as phone:
+    async with (
+        running(tmp_path, overrides={"storage": memory_storage(queue=queue)}) as service,
+        service.phone("ada") as phone,
+    ):
         await fails_with(service, "unavailable", "runner")
         generation_id = await service.start()
         queue.broken = False
@@ -190,5 +194,5 @@ async def test_what_a_killed_check_leaves_is_swept(tmp_path: Path) -> None:
     os.utime(left, (0, 0))
     log = MemoryLog(epoch="e1", credits=None, clock=now)
     images = StoredImages(ImageFolder(tmp_path, log="memory", epoch="e1"))
-    await Housekeeping(log, images).sweep(stored_before=now())
+    await Housekeeping(log, log, images).sweep(stored_before=now())
     assert not left.exists()

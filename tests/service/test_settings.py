@@ -191,9 +191,9 @@ def test_settings_do_not_change() -> None:
 
 
 def test_the_log_is_in_memory_or_in_a_file() -> None:
-    assert load_settings({}).log_file is None
-    assert load_settings({"log": "sqlite:///var/log.db"}).log_file == Path("var/log.db")
-    assert load_settings({"log": "sqlite:////srv/log.db"}).log_file == Path("/srv/log.db")
+    assert load_settings({}).log == "memory://"
+    for log in ("sqlite:///var/log.db", "sqlite:////srv/log.db"):
+        assert load_settings({"log": log}).log == log
     for log in ("sqlite://", "sqlite:///", "sqlite:path", "postgres://x", "memory"):
         assert refusal(log=log).startswith("STAGECAST_LOG must be ")
 

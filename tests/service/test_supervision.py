@@ -17,9 +17,10 @@ from adapters.memory.queue import MemoryQueue
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Logged
-from domain.ports.log import Append, Deliver, EventLog, History
+from domain.ports.leases import WorkQueue
+from domain.ports.log import Append, Deliver, History
 from domain.supervisor import Supervisor
-from support.builders import open_memory_log, open_sqlite_log
+from support.builders import WholeLog, memory_storage, open_memory_log, open_sqlite_log
 from support.doubles import ForwardingLog, Pause, ScriptedEditor
 from support.harness import JSON, Running, running
 
@@ -29,7 +30,7 @@ FAULTS = [OSError, MemoryError, LogUnavailable, asyncio.CancelledError]
 class Faulty(ForwardingLog):
     """A log whose methods raise what is listed for them, and that damages events of one generation."""
 
-    def __init__(self, log: EventLog, **errors: list[BaseException]) -> None:
+    def __init__(self, log: WholeLog, **errors: list[BaseException]) -> None:
         super().__init__(log)
         self.errors = errors
         #: Called with each append.
@@ -70,12 +71,19 @@ class Faulty(ForwardingLog):
 
 @asynccontextmanager
 async def faulty(
-    tmp_path: Path, log: str, *, overrides: JSON | None = None, errors: JSON | None = None, **settings: Any
+    tmp_path: Path,
+    log: str,
+    *,
+    queue: WorkQueue | None = None,
+    overrides: JSON | None = None,
+    errors: JSON | None = None,
+    **settings: Any,
 ) -> AsyncIterator[tuple[Running, Faulty]]:
     opening: Any = open_memory_log if log == "memory" else open_sqlite_log
     async with opening(credits=100, clock=now, outbox="webhook_url" in settings) as inner:
         between = Faulty(inner, **(errors or {}))
-        async with running(tmp_path / "images", overrides={"log": between, **(overrides or {})}, **settings) as service:
+        replaced = {"storage": memory_storage(between, queue=queue), **(overrides or {})}
+        async with running(tmp_path / "images", overrides=replaced, **settings) as service:
             yield service, between
 
 
@@ -184,8 +192,7 @@ async def test_a_renewal_that_fails_disturbs_no_work(
             return await super().renew(generation_ids)
 
     queue, pause = Unrenewed(), Pause()
-    overrides = {"queue": queue, "editor": ScriptedEditor(pause)}
-    async with faulty(tmp_path, "memory", overrides=overrides) as (service, _):
+    async with faulty(tmp_path, "memory", queue=queue, overrides={"editor": ScriptedEditor(pause)}) as (service, _):
         generation_id = await service.start()
         await pause.reached.wait()
         await service.until(lambda: not queue.errors)
@@ -238,7 +245,7 @@ async def until_internal(service: Running, generation_id: str) -> None:
     assert history is not None
     event = json.loads(history.events[-1].event or b"")
     assert (event["status"], event["code"]) == ("failed", "internal")
-    await service.service.log.remove(generation_id, retention=True)
+    await service.service.storage.retention.remove(generation_id, retention=True)
 
 
 async def test_an_external_generation_that_cannot_be_read_ends_and_others_keep_their_deadline(tmp_path: Path) -> None:

@@ -5,28 +5,29 @@ from pathlib import Path
 
 import pytest
 
-from adapters.memory.queue import MemoryQueue
 from api.settings import Settings
 from api.wiring import wire
+from support.builders import memory_storage
 
 
 def settings(images: Path) -> Settings:
     return Settings(_env_file=None, images=images, editor="local", face_swap="local")
 
 
-def test_a_misspelt_part_is_refused(tmp_path: Path) -> None:
+async def test_a_misspelt_part_is_refused(tmp_path: Path) -> None:
     # Without the comment mypy refuses it too, and mypy reports a comment that is not needed.
-    with pytest.raises(TypeError, match="qeue"):
-        wire(settings(tmp_path), qeue=MemoryQueue())  # type: ignore[call-arg]
-    assert list(tmp_path.iterdir()) == [], "no part was built"
+    folder = tmp_path / "images"
+    with pytest.raises(TypeError, match="storrage"):
+        await wire(settings(folder), storrage=memory_storage())  # type: ignore[call-arg]
+    assert not folder.exists(), "no part was built"
 
 
 async def test_a_replaced_part_is_used_and_no_part_can_be_changed_afterwards(tmp_path: Path) -> None:
-    queue = MemoryQueue()
-    parts = wire(settings(tmp_path), queue=queue)
-    assert parts.queue is queue
+    storage = memory_storage()
+    parts = await wire(settings(tmp_path), storage=storage)
+    assert parts.storage is storage
     with pytest.raises(dataclasses.FrozenInstanceError):
-        parts.queue = MemoryQueue()  # type: ignore[misc]
-    await parts.log.close()
+        parts.storage = memory_storage()  # type: ignore[misc]
+    await parts.storage.close()
     await parts.images.close()
     parts.threads.close()

@@ -21,10 +21,10 @@ from domain.events import decode
 from domain.feed import Cursor
 from domain.generation import Generation
 from domain.identity import Identity
-from domain.ports.log import EventLog, History
+from domain.ports.log import History
 from domain.ports.sessions import Session
 from domain.rehydrate import generation_of, order_of
-from support.builders import NOON, CountedEntropy, EventRecorder, SteppableClock
+from support.builders import NOON, CountedEntropy, EventRecorder, SteppableClock, WholeLog
 from support.harness import running
 
 DAY: Final = timedelta(days=1)
@@ -35,6 +35,7 @@ USERS: Final = ("ada", "bob", "cy")
 class Life(EventRecorder):
     """One life of the log; `database` is what it is made on."""
 
+    log: SqliteLog
     database: Database
 
 
@@ -48,7 +49,7 @@ async def opened(path: Path, *, count: int = 0) -> AsyncIterator[Life]:
     try:
         yield life
     finally:
-        await log.close()
+        await database.close()
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ READS: Final = {
 
 @pytest.mark.parametrize("read", READS.values(), ids=list(READS))
 async def test_what_is_read_is_checked_before(
-    path: Path, read: Callable[[EventLog, str], Awaitable[object]], caplog: pytest.LogCaptureFixture
+    path: Path, read: Callable[[WholeLog, str], Awaitable[object]], caplog: pytest.LogCaptureFixture
 ) -> None:
     [(generation, name)] = rows(path, "SELECT id, generation_id FROM generations WHERE idempotency_key = 'key of ada'")
     change(path, ONE["invalid UTF-8 in an event"].format(g=generation))

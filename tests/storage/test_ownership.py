@@ -21,9 +21,10 @@ from typing import Final
 import pytest
 
 from adapters.images.folder import FolderRefused, ImageFolder
-from adapters.sqlite.database import Database, LogRefused
+from adapters.sqlite.database import Database
 from domain.errors import Failure, LogUnavailable
 from domain.ports.images import Picture
+from domain.ports.storage import StorageRefused
 from support.deployment import Deployment, Life, RetryingClient, parts
 from support.harness import PHOTO, running
 
@@ -316,7 +317,7 @@ async def test_one_file_has_one_owner_by_whatever_name_it_is_opened(tmp_path: Pa
         sys.executable, "-c", script, str(tmp_path / "hard.db"), stderr=asyncio.subprocess.PIPE
     )
     _, errors = await child.communicate()
-    assert LogRefused.__name__ in errors.decode()
+    assert StorageRefused.__name__ in errors.decode()
     await database.close()
     await Database(tmp_path / "hard.db", epoch="e1").close()
 

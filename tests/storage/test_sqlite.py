@@ -11,11 +11,12 @@ from typing import Final
 import pytest
 
 from adapters.sqlite.batch_thread import BatchThread
-from adapters.sqlite.database import SCHEMA, Database, LogRefused
+from adapters.sqlite.database import SCHEMA, Database
 from adapters.sqlite.log import SqliteLog
 from domain.errors import LogUnavailable
 from domain.identity import Identity
 from domain.ports.sessions import Session
+from domain.ports.storage import StorageRefused
 from support.builders import NOON, RecordingFollower, bodies, statuses
 from support.sqlite_files import RETENTION, content, held, image, opened, python, rows
 
@@ -200,12 +201,12 @@ async def test_a_second_process_is_refused_until_the_first_is_gone_however_it_we
     link.symlink_to(path)
     async with another_process(path) as process:
         for name in (path, link):
-            with pytest.raises(LogRefused, match=r"stagecast\.db is in use by another process\.$"):
+            with pytest.raises(StorageRefused, match=r"stagecast\.db is in use by another process\.$"):
                 Database(name, epoch="e1")
         process.kill()
         await process.wait()
         async with opened(link):
-            with pytest.raises(LogRefused, match="in use"):
+            with pytest.raises(StorageRefused, match="in use"):
                 Database(path, epoch="e1")
 
 
@@ -241,7 +242,7 @@ def foreign(path: Path, script: str) -> Path:
 def test_a_file_that_is_no_log_is_refused_and_left_as_it_was(path: Path, make: Callable[[Path], Path]) -> None:
     before = content(make(path))
     for _ in range(2):  # The refusal leaves it unlocked.
-        with pytest.raises(LogRefused, match=r"stagecast\.db is not a log of Stagecast\.$"):
+        with pytest.raises(StorageRefused, match=r"stagecast\.db is not a log of Stagecast\.$"):
             Database(path, epoch="e1")
     assert content(path) == before
 
@@ -251,7 +252,7 @@ def test_what_cannot_be_opened_is_refused_with_a_sentence(tmp_path: Path, where:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(LogRefused, match=r"^The log .* cannot be opened: .*[^.]\.$"):
+    with pytest.raises(StorageRefused, match=r"^The log .* cannot be opened: .*[^.]\.$"):
         Database(tmp_path / where, epoch="e1")
 
 
@@ -298,7 +299,7 @@ async def test_a_step_that_fails_leaves_the_log_in_the_version_it_had(path: Path
         await older.recorder.start_and_fail()
         before = await image(older.log, "ada")
     broken = (*_LATER, "CREATE TABLE more (id); DROP TABLE users; SELECT no FROM where_there_is_none")
-    with pytest.raises(LogRefused, match="cannot be opened: no such table"):
+    with pytest.raises(StorageRefused, match="cannot be opened: no such table"):
         Database(path, epoch="e1", schema=broken)
     assert version(path) == len(_LATER)
     async with opened(path, schema=_LATER) as again:
@@ -310,7 +311,7 @@ async def test_a_log_of_a_newer_version_is_refused_and_left_as_it_was(path: Path
         await newer.recorder.start_and_fail()
     before = content(path)
     sentence = rf"was written by a newer Stagecast \(schema {len(_LATER)}; this one knows {len(SCHEMA)}\)\.$"
-    with pytest.raises(LogRefused, match=sentence):
+    with pytest.raises(StorageRefused, match=sentence):
         Database(path, epoch="e1")
     assert content(path) == before
 

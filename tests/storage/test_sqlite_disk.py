@@ -97,12 +97,12 @@ async def test_closing_does_first_what_was_asked_for_and_then_refuses(path: Path
     async with opened(path) as here, here.log.follow(follower.append):
         appends = [asyncio.create_task(here.recorder.start(f"user {n}")) for n in range(300)]
         await asyncio.sleep(0)
-        await here.log.close()
+        await here.database.close()
         assert len(await asyncio.gather(*appends)) == len(follower) == 300
         for refused in (here.recorder.start(), here.log.credit("ada"), here.sessions.end("pid")):
             with pytest.raises(LogUnavailable):
                 await refused
-        await here.log.close()
+        await here.database.close()
     assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}-lock"}
     async with opened(path) as again:
         assert len(await again.log.unfinished()) == 300

@@ -16,13 +16,21 @@ from pydantic import JsonValue
 from pydantic_core import to_json
 
 from adapters.memory.log import MemoryLog
+from adapters.memory.queue import MemoryQueue
+from adapters.memory.sessions import MemorySessions
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
+from adapters.system import now
 from domain.events import encode, event_name
 from domain.feed import Logged
 from domain.generation import Generation
+from domain.ports.leases import WorkQueue
+from domain.ports.ledger import Ledger
 from domain.ports.log import Append, EventLog, Gap, History, Start
+from domain.ports.retention import Retention
+from domain.ports.storage import Storage
 from domain.ports.system import Clock
+from domain.ports.webhook_outbox import WebhookOutbox
 from domain.requests import Order
 from domain.stages import Kind
 
@@ -157,7 +165,7 @@ def append_for(
 
 
 @dataclass
-class EventRecorder:
+class EventWriter:
     """Writes generations into a log, one event at a time."""
 
     log: EventLog
@@ -212,18 +220,36 @@ class EventRecorder:
         return await self.move(await self.start(user_id, **rest), "failed")
 
 
+class WholeLog(EventLog, Ledger, Retention, WebhookOutbox, Protocol):
+    """A log together with its ledger, its retention and its outbox, as the contract suites try them."""
+
+
+def memory_storage(log: WholeLog | None = None, *, queue: WorkQueue | None = None) -> Storage:
+    """A storage in memory, some of whose parts are given: for `api.wiring.wire`."""
+    log = log or MemoryLog(epoch="e1", credits=100, clock=now)
+    sessions = MemorySessions(timedelta(days=1))
+    return Storage(log=log, ledger=log, retention=log, outbox=log, sessions=sessions, queue=queue or MemoryQueue())
+
+
+@dataclass
+class EventRecorder(EventWriter):
+    """One whose log is also asked for balances and the like."""
+
+    log: WholeLog
+
+
 class OpenLog(Protocol):
     """Opens an empty log: what a contract suite is parametrised by."""
 
     def __call__(
         self, *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
-    ) -> AbstractAsyncContextManager[EventLog]: ...
+    ) -> AbstractAsyncContextManager[WholeLog]: ...
 
 
 @asynccontextmanager
 async def open_memory_log(
     *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
-) -> AsyncIterator[EventLog]:
+) -> AsyncIterator[WholeLog]:
     yield MemoryLog(epoch=epoch, credits=credits, clock=clock, outbox=outbox)
 
 
@@ -241,12 +267,12 @@ async def temporary_database(epoch: str = "e1") -> AsyncIterator[Database]:
 @asynccontextmanager
 async def open_sqlite_log(
     *, clock: Clock, credits: int | None = 100, epoch: str = "e1", outbox: bool = False
-) -> AsyncIterator[EventLog]:
+) -> AsyncIterator[WholeLog]:
     async with temporary_database(epoch) as database:
         yield SqliteLog(database, credits=credits, clock=clock, outbox=outbox)
 
 
-#: Every adapter of `domain.ports.log.EventLog`, by name. A new one is tried by all suites once it is here.
+#: Every adapter of the ports of `WholeLog`, by name. A new one is tried by all suites once it is here.
 LOGS: Final[Mapping[str, OpenLog]] = {"memory": open_memory_log, "sqlite": open_sqlite_log}
 
 

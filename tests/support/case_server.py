@@ -267,7 +267,7 @@ class _Host:
         listener = socket.create_server(("127.0.0.1", settings.get("port", 0)), backlog=2_048)
         port = listener.getsockname()[1]
         replaced = {name: inside[name] for name in ("auth_timeout",) if name in inside}
-        service, app = create_service(wire(load_settings({**settings, "port": port}), **replaced))
+        service, app = create_service(await wire(load_settings({**settings, "port": port}), **replaced))
         if "ping" in inside:
             service.sockets.eio.ping_interval, service.sockets.eio.ping_timeout = inside["ping"]
         ready = asyncio.Event()

@@ -19,7 +19,7 @@ from domain.feed import Cursor, Feed, Logged
 from domain.generation import Snapshot
 from domain.ports.images import Content, Load, Picture, read
 from domain.ports.ledger import Standing
-from domain.ports.log import Append, Deliver, EventLog, History, IdempotencyRecord
+from domain.ports.log import Append, Deliver, History, IdempotencyRecord
 from domain.ports.providers import Report
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
@@ -30,7 +30,7 @@ from domain.stages import Kind
 from domain.stored_images import StoredImages
 from domain.supervisor import OK, Supervisor
 from domain.workflow import Wish, Workflow
-from support.builders import NOON, CountedEntropy, RecordingFollower, SteppableClock, bodies
+from support.builders import NOON, CountedEntropy, RecordingFollower, SteppableClock, WholeLog, bodies
 
 BASE = "http://test/images/"
 FACE_URL = "http://pictures.test/face.png"
@@ -243,9 +243,9 @@ class InMemoryUpload:
 
 
 class ForwardingLog:
-    """`domain.ports.log.EventLog` that passes everything on to another, over a line with a delay."""
+    """`domain.ports.log.WholeLog` that passes everything on to another, over a line with a delay."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: WholeLog) -> None:
         self.inner = log
         #: Done once, just before the next append arrives.
         self.overtake: Callable[[], Awaitable[object]] | None = None
@@ -296,10 +296,6 @@ class ForwardingLog:
         await self.forward()
         return await self.inner.set_aside(generation_id)
 
-    async def examine(self) -> None:
-        await self.forward()
-        await self.inner.examine()
-
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         await self.forward()
         return await self.inner.finished_before(moment, limit)
@@ -343,9 +339,6 @@ class ForwardingLog:
         await self.forward()
         await self.inner.probe()
 
-    async def close(self) -> None:
-        await self.inner.close()
-
 
 class FlakyLog(ForwardingLog):
     """A log that is not available now and then.
@@ -355,7 +348,7 @@ class FlakyLog(ForwardingLog):
     of the next reads fail.
     """
 
-    def __init__(self, log: EventLog, appends: Sequence[str] = (), reads: int = 0) -> None:
+    def __init__(self, log: WholeLog, appends: Sequence[str] = (), reads: int = 0) -> None:
         super().__init__(log)
         self.appends = list(appends)
         self.reads = reads
@@ -413,7 +406,7 @@ class InMemoryBackend:
     deadline: float = 60
     patience: float = math.inf
     #: What stands between the domain and the log.
-    line: Callable[[EventLog], EventLog] = lambda log: log
+    line: Callable[[WholeLog], WholeLog] = lambda log: log
     clock: SteppableClock = field(default_factory=lambda: SteppableClock(NOON))
     entropy: CountedEntropy = field(default_factory=CountedEntropy)
     images: InMemoryImages = field(default_factory=InMemoryImages)
@@ -434,6 +427,8 @@ class InMemoryBackend:
         limits = Limits(self.max_waiting, self.max_per_user, timedelta(days=1))
         self.workflow = Workflow(
             log=self.log,
+            ledger=self.log,
+            retention=self.log,
             recorder=self.recorder,
             queue=self.queue,
             external=self.external,

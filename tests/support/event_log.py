@@ -6,8 +6,7 @@ from contextlib import AsyncExitStack
 
 from domain.errors import Refusal
 from domain.feed import Cursor, Feed, Logged
-from domain.ports.log import EventLog
-from support.builders import EventRecorder, OpenLog, SteppableClock
+from support.builders import EventRecorder, OpenLog, SteppableClock, WholeLog
 
 
 class LogOpener:
@@ -36,11 +35,11 @@ async def race(*attempts: Awaitable[Logged]) -> tuple[list[Logged], list[Refusal
     )
 
 
-async def full_feed(log: EventLog, user_id: str = "ada") -> Feed:
+async def full_feed(log: WholeLog, user_id: str = "ada") -> Feed:
     return await log.feed(user_id, after=0, anchor=0, limit=10_000)
 
 
-async def image(log: EventLog, user_id: str, *generation_ids: str) -> object:
+async def image(log: WholeLog, user_id: str, *generation_ids: str) -> object:
     """Everything that a log tells about a user: to see that nothing has happened."""
     return (
         await full_feed(log, user_id),
@@ -56,7 +55,7 @@ def event_keys(entries: Iterable[Logged]) -> list[tuple[str, int]]:
     return [(entry.generation_id, entry.sequence) for entry in entries]
 
 
-async def pull(log: EventLog, user_id: str, cursor: Cursor, limit: int = 1_000) -> tuple[list[Logged], Cursor]:
+async def pull(log: WholeLog, user_id: str, cursor: Cursor, limit: int = 1_000) -> tuple[list[Logged], Cursor]:
     """Everything wanted behind a cursor that has to be usable."""
     told: list[Logged] = []
     while True:
@@ -68,5 +67,5 @@ async def pull(log: EventLog, user_id: str, cursor: Cursor, limit: int = 1_000) 
             return told, cursor
 
 
-async def usable(log: EventLog, user_id: str, cursor: Cursor) -> bool:
+async def usable(log: WholeLog, user_id: str, cursor: Cursor) -> bool:
     return cursor.usable(await log.feed(user_id, after=cursor.seen, anchor=cursor.live, limit=0))

@@ -243,7 +243,7 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
         port = listener.getsockname()[1]
         offline = {"editor": "local", "face_swap": "local", "local_seconds": 0, "max_lag_ms": "off"}
         chosen = {**offline, "images": images, "port": port, **settings}
-        service, app = create_service(wire(Settings(_env_file=None, **chosen), **(overrides or {})))
+        service, app = create_service(await wire(Settings(_env_file=None, **chosen), **(overrides or {})))
         ready = asyncio.Event()
         server = Server(app, service.shutdown, ready.set)
         serving = asyncio.create_task(server.serve([listener]))

@@ -151,6 +151,8 @@ async def serve_api(
     stored, limits = StoredImages(images), Limits(max_waiting, max_per_user, timedelta(days=1), starts_per_minute)
     workflow = Workflow(
         log=log,
+        ledger=log,
+        retention=log,
         recorder=recorder,
         queue=queue,
         external=ExternalWork(log, recorder, Quarantine(recorder), now, 600),

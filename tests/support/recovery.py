@@ -17,7 +17,7 @@ import websockets
 from adapters.system import now
 from domain.feed import Cursor, feed_name
 from domain.generation import Generation
-from support.builders import EventRecorder, SteppableClock, body
+from support.builders import EventWriter, SteppableClock, body
 from support.harness import TIMEOUT, Running, flood, running
 from support.node import Browser, Browsers
 
@@ -167,7 +167,7 @@ class RecoveryHarness:
 
     service: Running
     browsers: Browsers
-    recorder: EventRecorder
+    recorder: EventWriter
     listening: AsyncExitStack
     _lines: list[Line] = field(default_factory=list)
     _users: int = 0
@@ -264,7 +264,7 @@ async def other_service(
     async with running(images, overrides=overrides, **settings) as service:
         clock = (overrides or {}).get("clock") or SteppableClock(now())
         harness = RecoveryHarness(
-            service, shared_harness.browsers, EventRecorder(service.service.log, clock), shared_harness.listening
+            service, shared_harness.browsers, EventWriter(service.service.log, clock), shared_harness.listening
         )
         try:
             yield harness

@@ -38,7 +38,7 @@ async def opened(
     try:
         yield Opened(database, log, EventRecorder(log, clock), SqliteSessions(database, RETENTION))
     finally:
-        await log.close()
+        await database.close()
 
 
 def rows(query: str) -> Callable[[sqlite3.Connection], list[Any]]:

@@ -12,8 +12,8 @@ from adapters.outbound.webhook_sender import WebhookSender
 from adapters.system import now
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.ports.log import EventLog
 from domain.webhooks import Webhooks
+from support.builders import WholeLog
 from support.provider_faults import Answer, Origin, Request
 from support.provider_faults import whole as answer_with
 
@@ -77,7 +77,7 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def until_all_delivered(log: EventLog) -> None:
+async def until_all_delivered(log: WholeLog) -> None:
     """Wait until the log has nothing left to tell."""
     async with asyncio.timeout(60):
         while await log.undelivered(1):
@@ -94,8 +94,8 @@ def sender_to(origin: Origin, path: str = "/hook", secret: str | None = SECRET, 
     )
 
 
-def webhooks_for(log: EventLog, poster: Any, *, backoff: float = 0.01, longest: float = 0.05) -> Webhooks:
-    return Webhooks(log, poster, lambda: 0.5, backoff=backoff, longest=longest)
+def webhooks_for(log: WholeLog, poster: Any, *, backoff: float = 0.01, longest: float = 0.05) -> Webhooks:
+    return Webhooks(log, log, poster, lambda: 0.5, backoff=backoff, longest=longest)
 
 
 @asynccontextmanager

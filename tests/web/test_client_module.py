@@ -23,6 +23,7 @@ from domain.ports.images import Picture
 from domain.ports.providers import Report
 from domain.requests import Options
 from support.browser import chromium, needs_chromium
+from support.builders import memory_storage
 from support.doubles import ScriptedComposer, png
 from support.guarded import SECRET, guarded
 from support.harness import JSON, PHOTO, running
@@ -78,7 +79,7 @@ async def services_for_node(folder: Path) -> AsyncIterator[JSON]:
     options: list[dict[str, Any]] = [
         {"overrides": {"editor": GatedEditor(), "composer": ScriptedComposer()}, "max_running": 50} for _ in range(3)
     ]
-    options[1]["overrides"]["log"] = FirstReadFails()
+    options[1]["overrides"]["storage"] = memory_storage(FirstReadFails())
     async with (
         running(folder / "open", **options[0]) as open_mode,
         running(folder / "other", max_per_user=2, **options[1]) as other,

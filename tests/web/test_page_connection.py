@@ -21,7 +21,7 @@ from api.settings import Settings
 from api.web.page import CDN, FOLDER
 from api.wiring import wire
 from support.browser import Tab, axe_violations, needs_axe, needs_chromium, tabs
-from support.builders import SteppableClock
+from support.builders import SteppableClock, memory_storage
 from support.doubles import Pause
 from support.guarded import guarded, token
 from support.harness import Running, running
@@ -217,7 +217,7 @@ async def serving(images: Path, port: int, **overrides: Any) -> AsyncIterator[No
     """A service on this port, which shuts down at once at the end."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         settings = Settings(_env_file=None, port=port, images=images)
-        service, app = create_service(wire(settings, editor=EDITOR, composer=QuickComposer(), **overrides))
+        service, app = create_service(await wire(settings, editor=EDITOR, composer=QuickComposer(), **overrides))
         ready = asyncio.Event()
         server = Server(app, service.shutdown, ready.set)
         task = asyncio.create_task(server.serve([listener]))
@@ -259,14 +259,14 @@ async def test_after_a_restart_without_history_the_page_shows_the_current_state(
 async def test_after_a_restart_with_its_log_nothing_is_missing(browser: Browser, tmp_path: Path, port: int) -> None:
     log = MemoryLog(epoch="e", credits=100, clock=now)
     async with AsyncExitStack() as first:
-        await first.enter_async_context(serving(tmp_path, port, log=log))
+        await first.enter_async_context(serving(tmp_path, port, storage=memory_storage(log)))
         async with tabs(browser, f"http://127.0.0.1:{port}", user="gus", ignore=NETWORK) as [tab]:
             await tab.start("a kept hat")
             await tab.shows("completed")
             await tab.upgraded()
             await first.aclose()
             await tab.is_connected("offline")
-            async with serving(tmp_path, port, log=log):
+            async with serving(tmp_path, port, storage=memory_storage(log)):
                 await try_now(tab)
                 await expect(tab["#notice"]).to_contain_text("Back. You missed nothing.")
                 await tab.shows("completed", "a kept hat")

@@ -141,7 +141,7 @@ class _Grant(NamedTuple):
 
 
 class MemoryLog:
-    """`domain.ports.log.EventLog` in memory."""
+    """The ports `EventLog`, `Ledger`, `Retention` and `WebhookOutbox` in memory."""
 
     durable = False
 
@@ -242,9 +242,6 @@ class MemoryLog:
     async def set_aside(self, generation_id: str) -> bool:
         return False
 
-    async def examine(self) -> None:
-        """Nothing was stored before."""
-
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         return [
             record.generation_id
@@ -338,9 +335,6 @@ class MemoryLog:
 
     async def probe(self) -> None:
         """Memory cannot fail."""
-
-    async def close(self) -> None:
-        """Nothing to release."""
 
     def _check_key(self, user: _User, start: Start) -> None:
         generation_id = user.keys.get(start.key) if start.key is not None else None

@@ -21,11 +21,12 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from adapters.sqlite import damage as sqlite_damage
 from adapters.sqlite.batch_thread import BatchThread
 from domain.errors import LogUnavailable
+from domain.ports.storage import Examined, StorageRefused
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +142,7 @@ _MALFORMED: Final = (
 )
 
 
-class LogRefused(Exception):
-    """The file cannot be used as the log. The message is one sentence for the operator."""
-
-
-class LogDamaged(LogRefused):
+class LogDamaged(StorageRefused):
     """The file is damaged beyond single rows."""
 
 
@@ -156,7 +153,7 @@ class Database:
         """Open the file, or create it and its folder. `epoch`: for a new log. `schema`: the migration steps.
 
         Raises:
-            LogRefused: the file is in use, is not a log, has a newer version, or cannot be opened.
+            StorageRefused: the file is in use, is not a log, has a newer version, or cannot be opened.
         """
         with contextlib.ExitStack() as undo:
             try:
@@ -177,7 +174,7 @@ class Database:
             except (OSError, RuntimeError, sqlite3.Error) as error:  # A loop of symbolic links is a RuntimeError.
                 if _is_corrupt(error):
                     raise LogDamaged(_MALFORMED.format(path)) from None
-                raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from error
+                raise StorageRefused(f"The log {path} cannot be opened: {_reason(error)}.") from error
             undo.pop_all()
         #: The last error that was logged, until a write succeeds.
         self._reason = ""
@@ -343,20 +340,11 @@ class Database:
         return [LogUnavailable() for _ in range(count)]
 
 
-class Examined(NamedTuple):
-    """The result of `examine`."""
-
-    #: A line for each damaged thing.
-    damage: Sequence[str]
-    #: ``None`` if there is no log, or its epoch cannot be read.
-    epoch: str | None = None
-
-
 def examine(path: Path) -> Examined:
     """Look for damage in the log without changing it; a service may have it open.
 
     Raises:
-        LogRefused: the file is not a log, has a newer version, or cannot be opened.
+        StorageRefused: the file is not a log, has a newer version, or cannot be opened.
     """
     try:
         path = path.resolve()
@@ -380,7 +368,7 @@ def examine(path: Path) -> Examined:
     except (OSError, RuntimeError, sqlite3.Error) as error:
         if _is_corrupt(error):
             return Examined([_MALFORMED.format(path)])
-        raise LogRefused(f"The log {path} cannot be opened: {_reason(error)}.") from None
+        raise StorageRefused(f"The log {path} cannot be opened: {_reason(error)}.") from None
 
 
 # --- values --------------------------------------------------------------------------------
@@ -428,7 +416,7 @@ def _lock(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         lock.close()
         if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-            raise LogRefused(f"The log {path} is in use by another process.") from None
+            raise StorageRefused(f"The log {path} is in use by another process.") from None
         raise
     return lock
 
@@ -443,7 +431,7 @@ def _lock_file(path: Path) -> int:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
-        raise LogRefused(f"The log {path} is in use by another process, by this or another name.") from None
+        raise StorageRefused(f"The log {path} is in use by another process, by this or another name.") from None
     except BaseException:
         os.close(file)
         raise
@@ -456,14 +444,16 @@ def _check_version(path: Path, connection: sqlite3.Connection, known: int) -> in
         (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
-            raise LogRefused(f"{path} is not a log of Stagecast.") from None
+            raise StorageRefused(f"{path} is not a log of Stagecast.") from None
         raise
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if application_id != _APPLICATION_ID and (application_id or version or objects):
-        raise LogRefused(f"{path} is not a log of Stagecast.")
+        raise StorageRefused(f"{path} is not a log of Stagecast.")
     if version > known:
-        raise LogRefused(f"The log {path} was written by a newer Stagecast (schema {version}; this one knows {known}).")
+        raise StorageRefused(
+            f"The log {path} was written by a newer Stagecast (schema {version}; this one knows {known})."
+        )
     if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
         raise LogDamaged(_MALFORMED.format(path))
     return int(version)
@@ -473,7 +463,7 @@ def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) 
     """Check the log, and migrate it to the current schema. A refused file is not changed."""
     version = _check_version(path, connection, len(schema))
     if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
-        raise LogRefused(f"The log {path} cannot be opened: its file system has no write-ahead logging.")
+        raise StorageRefused(f"The log {path} cannot be opened: its file system has no write-ahead logging.")
     for step, script in enumerate(schema[version:], version + 1):
         try:
             connection.executescript(

@@ -118,7 +118,7 @@ class _Appended(NamedTuple):
 
 
 class SqliteLog:
-    """`domain.ports.log.EventLog` in a SQLite file, for one process."""
+    """The ports `EventLog`, `Ledger`, `Retention` and `WebhookOutbox` in a SQLite file, for one process."""
 
     durable = True
 
@@ -316,10 +316,6 @@ class SqliteLog:
 
     async def probe(self) -> None:
         await self._database.probe()
-
-    async def close(self) -> None:
-        """Finish pending operations and close the file."""
-        await self._database.close()
 
     async def _read(self, query: Operation[T], rows: str, parameters: Sequence[object]) -> T:
         """The query's result. First checks the generations that `rows` selects, and sets damaged ones aside."""

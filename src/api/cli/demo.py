@@ -109,7 +109,7 @@ def run(settings: Settings, listener: socket.socket, folder: Path) -> None:
 def _serving(settings: Settings, listener: socket.socket) -> Iterator[None]:
     """Run the service in a thread until the end of the context."""
     ready = Event()
-    server = create_server(wire(settings), ready=ready.set)
+    server = create_server(asyncio.run(wire(settings)), ready=ready.set)
 
     def serve() -> None:
         try:

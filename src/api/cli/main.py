@@ -1,6 +1,7 @@
 """The commands of ``stagecast``, and their arguments."""
 
 import argparse
+import asyncio
 import contextlib
 import errno
 import os
@@ -76,8 +77,12 @@ def serve(**overrides: Any) -> None:
     from api.wiring import wire
 
     logs.configure()
-    server = create_server(wire(settings), ready=lambda: _announce(settings))
-    server.run(sockets=[listener])
+
+    async def run() -> None:
+        server = create_server(await wire(settings), ready=lambda: _announce(settings))
+        await server.serve(sockets=[listener])
+
+    asyncio.run(run())
 
 
 def demo(folder: Path, **overrides: Any) -> None:

@@ -7,9 +7,6 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from domain.feed import Cursor, Feed, Logged
-from domain.ports.ledger import Ledger
-from domain.ports.retention import Retention
-from domain.ports.webhook_outbox import WebhookOutbox
 from domain.stages import Kind
 
 
@@ -79,7 +76,7 @@ class IdempotencyRecord(NamedTuple):
 Deliver = Callable[[Logged | Gap], None]
 
 
-class EventLog(Ledger, Retention, WebhookOutbox, Protocol):
+class EventLog(Protocol):
     """The one place where a generation moves.
 
     Every method may raise `LogUnavailable`. `append` is one atomic step over everything it checks and
@@ -129,12 +126,6 @@ class EventLog(Ledger, Retention, WebhookOutbox, Protocol):
     async def unfinished(self) -> Sequence[History]:
         """Every unfinished generation of every user, oldest first."""
 
-    async def set_aside(self, generation_id: str) -> bool:
-        """Whether it counts as deleted since it cannot be read. What belongs to it is kept until retention ends."""
-
-    async def examine(self) -> None:
-        """Check, a little at a time, all that was stored before, so that what is damaged counts as deleted."""
-
     async def head_cursor(self, user_id: str) -> Cursor:
         """The cursor at the feed's head: after it come the events so far of unfinished generations, and new events."""
 
@@ -149,6 +140,3 @@ class EventLog(Ledger, Retention, WebhookOutbox, Protocol):
 
     async def probe(self) -> None:
         """Commit one row and read it, to find out whether the log can take an append. Raises `LogUnavailable`."""
-
-    async def close(self) -> None:
-        """Let go of what it holds. Nothing is asked of it any more."""

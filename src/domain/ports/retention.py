@@ -1,4 +1,4 @@
-"""What is removed from the log."""
+"""Removal of what has expired, or was deleted."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,17 +9,17 @@ class Retention(Protocol):
     """Removal of finished generations. Every method may raise `LogUnavailable`."""
 
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
-        """Ids of generations that ended before `moment`, those that ended first first.
-
-        Deleted ones too, of which the places are left.
-        """
+        """Ids of generations that ended before `moment`, oldest end first. Includes tombstones."""
 
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
         """Remove a finished generation whole: history, order, idempotency key. Return whether it was there.
 
-        `retention` raises the feed's floor to its last position, which forgets its places too. Without
-        it they stay known, as empty places, until the floor passes them.
+        `retention` raises the feed's floor to its last position, and removes its tombstones too. Otherwise its
+        tombstones are kept until the floor passes them.
 
         Raises:
             NotFinished: it still runs.
         """
+
+    async def set_aside(self, generation_id: str) -> bool:
+        """Whether it counts as deleted because it cannot be read. Its pictures are kept until retention ends."""

@@ -7,13 +7,13 @@ from domain.feed import Logged
 
 
 class WebhookOutbox(Protocol):
-    """Terminal events on their way to the webhook. Every method may raise `LogUnavailable`."""
+    """Terminal events that wait for the webhook. Every method may raise `LogUnavailable`."""
 
     async def undelivered(self, limit: int) -> Sequence[Logged]:
-        """Terminal events that are yet to be told to the webhook, those that came first first.
+        """Terminal events that are not delivered yet, oldest first. Those of removed generations are dropped.
 
-        Always none where the log was opened without an outbox. What is removed is not told any more.
+        Always empty if the storage was opened without an outbox.
         """
 
     async def delivered(self, generation_id: str) -> None:
-        """The terminal event of this generation has been told."""
+        """The terminal event of this generation has been delivered."""

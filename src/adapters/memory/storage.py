@@ -1,0 +1,19 @@
+"""The storage in memory: ``STAGECAST_LOG=memory://``."""
+
+from adapters.memory.log import MemoryLog
+from adapters.memory.queue import MemoryQueue
+from adapters.memory.sessions import MemorySessions
+from domain.ports.storage import Storage, StorageOptions
+
+
+async def open_storage(url: str, options: StorageOptions) -> Storage:
+    """A new storage, which is lost with the process."""
+    log = MemoryLog(epoch=options.epoch, credits=options.credits, clock=options.clock, outbox=options.outbox)
+    return Storage(
+        log=log,
+        ledger=log,
+        retention=log,
+        outbox=log,
+        sessions=MemorySessions(options.retention),
+        queue=MemoryQueue(),
+    )

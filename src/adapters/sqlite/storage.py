@@ -1,0 +1,36 @@
+"""The storage in a SQLite file: ``STAGECAST_LOG=sqlite:///path``."""
+
+import asyncio
+from pathlib import Path
+
+from adapters.memory.queue import MemoryQueue
+from adapters.sqlite import database
+from adapters.sqlite.database import Database
+from adapters.sqlite.log import SqliteLog
+from adapters.sqlite.sessions import SqliteSessions
+from domain.ports.storage import Examined, Storage, StorageOptions
+
+
+async def open_storage(url: str, options: StorageOptions) -> Storage:
+    """The storage in the file of this URL. Raises `StorageRefused`."""
+    opened = await asyncio.to_thread(Database, _path(url), epoch=options.epoch)
+    log = SqliteLog(opened, credits=options.credits, clock=options.clock, outbox=options.outbox)
+    return Storage(
+        log=log,
+        ledger=log,
+        retention=log,
+        outbox=log,
+        sessions=SqliteSessions(opened, options.retention),
+        queue=MemoryQueue(),  # One process has the file.
+        examine=log.examine,
+        close=opened.close,
+    )
+
+
+def examine(url: str) -> Examined:
+    """Look for damage without changing anything; a service may have the file open. Raises `StorageRefused`."""
+    return database.examine(_path(url))
+
+
+def _path(url: str) -> Path:
+    return Path(url.removeprefix("sqlite:///"))

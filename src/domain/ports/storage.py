@@ -1,0 +1,61 @@
+"""The storage of one technology: its implementations of the ports that share data, opened and closed together."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+from domain.ports.leases import WorkQueue
+from domain.ports.ledger import Ledger
+from domain.ports.log import EventLog
+from domain.ports.retention import Retention
+from domain.ports.sessions import Sessions
+from domain.ports.system import Clock
+from domain.ports.webhook_outbox import WebhookOutbox
+
+
+class StorageOptions(NamedTuple):
+    """How a storage is opened."""
+
+    #: The epoch of a new log; an existing one keeps its own.
+    epoch: str
+    #: A new user's balance; ``None``: no balances are kept.
+    credits: int | None
+    clock: Clock
+    #: How long sessions are kept after they were last used.
+    retention: timedelta
+    #: Record terminal events as undelivered webhooks.
+    outbox: bool = False
+
+
+async def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """An open storage."""
+
+    log: EventLog
+    ledger: Ledger
+    retention: Retention
+    outbox: WebhookOutbox
+    sessions: Sessions
+    queue: WorkQueue
+    #: Checks, in the background, all that was stored before. What is damaged then counts as deleted.
+    examine: Callable[[], Awaitable[None]] = _nothing
+    #: Finishes pending operations and releases everything. Nothing may be called afterwards.
+    close: Callable[[], Awaitable[None]] = _nothing
+
+
+class StorageRefused(Exception):
+    """The storage cannot be opened. The message is one sentence for the operator."""
+
+
+class Examined(NamedTuple):
+    """What was found in a storage that was only read."""
+
+    #: A line for each damaged thing.
+    damage: Sequence[str] = ()
+    #: ``None`` if there is no log, or its epoch cannot be read.
+    epoch: str | None = None
