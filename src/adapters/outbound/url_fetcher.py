@@ -8,9 +8,10 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
+from dataclasses import KW_ONLY, dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from threading import Thread
 from typing import Any, Final
@@ -18,7 +19,7 @@ from typing import Any, Final
 import httpcore2
 import httpx2
 
-from adapters.outbound.content_coding import compressions
+from adapters.outbound.responses import TooLarge, bounded, compressions
 from adapters.outbound.tls import ssl_context
 from domain.errors import Failure, ImageRefusal
 from domain.ports.images import ImageIntake, Picture
@@ -92,43 +93,36 @@ async def system_resolver(host: str) -> Sequence[IPAddress]:
     return await asyncio.wrap_future(answer)
 
 
+@dataclass(repr=False, eq=False)
 class UrlFetcher:
     """`domain.ports.images.ImageFetcher` for http and https, from public addresses and those in `allow`.
 
     The caller limits how many fetches run at once: a queue in here would let slow sites delay fast ones.
     """
 
-    def __init__(
-        self,
-        intake: ImageIntake,
-        *,
-        allow: Sequence[IPNetwork] = (),
-        resolve: Resolver = system_resolver,
-        trust: ssl.SSLContext | None = None,
-        deadline: float = 20,
-        connect_timeout: float = 5,
-    ) -> None:
-        """`deadline`: seconds for all hops together; `connect_timeout`: seconds for each lookup, connect, handshake."""
-        self._intake = intake
-        self._allow = allow
-        self._resolve = resolve
-        self._trust = trust or ssl_context()
-        self._deadline = deadline
-        self._timeouts = {"connect": connect_timeout}
+    intake: ImageIntake
+    _: KW_ONLY
+    allow: Sequence[IPNetwork] = ()
+    resolve: Resolver = system_resolver
+    trust: ssl.SSLContext = field(default_factory=ssl_context)
+    #: Seconds for all hops together.
+    deadline: float = 20
+    #: Seconds for each lookup, connect and handshake.
+    connect_timeout: float = 5
 
     async def fetch(self, url: str) -> Picture:
         if len(url) > _MAX_URL:
             raise _failure("it is too long.")
         data = await self.download(url)
         try:
-            return await self._intake.admit(data)
+            return await self.intake.admit(data)
         except ImageRefusal as refusal:
             raise _failure(f"it leads to no image that can be used. {refusal}") from None
 
     async def download(self, url: str, limit: int = MAX_BYTES) -> bytes:
         """The body at this URL, of any type, up to `limit` bytes. Raises `Failure`, like `fetch`."""
         try:
-            async with asyncio.timeout(self._deadline):
+            async with asyncio.timeout(self.deadline):
                 return await self._download(url, limit)
         except (TimeoutError, httpcore2.TimeoutException):
             raise _failure("it took too long.", retryable=True) from None
@@ -152,16 +146,20 @@ class UrlFetcher:
         """The body, or the URL of a redirect."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         request = httpcore2.Request(
-            "GET", target, headers=[(b"Host", url.netloc), *_HEADERS], extensions={"timeout": self._timeouts}
+            "GET",
+            target,
+            headers=[(b"Host", url.netloc), *_HEADERS],
+            extensions={"timeout": {"connect": self.connect_timeout}},
         )
-        backend = _PinnedBackend(self._resolve, self._allow)
-        connection = httpcore2.AsyncHTTPConnection(target.origin, self._trust, network_backend=backend)
+        backend = _PinnedBackend(self.resolve, self.allow)
+        connection = httpcore2.AsyncHTTPConnection(target.origin, self.trust, network_backend=backend)
         try:
             response = await connection.handle_async_request(request)
             headers = {name.lower(): value for name, value in response.headers}
             if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
                 return _parsed(headers[b"location"].decode(errors="replace"), url)
-            backend.allow_body(limit)
+            if backend.stream is not None:
+                backend.stream.remaining = limit + _MAX_FRAMING
             return await _body(response, headers, limit)
         finally:
             await backend.aclose()
@@ -176,36 +174,35 @@ async def _body(response: httpcore2.Response, headers: dict[bytes, bytes], limit
     encodings = (value.decode("latin-1") for name, value in response.headers if name.lower() == b"content-encoding")
     if compressions(encodings):
         raise _failure("its site sends it compressed, which was not asked for.")
-    if int(headers.get(b"content-length", 0)) > limit:
-        raise _failure(f"it is larger than {limit // 2**20} MB.")
-    body, count = bytearray(), 0
-    async with aclosing(response.aiter_stream()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            count += 1
-            if len(body) > limit:
-                raise _failure(f"it is larger than {limit // 2**20} MB.")
-            if count > limit // _MIN_AVERAGE_CHUNK:
-                raise httpcore2.RemoteProtocolError
-    return bytes(body)
+    chunks: list[bytes] = []
+    try:
+        if int(headers.get(b"content-length", 0)) > limit:
+            raise TooLarge("")
+        async with aclosing(bounded(response.aiter_stream(), limit)) as body:
+            async for chunk in body:
+                chunks.append(chunk)
+                if len(chunks) > limit // _MIN_AVERAGE_CHUNK:
+                    raise httpcore2.RemoteProtocolError
+    except TooLarge:
+        raise _failure(f"it is larger than {limit // 2**20} MB.") from None
+    return b"".join(chunks)
 
 
+@dataclass
 class _PinnedBackend(httpcore2.AsyncNetworkBackend):
     """Opens one connection, to the very address that was resolved and checked (no DNS rebinding)."""
 
-    def __init__(self, resolve: Resolver, allow: Sequence[IPNetwork]) -> None:
-        self._resolve = resolve
-        self._allow = allow
-        self._net = httpcore2.AnyIOBackend()
-        self._stream: _LimitedStream | None = None
+    resolve: Resolver
+    allow: Sequence[IPNetwork]
+    stream: "_LimitedStream | None" = None
 
     async def connect_tcp(
         self,
         host: str,
         port: int,
         timeout: float | None = None,  # noqa: ASYNC109 (not ours)
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> httpcore2.AsyncNetworkStream:
         async with asyncio.timeout(timeout):
             addresses = await self._addresses(host)
@@ -215,8 +212,9 @@ class _PinnedBackend(httpcore2.AsyncNetworkBackend):
         failed: Exception | None = None
         for address in addresses[:_MAX_ADDRESSES_TRIED]:
             try:
-                self._stream = _LimitedStream(await self._net.connect_tcp(str(address), port, timeout))
-                return self._stream
+                connection = await httpcore2.AnyIOBackend().connect_tcp(str(address), port, timeout)
+                self.stream = _LimitedStream(connection)
+                return self.stream
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failed = error
         raise failed or httpcore2.ConnectError
@@ -227,7 +225,7 @@ class _PinnedBackend(httpcore2.AsyncNetworkBackend):
         if not _NAME.fullmatch(host):
             return []
         try:
-            return await self._resolve(host)
+            return await self.resolve(host)
         except socket.gaierror as error:
             if error.errno == socket.EAI_AGAIN:
                 raise
@@ -235,34 +233,29 @@ class _PinnedBackend(httpcore2.AsyncNetworkBackend):
 
     def _may_connect(self, address: IPAddress) -> bool:
         scoped = isinstance(address, IPv6Address) and address.scope_id is not None
-        return is_public(address) or (not scoped and any(address in network for network in self._allow))
-
-    def allow_body(self, limit: int) -> None:
-        """Call after the response's head: allows a body of `limit` bytes and its framing."""
-        if self._stream is not None:
-            self._stream.remaining = limit + _MAX_FRAMING
+        return is_public(address) or (not scoped and any(address in network for network in self.allow))
 
     async def aclose(self) -> None:
-        if self._stream is not None:
-            await self._stream.aclose()
+        if self.stream is not None:
+            await self.stream.aclose()
 
 
+@dataclass
 class _LimitedStream(httpcore2.AsyncNetworkStream):
     """A connection of which at most `remaining` bytes are read, `_READ_SIZE` at a time."""
 
-    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
-        self._stream = stream
-        self.remaining = _MAX_HEAD
+    stream: httpcore2.AsyncNetworkStream
+    remaining: int = _MAX_HEAD
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (not ours)
-        data = await self._stream.read(min(max_bytes, _READ_SIZE), timeout)
+        data = await self.stream.read(min(max_bytes, _READ_SIZE), timeout)
         self.remaining -= len(data)
         if self.remaining < 0:
             raise httpcore2.RemoteProtocolError
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 (not ours)
-        await self._stream.write(buffer, timeout)
+        await self.stream.write(buffer, timeout)
 
     async def start_tls(
         self,
@@ -270,14 +263,14 @@ class _LimitedStream(httpcore2.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 (not ours)
     ) -> httpcore2.AsyncNetworkStream:
-        self._stream = await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        self.stream = await self.stream.start_tls(ssl_context, server_hostname, timeout)
         return self
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        await self.stream.aclose()
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        return self.stream.get_extra_info(info)
 
 
 def _parsed(text: str, base: httpx2.URL | None = None) -> httpx2.URL:

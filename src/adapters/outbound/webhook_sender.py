@@ -10,7 +10,7 @@ from typing import Final
 
 import httpx2
 
-from adapters.outbound.retry_after import retry_after
+from adapters.outbound.responses import bounded, retry_after
 from adapters.outbound.tls import ssl_context
 from domain.ports.system import Clock
 from domain.webhooks import NotDelivered
@@ -41,8 +41,10 @@ class WebhookSender:
             "User-Agent": "stagecast",
             "Accept-Encoding": "identity",
             "Connection": "close",
-            **_authorization(self._url),
         }
+        if self._url.userinfo:
+            basic = base64.b64encode(f"{self._url.username}:{self._url.password}".encode()).decode()
+            self._headers["Authorization"] = f"Basic {basic}"
         self._key = None if secret is None else base64.b64decode(secret.removeprefix("whsec_"), validate=True)
         self._clock = clock
         self._timeout = timeout
@@ -59,7 +61,12 @@ class WebhookSender:
                     )
             except (httpx2.HTTPError, OSError) as error:
                 raise NotDelivered(f"no answer ({type(error).__name__})") from None
-            await _drain(response)
+            # Read a short body, so that the receiver does not see its connection reset while it writes.
+            with suppress(TimeoutError, httpx2.HTTPError):
+                async with asyncio.timeout(_LINGER), aclosing(bounded(response.aiter_raw(), _MAX_BODY)) as chunks:
+                    async for _ in chunks:
+                        pass
+            await response.aclose()
         status = response.status_code
         if not response.is_success:
             after = retry_after(response.headers.get("retry-after", "")) if status in (429, 503) else None
@@ -67,28 +74,10 @@ class WebhookSender:
 
     def _signed(self, message_id: str, body: bytes) -> dict[str, str]:
         """The headers of one attempt: id, timestamp, and signature if there is a secret."""
-        headers = {"webhook-id": message_id, "webhook-timestamp": str(int(self._clock().timestamp()))}
+        timestamp = str(int(self._clock().timestamp()))
+        headers = {"webhook-id": message_id, "webhook-timestamp": timestamp}
         if self._key is not None:
-            content = b"%b.%b.%b" % (message_id.encode(), headers["webhook-timestamp"].encode(), body)
+            content = f"{message_id}.{timestamp}.".encode() + body
             signature = hmac.digest(self._key, content, hashlib.sha256)
             headers["webhook-signature"] = f"v1,{base64.b64encode(signature).decode()}"
         return headers
-
-
-def _authorization(url: httpx2.URL) -> dict[str, str]:
-    """Basic authentication from the URL's user and password."""
-    if not url.userinfo:
-        return {}
-    return {"Authorization": f"Basic {base64.b64encode(f'{url.username}:{url.password}'.encode()).decode()}"}
-
-
-async def _drain(response: httpx2.Response) -> None:
-    """Read a short body, so that the receiver does not see its connection reset while it writes."""
-    size = 0
-    with suppress(TimeoutError, httpx2.HTTPError):
-        async with asyncio.timeout(_LINGER), aclosing(response.aiter_raw()) as chunks:
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > _MAX_BODY:
-                    break
-    await response.aclose()

@@ -16,8 +16,7 @@ from typing import Final, TypeVar
 
 import httpx2
 
-from adapters.outbound.content_coding import compressions
-from adapters.outbound.retry_after import retry_after
+from adapters.outbound.responses import TooLarge, bounded, compressions, retry_after
 from adapters.outbound.tls import ssl_context
 from domain.errors import Failure
 from domain.ports.providers import Report
@@ -142,7 +141,7 @@ def provider_client(
         if len(codings) > _MAX_CODINGS or not _DECODABLE.issuperset(codings):
             raise httpx2.DecodingError(f"compressed by {', '.join(codings)[:100]}")
         if int(response.headers.get("content-length", 0)) > limit:
-            raise httpx2.DecodingError(f"larger than {limit} bytes")
+            raise TooLarge(f"larger than {limit} bytes")
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = _Bounded(response.stream, limit)
         for coding in reversed(codings):
@@ -162,7 +161,7 @@ def provider_client(
 
 @dataclass
 class _Bounded(httpx2.AsyncByteStream):
-    """A decompressed body. Raises `httpx2.DecodingError` beyond `limit` bytes."""
+    """A decompressed body of at most `limit` bytes."""
 
     stream: httpx2.AsyncByteStream
     limit: int
@@ -175,11 +174,7 @@ class _Bounded(httpx2.AsyncByteStream):
         coding = "identity" if _PLAIN.match(first) else self.coding
         # httpx2's decoders are reached through a response; they return at most a megabyte at a time.
         body = httpx2.Response(200, headers={"Content-Encoding": coding}, content=joined(first, chunks))
-        remaining = self.limit
-        async for chunk in body.aiter_bytes():
-            remaining -= len(chunk)
-            if remaining < 0:
-                raise httpx2.DecodingError(f"larger than {self.limit} bytes")
+        async for chunk in bounded(body.aiter_bytes(), self.limit):
             yield chunk
 
     async def aclose(self) -> None:

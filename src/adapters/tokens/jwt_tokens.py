@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import ssl
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Protocol
 
@@ -13,6 +15,7 @@ import httpx2
 import jwt
 from jwt.types import Options
 
+from adapters.outbound.responses import TooLarge, bounded
 from adapters.outbound.tls import ssl_context
 from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
 from domain.identity import user_id as valid_user_id
@@ -64,6 +67,7 @@ class KeySource(Protocol):
         """The key for a token with this header, or ``None``. May raise `KeysUnavailable`."""
 
 
+@dataclass(repr=False, eq=False)
 class Tokens:
     """Verifies tokens.
 
@@ -71,18 +75,14 @@ class Tokens:
     audience is configured, a token with one is refused, as RFC 7519 requires.
     """
 
-    def __init__(
-        self,
-        keys: KeySource,
-        *,
-        clock: Clock,
-        user_claim: str = "sub",
-        audience: str | None = None,
-        issuer: str | None = None,
-    ) -> None:
-        self._keys, self._clock, self._user_claim = keys, clock, user_claim
-        self._audience, self._issuer = audience, issuer
-        self._hinted = False
+    keys: KeySource
+    _: KW_ONLY
+    clock: Clock
+    user_claim: str = "sub"
+    audience: str | None = None
+    issuer: str | None = None
+    #: Whether a probable misconfiguration was logged.
+    _warned: bool = field(default=False, init=False)
 
     async def verify(self, token: str) -> Identity:
         """The identity in the token.
@@ -97,29 +97,31 @@ class Tokens:
             raise InvalidToken
         try:
             header = jwt.get_unverified_header(token)
-            key = await self._keys.find(header.get("alg"), header.get("kid"))
+            key = await self.keys.find(header.get("alg"), header.get("kid"))
             if key is None:
                 raise InvalidToken
             claims = jwt.decode(
                 token,
                 key,
                 algorithms=[key.algorithm_name],
-                audience=self._audience,
-                issuer=self._issuer,
+                audience=self.audience,
+                issuer=self.issuer,
                 options=_OPTIONS,
             )
         except jwt.PyJWTError as error:
-            self._hint(error)
+            if isinstance(error, jwt.InvalidAudienceError) and self.audience is None and not self._warned:
+                self._warned = True
+                logger.warning("a token that names an audience was refused, since no audience is configured")
             raise InvalidToken from None
         return self._identity(claims)
 
     def _identity(self, claims: dict[str, Any]) -> Identity:
-        now = self._clock()
+        now = self.clock()
         expires_at = _moment(claims["exp"])
         if any(_moment(claims[name]) > now + _LEEWAY for name in ("nbf", "iat") if name in claims):
             raise InvalidToken
         try:
-            user = valid_user_id(claims.get(self._user_claim))
+            user = valid_user_id(claims.get(self.user_claim))
         except InvalidUserId:
             raise InvalidToken from None
         if expires_at <= now:
@@ -127,12 +129,6 @@ class Tokens:
         scope = claims.get("scope")
         scopes = scope.split(" ") if isinstance(scope, str) else scope if isinstance(scope, list) else []
         return Identity(user, expires_at, SERVICE_SCOPE in scopes)
-
-    def _hint(self, error: jwt.PyJWTError) -> None:
-        """Log a probable misconfiguration, once."""
-        if isinstance(error, jwt.InvalidAudienceError) and self._audience is None and not self._hinted:
-            self._hinted = True
-            logger.warning("a token that names an audience was refused, since no audience is configured")
 
 
 def _moment(value: object) -> datetime:
@@ -184,20 +180,26 @@ class SecretKey:
         return self.key if algorithm == "HS256" else None
 
 
+@dataclass(repr=False, eq=False)
 class JwksKeys:
-    """An issuer's public keys for RS256 and ES256, from a JWKS URL (http or https). Redirects are not followed."""
+    """An issuer's public keys for RS256 and ES256, from a JWKS URL (http or https).
 
-    def __init__(self, url: str, *, clock: Clock, timeout: float = 5, trust: ssl.SSLContext | None = None) -> None:
-        """`timeout`: seconds for one fetch. Proxies of the environment are not used."""
-        self._url, self._clock, self._timeout = url, clock, timeout
-        self._trust = trust or ssl_context()
-        self._keys: list[jwt.PyJWK] = []
-        self._fetched: datetime | None = None
-        #: When an unknown key id last caused a fetch while the keys were fresh.
-        self._searched: datetime | None = None
-        #: When the last fetch failed; ``None`` if it succeeded.
-        self._failed: datetime | None = None
-        self._lock = asyncio.Lock()
+    Redirects are not followed, and proxies of the environment are not used.
+    """
+
+    url: str
+    _: KW_ONLY
+    clock: Clock
+    #: Seconds for one fetch.
+    timeout: float = 5
+    trust: ssl.SSLContext = field(default_factory=ssl_context)
+    _keys: Sequence[jwt.PyJWK] = field(default=(), init=False)
+    _fetched: datetime | None = field(default=None, init=False)
+    #: When an unknown key id last caused a fetch while the keys were fresh.
+    _searched: datetime | None = field(default=None, init=False)
+    #: When the last fetch failed; ``None`` if it succeeded.
+    _failed: datetime | None = field(default=None, init=False)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
         if algorithm not in tuple(_PUBLIC):
@@ -215,7 +217,7 @@ class JwksKeys:
 
     def _within(self, age: timedelta, moment: datetime | None) -> bool:
         # Ignore a time in the future: the clock was set back.
-        return moment is not None and timedelta() <= self._clock() - moment < age
+        return moment is not None and timedelta() <= self.clock() - moment < age
 
     def _known(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
         if not self._within(_STALE, self._fetched):
@@ -232,40 +234,32 @@ class JwksKeys:
         return key is None and not self._within(_MIN_INTERVAL, self._searched)
 
     async def _refresh(self) -> None:
-        started_at = self._clock()
+        started_at = self.clock()
         was_fresh = self._within(_FRESH, self._fetched)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self.timeout):
                 keys = _usable(await self._fetch())
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RecursionError) as error:
-            self._failed = self._clock()
-            logger.warning("the issuer's keys cannot be fetched: %s", _reason(error))
+            self._failed = self.clock()
+            # Other messages may contain the URL, or data that the issuer sent.
+            reason = error if isinstance(error, _BadResponse | TooLarge) else type(error).__name__
+            logger.warning("the issuer's keys cannot be fetched: %s", reason)
         else:
             self._keys, self._fetched, self._failed = keys, started_at, None
         if was_fresh:
-            self._searched = self._clock()
+            self._searched = self.clock()
 
     async def _fetch(self) -> bytes:
-        client = httpx2.AsyncClient(trust_env=False, timeout=self._timeout, verify=self._trust)
+        client = httpx2.AsyncClient(trust_env=False, timeout=self.timeout, verify=self.trust)
         # Raw and uncompressed, so that the limit holds for the parsed document.
-        async with client, client.stream("GET", self._url, headers={"Accept-Encoding": "identity"}) as response:
+        async with client, client.stream("GET", self.url, headers={"Accept-Encoding": "identity"}) as response:
             if response.status_code != 200:
                 raise _BadResponse(f"status {response.status_code}")
-            body = bytearray()
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > _MAX_DOCUMENT:
-                    raise _BadResponse("over 256 kB")
-            return bytes(body)
+            return b"".join([chunk async for chunk in bounded(response.aiter_raw(), _MAX_DOCUMENT)])
 
 
 class _BadResponse(ValueError):
-    """The issuer's response has no usable keys."""
-
-
-def _reason(error: Exception) -> str:
-    # Other messages may contain the URL, or data that the issuer sent.
-    return str(error) if isinstance(error, _BadResponse) else type(error).__name__
+    """The issuer's response has no usable keys. The message may be logged."""
 
 
 def _usable(document: bytes) -> list[jwt.PyJWK]:
