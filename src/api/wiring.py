@@ -34,7 +34,7 @@ from adapters.serving.uvicorn_server import ClientLimit as ClientLimit
 from adapters.serving.uvicorn_server import Server as Server
 from adapters.sqlite import storage as sqlite_storage
 from adapters.system import SystemEntropy, descriptors, now
-from adapters.tokens.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens, issue
+from adapters.tokens.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens
 from api.cli.client import Unavailable
 from api.realtime.sockets import Sockets
 from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
@@ -241,7 +241,9 @@ def _tokens(settings: Settings, clock: Clock) -> Tokens | None:
     if settings.jwks_url is not None:
         keys: KeySource = JwksKeys(settings.jwks_url, clock=clock)
     else:
-        keys = SecretKey(_secret(settings))
+        assert settings.jwt_secret is not None
+        with _refused_as("STAGECAST_JWT_SECRET must be a secret, not a public key or a certificate."):
+            keys = SecretKey(settings.jwt_secret.get_secret_value().encode())
     return Tokens(
         keys,
         clock=clock,
@@ -253,24 +255,9 @@ def _tokens(settings: Settings, clock: Clock) -> Tokens | None:
 
 def issue_token(settings: Settings, user_id: str, *, service: bool, ttl: timedelta) -> str:
     """A token that a service with these settings accepts. Raises `InvalidUserId`; ValueError: `ttl` is out of range."""
-    return issue(
-        _secret(settings),
-        user_id,
-        service=service,
-        ttl=ttl,
-        now=now(),
-        user_claim=settings.jwt_user_claim,
-        audience=settings.jwt_audience,
-        issuer=settings.jwt_issuer,
-    )
-
-
-def _secret(settings: Settings) -> bytes:
-    assert settings.jwt_secret is not None
-    secret = settings.jwt_secret.get_secret_value().encode()
-    with _refused_as("STAGECAST_JWT_SECRET must be a secret, not a public key or a certificate."):
-        SecretKey(secret)
-    return secret
+    tokens = _tokens(settings, now)
+    assert tokens is not None
+    return tokens.issue(user_id, service=service, ttl=ttl)
 
 
 def examine_stores(settings: Settings) -> Sequence[str]:

@@ -8,14 +8,15 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import httpx2
 import pytest
 
-from adapters.tokens.jwt_tokens import issue
+from adapters.system import now
+from adapters.tokens.jwt_tokens import SecretKey, Tokens
 from support.harness import JSON, PHOTO, Phone, Running, running
 
 SECRET: Final = "correct-horse-battery-staple-0123456789"
@@ -33,7 +34,7 @@ LINUX: Final = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def token(user: str, *, service: bool = False) -> str:
-    return issue(SECRET.encode(), user, service=service, ttl=timedelta(hours=1), now=datetime.now(UTC))
+    return Tokens(SecretKey(SECRET.encode()), clock=now).issue(user, service=service, ttl=timedelta(hours=1))
 
 
 def part(name: str, content: bytes, file: bytes | None = None, *headers: bytes) -> bytes:

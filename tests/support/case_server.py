@@ -26,7 +26,7 @@ import socketio
 from adapters.realtime import send_buffer
 from adapters.serving.uvicorn_server import Server
 from adapters.system import now
-from adapters.tokens.jwt_tokens import issue
+from adapters.tokens.jwt_tokens import SecretKey, Tokens
 from api import logs
 from api.app import create_service
 from api.service import Service
@@ -243,7 +243,7 @@ class ServedService(Reader):
 
 
 def _token(secret: str, user: str, *, seconds: float = 3_600, service: bool = False) -> str:
-    return issue(secret.encode(), user, service=service, ttl=timedelta(seconds=seconds), now=now())
+    return Tokens(SecretKey(secret.encode()), clock=now).issue(user, service=service, ttl=timedelta(seconds=seconds))
 
 
 # --- inside ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -76,13 +76,9 @@ def rounded(size: tuple[int, int], box: Box, radius: float) -> Image.Image:
     return mask(size, lambda draw, k: draw.rounded_rectangle([side * k for side in box], radius * k, fill=255))
 
 
-def oval(size: tuple[int, int], box: Box, ring: float = 0) -> Image.Image:
-    """The mask of an ellipse, or of an elliptic ring of this width."""
-
-    def draw(draw: ImageDraw.ImageDraw, k: int) -> None:
-        draw.ellipse([side * k for side in box], fill=0 if ring else 255, outline=255, width=round(ring * k))
-
-    return mask(size, draw)
+def oval(size: tuple[int, int], box: Box) -> Image.Image:
+    """The mask of an ellipse."""
+    return mask(size, lambda draw, k: draw.ellipse([side * k for side in box], fill=255))
 
 
 def tint(page: Image.Image, colour: Colour, shape: Image.Image, at: tuple[int, int] = (0, 0)) -> None:
@@ -91,18 +87,12 @@ def tint(page: Image.Image, colour: Colour, shape: Image.Image, at: tuple[int, i
     page.paste(Image.new(page.mode, shape.size, colour), at, shape)
 
 
-def disc(
-    page: Image.Image, colour: Colour, centre: tuple[float, float], radius: float, *, share: float = 1, ring: float = 0
-) -> None:
-    """Paint a disc, or a ring of this width, with this opacity (0 to 1)."""
+def disc(page: Image.Image, colour: Colour, centre: tuple[float, float], radius: float, opacity: float = 1) -> None:
+    """Paint a disc with this opacity (0 to 1)."""
     left, top, side = math.floor(centre[0] - radius), math.floor(centre[1] - radius), math.ceil(2 * radius) + 2
-    shape = oval((side, side), around((centre[0] - left, centre[1] - top), radius), ring)
-    tint(page, colour, shape if share == 1 else faded(shape, share), (left, top))
-
-
-def around(centre: tuple[float, float], radius: float) -> Box:
-    """The bounding box of a circle."""
-    return centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius
+    x, y = centre[0] - left, centre[1] - top
+    shape = oval((side, side), (x - radius, y - radius, x + radius, y + radius))
+    tint(page, colour, faded(shape, opacity), (left, top))
 
 
 def inset(box: Box, by: float) -> Box:
@@ -110,15 +100,12 @@ def inset(box: Box, by: float) -> Box:
     return box[0] + by, box[1] + by, box[2] - by, box[3] - by
 
 
-def faded(image: Image.Image, share: float) -> Image.Image:
+def faded(image: Image.Image, opacity: float) -> Image.Image:
     """The mask times this factor."""
-    return image.point(lambda value: value * share)
+    return image if opacity == 1 else image.point(lambda value: value * opacity)
 
 
-def shadow(shape: Image.Image, softness: float, share: float, down: float) -> Image.Image:
-    """The mask of a shape's drop shadow."""
-    small = shape.reduce(4).filter(ImageFilter.GaussianBlur(softness / 4))
-    soft = faded(small, share).resize(shape.size, Image.Resampling.BICUBIC)
-    moved = Image.new("L", shape.size)
-    moved.paste(soft, (0, round(down)))
-    return moved
+def shadow(shape: Image.Image, softness: float, opacity: float, down: int) -> Image.Image:
+    """The mask of a shape's drop shadow, `down` pixels below it."""
+    small = faded(shape.reduce(4).filter(ImageFilter.GaussianBlur(softness / 4)), opacity)
+    return ImageChops.offset(small.resize(shape.size, Image.Resampling.BICUBIC), 0, down)

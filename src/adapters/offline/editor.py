@@ -6,10 +6,9 @@ from typing import Final
 from PIL import Image, ImageChops, ImageOps
 
 from adapters.images.codec import decoded, encode, opened
-from adapters.images.threads import ImageThreads
 from adapters.offline.art import Box, Chance, Colour, Palette, disc, faded, inset, mesh, rounded, shadow, tint
 from adapters.offline.lettering import letters, write
-from adapters.offline.pace import Pace
+from adapters.offline.stage import OfflineStage
 from domain.ports.images import Picture
 from domain.ports.providers import Report
 from domain.requests import Options
@@ -23,19 +22,14 @@ _EDITING: Final = ("Looking at the sheet...", "Mixing the colours...", "Painting
 _GENERATING: Final = ("Sketching...", "Laying out the shapes...", "Painting...", "Adding the last touches...")
 
 
-class LocalEditor:
-    """`domain.ports.providers.ImageEditor` without an AI. It is deterministic, and takes at least `seconds`."""
-
-    free = True
-
-    def __init__(self, threads: ImageThreads, seconds: float) -> None:
-        self._pace = Pace(threads, seconds)
+class LocalEditor(OfflineStage):
+    """`domain.ports.providers.ImageEditor` without an AI. It is deterministic."""
 
     async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
-        return await self._pace.make(partial(_edited, sheet, prompt, options), _EDITING, report)
+        return await self.make(partial(_edited, sheet, prompt, options), _EDITING, report)
 
     async def generate(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
-        return await self._pace.make(partial(_generated, sheet, prompt, options), _GENERATING, report)
+        return await self.make(partial(_generated, sheet, prompt, options), _GENERATING, report)
 
 
 def _edited(sheet: Picture, prompt: str, options: Options) -> Picture:
@@ -51,7 +45,7 @@ def _edited(sheet: Picture, prompt: str, options: Options) -> Picture:
 
     page = Image.new("RGBA", size) if options.background == "transparent" else _backdrop(size, palette)
     shape = rounded(size, panel, 40)
-    tint(page, palette.ink, shadow(shape, softness=30, share=0.5, down=16))
+    tint(page, palette.ink, shadow(shape, softness=30, opacity=0.5, down=16))
     tint(page, palette.paper, shape)
     picture = _graded(_fitted(sheet, art), palette)
     page.paste(picture, _centred(picture, art))
@@ -68,9 +62,7 @@ def _generated(sheet: Picture, prompt: str, options: Options) -> Picture:
     page = _backdrop(size, palette)
     for colour in (palette.accent, palette.deep, palette.glow, palette.soft):
         centre = chance.between(0, size[0]), chance.between(0, size[1])
-        radius = chance.between(0.12, 0.42) * min(size)
-        disc(page, colour, centre, radius, share=chance.between(0.45, 0.9))
-        disc(page, palette.paper, centre, radius * 1.22, share=0.6, ring=3)
+        disc(page, colour, centre, chance.between(0.12, 0.42) * min(size), chance.between(0.45, 0.9))
     # Darken the background of the text.
     gradient = Image.linear_gradient("L")
     tint(page, palette.ink, faded((gradient.rotate(90) if wide else gradient).resize(size), 0.85))
@@ -80,7 +72,7 @@ def _generated(sheet: Picture, prompt: str, options: Options) -> Picture:
     place = _centred(card, art)
     shape = Image.new("L", size)
     shape.paste(card.getchannel("A"), place)
-    tint(page, palette.ink, shadow(shape, softness=36, share=0.7, down=22))
+    tint(page, palette.ink, shadow(shape, softness=36, opacity=0.7, down=22))
     page.paste(card, place, card)
     left, top, right, bottom = inset((0, 0, *size), 84)
     caption = (900, top, right, bottom) if wide else (left, size[1] * 0.74, right, bottom)

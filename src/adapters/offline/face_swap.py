@@ -6,9 +6,8 @@ from typing import Final
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from adapters.images.codec import decoded, encode, opened
-from adapters.images.threads import ImageThreads
 from adapters.offline.art import faded, inset, oval, rounded
-from adapters.offline.pace import Pace
+from adapters.offline.stage import OfflineStage
 from domain.ports.images import Picture
 from domain.ports.providers import Report
 
@@ -24,16 +23,11 @@ _FEATHER: Final = 0.05
 _MESSAGES: Final = ("Looking at the face...", "Cutting it out...", "Softening the edges...", "Putting it in...")
 
 
-class LocalFaceSwap:
-    """`domain.ports.providers.FaceSwapper`: puts the face into the upper right corner. It takes at least `seconds`."""
-
-    free = True
-
-    def __init__(self, threads: ImageThreads, seconds: float) -> None:
-        self._pace = Pace(threads, seconds)
+class LocalFaceSwap(OfflineStage):
+    """`domain.ports.providers.FaceSwapper`: puts the face into the upper right corner."""
 
     async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
-        return await self._pace.make(partial(_swapped, picture, face), _MESSAGES, report)
+        return await self.make(partial(_swapped, picture, face), _MESSAGES, report)
 
 
 def _swapped(picture: Picture, face: Picture) -> Picture:

@@ -1,8 +1,9 @@
 """Text on the offline pictures, in Pillow's font, or in a system font for characters that it lacks."""
 
 import unicodedata
-from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cache
+from textwrap import wrap
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,8 +26,6 @@ _SYSTEM_LETTERS: Final = 0x530
 
 #: The distance between lines, as a multiple of the font size.
 _LEADING: Final = 1.32
-#: Longer words are split, in characters.
-_MAX_WORD: Final = 120
 
 
 def letters(text: str) -> str:
@@ -35,21 +34,33 @@ def letters(text: str) -> str:
     return " ".join("".join(sign if sign.isprintable() else " " for sign in drawn).split())
 
 
-def write(image: Image.Image, text: str, box: Box, colour: Colour, sizes: tuple[int, ...]) -> float:
+def write(image: Image.Image, text: str, box: Box, colour: Colour, sizes: Sequence[int]) -> float:
     """Write the text at the bottom of the box, in the first font size (pixels) that fits, and return its top.
 
     If not even the last size fits, the text is truncated.
     """
     for size in sizes:
-        font = _font(text, size)
-        lines, whole = _lines(text, font, box[2] - box[0], most=max(1, int((box[3] - box[1]) / (size * _LEADING))))
-        if whole:
+        font, most = _font(text, size), max(1, int((box[3] - box[1]) / (size * _LEADING)))
+        lines = _wrapped(text, font, box[2] - box[0], most + 1)
+        if len(lines) <= most:
             break
+    else:
+        lines = _wrapped(text, font, box[2] - box[0], most)
     draw = ImageDraw.Draw(image)
     top = box[3] - len(lines) * size * _LEADING
     for index, line in enumerate(lines):
         draw.text((box[0], top + index * size * _LEADING), line, fill=colour, font=font)
     return top
+
+
+def _wrapped(text: str, font: _Font, width: float, most: int) -> list[str]:
+    """The text in lines of at most this width; only the first `most` lines, the last of which then ends in "…"."""
+    columns = max(1, int(len(text) * width / font.getlength(text) * 1.2))
+    while True:
+        lines = wrap(text, columns, max_lines=most, placeholder="…")
+        if columns == 1 or all(font.getlength(line) <= width for line in lines):
+            return lines
+        columns -= 1
 
 
 def _drawable(sign: str) -> str:
@@ -78,33 +89,3 @@ def _system_font() -> str | None:
         except OSError:
             continue
     return None
-
-
-def _lines(text: str, font: _Font, width: float, most: int) -> tuple[list[str], bool]:
-    """The text in at most `most` lines, and whether it is complete."""
-    words = [word[at : at + _MAX_WORD] for word in text.split() for at in range(0, len(word), _MAX_WORD)][::-1]
-    line = ""
-    lines: list[str] = []
-    while words and len(lines) < most:
-        word = words.pop()
-        longer = f"{line} {word}".lstrip()
-        if font.getlength(longer) <= width:
-            line = longer
-        elif line:
-            words.append(word)
-            lines.append(line)
-            line = ""
-        else:
-            # A word wider than a line.
-            cut = max(1, bisect_right(range(len(word)), width, key=lambda end: font.getlength(word[:end])) - 1)
-            words.append(word[cut:])
-            lines.append(word[:cut])
-    if line and len(lines) < most:
-        lines.append(line)
-        line = ""
-    whole = not words and not line
-    if not whole:
-        while lines[-1] and font.getlength(lines[-1] + "…") > width:
-            lines[-1] = lines[-1][:-1]
-        lines[-1] = lines[-1].rstrip() + "…"
-    return lines, whole

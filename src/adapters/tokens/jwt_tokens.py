@@ -130,38 +130,29 @@ class Tokens:
         scopes = scope.split(" ") if isinstance(scope, str) else scope if isinstance(scope, list) else []
         return Identity(user, expires_at, SERVICE_SCOPE in scopes)
 
+    def issue(self, user_id: str, *, service: bool, ttl: timedelta) -> str:
+        """A token that is valid for `ttl`, rounded up to a whole second. Only with a `SecretKey`.
+
+        Raises:
+            InvalidUserId
+            ValueError: `ttl` is not positive, or ends after the year 9999.
+        """
+        assert isinstance(self.keys, SecretKey)
+        now = self.clock().timestamp()
+        expires = math.ceil(now + ttl.total_seconds())
+        if ttl <= timedelta() or expires > _LAST:
+            raise ValueError("the time to live must be positive, and end before the year 10000")
+        optional = {"aud": self.audience, "iss": self.issuer, "scope": SERVICE_SCOPE if service else None}
+        claims = {self.user_claim: valid_user_id(user_id), "iat": int(now), "exp": expires}
+        claims |= {name: value for name, value in optional.items() if value is not None}
+        return jwt.encode(claims, self.keys.key, "HS256")
+
 
 def _moment(value: object) -> datetime:
     """Parse a NumericDate. NaN, infinities and milliseconds are out of range."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LAST:
         raise InvalidToken
     return datetime.fromtimestamp(value, UTC)
-
-
-def issue(
-    secret: bytes,
-    user_id: str,
-    *,
-    service: bool,
-    ttl: timedelta,
-    now: datetime,
-    user_claim: str = "sub",
-    audience: str | None = None,
-    issuer: str | None = None,
-) -> str:
-    """An HS256 token that `Tokens` with the same settings accepts for `ttl`, rounded up to a whole second.
-
-    Raises:
-        InvalidUserId
-        ValueError: the secret is not suitable; `ttl` is not positive, or ends after the year 9999.
-    """
-    expires = math.ceil(now.timestamp() + ttl.total_seconds())
-    if ttl <= timedelta() or expires > _LAST:
-        raise ValueError("the time to live must be positive, and end before the year 10000")
-    optional = {"aud": audience, "iss": issuer, "scope": SERVICE_SCOPE if service else None}
-    claims = {user_claim: valid_user_id(user_id), "iat": int(now.timestamp()), "exp": expires}
-    claims |= {name: value for name, value in optional.items() if value is not None}
-    return jwt.encode(claims, SecretKey(secret).key, "HS256")
 
 
 class SecretKey:

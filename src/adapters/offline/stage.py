@@ -1,7 +1,8 @@
-"""Slows the offline AI stages down, so that a person can watch their progress."""
+"""What the offline AI stages share: they are slowed down, so that a person can watch their progress."""
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from PIL import ImageFilter
@@ -18,12 +19,14 @@ _INTERVAL: Final = 0.5
 _PREVIEW: Final = 320
 
 
-class Pace:
+@dataclass
+class OfflineStage:
     """Makes pictures on image threads, each in at least `seconds`; 0 means without delay."""
 
-    def __init__(self, threads: ImageThreads, seconds: float) -> None:
-        self._threads = threads
-        self._seconds = seconds
+    free = True
+
+    threads: ImageThreads
+    seconds: float
 
     async def make(self, render: Callable[[], Picture], messages: Sequence[str], report: Report) -> Picture:
         """Return the result of `render`, and report progress until the time is over, once with a preview.
@@ -32,15 +35,15 @@ class Pace:
             Failure: ``provider_rejected`` if an input is not a picture.
         """
         clock = asyncio.get_running_loop().time
-        end = clock() + self._seconds
+        end = clock() + self.seconds
         try:
-            picture = await self._threads.run(render)
+            picture = await self.threads.run(render)
         except Unreadable:
             raise Failure("provider_rejected") from None
-        if self._seconds <= 0:
+        if self.seconds <= 0:
             return picture
-        preview = await self._threads.run(_preview, picture)
-        steps = max(3, round(self._seconds / _INTERVAL))
+        preview = await self.threads.run(_preview, picture)
+        steps = max(3, round(self.seconds / _INTERVAL))
         started = min(clock(), end)
         for step in range(1, steps):
             await asyncio.sleep(started + (end - started) * step / steps - clock())
