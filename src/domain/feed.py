@@ -17,7 +17,8 @@ and goes on. ``open_tombstones`` distinguishes the two.
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 _POSITION: Final = "(0|[1-9][0-9]{0,14})"
@@ -41,6 +42,8 @@ class Logged(NamedTuple):
     #: The positions of its generation's first and terminal events; ``None`` while it runs.
     first: int
     end: int | None
+    #: The names of the stored pictures whose URLs are in the event, by its field.
+    images: Mapping[str, str] = MappingProxyType({})
 
 
 class Feed(NamedTuple):

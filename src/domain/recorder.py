@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
-from domain.events import encode, event_name
+from domain.events import encode, event_name, images_of
 from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports.log import Append, EventLog, Start
@@ -109,6 +109,7 @@ class Recorder:
             terminal=after.finished,
             start=start,
             not_after=not_after,
+            images=images_of(event),
         )
         return append, after
 

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.log.WholeLog`: grants of credit."""
+"""The contract of `support.builders.WholeLog`: grants of credit."""
 
 import asyncio
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.log.WholeLog`: followers, reads, cursors and undelivered ends."""
+"""The contract of `support.builders.WholeLog`: followers, reads, cursors and undelivered ends."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.log.WholeLog`: removal, retention and lists of generations."""
+"""The contract of `support.builders.WholeLog`: removal, retention and lists of generations."""
 
 import asyncio
 import contextlib

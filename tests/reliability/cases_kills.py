@@ -413,14 +413,14 @@ _EVENT: Final = """
 """
 _BALANCES: Final = """
     SELECT user_id, credit,
-        (SELECT count(*) FROM generations WHERE user = users.id AND reserved),
-        (SELECT count(*) FROM events WHERE user = users.id AND name = 'generation_failed'),
-        (SELECT coalesce(sum(amount), 0) FROM grants WHERE user = users.id)
+        (SELECT count(*) FROM generations WHERE owner = users.id AND reserved),
+        (SELECT count(*) FROM events WHERE owner = users.id AND name = 'generation_failed'),
+        (SELECT coalesce(sum(amount), 0) FROM grants WHERE owner = users.id)
     FROM users
 """
 _NEVER: Final = (
     "SELECT generation FROM events GROUP BY generation HAVING min(sequence) <> 1 OR max(sequence) <> count(*)",
-    "SELECT users.id FROM users JOIN events ON user = users.id GROUP BY users.id"
+    "SELECT users.id FROM users JOIN events ON owner = users.id GROUP BY users.id"
     " HAVING max(position) <> count(*) OR max(position) <> head",
     """SELECT generations.id FROM generations JOIN events ON generation = generations.id GROUP BY generations.id HAVING
         sum(name IN ('generation_completed', 'generation_failed')) <> (end_position IS NOT NULL)

@@ -111,7 +111,7 @@ ONE: Final = {
     "a position ahead": "UPDATE events SET position = 20 WHERE generation = {g} AND sequence = 8",
     "a position that is text": "UPDATE events SET position = 'x' WHERE generation = {g} AND sequence = 2",
     "a negative event id": "UPDATE events SET event_id = -7 WHERE generation = {g} AND sequence = 2",
-    "another's event": "UPDATE events SET user = 2, position = 90 WHERE generation = {g} AND sequence = 2",
+    "another's event": "UPDATE events SET owner = 2, position = 90 WHERE generation = {g} AND sequence = 2",
     "an end that is none": "UPDATE generations SET end_position = NULL WHERE id = {g}",
     "an impossible moment": "UPDATE generations SET ended_at = 1 << 62 WHERE id = {g}",
     "a flag that is none": "UPDATE generations SET reserved = 'x' WHERE id = {g}",
@@ -168,7 +168,7 @@ async def test_a_start_checks_only_what_is_unfinished_and_the_rest_is_checked_wh
 ) -> None:
     for [generation] in rows(path, "SELECT id FROM generations WHERE idempotency_key LIKE 'key of %'"):
         change(path, ONE["a broken order"].format(g=generation))
-    waiting = "(SELECT max(id) FROM generations WHERE user = 1)"
+    waiting = "(SELECT max(id) FROM generations WHERE owner = 1)"
     change(path, ONE["a broken order"].format(g=waiting))
 
     def said() -> int:
@@ -237,7 +237,7 @@ async def test_who_knows_that_a_damaged_generation_runs_is_told_that_its_past_is
         assert cursor.live == feed.head
         position, before = feed.entries[-2].position, feed.entries[-2].event_id
     change(
-        path, "UPDATE events SET event = x'7b' WHERE user = 1 AND sequence = 2 AND name = 'continue' AND position > 15"
+        path, "UPDATE events SET event = x'7b' WHERE owner = 1 AND sequence = 2 AND name = 'continue' AND position > 15"
     )
     async with opened(path) as life:
         for live, event_id in ((cursor.live, cursor.event_id), (position, before)):
@@ -279,8 +279,8 @@ async def test_a_session_that_cannot_be_read_is_none(path: Path) -> None:
     async with opened(path) as life:
         sessions = SqliteSessions(life.database, DAY)
         damage = (
-            "untold = '['",
-            "untold = '{\"a\": 1}'",
+            "open_tombstones = '['",
+            "open_tombstones = '{\"a\": 1}'",
             "expires_at = 1 << 62",
             "live = 'x'",
             "user_id = x'ff'",
@@ -325,7 +325,7 @@ def damage_at_random(path: Path, chance: random.Random, count: int) -> None:
             table = chance.choice(["users", "generations", "events", "events", "grants", "sessions"])
             column = chance.choice([row[1] for row in connection.execute(f"PRAGMA table_info({table})")])
             where = (
-                f"WHERE {'user' if table == 'grants' else 'id'} = {chance.randint(1, 40 if table == 'events' else 15)}"
+                f"WHERE {'owner' if table == 'grants' else 'id'} = {chance.randint(1, 40 if table == 'events' else 15)}"
             )
             statement = f"UPDATE {table} SET {column} = {chance.choice(_VALUES)} {where}"
             try:

@@ -448,3 +448,26 @@ async def test_a_thread_whose_work_breaks_off_goes_on() -> None:
         await thread.submit(0)
     assert await thread.submit(5) == 2
     thread.close()
+
+
+#: PostgreSQL's reserved words (as of version 18), which cannot name a column without quotes.
+RESERVED: Final = """
+    all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate collation
+    column concurrently constraint create cross current_catalog current_date current_role current_schema
+    current_time current_timestamp current_user default deferrable desc distinct do else end except false fetch for
+    foreign freeze from full grant group having ilike in initially inner intersect into is isnull join lateral
+    leading left like limit localtime localtimestamp natural not notnull null offset on only or order outer overlaps
+    placing primary references returning right select session_user similar some symmetric system_user table
+    tablesample then to trailing true union unique user using variadic verbose when where window with
+"""
+
+
+def test_no_table_and_no_column_is_named_by_a_reserved_word() -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        for step in SCHEMA:
+            connection.executescript(step)
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        columns = {row[1] for table in tables for row in connection.execute(f"PRAGMA table_info({table})")}
+        assert (tables | columns).isdisjoint(RESERVED.split())
+        for word in tables | columns:
+            connection.execute(f"CREATE TABLE test_{word} ({word})")

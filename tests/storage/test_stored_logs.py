@@ -10,8 +10,10 @@ from typing import Any, Final
 
 import pytest
 
-from adapters.sqlite.database import SCHEMA
+from adapters.sqlite.database import SCHEMA, examine
+from domain.events import decode, images_of
 from support.harness import Running, running
+from support.sqlite_files import opened
 from support.wire import Wire
 
 FOLDER: Final = Path(__file__).parent / "stored_logs"
@@ -68,6 +70,25 @@ async def test_a_log_of_an_earlier_version_is_served_as_it_was(name: str, tmp_pa
     connection = sqlite3.connect(file)
     assert connection.execute("PRAGMA user_version").fetchone() == (len(SCHEMA),)
     connection.close()
+
+
+@pytest.mark.parametrize("name", sorted(each.stem for each in FOLDER.glob("*.sql")))
+async def test_the_images_of_earlier_events_are_known_by_name_and_a_check_only_reads(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "log.db"
+    connection = sqlite3.connect(file)
+    connection.executescript((FOLDER / f"{name}.sql").read_text())
+    connection.close()
+    before = file.read_bytes()
+    assert examine(file).damage == []
+    assert file.read_bytes() == before
+
+    named = 0
+    async with opened(file) as life:
+        for user in ("ada", "bob"):
+            for entry in (await life.log.feed(user, after=0, anchor=0, limit=1_000)).entries:
+                assert entry.images == (images_of(decode(entry.event)) if entry.event else {})
+                named += len(entry.images)
+    assert named > 20
 
 
 async def are_served(service: Running, user: str, expected: JSON, unfinished: Any) -> None:

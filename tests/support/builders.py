@@ -21,7 +21,7 @@ from adapters.memory.sessions import MemorySessions
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from adapters.system import now
-from domain.events import encode, event_name
+from domain.events import encode, event_name, images_of
 from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports.leases import WorkQueue
@@ -160,6 +160,7 @@ def append_for(
         start=start,
         not_after=not_after,
         free=free,
+        images=images_of(event),
     )
     return append, after
 

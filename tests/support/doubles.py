@@ -243,7 +243,7 @@ class InMemoryUpload:
 
 
 class ForwardingLog:
-    """`domain.ports.log.WholeLog` that passes everything on to another, over a line with a delay."""
+    """`support.builders.WholeLog` that passes everything on to another, over a line with a delay."""
 
     def __init__(self, log: WholeLog) -> None:
         self.inner = log

@@ -7,12 +7,13 @@ positions, ids), and a user's feed is a list of generations by position: about 7
 import bisect
 import logging
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
 from itertools import islice
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
 from domain.errors import (
     AlreadyStarted,
@@ -32,17 +33,32 @@ from domain.ports.system import Clock
 
 logger = logging.getLogger(__name__)
 
+_NO_IMAGES: Final[Mapping[str, str]] = MappingProxyType({})
+
 
 class _Record:
     """One generation."""
 
-    __slots__ = ("end_name", "ended_at", "events", "free", "generation_id", "ids", "positions", "start", "user")
+    __slots__ = (
+        "end_name",
+        "ended_at",
+        "events",
+        "free",
+        "generation_id",
+        "ids",
+        "images",
+        "positions",
+        "start",
+        "user",
+    )
 
     def __init__(self, user: "_User", generation_id: str, start: Start) -> None:
         self.user = user
         self.generation_id = generation_id
         self.start = start
         self.events: list[bytes] = []
+        #: By index of the event; only of events with images.
+        self.images: dict[int, Mapping[str, str]] = {}
         self.positions = array("Q")
         self.ids = array("Q")
         self.ended_at: datetime | None = None
@@ -70,6 +86,7 @@ class _Record:
             self.events[index] if self.events else None,
             self.positions[0],
             self.end,
+            self.images.get(index, _NO_IMAGES),
         )
 
     def at(self, position: int) -> Logged:
@@ -193,6 +210,8 @@ class MemoryLog:
             if start.key is not None:
                 user.keys[start.key] = entry.generation_id
         user.feed.append(record)
+        if entry.images:
+            record.images[len(record.events)] = entry.images
         record.events.append(event)
         record.positions.append(user.head)
         record.ids.append(entry.event_id)
@@ -319,6 +338,7 @@ class MemoryLog:
                 del user.keys[record.start.key]
             self._undelivered.pop(generation_id, None)
             record.events.clear()
+            record.images.clear()
             record.start = replace(record.start, order=b"")
             user.deleted.append(record)
         if retention and record.positions[-1] > user.floor:

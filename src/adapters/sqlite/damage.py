@@ -65,7 +65,7 @@ class _User(NamedTuple):
 class _Generation(NamedTuple):
     id: Any
     generation_id: Any
-    user: Any
+    owner: Any
     kind: Any
     order_json: Any
     idempotency_key: Any
@@ -87,13 +87,14 @@ class _Generation(NamedTuple):
 
 class _Event(NamedTuple):
     id: Any
-    user: Any
+    owner: Any
     position: Any
     generation: Any
     sequence: Any
     event_id: Any
     name: Any
     event: Any
+    images: Any
 
 
 class Damaged(NamedTuple):
@@ -154,8 +155,8 @@ def _check_users(connection: sqlite3.Connection, epoch: str) -> Users:
             head_id = _event_id_at(connection, user.id, head)
             feeds.append((user.id, head, head, _zero_id(epoch, user) if head_id is None else head_id))
     unreadable = (
-        "SELECT user FROM grants WHERE typeof(amount) != 'integer' OR typeof(credit) != 'integer'"
-        " OR user NOT IN (SELECT id FROM users)"
+        "SELECT owner FROM grants WHERE typeof(amount) != 'integer' OR typeof(credit) != 'integer'"
+        " OR owner NOT IN (SELECT id FROM users)"
     )
     users += [(user, "a record of a grant cannot be read") for (user,) in connection.execute(unreadable)]
     return Users(heads, owners, users, feeds)
@@ -163,7 +164,7 @@ def _check_users(connection: sqlite3.Connection, epoch: str) -> Users:
 
 def _users_of(connection: sqlite3.Connection, keys: Collection[int]) -> Users:
     """The users of these generations, after the corrections of `_check_users`."""
-    query = "SELECT id, user_id, head FROM users WHERE id IN (SELECT user FROM generations WHERE id IN"
+    query = "SELECT id, user_id, head FROM users WHERE id IN (SELECT owner FROM generations WHERE id IN"
     rows = connection.execute(f"{query} (SELECT value FROM json_each(?)))", (json.dumps(list(keys)),)).fetchall()
     return Users({user: head for user, _, head in rows}, {user for user, name, _ in rows if _is_user_id(name)})
 
@@ -177,7 +178,7 @@ def _damaged(connection: sqlite3.Connection, keys: Iterable[int], users: Users) 
             rows = connection.execute(f"{_EVENTS} WHERE generation = ? ORDER BY sequence", (key,))
             events = list(map(_Event._make, rows))
             if reason := _reason(generation, events, users):
-                yield Damaged(generation.name, generation.user, reason, generation.reserved != 0, generation, events)
+                yield Damaged(generation.name, generation.owner, reason, generation.reserved != 0, generation, events)
 
 
 def _without_row(connection: sqlite3.Connection) -> Iterator[Damaged]:
@@ -187,18 +188,18 @@ def _without_row(connection: sqlite3.Connection) -> Iterator[Damaged]:
     rows = map(_Event._make, connection.execute(f"{_EVENTS} WHERE id IN ({ids}) ORDER BY generation, sequence"))
     for key, group in itertools.groupby(rows, lambda event: event.generation):
         events = list(group)
-        yield Damaged(f"(row {key!r:.20})", events[0].user, "its row is missing", False, None, events)
+        yield Damaged(f"(row {key!r:.20})", events[0].owner, "its row is missing", False, None, events)
 
 
 def _reason(generation: _Generation, events: Sequence[_Event], users: Users) -> str | None:
     """The damage of the generation; ``None`` if it is intact."""
-    head = users.heads.get(generation.user)
+    head = users.heads.get(generation.owner)
     if not events:
         return None if _is_emptied(generation) and head is not None else "it has no events"
-    if head is None or (generation.user not in users.owners and not generation.deleted):
+    if head is None or (generation.owner not in users.owners and not generation.deleted):
         return "its user cannot be read"
     positions = [event.position for event in events]
-    if not all(_is_placed(event, generation.user, head) for event in events) or positions != sorted(positions):
+    if not all(_is_placed(event, generation.owner, head) for event in events) or positions != sorted(positions):
         return "a position of its events is impossible"
     if [event.sequence for event in events] != list(range(1, len(events) + 1)):
         return "the sequence of its events has a gap"
@@ -257,12 +258,20 @@ def _is_event(row: _Event, generation: _Generation) -> bool:
         return False
     stated = (event.generation_id, event.kind, event.sequence, event_name(event.status))
     expected = (generation.generation_id, generation.kind, row.sequence, row.name)
-    return stated == expected and event.status in FLOWS[cast(Kind, generation.kind)]
+    return stated == expected and event.status in FLOWS[cast(Kind, generation.kind)] and _is_images(row.images)
+
+
+def _is_images(value: object) -> bool:
+    try:
+        images = {} if value is None else json.loads(cast(str, value))
+    except (TypeError, ValueError):
+        return False
+    return isinstance(images, dict) and all(isinstance(name, str) for name in images.values())
 
 
 def _is_placed(event: _Event, user: object, head: int) -> bool:
     """Whether its position in the feed is valid."""
-    return event.user == user and _is_int(event.position, 1, head) and _is_int(event.event_id, 0, 2**63 - 1)
+    return event.owner == user and _is_int(event.position, 1, head) and _is_int(event.event_id, 0, 2**63 - 1)
 
 
 def _is_feed(connection: sqlite3.Connection, user: _User, epoch: str) -> bool:
@@ -284,14 +293,14 @@ def _zero_id(epoch: str, user: _User) -> int:
 def _last_position(connection: sqlite3.Connection, user: int) -> int:
     """The highest valid position; 0 if there is none."""
     query = (
-        "SELECT max(position) FROM events WHERE user = ? AND position BETWEEN 1 AND ? AND typeof(position) = 'integer'"
+        "SELECT max(position) FROM events WHERE owner = ? AND position BETWEEN 1 AND ? AND typeof(position) = 'integer'"
     )
     (position,) = connection.execute(query, (user, _LAST_POSITION)).fetchone()
     return position or 0
 
 
 def _event_id_at(connection: sqlite3.Connection, user: int, position: int) -> int | None:
-    query = "SELECT event_id FROM events WHERE user = ? AND position = ?"
+    query = "SELECT event_id FROM events WHERE owner = ? AND position = ?"
     row = connection.execute(query, (user, position)).fetchone()
     return row[0] if row and _is_int(row[0], 0, 2**63 - 1) else None
 
@@ -355,7 +364,7 @@ class DamageChecker:
                 feed = (head, floor, floor_id, user)
                 connection.execute("UPDATE users SET head = ?, floor = ?, floor_id = ? WHERE id = ?", feed)
             # No event may be above the head, where the next one is appended.
-            ahead = "SELECT generation FROM users CROSS JOIN events ON user = users.id AND position > head"
+            ahead = "SELECT generation FROM users CROSS JOIN events ON owner = users.id AND position > head"
             unfinished = "SELECT id FROM generations WHERE end_position IS NULL"
             query = f"SELECT id FROM generations WHERE id IN ({unfinished} UNION {ahead})"
             keys = [key for (key,) in connection.execute(query)]
@@ -423,7 +432,7 @@ def _move_rows(connection: sqlite3.Connection, damaged: Damaged, owner: int) -> 
         damaged.generation.id
         if damaged.generation
         else connection.execute(
-            "INSERT INTO generations (generation_id, user, kind, order_json, fingerprint, reserved, first_position)"
+            "INSERT INTO generations (generation_id, owner, kind, order_json, fingerprint, reserved, first_position)"
             " VALUES ('damaged_0_' || lower(hex(randomblob(8))), ?, 'edit', x'', '', 0, 0)",
             (owner,),
         ).lastrowid
@@ -453,14 +462,14 @@ def _write_tombstone(connection: sqlite3.Connection, damaged: Damaged, owner: in
     end_event = None
     for sequence, tombstone in enumerate(tombstones, 1):
         end_event = connection.execute(
-            "INSERT INTO events (user, generation, sequence, position, event_id, name) VALUES (?, ?, ?, ?, ?, '')",
+            "INSERT INTO events (owner, generation, sequence, position, event_id, name) VALUES (?, ?, ?, ?, ?, '')",
             (owner, row, sequence, *tombstone),
         ).lastrowid
     named = before.generation_id if before and before.name == before.generation_id else f"damaged_0_{row}"
     ended_at = before.ended_at if before and _is_int(before.ended_at, 0, _LAST_MOMENT) else None
     span = (tombstones[0][0], tombstones[-1][0]) if tombstones else (0, 0)
     connection.execute(
-        "UPDATE generations SET generation_id = ?, user = ?, kind = 'edit', order_json = x'', idempotency_key = NULL,"
+        "UPDATE generations SET generation_id = ?, owner = ?, kind = 'edit', order_json = x'', idempotency_key = NULL,"
         " fingerprint = '', reserved = 0, first_position = ?, end_position = ?, end_event = ?, deleted = 1,"
         " ended_at = coalesce(?, unixepoch() * 1000000), undelivered = 0 WHERE id = ?",
         (named, owner, *span, end_event, ended_at, row),
@@ -494,7 +503,7 @@ def _report(connection: sqlite3.Connection, found: Sequence[Damaged], users: Use
         columns = ", ".join(_Generation._fields)
         for reason, *row in connection.execute(f"SELECT reason, {columns} FROM damaged_generations ORDER BY tombstone"):
             generation = _Generation._make(row)
-            damaged.append((generation.name, generation.user, f"{reason} (set aside)", generation.reserved != 0))
+            damaged.append((generation.name, generation.owner, f"{reason} (set aside)", generation.reserved != 0))
     lines = [
         f"generation {name} of user {_user_name(connection, user)}: {reason}; "
         + ("a person has to decide whether to refund its 1 credit" if reserved else "it took no credit")

@@ -132,6 +132,33 @@ SCHEMA: Final[tuple[str, ...]] = (
     """
     ALTER TABLE generations ADD COLUMN free INTEGER NOT NULL DEFAULT 0;  -- the work of its present stage costs nothing
     """,
+    # USER is a reserved word of PostgreSQL. The images of an event were only in the URLs of its JSON.
+    """
+    ALTER TABLE generations RENAME COLUMN user TO owner;
+    ALTER TABLE events RENAME COLUMN user TO owner;
+    ALTER TABLE grants RENAME COLUMN user TO owner;
+    ALTER TABLE damaged_generations RENAME COLUMN user TO owner;
+    ALTER TABLE damaged_events RENAME COLUMN user TO owner;
+    ALTER TABLE sessions RENAME COLUMN untold TO open_tombstones;
+    ALTER TABLE events ADD COLUMN images TEXT;  -- JSON: the names of its pictures by field; NULL: it has none
+    ALTER TABLE damaged_events ADD COLUMN images;
+    UPDATE events SET images = found.images FROM (
+        SELECT events.id,
+            json_group_object(field, substr(url.value, instr(url.value, '/' || generation_id || '-') + 1)) AS images
+        FROM events
+        JOIN generations ON generations.id = events.generation
+        JOIN json_each(iif(json_valid(CAST(event AS TEXT)), CAST(event AS TEXT), '{}')) AS url
+        JOIN (
+            SELECT 'compositionUrl' AS key, 'composition_url' AS field UNION ALL
+            SELECT 'previewUrl', 'preview_url' UNION ALL
+            SELECT 'editedImageUrl', 'edited_image_url' UNION ALL
+            SELECT 'generatedImageUrl', 'generated_image_url' UNION ALL
+            SELECT 'faceSwapUrl', 'face_swap_url'
+        ) AS fields ON fields.key = url.key
+        WHERE event IS NOT NULL AND url.type = 'text' AND url.value GLOB '*/' || generation_id || '-*'
+        GROUP BY events.id
+    ) AS found WHERE found.id = events.id;
+    """,
 )
 
 _HEADER: Final = b"SQLite format 3\0"
@@ -355,12 +382,9 @@ def examine(path: Path) -> Examined:
             untouched = not wal.exists()
             name = f"{path.as_uri()}?mode=ro{'&immutable=1' if untouched else ''}"
             with contextlib.closing(_connect(name, uri=True)) as connection:
-                connection.execute("BEGIN")
-                _check_version(path, connection, len(SCHEMA))
-                epoch = _epoch(path, connection)
-                damage = sqlite_damage.report(connection, epoch) if epoch is not None else []
+                examined = _examine(path, connection)
             if not untouched or not wal.exists():
-                return Examined(damage, epoch)
+                return examined
     except FileNotFoundError:
         return Examined([])
     except LogDamaged as damaged:
@@ -369,6 +393,20 @@ def examine(path: Path) -> Examined:
         if _is_corrupt(error):
             return Examined([_MALFORMED.format(path)])
         raise StorageRefused(f"The log {path} cannot be opened: {_reason(error)}.") from None
+
+
+def _examine(path: Path, connection: sqlite3.Connection) -> Examined:
+    connection.execute("BEGIN")
+    version = _check_version(path, connection, len(SCHEMA))
+    epoch = _epoch(path, connection)
+    if epoch is None:
+        return Examined()
+    if version == len(SCHEMA):
+        return Examined(sqlite_damage.report(connection, epoch), epoch)
+    with contextlib.closing(_connect("")) as copy:  # A temporary file, which is removed when it is closed.
+        connection.backup(copy)
+        _migrate(copy, version)
+        return Examined(sqlite_damage.report(copy, epoch), epoch)
 
 
 # --- values --------------------------------------------------------------------------------
@@ -464,6 +502,12 @@ def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) 
     version = _check_version(path, connection, len(schema))
     if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
         raise StorageRefused(f"The log {path} cannot be opened: its file system has no write-ahead logging.")
+    _migrate(connection, version, schema)
+    for pragma in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON", "wal_autocheckpoint = 0"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _migrate(connection: sqlite3.Connection, version: int, schema: Sequence[str] = SCHEMA) -> None:
     for step, script in enumerate(schema[version:], version + 1):
         try:
             connection.executescript(
@@ -473,8 +517,6 @@ def _prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) 
         except sqlite3.Error:
             connection.rollback()
             raise
-    for pragma in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON", "wal_autocheckpoint = 0"):
-        connection.execute(f"PRAGMA {pragma}")
 
 
 def _epoch(path: Path, connection: sqlite3.Connection) -> str | None:

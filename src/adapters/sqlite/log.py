@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from adapters.sqlite.damage import CREDIT, DamageFound, log_damage
 from adapters.sqlite.database import Database, Operation, T, is_text, microseconds
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 #: A position beyond every other.
 _BEYOND: Final = 2**63 - 1
 
-#: The columns are the fields of `domain.feed.Logged`.
+#: For `_logged`.
 _ENTRIES: Final = """
     SELECT users.user_id, events.position, events.event_id, generations.generation_id, events.sequence, events.name,
-        events.event, generations.first_position, generations.end_position
+        events.event, generations.first_position, generations.end_position, events.images
     FROM events
     JOIN generations ON generations.id = events.generation
-    JOIN users ON users.id = events.user
+    JOIN users ON users.id = events.owner
 """
 
 #: What an append is checked against: the current user and generation, NULL if there is none.
@@ -60,25 +60,25 @@ _STATE: Final = f"""
 #: A user's feed, with the event id and the open tombstones at an anchor.
 _FEED: Final = """
     SELECT id, head, floor, floor_id,
-        (SELECT event_id FROM events WHERE user = users.id AND position = :anchor),
+        (SELECT event_id FROM events WHERE owner = users.id AND position = :anchor),
         (
             SELECT json_group_array(first_position) FROM generations
-            WHERE user = users.id AND deleted = 1 AND end_position > :anchor AND first_position <= :anchor
+            WHERE owner = users.id AND deleted = 1 AND end_position > :anchor AND first_position <= :anchor
         )
     FROM users WHERE user_id = :user_id
 """
 
 _HEAD: Final = """
     SELECT head, floor, floor_id,
-        (SELECT event_id FROM events WHERE user = users.id AND position = head),
-        (SELECT min(first_position) FROM generations WHERE user = users.id AND end_position IS NULL)
+        (SELECT event_id FROM events WHERE owner = users.id AND position = head),
+        (SELECT min(first_position) FROM generations WHERE owner = users.id AND end_position IS NULL)
     FROM users WHERE user_id = ?
 """
 
 #: Generations without their events.
 _GENERATIONS: Final = """
     SELECT generations.id, users.user_id, generation_id, kind, order_json, free
-    FROM generations JOIN users ON users.id = generations.user
+    FROM generations JOIN users ON users.id = generations.owner
 """
 _OF_USER: Final = f"""{_GENERATIONS}
     WHERE users.user_id = ? AND deleted = 0 AND first_position < ? {{}} ORDER BY first_position DESC LIMIT ?
@@ -95,7 +95,7 @@ _NAMED: Final = "SELECT id FROM generations WHERE generation_id = ?"
 _IN_FEED: Final = """
     SELECT DISTINCT generations.id
     FROM (
-        SELECT generation FROM events WHERE user = (SELECT id FROM users WHERE user_id = ?) AND position >= ?
+        SELECT generation FROM events WHERE owner = (SELECT id FROM users WHERE user_id = ?) AND position >= ?
         ORDER BY position LIMIT 1 + ?
     ) JOIN generations ON generations.id = generation
 """
@@ -104,8 +104,8 @@ _IN_FEED: Final = """
 _SINCE_OLDEST: Final = """
     SELECT DISTINCT generations.id
     FROM users
-    JOIN events ON events.user = users.id AND position >=
-        coalesce((SELECT min(first_position) FROM generations WHERE user = users.id AND end_position IS NULL), head)
+    JOIN events ON events.owner = users.id AND position >=
+        coalesce((SELECT min(first_position) FROM generations WHERE owner = users.id AND end_position IS NULL), head)
     JOIN generations ON generations.id = generation
     WHERE user_id = ?
 """
@@ -146,7 +146,7 @@ class SqliteLog:
         )
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
-        where = "WHERE user = (SELECT id FROM users WHERE user_id = ?) AND idempotency_key = ?"
+        where = "WHERE owner = (SELECT id FROM users WHERE user_id = ?) AND idempotency_key = ?"
         row = await self._read(
             lambda connection: connection.execute(
                 f"SELECT generation_id, fingerprint FROM generations {where}", (user_id, key)
@@ -214,9 +214,9 @@ class SqliteLog:
             if row is None:
                 return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, ())
             user, head, floor, floor_id, id_there, deleted_spans = row
-            where = "WHERE events.user = ? AND events.position > ? ORDER BY events.position LIMIT ?"
+            where = "WHERE events.owner = ? AND events.position > ? ORDER BY events.position LIMIT ?"
             rows = connection.execute(f"{_ENTRIES} {where}", (user, after, limit)) if limit else ()
-            entries = [Logged._make(row) for row in rows]
+            entries = list(map(_logged, rows))
             upto = max(after, head) if len(entries) < limit else entries[-1].position if entries else after
             anchor_id = floor_id if anchor == floor else id_there if anchor > floor else None
             return Feed(entries, upto, head, floor, anchor_id, json.loads(deleted_spans))
@@ -243,7 +243,7 @@ class SqliteLog:
     async def standing(self, user_id: str) -> Standing:
         row = await self._database.read(
             lambda connection: connection.execute(
-                f"SELECT {CREDIT}, (SELECT count(*) FROM generations WHERE user = users.id AND end_position IS NULL)"
+                f"SELECT {CREDIT}, (SELECT count(*) FROM generations WHERE owner = users.id AND end_position IS NULL)"
                 " FROM users WHERE user_id = ?",
                 (user_id,),
             ).fetchone()
@@ -261,7 +261,7 @@ class SqliteLog:
             row = connection.execute(f"SELECT id, {CREDIT} FROM users WHERE user_id = ?", (user_id,)).fetchone()
             user, kept = row or (None, None)
             before = connection.execute(
-                "SELECT amount, credit FROM grants WHERE user = ? AND idempotency_key = ?"
+                "SELECT amount, credit FROM grants WHERE owner = ? AND idempotency_key = ?"
                 " AND typeof(amount) = 'integer' AND typeof(credit) = 'integer'",
                 (user, key),
             ).fetchone()
@@ -276,7 +276,7 @@ class SqliteLog:
                 connection.execute("UPDATE users SET credit = ? WHERE id = ?", (credit, user))
             if key is not None:
                 connection.execute(
-                    "REPLACE INTO grants (user, idempotency_key, amount, credit, until) VALUES (?, ?, ?, ?, ?)",
+                    "REPLACE INTO grants (owner, idempotency_key, amount, credit, until) VALUES (?, ?, ?, ?, ?)",
                     (user, key, amount, credit, microseconds(until)),
                 )
             return credit
@@ -294,7 +294,7 @@ class SqliteLog:
             return []
         where = "WHERE undelivered = 1 AND events.id = end_event ORDER BY end_event LIMIT ?"
         return await self._read(
-            lambda connection: [Logged._make(row) for row in connection.execute(f"{_ENTRIES} {where}", (limit,))],
+            lambda connection: list(map(_logged, connection.execute(f"{_ENTRIES} {where}", (limit,)))),
             "SELECT id FROM generations WHERE undelivered = 1 ORDER BY end_event LIMIT ?",
             (limit,),
         )
@@ -346,7 +346,7 @@ class SqliteLog:
             where = "WHERE events.generation = ? AND events.sequence = ? AND events.event_id = ?"
             parameters = (generation, entry.sequence, entry.event_id)
             if row := connection.execute(f"{_ENTRIES} {where}", parameters).fetchone():
-                return _Appended(Logged._make(row), new=False)
+                return _Appended(_logged(row), new=False)
         if entry.not_after is not None and self._clock() > entry.not_after:
             raise LogUnavailable
         if start is not None and start.key is not None:
@@ -374,10 +374,11 @@ class SqliteLog:
             connection.execute("UPDATE users SET head = ?, credit = ? WHERE id = ?", (position, credit, user))
         if start is not None:
             first, generation = position, _insert_generation(connection, entry, start, user, position, reserved)
+        images = json.dumps(dict(entry.images)) if entry.images else None
         inserted = connection.execute(
-            "INSERT INTO events (user, position, generation, sequence, event_id, name, event)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (user, position, generation, entry.sequence, entry.event_id, entry.name, event),
+            "INSERT INTO events (owner, position, generation, sequence, event_id, name, event, images)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (user, position, generation, entry.sequence, entry.event_id, entry.name, event, images),
         )
         if entry.free != (free == 1):
             connection.execute("UPDATE generations SET free = ? WHERE id = ?", (entry.free, generation))
@@ -387,10 +388,8 @@ class SqliteLog:
                 "UPDATE generations SET end_position = ?, ended_at = ?, end_event = ?, undelivered = ? WHERE id = ?",
                 (position, microseconds(entry.at), inserted.lastrowid, self._outbox, generation),
             )
-        logged = Logged(
-            entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence, entry.name, event, first, end
-        )
-        return _Appended(logged, new=True)
+        place = entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence
+        return _Appended(Logged(*place, entry.name, event, first, end, entry.images), new=True)
 
     def _insert_user(self, connection: sqlite3.Connection, user_id: str, head: int, credit: int | None) -> int:
         inserted = connection.execute(
@@ -408,13 +407,17 @@ class SqliteLog:
                 logger.error("a follower of the log failed: %s", type(error).__name__)
 
 
+def _logged(row: Sequence[Any]) -> Logged:
+    return Logged._make((*row[:-1], json.loads(row[-1]) if row[-1] else {}))
+
+
 def _histories(connection: sqlite3.Connection, generations: sqlite3.Cursor) -> list[History]:
     """The generations of a `_GENERATIONS` query with their events, read in one query."""
     rows = generations.fetchall()
     events: dict[str, list[Logged]] = {generation_id: [] for _, _, generation_id, *_ in rows}
     where = "WHERE events.generation IN (SELECT value FROM json_each(?)) ORDER BY events.generation, events.sequence"
     for row in connection.execute(f"{_ENTRIES} {where}", (json.dumps([row[0] for row in rows]),)) if rows else ():
-        entry = Logged._make(row)
+        entry = _logged(row)
         events[entry.generation_id].append(entry)
     return [
         History(user_id, generation_id, kind, order, events[generation_id], free == 1)
@@ -424,7 +427,7 @@ def _histories(connection: sqlite3.Connection, generations: sqlite3.Cursor) -> l
 
 def _check_key(connection: sqlite3.Connection, user: int | None, key: str, fingerprint: str) -> None:
     row = connection.execute(
-        "SELECT generation_id, fingerprint FROM generations WHERE user = ? AND idempotency_key = ?", (user, key)
+        "SELECT generation_id, fingerprint FROM generations WHERE owner = ? AND idempotency_key = ?", (user, key)
     ).fetchone()
     if row is not None:
         if row[1] != fingerprint:
@@ -435,7 +438,7 @@ def _check_key(connection: sqlite3.Connection, user: int | None, key: str, finge
 def _active(connection: sqlite3.Connection, user: int | None) -> int:
     """How many unfinished generations the user has."""
     (count,) = connection.execute(
-        "SELECT count(*) FROM generations WHERE user = ? AND end_position IS NULL", (user,)
+        "SELECT count(*) FROM generations WHERE owner = ? AND end_position IS NULL", (user,)
     ).fetchone()
     return int(count)
 
@@ -444,7 +447,7 @@ def _insert_generation(
     connection: sqlite3.Connection, entry: Append, start: Start, user: int, first: int, reserved: bool
 ) -> int | None:
     return connection.execute(
-        "INSERT INTO generations (generation_id, user, kind, order_json, idempotency_key, fingerprint, reserved,"
+        "INSERT INTO generations (generation_id, owner, kind, order_json, idempotency_key, fingerprint, reserved,"
         " first_position) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (entry.generation_id, user, start.kind, start.order, start.key, start.fingerprint, reserved, first),
     ).lastrowid
@@ -452,8 +455,8 @@ def _insert_generation(
 
 def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool) -> bool:
     row = connection.execute(
-        "SELECT generations.id, user, end_position, deleted, floor"
-        " FROM generations JOIN users ON users.id = user WHERE generation_id = ?",
+        "SELECT generations.id, owner, end_position, deleted, floor"
+        " FROM generations JOIN users ON users.id = owner WHERE generation_id = ?",
         (generation_id,),
     ).fetchone()
     if row is None:
@@ -466,16 +469,16 @@ def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool)
     if retention and end > floor:
         floor = end
         connection.execute(
-            "UPDATE users SET floor = ?, floor_id = (SELECT event_id FROM events WHERE user = ? AND position = ?)"
+            "UPDATE users SET floor = ?, floor_id = (SELECT event_id FROM events WHERE owner = ? AND position = ?)"
             " WHERE id = ?",
             (end, user, end, user),
         )
-    connection.execute("UPDATE events SET event = NULL WHERE generation = ?", (generation,))
+    connection.execute("UPDATE events SET event = NULL, images = NULL WHERE generation = ?", (generation,))
     connection.execute(
         "UPDATE generations SET deleted = 1, order_json = x'', idempotency_key = NULL, fingerprint = '',"
         " undelivered = 0 WHERE id = ?",
         (generation,),
     )
     # Deletes their events too (ON DELETE CASCADE).
-    connection.execute("DELETE FROM generations WHERE user = ? AND deleted = 1 AND end_position <= ?", (user, floor))
+    connection.execute("DELETE FROM generations WHERE owner = ? AND deleted = 1 AND end_position <= ?", (user, floor))
     return True

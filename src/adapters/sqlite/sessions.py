@@ -38,7 +38,7 @@ class SqliteSessions:
             )
             connection.execute(
                 "REPLACE INTO sessions"
-                " (pid, user_id, expires_at, service, live, event_id, seen, untold, head, tag, touched_at)"
+                " (pid, user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag, touched_at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
@@ -55,17 +55,17 @@ class SqliteSessions:
             return None
         row = await self._database.read(
             lambda connection: connection.execute(
-                "SELECT user_id, expires_at, service, live, event_id, seen, untold, head, tag"
+                "SELECT user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag"
                 " FROM sessions WHERE pid = ? AND touched_at > ?",
                 (pid, self._expired(at)),
             ).fetchone()
         )
         if row is None:
             return None
-        user_id, expires, service, live, event_id, seen, untold, head, tag = row
+        user_id, expires, service, live, event_id, seen, open_tombstones, head, tag = row
         try:
             identity = Identity(user_id, None if expires is None else moment(expires), service=bool(service))
-            cursor = Cursor(live, event_id, seen, tuple(map(int, json.loads(untold))))
+            cursor = Cursor(live, event_id, seen, tuple(map(int, json.loads(open_tombstones))))
             readable = 0 <= cursor.seen <= cursor.live and event_id >= 0 and head >= 0 and isinstance(user_id, str)
         except (TypeError, ValueError, OverflowError):
             readable = False

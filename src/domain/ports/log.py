@@ -1,8 +1,8 @@
 """The event log."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
@@ -47,6 +47,8 @@ class Append:
     not_after: datetime | None = None
     #: The provider that works in this stage is free, so the work may be repeated after a crash.
     free: bool = False
+    #: The names of the stored pictures that this event brings, by its field: ``{"composition_url": "edit_….png"}``.
+    images: Mapping[str, str] = field(default_factory=dict)
 
 
 class Gap(NamedTuple):
