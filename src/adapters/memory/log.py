@@ -15,17 +15,9 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from domain.errors import (
-    AlreadyStarted,
-    Conflict,
-    CreditsOff,
-    IdempotencyMismatch,
-    InsufficientCredit,
-    LogUnavailable,
-    NotFinished,
-    TooManyGenerations,
-)
-from domain.events import CONTINUE, NAMES, with_credit
+from domain.append_rules import Known, decide
+from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
+from domain.events import CONTINUE, NAMES
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Start
@@ -121,7 +113,8 @@ class _User:
         self.active: dict[str, _Record] = {}
         #: Deleted generations with tombstones above the floor.
         self.deleted: list[_Record] = []
-        self.keys: dict[str, str] = {}
+        #: Never has `None`.
+        self.keys: dict[str | None, str] = {}
 
     @property
     def head(self) -> int:
@@ -179,30 +172,16 @@ class MemoryLog:
         self._followers: list[Deliver] = []
 
     async def append(self, entry: Append) -> Logged:
-        record = self._records.get(entry.generation_id)
-        if record is not None and entry.event_id in record.ids[entry.sequence - 1 : entry.sequence]:
-            return record.entry(entry.sequence - 1)
-        if entry.not_after is not None and self._clock() > entry.not_after:
-            raise LogUnavailable
         user = self._users.get(entry.user_id) or self._new_user(entry.user_id)
-        start = entry.start
-        if start is not None:
-            self._check_key(user, start)
-        actual = 0 if record is None else len(record.events)
-        known = record or self._finished.get(entry.generation_id)
-        if entry.sequence != actual + 1 or (start is None) != (known is not None) or (known and known.ended_at):
-            raise Conflict(entry.sequence, actual)
-        if start is not None and len(user.active) >= start.max_unfinished:
-            raise TooManyGenerations
-        event = entry.event
-        if entry.credit is not None and self._credits is not None:
-            if user.credit + entry.credit < 0:
-                raise InsufficientCredit
-            event = with_credit(event, user.credit + entry.credit)
-            user.credit += entry.credit
-        # Nothing below can fail.
+        record = self._records.get(entry.generation_id)
+        accepted = decide(entry, self._known(entry, user, record), credits=self._credits, now=self._clock())
+        if accepted is None:
+            assert record is not None
+            return record.entry(entry.sequence - 1)
+        user.credit = accepted.credit or 0
         if record is None:
-            assert start is not None
+            assert entry.start is not None
+            start = entry.start
             record = _Record(user, entry.generation_id, start)
             self._users[user.user_id] = user
             self._records[entry.generation_id] = user.generations[entry.generation_id] = record
@@ -212,7 +191,7 @@ class MemoryLog:
         user.feed.append(record)
         if entry.images:
             record.images[len(record.events)] = entry.images
-        record.events.append(event)
+        record.events.append(accepted.event)
         record.positions.append(user.head)
         record.ids.append(entry.event_id)
         record.free = entry.free
@@ -222,7 +201,7 @@ class MemoryLog:
             self._finished[entry.generation_id] = record
             if self._outbox:
                 self._undelivered[entry.generation_id] = record
-        logged = record.entry(actual)
+        logged = record.entry(entry.sequence - 1)
         self._deliver(logged)
         return logged
 
@@ -356,13 +335,19 @@ class MemoryLog:
     async def probe(self) -> None:
         """Memory cannot fail."""
 
-    def _check_key(self, user: _User, start: Start) -> None:
-        generation_id = user.keys.get(start.key) if start.key is not None else None
-        if generation_id is None:
-            return
-        if self._records[generation_id].start.fingerprint != start.fingerprint:
-            raise IdempotencyMismatch
-        raise AlreadyStarted(generation_id)
+    def _known(self, entry: Append, user: _User, record: _Record | None) -> Known:
+        known = record or self._finished.get(entry.generation_id)  # A deleted one is no longer in `_records`.
+        begun = user.keys.get(entry.start.key) if entry.start else None
+        return Known(
+            exists=known is not None,
+            ended=known is not None and known.ended_at is not None,
+            sequence=0 if record is None else len(record.events),
+            event_id=next(iter(record.ids[entry.sequence - 1 : entry.sequence]), None) if record else None,
+            begun=IdempotencyRecord(begun, self._records[begun].start.fingerprint) if begun else None,
+            unfinished=len(user.active),
+            credit=user.credit if self._credits is not None else None,
+            reserved=self._credits is not None,
+        )
 
     def _deliver(self, logged: Logged) -> None:
         for deliver in self._followers:

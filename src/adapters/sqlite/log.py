@@ -17,17 +17,8 @@ from typing import Any, Final, NamedTuple
 
 from adapters.sqlite.damage import CREDIT, DamageFound, log_damage
 from adapters.sqlite.database import Database, Operation, T, is_text, microseconds
-from domain.errors import (
-    AlreadyStarted,
-    Conflict,
-    CreditsOff,
-    IdempotencyMismatch,
-    InsufficientCredit,
-    LogUnavailable,
-    NotFinished,
-    TooManyGenerations,
-)
-from domain.events import with_credit
+from domain.append_rules import Known, decide
+from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Start
@@ -47,14 +38,19 @@ _ENTRIES: Final = """
     JOIN users ON users.id = events.owner
 """
 
-#: What an append is checked against: the current user and generation, NULL if there is none.
-_STATE: Final = f"""
-    SELECT users.id, users.head, {CREDIT}, generations.id, generations.first_position, generations.end_position,
-        generations.reserved, generations.deleted, generations.free,
-        (SELECT max(sequence) FROM events WHERE generation = generations.id)
+#: What an append is checked against: the user's row, the generation's row, and the fields of `Known` from them.
+_KNOWN: Final = f"""
+    SELECT users.id, users.head, generations.id, generations.first_position, generations.free,
+        generations.id IS NOT NULL, generations.end_position IS NOT NULL,
+        iif(generations.deleted, 0, (SELECT max(sequence) FROM events WHERE generation = generations.id)),
+        iif(generations.deleted, NULL,
+            (SELECT event_id FROM events WHERE generation = generations.id AND sequence = :sequence)),
+        NULL,
+        (SELECT count(*) FROM generations WHERE owner = users.id AND end_position IS NULL AND :begins),
+        {CREDIT}, generations.reserved
     FROM (SELECT 1)
-    LEFT JOIN users ON users.user_id = ?
-    LEFT JOIN generations ON generations.generation_id = ?
+    LEFT JOIN users ON users.user_id = :user_id
+    LEFT JOIN generations ON generations.generation_id = :generation_id
 """
 
 #: A user's feed, with the event id and the open tombstones at an anchor.
@@ -90,6 +86,7 @@ _LISTS: Final = {
 }
 
 
+_OF_KEY: Final = "FROM generations WHERE owner = (SELECT id FROM users WHERE user_id = ?) AND idempotency_key = ?"
 _NAMED: Final = "SELECT id FROM generations WHERE generation_id = ?"
 #: Generations with events at or after a position of a feed.
 _IN_FEED: Final = """
@@ -146,15 +143,9 @@ class SqliteLog:
         )
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
-        where = "WHERE owner = (SELECT id FROM users WHERE user_id = ?) AND idempotency_key = ?"
-        row = await self._read(
-            lambda connection: connection.execute(
-                f"SELECT generation_id, fingerprint FROM generations {where}", (user_id, key)
-            ).fetchone(),
-            f"SELECT id FROM generations {where}",
-            (user_id, key),
+        return await self._read(
+            lambda connection: _begun(connection, user_id, key), f"SELECT id {_OF_KEY}", (user_id, key)
         )
-        return row and IdempotencyRecord(*row)
 
     async def generation(self, generation_id: str) -> History | None:
         def read(connection: sqlite3.Connection) -> Sequence[History]:
@@ -337,36 +328,25 @@ class SqliteLog:
                 await self._database.write(partial(self._database.checker.set_aside, keys=found.keys), log_damage)
 
     def _append(self, connection: sqlite3.Connection, entry: Append) -> _Appended:
-        user, head, credit, generation, first, end, reserved, deleted, free, last = connection.execute(
-            _STATE, (entry.user_id, entry.generation_id)
-        ).fetchone()
         start = entry.start
-        actual = 0 if deleted or last is None else last
-        if entry.sequence <= actual:
-            where = "WHERE events.generation = ? AND events.sequence = ? AND events.event_id = ?"
-            parameters = (generation, entry.sequence, entry.event_id)
-            if row := connection.execute(f"{_ENTRIES} {where}", parameters).fetchone():
-                return _Appended(_logged(row), new=False)
-        if entry.not_after is not None and self._clock() > entry.not_after:
-            raise LogUnavailable
+        parameters = {
+            "user_id": entry.user_id,
+            "generation_id": entry.generation_id,
+            "sequence": entry.sequence,
+            "begins": start is not None,
+        }
+        user, head, generation, first, free, *state = connection.execute(_KNOWN, parameters).fetchone()
+        known = Known._make(state)
+        known = known._replace(sequence=known.sequence or 0)
         if start is not None and start.key is not None:
-            _check_key(connection, user, start.key, start.fingerprint)
-        # A deleted generation leaves tombstones: it no longer exists, but its id stays taken.
-        if entry.sequence != actual + 1 or (start is None) != (generation is not None) or end is not None:
-            raise Conflict(entry.sequence, actual)
-        if start is not None and _active(connection, user) >= start.max_unfinished:
-            raise TooManyGenerations
-        # If no balances were kept when it started, nothing was reserved, and nothing is refunded.
-        if start is not None:
-            reserved = self._credits is not None
-        credit = self._credits if credit is None else credit
-        event = entry.event
-        if entry.credit is not None and credit is not None:
-            credit += entry.credit if reserved else 0
-            if credit < 0:
-                raise InsufficientCredit
-            if self._credits is not None:
-                event = with_credit(event, credit)
+            known = known._replace(begun=_begun(connection, entry.user_id, start.key))
+        accepted = decide(entry, known, credits=self._credits, now=self._clock())
+        if accepted is None:
+            where = "WHERE events.generation = ? AND events.sequence = ?"
+            row = connection.execute(f"{_ENTRIES} {where}", (generation, entry.sequence)).fetchone()
+            return _Appended(_logged(row), new=False)
+        event, credit, reserved = accepted
+        end = None
         position = (head or 0) + 1
         if user is None:
             user = self._insert_user(connection, entry.user_id, position, credit)
@@ -425,22 +405,9 @@ def _histories(connection: sqlite3.Connection, generations: sqlite3.Cursor) -> l
     ]
 
 
-def _check_key(connection: sqlite3.Connection, user: int | None, key: str, fingerprint: str) -> None:
-    row = connection.execute(
-        "SELECT generation_id, fingerprint FROM generations WHERE owner = ? AND idempotency_key = ?", (user, key)
-    ).fetchone()
-    if row is not None:
-        if row[1] != fingerprint:
-            raise IdempotencyMismatch
-        raise AlreadyStarted(row[0])
-
-
-def _active(connection: sqlite3.Connection, user: int | None) -> int:
-    """How many unfinished generations the user has."""
-    (count,) = connection.execute(
-        "SELECT count(*) FROM generations WHERE owner = ? AND end_position IS NULL", (user,)
-    ).fetchone()
-    return int(count)
+def _begun(connection: sqlite3.Connection, user_id: str, key: str) -> IdempotencyRecord | None:
+    row = connection.execute(f"SELECT generation_id, fingerprint {_OF_KEY}", (user_id, key)).fetchone()
+    return row and IdempotencyRecord(*row)
 
 
 def _insert_generation(
