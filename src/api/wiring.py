@@ -28,9 +28,9 @@ from adapters.providers.own_provider import OwnEditor, OwnFaceSwap
 from adapters.providers.replicate import ReplicateFaceSwap
 from adapters.realtime.send_buffer import PROGRESS_INTERVAL as PROGRESS_INTERVAL
 from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
+from adapters.serving.connection_table import ClientLimit as ClientLimit
 from adapters.serving.connection_table import ConnectionTable
 from adapters.serving.loop_lag import LoopLag
-from adapters.serving.uvicorn_server import ClientLimit as ClientLimit
 from adapters.serving.uvicorn_server import Server as Server
 from adapters.sqlite import storage as sqlite_storage
 from adapters.system import SystemEntropy, descriptors, now

@@ -21,7 +21,7 @@ from adapters.memory.log import MemoryLog
 from adapters.realtime import engineio_socket
 from adapters.realtime.engineio_socket import EngineSocket
 from adapters.realtime.send_buffer import MAX_BYTES, MAX_EVENTS
-from adapters.serving import uvicorn_server
+from adapters.serving import http_protocol
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.ports.log import History
@@ -323,7 +323,7 @@ async def test_a_waiting_poll_ends_at_shutdown(tmp_path: Path) -> None:
 async def said_at_once(service: Running, head: bytes) -> AsyncIterator[Bare]:
     """A connection on which these bytes were sent before it is accepted, with a very short header timeout."""
     with pytest.MonkeyPatch.context() as impatient:
-        impatient.setattr(uvicorn_server, "HEADER_TIMEOUT", 0.05)
+        impatient.setattr(http_protocol, "HEADER_TIMEOUT", 0.05)
         line = socket.create_connection(("127.0.0.1", service.port))
         line.sendall(head)
         reader, writer = await asyncio.open_connection(sock=line)

@@ -126,7 +126,7 @@ def _spooled(pid: int) -> float:
 )
 async def early_answers(trial: Trial, connections: int, rounds: int, linger: float) -> None:
     allow_sockets(2 * connections)
-    deployment = _deployment(trial.folder / "service", 256, {"adapters.serving.uvicorn_server.LINGER": linger})
+    deployment = _deployment(trial.folder / "service", 256, {"adapters.serving.http_protocol.LINGER": linger})
     stays, answered = list[float](), 0
     async with deployment.serving() as life:
         began = time.monotonic()
@@ -156,7 +156,7 @@ async def early_answers(trial: Trial, connections: int, rounds: int, linger: flo
 )
 async def half_sent_uploads(trial: Trial, uploads: int, window: float) -> None:
     allow_sockets(3 * uploads)
-    constants = {"api.rest.bodies.BODY_WINDOW": window, "adapters.serving.uvicorn_server.LINGER": 0.2}
+    constants = {"api.rest.bodies.BODY_WINDOW": window, "adapters.serving.http_protocol.LINGER": 0.2}
     deployment = _deployment(trial.folder / "service", 1_000, constants, open_mode=True, credits="off")
     file, answers, most, accepted = _FILE + PHOTO + b"x" * 4_000_000, list[float](), 0.0, 0
     async with deployment.serving() as life, _Health(deployment.port) as health:

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from adapters.serving.uvicorn_server import HttpProtocol
+from adapters.serving.http_protocol import HttpProtocol
 from api.rest.forms import MAX_BODY
 from support.attacks import (
     CRLF,

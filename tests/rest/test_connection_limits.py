@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from adapters.realtime import socketio_server
-from adapters.serving.connection_table import ConnectionTable
-from adapters.serving.uvicorn_server import ClientLimit
+from adapters.serving.connection_table import ClientLimit, ConnectionTable
 from adapters.system import descriptors
 from api.rest.proxies import ForwardedHeaders
 from api.settings import load_settings
@@ -112,6 +111,24 @@ async def test_an_upload_takes_two_descriptors_until_it_is_answered() -> None:
         assert await closed(third)
         assert not await closed(first)
         assert not await closed(second)
+
+
+async def test_an_upload_no_longer_counts_once_it_is_answered_even_if_its_end_is_awaited() -> None:
+    ended = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await patient(scope, receive, send)
+        await receive()  # As a response with background work does, to notice a disconnect.
+        ended.set()
+
+    upload = b"POST /done HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nxx"
+    async with serving(app, table=ConnectionTable(100, descriptors=2)) as port, client(port) as uploads:
+        uploads.writer.write(upload)
+        assert await answered(uploads)
+        await asyncio.wait_for(ended.wait(), 5)
+        async with client(port, b"done") as other:
+            assert await answered(other)
+            assert not await closed(uploads)
 
 
 async def test_an_upload_behind_a_proxy_takes_two_descriptors() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from adapters.serving import uvicorn_server
+from adapters.serving import http_protocol, uvicorn_server
 from api.rest import bodies
 from support.harness import TIMEOUT, Running, running
 from support.pictures import RED, solid
@@ -81,7 +81,7 @@ def spooled() -> int:
 async def test_a_connection_is_closed_soon_after_an_answer_that_did_not_wait_for_the_body(
     service: Running, monkeypatch: pytest.MonkeyPatch, request_bytes: bytes, trickle: bytes, status: int
 ) -> None:
-    monkeypatch.setattr(uvicorn_server, "LINGER", 0.2)
+    monkeypatch.setattr(http_protocol, "LINGER", 0.2)
     async with connected(service.port, request_bytes) as client:
         answer = await client.until_closed(trickle)
     assert statuses(answer) == [status]
@@ -199,7 +199,7 @@ async def test_a_body_that_comes_too_slowly_is_answered_with_408_and_nothing_of_
     service: Running, monkeypatch: pytest.MonkeyPatch, request_bytes: bytes, trickle: bytes
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_WINDOW", 0.5)
-    monkeypatch.setattr(uvicorn_server, "LINGER", 0.2)
+    monkeypatch.setattr(http_protocol, "LINGER", 0.2)
     before = spooled()
     async with connected(service.port, request_bytes) as client:
         answer = (
@@ -228,7 +228,7 @@ async def test_a_body_that_never_ends_is_answered_with_408_however_fast_it_comes
     service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.5)
-    monkeypatch.setattr(uvicorn_server, "LINGER", 0.2)
+    monkeypatch.setattr(http_protocol, "LINGER", 0.2)
     async with connected(service.port, EDIT + FORM + CHUNKED) as client:
         answer = await client.until_closed(b"400\r\n" + b"x" * 0x400 + b"\r\n", 0.01)
     assert problem(answer)["code"] == "request_timeout"

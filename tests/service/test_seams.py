@@ -44,7 +44,7 @@ OVERRIDDEN = {
         "ignore_queue=False)",
         "enter_room": "(self, sid, room, namespace=None)",
     },
-    "adapters.serving.uvicorn_server.HttpProtocol": {
+    "adapters.serving.http_protocol.HttpProtocol": {
         "_should_upgrade": "(self) -> 'bool'",
         "_start_asgi_task": "(self, cycle: 'RequestResponseCycle', app: 'ASGI3Application') -> 'None'",
         "connection_lost": "(self, exc: 'Exception | None') -> 'None'",
@@ -64,7 +64,7 @@ OVERRIDDEN = {
         "shutdown": "(self, sockets: 'list[socket.socket] | None' = None) -> 'None'",
         "startup": "(self, sockets: 'list[socket.socket] | None' = None) -> 'None'",
     },
-    "adapters.serving.uvicorn_server.WebSocketProtocol": {
+    "adapters.serving.websocket_protocol.WebSocketProtocol": {
         "connection_lost": "(self, exc: 'Exception | None') -> 'None'",
         "data_received": "(self, data: 'bytes') -> 'None'",
         "handle_connect": "(self, event: 'Request') -> 'None'",
@@ -96,7 +96,7 @@ USED = {
         "sockets",
     },
     "adapters.realtime.socketio_server.SocketServer": {"eio"},
-    "adapters.serving.uvicorn_server.HttpProtocol": {
+    "adapters.serving.http_protocol.HttpProtocol": {
         "_unset_keepalive_if_required",
         "client",
         "cycle",
@@ -111,7 +111,7 @@ USED = {
         "url",
     },
     "adapters.serving.uvicorn_server.Server": {"server_state", "should_exit", "started"},
-    "adapters.serving.uvicorn_server.WebSocketProtocol": {
+    "adapters.serving.websocket_protocol.WebSocketProtocol": {
         "close_sent",
         "conn",
         "curr_msg_data_type",

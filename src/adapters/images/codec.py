@@ -19,6 +19,9 @@ from domain.ports.images import Picture
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 
+#: Of a picture that is stored.
+MAX_PIXELS: Final = 25_000_000
+
 #: The longest side of a JPEG, in pixels.
 _JPEG_SIDE: Final = 65_500
 

@@ -11,14 +11,12 @@ from typing import Final
 
 from PIL import Image, ImageChops, ImageCms
 
-from adapters.images.codec import Unreadable, blank, encode, load, opened, plain, reading, scratch
+from adapters.images.codec import MAX_PIXELS, Unreadable, blank, encode, load, opened, plain, reading, scratch
 from adapters.images.colour_profiles import SRGB
 from adapters.images.file_structure import PictureFile, orientation, read_jpeg, read_png
 from adapters.images.threads import GLANCE, ImageThreads
 from domain.errors import ImageTooLarge, InvalidImage, UnsupportedImageType
 from domain.ports.images import Content, Picture, read
-
-MAX_PIXELS: Final = 25_000_000
 
 #: Scans times pixels: a hundred scans of 25 megapixels; cameras make about ten. A scan costs a pass over the picture,
 #: and may have as little as 64 bytes, so that ten megabytes could keep a core busy for an hour.

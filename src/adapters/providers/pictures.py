@@ -7,8 +7,7 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
-from adapters.images.codec import FORMATS, Unreadable, decoded, encode, load, opened, reading
-from adapters.images.intake import MAX_PIXELS
+from adapters.images.codec import FORMATS, MAX_PIXELS, Unreadable, decoded, encode, load, opened, reading
 from domain.ports.images import Picture
 
 #: The formats that Pillow decodes by itself. EPS is excluded because it starts Ghostscript.

@@ -12,10 +12,8 @@ from engineio.packet import CLOSE, MESSAGE, NOOP, PING, PONG, UPGRADE, Packet
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
+from adapters import TRANSPORT
 from adapters.realtime.send_buffer import BoundedSendBuffer
-
-#: The ASGI scope extension with the connection's transport, where the server lets it be aborted.
-TRANSPORT: Final = "stagecast.transport"
 
 #: Seconds in which an upgrade must complete: nothing is sent to the client meanwhile.
 UPGRADE_TIMEOUT = 5.0

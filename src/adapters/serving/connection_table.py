@@ -2,14 +2,17 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Collection
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 logger = logging.getLogger(__name__)
 
+#: The ASGI scope extension with `ConnectionTable.attribute` for the connection of a request.
+ATTRIBUTE: Final = "stagecast.attribute"
 #: How many connections of an address are examined to find an idle one.
 _EXAMINED: Final = 64
 
@@ -33,10 +36,10 @@ class ConnectionTable:
 
         `descriptors`: how many the connections may use in all; one that uploads needs another for a temporary file.
         """
-        self._most = most
-        self._descriptors = descriptors
+        self._most, self._per_address, self._descriptors = (
+            math.inf if limit is None else limit for limit in (most, per_address, descriptors)
+        )
         self._uploads: set[asyncio.Transport] = set()
-        self._per_address = per_address
         self._proxies = proxies
         #: By address: its transports, the oldest first.
         self._groups: dict[str, dict[asyncio.Transport, None]] = {}
@@ -48,7 +51,7 @@ class ConnectionTable:
         self._make_room()
 
     def count_upload(self, transport: asyncio.Transport) -> None:
-        """A request with a body has begun on this transport."""
+        """The body of a request on this transport is about to be read: count its temporary file."""
         if transport in self._addresses:
             self._uploads.add(transport)
             self._make_room()
@@ -69,7 +72,7 @@ class ConnectionTable:
 
     def remove(self, transport: asyncio.Transport) -> None:
         """Stop counting this transport, if it is counted."""
-        self._uploads.discard(transport)
+        self.end_upload(transport)
         self._unplace(transport)
 
     def _unplace(self, transport: asyncio.Transport) -> None:
@@ -80,18 +83,14 @@ class ConnectionTable:
                 del self._groups[address]
 
     def _make_room(self) -> None:
-        while self._addresses and (
-            (self._most is not None and len(self._addresses) > self._most)
-            or (self._descriptors is not None and len(self._addresses) + len(self._uploads) > self._descriptors)
-        ):
+        while len(self._addresses) > self._most or len(self._addresses) + len(self._uploads) > self._descriptors:
             self._abort(self._least_needed(), "the limit of all connections is reached")
 
     def _place(self, transport: asyncio.Transport, host: str) -> None:
         address = self._addresses[transport] = _network(host)
         group = self._groups.setdefault(address, {})
         group[transport] = None
-        limited = self._per_address is not None and host and not self._is_proxy(host)
-        if limited and len(group) > (self._per_address or 0):
+        if host and len(group) > self._per_address and not self._is_proxy(host):
             self._abort(transport, "the limit of connections per address is reached")
 
     def _least_needed(self) -> asyncio.Transport:
@@ -110,6 +109,26 @@ class ConnectionTable:
         logger.warning("a connection is closed: %s", reason)
         self.remove(transport)
         transport.abort()
+
+
+class ClientLimit:
+    """ASGI middleware that counts each connection for the client that a proxy in front names.
+
+    It belongs inside the middleware that sets ``scope["client"]`` from a trusted proxy's headers. If the client has too
+    many connections, this one is closed, and the request is not handled.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one request or connection."""
+        attribute = scope.get("extensions", {}).get(ATTRIBUTE)
+        if attribute is None or scope["client"] is None or attribute(scope["client"][0]):
+            await self._app(scope, receive, send)
+            return
+        while not (await receive())["type"].endswith(".disconnect"):
+            pass
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,81 @@
+"""uvicorn's WebSocket protocol with limits for hostile clients, and with its transport for the application."""
+
+import logging
+from functools import partial
+from http import HTTPStatus
+from typing import Any, Final
+
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.http11 import Response
+
+from adapters import TRANSPORT
+from adapters.serving.connection_table import ATTRIBUTE, ConnectionTable
+from adapters.serving.http_protocol import problem
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of a WebSocket's write buffer beyond which its client, which does not read, is disconnected.
+_MAX_UNREAD: Final = 1_000_000
+#: Frames of one WebSocket message.
+_MAX_FRAGMENTS: Final = 1_000
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's protocol, which also passes its transport to the application, and limits buffers and fragments."""
+
+    def __init__(self, table: ConnectionTable, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._table = table
+        self._reject = self.conn.reject
+        self.conn.reject = self._reject_with_problem  # type: ignore[method-assign]
+
+    def _reject_with_problem(self, status: Any, text: str) -> Response:
+        response = self._reject(status, text)
+        response.body = problem(HTTPStatus(status), text.strip())
+        for name, value in (("Content-Length", str(len(response.body))), ("Content-Type", "application/problem+json")):
+            del response.headers[name]
+            response.headers[name] = value
+        return response
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called when the connection has ended."""
+        self._table.remove(self.transport)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Called with received bytes. Aborts the connection of a client that violates the protocol or floods it."""
+        if self.transport.is_closing():
+            return
+        try:
+            super().data_received(data)
+        except Exception as error:
+            logger.warning("a WebSocket was closed: %s", type(error).__name__)
+            self.transport.abort()
+            return
+        unread = self.transport.get_write_buffer_size()
+        # uvicorn would not answer an invalid opening handshake.
+        if self.conn.handshake_exc is not None or unread > _MAX_UNREAD or len(self.frames) > _MAX_FRAGMENTS:
+            self.transport.abort()
+
+    def send_receive_event_to_app(self) -> None:
+        """Called with a whole message."""
+        if self.curr_msg_data_type == "text":
+            b"".join(self.frames).decode()  # `data_received` closes the connection if this fails.
+        super().send_receive_event_to_app()
+
+    def handle_connect(self, event: Any) -> None:
+        """Called with the client's opening handshake."""
+        super().handle_connect(event)
+        if self.handshake_initiated and not self.handshake_complete:
+            extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
+            ours = {TRANSPORT: self.transport, ATTRIBUTE: partial(self._table.attribute, self.transport)}
+            self.scope["extensions"] = extensions | ours
+
+    async def send(self, message: Any) -> None:
+        """Called by the application."""
+        if self.handshake_complete and self.transport.is_closing():
+            raise ClientDisconnected
+        await super().send(message)
+        # A handshake rejected with a response is complete, or uvicorn would log an error of the application.
+        self.handshake_complete = self.handshake_complete or self.close_sent
