@@ -1,20 +1,22 @@
 # make run: set everything up and serve on http://localhost:3000.   make test: set everything up, check and test.
 # make test-long: the tests that take longer, the reliability cases in their long form among them.
+# make newest: the tests on the newest versions of all dependencies.
 PYTHON ?= python3
 BIN := .venv/bin
 NPM := npm install --silent --no-audit --no-fund --no-package-lock --ignore-scripts
+NEWEST := .venv-newest
 CLIENT := src/api/web/static/vendor/socket.io.min.js
 
-.PHONY: run test test-long check style types arrows documents collection docs clean
+.PHONY: run test test-long newest check style types arrows documents collection docs clean
 
-# Two of the checks at a time. What is compiled is kept, so that the second time is fast.
+# Two checks at a time. Bytecode is kept, so that the second run is fast.
 MAKEFLAGS += --jobs=2
 unexport PYTHONDONTWRITEBYTECODE
 
-# Whatever keys are in the environment: nothing is paid for here unless these say so, there or in .env.
-local_unless_told = $(if $(shell grep -Es '^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=[[:space:]]*["'"'"']?[[:alnum:]_]' .env),,local)
-run: export STAGECAST_EDITOR ?= $(call local_unless_told,STAGECAST_EDITOR)
-run: export STAGECAST_FACE_SWAP ?= $(call local_unless_told,STAGECAST_FACE_SWAP)
+# Whatever keys are in the environment: no paid provider is used unless these variables name it, there or in .env.
+local_unless_set = $(if $(shell grep -Es '^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=[[:space:]]*["'"'"']?[[:alnum:]_]' .env),,local)
+run: export STAGECAST_EDITOR ?= $(call local_unless_set,STAGECAST_EDITOR)
+run: export STAGECAST_FACE_SWAP ?= $(call local_unless_set,STAGECAST_FACE_SWAP)
 run: .venv/installed $(CLIENT)
 	@exec $(BIN)/stagecast serve
 
@@ -23,6 +25,25 @@ test: check
 
 test-long: check
 	$(BIN)/pytest -m long --numprocesses 1
+
+# The names of all dependencies, without their version bounds.
+define REQUIREMENTS
+import re, tomllib
+with open("pyproject.toml", "rb") as file:
+    tables = tomllib.load(file)
+for requirement in tables["project"]["dependencies"] + tables["dependency-groups"]["dev"]:
+    print(re.match(r"[\w.-]+(\[.*\])?", requirement)[0])
+endef
+export REQUIREMENTS
+
+# Whatever versions constraints.txt and pyproject.toml name. Prints which versions differ from constraints.txt.
+newest: $(CLIENT) node_modules/installed-dev
+	$(PYTHON) -m venv --clear --upgrade-deps $(NEWEST)
+	$(NEWEST)/bin/python -c "$$REQUIREMENTS" | xargs $(NEWEST)/bin/pip install --quiet --disable-pip-version-check
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(NEWEST)/bin/pip freeze --exclude-editable | diff constraints.txt - || true
+	$(NEWEST)/bin/mypy
+	$(NEWEST)/bin/pytest
 
 check: types style arrows documents collection
 
@@ -41,7 +62,7 @@ arrows:
 documents:
 	$(BIN)/python docs/generate.py --check
 
-# Every test can be read; and it is compiled here, once, instead of by each of those who run them.
+# Every test can be imported. It is compiled once here, instead of by each worker.
 collection:
 	$(BIN)/pytest --collect-only --quiet --numprocesses 0 > .venv/collection.log || (cat .venv/collection.log; exit 1)
 
@@ -49,7 +70,7 @@ docs: .venv/installed-dev
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv node_modules var $(dir $(CLIENT))
+	rm -rf .venv $(NEWEST) node_modules var $(dir $(CLIENT))
 
 .venv/bin/python:
 	$(PYTHON) -m venv --upgrade-deps .venv
@@ -62,7 +83,7 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev
 	@touch $@
 
-# What the tests of the clients need besides. Without npm they are skipped, and say so.
+# What the tests of the clients need in addition. Without npm they are skipped, and say so.
 node_modules/installed-dev: package.json $(CLIENT)
 	@mkdir -p $(dir $@) && if command -v npm > /dev/null; then $(NPM); fi && touch $@
 
