@@ -37,7 +37,8 @@ from adapters.system import SystemEntropy, descriptors, now
 from adapters.tokens.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens
 from api.cli.client import Unavailable
 from api.realtime.sockets import Sockets
-from api.settings import OTHER_DESCRIPTORS, Settings, SettingsError
+from api.setting_types import OTHER_DESCRIPTORS
+from api.settings import Settings, SettingsError
 from api.web import page
 from domain.ports.images import Composer, ImageFetcher, ImageIntake, ImageStore
 from domain.ports.providers import FaceSwapper, ImageEditor
