@@ -25,7 +25,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     """Build the service and its ASGI application.
 
     Raises:
-        SettingsError: the path of the public URL clashes with a route.
+        SettingsError: the path of the public URL begins like a route.
     """
     settings, service = parts.settings, Service(parts)
 

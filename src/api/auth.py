@@ -1,4 +1,4 @@
-"""Who is calling: by token where a key is configured; in open mode, whoever they say."""
+"""Authenticates callers: by token where a key is configured; in open mode by the user id that they give."""
 
 from typing import Annotated, Any, Final, Protocol
 
@@ -28,27 +28,27 @@ class TokenVerifier(Protocol):
     """Checks tokens: `adapters.tokens.jwt_tokens`."""
 
     async def verify(self, token: str) -> Identity:
-        """Whom the token names. Raises `InvalidToken`, `TokenExpired`, `KeysUnavailable`."""
+        """The identity in the token. Raises `InvalidToken`, `TokenExpired`, `KeysUnavailable`."""
 
 
 class Authenticator:
-    """Tells who is calling."""
+    """Authenticates HTTP requests and sockets."""
 
     def __init__(self, tokens: TokenVerifier | None, clock: Clock) -> None:
-        """Without `tokens`: open mode."""
+        """Without `tokens`, the service is in open mode."""
         self._tokens = tokens
         self._clock = clock
 
     async def of_request(self, authorization: str | None, acting_for: str | None) -> Identity:
-        """The caller of an HTTP request, by its two headers.
+        """The caller of an HTTP request, by its headers ``Authorization`` and ``X-User-Id``.
 
         Raises:
             Unauthenticated, InvalidToken, TokenExpired, KeysUnavailable
-            Forbidden: it acts for somebody, and its token does not allow that.
-            InvalidUserId: it acts for nobody there can be.
+            Forbidden: it names a user, and its token has not the scope for that.
+            InvalidUserId: the user that it names is not valid.
         """
         if self._tokens is None:
-            return Identity(DEFAULT_USER if acting_for is None else user_id(_as_sent(acting_for)), None, service=True)
+            return Identity(DEFAULT_USER if acting_for is None else user_id(_decoded(acting_for)), None, service=True)
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise Unauthenticated
@@ -57,14 +57,14 @@ class Authenticator:
             return identity
         if not identity.service:
             raise Forbidden
-        return identity._replace(user_id=user_id(_as_sent(acting_for)))
+        return identity._replace(user_id=user_id(_decoded(acting_for)))
 
     async def of_socket(self, user: object, token: object, known: Identity | None) -> Identity:
-        """Who a socket says it is. Where it gives no token, the proof it gave before, `known`, still holds.
+        """The user of a socket. Without a token, the identity that it has already proved, `known`, is used.
 
         Raises:
             Unauthenticated, InvalidToken, TokenExpired, KeysUnavailable
-            UserMismatch: the token is another user's.
+            UserMismatch: the token belongs to another user.
             InvalidUserId
         """
         if self._tokens is None:
@@ -82,8 +82,8 @@ class Authenticator:
         return known
 
 
-def _as_sent(header: str) -> str:
-    """A header as UTF-8, where it is; ASGI has decoded it as Latin-1."""
+def _decoded(header: str) -> str:
+    """A header, which ASGI servers decode as Latin-1, decoded as UTF-8 if it is valid."""
     try:
         return header.encode("latin-1").decode()
     except UnicodeDecodeError:
@@ -98,7 +98,7 @@ async def _identity(
     _: Annotated[Any, Depends(_bearer)],
     x_user_id: Annotated[
         str | None,
-        Header(description=f"in open mode, who is calling (default: {DEFAULT_USER}); with a service token, for whom"),
+        Header(description=f"the user: in open mode (default: {DEFAULT_USER}), or with a service token"),
     ] = None,
 ) -> Identity:
     authenticator: Authenticator = request.app.state.authenticator
@@ -109,17 +109,17 @@ async def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:
     return identity.user_id
 
 
-async def _service(identity: Annotated[Identity, Depends(_identity)]) -> None:
-    require_service(identity)
-
-
 def require_service(identity: Identity) -> None:
-    """Raises `Forbidden` unless this caller may act for others."""
+    """Raise `Forbidden` unless this caller may act for any user."""
     if not identity.service:
         raise Forbidden
 
 
-#: The codes of the problems that a route with a caller may end in.
+async def _service(identity: Annotated[Identity, Depends(_identity)]) -> None:
+    require_service(identity)
+
+
+#: The codes of the problems that a route with a caller may return.
 PROBLEMS: Final = (
     "unauthenticated",
     "invalid_token",
@@ -130,7 +130,7 @@ PROBLEMS: Final = (
     "log_unavailable",
 )
 
-#: The caller, whole.
+#: The identity of the caller.
 Identified = Annotated[Identity, Depends(_identity)]
 #: The id of the calling user.
 Caller = Annotated[str, Depends(_caller)]

@@ -1,4 +1,4 @@
-"""What the operator reads: one line for each record, whatever is in it, and not the same line again and again."""
+"""Logging: each record is one line, whatever it contains, and repeated records are counted."""
 
 import copy
 import logging
@@ -7,18 +7,19 @@ import sys
 import threading
 import time
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, TextIO
 
 logger = logging.getLogger(__name__)
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-#: Seconds for which a repeated record is counted, and not written.
+#: Seconds for which repeats of a record are counted instead of written.
 REPEAT_INTERVAL = 10.0
 
 
 class OneLine(logging.Formatter):
-    """Control characters are escaped, so that nobody can forge a line; of an exception only its type is told."""
+    """Escapes control characters, so that nobody can forge a line, and names only the type of an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""
@@ -30,33 +31,31 @@ class OneLine(logging.Formatter):
         return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
 
 
+@dataclass(slots=True)
 class _Interval:
-    """What is known of one record that may be repeated."""
+    """The repeats of one record."""
 
-    __slots__ = ("ends", "last", "repeats", "timer")
-
-    def __init__(self) -> None:
-        self.ends = time.monotonic() + REPEAT_INTERVAL
-        self.repeats = 0
-        self.last: logging.LogRecord | None = None
-        self.timer: threading.Timer | None = None
+    ends: float = field(default_factory=lambda: time.monotonic() + REPEAT_INTERVAL)
+    repeats: int = 0
+    last: logging.LogRecord | None = None
+    timer: threading.Timer | None = None
 
 
 class RepeatHandler(logging.StreamHandler[TextIO]):
     """Writes a record that is repeated once per `REPEAT_INTERVAL`, with the number of repeats.
 
-    Two records are the same if their loggers, levels and texts are or, where they have the attribute ``repeat_key``
-    (``extra={"repeat_key": …}``), if that is. The first is written at once. Those that follow within the interval are
+    Two records are the same if their attribute ``repeat_key`` (``extra={"repeat_key": …}``) or, without it, their
+    loggers, levels and texts are equal. The first is written at once. Those that follow within the interval are
     counted; the last of them is written when it ends, with the attribute ``repeats``, and begins the next interval.
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        #: By record, those that end first come first.
+        #: By key of the record, oldest end first.
         self._intervals: dict[Hashable, _Interval] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called with each record, one after the other."""
+        """Write or count the record. The handler's lock is held."""
         try:
             key = getattr(record, "repeat_key", (record.name, record.levelno, record.getMessage()))
         except Exception:
@@ -78,13 +77,13 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
             interval.timer.start()
 
     def close(self) -> None:
-        """Write what has been counted so far."""
+        """Write the pending counts."""
         for key in list(self._intervals):
             self._write_repeats(key)
         super().close()
 
     def _forget(self, key: Hashable) -> None:
-        """Drop the interval of this record, and up to two others, if they have ended without repeats."""
+        """Drop the intervals of this record and of up to two others if they have ended without repeats."""
         now = time.monotonic()
         for each in {key, *islice(self._intervals, 2)} & self._intervals.keys():
             if self._intervals[each].timer is None and self._intervals[each].ends <= now:
@@ -103,24 +102,24 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
 
 
 def _without_details(record: logging.LogRecord) -> bool:
-    """Keep the beginning of what asyncio says: the rest quotes exceptions, arguments and paths."""
+    """Keep only the beginning of asyncio's messages: the rest quotes exceptions, arguments and paths."""
     record.msg, record.args = record.getMessage().partition("\n")[0].partition("(")[0], ()
     return True
 
 
 def _unhandled(hook: "threading.ExceptHookArgs | sys.UnraisableHookArgs") -> None:
     if hook.exc_type is not SystemExit:
-        logger.error("Exception that nobody handles: %s", hook.exc_type.__name__)
+        logger.error("Unhandled exception: %s", hook.exc_type.__name__)
 
 
 def configure() -> None:
-    """Log warnings and worse to standard error, also of exceptions that nobody handles, and no traceback."""
+    """Log warnings, errors and unhandled exceptions to standard error, without tracebacks."""
     handler = RepeatHandler(sys.stderr)
     handler.setFormatter(OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    # It warns of each write to a client that has gone.
+    # It warns about each write to a closed connection.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(_without_details)
     threading.excepthook = sys.unraisablehook = _unhandled
-    # At WARNING it repeats what clients sent.
+    # Its warnings quote what clients sent.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)

@@ -332,8 +332,8 @@ async def test_it_is_found_in_the_current_folder_and_its_stray_errors_are_logged
     assert process.returncode == 0
     logged = [line.partition(" ERROR ")[2] for line in errors.decode().splitlines()]
     assert sorted(logged) == [
-        "api.logs: Exception that nobody handles: ValueError",
-        "api.logs: Exception that nobody handles: ValueError (repeats in 10 s: 1)",
+        "api.logs: Unhandled exception: ValueError",
+        "api.logs: Unhandled exception: ValueError (repeats in 10 s: 1)",
         "asyncio: Exception in callback _raise (ValueError)",
         "asyncio: Task exception was never retrieved (ValueError)",
     ]

@@ -81,7 +81,6 @@ OVERRIDDEN = {
         "file_response": "(self, full_path: 'PathLike', stat_result: 'os.stat_result', scope: 'Scope', "
         "status_code: 'int' = 200) -> 'Response'",
     },
-    "api.rest.problems.ProblemResponse": {"media_type": "'application/json'"},
 }
 
 #: What our classes use of the classes they extend, besides what they override.

@@ -1,4 +1,4 @@
-"""The handlers of the events that clients send over Socket.IO."""
+"""Handles the events that clients send over Socket.IO."""
 
 import contextlib
 import logging
@@ -36,21 +36,21 @@ class NotAuthenticated(Refusal):
 
 
 class Connection(Protocol):
-    """A client."""
+    """The connection of one client."""
 
     device: Device[Any] | None
-    #: The identity that it has proved.
+    #: The authenticated identity.
     identity: Identity | None
-    #: Whether its client can recover; it then gets each event's cursor as a further argument.
+    #: Whether the client can recover; it then gets each event's cursor as a last argument.
     recovery: bool
-    #: The session that its client may resume; ``None``: none.
+    #: The session that the client may resume, if any.
     pid: str | None
     #: The client's cursor in a session that cannot be resumed.
     offset: object
 
     @property
     def buffer(self) -> SendBuffer[Any]:
-        """What waits to be sent to it."""
+        """The frames that wait to be sent."""
 
     @property
     def gone(self) -> bool:
@@ -77,7 +77,7 @@ class _Subscribe(_Argument):
 
 
 class Sockets:
-    """The handlers. Each returns the ack, and what is done once the ack is queued."""
+    """The handlers. Each returns the ack and a function to call once the ack is queued."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Sockets:
         return self._welcome(device, identity, generations), lambda: None
 
     async def on_disconnect(self, connection: Connection, permanent: bool) -> None:
-        """A connection has ended. `permanent`: its client said that it will not reconnect."""
+        """The connection has ended; `permanent` if the client sent a DISCONNECT."""
         if connection.pid is not None and connection.identity is not None:
             with contextlib.suppress(LogUnavailable):
                 await self._feed_sessions.close(connection.pid, permanent=permanent)
@@ -173,7 +173,7 @@ class Sockets:
         welcome: bool = True,
         replaces: bool = False,
     ) -> Answer:
-        """`replaces`: another socket is closed for this one, if it is not closed yet."""
+        """`replaces`: this socket replaces another one of its user, which is closed."""
         user = identity.user_id
         generations = await self._generations(user) if welcome else []
         # The session is written last: a failure before it changes nothing.

@@ -1,4 +1,4 @@
-"""HTTP: users' balances."""
+"""HTTP: the balances of users."""
 
 from typing import Final
 
@@ -17,7 +17,7 @@ router: Final = APIRouter(tags=["accounts"])
 
 @router.get("/me", response_model=Account, responses=documented(*PROBLEMS))
 async def get_me(caller: Caller, workflow: UseCases) -> Response:
-    """Who is calling, and the remaining balance."""
+    """The calling user and the remaining balance."""
     return json_response(Account(user_id=caller, credit=await workflow.credit(caller)))
 
 
@@ -37,6 +37,6 @@ async def get_me(caller: Caller, workflow: UseCases) -> Response:
     openapi_extra=json_body(Grant),
 )
 async def grant_credit(request: Request, user_id: str, workflow: UseCases, key: IdempotencyKey = None) -> Response:
-    """Give a user credit, or take it back, but never below 0. For services."""
+    """Grant credit to a user, or take it back, but never below 0. For services."""
     user, grant = valid_user_id(user_id), await read_json(request, Grant)
     return json_response(Account(user_id=user, credit=await workflow.grant(user, grant.amount, key)))

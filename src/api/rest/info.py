@@ -1,4 +1,4 @@
-"""HTTP: what needs no caller: stages, images, health."""
+"""HTTP: the routes that need no caller: stages, images, health."""
 
 import re
 from typing import Final
@@ -12,10 +12,10 @@ from domain.errors import Draining, LogUnavailable, NotFound
 
 router: Final = APIRouter()
 
-#: As `domain.ports.images.ImageStore.save` makes them: the generation's id, 128 random bits, a suffix.
+#: As `domain.ports.images.ImageStore.save` names images: the generation's id, 128 random bits, a suffix.
 _NAME: Final = re.compile(r"[a-z0-9_]+-[A-Za-z0-9_-]+\.[a-z]+")
 
-#: Why the service cannot take a start, by code. Of everything else only the code of its part is told.
+#: Why the service cannot take a start, by code. Any other reason is reported as `unavailable`.
 _NOT_READY: Final = {
     Draining.code: str(Draining()),
     LogUnavailable.code: str(LogUnavailable()),
@@ -26,7 +26,7 @@ _NOT_READY: Final = {
 
 @router.get("/stages", tags=["generations"], response_model=Stages, responses=documented())
 async def get_stages() -> Response:
-    """The sequences that generations go through."""
+    """The declared sequences of stages."""
     return json_response(STAGES)
 
 
@@ -39,7 +39,7 @@ async def get_stages() -> Response:
             "description": "the image",
             "content": {
                 media_type: {"schema": {"type": "string", "format": "binary"}}
-                # The last is never sent. Several generators leave out an operation of which they know no media type.
+                # The last is never sent. Several generators skip operations without a media type that they know.
                 for media_type in ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
             },
         },
@@ -47,7 +47,7 @@ async def get_stages() -> Response:
     },
 )
 async def get_image(name: str, images: Images) -> Response:
-    """A stored image. Whoever knows its name may see it."""
+    """A stored image. Anybody who knows its name may load it."""
     picture = await images.load(name) if _NAME.fullmatch(name) else None
     if picture is None:
         raise NoSuchImage
@@ -68,7 +68,7 @@ class NoSuchImage(NotFound):
 
 @router.get("/health/live", tags=["health"], response_model=Health, responses=documented())
 async def get_live() -> Response:
-    """The process answers."""
+    """The process responds."""
     return json_response(Health(status="live"))
 
 
@@ -79,7 +79,7 @@ async def get_live() -> Response:
     responses=documented(*_NOT_READY),
 )
 async def get_ready(request: Request) -> Response:
-    """The service can take a start. `parts` tells of every background task, in 200 and 503 alike."""
+    """Whether the service can take a start. `parts` lists every background task, in 200 and 503 alike."""
     reason, parts = await request.app.state.readiness()
     if reason is None:
         return json_response(Health(status="ready", parts=parts))

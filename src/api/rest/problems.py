@@ -1,7 +1,7 @@
-"""Every answer that is not a success: ``application/problem+json`` (RFC 9457), always with a stable ``code``.
+"""Error responses: ``application/problem+json`` (RFC 9457) with a stable ``code``.
 
-HTTP statuses stand here and nowhere deeper. What a client sent is never sent back, and an unexpected exception
-leaves only its type's name in the log.
+This module alone maps codes to HTTP statuses. Values that a client sent are never echoed, and of an unexpected
+exception only the name of its type is logged.
 """
 
 import logging
@@ -24,49 +24,33 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE: Final = "application/problem+json"
 
-#: Seconds after which a 429 or 503 is worth another try.
+#: Seconds after which a client may retry after 429 or 503.
 _RETRY_AFTER: Final = 5
 _TEMPORARY: Final = (429, 503)
 
-#: Every code that an answer may carry.
+#: Every code, and its HTTP status.
 _STATUS: Final = {
-    "bad_request": 400,
-    "invalid_token": 401,
-    "token_expired": 401,
-    "unauthenticated": 401,
-    "insufficient_credit": 402,
-    "forbidden": 403,
-    "host_not_allowed": 403,
-    "origin_not_allowed": 403,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "request_timeout": 408,
-    "conflict": 409,
-    "credits_off": 409,
-    "illegal_transition": 409,
-    "not_external": 409,
-    "not_finished": 409,
-    "content_too_large": 413,
-    "unsupported_image_type": 415,
-    "unsupported_media_type": 415,
-    "idempotency_mismatch": 422,
-    "image_too_large": 422,
-    "invalid_image": 422,
-    "invalid_request": 422,
-    "invalid_user_id": 422,
-    "storage_limit": 429,
-    "too_many_generations": 429,
-    "too_many_starts": 429,
-    "internal": 500,
-    "draining": 503,
-    "log_unavailable": 503,
-    "overloaded": 503,
-    "queue_full": 503,
-    "storage_failed": 503,
-    "unavailable": 503,
+    code: status
+    for status, codes in {
+        400: ("bad_request",),
+        401: ("invalid_token", "token_expired", "unauthenticated"),
+        402: ("insufficient_credit",),
+        403: ("forbidden", "host_not_allowed", "origin_not_allowed"),
+        404: ("not_found",),
+        405: ("method_not_allowed",),
+        408: ("request_timeout",),
+        409: ("conflict", "credits_off", "illegal_transition", "not_external", "not_finished"),
+        413: ("content_too_large",),
+        415: ("unsupported_image_type", "unsupported_media_type"),
+        422: ("idempotency_mismatch", "image_too_large", "invalid_image", "invalid_request", "invalid_user_id"),
+        429: ("storage_limit", "too_many_generations", "too_many_starts"),
+        500: ("internal",),
+        503: ("draining", "log_unavailable", "overloaded", "queue_full", "storage_failed", "unavailable"),
+    }.items()
+    for code in codes
 }
 
-#: What HTTP itself refuses, by status: the code, and what is said where nobody has said more.
+#: The code and the default detail of the errors that FastAPI and Starlette raise, by status.
 _HTTP: Final = {
     400: ("bad_request", "The request could not be read."),
     404: ("not_found", "There is nothing at this address."),
@@ -77,44 +61,36 @@ _HTTP: Final = {
 
 
 class InvalidField(BaseModel):
-    """One field that was refused."""
+    """A field of the request that is not valid."""
 
     field: str
     message: str
 
 
 class Problem(BaseModel):
-    """What went wrong, by RFC 9457."""
+    """An error, as RFC 9457 describes it."""
 
-    type: Annotated[str, Field(description="always about:blank: `code` tells one problem from another")]
+    type: Annotated[str, Field(description="always about:blank; `code` identifies the problem")]
     title: Annotated[str, Field(description="the HTTP status in words")]
     status: int
-    detail: Annotated[str, Field(description="a sentence for people")]
+    detail: Annotated[str, Field(description="a sentence suitable for display")]
     code: Annotated[str, Field(description="stable, for programs", examples=["not_found"])]
-    errors: Annotated[list[InvalidField], Field(description="the fields that were refused")] = []
-    allowed: Annotated[
-        list[str], Field(description="of `illegal_transition`: the statuses that may follow the present one")
-    ] = []
-
-
-class ProblemResponse(JSONResponse):
-    """A problem on its way out."""
-
-    media_type = MEDIA_TYPE
+    errors: Annotated[list[InvalidField], Field(description="the fields that are not valid")] = []
+    allowed: Annotated[list[str], Field(description="of `illegal_transition`: the statuses that may follow")] = []
 
 
 def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None, **extra: Any) -> Response:
-    """The answer that tells this problem; `extra` are further members of its JSON."""
+    """The response for this problem; `extra` are further members of its JSON."""
     status = _STATUS[code]
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     usual = {"Retry-After": str(_RETRY_AFTER)} if status in _TEMPORARY else {}
     if status == HTTPStatus.UNAUTHORIZED:
         usual = {"WWW-Authenticate": "Bearer"}
-    return ProblemResponse({**content, "code": code, **extra}, status, {**usual, **(headers or {})})
+    return JSONResponse({**content, "code": code, **extra}, status, {**usual, **(headers or {})}, MEDIA_TYPE)
 
 
 class Invalid(Exception):
-    """These fields of the request, at least one, are not as they have to be."""
+    """Fields of the request are not valid: at least one."""
 
     def __init__(self, *errors: InvalidField) -> None:
         super().__init__(errors)
@@ -122,12 +98,12 @@ class Invalid(Exception):
 
 
 def invalid_fields(errors: Iterable[Mapping[str, Any]], *, skip: int = 0) -> list[InvalidField]:
-    """Pydantic's errors, without the values that caused them and the first `skip` steps to the fields."""
+    """Pydantic's errors without their values. The first `skip` items of each location are dropped."""
     return [InvalidField(field=".".join(map(str, error["loc"][skip:])), message=error["msg"]) for error in errors]
 
 
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of an operation that may end in these problems."""
+    """The OpenAPI responses of an operation that may return these problems."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     responses: dict[int | str, dict[str, Any]] = {}
     for status in sorted({_STATUS[code] for code in codes}):
@@ -139,7 +115,7 @@ def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Let this application answer every failure with a problem, and document what one is."""
+    """Make the application answer every error with a problem, and add its schema to OpenAPI."""
     app.add_exception_handler(Refusal, _refusal)
     app.add_exception_handler(Failure, _failure)
     app.add_exception_handler(Invalid, _invalid)
@@ -150,15 +126,11 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = document()
-        schema["components"]["schemas"] |= _schemas()
+        own = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= {**own.pop("$defs"), "Problem": own}
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI's own docs extend it
-
-
-def _schemas() -> dict[str, Any]:
-    schema = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    return {**schema.pop("$defs"), "Problem": schema}
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
@@ -187,7 +159,7 @@ async def _invalid(_: Request, error: Exception) -> Response:
 
 
 async def _validation(request: Request, error: Exception) -> Response:
-    """FastAPI's own checks, whose ``loc`` begins with the place: path, query, header."""
+    """FastAPI's own checks, whose locations begin with path, query or header."""
     assert isinstance(error, RequestValidationError)
     return await _invalid(request, Invalid(*invalid_fields(error.errors(), skip=1)))
 
@@ -195,19 +167,19 @@ async def _validation(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code, sentence = _HTTP[error.status_code]
-    said = error.detail != HTTPStatus(error.status_code).phrase
+    detail = sentence if error.detail == HTTPStatus(error.status_code).phrase else error.detail
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        # Starlette tells the methods of the first route with this path, not of all; and of its files none.
+        # Starlette names only the methods of the first route with this path, and none for static files.
         route = request.scope.get("route")
         operations = route and request.app.openapi()["paths"].get(route.path)
-        told = {"Allow": ", ".join(operations).upper().replace("GET", "GET, HEAD")} if operations else headers
-        headers = {"Allow": "GET, HEAD"} | headers | told
-    return problem(code, error.detail if said else sentence, headers=headers)
+        allowed = {"Allow": ", ".join(operations).upper().replace("GET", "GET, HEAD")} if operations else {}
+        headers = {"Allow": "GET, HEAD"} | headers | allowed
+    return problem(code, detail, headers=headers)
 
 
 class _Unexpected:
-    """Answers 500 for what nobody else has answered. (Starlette's own layer would raise it again.)"""
+    """Answers 500 to unexpected exceptions. Starlette's own layer would also raise them again."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -228,7 +200,7 @@ class _Unexpected:
         except ClientDisconnect:
             return
         except Exception as error:
-            # Behind a response that has begun nothing can be said: the server sees it unfinished, and hangs up.
+            # A response that has started cannot be replaced: the server sees it unfinished and closes the connection.
             logger.error("%s: %s", scope["method"], type(error).__name__)
             if not started:
                 detail = "Something went wrong on our side. Please try again."

@@ -1,6 +1,6 @@
-"""What `api.app` stores in ``app.state`` for the routes."""
+"""The parts of the service that routes use, as dependencies; `api.app` stores them in ``app.state``."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -9,21 +9,13 @@ from domain.ports.images import ImageStore
 from domain.workflow import Workflow
 
 
-async def _workflow(request: Request) -> Workflow:
-    workflow: Workflow = request.app.state.workflow
-    return workflow
+def _state(name: str) -> Any:
+    async def get(request: Request) -> Any:
+        return getattr(request.app.state, name)
+
+    return Depends(get)
 
 
-async def _feed_sessions(request: Request) -> FeedSessions:
-    feed_sessions: FeedSessions = request.app.state.feed_sessions
-    return feed_sessions
-
-
-async def _images(request: Request) -> ImageStore:
-    images: ImageStore = request.app.state.images
-    return images
-
-
-UseCases = Annotated[Workflow, Depends(_workflow)]
-Feeds = Annotated[FeedSessions, Depends(_feed_sessions)]
-Images = Annotated[ImageStore, Depends(_images)]
+UseCases = Annotated[Workflow, _state("workflow")]
+Feeds = Annotated[FeedSessions, _state("feed_sessions")]
+Images = Annotated[ImageStore, _state("images")]

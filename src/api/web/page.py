@@ -1,4 +1,4 @@
-"""The web page, and the files it is made of."""
+"""Serves the web page and its static files."""
 
 import re
 from html import escape
@@ -12,17 +12,17 @@ from starlette.staticfiles import StaticFiles
 from api.auth import Authenticator
 from domain.identity import Unauthenticated
 
-#: `index.html`, and everything it is made of.
+#: `index.html` and its static files.
 FOLDER: Final = Path(__file__).parent / "static"
 
-#: The official Socket.IO client: npm brings it, `make run` puts it here, and a wheel may have it.
+#: The official Socket.IO client, if npm has installed it (`make run`) or the wheel contains it.
 _CLIENT: Final = "vendor/socket.io.min.js"
 
-#: Where browsers get it that was not brought: one file, which has to be the one that we know.
+#: The client from the CDN otherwise, with the hash that the browser checks.
 CDN: Final = "https://cdn.socket.io/4.8.3/socket.io.min.js"
 _INTEGRITY: Final = "sha384-kzavj5fiMwLKzzD1f8S7TeoVIEi7uKHvbTA3ueZkrzYq75pNQUiUi6Dy98Q3fxb0"
 
-#: What `index.html` says of itself, and what is said instead where that does not hold.
+#: Parts of `index.html`, and what replaces them.
 _OWN_CLIENT: Final = f'<script src="/static/{_CLIENT}" defer></script>'
 _CDN_CLIENT: Final = (
     f'<template id="client"><script src="{CDN}" integrity="{_INTEGRITY}" crossorigin="anonymous"></script></template>'
@@ -31,7 +31,7 @@ _OPEN: Final = 'data-callers="anybody"'
 _GUARDED: Final = 'data-callers="token"'
 _NO_FACE: Final = 'data-face=""'
 
-#: An update of the service is an update of the page: browsers ask each time, and mostly hear that nothing has changed.
+#: Browsers revalidate each time, so that the page is as new as the service.
 _FILES: Final = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
 _HOST: Final = re.compile(r"[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
@@ -45,12 +45,12 @@ class _Files(StaticFiles):
 
 
 def render(page: str, *, guarded: bool, own_client: bool, face: str = "", prefix: str = "") -> str:
-    """The page as this service serves it.
+    """The page, adapted to this service.
 
     Args:
         page: the text of ``index.html``.
-        guarded: callers need a token.
-        own_client: the service has the official Socket.IO client.
+        guarded: whether callers need a token.
+        own_client: whether the service has the official Socket.IO client.
         face: the URL of a sample face.
         prefix: the path that every path of the service begins with.
     """
@@ -67,10 +67,10 @@ def render(page: str, *, guarded: bool, own_client: bool, face: str = "", prefix
 def policy(host: str, *, own_client: bool) -> str:
     """The page's Content-Security-Policy.
 
-    Pictures come from ``/images`` of the page's own origin, by whatever name the public URL calls it; `blob:` are those
-    that the user has chosen. Nothing is ever made a script, or HTML, from text: Trusted Types see to it.
+    Images come from ``/images`` of the page's own origin, whatever host name the public URL has; `blob:` are those
+    that the user has chosen. Trusted Types prevent that text becomes a script or HTML.
     """
-    # Some browsers do not yet know that an origin's WebSockets belong to it.
+    # Some browsers do not count an origin's WebSockets as 'self'.
     sockets = f" ws://{host} wss://{host}" if _HOST.fullmatch(host) else ""
     return "; ".join((
         "default-src 'none'",
@@ -87,7 +87,7 @@ def policy(host: str, *, own_client: bool) -> str:
 
 
 def install(app: FastAPI, public_url: str) -> None:
-    """Serve the page at ``/``, and its files below ``/static``. The sample face is named by its public URL."""
+    """Serve the page at ``/`` and its files below ``/static``. The sample face has the public URL."""
     face = f"{public_url}/static/samples/face.webp"
 
     async def page(request: Request) -> Response:
@@ -111,7 +111,7 @@ def install(app: FastAPI, public_url: str) -> None:
 
 
 async def _guarded(authenticator: Authenticator) -> bool:
-    """Whether somebody who says nothing is nobody."""
+    """Whether callers need a token."""
     try:
         await authenticator.of_request(None, None)
     except Unauthenticated:
