@@ -36,8 +36,8 @@ _EXIT_CODES: Final[dict[type[Exception], int]] = {Refused: 1, UsageError: 2, Set
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0; 1: the service refused, or the output cannot be written; 2: settings or arguments are wrong; 3: the port is
-    taken, or there is no service; 130: interrupted; 141: the reader of the output has closed it.
+    0: success; 1: the service refused, or the output cannot be written; 2: settings or arguments are not valid; 3: the
+    port, a store or the service is not available; 130: interrupted; 141: the reader of the output has closed it.
     """
     try:
         try:
@@ -65,14 +65,14 @@ def _discard_output() -> None:
 
 
 def serve(**overrides: Any) -> None:
-    """``stagecast serve``: run the service until it is told to stop."""
+    """``stagecast serve``: run the service until a signal stops it."""
     settings = load_settings(overrides)
     _raise_descriptor_limit()
     _make_folder(settings)
     listener = _listen(settings)
     if settings.port == 0:
         settings = load_settings({**overrides, "port": listener.getsockname()[1]})
-    # These imports take a second: --help and settings that are not valid do not wait for them.
+    # These imports take a second: --help and errors in settings do not wait for them.
     from api.app import create_server
     from api.wiring import wire
 
@@ -110,11 +110,9 @@ def _raise_descriptor_limit() -> None:
 
 
 def _make_folder(settings: Settings) -> None:
-    try:
+    with contextlib.suppress(OSError):
         settings.images.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.") from None
-    if not os.access(settings.images, os.R_OK | os.W_OK | os.X_OK):
+    if not settings.images.is_dir() or not os.access(settings.images, os.R_OK | os.W_OK | os.X_OK):
         raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.")
 
 
@@ -216,8 +214,15 @@ def _parser() -> argparse.ArgumentParser:
     settings = list(describe_settings())
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = _command(commands, "serve", serve, "run the service")
-    command.description = "Run the service until SIGTERM (work is finished first) or SIGINT (at once)."
+    def add(name: str, run: Callable[..., None], text: str, description: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=description, allow_abbrev=False, formatter_class=_formatter
+        )
+        command.set_defaults(run=run)
+        return command
+
+    description = "Run the service until SIGTERM (running work is finished first) or SIGINT (immediately)."
+    command = add("serve", serve, "run the service", description)
     command.epilog = (
         "Each setting is also an environment variable or a line in .env: --local-seconds is STAGECAST_LOCAL_SECONDS. "
         "Flags come before variables, variables before .env. An empty value counts as not set. These have no flag: "
@@ -225,64 +230,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(command, settings)
 
-    command = _command(commands, "demo", demo, "run one edit and watch it")
-    command.description = (
-        "Run one edit of sample pictures on a service of its own, over HTTP and Socket.IO, and leave the picture in a "
-        "folder. Nothing leaves this machine, unless another editor or face swap is asked for."
+    description = (
+        "Run one edit of sample pictures on a service of its own, over HTTP and Socket.IO, and store the result in a "
+        "folder. Nothing leaves this machine unless another editor or face swap is chosen."
     )
-    command.add_argument(
-        "--folder", type=Path, default=Path("var/demo"), metavar="PATH", help="where the pictures are put (var/demo)"
-    )
+    command = add("demo", demo, "run one edit and watch it", description)
+    text = "where the pictures are stored (var/demo)"
+    command.add_argument("--folder", type=Path, default=Path("var/demo"), metavar="PATH", help=text)
     own = {"--port": "any free one", "--editor": "local", "--face-swap": "local"}
     shown = [setting for setting in settings if setting.flag in {*own, "--local-seconds"}]
     _add_settings(command, (each._replace(default=own.get(each.flag or "", each.default)) for each in shown))
 
-    command = _command(commands, "check", check, "validate the settings and the stores")
-    command.description = (
+    description = (
         "Validate the settings and every store, print the settings in effect without their secrets, and list what is "
-        "damaged. Nothing is changed; a service may be running. Exit code 0: all is well; 1: damage was found; 2: a "
-        "setting is wrong; 3: a store cannot be opened."
+        "damaged. Nothing is changed; a service may be running. Exit code 0: no damage; 1: damage was found; 2: a "
+        "setting is not valid; 3: a store cannot be opened."
     )
-    _add_settings(command, settings)
+    _add_settings(add("check", check, "validate the settings and the stores", description), settings)
 
-    command = _command(commands, "token", token, "make a token for a user")
-    command.description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
+    description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
+    command = add("token", token, "make a token for a user", description)
     command.add_argument("userId", help="the user that the token is for")
-    command.add_argument(
-        "--service", action="store_true", help="the token may act for any user (scope stagecast:service)"
-    )
-    command.add_argument(
-        "--ttl", type=float, default=3600, metavar="SECONDS", help="seconds until the token expires (3600)"
-    )
+    text = "the token may act for any user (scope stagecast:service)"
+    command.add_argument("--service", action="store_true", help=text)
+    text = "seconds until the token expires (3600)"
+    command.add_argument("--ttl", type=float, default=3600, metavar="SECONDS", help=text)
     _add_settings(command, (setting for setting in settings if setting.variable.startswith("STAGECAST_JWT_")))
 
-    command = _command(commands, "credit", credit, "change a user's balance")
-    command.description = "Change a user's balance on a running service and print it. It does not fall below 0."
+    description = "Change a user's balance on a running service and print it. It does not fall below 0."
+    command = add("credit", credit, "change a user's balance", description)
     command.add_argument("userId", help="the user")
     command.add_argument("amount", type=int, help="the credits to add; a negative number takes them away")
     _add_remote(command, "a service token; not needed in open mode")
 
-    command = _command(commands, "replay", replay, "print the events of a generation")
-    command.description = "Print the events of a generation from a running service."
+    description = "Print the events of a generation from a running service."
+    command = add("replay", replay, "print the events of a generation", description)
     command.add_argument("generationId", help="the generation")
-    command.add_argument(
-        "--user", metavar="ID", help="its owner: in open mode (default: demo), or with a service token"
-    )
+    text = "its owner: in open mode (default: demo), or with a service token"
+    command.add_argument("--user", metavar="ID", help=text)
     _add_remote(command, "a token of its owner, or a service token; not needed in open mode")
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100)
-        ),
-    )
-    command.set_defaults(run=run)
-    return command
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100))
 
 
 def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
@@ -292,11 +283,9 @@ def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting])
             if setting.flag is None:
                 continue
             text = f"{setting.description} Default: {setting.default}".replace("%", "%%")
+            value: Any = {"metavar": setting.placeholder} if setting.placeholder else {"action": "store_true"}
             # A flag that is not given has no attribute, so that the environment decides.
-            if setting.placeholder:
-                arguments.add_argument(setting.flag, metavar=setting.placeholder, default=argparse.SUPPRESS, help=text)
-            else:
-                arguments.add_argument(setting.flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            arguments.add_argument(setting.flag, **value, default=argparse.SUPPRESS, help=text)
 
 
 def _add_remote(command: argparse.ArgumentParser, text: str) -> None:

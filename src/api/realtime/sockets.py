@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
@@ -20,6 +21,7 @@ from domain.workflow import Workflow
 logger = logging.getLogger(__name__)
 
 Answer = tuple[Mapping[str, Any], Callable[[], None]]
+_NOTHING: Answer = ({}, lambda: None)
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -76,28 +78,22 @@ class _Subscribe(_Argument):
     after: Annotated[StrictInt, Field(ge=0)] | None = None
 
 
+@dataclass(frozen=True)
 class Sockets:
     """The handlers. Each returns the ack and a function to call once the ack is queued."""
 
-    def __init__(
-        self,
-        workflow: Workflow,
-        hub: Hub,
-        authenticator: Authenticator,
-        feed_sessions: FeedSessions,
-        new_pid: Callable[[], str],
-        max_per_user: int | None = None,
-    ) -> None:
-        self._workflow = workflow
-        self._hub = hub
-        self._authenticator = authenticator
-        self._feed_sessions = feed_sessions
-        self._new_pid = new_pid
-        self._max_per_user = max_per_user
-        self.events = {
-            "authenticate": self.authenticate,
-            "subscribe_to_generation": self.subscribe_to_generation,
-        }
+    workflow: Workflow
+    hub: Hub
+    authenticator: Authenticator
+    feed_sessions: FeedSessions
+    new_pid: Callable[[], str]
+    #: Authenticated sockets that a user may have.
+    max_per_user: int | None = None
+
+    @property
+    def events(self) -> Mapping[str, Callable[[Connection, Any], Awaitable[Answer]]]:
+        """The handlers by event."""
+        return {"authenticate": self.authenticate, "subscribe_to_generation": self.subscribe_to_generation}
 
     async def on_connect(self, connection: Connection, auth: Any) -> Answer:
         """The handshake: authenticates the user that it identifies, or resumes its session.
@@ -112,7 +108,7 @@ class Sockets:
         connection.recovery = fields.get("recovery") is not False
         user, proof, invalid = fields.get("userId"), None, None
         try:
-            proof = await self._authenticator.of_socket(user, fields.get("token"), None)
+            proof = await self.authenticator.of_socket(user, fields.get("token"), None)
         except Unauthenticated:
             pass  # It has no credentials and authenticates nobody.
         except (InvalidUserId, UserMismatch) as error:
@@ -121,24 +117,24 @@ class Sockets:
             pid, connection.offset = fields.get("pid"), fields.get("offset")
             resumed = None
             if isinstance(pid, str) and invalid is None:
-                resumed = await self._feed_sessions.resume(pid, connection.offset, _claimed_user(user), proof)
+                resumed = await self.feed_sessions.resume(pid, connection.offset, _claimed_user(user), proof)
             if resumed is not None:
                 connection.pid = pid
                 welcome = proof is not None
                 return await self._join(connection, *resumed, recovery=True, welcome=welcome, replaces=True)
-            connection.pid = self._new_pid()
+            connection.pid = self.new_pid()
         if invalid is not None:
             code = BadRequest.code if isinstance(invalid, InvalidUserId) else invalid.code
             return {"ok": False, "code": code, "message": str(invalid)}, lambda: None
         if proof is None:
-            return {}, lambda: None
+            return _NOTHING
         return await self._open(connection, proof, fields.get("cursor"), recovery=connection.recovery)
 
     async def authenticate(self, connection: Connection, argument: Any) -> Answer:
         """``{userId, token?, cursor?, recovery?}``: bind the socket to this user and send the user's feed."""
         fields = _parse(_Authenticate, argument)
         try:
-            identity = await self._authenticator.of_socket(fields.user_id, fields.token, connection.identity)
+            identity = await self.authenticator.of_socket(fields.user_id, fields.token, connection.identity)
         except InvalidUserId as error:
             raise BadRequest from error
         device = connection.device
@@ -147,7 +143,7 @@ class Sockets:
             return await self._open(connection, identity, fields.cursor, recovery=recovery)
         generations = await self._generations(identity.user_id)
         if connection.pid is not None and identity != connection.identity:
-            await self._feed_sessions.renew(connection.pid, identity)
+            await self.feed_sessions.renew(connection.pid, identity)
         connection.identity = identity
         return self._welcome(device, identity, generations), lambda: None
 
@@ -155,42 +151,36 @@ class Sockets:
         """The connection has ended; `permanent` if the client sent a DISCONNECT."""
         if connection.pid is not None and connection.identity is not None:
             with contextlib.suppress(LogUnavailable):
-                await self._feed_sessions.close(connection.pid, permanent=permanent)
+                await self.feed_sessions.close(connection.pid, permanent=permanent)
 
     async def _open(self, connection: Connection, identity: Identity, cursor: object, *, recovery: bool) -> Answer:
         text = connection.offset if cursor is None else cursor
         fresh = connection.device is not None or None not in (connection.offset, cursor)
-        start = await self._feed_sessions.open(identity, text, fresh=fresh)
+        start = await self.feed_sessions.open(identity, text, fresh=fresh)
         return await self._join(connection, identity, start, recovery=recovery)
 
     async def _join(
-        self,
-        connection: Connection,
-        identity: Identity,
-        start: StartPosition,
-        *,
-        recovery: bool,
-        welcome: bool = True,
-        replaces: bool = False,
-    ) -> Answer:
+        self, connection: Connection, identity: Identity, start: StartPosition,
+        *, recovery: bool, welcome: bool = True, replaces: bool = False,
+    ) -> Answer:  # fmt: skip
         """`replaces`: this socket replaces another one of its user, which is closed."""
         user = identity.user_id
         generations = await self._generations(user) if welcome else []
         # The session is written last: a failure before it changes nothing.
         if connection.pid is not None:
             if recovery:
-                await self._feed_sessions.save(connection.pid, identity, start)
+                await self.feed_sessions.save(connection.pid, identity, start)
             else:
-                await self._feed_sessions.close(connection.pid, permanent=True)
-        if self._max_per_user is not None and self._hub.device_count(user) - replaces >= self._max_per_user:
+                await self.feed_sessions.close(connection.pid, permanent=True)
+        if self.max_per_user is not None and self.hub.device_count(user) - replaces >= self.max_per_user:
             logger.warning("a socket is closed: the limit of sockets per user is reached")
             connection.buffer.abort()
-            return {}, lambda: None
+            return _NOTHING
         if connection.gone:
-            return {}, lambda: None
+            return _NOTHING
         if connection.device is not None:
             connection.device.close()
-        device = self._hub.join(user, connection.buffer, connection.encoder(recovery=recovery), start)
+        device = self.hub.join(user, connection.buffer, connection.encoder(recovery=recovery), start)
         connection.device, connection.identity, connection.offset = device, identity, None
         return self._welcome(device, identity, generations) if welcome else {}, device.start
 
@@ -200,7 +190,7 @@ class Sockets:
         device = connection.device
         if device is None:
             raise NotAuthenticated
-        snapshot = await self._workflow.snapshot(device.user_id, fields.generation_id)
+        snapshot = await self.workflow.snapshot(device.user_id, fields.generation_id)
         ack = {"ok": True, **snapshot.model_dump(by_alias=True, exclude_none=True)}
         return ack, lambda: device.replay(fields.generation_id, fields.after)
 
@@ -216,7 +206,7 @@ class Sockets:
         }
 
     async def _generations(self, user: str) -> list[dict[str, Any]]:
-        recent = await self._workflow.recent(user)
+        recent = await self.workflow.recent(user)
         return [snapshot.model_dump(by_alias=True, exclude_none=True) for snapshot in recent]
 
 
