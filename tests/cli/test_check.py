@@ -35,9 +35,7 @@ def image(folder: Path) -> dict[Path, tuple[int, int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
-async def test_check_beside_a_running_service_finds_nothing_and_changes_nothing(
-    service: Running, tmp_path: Path
-) -> None:
+async def test_check_of_a_running_service_finds_nothing_and_changes_nothing(service: Running, tmp_path: Path) -> None:
     before = image(tmp_path)
     done = await run_main("check", **stores(tmp_path))
     assert (done.code, done.errors) == (0, "")
@@ -47,7 +45,7 @@ async def test_check_beside_a_running_service_finds_nothing_and_changes_nothing(
     await service.service.queue.settled()
 
 
-async def test_check_of_what_is_not_there_yet_makes_nothing(tmp_path: Path) -> None:
+async def test_check_of_missing_files_creates_nothing(tmp_path: Path) -> None:
     done = await run_main("check", **stores(tmp_path))
     assert done.code == 0
     assert image(tmp_path) == {}
@@ -76,7 +74,7 @@ async def test_check_prints_the_settings_in_effect_without_their_secrets(tmp_pat
         assert secret not in done.output + done.errors
 
 
-async def test_check_lists_damaged_generations_and_the_credit_to_decide_with_1(
+async def test_check_exits_with_1_and_lists_damaged_generations_and_disputed_credit(
     service: Running, tmp_path: Path
 ) -> None:
     with closing(sqlite3.connect(tmp_path / "log.db")) as stranger:
@@ -96,14 +94,14 @@ async def test_check_lists_damaged_generations_and_the_credit_to_decide_with_1(
     assert (await run_main("check", **stores(tmp_path))).code == 0
 
 
-async def test_check_of_a_wrong_setting_ends_with_2() -> None:
+async def test_check_exits_with_2_for_an_invalid_setting() -> None:
     assert "STAGECAST_PORT" in (await run_main("check", STAGECAST_PORT="http")).sentence(2)
     done = await run_main("check", OPENAI_API_KEY="not a key")
     assert (done.code, "OPENAI_API_KEY must be" in done.errors, "not a key" in done.errors) == (2, True, False)
 
 
 @pytest.mark.parametrize("what", ["no log", "a folder", "another log's folder"])
-async def test_check_of_a_store_that_cannot_be_opened_ends_with_3(tmp_path: Path, what: str) -> None:
+async def test_check_exits_with_3_if_a_store_cannot_be_opened(tmp_path: Path, what: str) -> None:
     if what == "no log":
         (tmp_path / "log.db").write_text("a text file that is longer than the header of an SQLite file" * 10)
     elif what == "a folder":
@@ -116,7 +114,7 @@ async def test_check_of_a_store_that_cannot_be_opened_ends_with_3(tmp_path: Path
     assert done.errors.count("\n") == 1
 
 
-async def test_check_reads_what_a_killed_service_left(tmp_path: Path) -> None:
+async def test_check_reads_the_files_of_a_killed_service(tmp_path: Path) -> None:
     (tmp_path / "left").mkdir()
     async with running(tmp_path / "images", log=f"sqlite:///{tmp_path}/log.db") as service:
         await service.start("ada")

@@ -53,7 +53,7 @@ def nowhere() -> Iterator[str]:
 # --- help ------------------------------------------------------------------------------------------------
 
 
-async def test_help_tells_every_command() -> None:
+async def test_help_lists_every_command() -> None:
     done = await stagecast("--help")
     assert (done.code, done.errors) == (0, "")
     for command in COMMANDS:
@@ -77,7 +77,7 @@ async def test_help_tells_every_command() -> None:
         ("replay", ["generationId", "--url", "--user", "--token"]),
     ],
 )
-async def test_help_of_a_command_tells_what_each_argument_means(command: str, arguments: list[str]) -> None:
+async def test_help_of_a_command_describes_each_argument(command: str, arguments: list[str]) -> None:
     done = await run_main(command, "--help")
     assert (done.code, done.errors) == (0, "")
     assert done.output.startswith(f"usage: stagecast {command} ")
@@ -86,14 +86,14 @@ async def test_help_of_a_command_tells_what_each_argument_means(command: str, ar
         assert re.search(rf"^  {argument}( [A-Z]+)?\s+\w+", done.output, re.MULTILINE), argument
 
 
-async def test_help_tells_the_defaults_and_no_value_that_is_set() -> None:
+async def test_help_shows_defaults_and_no_configured_values() -> None:
     done = await run_main("token", "--help", STAGECAST_JWT_SECRET=SECRET, STAGECAST_JWT_AUDIENCE="somebody")
     assert SECRET not in done.output
     assert "somebody" not in done.output
     assert "3600" in done.output
 
 
-async def test_help_of_the_demo_tells_its_own_defaults() -> None:
+async def test_help_of_the_demo_shows_its_own_defaults() -> None:
     done = await run_main("demo", "--help")
     assert done.output.count("Default: local") == 2
     assert "OPENAI_API_KEY" not in done.output
@@ -114,7 +114,7 @@ async def test_the_version_is_printed() -> None:
 
 
 @pytest.mark.parametrize("arguments", [("token", "--help"), ("token", "ada"), ()])
-async def test_the_module_is_the_command(arguments: tuple[str, ...]) -> None:
+async def test_the_module_can_be_run_as_the_command(arguments: tuple[str, ...]) -> None:
     assert await stagecast(*arguments, program=MODULE) == await stagecast(*arguments) == await run_main(*arguments)
 
 
@@ -149,7 +149,7 @@ async def test_wrong_arguments_end_with_2_and_the_usage(arguments: tuple[str, ..
         (("credit", "ada", "1", "--tok=hunter2"), "unrecognized arguments: --tok\n"),
     ],
 )
-async def test_an_argument_that_is_not_understood_is_not_repeated(arguments: tuple[str, ...], told: str) -> None:
+async def test_an_invalid_argument_is_not_printed(arguments: tuple[str, ...], told: str) -> None:
     done = await run_main(*arguments)
     assert done.code == 2
     assert told in done.errors
@@ -159,7 +159,7 @@ async def test_an_argument_that_is_not_understood_is_not_repeated(arguments: tup
 # --- token -----------------------------------------------------------------------------------------------
 
 
-async def test_a_token_is_one_line_and_the_service_takes_it(service: Running) -> None:
+async def test_a_token_is_printed_on_one_line_and_accepted_by_the_service(service: Running) -> None:
     done = await stagecast("token", "ada", STAGECAST_JWT_SECRET=SECRET)
     assert (done.code, done.errors) == (0, "")
     assert re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+\n", done.output)
@@ -172,7 +172,7 @@ async def test_a_token_is_one_line_and_the_service_takes_it(service: Running) ->
     assert refused.json()["code"] == "forbidden"
 
 
-async def test_a_service_token_acts_for_anybody(service: Running) -> None:
+async def test_a_service_token_acts_for_any_user(service: Running) -> None:
     done = await run_main("token", "backend", "--service", "--ttl", "60", STAGECAST_JWT_SECRET=SECRET)
     claims = jwt.decode(done.output.strip(), SECRET, ["HS256"])
     assert claims["scope"] == "stagecast:service"
@@ -181,7 +181,7 @@ async def test_a_service_token_acts_for_anybody(service: Running) -> None:
     assert answer.json()["userId"] == "ada"
 
 
-async def test_a_token_ends_with_its_ttl(service: Running) -> None:
+async def test_a_token_expires_after_its_ttl(service: Running) -> None:
     bearer = (await run_main("token", "ada", "--ttl", "0.1", STAGECAST_JWT_SECRET=SECRET)).output.strip()
     async with asyncio.timeout(20):
         while (answer := await ask(service, bearer)).status_code == 200:
@@ -190,7 +190,7 @@ async def test_a_token_ends_with_its_ttl(service: Running) -> None:
 
 
 @pytest.mark.parametrize("user", ["123", "Zoë 😀", "a/b", "x" * 128])
-async def test_a_token_names_any_user(service: Running, user: str) -> None:
+async def test_a_token_can_be_issued_for_any_user_id(service: Running, user: str) -> None:
     done = await run_main("token", user, STAGECAST_JWT_SECRET=SECRET)
     assert (await ask(service, done.output.strip())).json()["userId"] == user
 
@@ -210,20 +210,20 @@ async def test_a_token_follows_the_settings_of_the_service(tmp_path: Path) -> No
         assert (await ask(service, other.output.strip())).json()["code"] == "invalid_token"
 
 
-async def test_the_secret_may_stand_in_a_file(tmp_path: Path) -> None:
+async def test_the_secret_can_be_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"STAGECAST_JWT_SECRET={SECRET}\n")
     done = await run_main("token", "ada", folder=tmp_path)
     assert jwt.decode(done.output.strip(), SECRET, ["HS256"])["sub"] == "ada"
 
 
-async def test_without_a_secret_there_is_no_token() -> None:
+async def test_without_a_secret_no_token_is_issued() -> None:
     assert "STAGECAST_JWT_SECRET" in (await run_main("token", "ada")).sentence(2)
     published = await run_main("token", "ada", STAGECAST_JWKS_URL="https://login.example/keys")
     assert "STAGECAST_JWT_SECRET" in published.sentence(2)
 
 
 @pytest.mark.parametrize("user", ["", "x" * 129, "a\nb", b"\xff"])
-async def test_a_token_names_nobody_there_cannot_be(user: str | bytes) -> None:
+async def test_a_token_is_not_issued_for_an_invalid_user_id(user: str | bytes) -> None:
     assert "user id" in (await run_main("token", user, STAGECAST_JWT_SECRET=SECRET)).sentence(2)
 
 
@@ -231,16 +231,16 @@ async def test_a_token_names_nobody_there_cannot_be(user: str | bytes) -> None:
     "ttl",
     ["0", "-1", "nan", "1e12", "inf", "-inf", "1e20"],
 )
-async def test_a_token_cannot_live_for_ever_or_not_at_all(ttl: str) -> None:
+async def test_a_token_ttl_must_be_positive_and_bounded(ttl: str) -> None:
     done = await run_main("token", "ada", f"--ttl={ttl}", STAGECAST_JWT_SECRET=SECRET)
     assert "--ttl" in done.sentence(2)
 
 
 @pytest.mark.parametrize("command", [SERVE, ("token", "ada")], ids=["serve", "token"])
-class TestAWrongSecret:
+class TestInvalidSecret:
     """Is refused, and never repeated."""
 
-    async def test_one_that_is_too_short(self, command: tuple[str, ...], tmp_path: Path) -> None:
+    async def test_a_short_secret_is_refused(self, command: tuple[str, ...], tmp_path: Path) -> None:
         (tmp_path / ".env").write_text(f"STAGECAST_JWT_SECRET={TOO_SHORT}\n")
         for done in (
             await run_main(*command, folder=tmp_path),
@@ -249,13 +249,13 @@ class TestAWrongSecret:
             assert "STAGECAST_JWT_SECRET must be a secret of at least 32 bytes." in done.sentence(2)
             assert "hunter2" not in done.errors
 
-    async def test_one_beside_published_keys(self, command: tuple[str, ...]) -> None:
+    async def test_a_secret_besides_published_keys_is_refused(self, command: tuple[str, ...]) -> None:
         both: JSON = {"STAGECAST_JWT_SECRET": SECRET, "STAGECAST_JWKS_URL": "https://login.example/keys"}
         done = await run_main(*command, **both)
         assert "STAGECAST_JWKS_URL" in done.sentence(2)
         assert SECRET not in done.errors
 
-    async def test_one_by_a_wrong_name(self, command: tuple[str, ...], tmp_path: Path) -> None:
+    async def test_a_misspelt_variable_is_refused(self, command: tuple[str, ...], tmp_path: Path) -> None:
         (tmp_path / ".env").write_text(f"STAGECAST_JWT_SECRTE={SECRET}\n")
         for done in (
             await run_main(*command, STAGECAST_JWT_SECRTE=SECRET),
@@ -265,7 +265,7 @@ class TestAWrongSecret:
             assert SECRET not in done.errors
 
     @pytest.mark.parametrize("flag", ["--jwt-secret", "--jwt_secret", "--jwt", "--webhook-secret", "--openai-api-key"])
-    async def test_one_by_a_flag(self, command: tuple[str, ...], flag: str) -> None:
+    async def test_a_secret_given_by_flag_is_refused(self, command: tuple[str, ...], flag: str) -> None:
         for given in ([f"{flag}={SECRET}"], [flag, SECRET], [flag, f"-{SECRET}"]):
             done = await run_main(*command, *given)
             assert done.code == 2
@@ -274,7 +274,9 @@ class TestAWrongSecret:
 
 
 @pytest.mark.parametrize(("run", "command"), [(stagecast, ("serve", "--port", "0")), (run_main, ("token", "ada"))])
-async def test_a_public_key_is_no_secret_and_not_repeated(run: Run, command: tuple[str, ...], tmp_path: Path) -> None:
+async def test_a_public_key_is_refused_as_secret_and_not_printed(
+    run: Run, command: tuple[str, ...], tmp_path: Path
+) -> None:
     pem = f"-----BEGIN PUBLIC KEY-----\n{'A' * 64}\n-----END PUBLIC KEY-----"
     done = await run(*command, folder=tmp_path, STAGECAST_JWT_SECRET=pem)
     assert "STAGECAST_JWT_SECRET" in done.sentence(2)
@@ -284,7 +286,7 @@ async def test_a_public_key_is_no_secret_and_not_repeated(run: Run, command: tup
 # --- credit ----------------------------------------------------------------------------------------------
 
 
-async def test_credit_is_given_and_the_balance_printed(service: Running, eve: str) -> None:
+async def test_credit_is_granted_and_the_balance_printed(service: Running, eve: str) -> None:
     for run, amount, left in ((stagecast, "5", 105), (run_main, "-30", 75), (run_main, "-1000", 0)):
         done = await run("credit", eve, amount, "--url", service.url, "--token", SERVICE)
         assert done == (0, f"{eve}: {left}\n", "")
@@ -292,11 +294,11 @@ async def test_credit_is_given_and_the_balance_printed(service: Running, eve: st
 
 
 @pytest.mark.parametrize("user", ["a/b", "x/credit", "%2F", "a?b#c", "-", "..", "."])
-async def test_credit_is_given_to_any_user(opened: Running, user: str) -> None:
+async def test_credit_can_be_granted_to_any_user(opened: Running, user: str) -> None:
     assert await run_main("credit", "--url", opened.url, user, "1") == (0, f"{user}: 101\n", "")
 
 
-async def test_credit_is_given_to_users_of_any_letters(opened: Running) -> None:
+async def test_credit_can_be_granted_to_user_ids_of_any_characters(opened: Running) -> None:
     assert await stagecast("credit", "--url", opened.url, "Zoë 😀", "1") == (0, "Zoë 😀: 101\n", "")
     assert await run_main("credit", "--url", opened.url, "Zoë 😀", "1") == (0, "Zoë 😀: 102\n", "")
 
@@ -314,13 +316,13 @@ async def test_without_a_service_token_it_is_refused_with_1(service: Running, be
     assert (await service.get("/me", "eve"))["credit"] == 100
 
 
-async def test_what_the_service_refuses_is_told_in_its_words(opened: Running, tmp_path: Path) -> None:
+async def test_a_refusal_by_the_service_is_printed_with_its_detail(opened: Running, tmp_path: Path) -> None:
     assert "amount" in (await run_main("credit", "eve", "10000000000", "--url", opened.url)).sentence(1)
     async with running(tmp_path / "other", credits=None) as service:
         assert "balances" in (await run_main("credit", "eve", "1", "--url", service.url)).sentence(1)
 
 
-async def test_a_user_id_that_is_no_text_is_refused(opened: Running) -> None:
+async def test_a_user_id_that_is_not_utf_8_is_refused(opened: Running) -> None:
     for run, user in ((stagecast, b"\xff"), (run_main, b"\xff"), (run_main, "x" * 129), (run_main, "")):
         assert "user id" in (await run("credit", user, "1", "--url", opened.url)).sentence(2)
 
@@ -346,7 +348,7 @@ async def test_replay_prints_one_line_for_each_event(service: Running, eve: str)
             assert word in line
 
 
-async def test_replay_tells_why_it_failed(tmp_path: Path) -> None:
+async def test_replay_prints_why_a_generation_failed(tmp_path: Path) -> None:
     overrides = {"editor": ScriptedEditor(raises(Failure("provider_rejected")))}
     async with running(tmp_path, overrides=overrides) as service:
         generation_id = await finished(service, "ada")
@@ -363,7 +365,7 @@ async def test_a_service_token_replays_for_its_user(service: Running, eve: str) 
     (await run_main(*asked, token(eve), "--user", eve)).sentence(1)
 
 
-async def test_replay_of_what_is_foreign_is_as_of_what_is_missing(service: Running, eve: str) -> None:
+async def test_replay_of_another_users_generation_looks_like_a_missing_one(service: Running, eve: str) -> None:
     generation_id = await finished(service, eve)
     rest = ["--url", service.url, "--token", token("bob")]
     missing = await run_main("replay", MISSING, *rest)
@@ -390,7 +392,7 @@ async def test_replay_for_any_user(opened: Running) -> None:
 # --- which service ---------------------------------------------------------------------------------------
 
 
-async def test_commands_that_call_a_service_are_told_which_by_variables(service: Running, eve: str) -> None:
+async def test_commands_read_the_service_url_from_variables(service: Running, eve: str) -> None:
     variables: JSON = {"STAGECAST_URL": service.url, "STAGECAST_TOKEN": SERVICE}
     assert await stagecast("credit", eve, "1", **variables) == (0, f"{eve}: 101\n", "")
     generation_id = await finished(service, eve)
@@ -406,7 +408,7 @@ async def test_a_service_is_found_by_its_port(opened: Running, eve: str) -> None
     assert done == (0, f"{eve}: 100\n", "")
 
 
-async def test_flags_come_before_variables_and_those_before_the_file(
+async def test_flags_override_variables_which_override_the_file(
     service: Running, eve: str, nowhere: str, tmp_path: Path
 ) -> None:
     (tmp_path / ".env").write_text(f"STAGECAST_URL={nowhere}\nSTAGECAST_TOKEN={SERVICE}\nSTAGECAST_CREDITS=7\n")
@@ -426,7 +428,7 @@ async def test_other_commands_ignore_the_service_and_its_token(tmp_path: Path) -
         assert "STAGECAST_IMAGES" in (await run_main(*SERVE, folder=tmp_path, **given)).sentence(2)
 
 
-async def test_a_wrong_or_unknown_setting_is_refused_by_every_command(eve: str, tmp_path: Path) -> None:
+async def test_every_command_refuses_an_invalid_or_unknown_setting(eve: str, tmp_path: Path) -> None:
     for command in (("credit", eve, "1"), ("replay", MISSING)):
         (tmp_path / ".env").write_text("STAGECAST_URL\n")
         assert "STAGECAST_URL must be" in (await run_main(*command, folder=tmp_path)).sentence(2)
@@ -435,7 +437,9 @@ async def test_a_wrong_or_unknown_setting_is_refused_by_every_command(eve: str, 
 
 
 @pytest.mark.parametrize("given", ["hunter2\r", "hunter2\nhunter2", "hunter2 hunter2", "hünter2"])
-async def test_a_token_that_cannot_be_sent_is_refused_and_not_repeated(service: Running, eve: str, given: str) -> None:
+async def test_a_token_that_is_no_valid_header_is_refused_and_not_printed(
+    service: Running, eve: str, given: str
+) -> None:
     for done in (
         await run_main("credit", eve, "1", STAGECAST_URL=service.url, STAGECAST_TOKEN=given),
         await run_main("credit", eve, "1", "--url", service.url, "--token", given),
@@ -444,7 +448,7 @@ async def test_a_token_that_cannot_be_sent_is_refused_and_not_repeated(service: 
         assert "nter2" not in done.errors
 
 
-async def test_a_token_is_sent_also_where_the_address_has_a_password(service: Running, eve: str) -> None:
+async def test_the_token_is_sent_even_if_the_url_has_a_password(service: Running, eve: str) -> None:
     url = service.url.replace("://", "://ada:hunter2@")
     assert await run_main("credit", eve, "1", "--url", url, "--token", SERVICE) == (0, f"{eve}: 101\n", "")
 
@@ -473,18 +477,18 @@ async def test_the_ready_line_masks_a_password(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [("credit", "eve", "5"), ("replay", MISSING)], ids=["credit", "replay"])
-class TestNoService:
+class TestServiceUnreachable:
     """Ends with 3, and one sentence."""
 
-    async def test_at_this_address(self, command: tuple[str, ...], nowhere: str) -> None:
+    async def test_an_unreachable_address_is_reported(self, command: tuple[str, ...], nowhere: str) -> None:
         assert nowhere in (await stagecast(*command, "--url", nowhere, "--token", SERVICE)).sentence(3)
 
     @pytest.mark.parametrize("url", ["nonsense", "ftp://localhost", "http://[::1"])
-    async def test_at_what_is_no_address(self, command: tuple[str, ...], url: str) -> None:
+    async def test_an_invalid_url_is_reported(self, command: tuple[str, ...], url: str) -> None:
         (await run_main(*command, "--url", url)).sentence(3)
 
     @pytest.mark.parametrize("answer", ["hello", "[]", "{}", '{"events": [{}]}'])
-    async def test_but_another_one(self, command: tuple[str, ...], answer: str) -> None:
+    async def test_a_server_that_is_not_stagecast_is_reported(self, command: tuple[str, ...], answer: str) -> None:
         async def serve(_: web.Request) -> web.Response:
             return web.Response(text=answer, content_type="application/json")
 
@@ -492,7 +496,7 @@ class TestNoService:
             (await run_main(*command, "--url", url)).sentence(3)
 
 
-async def test_the_token_goes_to_no_proxy_and_no_other_address(service: Running, nowhere: str, eve: str) -> None:
+async def test_the_token_is_sent_to_no_proxy_and_no_redirect_target(service: Running, nowhere: str, eve: str) -> None:
     """Neither the environment's proxy nor a redirect gets it."""
     done = await stagecast(
         "credit", eve, "1", "--url", service.url, "--token", SERVICE, HTTP_PROXY=nowhere, ALL_PROXY=nowhere

@@ -55,13 +55,15 @@ async def writing_to(output: int, *arguments: str, folder: Path, **variables: st
 
 
 @pytest.mark.parametrize("arguments", [CHECKED, TOKEN, HELP, VERSION], ids=" ".join)
-async def test_a_command_whose_reader_has_gone_ends_silently(
+async def test_a_command_exits_silently_if_its_output_pipe_is_closed(
     arguments: tuple[str, ...], closed: int, tmp_path: Path
 ) -> None:
     assert await writing_to(closed, *arguments, folder=tmp_path) == (128 + signal.SIGPIPE, "")
 
 
-async def test_so_do_those_that_call_a_service(closed: int, tmp_path: Path) -> None:
+async def test_a_command_that_calls_a_service_exits_silently_if_its_output_pipe_is_closed(
+    closed: int, tmp_path: Path
+) -> None:
     async with running(tmp_path / "images") as service:
         for arguments in (("credit", "eve", "5"), ("replay", await service.start("ada"), "--user", "ada")):
             ended = await writing_to(closed, *arguments, folder=tmp_path, STAGECAST_URL=service.url)
@@ -69,14 +71,12 @@ async def test_so_do_those_that_call_a_service(closed: int, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("arguments", [CHECKED, TOKEN], ids=" ".join)
-async def test_a_command_that_finds_no_room_for_its_output_says_so(
-    arguments: tuple[str, ...], full: int, tmp_path: Path
-) -> None:
+async def test_a_command_reports_a_full_disk(arguments: tuple[str, ...], full: int, tmp_path: Path) -> None:
     ended = await writing_to(full, *arguments, folder=tmp_path)
     assert ended == (1, "stagecast: the output: No space left on device.\n")
 
 
-async def test_the_service_works_also_where_nobody_reads_that_it_is_ready(closed: int, tmp_path: Path) -> None:
+async def test_the_service_starts_with_a_closed_output_pipe(closed: int, tmp_path: Path) -> None:
     port = free_port()
     process = await asyncio.create_subprocess_exec(
         *(*STAGECAST, "serve", "--port", f"{port}"),
@@ -105,7 +105,7 @@ async def is_ready(http: httpx2.AsyncClient) -> bool:
         return False
 
 
-async def test_a_command_that_is_interrupted_ends_silently(tmp_path: Path) -> None:
+async def test_an_interrupted_command_exits_silently(tmp_path: Path) -> None:
     asked = asyncio.Event()
 
     async def never(_: web.Request) -> web.Response:

@@ -63,7 +63,7 @@ def hostile(tmp_path: Path) -> Iterator[tuple[str, str]]:
         yield name, "http://proxy.invalid:9"
 
 
-async def test_an_edit_is_made_and_nothing_that_is_set_for_others_disturbs_it(tmp_path: Path, scratch: Path) -> None:
+async def test_the_demo_completes_an_edit_whatever_is_set_for_other_commands(tmp_path: Path, scratch: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WATCHMAN)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "theirs.jpg").write_text("a picture of another service")
@@ -166,7 +166,7 @@ def left_alone(terminal: Terminal) -> None:
     assert "Traceback" not in terminal.written
 
 
-async def test_in_a_terminal_a_bar_moves_and_the_picture_is_seen(scratch: Path) -> None:
+async def test_a_terminal_shows_a_progress_bar_and_the_picture(scratch: Path) -> None:
     async with terminal(scratch, "--local-seconds", "0.3") as shown:
         assert await shown.ended() == 0
     left_alone(shown)
@@ -182,7 +182,7 @@ async def test_in_a_terminal_a_bar_moves_and_the_picture_is_seen(scratch: Path) 
     assert str(scratch.parent / "kept" / "face-swapped.jpg") in shown.written
 
 
-async def test_a_failure_is_told_in_one_sentence_with_1_and_without_colours_where_they_are_not_wanted(
+async def test_a_failure_exits_with_1_and_one_sentence_that_respects_no_color(
     scratch: Path,
 ) -> None:
     async with terminal(scratch, NO_COLOR="1", STAGECAST_DEADLINE="0.001") as shown:
@@ -197,7 +197,7 @@ async def test_a_failure_is_told_in_one_sentence_with_1_and_without_colours_wher
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-async def test_it_can_be_stopped_and_leaves_nothing_behind(scratch: Path, stop: signal.Signals) -> None:
+async def test_the_demo_can_be_interrupted_and_leaves_nothing_behind(scratch: Path, stop: signal.Signals) -> None:
     async with terminal(scratch, "--local-seconds", "60") as shown:
         await shown.until("OpenAI image editing started...")
         shown.process.send_signal(stop)
@@ -219,7 +219,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_port_that_is_taken_is_told_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_exits_with_3_if_the_port_is_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["demo", "--port", str(port)]) == 3
@@ -237,14 +237,16 @@ def test_a_port_that_is_taken_is_told_with_3(tmp_path: Path, capsys: pytest.Capt
         (["--local-seconds", "soon"], "STAGECAST_LOCAL_SECONDS"),
     ],
 )
-def test_what_is_wrong_is_told_with_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_exits_with_2_for_invalid_settings(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["demo", *arguments]) == 2
     output, errors = capsys.readouterr()
     assert output == ""
     assert re.fullmatch(rf"stagecast: {named} must be [^\n]+\n", errors)
 
 
-async def test_where_nobody_reads_on_it_ends(tmp_path: Path) -> None:
+async def test_the_demo_exits_if_its_output_pipe_is_closed(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     process = await asyncio.create_subprocess_exec(
         *MODULE, *DEMO, stdout=writing, stderr=asyncio.subprocess.PIPE, cwd=tmp_path

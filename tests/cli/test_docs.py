@@ -37,12 +37,12 @@ def change(monkeypatch: pytest.MonkeyPatch, status: str, stage: Stage) -> None:
     monkeypatch.setitem(cast(dict[str, Stage], FLOWS["edit"]), status, stage)
 
 
-def test_the_committed_documents_are_fresh() -> None:
+def test_the_committed_documents_are_up_to_date() -> None:
     check = subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert (check.returncode, check.stderr) == (0, "")
 
 
-def test_a_changed_table_is_noticed_and_only_its_document_is_named(
+def test_a_changed_table_makes_only_its_own_document_stale(
     generator: Generator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -67,7 +67,7 @@ def test_a_changed_table_is_noticed_and_only_its_document_is_named(
         pytest.param(replace(FLOWS["edit"]["composition"], next={}), id="terminal"),
     ],
 )
-def test_every_part_of_a_row_shows_in_the_document(
+def test_every_column_of_a_row_appears_in_the_document(
     generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage
 ) -> None:
     generator.write(tmp_path)
@@ -92,7 +92,7 @@ def test_checking_writes_nothing(generator: Generator, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_diagram_tells_conditions_in_words_and_marks_the_ends(generator: Generator) -> None:
+def test_the_diagram_shows_conditions_in_words_and_marks_terminal_stages(generator: Generator) -> None:
     diagram = generator.DOCUMENTS["docs/state-diagrams/edit.md"]()
     assert "    [*] --> started\n" in diagram
     assert "    openai_editing_completed --> face_swap: a face swap was asked for\n" in diagram

@@ -119,13 +119,13 @@ def copy_tracked(sources: list[str], target: Path) -> None:
         shutil.copy(ROOT / name, place)
 
 
-def test_the_three_names_belong_to_this_distribution_alone() -> None:
+def test_the_three_package_names_belong_to_this_distribution() -> None:
     owners = packages_distributions()
     for name in ("domain", "adapters", "api"):
         assert set(owners.get(name, ["stagecast"])) == {"stagecast"}
 
 
-def test_what_is_installed_works_without_its_source_and_writes_only_to_its_volume(tmp_path: Path) -> None:
+def test_the_installed_package_works_without_its_source_and_writes_only_to_its_volume(tmp_path: Path) -> None:
     with built() as installed:
         before = files_outside_the_volume(installed)
         only_the_three_packages_are_installed(installed)
@@ -188,7 +188,7 @@ def the_service_is_healthy_with_a_key(installed: Installation) -> None:
     assert (data / "log.db").is_file()
 
 
-def test_the_image_runs_as_nobody_in_particular_and_compose_takes_all_rights_away() -> None:
+def test_the_image_runs_as_any_user_and_compose_drops_all_capabilities() -> None:
     assert IMAGE.one("USER") == "10001"
     assert f"--uid {IMAGE.one('USER')} " in IMAGE.all("RUN")[0]
     compose: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())

@@ -31,7 +31,7 @@ def anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_link_between_the_documents_leads_somewhere(document: Path) -> None:
+def test_every_link_between_the_documents_resolves(document: Path) -> None:
     links = re.findall(r"""(?:\]\(|srcset="|src=")(?!https?:)([^)"\s]+)""", document.read_text())
     for link in links:
         path, _, anchor = link.partition("#")

@@ -92,7 +92,7 @@ def test_parsing_never_raises(text: object) -> None:
 
 @PROPERTY
 @given(cursors, st.data())
-def test_a_changed_character_makes_another_cursor_or_none(cursor: Cursor, data: st.DataObject) -> None:
+def test_a_changed_character_yields_another_cursor_or_none(cursor: Cursor, data: st.DataObject) -> None:
     text = cursor.text("e1")
     index = data.draw(st.integers(0, len(text) - 1))
     changed = text[:index] + data.draw(st.characters()) + text[index + 1 :]
@@ -405,7 +405,7 @@ def test_from_any_cursor_the_wanted_events_come_once_in_order_or_it_is_unusable(
 
 
 @logs
-async def test_the_property_is_not_empty(open_log: OpenLog) -> None:
+async def test_the_property_test_reaches_every_situation(open_log: OpenLog) -> None:
     commands = [("start", 0), ("start", 0), ("attach", 0), ("move", 1), ("read", 0), ("move", 4), ("move", 3)]
     world = await play(open_log, [*commands, ("purge", 0), ("start", 0), ("read", 3), ("attach", 0)], [1])
     assert world.delivered > 5

@@ -26,7 +26,7 @@ async def test_a_grant_changes_the_balance_and_never_below_zero(recorder: EventR
         assert await log.credit("ada") == left
 
 
-async def test_a_grant_is_no_event_and_nobody_hears_of_it(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_grant_appends_no_event_and_followers_get_none(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.start()
     before = await full_feed(log)
     follower = RecordingFollower()
@@ -40,7 +40,7 @@ async def test_a_grant_is_no_event_and_nobody_hears_of_it(recorder: EventRecorde
     assert (await full_feed(log, "nobody yet")).head == 0
 
 
-async def test_who_was_granted_before_they_began_starts_from_that_balance(opener: LogOpener) -> None:
+async def test_a_user_granted_before_the_first_start_begins_with_that_balance(opener: LogOpener) -> None:
     recorder = await opener(credits=0)
     with pytest.raises(InsufficientCredit):
         await recorder.start()
@@ -51,7 +51,7 @@ async def test_who_was_granted_before_they_began_starts_from_that_balance(opener
         await recorder.start()
 
 
-async def test_the_place_of_a_feed_does_not_move_by_a_grant(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_grant_does_not_move_the_head_of_the_feed(recorder: EventRecorder, log: WholeLog) -> None:
     for user_id in ("ada", "new"):
         if user_id == "ada":
             await recorder.start(user_id)
@@ -60,7 +60,7 @@ async def test_the_place_of_a_feed_does_not_move_by_a_grant(recorder: EventRecor
         assert await log.head_cursor(user_id) == before
 
 
-async def test_a_grant_with_a_key_happens_once_and_returns_what_it_had_brought(
+async def test_a_grant_with_a_key_is_made_once_and_repeats_return_its_balance(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     assert await grant(recorder, 5, "k") == 105
@@ -71,14 +71,14 @@ async def test_a_grant_with_a_key_happens_once_and_returns_what_it_had_brought(
     assert await log.credit("ada") == 54
 
 
-async def test_a_grant_that_was_cut_at_zero_returns_zero_again(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_repeated_grant_that_was_clamped_at_zero_returns_zero(recorder: EventRecorder, log: WholeLog) -> None:
     assert await grant(recorder, -1_000, "k") == 0
     await grant(recorder, 7)
     assert await grant(recorder, -1_000, "k") == 0
     assert await log.credit("ada") == 7
 
 
-async def test_a_key_with_another_amount_is_a_mismatch_and_grants_nothing(
+async def test_a_grant_key_with_another_amount_is_a_mismatch_and_grants_nothing(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     await grant(recorder, 5, "k")
@@ -89,7 +89,7 @@ async def test_a_key_with_another_amount_is_a_mismatch_and_grants_nothing(
     assert await grant(recorder, 5, "k") == 105
 
 
-async def test_a_key_of_a_grant_is_forgotten_when_its_time_is_over(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_grant_key_expires(recorder: EventRecorder, log: WholeLog) -> None:
     await grant(recorder, 5, "k")
     recorder.clock.step(60)
     assert await grant(recorder, 6, "k") == 111
@@ -98,7 +98,7 @@ async def test_a_key_of_a_grant_is_forgotten_when_its_time_is_over(recorder: Eve
     assert await log.credit("ada") == 111
 
 
-async def test_keys_that_were_asked_for_again_live_no_longer(recorder: EventRecorder) -> None:
+async def test_a_repeated_grant_does_not_extend_its_key(recorder: EventRecorder) -> None:
     await grant(recorder, 5, "k")
     recorder.clock.step(30)
     assert await grant(recorder, 5, "k") == 105
@@ -106,7 +106,7 @@ async def test_keys_that_were_asked_for_again_live_no_longer(recorder: EventReco
     assert await grant(recorder, 5, "k") == 110
 
 
-async def test_each_key_of_a_grant_has_a_time_of_its_own(recorder: EventRecorder) -> None:
+async def test_each_grant_key_expires_on_its_own(recorder: EventRecorder) -> None:
     """Also where the clock was set back an hour between two grants, or the retention was made shorter."""
     await grant(recorder, 1, "long", keep=3600)
     await grant(recorder, 5, "short", keep=60)
@@ -115,11 +115,11 @@ async def test_each_key_of_a_grant_has_a_time_of_its_own(recorder: EventRecorder
     assert await grant(recorder, 1, "long") == 101
 
 
-async def test_a_grant_without_a_key_happens_each_time(recorder: EventRecorder) -> None:
+async def test_a_grant_without_a_key_is_made_each_time(recorder: EventRecorder) -> None:
     assert [await grant(recorder, 5) for _ in range(3)] == [105, 110, 115]
 
 
-async def test_a_key_of_a_grant_is_its_users_own_and_not_a_starts(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_grant_keys_are_separate_per_user_and_from_start_keys(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.start(key="k")
     assert await grant(recorder, 5, "k") == 104
     assert await grant(recorder, 6, "k", "bob") == 106
@@ -128,7 +128,7 @@ async def test_a_key_of_a_grant_is_its_users_own_and_not_a_starts(recorder: Even
     assert (await log.credit("ada"), await log.credit("bob")) == (104, 105)
 
 
-async def test_where_no_balances_are_kept_nothing_is_granted(opener: LogOpener) -> None:
+async def test_without_balances_a_grant_is_refused(opener: LogOpener) -> None:
     recorder = await opener(credits=None)
     for amount, key in ((5, None), (0, None), (5, "k"), (6, "k")):
         with pytest.raises(CreditsOff):
@@ -136,7 +136,7 @@ async def test_where_no_balances_are_kept_nothing_is_granted(opener: LogOpener) 
     assert await recorder.log.credit("ada") is None
 
 
-async def test_a_user_whose_generations_are_all_gone_keeps_the_balance_and_the_keys(
+async def test_a_user_without_generations_left_keeps_balance_and_grant_keys(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     await grant(recorder, 5, "k")
@@ -147,12 +147,12 @@ async def test_a_user_whose_generations_are_all_gone_keeps_the_balance_and_the_k
     assert await log.credit("ada") == 104
 
 
-async def test_of_twenty_racing_grants_with_one_key_one_happens(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_twenty_racing_grants_with_one_key_grant_once(recorder: EventRecorder, log: WholeLog) -> None:
     assert await asyncio.gather(*(grant(recorder, 5, "k") for _ in range(20))) == [105] * 20
     assert await log.credit("ada") == 105
 
 
-async def test_of_racing_grants_with_one_key_and_two_amounts_one_amount_happens(
+async def test_racing_grants_with_one_key_and_two_amounts_grant_one_of_them(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     results = await asyncio.gather(*(grant(recorder, 5 + n % 2, "k") for n in range(10)), return_exceptions=True)
@@ -177,9 +177,7 @@ async def test_grants_that_race_with_starts_lose_no_credit(opener: LogOpener) ->
     assert all(balance >= 0 for balance in seen)
 
 
-async def test_what_is_taken_back_while_credits_are_reserved_is_refunded_on_top(
-    recorder: EventRecorder, log: WholeLog
-) -> None:
+async def test_a_refund_after_a_negative_grant_is_added_to_the_balance(recorder: EventRecorder, log: WholeLog) -> None:
     running = [await recorder.start() for _ in range(3)]
     assert await grant(recorder, -1_000) == 0
     failed = await recorder.move(running[0], "failed")
@@ -190,7 +188,7 @@ async def test_what_is_taken_back_while_credits_are_reserved_is_refunded_on_top(
     assert 0 <= left <= 2
 
 
-async def test_a_start_that_is_tried_again_after_its_generation_was_deleted_is_refused(log: WholeLog) -> None:
+async def test_a_retried_start_of_a_deleted_generation_is_refused(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     append, generation = recorder.prepare_start()
     await log.append(append)
@@ -201,7 +199,7 @@ async def test_a_start_that_is_tried_again_after_its_generation_was_deleted_is_r
     assert await log.credit("ada") == 100
 
 
-async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: WholeLog) -> None:
+async def test_a_deleted_generation_below_the_floor_is_forgotten(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     deleted, purged = await recorder.start_and_fail(), await recorder.start_and_fail()
     await log.remove(deleted.generation_id, retention=False)
@@ -212,7 +210,7 @@ async def test_a_deleted_generation_that_the_floor_has_passed_is_no_more(log: Wh
     assert not await log.remove(deleted.generation_id, retention=True)
 
 
-async def test_a_log_that_can_be_written_says_so_and_is_not_changed_by_being_asked(log: WholeLog) -> None:
+async def test_a_probe_of_a_writable_log_succeeds_and_changes_nothing(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     generation = await recorder.start_and_fail()
     before = await log.head_cursor("ada"), await log.generation(generation.generation_id), log.epoch

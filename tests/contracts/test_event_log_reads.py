@@ -17,9 +17,7 @@ async def entries_of(follower: RecordingFollower, count: int) -> list[Logged]:
     return await follower.until(lambda entries: len(entries) >= count)
 
 
-async def test_a_follower_hears_every_entry_once_in_order_while_appends_run(
-    recorder: EventRecorder, log: WholeLog
-) -> None:
+async def test_a_follower_gets_every_entry_once_in_order_during_appends(recorder: EventRecorder, log: WholeLog) -> None:
     follower = RecordingFollower()
 
     async def live(user_id: str) -> None:
@@ -38,7 +36,7 @@ async def test_a_follower_hears_every_entry_once_in_order_while_appends_run(
         assert [entry.event_id for entry in told] == [entry.event_id for entry in kept]
 
 
-async def test_a_follower_hears_the_entry_as_it_was_at_the_append(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_follower_gets_the_entry_as_it_was_appended(recorder: EventRecorder, log: WholeLog) -> None:
     follower = RecordingFollower()
     async with log.follow(follower):
         append, generation = recorder.prepare_start()
@@ -49,7 +47,7 @@ async def test_a_follower_hears_the_entry_as_it_was_at_the_append(recorder: Even
     assert [(entry.first, entry.end) for entry in logged] == [(1, None), (1, 2)]
 
 
-async def test_between_a_read_and_what_is_heard_there_is_no_gap(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_read_and_the_follower_leave_no_gap(recorder: EventRecorder, log: WholeLog) -> None:
     async def write() -> None:
         for _ in range(30):
             await recorder.run_to_end()
@@ -71,7 +69,7 @@ async def test_between_a_read_and_what_is_heard_there_is_no_gap(recorder: EventR
             group.create_task(attach(after))
 
 
-async def test_a_follower_that_raises_undoes_nothing_and_stops_nobody(
+async def test_a_follower_that_raises_affects_neither_append_nor_other_followers(
     recorder: EventRecorder, log: WholeLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, after = RecordingFollower(), RecordingFollower()
@@ -90,7 +88,7 @@ async def test_a_follower_that_raises_undoes_nothing_and_stops_nobody(
     assert "a secret" not in caplog.text
 
 
-async def test_who_has_left_hears_nothing_more_and_who_stays_does(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_follower_that_leaves_gets_nothing_more_and_others_do(recorder: EventRecorder, log: WholeLog) -> None:
     leaving, staying = RecordingFollower(), RecordingFollower()
     async with log.follow(staying):
         async with log.follow(leaving):
@@ -101,7 +99,7 @@ async def test_who_has_left_hears_nothing_more_and_who_stays_does(recorder: Even
     assert len(leaving.entries) == 1
 
 
-async def test_refused_and_repeated_appends_are_not_heard(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_followers_get_no_refused_or_retried_appends(recorder: EventRecorder, log: WholeLog) -> None:
     append, generation = recorder.prepare_start()
     await log.append(append)
     follower = RecordingFollower()
@@ -124,7 +122,7 @@ async def test_an_unknown_user_has_an_empty_feed(log: WholeLog) -> None:
     assert (await log.feed("nobody", after=0, anchor=1, limit=10)).anchor_id is None
 
 
-async def test_pages_of_any_size_tell_the_whole_feed_once_in_order(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_pages_of_any_size_return_the_whole_feed_once_in_order(recorder: EventRecorder, log: WholeLog) -> None:
     for _ in range(3):
         await recorder.run_to_end()
     every = list((await full_feed(log)).entries)
@@ -144,7 +142,7 @@ async def test_pages_of_any_size_tell_the_whole_feed_once_in_order(recorder: Eve
         assert told == every
 
 
-async def test_a_read_without_room_tells_only_what_lies_around(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_read_with_limit_zero_returns_only_bounds_and_anchor(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.run_to_end()
     feed = await log.feed("ada", after=2, anchor=4, limit=0)
     ids = [entry.event_id for entry in (await full_feed(log)).entries]
@@ -160,7 +158,7 @@ async def test_the_anchor_of_every_position_is_the_id_of_its_event(recorder: Eve
         assert (await log.feed("ada", after=0, anchor=beyond, limit=0)).anchor_id is None
 
 
-async def test_the_id_before_the_first_event_is_the_users_the_epochs_and_stays(opener: LogOpener) -> None:
+async def test_the_anchor_before_the_first_event_depends_on_user_and_epoch_only(opener: LogOpener) -> None:
     one, two = await opener(epoch="one"), await opener(epoch="two")
 
     async def zero(recorder: EventRecorder, user_id: str) -> int | None:
@@ -180,9 +178,7 @@ async def test_a_read_beyond_the_head_finds_nothing(recorder: EventRecorder, log
     assert (list(feed.entries), feed.head) == ([], 1)
 
 
-async def test_the_present_of_nobody_is_where_their_first_event_will_come(
-    recorder: EventRecorder, log: WholeLog
-) -> None:
+async def test_the_head_cursor_of_a_new_user_is_before_the_first_event(recorder: EventRecorder, log: WholeLog) -> None:
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (0, 0)
     generation = await recorder.start()
@@ -190,7 +186,7 @@ async def test_the_present_of_nobody_is_where_their_first_event_will_come(
     assert event_keys(told) == [(generation.generation_id, 1)]
 
 
-async def test_the_present_holds_what_still_runs_and_nothing_that_has_ended(
+async def test_the_head_cursor_covers_running_generations_and_no_ended_ones(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     await recorder.run_to_end()
@@ -203,7 +199,7 @@ async def test_the_present_holds_what_still_runs_and_nothing_that_has_ended(
     assert (behind.live, behind.seen) == (14, 14)
 
 
-async def test_the_present_of_a_user_with_nothing_running_is_the_head(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_the_head_cursor_of_an_idle_user_is_the_head(recorder: EventRecorder, log: WholeLog) -> None:
     ended = await recorder.run_to_end()
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (6, 6)
@@ -217,7 +213,7 @@ async def test_the_present_of_a_user_with_nothing_running_is_the_head(recorder: 
 # --- what is yet to be told ------------------------------------------------------------------------------
 
 
-async def test_ends_are_kept_in_their_order_until_they_have_been_told(opener: LogOpener) -> None:
+async def test_undelivered_ends_are_kept_in_order_until_delivered(opener: LogOpener) -> None:
     recorder = await opener(outbox=True)
     log = recorder.log
     slow = await recorder.start("ada")
@@ -241,7 +237,7 @@ async def test_ends_are_kept_in_their_order_until_they_have_been_told(opener: Lo
     assert (await log.generation(last.generation_id)) is not None
 
 
-async def test_an_end_that_was_told_is_not_to_be_told_again_because_its_append_is_tried_again(
+async def test_a_retried_append_of_a_delivered_end_is_not_queued_again(
     opener: LogOpener,
 ) -> None:
     recorder = await opener(outbox=True)
@@ -255,7 +251,7 @@ async def test_an_end_that_was_told_is_not_to_be_told_again_because_its_append_i
 
 
 @pytest.mark.parametrize("retention", [True, False])
-async def test_what_is_removed_is_not_told_any_more(opener: LogOpener, retention: bool) -> None:
+async def test_a_removed_generation_is_not_delivered(opener: LogOpener, retention: bool) -> None:
     recorder = await opener(outbox=True)
     gone, kept = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await recorder.log.remove(gone.generation_id, retention=retention)
@@ -265,7 +261,7 @@ async def test_what_is_removed_is_not_told_any_more(opener: LogOpener, retention
     assert [entry.generation_id for entry in await recorder.log.undelivered(10)] == [kept.generation_id]
 
 
-async def test_without_an_outbox_nothing_is_to_be_told(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_without_an_outbox_nothing_is_undelivered(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start_and_fail()
     assert list(await log.undelivered(10)) == []
     await log.delivered(generation.generation_id)

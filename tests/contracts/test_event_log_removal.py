@@ -19,7 +19,7 @@ retentions = pytest.mark.parametrize("retention", [True, False])
 
 
 @retentions
-async def test_what_was_removed_answers_as_one_that_never_was(
+async def test_a_removed_generation_looks_like_an_unknown_one(
     recorder: EventRecorder, log: WholeLog, retention: bool
 ) -> None:
     ended, other = await recorder.run_to_end(key="k"), await recorder.run_to_end()
@@ -39,12 +39,12 @@ async def test_what_was_removed_answers_as_one_that_never_was(
 
 
 @retentions
-async def test_what_never_was_cannot_be_removed(log: WholeLog, retention: bool) -> None:
+async def test_an_unknown_generation_cannot_be_removed(log: WholeLog, retention: bool) -> None:
     assert await log.remove("edit_1_unknown", retention=retention) is False
 
 
 @pytest.mark.parametrize("strange", ["", "edit_1_\ud800", "a\x00b", "'; DROP TABLE users; --", "%", "x" * 60_000])
-async def test_any_text_may_be_asked_for(recorder: EventRecorder, log: WholeLog, strange: str) -> None:
+async def test_reads_accept_any_text(recorder: EventRecorder, log: WholeLog, strange: str) -> None:
     await recorder.start_and_fail()
     before = await image(log, "ada")
     assert await log.generation(strange) is None
@@ -53,9 +53,7 @@ async def test_any_text_may_be_asked_for(recorder: EventRecorder, log: WholeLog,
 
 
 @pytest.mark.parametrize("user_id", ["'", '"; --', "Ünï 🎨 : % * {}", "ADA", "ada ", "e\u0301", "1" * 128])
-async def test_a_user_may_have_any_name_and_none_is_taken_for_another(
-    recorder: EventRecorder, log: WholeLog, user_id: str
-) -> None:
+async def test_user_ids_of_any_characters_stay_distinct(recorder: EventRecorder, log: WholeLog, user_id: str) -> None:
     await recorder.start_and_fail("ada", key="k")
     running = await recorder.start(user_id, key="k")
     assert [entry.user_id for entry in (await full_feed(log, user_id)).entries] == [user_id]
@@ -64,7 +62,7 @@ async def test_a_user_may_have_any_name_and_none_is_taken_for_another(
 
 
 @retentions
-async def test_what_still_runs_is_not_removed(recorder: EventRecorder, log: WholeLog, retention: bool) -> None:
+async def test_a_running_generation_cannot_be_removed(recorder: EventRecorder, log: WholeLog, retention: bool) -> None:
     running = await recorder.start()
     before = await image(log, "ada", running.generation_id)
     with pytest.raises(NotFinished):
@@ -82,7 +80,7 @@ async def test_retention_raises_the_floor_to_the_last_purged_position(recorder: 
     assert [entry.position for entry in feed.entries] == [5, 6]
 
 
-async def test_the_places_of_a_deleted_one_are_forgotten_when_retention_would_have_purged_it(
+async def test_tombstones_are_removed_when_retention_would_have_removed_the_events(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     gone, _ = await recorder.start_and_fail(), await recorder.start_and_fail()
@@ -106,7 +104,9 @@ async def test_retention_never_lowers_the_floor(recorder: EventRecorder, log: Wh
     assert (feed.floor, feed.anchor_id, list(feed.entries)) == (4, ids, [])
 
 
-async def test_delete_leaves_the_floor_and_empty_places_with_their_ids(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_deleting_keeps_the_floor_and_leaves_tombstones_with_event_ids(
+    recorder: EventRecorder, log: WholeLog
+) -> None:
     generations = [await recorder.start_and_fail() for _ in range(3)]
     every = (await full_feed(log)).entries
     assert await log.remove(generations[1].generation_id, retention=False)
@@ -123,7 +123,7 @@ async def test_delete_leaves_the_floor_and_empty_places_with_their_ids(recorder:
 
 @retentions
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1), (1, 2), (2, 0), (0, 1, 2), (2, 1, 0)])
-async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
+async def test_removing_any_generation_leaves_other_and_later_ones_whole(
     recorder: EventRecorder, log: WholeLog, retention: bool, which: tuple[int, ...]
 ) -> None:
     generations = [await recorder.start_and_fail() for _ in range(3)]
@@ -149,7 +149,9 @@ async def test_removal_from_anywhere_leaves_the_others_and_the_future_whole(
             ]
 
 
-async def test_the_id_at_the_floor_stays_and_those_below_go(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_the_event_id_at_the_floor_is_kept_and_lower_ones_are_removed(
+    recorder: EventRecorder, log: WholeLog
+) -> None:
     for _ in range(2):
         await recorder.start_and_fail()
     every = (await full_feed(log)).entries
@@ -193,7 +195,7 @@ async def test_reading_goes_on_from_before_the_floor_when_only_unwanted_events_w
 
 
 @retentions
-async def test_a_cursor_is_lost_once_a_generation_it_wanted_to_the_end_is_gone(
+async def test_a_cursor_is_unusable_once_a_generation_it_followed_is_removed(
     recorder: EventRecorder, log: WholeLog, retention: bool
 ) -> None:
     wanted = await recorder.start()
@@ -208,7 +210,7 @@ async def test_a_cursor_is_lost_once_a_generation_it_wanted_to_the_end_is_gone(
     assert await usable(log, "ada", Cursor(behind.position, behind.event_id, behind.position))
 
 
-async def test_deleted_spans_is_told_from_the_first_event_on_and_before_the_last(
+async def test_a_tombstone_is_open_from_its_first_event_until_before_its_last(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     await recorder.start_and_fail()
@@ -219,7 +221,7 @@ async def test_deleted_spans_is_told_from_the_first_event_on_and_before_the_last
     assert deleted_spans == [[], [], [], [3], [3], [], [], []]
 
 
-async def test_one_deleted_before_it_was_seen_at_all_is_skipped(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_generation_deleted_before_it_was_seen_is_skipped(recorder: EventRecorder, log: WholeLog) -> None:
     cursor = await log.head_cursor("ada")
     gone = await recorder.start_and_fail()
     kept = await recorder.start_and_fail()
@@ -230,7 +232,7 @@ async def test_one_deleted_before_it_was_seen_at_all_is_skipped(recorder: EventR
         assert behind.live == behind.seen == 4
 
 
-async def test_places_left_by_delete_go_once_the_floor_has_passed_them(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_tombstones_are_removed_once_the_floor_has_passed_them(recorder: EventRecorder, log: WholeLog) -> None:
     deleted, purged = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(deleted.generation_id, retention=False)
     assert await log.remove(purged.generation_id, retention=True)
@@ -239,7 +241,7 @@ async def test_places_left_by_delete_go_once_the_floor_has_passed_them(recorder:
     assert not (await log.feed("ada", after=0, anchor=1, limit=0)).deleted_spans
 
 
-async def test_deleting_below_the_floor_leaves_no_places(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_deleting_below_the_floor_leaves_no_tombstones(recorder: EventRecorder, log: WholeLog) -> None:
     low, high = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await log.remove(high.generation_id, retention=True)
     assert await log.remove(low.generation_id, retention=False)
@@ -247,15 +249,13 @@ async def test_deleting_below_the_floor_leaves_no_places(recorder: EventRecorder
     assert (list(feed.entries), feed.floor, feed.head, [*feed.deleted_spans]) == ([], 4, 4, [])
 
 
-async def test_two_users_do_not_share_a_floor(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_floors_are_separate_per_user(recorder: EventRecorder, log: WholeLog) -> None:
     gone, _ = await recorder.start_and_fail("ada"), await recorder.start_and_fail("bob")
     assert await log.remove(gone.generation_id, retention=True)
     assert [(await full_feed(log, user_id)).floor for user_id in ("ada", "bob")] == [2, 0]
 
 
-async def test_a_long_life_under_retention_keeps_numbering_without_a_gap(
-    recorder: EventRecorder, log: WholeLog
-) -> None:
+async def test_positions_stay_contiguous_under_retention(recorder: EventRecorder, log: WholeLog) -> None:
     previous = await recorder.start_and_fail()
     for turn in range(2, 40):
         current = await recorder.start_and_fail()
@@ -304,7 +304,7 @@ async def test_the_age_of_a_generation_is_that_of_its_first_event(recorder: Even
     assert [history.generation_id for history in found] == [newer.generation_id, older.generation_id]
 
 
-async def test_unfinished_tells_everybodys_running_generations_oldest_first(
+async def test_unfinished_returns_running_generations_of_all_users_oldest_first(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     one = await recorder.start("ada")
@@ -320,9 +320,7 @@ async def test_unfinished_tells_everybodys_running_generations_oldest_first(
     assert list(await log.unfinished()) == []
 
 
-async def test_finished_before_tells_those_that_ended_earlier_first_ended_first(
-    recorder: EventRecorder, log: WholeLog
-) -> None:
+async def test_finished_before_returns_the_oldest_ends_first(recorder: EventRecorder, log: WholeLog) -> None:
     slow = await recorder.start("ada")
     quick = await recorder.start_and_fail("bob")
     recorder.clock.step(10)
@@ -341,7 +339,7 @@ async def test_finished_before_tells_those_that_ended_earlier_first_ended_first(
     assert list(await log.finished_before(now + timedelta(seconds=1), 10)) == every[1:]
 
 
-async def test_removing_while_appending_is_seen_whole_or_not_at_all(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_removal_during_appends_is_atomic(recorder: EventRecorder, log: WholeLog) -> None:
     """A reader of one atomic read never sees a generation without its beginning or its end."""
     done = asyncio.Event()
 
@@ -369,9 +367,7 @@ async def test_removing_while_appending_is_seen_whole_or_not_at_all(recorder: Ev
     assert reads > 1
 
 
-async def test_every_answer_holds_after_the_same_append_was_sent_by_many(
-    recorder: EventRecorder, log: WholeLog
-) -> None:
+async def test_appends_sent_by_many_writers_leave_a_consistent_log(recorder: EventRecorder, log: WholeLog) -> None:
     """Eight writers drive three generations; each step is taken once, whoever takes it."""
     running = [await recorder.start() for _ in range(3)]
     steps = ("composition", "composition_completed", "openai_editing", "openai_editing_completed", "completed")

@@ -41,25 +41,25 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ImageStore:
 @pytest.mark.parametrize(
     ("media_type", "suffix"), [("image/png", "png"), ("image/jpeg", "jpg"), ("image/webp", "webp")]
 )
-async def test_what_was_saved_is_loaded(store: ImageStore, media_type: str, suffix: str) -> None:
+async def test_a_saved_picture_can_be_loaded(store: ImageStore, media_type: str, suffix: str) -> None:
     saved = Picture(bytes(range(256)), media_type)
     name = await store.save(ID, saved)
     assert await store.load(name) == saved
     assert re.fullmatch(rf"{ID}-[0-9a-f]{{32}}\.{suffix}", name)
 
 
-async def test_the_same_picture_gets_a_new_name_each_time(store: ImageStore) -> None:
+async def test_each_save_of_a_picture_has_a_new_name(store: ImageStore) -> None:
     assert len({await store.save(ID, PNG) for _ in range(20)}) == 20
 
 
-async def test_a_picture_has_a_size_as_long_as_it_is_there(store: ImageStore) -> None:
+async def test_a_stored_picture_has_a_size_until_it_is_removed(store: ImageStore) -> None:
     name = await store.save(ID, PNG)
     assert await store.size(name) == len(PNG.data)
     await store.discard(name)
     assert [await store.size(each) for each in (name, "", "../secret.png")] == [0, 0, 0]
 
 
-async def test_an_unknown_name_stands_for_nothing(store: ImageStore) -> None:
+async def test_an_unknown_name_loads_nothing(store: ImageStore) -> None:
     assert await store.load(f"{ID}-{'0' * 32}.png") is None
     name = await store.save(ID, PNG)
     assert await store.load(name.replace(".png", ".jpg")) is None
@@ -87,7 +87,7 @@ async def test_an_unknown_name_stands_for_nothing(store: ImageStore) -> None:
         "/etc/passwd",
     ],
 )
-async def test_a_name_that_is_none_of_ours_stands_for_nothing(store: ImageStore, tmp_path: Path, name: str) -> None:
+async def test_a_name_of_another_form_loads_nothing(store: ImageStore, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret.png").write_bytes(b"secret")
     await store.save(ID, PNG)
     assert await store.load(name) is None
@@ -95,7 +95,7 @@ async def test_a_name_that_is_none_of_ours_stands_for_nothing(store: ImageStore,
     assert (tmp_path / "secret.png").exists()
 
 
-async def test_a_discarded_picture_is_gone_and_the_others_stay(store: ImageStore) -> None:
+async def test_discarding_a_picture_keeps_the_others(store: ImageStore) -> None:
     one, other = await store.save(ID, PNG), await store.save(ID, PNG)
     await store.discard(one)
     await store.discard(one)
@@ -114,7 +114,7 @@ async def test_removing_a_generation_removes_all_its_pictures_and_no_others(stor
 
 
 @pytest.mark.parametrize("generation_id", ["", ".", "..", "../images", "*", "edit_1_a/.."])
-async def test_removing_what_is_no_generation_removes_nothing(
+async def test_removing_an_unknown_generation_removes_nothing(
     store: ImageStore, tmp_path: Path, generation_id: str
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
@@ -124,7 +124,7 @@ async def test_removing_what_is_no_generation_removes_nothing(
     assert (tmp_path / "mine.txt").exists()
 
 
-async def test_names_are_told_by_generation_and_age(store: ImageStore) -> None:
+async def test_names_are_listed_by_generation_and_age(store: ImageStore) -> None:
     before = datetime.now(UTC) - timedelta(minutes=1)
     assert await store.names(older_than=soon()) == {}
     names = [await store.save(ID, PNG) for _ in range(2)]
@@ -137,7 +137,7 @@ async def test_names_are_told_by_generation_and_age(store: ImageStore) -> None:
     }
 
 
-async def test_many_at_once_do_not_get_in_each_others_way(store: ImageStore) -> None:
+async def test_concurrent_saves_do_not_interfere(store: ImageStore) -> None:
     async def come_and_go() -> None:
         for _ in range(10):
             name = await store.save(ID, PNG)
@@ -171,7 +171,7 @@ async def test_a_full_disk_fails_the_save_and_leaves_no_file(
     assert files(tmp_path) == []
 
 
-async def test_a_picture_is_not_there_until_it_is_there_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_picture_is_visible_only_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = folder(tmp_path)
     told: list[dict[str, list[str]]] = []
     sync = os.fsync
@@ -194,9 +194,7 @@ async def test_the_folder_of_a_generation_goes_with_its_last_picture(tmp_path: P
     assert not (tmp_path / ID).exists()
 
 
-async def test_a_folder_that_goes_while_it_is_looked_at_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_folder_removed_during_a_save_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when another thread discards its last picture just after mkdir has found the folder there."""
     store = folder(tmp_path)
     (tmp_path / ID).mkdir()
@@ -211,7 +209,7 @@ async def test_a_folder_that_goes_while_it_is_looked_at_is_made_again(
     assert await store.load(await store.save(ID, PNG)) == PNG
 
 
-async def test_the_sweep_removes_what_dead_writers_left_and_nothing_of_others(tmp_path: Path) -> None:
+async def test_the_sweep_removes_temporary_files_of_dead_writers_only(tmp_path: Path) -> None:
     store = folder(tmp_path)
     name = await store.save(ID, PNG)
     stale, fresh = (tmp_path / ID / f".{ID}-{digit * 32}.png.part" for digit in "01")
@@ -227,7 +225,7 @@ async def test_the_sweep_removes_what_dead_writers_left_and_nothing_of_others(tm
     assert all(file.exists() for file in (fresh, *foreign))
 
 
-async def test_a_store_that_can_be_written_says_so_and_keeps_nothing_of_it(store: ImageStore) -> None:
+async def test_a_probe_of_a_writable_store_succeeds_and_leaves_no_file(store: ImageStore) -> None:
     for _ in range(2):
         await store.probe()
     assert await store.names(older_than=now() + timedelta(hours=1)) == {}

@@ -375,7 +375,7 @@ class LogMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("open_log", list(LOGS.values()), ids=list(LOGS))
-def test_whatever_happens_the_log_keeps_its_promises(open_log: OpenLog) -> None:
+def test_any_sequence_of_operations_keeps_the_invariants_of_the_log(open_log: OpenLog) -> None:
     machine = type("Machine", (LogMachine,), {"open_log": staticmethod(open_log)})
     # Each answer of a log that works in threads of its own takes many times as long.
     examples = 60 if open_log is LOGS["memory"] else 20

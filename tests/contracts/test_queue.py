@@ -27,7 +27,7 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_was_offered_first_by_a_user_is_claimed_first(queue: WorkQueue) -> None:
+async def test_jobs_of_a_user_are_claimed_in_the_order_offered(queue: WorkQueue) -> None:
     for name in ("a1", "a2", "a3"):
         await queue.offer("ada", name)
     assert (queue.waiting, queue.held) == (3, 0)
@@ -35,7 +35,7 @@ async def test_what_was_offered_first_by_a_user_is_claimed_first(queue: WorkQueu
     assert (queue.waiting, queue.held) == (0, 3)
 
 
-async def test_nobodys_many_jobs_delay_anothers_first(queue: WorkQueue) -> None:
+async def test_many_jobs_of_one_user_do_not_delay_the_first_of_another(queue: WorkQueue) -> None:
     for name in ("a1", "a2", "a3", "a4"):
         await queue.offer("ada", name)
     for name in ("b1", "b2"):
@@ -44,7 +44,7 @@ async def test_nobodys_many_jobs_delay_anothers_first(queue: WorkQueue) -> None:
     assert [await claim(queue) for _ in range(7)] == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
 
 
-async def test_who_comes_late_waits_one_round_at_most(queue: WorkQueue) -> None:
+async def test_a_late_user_waits_for_one_round_at_most(queue: WorkQueue) -> None:
     for number in range(50):
         await queue.offer("ada", f"a{number}")
     assert await claim(queue) == "a0"
@@ -52,7 +52,7 @@ async def test_who_comes_late_waits_one_round_at_most(queue: WorkQueue) -> None:
     assert "b0" in [await claim(queue), await claim(queue)]
 
 
-async def test_who_offers_again_and_again_does_not_overtake(queue: WorkQueue) -> None:
+async def test_a_user_who_keeps_offering_does_not_overtake_others(queue: WorkQueue) -> None:
     await queue.offer("ada", "a1")
     await queue.offer("bob", "b1")
     assert await claim(queue) == "a1"
@@ -100,13 +100,13 @@ async def test_a_cancelled_claim_loses_nothing(queue: WorkQueue, turns_between: 
     assert queue.waiting == 0
 
 
-async def test_what_was_released_is_neither_held_nor_waiting(queue: WorkQueue) -> None:
+async def test_a_released_job_is_neither_claimed_nor_waiting(queue: WorkQueue) -> None:
     await queue.offer("ada", "a1")
     await queue.release(await claim(queue))
     assert (queue.waiting, queue.held) == (0, 0)
 
 
-async def test_releasing_what_is_not_held_changes_nothing(queue: WorkQueue) -> None:
+async def test_releasing_an_unclaimed_job_changes_nothing(queue: WorkQueue) -> None:
     await queue.offer("ada", "a1")
     await queue.release("a1")
     await queue.release("unknown")
@@ -114,7 +114,7 @@ async def test_releasing_what_is_not_held_changes_nothing(queue: WorkQueue) -> N
     assert await claim(queue) == "a1"
 
 
-async def test_what_was_withdrawn_is_not_claimed_and_makes_room(queue: WorkQueue) -> None:
+async def test_a_withdrawn_job_is_not_claimed_and_makes_room(queue: WorkQueue) -> None:
     for name in ("a1", "a2", "a3"):
         await queue.offer("ada", name)
     await queue.offer("bob", "b1")
@@ -125,7 +125,7 @@ async def test_what_was_withdrawn_is_not_claimed_and_makes_room(queue: WorkQueue
     assert queue.waiting == 0
 
 
-async def test_what_does_not_wait_cannot_be_withdrawn(queue: WorkQueue) -> None:
+async def test_a_job_that_does_not_wait_cannot_be_withdrawn(queue: WorkQueue) -> None:
     await queue.offer("ada", "a1")
     assert await claim(queue) == "a1"
     assert await queue.withdraw("a1") is False
@@ -133,7 +133,7 @@ async def test_what_does_not_wait_cannot_be_withdrawn(queue: WorkQueue) -> None:
     assert queue.held == 1
 
 
-async def test_withdrawing_the_last_one_settles_the_line(queue: WorkQueue) -> None:
+async def test_withdrawing_the_last_job_settles_the_queue(queue: WorkQueue) -> None:
     await queue.offer("ada", "a1")
     settled = asyncio.create_task(queue.settled())
     await turns()
@@ -143,7 +143,7 @@ async def test_withdrawing_the_last_one_settles_the_line(queue: WorkQueue) -> No
         await settled
 
 
-async def test_settled_waits_for_what_waits_and_for_what_is_held(queue: WorkQueue) -> None:
+async def test_settled_waits_for_waiting_and_claimed_jobs(queue: WorkQueue) -> None:
     async with asyncio.timeout(20):
         await queue.settled()
     await queue.offer("ada", "a1")
@@ -179,7 +179,7 @@ async def claim_fetch(queue: WorkQueue) -> str:
         return await queue.claim(fetching=True)
 
 
-async def test_a_line_of_fetches_is_apart_from_that_of_work(queue: WorkQueue) -> None:
+async def test_fetching_and_work_have_separate_queues(queue: WorkQueue) -> None:
     await queue.offer("ada", "f1", fetching=True)
     await queue.offer("ada", "w1")
     assert (queue.waiting, queue.held) == (2, 0)
@@ -188,7 +188,7 @@ async def test_a_line_of_fetches_is_apart_from_that_of_work(queue: WorkQueue) ->
     assert await queue.renew(["w1", "f1", "x"]) == ["x"]
 
 
-async def test_of_one_user_two_are_fetched_for_at_once_and_others_do_not_wait_for_that(queue: WorkQueue) -> None:
+async def test_at_most_two_jobs_of_a_user_fetch_at_once_and_others_do_not_wait(queue: WorkQueue) -> None:
     for name in ("a1", "a2", "a3"):
         await queue.offer("ada", name, fetching=True)
     assert [await claim_fetch(queue), await claim_fetch(queue)] == ["a1", "a2"]
@@ -202,7 +202,7 @@ async def test_of_one_user_two_are_fetched_for_at_once_and_others_do_not_wait_fo
     assert await claim_fetch(queue) == "a3"
 
 
-async def test_what_is_fetched_for_makes_room_once_it_is_claimed_for_work(queue: WorkQueue) -> None:
+async def test_a_fetched_job_frees_its_fetch_slot_once_it_is_claimed_for_work(queue: WorkQueue) -> None:
     for name in ("a1", "a2", "a3"):
         await queue.offer("ada", name, fetching=True)
     first, _ = await claim_fetch(queue), await claim_fetch(queue)
@@ -218,7 +218,7 @@ async def test_what_is_fetched_for_makes_room_once_it_is_claimed_for_work(queue:
     assert queue.held == 2
 
 
-async def test_what_waits_to_be_fetched_for_can_be_withdrawn(queue: WorkQueue) -> None:
+async def test_a_job_that_waits_to_fetch_can_be_withdrawn(queue: WorkQueue) -> None:
     await queue.offer("ada", "a1", fetching=True)
     assert await queue.withdraw("a1") is True
     assert await queue.withdraw("a1") is False

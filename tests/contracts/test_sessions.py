@@ -57,20 +57,20 @@ async def store(request: pytest.FixtureRequest) -> AsyncIterator[Sessions]:
         Session(Identity("Ünï 🎨 : % * {}", None, service=False), Cursor(10**15 - 1, 2**63 - 1, 0), 0, ""),
     ],
 )
-async def test_what_is_saved_is_loaded_as_it_was(store: Sessions, kept: Session) -> None:
+async def test_a_saved_session_is_loaded_unchanged(store: Sessions, kept: Session) -> None:
     await store.save("pid", kept, at=NOON)
     assert await store.load("pid", at=NOON) == kept
     assert await store.load("pid", at=NOON) == kept  # Loading it does not use it up.
 
 
-async def test_what_has_expired_is_not_brought_back_by_a_touch(store: Sessions) -> None:
+async def test_an_expired_session_is_not_restored_by_a_touch(store: Sessions) -> None:
     await store.save("pid", session(), at=NOON)
     await store.touch(["pid"], at=NOON + RETENTION)
     assert await store.load("pid", at=NOON + RETENTION) is None
 
 
 @pytest.mark.parametrize("pid", ["never", "", "x" * 60_000, "a\x00b", "*", "p%d", "PID", "\ud800"])
-async def test_a_pid_that_never_was_has_no_session_and_can_be_touched_and_ended(store: Sessions, pid: str) -> None:
+async def test_an_unknown_pid_has_no_session_and_can_be_touched_and_ended(store: Sessions, pid: str) -> None:
     await store.save("pid", session(), at=NOON)
     assert await store.load(pid, at=NOON) is None
     await store.touch([pid], at=NOON)
@@ -79,7 +79,7 @@ async def test_a_pid_that_never_was_has_no_session_and_can_be_touched_and_ended(
     assert await store.load("pid", at=NOON) == session()
 
 
-async def test_saving_again_takes_the_place_of_what_was_also_for_another_user(store: Sessions) -> None:
+async def test_saving_a_pid_replaces_its_session_even_for_another_user(store: Sessions) -> None:
     await store.save("pid", session(place=1), at=NOON)
     await store.save("pid", session(place=2), at=NOON)
     assert await store.load("pid", at=NOON) == session(place=2)
@@ -89,7 +89,7 @@ async def test_saving_again_takes_the_place_of_what_was_also_for_another_user(st
     assert await store.load("pid", at=NOON) is None
 
 
-async def test_sessions_are_apart(store: Sessions) -> None:
+async def test_sessions_are_separate(store: Sessions) -> None:
     await store.save("one", session(place=1), at=NOON)
     await store.save("two", session(place=2), at=NOON)
     await store.save("three", session("bob", 3), at=NOON)
@@ -126,7 +126,7 @@ async def test_a_session_is_kept_for_retention_after_it_was_last_touched(
     assert await store.load("touched too", at=clock()) is None
 
 
-async def test_touching_what_has_expired_does_not_bring_it_back(store: Sessions, clock: SteppableClock) -> None:
+async def test_touching_an_expired_session_does_not_restore_it(store: Sessions, clock: SteppableClock) -> None:
     await store.save("pid", session(), at=clock())
     clock.step(RETENTION.total_seconds() + 1)
     assert await store.load("pid", at=clock()) is None
@@ -143,14 +143,14 @@ async def test_saving_again_is_a_touch(store: Sessions, clock: SteppableClock) -
     assert await store.load("pid", at=clock()) == session(place=8)
 
 
-async def test_touching_none_is_nothing(store: Sessions) -> None:
+async def test_touching_no_session_does_nothing(store: Sessions) -> None:
     await store.save("pid", session(), at=NOON)
     await store.touch([], at=NOON)
     await store.touch({"pid": 1}.keys(), at=NOON)
     assert await store.load("pid", at=NOON) == session()
 
 
-async def test_a_user_who_comes_over_and_over_loses_the_least_used_and_nobody_else_does(
+async def test_a_user_with_too_many_sessions_loses_only_their_least_recently_used(
     store: Sessions, clock: SteppableClock
 ) -> None:
     await store.save("bobs", session("bob"), at=clock())
@@ -170,7 +170,7 @@ async def test_a_user_who_comes_over_and_over_loses_the_least_used_and_nobody_el
     assert await store.load("first", at=clock()) == session()
 
 
-class TestTheMemory:
+class TestMemorySessions:
     """What only this adapter can be asked: whether anything is left."""
 
     @pytest.fixture
@@ -181,7 +181,7 @@ class TestTheMemory:
         assert sum(map(len, store._pids.values())) == len(store._sessions)
         return len(store._sessions), len(store._pids)
 
-    async def test_what_ended_or_moved_or_expired_leaves_nothing(
+    async def test_ended_moved_and_expired_sessions_leave_nothing(
         self, store: MemorySessions, clock: SteppableClock
     ) -> None:
         for number in range(50):
@@ -199,7 +199,7 @@ class TestTheMemory:
         await store.end("new")
         assert self.left(store) == (0, 0)
 
-    async def test_the_bound_of_one_user_holds(self, store: MemorySessions) -> None:
+    async def test_the_limit_per_user_holds(self, store: MemorySessions) -> None:
         for number in range(3_000):
             await store.save(f"{number}", session(), at=NOON)
         sessions, users = self.left(store)

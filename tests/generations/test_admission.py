@@ -60,7 +60,7 @@ async def test_a_start_whose_credit_is_reserved_by_another_waits_for_it_and_read
     assert not any(file.awaited.is_set() for _, file in others)
 
 
-async def test_a_reservation_is_given_back_by_a_start_that_is_refused() -> None:
+async def test_a_refused_start_releases_its_reservation() -> None:
     backend, gate = InMemoryBackend(credits=1), asyncio.Event()
     bad, file = held(gate, b"bad")
     refused = asyncio.create_task(backend.start(bad))
@@ -73,7 +73,7 @@ async def test_a_reservation_is_given_back_by_a_start_that_is_refused() -> None:
     assert await backend.workflow.credit("ada") == 0
 
 
-async def test_a_start_waits_for_others_for_so_long_and_is_then_told_to_come_again(
+async def test_a_start_waits_a_bounded_time_for_others_and_is_then_refused_with_retry_after(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(admission, "WAIT", 0.05)
@@ -87,7 +87,7 @@ async def test_a_start_waits_for_others_for_so_long_and_is_then_told_to_come_aga
     await first
 
 
-async def test_reservations_of_one_user_concern_no_other() -> None:
+async def test_reservations_are_separate_per_user() -> None:
     backend, gate = InMemoryBackend(credits=1), asyncio.Event()
     slow, file = held(gate)
     first = asyncio.create_task(backend.start(slow))
@@ -97,7 +97,7 @@ async def test_reservations_of_one_user_concern_no_other() -> None:
     await first
 
 
-async def test_places_of_a_user_are_reserved_too() -> None:
+async def test_per_user_slots_are_reserved() -> None:
     backend, gate = InMemoryBackend(max_per_user=2, line=ForwardingLog), asyncio.Event()
     starts = [held(gate) for _ in range(4)]
     tasks = [asyncio.create_task(backend.start(each)) for each, _ in starts]
@@ -109,7 +109,7 @@ async def test_places_of_a_user_are_reserved_too() -> None:
     assert [type(result) for result in results] == [Snapshot, Snapshot, TooManyGenerations, TooManyGenerations]
 
 
-async def test_places_in_the_queue_are_reserved_and_free_workers_are_not_left_idle() -> None:
+async def test_queue_slots_are_reserved_and_free_workers_are_used() -> None:
     gate = asyncio.Event()
     async with InMemoryBackend(max_waiting=1).open() as backend:
         starts = [held(gate) for _ in range(2)]
@@ -136,7 +136,7 @@ async def test_a_repeat_waits_for_the_first_request_and_not_for_reservations() -
         await other
 
 
-async def test_a_repeat_of_a_request_that_was_refused_is_decided_anew() -> None:
+async def test_a_repeat_of_a_refused_request_is_decided_again() -> None:
     backend, gate = InMemoryBackend(), asyncio.Event()
     bad, file = held(gate, b"bad")
     first = asyncio.create_task(backend.start(bad, key="k"))
@@ -148,7 +148,7 @@ async def test_a_repeat_of_a_request_that_was_refused_is_decided_anew() -> None:
     assert (await repeat).status == "started"
 
 
-async def test_nothing_is_kept_of_starts_that_are_over() -> None:
+async def test_admission_keeps_no_state_of_finished_starts() -> None:
     backend = InMemoryBackend()
     async with backend.open():
         for number in range(20):
@@ -172,7 +172,7 @@ async def test_more_starts_than_allowed_per_minute_are_refused_for_this_user_onl
         assert (await api.start(headers={"X-User-Id": "bob"})).status_code == 202
 
 
-async def test_a_start_counts_also_where_it_is_refused_later_and_a_repeat_does_not() -> None:
+async def test_refused_starts_count_against_the_rate_limit_and_repeats_do_not() -> None:
     async with serve_api(starts_per_minute=2) as api:
         first = await api.start(headers={"Idempotency-Key": "k"})
         assert_problem(await api.start(pictures=[b"no picture"]), 415, "unsupported_image_type")
@@ -182,7 +182,7 @@ async def test_a_start_counts_also_where_it_is_refused_later_and_a_repeat_does_n
             assert (again.status_code, again.headers["location"]) == (202, first.headers["location"])
 
 
-async def test_a_start_too_many_is_refused_before_its_body_is_read() -> None:
+async def test_a_start_over_the_rate_limit_is_refused_before_its_body_is_read() -> None:
     async with serve_api(starts_per_minute=1) as api:
         await api.started()
         answer = await api.raw(
@@ -195,7 +195,7 @@ async def test_a_start_too_many_is_refused_before_its_body_is_read() -> None:
         assert answer.startswith(b"HTTP/1.1 429 ")
 
 
-async def test_starts_of_a_minute_ago_count_no_more_and_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_starts_older_than_a_minute_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "_MINUTE", 0.2)
     async with serve_api(starts_per_minute=1) as api:
         for number in range(20):
@@ -273,7 +273,7 @@ async def test_stored_bytes_are_known_after_a_restart(tmp_path: Path, log_settin
 # --- image URLs that take their time ----------------------------------------------------------------------
 
 
-async def test_those_that_fetch_keep_nobody_from_work_and_wait_for_no_worker_at_the_cost_of_their_deadline() -> None:
+async def test_fetching_blocks_no_worker_and_waiting_for_a_worker_does_not_count_against_the_deadline() -> None:
     fetching, editing = Pause(), Pause()
     backend = InMemoryBackend(max_running=1, fetcher=ScriptedFetcher(fetching))
     async with backend.open():
@@ -299,7 +299,7 @@ async def test_those_that_fetch_keep_nobody_from_work_and_wait_for_no_worker_at_
         assert backend.stored.stored("ada") + backend.stored.stored("bob") == kept(backend)
 
 
-async def test_waiting_for_a_worker_after_fetching_is_no_work() -> None:
+async def test_waiting_for_a_worker_after_fetching_does_not_count_as_work() -> None:
     pause = Pause()
     backend = InMemoryBackend(max_running=1, editor=ScriptedEditor(pause))
     async with backend.open():
@@ -319,7 +319,7 @@ async def test_waiting_for_a_worker_after_fetching_is_no_work() -> None:
         await backend.check("ada", "bob")
 
 
-async def test_a_fetch_that_fails_makes_room_for_the_next() -> None:
+async def test_a_failed_fetch_frees_its_slot() -> None:
     backend = InMemoryBackend(max_running=1)
 
     async def fail(report: object) -> None:

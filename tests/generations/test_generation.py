@@ -116,7 +116,7 @@ def test_a_generation_from_scratch_ends_with_the_generated_picture() -> None:
     assert wire(events[-1])["generatedImageUrl"] == GENERATED
 
 
-def test_a_failed_face_swap_keeps_the_edit_and_says_so() -> None:
+def test_a_failed_face_swap_keeps_the_edit_and_has_the_error() -> None:
     given_ = reach("edit", True, "face_swap")
     status, fields = given_.ending(Failure("provider_timeout"))
     event, after = given_.propose(status, NOON, **fields)
@@ -205,7 +205,7 @@ def test_a_legal_move_changes_only_the_copy(kind: Kind, face_swap: bool) -> None
 
 @PROPERTY
 @given(data=st.data(), variant=st.sampled_from(VARIANTS))
-def test_whatever_is_proposed_only_listed_moves_happen_and_progress_never_falls(
+def test_only_listed_moves_are_accepted_and_progress_never_falls(
     data: st.DataObject, variant: tuple[Kind, bool]
 ) -> None:
     kind, face_swap = variant
@@ -237,7 +237,7 @@ def test_whatever_is_proposed_only_listed_moves_happen_and_progress_never_falls(
     assert state(folded) == state(generation)
 
 
-def test_a_value_that_no_event_can_hold_changes_nothing() -> None:
+def test_an_invalid_field_value_is_refused_and_changes_nothing() -> None:
     given_ = reach("edit", False, "openai_editing")
     before = state(given_)
     with pytest.raises(ValidationError):
@@ -278,7 +278,7 @@ def test_a_stage_is_entered_with_a_percentage_of_its_own(progress: int) -> None:
         ("generate", False, "ai_generation", 60, 100),
     ],
 )
-def test_a_repeat_has_to_rise_and_to_stay_below_the_next_stage(
+def test_repeated_progress_must_rise_and_stay_below_the_next_stage(
     kind: Kind, face_swap: bool, status: str, low: int, high: int
 ) -> None:
     for progress in range(101):
@@ -297,7 +297,7 @@ def test_a_repeat_has_to_rise_and_to_stay_below_the_next_stage(
 
 
 @variants
-def test_nothing_else_repeats(kind: Kind, face_swap: bool) -> None:
+def test_no_other_status_can_be_repeated(kind: Kind, face_swap: bool) -> None:
     for status in stages_of(kind, face_swap)[1:]:
         if status in ("openai_editing", "face_swap", "ai_generation"):
             continue
@@ -344,7 +344,7 @@ def test_allowed_lists_what_may_follow_now(kind: Kind, face_swap: bool, status: 
 
 
 @variants
-def test_onward_follows_the_path_on_which_nothing_fails(kind: Kind, face_swap: bool) -> None:
+def test_onward_follows_the_success_path(kind: Kind, face_swap: bool) -> None:
     generation = make_generation(kind, face_swap=face_swap)
     for status in path_of(kind, face_swap=face_swap):
         fields = stage_fields(kind, status)
@@ -354,7 +354,7 @@ def test_onward_follows_the_path_on_which_nothing_fails(kind: Kind, face_swap: b
         generation.onward({})
 
 
-def test_onward_from_a_face_swap_depends_on_what_it_brought() -> None:
+def test_onward_from_a_face_swap_depends_on_its_fields() -> None:
     given_ = reach("edit", True, "face_swap")
     assert given_.onward({"face_swap_url": SWAPPED}) == "face_swap_completed"
     assert given_.onward({"face_swap_error": {"code": "internal", "message": "No."}}) == "completed"
@@ -393,7 +393,7 @@ def test_folding_the_bytes_of_the_log_gives_the_moved_generation(kind: Kind, fac
         )
 
 
-def test_a_snapshot_tells_when_it_began_when_it_last_moved_and_what_was_found() -> None:
+def test_a_snapshot_has_start_and_update_times_and_the_results() -> None:
     _, started = make_generation("edit", metadata={"n": 1}).propose("started", NOON, input_image="http://x/face.png")
     _, moved = started.propose("composition", NOON + timedelta(seconds=2))
     assert json.loads(moved.snapshot().model_dump_json(by_alias=True, exclude_none=True)) == {
@@ -494,7 +494,7 @@ def test_the_shared_machines_keep_no_generation() -> None:
         assert sys.getrefcount(generation) == references == 2
 
 
-def test_memory_does_not_grow_with_the_number_of_generations_that_went_by() -> None:
+def test_memory_does_not_grow_with_the_number_of_generations() -> None:
     def go_by(count: int) -> None:
         for _ in range(count):
             moved_to(make_generation("generate"), *path_of("generate"))

@@ -9,7 +9,7 @@ from support.doubles import InMemoryBackend, Pause, ScriptedEditor, png
 from support.harness import PHOTO, running
 
 
-async def test_a_sweep_removes_what_no_event_names_and_nothing_else() -> None:
+async def test_a_sweep_removes_only_pictures_that_no_event_names() -> None:
     pause = Pause()
     backend = InMemoryBackend()
     async with backend.open():
@@ -51,7 +51,7 @@ async def test_finished_generations_go_with_their_pictures_when_retention_ends_a
         await backend.settled()
 
 
-async def test_the_service_removes_what_a_killed_one_left_and_what_retention_ends(tmp_path: Path) -> None:
+async def test_the_service_removes_stray_and_expired_pictures_after_a_kill(tmp_path: Path) -> None:
     left = tmp_path / "edit_1_0000000000000000"
     left.mkdir()
     (left / f"edit_1_0000000000000000-{'0' * 32}.jpg").write_bytes(PHOTO)
@@ -66,7 +66,7 @@ async def test_the_service_removes_what_a_killed_one_left_and_what_retention_end
         assert ids == []
 
 
-async def test_a_service_keeps_what_still_runs(tmp_path: Path) -> None:
+async def test_a_restart_keeps_the_pictures_of_running_generations(tmp_path: Path) -> None:
     pause = Pause()
     editor = ScriptedEditor(pause)
     async with running(tmp_path, retention=0.3, overrides={"editor": editor}) as service:

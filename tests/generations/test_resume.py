@@ -68,7 +68,7 @@ def before(status: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("status", EDIT_WITH_SWAP[:-1])
-async def test_a_stage_without_provider_is_repeated_and_one_that_may_have_been_paid_for_is_not(status: str) -> None:
+async def test_a_stage_is_repeated_unless_it_may_have_been_paid_for(status: str) -> None:
     backend = InMemoryBackend()
     events = await go_on(backend, await leave(backend, *before(status)))
     told = events[-1]
@@ -129,7 +129,7 @@ async def test_a_free_stage_before_does_not_make_a_paid_one_free() -> None:
     assert error["code"] == "interrupted"
 
 
-async def test_work_that_was_free_is_done_by_a_paid_provider_once_and_not_again() -> None:
+async def test_free_work_repeated_by_a_paid_provider_is_called_once() -> None:
     """The service is killed, started with a paid editor, killed while that works, and started once more."""
     pause = Pause()
     backend = InMemoryBackend(editor=ScriptedEditor(pause, free=False))
@@ -144,7 +144,7 @@ async def test_work_that_was_free_is_done_by_a_paid_provider_once_and_not_again(
     assert len(backend.editor.calls) == 1
 
 
-async def test_nothing_is_paid_for_before_the_log_knows_that_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_log_records_a_paid_stage_before_the_provider_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_AGAIN", 0.01)
     backend = InMemoryBackend(line=Unwilling)
     left = await leave(backend, *before("composition_completed"), FREE_EDITING)
@@ -196,7 +196,7 @@ async def test_the_deadline_counts_the_work_that_was_done_before_and_not_the_tim
     assert (await backend.events(late))[-1]["code"] == "deadline_exceeded"
 
 
-async def test_what_a_pipeline_of_the_users_own_works_on_is_left_to_it() -> None:
+async def test_external_generations_are_left_to_their_pipeline() -> None:
     backend = InMemoryBackend()
     begun = await backend.start(wish()._replace(external=True))
     await backend.runner.resume()
@@ -213,7 +213,7 @@ class Taken(MemoryQueue):
         return generation_ids if self.taken else ()
 
 
-async def test_what_somebody_else_has_taken_over_is_let_go_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_work_taken_over_by_another_process_is_dropped_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_RENEW", 0.01)
     pause = Pause()
     backend = InMemoryBackend(editor=ScriptedEditor(pause))

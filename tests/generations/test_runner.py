@@ -31,7 +31,7 @@ from support.doubles import (
 # --- when nothing fails ----------------------------------------------------------------------------------
 
 
-async def test_an_edit_goes_through_its_stages_and_each_event_tells_what_is_known() -> None:
+async def test_an_edit_passes_its_stages_and_each_event_has_the_known_results() -> None:
     backend = InMemoryBackend()
     async with backend.open():
         done = await backend.make(wish(shop="izmir"))
@@ -92,7 +92,7 @@ async def test_the_provider_gets_the_sheet_the_prompt_and_the_options_once() -> 
 
 
 @pytest.mark.parametrize(("kind", "face_swap"), [("edit", False), ("edit", True), ("generate", False)])
-async def test_uploads_are_gone_at_the_end_and_what_events_name_is_there(kind: Kind, face_swap: bool) -> None:
+async def test_uploads_are_removed_at_the_end_and_named_pictures_kept(kind: Kind, face_swap: bool) -> None:
     backend = InMemoryBackend()
     async with backend.open():
         done = await backend.make(wanted(kind, face_swap))
@@ -102,7 +102,7 @@ async def test_uploads_are_gone_at_the_end_and_what_events_name_is_there(kind: K
     assert len(named) == (3 if face_swap else 2)
 
 
-async def test_what_a_provider_reports_repeats_its_stage_with_rising_progress() -> None:
+async def test_a_provider_report_repeats_its_stage_with_rising_progress() -> None:
     editor = ScriptedEditor(
         reports(0.25, "A quarter..."), reports(0.1, "Lower?"), reports(0.5, "Half...", png("preview")), reports(0.5)
     )
@@ -119,7 +119,7 @@ async def test_what_a_provider_reports_repeats_its_stage_with_rising_progress() 
     await backend.check()
 
 
-async def test_a_waiting_generation_that_has_stood_in_another_process_is_taken_up_where_it_is() -> None:
+async def test_a_generation_left_by_another_process_continues_at_its_stage() -> None:
     """As after a restart with a durable log: the sheet is loaded again by the URL in the log."""
     pause = Pause()
     backend = InMemoryBackend(composer=ScriptedComposer(pause))
@@ -198,7 +198,7 @@ async def test_a_provider_that_fails_is_called_once_and_ends_it_in_failed_refund
 
 @pytest.mark.parametrize("error", [RuntimeError("/etc/secret sk-123"), TimeoutError(), OSError(28, "No space")])
 @pytest.mark.parametrize("break_it", [at_fetch, at_compose, at_edit])
-async def test_an_unexpected_exception_ends_it_in_internal_and_its_words_go_nowhere(
+async def test_an_unexpected_exception_ends_in_internal_without_its_message(
     break_it: Callable[[InMemoryBackend, BaseException], None], error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = InMemoryBackend()
@@ -276,7 +276,7 @@ async def test_a_swapped_picture_that_cannot_be_stored_keeps_the_edit() -> None:
     await backend.check()
 
 
-async def test_an_upload_that_has_gone_ends_it_in_storage_failed() -> None:
+async def test_a_missing_upload_ends_in_storage_failed() -> None:
     backend = InMemoryBackend()
     begun = await backend.start()
     backend.images.kept.clear()
@@ -287,7 +287,7 @@ async def test_an_upload_that_has_gone_ends_it_in_storage_failed() -> None:
     )
 
 
-async def test_one_that_fails_does_not_disturb_its_neighbours() -> None:
+async def test_a_failing_generation_does_not_affect_others() -> None:
     pause = Pause()
     backend = InMemoryBackend(editor=ScriptedEditor(pause), max_running=3)
     async with backend.open():
@@ -303,7 +303,7 @@ async def test_one_that_fails_does_not_disturb_its_neighbours() -> None:
         await backend.check()
 
 
-async def test_a_picture_that_cannot_be_discarded_stops_nobody() -> None:
+async def test_a_picture_that_cannot_be_discarded_stops_no_generation() -> None:
     backend = InMemoryBackend()
     backend.images.discard_errors = [OSError("disk"), Failure("storage_failed")]
     async with backend.open():

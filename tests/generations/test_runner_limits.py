@@ -54,7 +54,7 @@ async def overdue(backend: InMemoryBackend, pause: Pause) -> Snapshot:
 @pytest.mark.parametrize(
     ("held", "stage"), [("fetcher", "composition"), ("composer", "composition"), ("editor", "openai_editing")]
 )
-async def test_whatever_takes_too_long_is_aborted_and_refunded(held: str, stage: str) -> None:
+async def test_work_past_the_deadline_is_aborted_and_refunded(held: str, stage: str) -> None:
     pause = Pause()
     backend = InMemoryBackend()
     getattr(backend, held).acts = [pause]
@@ -73,7 +73,7 @@ async def test_a_face_swap_that_takes_too_long_keeps_the_edit() -> None:
     await backend.check()
 
 
-async def test_waiting_in_line_does_not_count_against_the_deadline() -> None:
+async def test_waiting_in_the_queue_does_not_count_against_the_deadline() -> None:
     pause = Pause()
     backend = InMemoryBackend(max_running=1, editor=ScriptedEditor(pause))
     async with backend.open():
@@ -170,7 +170,7 @@ async def test_a_cancel_at_any_event_leaves_one_end_and_one_refund(
 
 
 @pytest.mark.parametrize("turns", range(12))
-async def test_cancel_and_completion_that_race_are_one_end(turns: int) -> None:
+async def test_a_racing_cancel_and_completion_are_one_end(turns: int) -> None:
     pause = Pause()
     backend = InMemoryBackend(editor=ScriptedEditor(pause), line=ForwardingLog)
     follower = RecordingFollower()
@@ -204,7 +204,7 @@ async def test_a_cancel_frees_the_place_for_the_next() -> None:
     await backend.check()
 
 
-async def test_one_that_somebody_else_moved_on_is_left_to_them() -> None:
+async def test_a_generation_moved_on_by_another_writer_is_left_to_it() -> None:
     """A holder that lost its lease is fenced by the expected sequence: one provider's picture too many is dropped."""
     pause = Pause()
     backend = InMemoryBackend(editor=ScriptedEditor(pause))
@@ -222,7 +222,7 @@ async def test_one_that_somebody_else_moved_on_is_left_to_them() -> None:
     assert b"edited" not in {picture.data for picture in backend.images.kept.values()}
 
 
-async def test_a_fenced_holder_leaves_the_uploads_to_who_goes_on() -> None:
+async def test_a_fenced_worker_leaves_the_uploads_to_its_successor() -> None:
     pause = Pause()
     backend = InMemoryBackend(composer=ScriptedComposer(pause))
     async with backend.open():
@@ -268,7 +268,7 @@ class Busy(ScriptedEditor):
 
 
 @pytest.mark.parametrize("max_running", [1, 2, 5])
-async def test_never_more_are_worked_on_at_once_than_allowed_and_as_many_as_that(max_running: int) -> None:
+async def test_exactly_max_running_generations_run_at_once(max_running: int) -> None:
     busy = Busy()
     backend = InMemoryBackend(max_running=max_running, editor=busy, credits=None)
     async with backend.open():
@@ -285,7 +285,7 @@ async def test_never_more_are_worked_on_at_once_than_allowed_and_as_many_as_that
     await backend.check()
 
 
-async def test_one_users_many_do_not_delay_anothers_first() -> None:
+async def test_many_generations_of_one_user_do_not_delay_the_first_of_another() -> None:
     busy = Busy()
     busy.released.set()
     backend = InMemoryBackend(max_running=1, editor=busy)
@@ -298,7 +298,7 @@ async def test_one_users_many_do_not_delay_anothers_first() -> None:
     await backend.check("ada", "bob")
 
 
-async def test_those_that_wait_stay_at_started_until_there_is_room() -> None:
+async def test_waiting_generations_stay_at_started_until_a_worker_is_free() -> None:
     pause = Pause()
     backend = InMemoryBackend(max_running=1, editor=ScriptedEditor(pause))
     async with backend.open():
@@ -317,7 +317,7 @@ async def test_those_that_wait_stay_at_started_until_there_is_room() -> None:
 
 @pytest.mark.parametrize("trouble", ["before", "after"])
 @pytest.mark.parametrize("event", [2, 3, 4, 5, 6])
-async def test_an_append_that_fails_for_a_while_is_tried_again_and_made_once(event: int, trouble: str) -> None:
+async def test_a_failing_append_is_retried_and_made_once(event: int, trouble: str) -> None:
     flaky: list[FlakyLog] = []
 
     def line(log: WholeLog) -> WholeLog:
@@ -334,7 +334,7 @@ async def test_an_append_that_fails_for_a_while_is_tried_again_and_made_once(eve
 
 
 @pytest.mark.parametrize("trouble", ["before", "after"])
-async def test_an_end_in_failed_that_is_lost_for_a_while_refunds_once(trouble: str) -> None:
+async def test_a_failure_whose_reply_was_lost_refunds_once(trouble: str) -> None:
     backend = InMemoryBackend(
         line=lambda log: FlakyLog(log, ["-"] * 4 + [trouble] * 2), editor=ScriptedEditor(fails("provider_rejected"))
     )
@@ -343,7 +343,7 @@ async def test_an_end_in_failed_that_is_lost_for_a_while_refunds_once(trouble: s
     await assert_failed_and_refunded(backend, done, "openai_editing", "provider_rejected")
 
 
-async def test_a_log_that_stays_away_is_given_up_and_the_others_go_on() -> None:
+async def test_a_generation_whose_log_stays_unavailable_is_given_up_and_others_continue() -> None:
     backend = InMemoryBackend(patience=0.1, line=lambda log: FlakyLog(log, ["-", "before", "before"]))
     async with backend.open():
         lost = await backend.start()
@@ -374,7 +374,7 @@ async def test_a_read_that_fails_for_a_while_does_not_end_the_runner() -> None:
 # --- leaving ---------------------------------------------------------------------------------------------
 
 
-async def test_a_runner_that_is_stopped_leaves_every_generation_where_it_stands() -> None:
+async def test_a_stopped_runner_leaves_every_generation_at_its_stage() -> None:
     pause = Pause()
     backend = InMemoryBackend(max_running=1, editor=ScriptedEditor(pause))
     async with backend.open():
@@ -422,7 +422,7 @@ async def test_interrupt_while_the_runner_still_works_ends_each_once() -> None:
     await backend.check()
 
 
-async def test_interrupt_ends_also_what_moves_on_at_that_moment() -> None:
+async def test_interrupt_ends_generations_that_move_at_that_moment() -> None:
     backend = InMemoryBackend(line=ForwardingLog)
     begun = await backend.start()
     recorder = EventRecorder(backend.memory, backend.clock)

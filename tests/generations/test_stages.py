@@ -60,12 +60,12 @@ def successors(kind: Kind, status: str) -> set[str]:
     return {move.status for move in moves(kind) if move.source == status}
 
 
-def test_there_are_the_two_kinds_of_the_contract() -> None:
+def test_there_are_two_kinds_of_generation() -> None:
     assert set(FLOWS) == set(CONTRACT)
 
 
 @kinds
-def test_statuses_percentages_messages_and_successors_are_the_contracts(kind: Kind) -> None:
+def test_statuses_percentages_messages_and_successors_match_the_contract(kind: Kind) -> None:
     table = [(status, stage.progress, stage.message, set(stage.next)) for status, stage in FLOWS[kind].items()]
     assert table == CONTRACT[kind]
 
@@ -96,7 +96,7 @@ def test_nothing_follows_a_terminal_stage(kind: Kind, status: str) -> None:
 
 
 @kinds
-def test_the_moves_are_the_rows_the_failures_and_the_repeats_and_nothing_else(kind: Kind) -> None:
+def test_the_moves_are_exactly_rows_failures_and_repeats(kind: Kind) -> None:
     expected = {(BEGIN, "started")}
     for status, _, _, following in CONTRACT[kind]:
         expected |= {(status, after) for after in following}
@@ -136,7 +136,7 @@ def test_a_face_swap_that_was_asked_for_and_one_that_was_not_exclude_each_other(
 
 
 @kinds
-def test_every_guard_is_told_in_words(kind: Kind) -> None:
+def test_every_guard_has_a_description(kind: Kind) -> None:
     assert {move.via.guard for move in moves(kind)} - {None} <= set(GUARDS)
     assert all(guard.condition for guard in GUARDS.values())
 

@@ -41,7 +41,7 @@ from support.doubles import (
 # --- starting --------------------------------------------------------------------------------------------
 
 
-async def test_what_was_accepted_is_in_the_log_and_in_line() -> None:
+async def test_an_accepted_start_is_in_the_log_and_in_the_queue() -> None:
     backend = InMemoryBackend()
     begun = await backend.start()
     assert (begun.status, begun.sequence, begun.progress, begun.user_id) == ("started", 1, 0, "ada")
@@ -88,7 +88,7 @@ async def test_an_upload_that_cannot_be_stored_starts_nothing() -> None:
     assert backend.queue.waiting == 0
 
 
-async def test_without_credit_nothing_is_even_decoded() -> None:
+async def test_without_credit_no_image_is_decoded() -> None:
     backend = InMemoryBackend(credits=0)
     with pytest.raises(InsufficientCredit):
         await backend.start()
@@ -122,7 +122,7 @@ async def test_a_full_queue_refuses_starts_once_those_that_are_about_to_join_hav
     assert backend.queue.waiting == 3
 
 
-async def test_no_user_has_more_unfinished_than_allowed_however_many_race() -> None:
+async def test_racing_starts_respect_the_limit_of_unfinished_generations_per_user() -> None:
     backend = InMemoryBackend(max_per_user=2, line=ForwardingLog)
     results = await asyncio.gather(*(backend.start() for _ in range(8)), return_exceptions=True)
     assert [type(result) for result in results].count(Snapshot) == 2
@@ -131,7 +131,7 @@ async def test_no_user_has_more_unfinished_than_allowed_however_many_race() -> N
     assert len(backend.images.kept) == 6
 
 
-async def test_while_draining_nothing_new_is_taken_but_a_known_key_is_answered() -> None:
+async def test_while_draining_only_known_idempotency_keys_are_answered() -> None:
     backend = InMemoryBackend()
     begun = await backend.start(key="k")
     backend.workflow.draining = True
@@ -185,7 +185,7 @@ async def test_twenty_parallel_starts_with_one_key_are_one_generation() -> None:
     assert len(backend.images.kept) == 2
 
 
-async def test_they_are_also_where_the_key_takes_the_last_credit() -> None:
+async def test_racing_starts_with_one_key_and_the_last_credit_are_one_generation() -> None:
     backend = InMemoryBackend(credits=1, line=ForwardingLog)
 
     async def late(turns: int) -> Snapshot:
@@ -209,7 +209,7 @@ async def test_racing_starts_with_one_key_and_two_requests_are_one_generation_an
 # --- a caller that goes away, a log that does not answer ----------------------------------------------------
 
 
-async def test_a_caller_that_goes_away_stops_nothing() -> None:
+async def test_a_start_survives_the_disconnect_of_its_caller() -> None:
     backend = InMemoryBackend()
     gate = asyncio.Event()
     async with backend.open():
@@ -226,7 +226,7 @@ async def test_a_caller_that_goes_away_stops_nothing() -> None:
         await backend.check()
 
 
-async def test_a_start_that_the_log_never_got_is_refused_and_leaves_nothing() -> None:
+async def test_a_start_that_the_log_never_received_is_refused_and_leaves_nothing() -> None:
     backend = InMemoryBackend(line=lambda log: FlakyLog(log, ["before"] * 100))
     with pytest.raises(LogUnavailable):
         await backend.start()
@@ -235,7 +235,7 @@ async def test_a_start_that_the_log_never_got_is_refused_and_leaves_nothing() ->
     assert await backend.memory.generations("ada", limit=1) == []
 
 
-async def test_a_start_whose_reply_was_lost_is_worked_on_or_never_was() -> None:
+async def test_a_start_whose_reply_was_lost_runs_or_was_never_made() -> None:
     """Either the caller got a 202 and it is done, or a 503 and there is nothing, or what there is ends refunded."""
     backend = InMemoryBackend(line=lambda log: FlakyLog(log, ["after"]))
     async with backend.open():
@@ -250,7 +250,7 @@ async def test_a_start_whose_reply_was_lost_is_worked_on_or_never_was() -> None:
 # --- cancel ----------------------------------------------------------------------------------------------
 
 
-async def test_what_waits_is_cancelled_at_once_and_never_worked_on() -> None:
+async def test_a_waiting_generation_is_cancelled_at_once_and_never_run() -> None:
     backend = InMemoryBackend()
     begun = await backend.start()
     assert await backend.cancel(begun) == "cancelled"
@@ -300,7 +300,7 @@ async def test_a_cancel_that_is_overtaken_by_the_end_comes_too_late() -> None:
 
 
 @pytest.mark.parametrize("use", ["cancel", "delete", "history", "snapshot"])
-async def test_another_users_generation_is_as_one_that_never_was(use: str) -> None:
+async def test_another_users_generation_looks_like_an_unknown_one(use: str) -> None:
     backend = InMemoryBackend()
     begun = await backend.start()
     for user_id, generation_id in (("bob", begun.generation_id), ("ada", "edit_1_unknown")):
@@ -312,7 +312,7 @@ async def test_another_users_generation_is_as_one_that_never_was(use: str) -> No
 # --- delete ----------------------------------------------------------------------------------------------
 
 
-async def test_deleting_removes_history_and_pictures_at_once_and_for_good() -> None:
+async def test_deleting_removes_history_and_pictures_at_once() -> None:
     backend = InMemoryBackend()
     async with backend.open():
         gone, kept = await backend.make(), await backend.make()
@@ -328,7 +328,7 @@ async def test_deleting_removes_history_and_pictures_at_once_and_for_good() -> N
     assert await backend.workflow.credit("ada") == 8
 
 
-async def test_what_runs_is_not_deleted() -> None:
+async def test_a_running_generation_cannot_be_deleted() -> None:
     backend = InMemoryBackend()
     begun = await backend.start()
     with pytest.raises(NotFinished):
@@ -370,7 +370,7 @@ async def test_pages_lead_from_the_newest_to_the_oldest() -> None:
     assert len(active.generations) == 4
 
 
-async def test_recent_tells_all_that_runs_and_the_last_twenty_that_ended() -> None:
+async def test_recent_has_all_running_and_the_last_twenty_ended_generations() -> None:
     backend = InMemoryBackend(credits=None, max_per_user=1_000)
     oldest = await backend.start()
     for _ in range(25):
@@ -382,7 +382,7 @@ async def test_recent_tells_all_that_runs_and_the_last_twenty_that_ended() -> No
     assert ids == sorted(ids, reverse=True)
 
 
-async def test_where_no_balances_are_kept_nobody_is_refused() -> None:
+async def test_without_balances_no_start_is_refused_for_credit() -> None:
     backend = InMemoryBackend(credits=None)
     async with backend.open():
         done = await backend.make()
@@ -397,7 +397,7 @@ async def test_every_refusal_has_a_code_and_a_sentence_of_its_own() -> None:
     assert all(str(kind.__new__(kind)).endswith(".") for kind in kinds)
 
 
-async def test_a_cancelled_generation_that_still_stands_in_line_blocks_nobody() -> None:
+async def test_a_cancelled_generation_in_the_queue_blocks_no_other() -> None:
     pause = Pause()
     backend = InMemoryBackend(max_running=1, editor=ScriptedEditor(pause))
     async with backend.open():
@@ -415,7 +415,7 @@ async def test_a_cancelled_generation_that_still_stands_in_line_blocks_nobody() 
         await backend.check()
 
 
-async def test_what_was_cancelled_in_line_makes_room_in_it() -> None:
+async def test_a_cancelled_waiting_generation_makes_room_in_the_queue() -> None:
     backend = InMemoryBackend(max_waiting=1)
     await backend.cancel(await backend.start())
     await backend.start()

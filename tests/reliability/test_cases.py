@@ -36,19 +36,19 @@ async def process() -> AsyncIterator[Process]:
         for number, case in sorted(CASES.items())
     ],
 )
-async def test_what_is_promised_holds(case: Case, size: Size, process: Process, tmp_path: Path) -> None:
+async def test_the_reliability_case_holds(case: Case, size: Size, process: Process, tmp_path: Path) -> None:
     outcome = await attempt(case, size, tmp_path, process if size == "quick" else None)
     assert not outcome.failures, "\n".join([*outcome.failures, str(outcome.figures)])
 
 
-async def test_the_table_is_printed_by_a_program_of_its_own() -> None:
+async def test_the_benchmark_program_starts() -> None:
     program = ROOT / "benchmarks" / "reliability.py"
     process = await asyncio.create_subprocess_exec(sys.executable, program, "--help", stdout=asyncio.subprocess.PIPE)
     assert b"--quick" in (await process.communicate())[0]
     assert process.returncode == 0
 
 
-async def test_what_is_written_goes_out_at_once(tmp_path: Path) -> None:
+async def test_sockets_have_tcp_nodelay(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
         await service.http.get("/health/live")
         [connection] = service.server.server_state.connections

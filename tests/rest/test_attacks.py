@@ -45,7 +45,7 @@ from support.attacks import (
 from support.harness import JSON, PHOTO
 
 
-async def test_line_breaks_in_a_part_reach_no_header(attacked: AttackedService) -> None:
+async def test_line_breaks_in_a_part_are_not_copied_to_headers(attacked: AttackedService) -> None:
     inject = b"X\r\nSet-Cookie: stolen=1\r\nLocation: http://evil.example/"
     for content in (
         form(PROMPT, part("images", PHOTO, inject)),
@@ -64,7 +64,7 @@ async def test_line_breaks_in_a_part_reach_no_header(attacked: AttackedService) 
 # --- forms -------------------------------------------------------------------------------------------------
 
 
-async def test_forms_that_are_none_are_refused(attacked: AttackedService) -> None:
+async def test_malformed_multipart_is_rejected(attacked: AttackedService) -> None:
     bad, unsupported, invalid = "400 bad_request", "415 unsupported_media_type", "422 invalid_request"
     large = "413 content_too_large"
     inner = b"Content-Type: multipart/mixed; boundary=C\r\n" + CRLF + form(FILE, boundary=b"C")
@@ -116,7 +116,7 @@ async def test_forms_that_are_none_are_refused(attacked: AttackedService) -> Non
     await attacked.aftermath()
 
 
-async def test_a_form_that_stops_early_is_never_taken_for_a_whole_one(attacked: AttackedService) -> None:
+async def test_a_truncated_form_is_rejected(attacked: AttackedService) -> None:
     whole = form(PROMPT, FILE, part("faceSwap", b"false"), part("quality", b"low"))
     end = len(b"--\r\n")
     cuts = [0, 1, 3, 20, 60, 90, 150, 300, *range(len(whole) - 190, len(whole) - end + 2, 6), len(whole) - end]
@@ -169,7 +169,7 @@ async def test_json_in_fields_is_bounded(attacked: AttackedService) -> None:
     await attacked.aftermath(accepted=accepted)
 
 
-async def test_odd_but_allowed_texts_come_back_as_they_were(attacked: AttackedService) -> None:
+async def test_unusual_valid_texts_are_returned_unchanged(attacked: AttackedService) -> None:
     odd: JSON = {"a\0b": "\0\x1b[2J\u202e\U0001f600", "huge": int("9" * 1_900), "": [[[]]], "__proto__": {"x": 1}}
     for prompt, metadata, told in (
         ("\U0001f600" * 4_000, json.dumps(odd), odd),
@@ -230,7 +230,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(attacked: AttackedServic
     await attacked.aftermath()
 
 
-async def test_slow_uploads_hold_up_nobody(attacked: AttackedService) -> None:
+async def test_slow_uploads_do_not_block_other_requests(attacked: AttackedService) -> None:
     async def drip(wire: Wire) -> None:
         await wire.head(f"Content-Length: {len(GOOD)}")
         for at in range(40):
@@ -263,7 +263,7 @@ async def test_a_body_without_a_length_is_cut_at_the_first_byte_beyond_the_limit
     await attacked.aftermath()
 
 
-async def test_60_mb_of_tiny_parts_are_refused_at_the_first_too_many(attacked: AttackedService) -> None:
+async def test_tiny_parts_are_refused_at_the_first_over_the_limit(attacked: AttackedService) -> None:
     one = b"--B\r\n" + PROMPT + CRLF
     sent = 0
 
@@ -278,7 +278,7 @@ async def test_60_mb_of_tiny_parts_are_refused_at_the_first_too_many(attacked: A
 
 
 @pytest.mark.parametrize("length", [True, False])
-async def test_who_has_no_token_is_refused_before_the_body_is_read(
+async def test_a_request_without_a_token_is_refused_before_its_body_is_read(
     locked: AttackedService, monkeypatch: pytest.MonkeyPatch, length: bool
 ) -> None:
     consumed = 0
@@ -306,7 +306,7 @@ async def test_who_has_no_token_is_refused_before_the_body_is_read(
     await locked.aftermath()
 
 
-async def test_a_wrong_token_is_no_token(locked: AttackedService) -> None:
+async def test_an_invalid_token_is_rejected(locked: AttackedService) -> None:
     for credential in ("Bearer x", "Bearer " + "a" * 60_000, "Basic YTpi", "Bearer \xff", "bearer"):
         async with locked.connect() as wire:
             await wire.head(f"Content-Length: {100 * MEGABYTE}", f"Authorization: {credential}", user=None)
@@ -321,7 +321,7 @@ async def test_100_mb_with_a_token_are_refused_by_their_length(locked: AttackedS
     await locked.aftermath()
 
 
-async def test_a_head_without_end_is_refused(locked: AttackedService) -> None:
+async def test_an_endless_request_head_is_rejected(locked: AttackedService) -> None:
     for line in (b"X-A: " + b"a" * 60_000, b"X-A: a\r\n" * 7_000):
         async with locked.connect() as wire:
             answer = b""
@@ -387,7 +387,7 @@ async def _stream(begin: bytes, each: bytes) -> AsyncIterator[bytes]:
 
 
 @LINUX
-async def test_memory_stays_bounded_whatever_is_sent(tmp_path: Path) -> None:
+async def test_memory_stays_bounded_for_any_body(tmp_path: Path) -> None:
     mine = {"Content-Type": FORM, "Authorization": f"Bearer {token('mallory')}"}
     nobody = {"Content-Type": FORM}
     file = b'--B\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'

@@ -108,7 +108,7 @@ def _other_types() -> Iterator[tuple[str, bytes]]:
     yield "zeroes", bytes(100)
 
 
-async def test_bombs_are_refused_or_harmless(attacked: AttackedService) -> None:
+async def test_decompression_bombs_are_rejected_or_harmless(attacked: AttackedService) -> None:
     table: Table = {}
     for name, expected, data in _bombs():
         body = form(PROMPT, part("images", data, b"a.png"))
@@ -118,7 +118,7 @@ async def test_bombs_are_refused_or_harmless(attacked: AttackedService) -> None:
     await attacked.aftermath(accepted=await expect(table))
 
 
-async def test_other_types_are_refused_whatever_they_are_called(attacked: AttackedService) -> None:
+async def test_other_image_types_are_rejected_under_any_name(attacked: AttackedService) -> None:
     table: Table = {}
     for name, data in _other_types():
         file = part("images", data, b"photo.jpg", b"Content-Type: image/jpeg")
@@ -128,7 +128,7 @@ async def test_other_types_are_refused_whatever_they_are_called(attacked: Attack
     await attacked.aftermath()
 
 
-async def test_a_picture_is_what_its_bytes_are(attacked: AttackedService) -> None:
+async def test_image_type_is_taken_from_the_content(attacked: AttackedService) -> None:
     names = (b"a.svg", b"image/svg+xml"), (b"a.html", b"text/html"), (b"a.php\0.jpg", b"x"), (b"a", b"image/png\0")
     for name, content_type in names:
         file = part("images", JPEG, name, b"Content-Type: " + content_type)
@@ -156,7 +156,7 @@ def _polyglots() -> Iterator[tuple[str, bytes]]:
     yield "two pictures in one", JPEG + JPEG + SCRIPT
 
 
-async def test_nothing_that_came_along_with_the_pixels_is_ever_served(attacked: AttackedService) -> None:
+async def test_metadata_of_uploaded_images_is_never_served(attacked: AttackedService) -> None:
     for name, data in _polyglots():
         answer = await attacked.send(form(PROMPT, part("images", data, b"a")))
         assert answer.status_code == 202, name
@@ -176,7 +176,7 @@ async def test_nothing_that_came_along_with_the_pixels_is_ever_served(attacked: 
 # --- names -------------------------------------------------------------------------------------------------
 
 
-async def test_file_names_name_nothing(attacked: AttackedService, tmp_path: Path) -> None:
+async def test_file_names_of_uploads_are_not_used(attacked: AttackedService, tmp_path: Path) -> None:
     names = {
         "up": b"../../../../tmp/up.png",
         "up, Windows": b"..\\..\\up.png",

@@ -59,7 +59,7 @@ async def guarded_operations(service: Running) -> list[tuple[str, str]]:
     return found
 
 
-async def test_every_route_for_users_asks_for_a_token_and_says_which_kind(service: Running) -> None:
+async def test_every_user_route_requires_a_bearer_token(service: Running) -> None:
     for method, path in await guarded_operations(service):
         answer = await ask(service, None, path, method)
         assert_problem(answer, 401, "unauthenticated")
@@ -67,25 +67,27 @@ async def test_every_route_for_users_asks_for_a_token_and_says_which_kind(servic
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/stages", "/health/live", "/health/ready"])
-async def test_what_belongs_to_nobody_asks_for_no_token(service: Running, path: str) -> None:
+async def test_routes_without_a_user_need_no_token(service: Running, path: str) -> None:
     for bearer in (None, "nonsense", EXPIRED):
         assert (await ask(service, bearer, path)).status_code == 200
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Basic YTpi", token(), f"Token {token()}"])
-async def test_another_scheme_or_none_is_no_token(service: Running, header: str) -> None:
+async def test_another_authorization_scheme_counts_as_no_token(service: Running, header: str) -> None:
     answer = await service.http.get("/me", headers={"Authorization": header})
     assert_problem(answer, 401, "unauthenticated")
 
 
 @pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "BEARER   "])
-async def test_the_scheme_knows_no_case(service: Running, scheme: str, eve: str) -> None:
+async def test_the_authorization_scheme_is_case_insensitive(service: Running, scheme: str, eve: str) -> None:
     answer = await service.http.get("/me", headers={"Authorization": f"{scheme}{token(eve)}"})
     assert answer.json() == {"userId": eve, "credit": 100}
 
 
 @pytest.mark.parametrize(("bad", "code"), BAD.values(), ids=list(BAD))
-async def test_a_bad_token_is_told_by_its_code_and_not_sent_back(service: Running, bad: str, code: str) -> None:
+async def test_an_invalid_token_is_answered_with_its_code_and_not_repeated(
+    service: Running, bad: str, code: str
+) -> None:
     for method, path in (("GET", "/me"), ("POST", "/generations/edit"), ("GET", f"/generations/{MISSING}")):
         answer = await ask(service, bad, path, method)
         assert_problem(answer, 401, code)
@@ -93,7 +95,7 @@ async def test_a_bad_token_is_told_by_its_code_and_not_sent_back(service: Runnin
         assert bad not in answer.text
 
 
-async def test_bytes_that_are_no_token_are_no_token(service: Running) -> None:
+async def test_an_authorization_header_that_is_not_a_token_is_rejected(service: Running) -> None:
     answer = await service.http.get("/me", headers=[(b"Authorization", b"Bearer Zo\xeb\xff")])
     assert_problem(answer, 401, "invalid_token")
 
@@ -114,7 +116,7 @@ GRANT: Final = "/users/ada/credit"
 
 @pytest.mark.parametrize("rest", [[], ["Expect: 100-continue"]], ids=["waiting", "asking"])
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/json"])
-async def test_the_refusal_comes_before_the_body(service: Running, kind: str, rest: list[str]) -> None:
+async def test_the_request_is_refused_before_its_body_is_read(service: Running, kind: str, rest: list[str]) -> None:
     head = [f"Content-Type: {kind}", "Content-Length: 100000000", *rest]
     for method, path in await guarded_operations(service):
         if method == "POST" and path != GRANT:
@@ -133,7 +135,7 @@ async def test_the_refusal_of_a_grant_comes_before_the_body(service: Running, re
     assert (await first_line(service, *head)).startswith("HTTP/1.1 401 ")
 
 
-async def test_who_is_nobody_is_not_told_what_is_wrong_with_the_body(service: Running) -> None:
+async def test_an_unauthenticated_request_gets_401_before_validation(service: Running) -> None:
     answer = await ask(service, None, GRANT, "POST", content=b"{", headers={"Content-Type": "application/json"})
     assert_problem(answer, 401, "unauthenticated")
 
@@ -167,9 +169,7 @@ async def test_audience_and_issuer_have_to_be_the_configured_ones(tmp_path: Path
 
 @pytest.mark.parametrize("scope", [{}, {"scope": "stagecast"}, {"scope": "stagecast:services"}, {"scope": 7}])
 @pytest.mark.parametrize("other", ["bob", "ada", ""])
-async def test_without_the_scope_nobody_acts_for_anybody_not_even_for_themselves(
-    service: Running, scope: JSON, other: str
-) -> None:
+async def test_without_the_service_scope_x_user_id_is_refused(service: Running, scope: JSON, other: str) -> None:
     for method, path in await guarded_operations(service):
         answer = await ask(service, token(**scope), path, method, headers={"X-User-Id": other})
         assert_problem(answer, 403, "forbidden")
@@ -194,7 +194,7 @@ async def test_a_service_acts_for_a_user_on_every_route(service: Running, eve: s
     assert_problem(await ask(service, token(eve), one), 404, "not_found")
 
 
-async def test_a_service_cannot_act_for_nobody(service: Running) -> None:
+async def test_an_invalid_x_user_id_of_a_service_is_rejected(service: Running) -> None:
     for nobody in (b"", b"x" * 129, b"a\tb"):
         headers = [(b"X-User-Id", nobody)]
         assert_problem(await ask(service, SERVICE, headers=headers), 422, "invalid_user_id")
@@ -215,7 +215,7 @@ async def balance(service: Running, user: str) -> object:
     return answer.json().get("credit")
 
 
-async def test_only_a_service_grants(service: Running, eve: str) -> None:
+async def test_only_a_service_token_can_grant(service: Running, eve: str) -> None:
     for bearer, status, code in (
         (None, 401, "unauthenticated"),
         (EXPIRED, 401, "token_expired"),
@@ -226,7 +226,7 @@ async def test_only_a_service_grants(service: Running, eve: str) -> None:
     assert await balance(service, eve) == 100
 
 
-async def test_credit_is_given_and_taken_back_but_never_below_0(service: Running, eve: str) -> None:
+async def test_credit_can_be_granted_and_taken_back_but_not_below_0(service: Running, eve: str) -> None:
     for amount, left in ((5, 105), (-30, 75), (0, 75), (-1_000_000_000, 0), (-1, 0), (1, 1)):
         answer = await grant(service, eve, amount)
         assert (answer.status_code, answer.json()) == (200, {"userId": eve, "credit": left})
@@ -234,7 +234,7 @@ async def test_credit_is_given_and_taken_back_but_never_below_0(service: Running
     assert await balance(service, f"not {eve}") == 100
 
 
-async def test_who_has_nothing_left_starts_again_once_something_was_granted(service: Running, eve: str) -> None:
+async def test_a_user_without_credit_can_start_after_a_grant(service: Running, eve: str) -> None:
     await grant(service, eve, -100)
     assert_problem(await service.post(eve, "edit"), 402, "insufficient_credit")
     await grant(service, eve, 1)
@@ -242,7 +242,7 @@ async def test_who_has_nothing_left_starts_again_once_something_was_granted(serv
     assert await balance(service, eve) == 0
 
 
-async def test_a_grant_with_a_key_happens_once_and_answers_the_same(service: Running, eve: str) -> None:
+async def test_a_repeated_grant_with_a_key_is_made_once_and_answered_the_same(service: Running, eve: str) -> None:
     first = await grant(service, eve, 5, key="k")
     await grant(service, eve, 1)
     again = await asyncio.gather(*(grant(service, eve, 5, key="k") for _ in range(5)))
@@ -252,7 +252,7 @@ async def test_a_grant_with_a_key_happens_once_and_answers_the_same(service: Run
     assert (await grant(service, f"not {eve}", 6, key="k")).json()["credit"] == 106
 
 
-async def test_a_key_is_remembered_for_the_retention_time(tmp_path: Path) -> None:
+async def test_a_grant_key_is_kept_for_the_retention_time(tmp_path: Path) -> None:
     clock = SteppableClock()
     async with guarded(tmp_path, retention=60, overrides={"clock": clock}) as service:
         await grant(service, "eve", 5, key="k")
@@ -262,7 +262,7 @@ async def test_a_key_is_remembered_for_the_retention_time(tmp_path: Path) -> Non
         assert (await grant(service, "eve", 5, key="k")).json()["credit"] == 110
 
 
-async def test_where_no_balances_are_kept_nothing_is_granted(tmp_path: Path) -> None:
+async def test_without_balances_a_grant_is_refused(tmp_path: Path) -> None:
     async with guarded(tmp_path, credits=None) as service:
         assert_problem(await grant(service, "eve"), 409, "credits_off")
         assert_problem(await grant(service, "eve", bearer=token("eve")), 403, "forbidden")
@@ -271,14 +271,14 @@ async def test_where_no_balances_are_kept_nothing_is_granted(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "user", ["a/b", "/", "//", "a/../b", "x/credit", "%2F", "a b", "a?b#c", "Zoë 😀", "123", ".a", "x" * 128, "é" * 128]
 )
-async def test_any_user_id_can_be_granted_to(service: Running, user: str) -> None:
+async def test_credit_can_be_granted_to_any_user_id(service: Running, user: str) -> None:
     answer = await grant(service, user, 5)
     assert answer.json() == {"userId": user, "credit": 105}
     assert await balance(service, user) == 105
 
 
 @pytest.mark.parametrize("user", ["", "x" * 129, "a\x00b", "a\x7fb"])
-async def test_nobody_can_be_granted_to_whom_there_cannot_be(service: Running, user: str) -> None:
+async def test_credit_cannot_be_granted_to_an_invalid_user_id(service: Running, user: str) -> None:
     assert_problem(await grant(service, user), 422, "invalid_user_id")
 
 
@@ -309,7 +309,7 @@ async def public(tmp_path: Path) -> AsyncIterator[Running]:
         yield service
 
 
-async def test_browsers_may_call_from_where_the_service_is_known_in_public(tmp_path: Path) -> None:
+async def test_the_public_url_is_an_allowed_origin(tmp_path: Path) -> None:
     async with guarded(tmp_path, public_url="https://Pictures.example/stage") as service:
         for origin, allowed in (("https://pictures.example", True), ("http://pictures.example", False)):
             answer = await ask(service, token(), headers={"Origin": origin})
@@ -376,7 +376,7 @@ async def published(
 
 
 @pytest.mark.parametrize("kid", ["rsa", "ec"])
-async def test_a_token_by_a_published_key_is_good_on_every_door(published: Running, kid: str) -> None:
+async def test_a_token_signed_by_a_published_key_is_accepted_by_http_and_sockets(published: Running, kid: str) -> None:
     key: PrivateKey = rsa_key("ours") if kid == "rsa" else ec_key("ours")
     assert (await ask(published, by(key, kid))).json()["userId"] == "ada"
     async with wire(published, {"token": by(key, kid)}) as bare:
@@ -384,13 +384,13 @@ async def test_a_token_by_a_published_key_is_good_on_every_door(published: Runni
         assert ack["userId"] == "bob"
 
 
-async def test_no_other_key_makes_a_token_there(published: Running) -> None:
+async def test_a_token_signed_by_another_key_is_rejected(published: Running) -> None:
     for bad in (by(rsa_key("theirs"), "rsa"), by(ec_key("theirs"), "ec"), token(), by(ec_key("ours"), "ec", exp=1)):
         answer = await ask(published, bad)
         assert (answer.status_code, answer.json()["code"] in ("invalid_token", "token_expired")) == (401, True)
 
 
-async def test_an_issuer_that_does_not_answer_makes_nobody_a_stranger(
+async def test_an_unavailable_issuer_is_answered_with_503_and_not_with_401(
     published: Running, issuer: Issuer, clock: SteppableClock
 ) -> None:
     good = by(ec_key("ours"), "ec")
@@ -409,7 +409,7 @@ async def test_an_issuer_that_does_not_answer_makes_nobody_a_stranger(
     assert (await ask(published, good)).status_code == 200
 
 
-async def test_who_is_in_stays_in_while_the_issuer_does_not_answer(
+async def test_connected_clients_stay_connected_while_the_issuer_is_unavailable(
     published: Running, issuer: Issuer, clock: SteppableClock
 ) -> None:
     async with wire(published, {"token": by(ec_key("ours"), "ec")}) as bare:

@@ -20,7 +20,7 @@ _UPGRADE = b"GET /socket.io/ HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\
         pytest.param(_UPGRADE + b"Sec-WebSocket-Version: 8\r\nSec-WebSocket-Key: eA==\r\n\r\n", id="an old WebSocket"),
     ],
 )
-async def test_a_request_that_cannot_be_read_is_answered_with_a_problem(tmp_path: Path, request_bytes: bytes) -> None:
+async def test_an_unreadable_request_is_answered_with_a_problem(tmp_path: Path, request_bytes: bytes) -> None:
     async with running(tmp_path) as service:
         reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
         writer.write(request_bytes)

@@ -158,7 +158,7 @@ async def test_the_page_works_below_the_path(place: tuple[Running, str], browser
 
 
 @pytest.mark.parametrize("path", ["/images", "/docs/x", "/static", "/socket.io", "/health", "/events/cast"])
-async def test_a_path_of_the_services_own_is_refused(tmp_path: Path, path: str) -> None:
+async def test_a_public_url_path_that_collides_with_a_route_is_refused(tmp_path: Path, path: str) -> None:
     settings = Settings(_env_file=None, images=tmp_path, editor="local", public_url=f"https://example.com{path}")
     with pytest.raises(SettingsError, match="STAGECAST_PUBLIC_URL must not"):
         create_service(await wire(settings))
@@ -205,7 +205,7 @@ async def test_headers_of_any_other_peer_do_not_count(client: tuple[str, int] | 
         assert (address, rest) == (client and client[0], ["http", "stagecast:3000"])
 
 
-async def test_the_address_of_a_client_has_one_form() -> None:
+async def test_client_addresses_are_normalised() -> None:
     forms = {"::ffff:198.51.100.1": "198.51.100.1", "2001:DB8:0::1": "2001:db8::1", "fe80::1%eth0": "fe80::1"}
     for given, address in forms.items():
         assert (await seen({}, client=(given, 7)))[0] == address

@@ -67,7 +67,7 @@ async def closed(each: Client) -> bool:
     return True
 
 
-async def test_where_all_places_are_taken_an_idle_connection_gives_way() -> None:
+async def test_an_idle_connection_is_closed_to_accept_another_at_the_limit() -> None:
     async with (
         serving(patient, table=ConnectionTable(3)) as port,
         client(port, b"wait") as busy,
@@ -85,7 +85,7 @@ async def test_where_all_places_are_taken_an_idle_connection_gives_way() -> None
                 assert not await closed(busy)
 
 
-async def test_where_all_places_are_in_use_one_more_is_closed() -> None:
+async def test_a_connection_over_the_limit_is_closed_if_none_is_idle() -> None:
     async with serving(patient, table=ConnectionTable(2)) as port, contextlib.AsyncExitStack() as stack:
         for _ in range(2):
             assert await answered(await stack.enter_async_context(client(port, b"wait")))
@@ -145,7 +145,7 @@ async def test_an_upload_behind_a_proxy_takes_two_descriptors() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
-async def test_the_address_with_most_connections_gives_way_to_others() -> None:
+async def test_the_address_with_most_connections_is_closed_first() -> None:
     async with serving(patient, table=ConnectionTable(100)) as port, contextlib.AsyncExitStack() as stack:
         crowd = [await stack.enter_async_context(client(port, b"wait")) for _ in range(100)]
         assert all(await asyncio.gather(*map(answered, crowd)))
@@ -154,7 +154,7 @@ async def test_the_address_with_most_connections_gives_way_to_others() -> None:
         assert sum(await asyncio.gather(*map(closed, crowd))) == 20
 
 
-async def test_an_address_has_as_many_connections_as_it_may_and_others_are_served() -> None:
+async def test_an_address_is_limited_in_connections_and_others_are_served() -> None:
     table = ConnectionTable(None, 2)
     async with serving(patient, table=table) as port, contextlib.AsyncExitStack() as stack:
         async with client(port) as first:
@@ -183,7 +183,7 @@ async def test_behind_a_proxy_the_forwarded_address_counts() -> None:
             assert await answered(await stack.enter_async_context(client(port, b"done", forwarded="192.0.2.2")))
 
 
-async def test_a_closed_websocket_gives_its_place_back(tmp_path: Path) -> None:
+async def test_a_closed_websocket_frees_its_slot(tmp_path: Path) -> None:
     table = ConnectionTable(None, 1)
     async with running(tmp_path) as service, serving(service.server.config.app, table=table) as port:
         service.port = port
@@ -195,9 +195,7 @@ async def test_a_closed_websocket_gives_its_place_back(tmp_path: Path) -> None:
             await service.until(lambda: not table._addresses)
 
 
-def test_the_limit_of_all_is_never_more_than_there_are_descriptors_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_connection_limit_never_exceeds_the_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for chosen, most in (({}, descriptors() - 64), ({"max_connections": 10}, 10)):
         assert connection_table(load_settings(chosen))._most == most

@@ -84,7 +84,7 @@ async def test_requests_that_ask_for_an_upgrade_are_answered_one_after_the_other
     assert statuses(answer) == [200, 202] * 5 + [200]
 
 
-async def test_a_client_that_asks_for_an_upgrade_may_wait_to_be_told_to_go_on(service: Running) -> None:
+async def test_a_client_that_asks_for_an_upgrade_may_expect_100_continue(service: Running) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
     expects = b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(FORM)
     writer.write(START + MULTIPART + H2C + expects)
@@ -95,7 +95,7 @@ async def test_a_client_that_asks_for_an_upgrade_may_wait_to_be_told_to_go_on(se
     writer.close()
 
 
-async def test_a_polling_client_that_asks_for_an_upgrade_is_heard(service: Running) -> None:
+async def test_a_polling_client_that_asks_for_an_upgrade_is_served(service: Running) -> None:
     polling = b" /socket.io/?EIO=4&transport=polling%b HTTP/1.1\r\nHost: localhost\r\n" + H2C
     opened = await exchange(service, b"GET" + polling % b"" + b"\r\n" + LAST)
     sid = re.search(rb'"sid":"([^"]+)"', opened)

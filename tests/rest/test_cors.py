@@ -304,7 +304,7 @@ async def test_an_origin_that_only_looks_like_a_listed_one_gets_no_cors_header(s
     assert (cors_headers(refused), refused.headers["vary"]) == ({}, "Origin")
 
 
-async def test_two_origins_are_none(service: Running) -> None:
+async def test_two_origin_headers_are_rejected(service: Running) -> None:
     answer = await service.http.get("/stages", headers=[("Origin", APP), ("Origin", APP)])
     assert cors_headers(answer) == {}
 
@@ -329,7 +329,7 @@ async def test_a_response_to_no_origin_varies_by_it_and_a_route_may_vary_by_more
         assert [value for name, value in message["headers"] if name == b"vary"] == [b"Accept, Accept-Language, Origin"]
 
 
-async def test_the_default_port_of_a_host_is_no_other_origin(service: Running) -> None:
+async def test_the_default_port_does_not_make_another_origin(service: Running) -> None:
     for host, origin in itertools.product(("a.example", "a.example:80"), ("http://a.example", "http://a.example:80")):
         answer = await service.http.get("/stages", headers={"Host": host, "Origin": origin})
         assert answer.headers.get_list("access-control-allow-origin") == [origin]

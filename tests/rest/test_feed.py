@@ -38,9 +38,7 @@ async def read_on(service: Running, cursor: str, limit: int) -> tuple[list[tuple
         cursor = page["cursor"]
 
 
-async def test_without_a_cursor_it_tells_how_things_stand_and_goes_on_with_what_runs(
-    service: Running, recorder: EventWriter
-) -> None:
+async def test_without_a_cursor_the_feed_starts_at_the_current_state(service: Running, recorder: EventWriter) -> None:
     done = await recorder.run_to_end()
     running_one = await recorder.move(await recorder.start(), "composition")
     present = await service.get("/events")
@@ -97,9 +95,7 @@ async def test_a_cursor_goes_from_a_socket_to_http_and_back(service: Running, re
         assert later.sequences(generation.generation_id) == [3, 4, 5, 6]
 
 
-async def test_a_cursor_that_is_not_usable_says_so_and_brings_a_good_one(
-    service: Running, recorder: EventWriter
-) -> None:
+async def test_an_unusable_cursor_is_reported_with_a_usable_one(service: Running, recorder: EventWriter) -> None:
     await recorder.start("bob")
     bobs = (await service.get("/events", "bob"))["cursor"]
     generation = await recorder.start()
@@ -113,7 +109,7 @@ async def test_a_cursor_that_is_not_usable_says_so_and_brings_a_good_one(
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
-async def test_who_never_heard_of_what_was_deleted_reads_past_it(
+async def test_a_reader_that_never_saw_a_deleted_generation_reads_past_it(
     service: Running, recorder: EventWriter, limit: int
 ) -> None:
     """Wherever a page ends; over Socket.IO as well. Who was told that it began has to look anew."""

@@ -95,7 +95,7 @@ async def test_part_headers_may_come_in_any_case_and_order(api: Api) -> None:
     assert len((await order(api, await send(api, form(PROMPT, odd + PNG)))).images) == 1
 
 
-async def test_large_files_without_a_name_are_no_texts(api: Api) -> None:
+async def test_a_large_file_without_a_name_is_still_a_file(api: Api) -> None:
     large = PNG + bytes(3_000_000)
     unnamed = part('name="images"', large, "Content-Type: image/png")
     assert len((await order(api, await send(api, form(PROMPT, unnamed)))).images) == 1
@@ -159,7 +159,7 @@ async def test_texts_may_be_json_parts_and_have_file_names(api: Api, file: str, 
         ('"caf\\u00e9"', "café"),
     ],
 )
-async def test_a_json_part_that_is_no_string_is_taken_as_text(api: Api, sent: str, understood: str) -> None:
+async def test_a_json_part_that_is_not_a_string_is_read_as_text(api: Api, sent: str, understood: str) -> None:
     prompt = part('name="prompt"; filename="blob"', sent, "Content-Type: application/json")
     assert (await order(api, await send(api, form(prompt, FILE)))).prompt == understood
     plain = text("prompt", sent, "Content-Type: text/plain")
@@ -199,7 +199,7 @@ async def test_a_text_is_read_in_its_charset(api: Api, charset: str, content: by
 
 
 @pytest.mark.parametrize("charset", ["utf-7", "unicode_escape", "idna", "punycode", "hex", "rot13", "nonsense", "ü"])
-async def test_a_charset_that_is_not_read_is_refused(api: Api, charset: str) -> None:
+async def test_an_unsupported_charset_is_rejected(api: Api, charset: str) -> None:
     body = form(text("prompt", "x", f"Content-Type: text/plain; charset={charset}"), FILE)
     assert_problem(await send(api, body), 415, "unsupported_media_type")
 
@@ -229,11 +229,11 @@ async def test_a_transfer_encoding_is_refused_rather_than_taken_as_content(api: 
         form(PROMPT, FILE, padding=b" \t "),
     ],
 )
-async def test_what_surrounds_the_parts_is_skipped(api: Api, body: bytes) -> None:
+async def test_preamble_and_epilogue_are_skipped(api: Api, body: bytes) -> None:
     assert (await order(api, await send(api, body))).prompt == "a red hat"
 
 
-async def test_a_preamble_is_skipped_however_it_is_cut(api: Api) -> None:
+async def test_a_preamble_is_skipped_in_any_chunking(api: Api) -> None:
     body = form(PROMPT, FILE, before=b"preamble --B\r\n")
 
     for size in (1, 7):
@@ -306,7 +306,7 @@ async def test_a_repeated_field_is_refused_as_such(api: Api, name: str) -> None:
     assert errors == [{"field": name, "message": "This field must not be repeated"}]
 
 
-async def test_a_field_like_no_other_is_answered_with_all_names(api: Api) -> None:
+async def test_an_unknown_field_is_answered_with_all_field_names(api: Api) -> None:
     answer = await send(api, form(PROMPT, FILE, text("xyz", "x"), text("xyz", "y")), "generate")
     problem = assert_problem(answer, 422, "invalid_request")
     [error] = problem["errors"]
@@ -329,7 +329,7 @@ async def test_booleans_are_taken_as_languages_print_them(api: Api, value: str, 
 
 
 @pytest.mark.parametrize("value", ["maybe", "2", " ", "null", "None", "truetrue"])
-async def test_what_is_no_boolean_is_refused(api: Api, value: str) -> None:
+async def test_an_invalid_boolean_is_rejected(api: Api, value: str) -> None:
     answer = await send(api, form(PROMPT, text("imageUrls", URL), text("faceSwap", value)))
     assert assert_problem(answer, 422, "invalid_request")["errors"][0]["field"] == "faceSwap"
 

@@ -59,14 +59,14 @@ async def test_head_needs_a_token_where_get_does(tmp_path: Path) -> None:
         guarded.server.should_exit = True
 
 
-async def test_nothing_follows_the_head_on_a_connection_but_the_next_answer(service: Running) -> None:
+async def test_a_head_answer_has_no_body_and_the_connection_stays_usable(service: Running) -> None:
     head = b"HEAD %b HTTP/1.1\r\nHost: localhost\r\n\r\n"
     answer = await exchange(service, head % b"/stages" + head % b"/nothing" + head % b"/" + LAST)
     assert statuses(answer) == [200, 404, 200, 200]
     assert answer.count(b"{") == 1
 
 
-async def test_a_request_by_another_method_is_told_that_head_is_allowed_where_get_is(service: Running) -> None:
+async def test_allow_lists_head_where_get_is_allowed(service: Running) -> None:
     for path, allowed in (
         ("/stages", {"GET", "HEAD"}),
         ("/", {"GET", "HEAD"}),

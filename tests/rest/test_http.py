@@ -67,19 +67,21 @@ async def test_a_start_is_accepted_with_its_location_and_the_generation(api_app:
         ("Idempotency-Key", "edit", {"headers": {"Idempotency-Key": "a\tb"}}),
     ],
 )
-async def test_a_wrong_field_is_refused_by_name(shared_api: Api, field: str, kind: str, rest: dict[str, Any]) -> None:
+async def test_an_invalid_field_is_rejected_by_name(
+    shared_api: Api, field: str, kind: str, rest: dict[str, Any]
+) -> None:
     problem = assert_problem(await shared_api.start(kind, **rest), 422, "invalid_request")
     assert [error["field"] for error in problem["errors"]] == [field]
     assert problem["detail"].startswith(f"{field}: ")
     assert (await shared_api.client.get("/me")).json()["credit"] == 100
 
 
-async def test_an_empty_prompt_is_told_of_as_a_text(shared_api: Api) -> None:
+async def test_an_empty_prompt_is_reported_as_a_text_field(shared_api: Api) -> None:
     problem = (await shared_api.start(fields={"prompt": ""})).json()
     assert problem["detail"] == "prompt: String should have at least 1 character"
 
 
-async def test_what_was_sent_is_not_sent_back(shared_api: Api) -> None:
+async def test_invalid_input_is_not_echoed(shared_api: Api) -> None:
     answer = await shared_api.start(fields={"quality": "hunter2", "metadata": "hunter2", "imageUrls": "hunter2"})
     assert_problem(answer, 422, "invalid_request")
     assert "hunter2" not in answer.text
@@ -111,7 +113,7 @@ async def test_image_urls_ask_for_a_face_swap_unless_told_otherwise(api_app: Api
     ("picture", "status", "code"),
     [(b"GIF89a", 415, "unsupported_image_type"), (BROKEN, 422, "invalid_image"), (HUGE, 422, "image_too_large")],
 )
-async def test_a_refused_image_is_named_and_nothing_stays(
+async def test_a_rejected_image_is_named_and_nothing_is_stored(
     shared_api: Api, picture: bytes, status: int, code: str
 ) -> None:
     problem = assert_problem(await shared_api.start(pictures=[PNG, picture]), status, code)
@@ -207,7 +209,7 @@ async def test_a_full_queue_refuses() -> None:
         assert_problem(await api.start(), 503, "queue_full")
 
 
-async def test_a_service_about_to_stop_refuses_starts_and_is_not_ready(api_app: Api) -> None:
+async def test_a_draining_service_refuses_starts_and_is_not_ready(api_app: Api) -> None:
     assert (await api_app.client.get("/health/ready")).json() == {"status": "ready", "parts": {"log": "ok"}}
     api_app.workflow.draining = True
     assert_problem(await api_app.start(), 503, "draining")
@@ -216,7 +218,7 @@ async def test_a_service_about_to_stop_refuses_starts_and_is_not_ready(api_app: 
     assert (await api_app.client.get("/me")).status_code == 200
 
 
-async def test_a_log_that_does_not_answer_is_a_503(api_app: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unavailable_log_is_answered_with_503(api_app: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silence(*_: object, **__: object) -> None:
         raise LogUnavailable
 
@@ -227,7 +229,7 @@ async def test_a_log_that_does_not_answer_is_a_503(api_app: Api, monkeypatch: py
     assert_problem(await api_app.client.get(f"/generations/{MISSING}"), 503, "log_unavailable")
 
 
-async def test_a_full_disk_is_a_503(api_app: Api) -> None:
+async def test_a_full_disk_is_answered_with_503(api_app: Api) -> None:
     api_app.images.full = True
     assert_problem(await api_app.start(), 503, "storage_failed")
 
@@ -273,7 +275,7 @@ async def test_twenty_starts_at_once_with_one_key_are_one_generation_and_one_cre
 # --- looking -----------------------------------------------------------------------------------------------
 
 
-async def test_what_is_somebody_elses_answers_as_what_is_not_there_byte_for_byte(api_app: Api) -> None:
+async def test_another_users_generation_is_answered_byte_for_byte_like_a_missing_one(api_app: Api) -> None:
     foreign = await api_app.started(headers={"X-User-Id": "bob"})
     for method, tail in (("GET", ""), ("GET", "/events"), ("POST", "/cancel"), ("DELETE", "")):
         answers = [
@@ -326,7 +328,7 @@ async def test_pages_follow_one_another_newest_first(api_app: Api) -> None:
 @pytest.mark.parametrize(
     "query", ["limit=0", "limit=101", "limit=x", "before=0", "before=%00", "status=all", "before=1e9"]
 )
-async def test_a_wrong_query_is_refused_by_name(shared_api: Api, query: str) -> None:
+async def test_an_invalid_query_parameter_is_rejected_by_name(shared_api: Api, query: str) -> None:
     problem = assert_problem(await shared_api.client.get(f"/generations?{query}"), 422, "invalid_request")
     assert problem["errors"][0]["field"] == query.partition("=")[0]
 
@@ -334,7 +336,7 @@ async def test_a_wrong_query_is_refused_by_name(shared_api: Api, query: str) -> 
 # --- ending ------------------------------------------------------------------------------------------------
 
 
-async def test_a_cancel_ends_it_once_and_gives_the_credit_back(api_app: Api) -> None:
+async def test_a_cancel_ends_a_generation_once_and_refunds_the_credit(api_app: Api) -> None:
     generation_id = await api_app.started()
     for outcome in ("cancelled", "already_finished"):
         answer = await api_app.client.post(f"/generations/{generation_id}/cancel")
@@ -345,7 +347,7 @@ async def test_a_cancel_ends_it_once_and_gives_the_credit_back(api_app: Api) -> 
     assert (await api_app.client.get("/me")).json()["credit"] == 100
 
 
-async def test_a_delete_waits_for_the_end_and_then_nothing_is_left(api_app: Api) -> None:
+async def test_a_running_generation_cannot_be_deleted_and_an_ended_one_leaves_nothing(api_app: Api) -> None:
     generation_id = await api_app.started()
     (name,) = api_app.images.kept
     assert_problem(await api_app.client.delete(f"/generations/{generation_id}"), 409, "not_finished")
@@ -359,7 +361,7 @@ async def test_a_delete_waits_for_the_end_and_then_nothing_is_left(api_app: Api)
 # --- the rest ----------------------------------------------------------------------------------------------
 
 
-async def test_an_image_is_answered_as_what_it_is_and_nothing_else(api_app: Api) -> None:
+async def test_an_image_is_served_with_its_own_type_only(api_app: Api) -> None:
     await api_app.started()
     (name,) = api_app.images.kept
     answer = await api_app.client.get(f"/images/{name}")
@@ -408,12 +410,12 @@ async def test_an_integer_and_its_text_are_one_user() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "x" * 129, "a\nb", "\x00", "\x85", "\ud800", True, 1.0, None, [], 10**200])
-async def test_what_is_no_user_id_is_refused(value: object) -> None:
+async def test_an_invalid_user_id_is_rejected(value: object) -> None:
     with pytest.raises(InvalidUserId):
         user_id(value)
 
 
-async def test_an_endless_integer_is_no_user_id() -> None:
+async def test_an_integer_of_too_many_digits_is_not_a_user_id() -> None:
     with pytest.raises(InvalidUserId):
         user_id(1 << 99_999)
 
@@ -430,7 +432,7 @@ async def test_the_header_names_the_user_in_utf_8(shared_api: Api) -> None:
 # --- the description ---------------------------------------------------------------------------------------
 
 
-async def test_the_description_is_whole(shared_api: Api) -> None:
+async def test_the_openapi_description_is_complete(shared_api: Api) -> None:
     document = (await shared_api.client.get("/openapi.json")).json()
     assert (await shared_api.client.get("/docs")).status_code == 200
     operations = {(path, method) for path, methods in document["paths"].items() for method in methods}

@@ -241,7 +241,7 @@ async def test_every_route_is_classified(tmp_path: Path) -> None:
     }, "a route of one generation is tried as one"
 
 
-async def test_what_is_foreign_answers_as_what_is_missing(world: World) -> None:
+async def test_another_users_generation_is_answered_like_a_missing_one(world: World) -> None:
     routes = [(route, kind) for route, kind in ROUTES.items() if isinstance(kind, One)]
     there = routes_of(world.service)
     for me, other in (USERS, USERS[::-1]):
@@ -269,7 +269,7 @@ async def asked(
     return await world.call(user, template.replace("{generation_id}", generation_id) + query, method, **rest)
 
 
-async def test_what_is_ones_own_answers(own_world: World) -> None:
+async def test_a_users_own_generation_is_answered(own_world: World) -> None:
     """Otherwise nothing above would have been shown."""
     there = routes_of(own_world.service)
     for user in USERS:
@@ -290,7 +290,7 @@ async def test_what_is_ones_own_answers(own_world: World) -> None:
 
 
 @own_tokens("world")
-async def test_no_header_makes_a_difference(world: World) -> None:
+async def test_no_header_reveals_whether_a_generation_exists(world: World) -> None:
     for headers in (
         {"Accept": "text/html"},
         {"Origin": "http://localhost:1"},
@@ -304,7 +304,7 @@ async def test_no_header_makes_a_difference(world: World) -> None:
         assert shown(missing) == shown(foreign)
 
 
-async def test_no_route_shows_anything_of_somebody_else(world: World) -> None:
+async def test_no_route_shows_data_of_another_user(world: World) -> None:
     there = routes_of(world.service)
     paths = [path for (method, path), kind in ROUTES.items() if kind == OWN and (method, path) in there]
     assert len(paths) >= 2
@@ -322,7 +322,7 @@ async def test_no_route_shows_anything_of_somebody_else(world: World) -> None:
 
 
 @own_tokens("own_world")
-async def test_an_idempotency_key_tells_nothing_of_another_user(own_world: World) -> None:
+async def test_an_idempotency_key_reveals_nothing_about_another_user(own_world: World) -> None:
     files = [("images", ("a.jpg", PHOTO, "image/jpeg")), ("prompt", (None, b"a red hat"))]
     started = [
         await own_world.call(user, "/generations/edit", "POST", files=files, headers={"Idempotency-Key": "the same"})
@@ -334,7 +334,7 @@ async def test_an_idempotency_key_tells_nothing_of_another_user(own_world: World
 
 
 @own_tokens("world")
-async def test_a_wrong_id_of_any_shape_is_as_missing(world: World) -> None:
+async def test_an_invalid_id_of_any_shape_is_not_found(world: World) -> None:
     expected = shown(await world.call("ada", f"/generations/{MISSING}"))
     theirs = world.running["bob"]
     for wrong in (BROKEN, theirs.upper(), f"{theirs}x", theirs[:-1], f"%20{theirs}", f"{theirs}%00", f"{theirs}%0A"):
@@ -353,7 +353,7 @@ def filled(argument: dict[str, object], **values: str) -> dict[str, object]:
     return {name: values.get(str(value).strip("<>"), value) for name, value in argument.items()}
 
 
-async def test_over_sockets_what_is_foreign_is_acknowledged_as_what_is_missing(world: World) -> None:
+async def test_over_sockets_another_users_generation_is_acknowledged_like_a_missing_one(world: World) -> None:
     for me, other in (USERS, USERS[::-1]):
         foreign = [(world.running[other], world.cursors[other]), (world.finished[other], world.cursors[other])]
         missing = [(MISSING, BROKEN), (world.deleted[me], ""), (world.deleted[other], BROKEN)]
@@ -371,7 +371,7 @@ async def test_over_sockets_what_is_foreign_is_acknowledged_as_what_is_missing(w
                 assert acks == [acks[0]] * len(acks), (name, argument)
 
 
-async def test_a_cursor_of_somebody_else_in_the_handshake_is_none(world: World) -> None:
+async def test_another_users_cursor_in_the_handshake_is_ignored(world: World) -> None:
     told = []
     for cursor in (BROKEN, "", world.cursors["bob"]):
         async with wire(world.service, {**world.auth("ada"), "cursor": cursor}) as bare:
@@ -410,7 +410,7 @@ async def test_names_of_images_hold_128_random_bits(world: World) -> None:
 
 
 @own_tokens("world")
-async def test_who_knows_the_generation_does_not_know_its_images(world: World) -> None:
+async def test_image_names_cannot_be_derived_from_the_generation(world: World) -> None:
     [path, _] = await images_of(world, "bob")
     stem, _, suffix = path.rpartition("-")
     missing = shown(await world.call("ada", f"/images/{MISSING}-{'0' * 32}.png"))
@@ -439,7 +439,7 @@ async def raw(service: Running, path: str) -> bytes:
         await writer.wait_closed()
 
 
-async def test_no_path_leads_out_of_the_folder_of_images(tmp_path: Path) -> None:
+async def test_no_path_escapes_the_image_folder(tmp_path: Path) -> None:
     inside, outside = tmp_path / "images", tmp_path / "outside.png"
     async with running(inside) as service:
         generation_id = await service.start()
@@ -487,7 +487,7 @@ async def test_no_path_leads_out_of_the_folder_of_images(tmp_path: Path) -> None
 
 
 @own_tokens("own_world")
-async def test_with_a_generation_its_images_go(own_world: World) -> None:
+async def test_deleting_a_generation_deletes_its_images(own_world: World) -> None:
     paths = await images_of(own_world, "bob")
     assert [(await own_world.call("ada", path)).status_code for path in paths] == [200, 200]
     await own_world.call("bob", f"/generations/{own_world.finished['bob']}", "DELETE")
@@ -502,7 +502,7 @@ def generation_ids(frames: Iterable[str]) -> set[str]:
     return set(re.findall(r"\b(?:edit|gen)_[0-9]+_[a-z0-9]{16,}\b", "\n".join(frames)))
 
 
-async def test_while_both_work_each_device_hears_of_its_own_user_alone(tmp_path: Path) -> None:
+async def test_each_device_gets_events_of_its_own_user_only(tmp_path: Path) -> None:
     async with (
         guarded(tmp_path) as service,
         wire(service, {"token": token("ada")}) as phone,

@@ -67,7 +67,7 @@ def schema(description: JSON) -> OpenApiSchema:
     return schemathesis.openapi.from_dict(description)
 
 
-async def test_every_operation_is_tried(schema: OpenApiSchema) -> None:
+async def test_every_operation_is_tested(schema: OpenApiSchema) -> None:
     assert {f"{method.upper()} {path}" for path in schema for method in schema[path]} == set(OPERATIONS)
 
 
@@ -115,7 +115,7 @@ async def test_answers_are_as_described_whatever_is_sent(service: Running, schem
     assert min(answered) < 300, "nothing that was sent was right"
 
 
-async def test_a_client_made_from_the_description_sends_what_is_understood(service: Running, description: JSON) -> None:
+async def test_a_client_generated_from_the_description_is_understood(service: Running, description: JSON) -> None:
     """Writes the form as the description's encoding says; the generators that were tried do the same."""
     operation = description["paths"]["/generations/edit"]["post"]
     content = operation["requestBody"]["content"]["multipart/form-data"]
@@ -144,7 +144,7 @@ async def test_a_client_made_from_the_description_sends_what_is_understood(servi
     assert (order.image_urls, len(order.images), order.face_swap) == (tuple(urls), 2, False)
 
 
-async def test_generators_find_names_and_types_that_they_can_use(description: JSON) -> None:
+async def test_the_description_has_names_and_types_for_generators(description: JSON) -> None:
     operations = {
         f"{method.upper()} {path}": operation
         for path, methods in description["paths"].items()

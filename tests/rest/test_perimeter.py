@@ -38,7 +38,7 @@ async def test_success_and_errors_carry_exactly_one_cors_header(shared_api: Api,
     assert exposed == {"Location", "Retry-After", "X-Request-Id"}
 
 
-async def test_a_fault_of_ours_carries_the_cors_header_too(
+async def test_an_internal_error_has_the_cors_header(
     shared_api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def break_down(*_: object) -> None:
@@ -100,13 +100,13 @@ async def test_another_origin_is_refused_without_a_cors_header(shared_api: Api, 
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:3000", "localhost.evil.example", "10.0.0.1", "[::2]", "@"]
 )
-async def test_a_host_that_is_not_ours_is_refused(shared_api: Api, host: str) -> None:
+async def test_an_unknown_host_is_rejected(shared_api: Api, host: str) -> None:
     problem = assert_problem(await shared_api.client.get("/me", headers={"Host": host}), 403, "host_not_allowed")
     assert "STAGECAST_ALLOWED_HOSTS" in problem["detail"]
 
 
 @pytest.mark.parametrize("host", ["LOCALHOST", "localhost:1", "127.0.0.1:99999", "[::1]:3000", "[::1]", "a.localhost"])
-async def test_a_loopback_host_is_ours_whatever_its_port_and_case(shared_api: Api, host: str) -> None:
+async def test_a_loopback_host_is_accepted_with_any_port_and_case(shared_api: Api, host: str) -> None:
     assert (await shared_api.client.get("/me", headers={"Host": host})).status_code == 200
 
 
@@ -131,7 +131,7 @@ async def test_allow_open_answers_to_every_host_but_not_to_every_origin() -> Non
         assert "STAGECAST_CORS_ORIGINS" in problem["detail"]
 
 
-async def test_the_refusal_comes_before_the_body(shared_api: Api) -> None:
+async def test_the_request_is_refused_before_its_body_is_read(shared_api: Api) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", shared_api.port)
     writer.write(b"POST /generations/edit HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 1000000\r\n\r\n")
     assert b" 403 " in await asyncio.wait_for(reader.readline(), 30)

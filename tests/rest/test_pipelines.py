@@ -119,7 +119,9 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 
 @languages
-async def test_a_service_with_a_token_tells_every_stage_to_the_users_phone(tmp_path: Path, language: str) -> None:
+async def test_a_pipeline_with_a_service_token_shows_every_stage_on_the_users_device(
+    tmp_path: Path, language: str
+) -> None:
     program = PROGRAMS[language]
     async with guarded(tmp_path) as service, service.phone(token=token("ada")) as phone:
         phone.user = "ada"
@@ -132,7 +134,7 @@ async def test_a_service_with_a_token_tells_every_stage_to_the_users_phone(tmp_p
 
 
 @languages
-async def test_a_line_that_breaks_again_and_again_changes_nothing(
+async def test_a_connection_that_keeps_breaking_changes_nothing(
     service: Running, tmp_path: Path, language: str
 ) -> None:
     program, user = PROGRAMS[language], f"{language} on a train"
@@ -150,7 +152,7 @@ async def test_a_line_that_breaks_again_and_again_changes_nothing(
 
 
 @languages
-async def test_when_the_user_cancels_it_stops(service: Running, tmp_path: Path, language: str) -> None:
+async def test_a_pipeline_stops_when_the_user_cancels(service: Running, tmp_path: Path, language: str) -> None:
     user = f"{language} who changes their mind"
     cancels: list[asyncio.Task[str]] = []
 
@@ -168,7 +170,7 @@ async def test_when_the_user_cancels_it_stops(service: Running, tmp_path: Path, 
 
 
 @languages
-async def test_when_its_own_work_breaks_the_user_is_told_and_gets_the_credit_back(
+async def test_a_pipeline_failure_reaches_the_user_and_refunds_the_credit(
     service: Running, tmp_path: Path, language: str
 ) -> None:
     program, user = PROGRAMS[language], f"{language} in trouble"

@@ -98,7 +98,7 @@ async def test_a_client_that_sends_its_whole_body_first_can_read_the_answer(serv
         assert problem(answer)["code"] == "unsupported_media_type"
 
 
-async def test_after_the_end_of_a_connection_was_announced_no_request_is_answered_on_it(service: Running) -> None:
+async def test_no_request_is_answered_after_connection_close(service: Running) -> None:
     before = len((await service.get("/generations?limit=100"))["generations"])
     start = (
         FORM
@@ -143,7 +143,7 @@ async def test_a_request_may_have_so_many_bytes_of_headers_and_trailers(
     assert statuses(answer) == [431]
 
 
-async def test_a_whole_head_that_is_too_large_is_refused_and_a_large_body_behind_a_head_is_not(
+async def test_an_oversized_head_is_rejected_and_a_large_body_after_a_head_is_not(
     service: Running,
 ) -> None:
     async with connected(service.port, b"GET /stages" + HOST) as client, asyncio.timeout(TIMEOUT):
@@ -224,7 +224,7 @@ async def test_a_slow_polling_request_is_answered_with_408_and_ends_its_session(
     await service.until(lambda: sid not in service.service.sockets.eio.sockets)
 
 
-async def test_a_body_that_never_ends_is_answered_with_408_however_fast_it_comes(
+async def test_an_endless_body_is_answered_with_408_at_any_speed(
     service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.5)
@@ -274,7 +274,7 @@ async def large(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.mark.parametrize("rest", [b"\r\n", b"Connection: close\r\n\r\n"], ids=["keep-alive", "close"])
-async def test_a_response_that_is_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch, rest: bytes) -> None:
+async def test_a_response_that_is_not_read_is_aborted(monkeypatch: pytest.MonkeyPatch, rest: bytes) -> None:
     monkeypatch.setattr(uvicorn_server, "SEND_TIMEOUT", 0.5)
     async with serving(large) as port, connected(port, b"GET /" + HOST + rest) as client:
         client.writer.transport.pause_reading()  # type: ignore[attr-defined]

@@ -108,7 +108,7 @@ async def credit(service: Running, user: str) -> int:
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-async def test_what_is_told_is_what_the_phone_sees_and_what_the_log_keeps(service: Running, flow: str) -> None:
+async def test_reported_stages_reach_the_device_and_the_log_unchanged(service: Running, flow: str) -> None:
     kind, form, rows = FLOWS[flow]
     user = f"user {next(user_numbers)}"
     async with service.phone(user) as phone:
@@ -160,7 +160,7 @@ async def test_images_are_optional_and_the_service_does_none_of_the_work(service
             await pipeline.report_accepted("composition")
 
 
-async def test_what_is_no_runner_or_no_form_is_refused(service: Running) -> None:
+async def test_an_unknown_runner_or_a_malformed_form_is_rejected(service: Running) -> None:
     assert_problem(await service.post("ada", "edit?runner=internal"), 422, "invalid_request")
     assert_problem(await service.post("ada", "edit", images=0), 422, "invalid_request")
     assert_problem(await service.post("ada", "edit?runner=external", images=6), 422, "invalid_request")
@@ -169,7 +169,7 @@ async def test_what_is_no_runner_or_no_form_is_refused(service: Running) -> None
     assert assert_problem(swap, 422, "invalid_request")["errors"][0]["field"] == "faceSwap"
 
 
-async def test_a_key_used_again_starts_nothing_and_knows_who_does_the_work(service: Running) -> None:
+async def test_a_reused_key_starts_nothing_and_runner_is_part_of_the_request(service: Running) -> None:
     first = await service.post("key", "edit?runner=external", key="k")
     again = await service.post("key", "edit?runner=external", key="k")
     assert (first.status_code, again.status_code) == (202, 202)
@@ -180,7 +180,7 @@ async def test_a_key_used_again_starts_nothing_and_knows_who_does_the_work(servi
 # --- what may come next ------------------------------------------------------------------------------------
 
 
-async def test_whatever_may_not_come_next_is_refused_with_what_may(service: Running) -> None:
+async def test_an_illegal_transition_is_rejected_with_the_allowed_ones(service: Running) -> None:
     pipeline = await begin(service)
     for status in ("started", *[row[0] for row in (*EDIT, DONE)]):
         if status != "started":
@@ -192,14 +192,14 @@ async def test_whatever_may_not_come_next_is_refused_with_what_may(service: Runn
     assert (await pipeline.assert_rejected("failed", "illegal_transition", generatedImageUrl=MADE))["allowed"] == []
 
 
-async def test_without_a_face_swap_there_is_none_and_with_one_there_is_no_way_around(service: Running) -> None:
+async def test_a_face_swap_stage_is_required_exactly_if_it_was_requested(service: Running) -> None:
     plain = await (await begin(service)).report_up_to("openai_editing_completed")
     assert (await plain.assert_rejected("face_swap", "illegal_transition"))["allowed"] == ["completed", "failed"]
     swap = await (await begin(service, imageUrls=FACE)).report_up_to("openai_editing_completed")
     assert (await swap.assert_rejected("completed", "illegal_transition"))["allowed"] == ["face_swap", "failed"]
 
 
-async def test_the_status_alone_will_do_all_the_way(service: Running) -> None:
+async def test_every_stage_can_be_reported_by_status_alone(service: Running) -> None:
     swapped = await begin(service, imageUrls=FACE)
     for status, *_ in (*EDIT, SWAP):
         await swapped.report_accepted(status)
@@ -213,7 +213,7 @@ async def test_the_status_alone_will_do_all_the_way(service: Running) -> None:
     assert (failed["code"], failed["retryable"], failed["error"]) == ("internal", False, "Something went wrong.")
 
 
-async def test_a_stage_in_which_a_provider_works_may_be_told_again_with_higher_progress(service: Running) -> None:
+async def test_a_provider_stage_can_be_reported_again_with_higher_progress(service: Running) -> None:
     pipeline = await begin(service, imageUrls=FACE)
     for stage, low, high in (("openai_editing", 60, 80), ("face_swap", 85, 95)):
         await pipeline.report_up_to(stage, EDIT) if stage == "openai_editing" else await pipeline.report_accepted(stage)
@@ -247,7 +247,7 @@ async def test_progress_stays_within_the_stage(service: Running) -> None:
         assert (await pipeline.report_accepted(status, progress=high))["progress"] == high
 
 
-async def test_the_first_event_of_a_stage_may_have_words_of_its_own(service: Running) -> None:
+async def test_the_first_event_of_a_stage_can_have_its_own_message(service: Running) -> None:
     pipeline = await begin(service)
     assert (await pipeline.report_accepted("composition", message="Cutting out the hat…"))[
         "message"
@@ -257,7 +257,7 @@ async def test_the_first_event_of_a_stage_may_have_words_of_its_own(service: Run
 # --- the same again ----------------------------------------------------------------------------------------
 
 
-async def test_the_same_again_answers_the_same_event_byte_for_byte(service: Running) -> None:
+async def test_a_repeated_report_is_answered_with_the_same_event_byte_for_byte(service: Running) -> None:
     pipeline = await begin(service, imageUrls=FACE)
     _, _, rows = FLOWS["edit with face swap"]
     repeats = {"openai_editing": {"progress": 70, "message": "Half-way…"}}
@@ -273,7 +273,7 @@ async def test_the_same_again_answers_the_same_event_byte_for_byte(service: Runn
     assert await credit(service, pipeline.user) == 99
 
 
-async def test_what_is_not_the_same_or_not_the_last_is_no_repeat(service: Running) -> None:
+async def test_only_an_identical_report_of_the_last_event_is_a_repeat(service: Running) -> None:
     pipeline = await begin(service)
     await pipeline.report_accepted("composition")
     await pipeline.assert_rejected("composition", "illegal_transition", message="Composing images...")
@@ -288,7 +288,7 @@ async def test_what_is_not_the_same_or_not_the_last_is_no_repeat(service: Runnin
     assert await credit(service, pipeline.user) == 100
 
 
-async def test_the_number_it_would_get_may_be_told_and_has_to_be_right(service: Running) -> None:
+async def test_the_expected_sequence_can_be_sent_and_must_match(service: Running) -> None:
     pipeline = await begin(service)
     for wrong in (1, 3, 99):
         await pipeline.assert_rejected("composition", "conflict", sequence=wrong)
@@ -302,7 +302,7 @@ async def test_the_number_it_would_get_may_be_told_and_has_to_be_right(service: 
     await pipeline.report_accepted("composition_completed", sequence=3)
 
 
-async def test_after_a_restart_the_same_is_still_the_same_and_who_falls_silent_is_still_noticed(
+async def test_repeats_and_deadlines_survive_a_restart(
     tmp_path: Path,
 ) -> None:
     settings: JSON = {"log": f"sqlite:///{tmp_path / 'log.db'}", "deadline": 0.5}
@@ -324,9 +324,7 @@ async def test_after_a_restart_the_same_is_still_the_same_and_who_falls_silent_i
         await going.report_accepted("failed")
 
 
-async def test_where_the_log_lost_the_reply_it_is_one_event_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_report_whose_log_reply_was_lost_is_one_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = FlakyLog(MemoryLog(epoch="e1", credits=100, clock=now))
     async with running(tmp_path, overrides={"storage": memory_storage(log)}) as service:
         pipeline = await begin(service, user="ada")
@@ -381,7 +379,7 @@ async def test_urls_are_http_or_https(service: Running, url: object) -> None:
         ("failed", {"faceSwapError": SWAP_ERROR}),
     ],
 )
-async def test_what_does_not_belong_to_a_status_is_not_told_with_it(service: Running, status: str, fact: JSON) -> None:
+async def test_fields_of_another_status_are_rejected(service: Running, status: str, fact: JSON) -> None:
     await (await begin(service)).assert_field_rejected(status, next(iter(fact)), **fact)
 
 
@@ -410,13 +408,13 @@ async def test_keys_have_one_spelling(service: Running) -> None:
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", '"composition"', "null", "{}", '{"status": 7}', '{"status": ""}'])
-async def test_what_is_no_transition_is_refused(service: Running, body: str) -> None:
+async def test_a_malformed_transition_is_rejected(service: Running, body: str) -> None:
     pipeline = await begin(service)
     assert_problem(await pipeline.post(body), 422, "invalid_request")
     assert len(await pipeline.events()) == 1
 
 
-async def test_a_body_without_end_is_refused(service: Running) -> None:
+async def test_an_endless_body_is_rejected(service: Running) -> None:
     pipeline = await begin(service)
     assert_problem(await pipeline.post(json.dumps({"status": "x" * 70_000})), 413, "content_too_large")
 
@@ -424,7 +422,7 @@ async def test_a_body_without_end_is_refused(service: Running) -> None:
 # --- ends --------------------------------------------------------------------------------------------------
 
 
-async def test_a_failure_without_a_code_is_internal_and_not_worth_another_try(service: Running) -> None:
+async def test_a_failure_without_a_code_is_internal_and_not_retryable(service: Running) -> None:
     pipeline = await (await begin(service)).report_up_to("openai_editing")
     await pipeline.report_accepted("openai_editing", progress=72)
     await pipeline.assert_field_rejected("failed", "progress", progress=100)
@@ -462,9 +460,7 @@ async def test_a_failure_without_a_code_is_internal_and_not_worth_another_try(se
         ("internal", True),
     ],
 )
-async def test_a_failure_with_a_code_says_whether_it_is_worth_another_try(
-    service: Running, code: str, retryable: bool
-) -> None:
+async def test_a_failure_with_a_code_has_its_retryable_flag(service: Running, code: str, retryable: bool) -> None:
     event = await (await begin(service, "generate")).report_accepted("failed", code=code, error="Only seas today.")
     assert (event["code"], event["retryable"], event["error"]) == (code, retryable, "Only seas today.")
 
@@ -474,7 +470,7 @@ async def test_an_unknown_code_or_no_sentence_is_refused(service: Running, wrong
     await (await begin(service)).assert_field_rejected("failed", next(iter(wrong)), **wrong)
 
 
-async def test_a_face_swap_that_failed_says_why(service: Running) -> None:
+async def test_a_failed_face_swap_has_a_reason(service: Running) -> None:
     pipeline = await (await begin(service, imageUrls=FACE)).report_up_to("face_swap")
     for wrong, field in (
         ({}, "faceSwapError.code"),
@@ -491,7 +487,7 @@ async def test_a_face_swap_that_failed_says_why(service: Running) -> None:
     assert "faceSwapUrl" not in event
 
 
-async def test_where_no_face_swap_was_asked_for_nothing_is_told_of_one(service: Running) -> None:
+async def test_without_a_face_swap_its_fields_are_rejected(service: Running) -> None:
     pipeline = await (await begin(service)).report_up_to("openai_editing")
     await pipeline.assert_field_rejected("openai_editing_completed", "faceSwapUrl", faceSwapUrl=SWAPPED)
     await pipeline.report_accepted("openai_editing_completed")
@@ -499,7 +495,7 @@ async def test_where_no_face_swap_was_asked_for_nothing_is_told_of_one(service: 
     await pipeline.assert_field_rejected("completed", "faceSwapError", faceSwapError=SWAP_ERROR)
 
 
-async def test_a_face_swap_is_made_or_fails_and_not_both(service: Running) -> None:
+async def test_a_face_swap_result_and_a_face_swap_error_exclude_each_other(service: Running) -> None:
     failed = await (await begin(service, imageUrls=FACE)).report_up_to("face_swap")
     await failed.assert_rejected("completed", "invalid_request", 422, faceSwapError=SWAP_ERROR, faceSwapUrl=SWAPPED)
     await failed.report_accepted("face_swap_completed", faceSwapUrl=SWAPPED)
@@ -522,7 +518,7 @@ async def test_a_cancel_ends_it_and_nothing_follows(service: Running) -> None:
         assert await credit(service, user) == 100
 
 
-async def test_who_says_nothing_for_too_long_has_failed_and_who_goes_on_has_not(tmp_path: Path) -> None:
+async def test_a_silent_pipeline_fails_at_the_deadline_and_an_active_one_does_not(tmp_path: Path) -> None:
     clock = SteppableClock(now())
     async with (
         running(tmp_path, overrides={"clock": clock}, deadline=0.5) as service,
@@ -562,7 +558,7 @@ async def with_key(images: Path) -> AsyncIterator[tuple[Running, Phone]]:
         yield service, phone
 
 
-async def test_where_there_is_a_key_only_services_may_and_they_act_for_the_user(tmp_path: Path) -> None:
+async def test_with_a_key_only_service_tokens_can_report_for_a_user(tmp_path: Path) -> None:
     async with with_key(tmp_path) as (service, phone):
         pipeline = await begin(service, user="ada")
         await pipeline.report_accepted("composition")
@@ -584,7 +580,7 @@ async def test_where_there_is_a_key_only_services_may_and_they_act_for_the_user(
         await phone.until_over(pipeline.generation_id)
 
 
-async def test_what_belongs_to_somebody_else_is_not_there(service: Running) -> None:
+async def test_another_users_generation_is_not_found(service: Running) -> None:
     pipeline = await begin(service)
     stranger = Pipeline(service, "a stranger", pipeline.generation_id)
     missing = Pipeline(service, "a stranger", "edit_1763829000123_k3v9x2ab4c6d8e0f")
@@ -599,7 +595,7 @@ async def test_what_belongs_to_somebody_else_is_not_there(service: Running) -> N
     assert len(await pipeline.events()) == 1
 
 
-async def test_what_the_service_works_on_is_not_reported_by_others(tmp_path: Path) -> None:
+async def test_a_generation_run_by_the_service_takes_no_reports(tmp_path: Path) -> None:
     pause = Pause()
     async with running(tmp_path, overrides={"editor": ScriptedEditor(pause)}) as service, service.phone("ada") as phone:
         internal = Pipeline(service, "ada", await service.start("ada"))
@@ -614,7 +610,7 @@ async def test_what_the_service_works_on_is_not_reported_by_others(tmp_path: Pat
 # --- at the same time --------------------------------------------------------------------------------------
 
 
-async def test_of_many_that_say_the_same_at_once_each_is_answered_with_the_one_event(service: Running) -> None:
+async def test_concurrent_identical_reports_are_answered_with_one_event(service: Running) -> None:
     pipeline = await (await begin(service)).report_up_to("openai_editing")
     for fields in ({"progress": 70}, {"progress": 75, "sequence": 6}):
         answers = await asyncio.gather(*(pipeline.report("openai_editing", **fields) for _ in range(12)))
@@ -623,7 +619,7 @@ async def test_of_many_that_say_the_same_at_once_each_is_answered_with_the_one_e
     assert [event["sequence"] for event in await pipeline.events()] == [1, 2, 3, 4, 5, 6]
 
 
-async def test_of_many_that_say_different_things_at_once_one_is_heard(service: Running) -> None:
+async def test_one_of_many_different_concurrent_reports_is_accepted(service: Running) -> None:
     pipeline = await begin(service)
     for status, code, more in (
         ("composition", "illegal_transition", {}),
@@ -637,7 +633,7 @@ async def test_of_many_that_say_different_things_at_once_one_is_heard(service: R
         assert (await pipeline.events())[-1] == heard.json()
 
 
-async def test_progress_told_by_many_at_once_rises_without_a_gap(service: Running) -> None:
+async def test_progress_reported_concurrently_rises_without_a_gap(service: Running) -> None:
     pipeline = await (await begin(service)).report_up_to("openai_editing")
     answers = await asyncio.gather(*(pipeline.report("openai_editing", progress=each) for each in range(61, 79)))
     assert {answer.status_code for answer in answers} <= {200, 422}
@@ -648,7 +644,7 @@ async def test_progress_told_by_many_at_once_rises_without_a_gap(service: Runnin
     assert progress[-1] == 78
 
 
-async def test_a_cancel_and_the_end_at_once_make_one_end(service: Running) -> None:
+async def test_a_cancel_and_a_reported_end_at_once_make_one_end(service: Running) -> None:
     for _ in range(5):
         pipeline = await (await begin(service, user="racer")).report_up_to("openai_editing_completed")
         path = f"/generations/{pipeline.generation_id}/cancel"

@@ -61,14 +61,14 @@ def tokens(issuer: Issuer, clock: SteppableClock) -> Tokens:
 
 
 @pytest.mark.parametrize("kid", ["rsa-1", "ec-1"])
-async def test_a_token_by_a_published_key_is_taken(tokens: Tokens, kid: str) -> None:
+async def test_a_token_signed_by_a_published_key_is_accepted(tokens: Tokens, kid: str) -> None:
     key: PrivateKey = rsa_key("ours") if kid == "rsa-1" else ec_key("ours")
     assert await tokens.verify(signed_token(key, kid)) == Identity(
         "ada", datetime.fromtimestamp(LATER, UTC), service=False
     )
 
 
-async def test_a_token_by_an_unpublished_key_is_refused(tokens: Tokens) -> None:
+async def test_a_token_signed_by_an_unpublished_key_is_rejected(tokens: Tokens) -> None:
     for token in (
         signed_token(rsa_key("theirs"), "rsa-1"),
         signed_token(ec_key("theirs"), "ec-1"),
@@ -107,7 +107,7 @@ async def test_an_rsa_key_verifies_by_one_algorithm(tokens: Tokens, algorithm: s
         await tokens.verify(jwt.encode(claims(), rsa_key("ours"), algorithm, headers={"kid": "rsa-1"}))
 
 
-async def test_a_token_without_a_key_id_is_taken_where_only_one_key_can_be_meant(issuer: Issuer) -> None:
+async def test_a_token_without_a_key_id_is_accepted_if_only_one_key_matches(issuer: Issuer) -> None:
     tokens = issuer_tokens(issuer)
     assert await tokens.verify(signed_token(rsa_key("ours")))
     assert await tokens.verify(signed_token(ec_key("ours")))
@@ -160,7 +160,7 @@ ODD: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-async def test_what_is_published_but_not_for_this_is_ignored(issuer: Issuer, odd: str) -> None:
+async def test_keys_for_other_purposes_are_ignored(issuer: Issuer, odd: str) -> None:
     issuer.publish(ODD[odd](), jwk(ec_key("good"), kid="good"))
     tokens = issuer_tokens(issuer)
     assert await tokens.verify(signed_token(ec_key("good"), "good"))
@@ -182,7 +182,7 @@ async def test_a_set_without_a_usable_key_counts_as_no_answer(issuer: Issuer, od
 
 
 @pytest.mark.parametrize("members", [{"use": "sig"}, {"alg": "RS256"}, {"key_ops": ["verify"]}, {"x5t": "?", "new": 1}])
-async def test_what_a_key_says_of_itself_may_fit(issuer: Issuer, members: dict[str, Any]) -> None:
+async def test_a_key_with_matching_optional_members_is_used(issuer: Issuer, members: dict[str, Any]) -> None:
     issuer.publish(jwk(rsa_key("ours"), kid="rsa-1", **members))
     assert await issuer_tokens(issuer).verify(signed_token(rsa_key("ours"), "rsa-1"))
 
@@ -220,7 +220,7 @@ async def test_a_new_key_is_noticed_at_once_with_one_request_for_all(tokens: Tok
         await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
 
 
-async def test_a_withdrawn_key_is_good_for_five_minutes_at_most(
+async def test_a_withdrawn_key_is_accepted_for_five_minutes_at_most(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
     token = long_lived_token(rsa_key("ours"), "rsa-1")
@@ -231,7 +231,7 @@ async def test_a_withdrawn_key_is_good_for_five_minutes_at_most(
         await tokens.verify(token)
 
 
-async def test_made_up_key_ids_bring_the_issuer_one_request_in_ten_seconds(
+async def test_unknown_key_ids_cause_one_request_in_ten_seconds(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
     await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
@@ -250,16 +250,14 @@ async def test_made_up_key_ids_bring_the_issuer_one_request_in_ten_seconds(
         clock.step(0.1)
 
 
-async def test_a_token_that_can_never_be_good_does_not_bring_the_issuer_a_request(
-    tokens: Tokens, issuer: Issuer
-) -> None:
+async def test_a_token_that_can_never_be_valid_causes_no_request_to_the_issuer(tokens: Tokens, issuer: Issuer) -> None:
     for token in ("", "x", hs256_token(claims()), raw(b'{"alg": "none", "kid": "x"}', b"{}"), "x" * 9000):
         with pytest.raises(InvalidToken):
             await tokens.verify(token)
     assert issuer.requests == 0
 
 
-async def test_who_has_a_known_key_does_not_wait_while_somebody_else_asks(
+async def test_a_known_key_does_not_wait_for_a_running_fetch(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
     token = long_lived_token(rsa_key("ours"), "rsa-1")
@@ -275,7 +273,7 @@ async def test_who_has_a_known_key_does_not_wait_while_somebody_else_asks(
     assert issuer.requests == 2
 
 
-async def test_who_gives_up_waiting_does_not_spoil_it_for_others(tokens: Tokens, issuer: Issuer) -> None:
+async def test_a_cancelled_verification_does_not_affect_others(tokens: Tokens, issuer: Issuer) -> None:
     asked, go_on = issuer.hold_responses()
     first, *others = (asyncio.create_task(tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))) for _ in range(5))
     await asked.wait()
@@ -285,7 +283,7 @@ async def test_who_gives_up_waiting_does_not_spoil_it_for_others(tokens: Tokens,
     assert first.cancelled()
 
 
-async def test_keys_of_a_future_that_was_taken_back_are_asked_for_again(
+async def test_keys_fetched_in_the_future_are_fetched_again_after_the_clock_goes_back(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
     token = signed_token(rsa_key("ours"), "rsa-1")
@@ -298,7 +296,7 @@ async def test_keys_of_a_future_that_was_taken_back_are_asked_for_again(
 # --- when the issuer does not answer ---------------------------------------------------------------------
 
 
-async def test_without_any_key_nobody_can_be_verified_until_the_issuer_answers(
+async def test_without_any_key_tokens_cannot_be_verified_until_the_issuer_answers(
     issuer: Issuer, clock: SteppableClock
 ) -> None:
     await issuer.stop()
@@ -333,7 +331,7 @@ async def test_known_keys_serve_for_an_hour_while_the_issuer_is_down(
     assert await tokens.verify(token)
 
 
-async def test_an_issuer_that_fails_is_asked_once_in_ten_seconds_while_there_are_keys_to_go_on_with(
+async def test_a_failing_issuer_is_asked_once_in_ten_seconds_while_keys_are_cached(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
     token = long_lived_token(rsa_key("ours"), "rsa-1")
@@ -348,7 +346,9 @@ async def test_an_issuer_that_fails_is_asked_once_in_ten_seconds_while_there_are
         clock.step(0.1)
 
 
-async def test_while_the_issuer_is_down_an_unknown_key_id_is_not_called_wrong(tokens: Tokens, issuer: Issuer) -> None:
+async def test_an_unknown_key_id_is_unavailable_and_not_invalid_while_the_issuer_is_down(
+    tokens: Tokens, issuer: Issuer
+) -> None:
     await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
     issuer.respond_with_error(500)
     for _ in range(2):
@@ -358,7 +358,7 @@ async def test_while_the_issuer_is_down_an_unknown_key_id_is_not_called_wrong(to
     assert issuer.requests == 2
 
 
-async def test_what_is_wrong_without_any_key_is_called_wrong_while_the_issuer_is_down(issuer: Issuer) -> None:
+async def test_a_token_that_is_invalid_with_any_key_is_rejected_while_the_issuer_is_down(issuer: Issuer) -> None:
     await issuer.stop()
     for token in ("", "x.y.z", hs256_token(claims())):
         with pytest.raises(InvalidToken):
@@ -389,7 +389,7 @@ GOOD_DOCUMENT = json.dumps({"keys": [jwk(ec_key("ours"), kid="ec-1")]}).encode()
     ],
     ids=lambda document: repr(document[:20]),
 )
-async def test_garbage_counts_as_no_answer_and_spoils_no_key(
+async def test_a_malformed_key_set_keeps_the_cached_keys(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock, document: bytes
 ) -> None:
     issuer.respond_with(document)
@@ -405,7 +405,7 @@ async def test_garbage_counts_as_no_answer_and_spoils_no_key(
     assert issuer.requests == 3
 
 
-async def test_an_answer_may_have_256_kilobytes(tokens: Tokens, issuer: Issuer) -> None:
+async def test_a_key_set_may_have_256_kilobytes(tokens: Tokens, issuer: Issuer) -> None:
     issuer.respond_with(GOOD_DOCUMENT.ljust(256 * 1024))
     assert await tokens.verify(signed_token(ec_key("ours"), "ec-1"))
 
@@ -464,12 +464,12 @@ async def test_a_server_that_does_not_speak_http_counts_as_no_answer(clock: Step
 @pytest.mark.parametrize(
     "url", ["file:///etc/passwd", "ftp://127.0.0.1/", "keys", "http://", "http://[", "http://a:b/"]
 )
-async def test_an_address_that_is_none_gives_no_keys(clock: SteppableClock, url: str) -> None:
+async def test_an_invalid_url_yields_no_keys(clock: SteppableClock, url: str) -> None:
     with pytest.raises(KeysUnavailable):
         await Tokens(JwksKeys(url, clock=clock), clock=clock).verify(signed_token(ec_key("ours"), "ec-1"))
 
 
-async def test_an_issuer_has_to_prove_its_name_by_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_certificate_of_an_issuer_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = ec_key("tls")
     pem = tmp_path / "issuer.pem"
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -503,7 +503,7 @@ async def test_proxies_of_the_environment_are_not_used(tokens: Tokens, monkeypat
 # --- what is told ----------------------------------------------------------------------------------------
 
 
-async def test_neither_secrets_nor_tokens_are_told(issuer: Issuer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_neither_secrets_nor_tokens_are_logged(issuer: Issuer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="adapters")
     secret = SecretKey(SECRET)
     clock = SteppableClock()

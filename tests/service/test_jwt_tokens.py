@@ -50,19 +50,19 @@ async def test_an_integer_is_a_user_id_too() -> None:
     assert (await verify(claims(sub=123))).user_id == "123"
 
 
-async def test_claims_that_nobody_needs_may_be_anything() -> None:
+async def test_unused_claims_may_have_any_value() -> None:
     assert (await verify(claims(jti=123, sub=["?"], uid="ada", typ=None), user_claim="uid")).user_id == "ada"
 
 
 @pytest.mark.parametrize(
     "sub", ["", "x" * 129, "a\x00b", "a\nb", "a\x7fb", "\ud800", True, False, 1.5, 10**200, None, ["ada"], {"id": 1}]
 )
-async def test_what_is_no_user_id_names_nobody(sub: object) -> None:
+async def test_an_invalid_user_id_in_a_token_is_rejected(sub: object) -> None:
     with pytest.raises(InvalidToken):
         await verify(claims(sub=sub))
 
 
-async def test_a_token_without_its_user_claim_names_nobody() -> None:
+async def test_a_token_without_its_user_claim_is_rejected() -> None:
     with pytest.raises(InvalidToken):
         await verify({"exp": LATER})
 
@@ -102,7 +102,7 @@ async def test_any_other_scope_makes_an_ordinary_user(scope: object) -> None:
 
 
 @pytest.mark.parametrize("exp", [LATER, LATER + 0.5])
-async def test_a_token_is_good_to_the_last_moment_and_no_longer(exp: float) -> None:
+async def test_a_token_is_accepted_until_it_expires(exp: float) -> None:
     clock, end = SteppableClock(), datetime.fromtimestamp(exp, UTC)
     tokens, token = secret_tokens(clock), hs256_token(claims(exp=exp))
     clock.present = end - timedelta(microseconds=1)
@@ -125,7 +125,7 @@ async def test_a_token_is_good_to_the_last_moment_and_no_longer(exp: float) -> N
         ),
     ],
 )
-async def test_a_token_has_to_say_when_it_expires(payload: bytes) -> None:
+async def test_a_token_without_an_expiry_is_rejected(payload: bytes) -> None:
     with pytest.raises(InvalidToken):
         await secret_tokens().verify(raw(b'{"alg": "HS256"}', payload))
 
@@ -154,7 +154,7 @@ async def test_another_clock_may_be_five_seconds_ahead(claim: str) -> None:
 
 @pytest.mark.parametrize("claim", ["nbf", "iat"])
 @pytest.mark.parametrize("value", [None, True, "0", "soon", [], -1, 10**30])
-async def test_a_beginning_that_is_no_moment_is_refused(claim: str, value: object) -> None:
+async def test_an_invalid_nbf_is_rejected(claim: str, value: object) -> None:
     with pytest.raises(InvalidToken):
         await verify(claims(**{claim: value}))
 
@@ -174,12 +174,12 @@ async def test_an_expired_token_is_called_so_only_where_nothing_else_is_wrong() 
 
 
 @pytest.mark.parametrize("aud", ["stagecast", ["others", "stagecast"]])
-async def test_a_token_for_us_is_taken(aud: object) -> None:
+async def test_a_token_for_the_configured_audience_is_accepted(aud: object) -> None:
     assert await verify(claims(aud=aud), audience="stagecast")
 
 
 @pytest.mark.parametrize("others", [{}, {"aud": "others"}, {"aud": []}, {"aud": [1]}, {"aud": {"stagecast": 1}}])
-async def test_a_token_for_somebody_else_is_refused(others: dict[str, Any]) -> None:
+async def test_a_token_for_another_audience_is_rejected(others: dict[str, Any]) -> None:
     with pytest.raises(InvalidToken):
         await verify(claims(**others), audience="stagecast")
 
@@ -195,7 +195,7 @@ async def test_without_a_configured_audience_a_token_for_anybody_in_particular_i
     assert "no audience is configured" in caplog.text
 
 
-async def test_a_token_by_our_issuer_is_taken_and_no_other() -> None:
+async def test_only_tokens_of_the_configured_issuer_are_accepted() -> None:
     assert await verify(claims(iss="https://issuer.test/"), issuer="https://issuer.test/")
     assert await verify(claims(iss="whoever"))
     for others in ({}, {"iss": "https://issuer.test"}, {"iss": ["https://issuer.test/"]}, {"iss": 1}):
@@ -237,13 +237,13 @@ async def test_a_token_by_our_issuer_is_taken_and_no_other() -> None:
         ),
     ],
 )
-async def test_what_is_no_token_is_refused(token: str) -> None:
+async def test_a_malformed_token_is_rejected(token: str) -> None:
     with pytest.raises(InvalidToken):
         await secret_tokens().verify(token)
 
 
 @pytest.mark.parametrize("value", [None, b"", hs256_token(claims()).encode(), 1, ["x"], {}])
-async def test_what_is_not_even_text_is_refused(value: Any) -> None:
+async def test_a_token_that_is_not_text_is_rejected(value: Any) -> None:
     with pytest.raises(InvalidToken):
         await secret_tokens().verify(value)
 
@@ -290,7 +290,7 @@ def test_a_short_secret_is_refused_and_not_repeated(secret: bytes) -> None:
     assert "hunter2" not in str(refusal.value)
 
 
-def test_a_public_key_is_no_secret() -> None:
+def test_a_public_key_is_refused_as_secret() -> None:
     public = rsa_key("ours").public_key()
     for secret in (
         public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
@@ -329,13 +329,13 @@ async def test_an_issued_token_fits_what_is_configured() -> None:
 
 
 @pytest.mark.parametrize("ttl", [timedelta(), timedelta(seconds=-1), timedelta(days=365 * 9000), timedelta.max])
-def test_a_token_is_issued_for_some_time(ttl: timedelta) -> None:
+def test_an_issued_token_needs_a_positive_lifetime(ttl: timedelta) -> None:
     with pytest.raises(ValueError, match="time to live"):
         secret_tokens().issue("ada", service=False, ttl=ttl)
 
 
 @pytest.mark.parametrize("user_id", ["", "x" * 129, "a\x00", "\ud800"])
-def test_no_token_is_issued_for_what_is_no_user_id(user_id: str) -> None:
+def test_no_token_is_issued_for_an_invalid_user_id(user_id: str) -> None:
     with pytest.raises(InvalidUserId):
         secret_tokens().issue(user_id, service=False, ttl=timedelta(hours=1))
 
@@ -383,19 +383,19 @@ async def outcome(tokens: Tokens, token: str) -> Identity | None:
 
 @PROPERTY
 @given(token=st.text() | st.builds(".".join, st.lists(st.text("eyJ0AB_-=", max_size=9), min_size=3, max_size=3)))
-def test_any_text_is_refused(token: str) -> None:
+def test_random_text_is_rejected(token: str) -> None:
     assert asyncio.run(outcome(secret_tokens(), token)) is None
 
 
 @PROPERTY
 @given(token=edited(hs256_token(claims())))
-def test_an_edited_token_is_refused_unless_it_still_says_the_same(token: str) -> None:
+def test_an_edited_token_is_rejected_unless_it_decodes_the_same(token: str) -> None:
     assert asyncio.run(outcome(secret_tokens(), token)) in (None, asyncio.run(verify(claims())))
 
 
 @PROPERTY
 @given(header=HEADERS, payload=PAYLOADS)
-def test_a_signature_makes_no_nonsense_good(header: dict[str, Any], payload: dict[str, Any]) -> None:
+def test_a_signed_malformed_token_is_rejected(header: dict[str, Any], payload: dict[str, Any]) -> None:
     for head in (header, {**header, "alg": "HS256"}, {"alg": "HS256"}):
         for said in (payload, {**payload, "exp": LATER}, {**claims(), **payload}):
             token = raw(json.dumps(head).encode(), json.dumps(said).encode())
@@ -405,7 +405,7 @@ def test_a_signature_makes_no_nonsense_good(header: dict[str, Any], payload: dic
                 assert named.expires_at == datetime.fromtimestamp(said["exp"], UTC) > NOON
 
 
-def test_public_keys_refuse_whatever_else_comes_too() -> None:
+def test_public_keys_are_refused_in_any_form() -> None:
     whole = {name: signed_token(key, name) for name, key in (("rsa-1", rsa_key("ours")), ("ec-1", ec_key("ours")))}
     with asyncio.Runner() as runner:
         context = running_issuer(jwk(rsa_key("ours"), kid="rsa-1"), jwk(ec_key("ours"), kid="ec-1"))
@@ -433,7 +433,7 @@ def test_public_keys_refuse_whatever_else_comes_too() -> None:
             runner.run(context.__aexit__(None, None, None))
 
 
-def test_whatever_the_issuer_says_nobody_is_taken_for_somebody() -> None:
+def test_no_answer_of_an_issuer_makes_an_invalid_token_valid() -> None:
     forged = signed_token(rsa_key("theirs"), "rsa-1", exp=LATER + 86_400 * 365)
     with asyncio.Runner() as runner:
         context = running_issuer()

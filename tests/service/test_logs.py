@@ -38,7 +38,7 @@ def test_a_record_is_written_at_once_and_its_repeats_are_counted(handler: Repeat
     assert lines(handler)[1:] == ["WARNING repeats.one: the disk is full (repeats in 10 s: 999)"]
 
 
-def test_other_texts_levels_and_loggers_are_no_repeats(handler: RepeatHandler) -> None:
+def test_other_texts_levels_and_loggers_are_not_counted_as_repeats(handler: RepeatHandler) -> None:
     one, two = logging.getLogger("repeats.one"), logging.getLogger("repeats.two")
     for log in (one.warning, one.error, two.warning):
         log("the disk is %s", "full")
@@ -72,7 +72,7 @@ def test_while_it_repeats_one_line_is_written_per_interval(
     assert sum(int(line.rpartition(": ")[2].rstrip(")")) for line in rest) == sent - 1
 
 
-def test_what_is_not_repeated_is_forgotten(handler: RepeatHandler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_that_are_not_repeated_are_forgotten(handler: RepeatHandler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "REPEAT_INTERVAL", 0.01)
     for number in range(100):
         logging.getLogger("repeats.one").warning("number %d", number)

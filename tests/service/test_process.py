@@ -14,7 +14,7 @@ from support.serve_process import last_of, patient, serving, stagecast, talk, un
 from support.sites import PNG, SITE, Site, listening, page
 
 
-async def test_one_line_says_where_it_is_who_may_call_and_what_is_in_use_until_ctrl_c(tmp_path: Path) -> None:
+async def test_the_ready_line_has_url_mode_and_providers_and_ctrl_c_exits(tmp_path: Path) -> None:
     async with serving(tmp_path) as service, watching(service.url):
         assert service.line.startswith("Stagecast is ready on http://localhost:")
         assert "anybody on this machine may act for any user" in service.line
@@ -25,13 +25,13 @@ async def test_one_line_says_where_it_is_who_may_call_and_what_is_in_use_until_c
         assert (code, errors) == (0, "")
 
 
-async def test_an_idle_service_leaves_at_once_with_0(tmp_path: Path) -> None:
+async def test_an_idle_service_exits_at_once_with_0(tmp_path: Path) -> None:
     async with serving(tmp_path) as service, watching(service.url):
         service.process.send_signal(signal.SIGTERM)
         assert await service.ended() == (0, "")
 
 
-async def test_sigterm_lets_the_work_be_finished_and_refuses_new_work(tmp_path: Path) -> None:
+async def test_sigterm_finishes_running_work_and_refuses_new_work(tmp_path: Path) -> None:
     done = asyncio.Event()
 
     async def answer(writer: asyncio.StreamWriter) -> None:
@@ -62,7 +62,7 @@ async def test_sigterm_lets_the_work_be_finished_and_refuses_new_work(tmp_path: 
         assert (last["generationId"], last["status"]) == (generation_id, "completed")
 
 
-async def test_sigterm_waits_for_the_work_of_others_too(tmp_path: Path) -> None:
+async def test_sigterm_waits_for_external_work(tmp_path: Path) -> None:
     async with serving(tmp_path) as service, patient() as http, watching(service.url) as events:
         who, fields = {"X-User-Id": "ada"}, {"prompt": (None, b"a red hat")}
         begun = await http.post(f"{service.url}/generations/generate?runner=external", files=fields, headers=who)
@@ -83,7 +83,7 @@ async def test_sigterm_waits_for_the_work_of_others_too(tmp_path: Path) -> None:
         pytest.param([], [signal.SIGINT], id="SIGINT"),
     ],
 )
-async def test_what_is_left_is_interrupted_and_its_owner_is_told(
+async def test_work_left_after_the_drain_is_interrupted_and_its_user_notified(
     tmp_path: Path, flags: list[str], signals: list[signal.Signals]
 ) -> None:
     async with (
@@ -104,7 +104,7 @@ async def test_what_is_left_is_interrupted_and_its_owner_is_told(
         assert (last["retryable"], last["credit"]) == (True, 100)
 
 
-async def test_nobody_can_hold_the_service_back_from_leaving(tmp_path: Path) -> None:
+async def test_open_connections_do_not_delay_the_exit(tmp_path: Path) -> None:
     """Case 5: an idle socket, a stalled reader, a long poll, a slow upload, a running generation."""
     async with (
         contextlib.AsyncExitStack() as talks,
@@ -137,7 +137,7 @@ async def test_nobody_can_hold_the_service_back_from_leaving(tmp_path: Path) -> 
         assert (await last_of(events))["code"] == "interrupted"
 
 
-async def test_a_port_that_is_taken_is_told_in_one_sentence_with_3(tmp_path: Path) -> None:
+async def test_a_port_in_use_exits_with_3_and_one_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         process = await stagecast("serve", "--port", str(port), "--images", str(tmp_path))
@@ -146,7 +146,7 @@ async def test_a_port_that_is_taken_is_told_in_one_sentence_with_3(tmp_path: Pat
         assert errors.decode() == f"stagecast: port {port} is taken; choose another with --port.\n"
 
 
-async def test_a_folder_that_cannot_be_written_is_told_in_one_sentence_with_2() -> None:
+async def test_an_unwritable_folder_exits_with_2_and_one_sentence() -> None:
     process = await stagecast("serve", "--images", "/dev/null/x")
     output, errors = await process.communicate()
     done = CommandResult(process.returncode or 0, output.decode(), errors.decode())
@@ -162,11 +162,11 @@ async def test_a_folder_that_cannot_be_written_is_told_in_one_sentence_with_2() 
         (["--host", "0.0.0.0"], {}, "--allow-open"),
     ],
 )
-async def test_wrong_settings_are_told_in_one_sentence_with_2(flags: list[str], variables: JSON, named: str) -> None:
+async def test_invalid_settings_exit_with_2_and_one_sentence(flags: list[str], variables: JSON, named: str) -> None:
     assert named in (await run_main(*SERVE, *flags, **variables)).sentence(2)
 
 
-async def test_help_tells_every_setting() -> None:
+async def test_help_lists_every_setting() -> None:
     done = await run_main("serve", "--help")
     assert done.code == 0
     for flag in ("--port", "--drain", "--allow-open", "--local-seconds", "--max-per-user"):

@@ -63,7 +63,7 @@ async def test_a_check_for_stalled_readers_that_fails_is_retried(tmp_path: Path)
         await service.until(lambda: supervisor.parts["sockets"] == "ok")
 
 
-async def test_an_image_folder_that_cannot_be_written_fails_and_works_again(tmp_path: Path) -> None:
+async def test_an_unwritable_image_folder_fails_and_recovers(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     async with running(folder) as service:
         assert (await ready(service))[0] == 200
@@ -77,7 +77,7 @@ async def test_an_image_folder_that_cannot_be_written_fails_and_works_again(tmp_
         assert set(folder.iterdir()) == before
 
 
-async def test_a_write_lock_held_by_another_process_fails_and_works_again(tmp_path: Path) -> None:
+async def test_a_write_lock_of_another_process_fails_and_recovers(tmp_path: Path) -> None:
     async with running(tmp_path / "images", log=f"sqlite:///{tmp_path}/log.db") as service:
         assert (await ready(service))[0] == 200
         other = sqlite3.connect(tmp_path / "log.db", isolation_level=None)
@@ -100,7 +100,7 @@ async def test_a_log_file_that_is_gone_fails(tmp_path: Path) -> None:
         await until(service, 200)
 
 
-async def test_a_thread_pool_that_is_stuck_fails_without_more_threads_being_taken(tmp_path: Path) -> None:
+async def test_a_stuck_thread_pool_fails_without_using_more_threads(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
         release = threading.Event()
         pool = ThreadPoolExecutor(1)
@@ -132,7 +132,7 @@ class Unfollowed(ForwardingLog):
             yield
 
 
-async def test_a_log_that_cannot_be_followed_fails_and_works_again_and_nothing_is_missed(tmp_path: Path) -> None:
+async def test_a_log_that_cannot_be_followed_fails_and_recovers_without_missing_events(tmp_path: Path) -> None:
     log = Unfollowed(MemoryLog(epoch="e1", credits=100, clock=now))
     async with running(tmp_path, overrides={"storage": memory_storage(log)}) as service, service.phone("ada") as phone:
         await fails_with(service, "unavailable", "follower")
@@ -153,7 +153,7 @@ class Unclaimed(MemoryQueue):
         return await super().claim(fetching=fetching)
 
 
-async def test_a_runner_that_cannot_take_work_fails_and_works_again(
+async def test_a_runner_that_cannot_claim_work_fails_and_recovers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue = Unclaimed()
@@ -172,7 +172,7 @@ async def test_a_runner_that_cannot_take_work_fails_and_works_again(
         ]
 
 
-async def test_all_who_ask_within_a_second_share_one_check(tmp_path: Path) -> None:
+async def test_concurrent_readiness_requests_share_one_check(tmp_path: Path) -> None:
     class Counting(ImageFolder):
         checks = 0
 
@@ -188,7 +188,7 @@ async def test_all_who_ask_within_a_second_share_one_check(tmp_path: Path) -> No
         assert images.checks <= 1 + int(asyncio.get_running_loop().time() - began)
 
 
-async def test_what_a_killed_check_leaves_is_swept(tmp_path: Path) -> None:
+async def test_files_of_a_killed_check_are_swept(tmp_path: Path) -> None:
     left = tmp_path / f".probe-{'0' * 16}"
     left.write_bytes(bytes(4096))
     os.utime(left, (0, 0))

@@ -258,6 +258,6 @@ def test_every_undocumented_attribute_that_is_used_is_still_there(each: type) ->
 
 
 @pytest.mark.parametrize("replaced", REPLACED, ids=lambda replaced: replaced.__qualname__)
-def test_every_replaced_method_is_the_one_that_was_read(replaced: Any) -> None:
+def test_every_replaced_method_has_the_recorded_fingerprint(replaced: Any) -> None:
     """If this fails, compare the library's method with what replaces it here, then store the new fingerprint."""
     assert hashlib.sha256(inspect.getsource(replaced).encode()).hexdigest()[:12] == REPLACED[replaced]

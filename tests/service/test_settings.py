@@ -24,7 +24,7 @@ def refusal(**overrides: object) -> str:
     return str(caught.value)
 
 
-def test_the_defaults_are_the_contracts() -> None:
+def test_the_defaults_match_the_contract() -> None:
     settings = load_settings({})
     assert (settings.host, settings.port, settings.public_url) == ("127.0.0.1", 3000, "http://localhost:3000")
     assert (settings.log, settings.images, settings.credits) == ("memory://", Path("var/images"), 100)
@@ -129,7 +129,7 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("allow_open", "perhaps"),
     ],
 )
-def test_a_wrong_value_is_refused_in_one_sentence_that_names_the_variable_and_not_the_value(
+def test_an_invalid_value_is_refused_with_the_variable_and_without_the_value(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"STAGECAST_{name.upper()}", value)
@@ -184,7 +184,7 @@ def test_every_setting_is_described() -> None:
     assert described["STAGECAST_CORS_ORIGINS"].default == "none"
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_frozen() -> None:
     settings = load_settings({})
     with pytest.raises(ValidationError):
         setattr(settings, "port", 1)  # noqa: B010 - mypy knows that it cannot be assigned
@@ -219,7 +219,7 @@ def test_a_provider_is_used_where_there_is_a_key_for_it(
     assert getattr(load_settings({}), field) == provider
 
 
-def test_keys_are_no_flags() -> None:
+def test_secrets_have_no_flags() -> None:
     secret = {setting.variable for setting in describe_settings() if setting.flag is None}
     assert secret == {
         "STAGECAST_JWT_SECRET",
@@ -230,7 +230,7 @@ def test_keys_are_no_flags() -> None:
     }
 
 
-def test_a_webhook_secret_is_as_the_scheme_has_it() -> None:
+def test_a_webhook_secret_must_have_the_standard_form() -> None:
     good = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
     secret = load_settings({"webhook_secret": good}).webhook_secret
     assert secret is not None
@@ -239,6 +239,6 @@ def test_a_webhook_secret_is_as_the_scheme_has_it() -> None:
         assert refusal(webhook_secret=bad).startswith("STAGECAST_WEBHOOK_SECRET must be ")
 
 
-def test_what_help_says_of_settings_can_be_printed_in_ascii() -> None:
+def test_the_help_of_settings_is_ascii() -> None:
     for setting in describe_settings():
         assert all(str(text).isascii() for text in setting), setting

@@ -49,7 +49,7 @@ async def answer_of(reader: asyncio.StreamReader) -> tuple[int, JSON]:
         return int(lines[0].split()[1]), json.loads(await reader.readexactly(length))
 
 
-async def test_a_body_that_still_arrives_at_sigterm_is_answered_whole(tmp_path: Path) -> None:
+async def test_a_body_in_transfer_at_sigterm_is_answered(tmp_path: Path) -> None:
     async with serving(tmp_path) as service, contextlib.AsyncExitStack() as talks:
         whole = form(PHOTO)
         reader, writer = await talk(int(service.url.rpartition(":")[2]), talks)
@@ -112,7 +112,7 @@ async def test_a_start_that_is_decoded_at_sigterm_is_accepted_and_finished(tmp_p
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]], ids=["SIGINT", "twice"])
-async def test_a_start_that_is_decoded_when_nobody_waits_any_more_is_refused_whole(
+async def test_a_start_decoded_after_the_drain_is_refused_and_leaves_nothing(
     tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
     async with serving(tmp_path, "--local-seconds", "0") as service:

@@ -178,7 +178,7 @@ async def test_an_append_that_fails_ends_its_own_generation(
 
 
 @pytest.mark.parametrize("error", FAULTS)
-async def test_a_renewal_that_fails_disturbs_no_work(
+async def test_a_failing_lease_renewal_does_not_stop_work(
     tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("domain.runner._RENEW", 0.05)

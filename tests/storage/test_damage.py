@@ -201,7 +201,7 @@ READS: Final = {
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=list(READS))
-async def test_what_is_read_is_checked_before(
+async def test_rows_are_checked_when_they_are_read(
     path: Path, read: Callable[[WholeLog, str], Awaitable[object]], caplog: pytest.LogCaptureFixture
 ) -> None:
     [(generation, name)] = rows(path, "SELECT id, generation_id FROM generations WHERE idempotency_key = 'key of ada'")
@@ -230,7 +230,7 @@ async def test_the_pictures_of_a_damaged_generation_are_kept_until_retention_end
         await service.until(lambda: not (tmp_path / "images" / generation_id).exists())
 
 
-async def test_who_knows_that_a_damaged_generation_runs_is_told_that_its_past_is_gone(path: Path) -> None:
+async def test_a_cursor_that_follows_a_damaged_generation_is_not_recovered(path: Path) -> None:
     async with opened(path) as life:
         cursor = await life.log.head_cursor("ada")
         feed = await life.log.feed("ada", after=0, anchor=0, limit=1_000)
@@ -248,7 +248,7 @@ async def test_who_knows_that_a_damaged_generation_runs_is_told_that_its_past_is
 
 
 @pytest.mark.parametrize("credit", ["-5", "'x'", "x'ff'", "1.5", "1 << 62"])
-async def test_a_balance_that_cannot_be_read_counts_as_0_until_somebody_grants(path: Path, credit: str) -> None:
+async def test_an_unreadable_balance_counts_as_0_until_a_grant(path: Path, credit: str) -> None:
     change(path, f"UPDATE users SET credit = {credit} WHERE id = 1")
     async with opened(path) as life:
         assert await life.log.credit("ada") == (await life.log.standing("ada")).credit == 0
@@ -260,9 +260,7 @@ async def test_a_balance_that_cannot_be_read_counts_as_0_until_somebody_grants(p
 
 
 @pytest.mark.parametrize("bounds", ["head = 3", "head = 'x'", "head = 1 << 40", "floor = -1", "floor_id = x''"])
-async def test_a_feed_with_wrong_bounds_goes_on_and_its_cursors_say_that_the_past_is_gone(
-    path: Path, bounds: str
-) -> None:
+async def test_a_feed_with_damaged_bounds_continues_and_its_cursors_are_not_recovered(path: Path, bounds: str) -> None:
     async with opened(path) as life:
         before = await shown(life, "ada")
         old = (await life.log.feed("ada", after=0, anchor=0, limit=100)).entries[3]
@@ -275,7 +273,7 @@ async def test_a_feed_with_wrong_bounds_goes_on_and_its_cursors_say_that_the_pas
         await life.run_to_end("ada")
 
 
-async def test_a_session_that_cannot_be_read_is_none(path: Path) -> None:
+async def test_an_unreadable_session_is_ignored(path: Path) -> None:
     async with opened(path) as life:
         sessions = SqliteSessions(life.database, DAY)
         damage = (
@@ -301,7 +299,7 @@ def overwrite_pages(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pages", "epoch"])
-async def test_a_file_that_is_damaged_beyond_rows_is_refused_with_a_sentence(path: Path, kind: str) -> None:
+async def test_a_corrupt_file_is_refused_with_a_sentence(path: Path, kind: str) -> None:
     if kind == "epoch":
         change(path, "UPDATE log SET epoch = CAST(x'ff' AS TEXT)")
     else:
@@ -367,7 +365,7 @@ async def serves(path: Path, *, examined: bool) -> None:
 @pytest.mark.parametrize(
     "seeds", [range(12), pytest.param(range(12, 1_000), marks=[pytest.mark.long, pytest.mark.timeout(1800)])]
 )
-async def test_whatever_is_damaged_everything_else_goes_on(path: Path, tmp_path: Path, seeds: range) -> None:
+async def test_damage_in_one_place_does_not_stop_the_rest(path: Path, tmp_path: Path, seeds: range) -> None:
     found = 0
     for seed in seeds:
         chance = random.Random(seed)

@@ -70,7 +70,7 @@ async def test_a_folder_is_marked_with_the_log_and_held_until_it_is_closed(tmp_p
     [(None, "", False), ("memory", "e0", True), ("sqlite", "e1", True)],
     ids=["no mark: kept", "a dead memory log: emptied", "its own: swept"],
 )
-async def test_what_is_removable_depends_on_the_mark(
+async def test_old_pictures_are_removable_only_if_the_folder_belongs_to_the_log(
     tmp_path: Path, log: str | None, epoch: str, removable: bool
 ) -> None:
     folder = old_folder(tmp_path / "images", log=log, epoch=epoch)
@@ -166,7 +166,7 @@ async def test_nothing_is_stored_in_or_removed_from_another_folder_at_the_same_p
     await store.close()
 
 
-async def test_no_child_process_keeps_what_its_parent_held(tmp_path: Path) -> None:
+async def test_child_processes_do_not_inherit_locks(tmp_path: Path) -> None:
     images, database = ImageFolder(tmp_path, log="memory", epoch="e1"), Database(tmp_path / "log.db", epoch="e1")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:  # noqa: ASYNC220
         await images.close()
@@ -233,7 +233,7 @@ async def test_a_second_service_on_the_same_folder_or_file_is_refused_and_remove
 
 
 @pytest.mark.parametrize("lost", ["removed", "replaced", "cut", "wal removed"])
-async def test_a_log_whose_file_is_lost_refuses_starts_and_says_so_once(tmp_path: Path, lost: str) -> None:
+async def test_a_log_whose_file_is_lost_refuses_starts_and_logs_it_once(tmp_path: Path, lost: str) -> None:
     async with durable(tmp_path / "service") as (deployment, life, caller):
         generation_id = await start(caller)
         await completed(caller, generation_id)
@@ -278,7 +278,7 @@ async def test_a_file_that_comes_back_is_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["TRUNCATE", "RESTART", "PASSIVE"])
-async def test_somebody_who_writes_the_log_back_disturbs_nobody(tmp_path: Path, mode: str) -> None:
+async def test_a_checkpoint_by_another_process_does_not_disturb_the_service(tmp_path: Path, mode: str) -> None:
     async with running(tmp_path / "images", log=f"sqlite:///{tmp_path}/log.db") as service:
         await service.start("ada")
         await service.service.queue.settled()
@@ -298,7 +298,7 @@ async def test_a_write_ahead_log_that_is_cut_off_while_it_is_needed_refuses_writ
     await database.close()
 
 
-async def test_a_log_that_is_idle_notices_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_idle_log_notices_its_lost_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     database = Database(tmp_path / "log.db", epoch="e1")
     (tmp_path / "log.db").unlink()
     async with asyncio.timeout(10):
@@ -307,7 +307,7 @@ async def test_a_log_that_is_idle_notices_by_itself(tmp_path: Path, caplog: pyte
     await database.close()
 
 
-async def test_one_file_has_one_owner_by_whatever_name_it_is_opened(tmp_path: Path) -> None:
+async def test_a_log_file_has_one_owner_under_any_name(tmp_path: Path) -> None:
     database = Database(tmp_path / "log.db", epoch="e1")
     os.link(tmp_path / "log.db", tmp_path / "hard.db")
     script = (

@@ -55,9 +55,7 @@ async def ended(wire: Wire, generation_id: str) -> JSON:
 
 @needs_node
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
-async def test_the_seeds_client_sees_the_service_die_and_come_back_and_misses_nothing(
-    tmp_path: Path, stop: signal.Signals
-) -> None:
+async def test_the_seeds_client_misses_nothing_across_a_kill_and_restart(tmp_path: Path, stop: signal.Signals) -> None:
     deployment = Deployment(tmp_path / "service", {"max_running": 1, "drain": 0})
     async with (
         RetryingClient.open(deployment.url) as caller,
@@ -172,7 +170,7 @@ _LEFT: Final = {
 
 
 @pytest.mark.parametrize("left", _LEFT.values(), ids=_LEFT)
-async def test_what_was_left_is_made_again_where_it_is_free_and_else_ended_and_what_waited_runs(
+async def test_after_a_restart_free_work_is_repeated_paid_work_is_ended_and_waiting_work_runs(
     tmp_path: Path, log: str, left: Left
 ) -> None:
     pause = Pause()
@@ -200,7 +198,7 @@ async def test_what_was_left_is_made_again_where_it_is_free_and_else_ended_and_w
         await hang_up([back])
 
 
-async def test_a_pipeline_of_ones_own_goes_on_reporting_and_its_last_report_is_recognised(
+async def test_a_pipeline_continues_after_a_restart_and_its_repeated_report_is_recognised(
     tmp_path: Path, log: str
 ) -> None:
     async with running(tmp_path / "images", log=log) as first:
@@ -221,7 +219,7 @@ async def test_a_pipeline_of_ones_own_goes_on_reporting_and_its_last_report_is_r
         assert answer.json()["sequence"] == 6
 
 
-async def test_a_pipeline_that_is_silent_after_a_restart_too_is_given_up(tmp_path: Path, log: str) -> None:
+async def test_a_pipeline_that_stays_silent_after_a_restart_fails(tmp_path: Path, log: str) -> None:
     async with running(tmp_path / "images", log=log) as first:
         beginning = (await first.get("/events", "ada"))["cursor"]
         answer = await first.http.post(
@@ -249,7 +247,7 @@ async def test_a_second_process_on_the_same_file_is_refused_with_3_and_a_sentenc
         assert await third.ended() == 0
 
 
-async def test_an_upload_that_finds_no_room_is_refused_like_every_start_without_room(tmp_path: Path) -> None:
+async def test_an_upload_on_a_full_disk_is_refused(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path / "service")
     async with deployment.serving() as life, RetryingClient.open(deployment.url) as caller:
         resource.prlimit(life.pid.result(), resource.RLIMIT_FSIZE, (100_000, -1))
@@ -263,7 +261,7 @@ def paid(deployment: Deployment, server: OpenAIServer) -> Deployment:
     return deployment
 
 
-async def test_a_start_without_room_for_the_log_ends_what_was_left_once_there_is_room(tmp_path: Path) -> None:
+async def test_a_restart_on_a_full_disk_ends_unfinished_work_once_there_is_room(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path / "service")
     async with (
         openai_server() as server,

@@ -23,7 +23,7 @@ from support.sqlite_files import RETENTION, content, held, image, opened, python
 # --- what is there again ---------------------------------------------------------------------------------
 
 
-async def test_a_log_that_is_opened_again_is_as_it_was_left(path: Path) -> None:
+async def test_a_reopened_log_is_unchanged(path: Path) -> None:
     async with opened(path, outbox=True) as first:
         recorder = first.recorder
         await recorder.run_to_end("ada", key="k", face_swap=True)
@@ -64,20 +64,20 @@ async def test_an_append_whose_reply_was_lost_with_the_process_is_recognised(pat
         assert statuses(await again.log.generation(generation.generation_id)) == ["started"]
 
 
-async def test_the_epoch_is_the_files_own(tmp_path: Path) -> None:
+async def test_the_epoch_is_stored_in_the_file(tmp_path: Path) -> None:
     async with opened(tmp_path / "one.db", epoch="one") as one, opened(tmp_path / "two.db", epoch="two") as two:
         assert (one.log.epoch, two.log.epoch) == ("one", "two")
         assert one.log.durable
 
 
-async def test_the_setting_of_credits_is_for_who_is_new(path: Path) -> None:
+async def test_the_credits_setting_applies_to_new_users(path: Path) -> None:
     async with opened(path, credits=3) as first:
         await first.recorder.start("ada")
     async with opened(path, credits=50) as again:
         assert [await again.log.credit(user_id) for user_id in ("ada", "new")] == [2, 50]
 
 
-async def test_who_began_while_no_balances_were_kept_is_new_when_they_are(path: Path) -> None:
+async def test_a_user_from_before_balances_gets_the_initial_credits(path: Path) -> None:
     """I6 over a change of the setting: what was not reserved is not given back."""
     async with opened(path, credits=None) as first:
         free = await first.recorder.start("ada")
@@ -90,7 +90,7 @@ async def test_who_began_while_no_balances_were_kept_is_new_when_they_are(path: 
         assert await again.log.credit("ada") == 9
 
 
-async def test_what_was_reserved_is_given_back_also_while_balances_are_off(path: Path) -> None:
+async def test_a_reserved_credit_is_refunded_while_balances_are_off(path: Path) -> None:
     async with opened(path, credits=10) as first:
         paid = await first.recorder.start("ada")
     async with opened(path, credits=None) as off:
@@ -103,7 +103,7 @@ async def test_what_was_reserved_is_given_back_also_while_balances_are_off(path:
         assert await again.log.credit("ada") == 10
 
 
-async def test_what_ended_without_an_outbox_is_not_told_when_there_is_one(path: Path) -> None:
+async def test_ends_from_before_the_outbox_are_not_delivered(path: Path) -> None:
     async with opened(path, outbox=True) as first:
         kept = await first.recorder.start_and_fail()
     async with opened(path) as without:
@@ -162,7 +162,7 @@ async def another_process(path: Path) -> AsyncIterator[asyncio.subprocess.Proces
             await process.wait()
 
 
-async def test_what_was_acknowledged_survives_kill_9(path: Path) -> None:
+async def test_acknowledged_appends_survive_kill_9(path: Path) -> None:
     acknowledged: list[tuple[str, int, int]] = []
     for round_ in range(3):
         async with another_process(path) as process:
@@ -196,7 +196,7 @@ async def check(log: SqliteLog, acknowledged: list[tuple[str, int, int]]) -> Non
 # --- who may open it -------------------------------------------------------------------------------------
 
 
-async def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(path: Path) -> None:
+async def test_a_second_process_is_refused_until_the_first_has_ended(path: Path) -> None:
     link = path.with_name("link.db")
     link.symlink_to(path)
     async with another_process(path) as process:
@@ -210,7 +210,7 @@ async def test_a_second_process_is_refused_until_the_first_is_gone_however_it_we
                 Database(path, epoch="e1")
 
 
-async def test_the_folder_is_made_and_may_have_any_name(tmp_path: Path) -> None:
+async def test_the_folder_is_created_under_any_name(tmp_path: Path) -> None:
     path = tmp_path / "a folder?mode=memory#%41" / "ünï" / "log.db"
     async with opened(path) as first:
         await first.recorder.start()
@@ -239,7 +239,7 @@ def foreign(path: Path, script: str) -> Path:
         lambda path: foreign(path, "PRAGMA user_version = 1; PRAGMA journal_mode = WAL"),
     ],
 )
-def test_a_file_that_is_no_log_is_refused_and_left_as_it_was(path: Path, make: Callable[[Path], Path]) -> None:
+def test_a_file_that_is_not_a_log_is_refused_and_left_unchanged(path: Path, make: Callable[[Path], Path]) -> None:
     before = content(make(path))
     for _ in range(2):  # The refusal leaves it unlocked.
         with pytest.raises(StorageRefused, match=r"stagecast\.db is not a log of Stagecast\.$"):
@@ -248,7 +248,7 @@ def test_a_file_that_is_no_log_is_refused_and_left_as_it_was(path: Path, make: C
 
 
 @pytest.mark.parametrize("where", ["folder", "folder/file/log.db", "loop/log.db"])
-def test_what_cannot_be_opened_is_refused_with_a_sentence(tmp_path: Path, where: str) -> None:
+def test_a_log_that_cannot_be_opened_is_refused_with_a_sentence(tmp_path: Path, where: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
@@ -256,7 +256,7 @@ def test_what_cannot_be_opened_is_refused_with_a_sentence(tmp_path: Path, where:
         Database(tmp_path / where, epoch="e1")
 
 
-async def test_an_empty_file_becomes_a_log(path: Path) -> None:
+async def test_an_empty_file_is_initialised_as_a_log(path: Path) -> None:
     written(path, b"")
     async with opened(path) as first:
         await first.recorder.start()
@@ -279,7 +279,7 @@ def version(path: Path) -> int:
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-async def test_a_log_of_an_older_version_is_brought_to_this_one_with_all_it_holds(path: Path, steps: int) -> None:
+async def test_a_log_of_an_older_version_is_migrated_with_all_its_data(path: Path, steps: int) -> None:
     async with opened(path) as older:
         generation = await older.recorder.start_and_fail()
         before = await image(older.log, "ada")
@@ -294,7 +294,7 @@ async def test_a_log_of_an_older_version_is_brought_to_this_one_with_all_it_hold
         assert await newer.log.remove(generation.generation_id, retention=True)
 
 
-async def test_a_step_that_fails_leaves_the_log_in_the_version_it_had(path: Path) -> None:
+async def test_a_failed_migration_step_keeps_the_old_version(path: Path) -> None:
     async with opened(path) as older:
         await older.recorder.start_and_fail()
         before = await image(older.log, "ada")
@@ -306,7 +306,7 @@ async def test_a_step_that_fails_leaves_the_log_in_the_version_it_had(path: Path
         assert await image(again.log, "ada") == before
 
 
-async def test_a_log_of_a_newer_version_is_refused_and_left_as_it_was(path: Path) -> None:
+async def test_a_log_of_a_newer_version_is_refused_and_left_unchanged(path: Path) -> None:
     async with opened(path, schema=_LATER) as newer:
         await newer.recorder.start_and_fail()
     before = content(path)
@@ -333,7 +333,7 @@ async def test_reads_and_the_event_loop_go_on_while_a_write_waits_for_the_disk(p
 
 
 @pytest.mark.usefixtures("patient")
-async def test_what_waited_for_the_disk_shares_one_transaction(path: Path) -> None:
+async def test_operations_that_wait_for_the_disk_share_one_transaction(path: Path) -> None:
     """One commit, and so one wait for the disk, for many who append at the same time."""
     async with opened(path) as here:
         done: list[str] = []
@@ -347,7 +347,7 @@ async def test_what_waited_for_the_disk_shares_one_transaction(path: Path) -> No
 
 
 @pytest.mark.usefixtures("patient")
-async def test_one_refusal_among_many_undoes_nothing_of_the_others(path: Path) -> None:
+async def test_a_refusal_in_a_batch_does_not_undo_the_others(path: Path) -> None:
     follower = RecordingFollower()
     async with opened(path, credits=1) as here, here.log.follow(follower):
         first, generation = here.recorder.prepare_start()
@@ -365,7 +365,7 @@ async def test_one_refusal_among_many_undoes_nothing_of_the_others(path: Path) -
 
 
 @pytest.mark.usefixtures("patient")
-async def test_an_operation_that_breaks_off_has_changed_nothing(path: Path) -> None:
+async def test_a_failed_operation_changes_nothing(path: Path) -> None:
     def break_off(connection: sqlite3.Connection) -> None:
         connection.execute("UPDATE users SET credit = 0")
         raise ZeroDivisionError
@@ -404,7 +404,7 @@ class Dawdling:
 
 
 @pytest.mark.parametrize("in_the_middle", [False, True])
-async def test_who_gives_up_waiting_breaks_nothing(path: Path, in_the_middle: bool) -> None:
+async def test_a_cancelled_append_breaks_nothing(path: Path, in_the_middle: bool) -> None:
     """Neither before the transaction has begun nor in the middle of it."""
     follower, before, behind = RecordingFollower(), Dawdling(), Dawdling()
     async with opened(path) as here, here.log.follow(follower):
@@ -432,7 +432,7 @@ async def test_who_gives_up_waiting_breaks_nothing(path: Path, in_the_middle: bo
         assert len(await here.log.unfinished()) == 40
 
 
-async def test_a_reader_that_gives_up_breaks_nothing(path: Path) -> None:
+async def test_a_cancelled_read_breaks_nothing(path: Path) -> None:
     async with opened(path) as here:
         await here.recorder.start()
         tasks = [asyncio.create_task(here.log.credit("ada")) for _ in range(40)]
@@ -442,7 +442,7 @@ async def test_a_reader_that_gives_up_breaks_nothing(path: Path) -> None:
         assert await asyncio.gather(*tasks[1::2]) == [99] * 20
 
 
-async def test_a_thread_whose_work_breaks_off_goes_on() -> None:
+async def test_the_thread_survives_a_failed_operation() -> None:
     thread: BatchThread[int] = BatchThread("test", lambda works: [10 // work for work in works], most=9)
     with pytest.raises(ZeroDivisionError):
         await thread.submit(0)

@@ -51,7 +51,7 @@ async def no_room_for_pages(here: Opened, path: Path) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("no_room", [no_room_for_bytes, no_room_for_pages])
-async def test_a_full_disk_refuses_whole_appends_and_is_well_again_when_there_is_room(
+async def test_a_full_disk_refuses_appends_whole_and_recovers_when_there_is_room(
     path: Path, no_room: Callable[[Opened, Path], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     follower = RecordingFollower()
@@ -75,7 +75,7 @@ async def test_a_full_disk_refuses_whole_appends_and_is_well_again_when_there_is
         assert await image(again.log, "ada", "bob") == whole
 
 
-async def test_while_a_stranger_keeps_the_file_an_append_is_refused_in_the_end(path: Path) -> None:
+async def test_an_append_is_refused_after_waiting_for_another_writers_lock(path: Path) -> None:
     async with opened(path) as here:
         append, _ = here.recorder.prepare_start()
         with held(path), pytest.raises(LogUnavailable):
@@ -92,7 +92,7 @@ async def test_every_transaction_is_synced_before_it_is_answered(path: Path) -> 
 # --- leaving ---------------------------------------------------------------------------------------------
 
 
-async def test_closing_does_first_what_was_asked_for_and_then_refuses(path: Path) -> None:
+async def test_closing_finishes_pending_operations_and_refuses_new_ones(path: Path) -> None:
     follower: list[Any] = []
     async with opened(path) as here, here.log.follow(follower.append):
         appends = [asyncio.create_task(here.recorder.start(f"user {n}")) for n in range(300)]
@@ -129,7 +129,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_program_that_forgets_to_close_ends_all_the_same_and_has_lost_nothing(path: Path) -> None:
+async def test_a_program_that_does_not_close_the_log_exits_and_loses_nothing(path: Path) -> None:
     process = await python(_FORGETTING, path)
     assert await process.wait() == 0
     async with opened(path) as again:
@@ -147,7 +147,7 @@ def bytes_left(path: Path) -> int:
 
 
 @pytest.mark.parametrize("retention", [True, False])
-async def test_what_is_removed_is_gone_from_the_disk_too(path: Path, retention: bool) -> None:
+async def test_removed_data_is_erased_from_the_file(path: Path, retention: bool) -> None:
     async with opened(path) as here:
         recorder = here.recorder
         secret = [await recorder.start(prompt=_SECRET, key=_SECRET)]
@@ -164,7 +164,7 @@ async def test_what_is_removed_is_gone_from_the_disk_too(path: Path, retention: 
         assert len(await here.log.generations("bob", limit=100)) == 20
 
 
-async def test_the_file_does_not_grow_while_as_much_goes_as_comes(path: Path) -> None:
+async def test_the_file_does_not_grow_at_a_constant_amount_of_data(path: Path) -> None:
     async with opened(path) as here:
 
         async def turn_over(count: int) -> int:
@@ -192,7 +192,7 @@ async def test_grants_and_sessions_that_have_expired_leave_nothing(path: Path) -
             assert await here.database.read(rows(f"SELECT count(*) FROM {table}")) == [(2,)]
 
 
-async def test_no_question_reads_a_whole_table(path: Path) -> None:
+async def test_no_query_scans_a_whole_table(path: Path) -> None:
     """What a question costs depends on its answer, not on how many users and generations there are."""
     asked: list[str] = []
     async with opened(path, outbox=True) as here:

@@ -24,7 +24,7 @@ JSON = dict[str, Any]
 
 
 @pytest.mark.parametrize("name", sorted(each.stem for each in FOLDER.glob("*.sql")))
-async def test_a_log_of_an_earlier_version_is_served_as_it_was(name: str, tmp_path: Path) -> None:
+async def test_a_log_of_an_earlier_version_is_served_unchanged(name: str, tmp_path: Path) -> None:
     file = tmp_path / "log.db"
     connection = sqlite3.connect(file)
     connection.executescript((FOLDER / f"{name}.sql").read_text())
