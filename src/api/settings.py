@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from api import setting_types as types
 from api.loopback import is_loopback
-from api.setting_types import SQLITE, Allowed
+from api.setting_types import Allowed
 
 PREFIX: Final = "STAGECAST_"
 #: Settings of `Remote` only.
