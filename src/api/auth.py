@@ -39,6 +39,11 @@ class Authenticator:
         self._tokens = tokens
         self._clock = clock
 
+    @property
+    def open_mode(self) -> bool:
+        """Whether anybody may act for any user, without a token."""
+        return self._tokens is None
+
     async def of_request(self, authorization: str | None, acting_for: str | None) -> Identity:
         """The caller of an HTTP request, by its headers ``Authorization`` and ``X-User-Id``.
 

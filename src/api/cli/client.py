@@ -21,19 +21,17 @@ class Refused(Exception):
 def request(
     method: str, url: str, path: str, token: str | None, *, user: str | None = None, json: Any = None
 ) -> dict[str, Any]:
-    """The service's answer.
+    """Send a request and return the JSON object of the response.
 
     Raises:
-        Unavailable: no Stagecast service answers there.
-        Refused: it answers with an error.
+        Unavailable: no Stagecast service answers at this URL.
+        Refused: the response is an error.
     """
     import httpx2  # --help and serve do not need it.
 
-    headers: list[tuple[bytes, bytes]] = []
-    if token:
-        headers.append((b"Authorization", f"Bearer {token}".encode()))
+    headers = {b"Authorization": f"Bearer {token}".encode()} if token else {}
     if user is not None:
-        headers.append((b"X-User-Id", user.encode(errors="replace")))
+        headers[b"X-User-Id"] = user.encode(errors="replace")
     try:
         with httpx2.Client(trust_env=False, timeout=30) as http:
             # The token is sent instead of a password in the URL, which would take its place.

@@ -112,7 +112,7 @@ def _raise_descriptor_limit() -> None:
 def _make_folder(settings: Settings) -> None:
     with contextlib.suppress(OSError):
         settings.images.mkdir(parents=True, exist_ok=True)
-    if not settings.images.is_dir() or not os.access(settings.images, os.R_OK | os.W_OK | os.X_OK):
+    if not os.access(settings.images, os.R_OK | os.W_OK | os.X_OK) or not settings.images.is_dir():
         raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.")
 
 

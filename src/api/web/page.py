@@ -9,9 +9,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from api.auth import Authenticator
-from domain.identity import Unauthenticated
-
 #: `index.html` and its static files.
 FOLDER: Final = Path(__file__).parent / "static"
 
@@ -54,13 +51,11 @@ def render(page: str, *, guarded: bool, own_client: bool, face: str = "", prefix
         face: the URL of a sample face.
         prefix: the path that every path of the service begins with.
     """
-    for wanted, written, instead in (
-        (guarded, _OPEN, _GUARDED),
-        (not own_client, _OWN_CLIENT, _CDN_CLIENT),
-        (True, _NO_FACE, f'data-face="{escape(face)}"'),
-    ):
-        if wanted:
-            page = page.replace(written, instead, 1)
+    page = page.replace(_NO_FACE, f'data-face="{escape(face)}"', 1)
+    if guarded:
+        page = page.replace(_OPEN, _GUARDED, 1)
+    if not own_client:
+        page = page.replace(_OWN_CLIENT, _CDN_CLIENT, 1)
     return page.replace('="/', f'="{escape(prefix)}/')
 
 
@@ -92,14 +87,9 @@ def install(app: FastAPI, public_url: str) -> None:
 
     async def page(request: Request) -> Response:
         own_client = (FOLDER / _CLIENT).is_file()
-        guarded = await _guarded(request.app.state.authenticator)
-        text = render(
-            (FOLDER / "index.html").read_text("utf-8"),
-            guarded=guarded,
-            own_client=own_client,
-            face=face,
-            prefix=request.scope["root_path"],
-        )
+        guarded = not request.app.state.authenticator.open_mode
+        text = (FOLDER / "index.html").read_text("utf-8")
+        text = render(text, guarded=guarded, own_client=own_client, face=face, prefix=request.scope["root_path"])
         security = {
             "Content-Security-Policy": policy(request.headers.get("host", ""), own_client=own_client),
             "Referrer-Policy": "no-referrer",
@@ -108,12 +98,3 @@ def install(app: FastAPI, public_url: str) -> None:
 
     app.add_route("/", page, include_in_schema=False)
     app.mount("/static", _Files(directory=FOLDER), name="static")
-
-
-async def _guarded(authenticator: Authenticator) -> bool:
-    """Whether callers need a token."""
-    try:
-        await authenticator.of_request(None, None)
-    except Unauthenticated:
-        return True
-    return False
