@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from datetime import datetime, timedelta
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any, Final
 
 from api.auth import Authenticator
@@ -38,7 +39,7 @@ class Service:
         self.settings = settings
         self.clock = parts.clock
         self.storage = storage = parts.storage
-        self.log, self.sessions, self.queue = storage.log, storage.sessions, storage.queue
+        self.log, self.sessions, self.leases = storage.log, storage.sessions, storage.leases
         self.images = StoredImages(parts.images)
         self.webhooks = parts.webhooks
         self._threads = parts.threads
@@ -53,15 +54,15 @@ class Service:
         recorder = Recorder(self.log, self.clock, entropy)
         self.supervisor = Supervisor()
         self._quarantine = Quarantine(recorder)
-        self.external = ExternalWork(self.log, recorder, self._quarantine, self.clock, settings.deadline)
+        self.external = ExternalWork(self.log, self.leases, recorder, self._quarantine, self.clock, settings.deadline)
         self.workflow = Workflow(
             log=self.log,
             ledger=storage.ledger,
             retention=storage.retention,
             recorder=recorder,
-            queue=self.queue,
+            leases=self.leases,
             external=self.external,
-            admission=Admission(storage.ledger, self.queue, self.images, limits, lambda: self._lag.overloaded),
+            admission=Admission(storage.ledger, self.leases, self.images, limits, lambda: self._lag.overloaded),
             images=self.images,
             intake=parts.intake,
             clock=self.clock,
@@ -74,7 +75,7 @@ class Service:
             quarantine=self._quarantine,
             log=self.log,
             recorder=recorder,
-            queue=self.queue,
+            leases=self.leases,
             images=self.images,
             image_url=lambda name: f"{settings.public_url}/images/{name}",
             composer=parts.composer,
@@ -104,8 +105,6 @@ class Service:
         self._starting: asyncio.Task[None] | None = None
         self._work: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
-        #: The time of the start, until the first sweep: images stored before it and named by no event are not needed.
-        self._sweep_before: datetime | None = None
         self._shutting_down = False
 
     async def startup(self) -> None:
@@ -117,13 +116,13 @@ class Service:
 
     async def _start(self) -> None:
         await self.runner.resume()
-        self._sweep_before = self.clock()
-        # A sweep of a durable log may read very many generations: it runs in the background.
-        swept = not self.log.durable and await self.supervisor.attempt("sweep", self._sweep)
+        if not self.log.durable:  # Nothing needs the pictures that are there.
+            await self.supervisor.attempt("sweep", self._sweep)
         self._work = asyncio.create_task(self.runner.run())
-        self._background = asyncio.create_task(self._run(swept=swept))
+        self._background = asyncio.create_task(self._run())
+        await self.runner.resumed()
 
-    async def _run(self, *, swept: bool) -> None:
+    async def _run(self) -> None:
         """Run all background tasks except the runner, which ends before the others."""
         keep, every = self.supervisor.keep, self.supervisor.every
         pause = min(max(self.settings.retention / 10, 0.1), 60)
@@ -132,13 +131,24 @@ class Service:
             tasks.create_task(keep("quarantine", self._quarantine.run))
             tasks.create_task(keep("external", self.external.run))
             tasks.create_task(keep("examination", self.storage.examine))
-            tasks.create_task(every(pause, "retention", self._purge))
-            tasks.create_task(every(_SWEEP_EVERY, "sweep", self._sweep, after=_SWEEP_EVERY if swept else 0))
+            tasks.create_task(self._chore(pause, "retention", self._purge))
+            tasks.create_task(self._chore(_SWEEP_EVERY, "sweep", self._sweep, after=0))
             tasks.create_task(every(pause, "sessions", self._touch))
             tasks.create_task(keep("lag", self._lag.run))
             tasks.create_task(every(PROGRESS_INTERVAL, "sockets", self.sockets.eio.check_progress))
             if self.webhooks is not None:
                 tasks.create_task(keep("webhooks", self.webhooks.run))
+
+    async def _chore(
+        self, seconds: float, name: str, work: Callable[[], Awaitable[object]], *, after: float | None = None
+    ) -> None:
+        """Do this work every so many seconds, on one node."""
+
+        async def on_one_node() -> None:
+            if await self.leases.claim_chore(name, 2 * seconds):
+                await work()
+
+        await self.supervisor.every(seconds, name, on_one_node, after=after)
 
     async def shutdown(self, force: asyncio.Event) -> None:
         """Refuse starts, finish work until the drain ends or `force` is set, notify clients, and close the parts."""
@@ -150,15 +160,11 @@ class Service:
         waits = [asyncio.create_task(self._drained()), asyncio.create_task(force.wait())]
         await asyncio.wait(waits, timeout=self.settings.drain, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(*waits)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE):
-                await self.workflow.close()
+        await _at_most(_CLOSE, self.workflow.close())
         await _cancel(self._work)
         if not self.log.durable:
             await self.runner.interrupt()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FLUSH):
-                await asyncio.gather(self.hub.flushed(), *([self.webhooks.settled()] if self.webhooks else []))
+        await _at_most(_FLUSH, self.hub.flushed(), *([self.webhooks.flushed()] if self.webhooks else []))
         self.sockets.close_all()
         await _cancel(self._background)
         await self._readiness.close()
@@ -167,10 +173,11 @@ class Service:
         self._threads.close()
 
     async def _drained(self) -> None:
-        """Wait until all work is done, including external work and starts that are being accepted."""
+        """Wait until this node's work is done, and starts that are being accepted. Other nodes do the rest, if any."""
         await self.workflow.started()
-        await self.queue.settled()
-        await self.external.settled()
+        await self.leases.drain()
+        if not self.leases.shared:
+            await self.external.idle()
 
     async def readiness(self) -> tuple[str | None, dict[str, str]]:
         """The code of the reason why no start is accepted, if there is one, and the state of each part."""
@@ -181,12 +188,16 @@ class Service:
         await self._housekeeping.purge(ended_before=self.clock() - timedelta(seconds=self.settings.retention))
 
     async def _sweep(self) -> None:
-        grace = timedelta(seconds=max(_SWEEP_EVERY, 2 * self.settings.deadline))
-        await self._housekeeping.sweep(stored_before=self._sweep_before or self.clock() - grace)
-        self._sweep_before = None
+        await self._housekeeping.sweep(now=self.clock())
 
     async def _touch(self) -> None:
         await self.sessions.touch(self.sockets.pids, at=self.clock())
+
+
+async def _at_most(seconds: float, *waits: Awaitable[object]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(*waits)
 
 
 async def _cancel(*tasks: asyncio.Task[Any] | None) -> None:

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from domain.errors import InsufficientCredit, Overloaded, QueueFull, StorageLimit, TooManyGenerations, TooManyStarts
-from domain.ports.leases import WorkQueue
+from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.stored_images import StoredImages
 
@@ -48,20 +48,20 @@ class Admission:
     def __init__(
         self,
         ledger: Ledger,
-        queue: WorkQueue,
+        leases: Leases,
         images: StoredImages,
         limits: Limits,
         overloaded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._ledger = ledger
-        self._queue = queue
+        self._leases = leases
         self._images = images
         self._limits = limits
         self._overloaded = overloaded
         self._reserved: dict[str, _Reserved] = {}
         #: Starts of all users that are about to wait for a worker.
         self._joining = 0
-        #: Set, and replaced, as soon as one of these has joined the queue or was refused.
+        #: Set, and replaced, as soon as one of these waits for one or was refused.
         self._joined = asyncio.Event()
         #: When each user's starts of the last minute came; users in the order of their last one.
         self._starts: dict[str, deque[float]] = {}
@@ -133,8 +133,8 @@ class Admission:
         self, user_id: str, reserved: _Reserved, size: int, external: bool
     ) -> asyncio.Event | None:
         changed, joined, limits = reserved.changed, self._joined, self._limits
+        places = math.inf if external else limits.max_waiting - (await self._leases.count()).waiting
         standing = await self._ledger.standing(user_id)
-        places = math.inf if external else limits.max_waiting - self._queue.waiting
         if places <= 0:
             raise QueueFull
         if standing.unfinished >= limits.max_per_user:

@@ -7,7 +7,6 @@ its answer was lost, is recognised without anything being remembered for it: its
 import asyncio
 import contextlib
 import hashlib
-import heapq
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -15,7 +14,8 @@ from typing import Any, Final
 from domain.errors import Conflict, Failure, LogUnavailable, NotExternal
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.ports.log import EventLog, History
+from domain.ports.leases import Leases
+from domain.ports.log import EventLog, Gap, History
 from domain.ports.system import Clock
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
@@ -25,40 +25,58 @@ from domain.stages import FAILED
 #: Seconds between two looks at who has been silent for too long, at most.
 _LOOK: Final = 1.0
 
+#: Seconds after which another node acts on the deadlines if this one does not.
+_CHORE: Final = 10.0
+
 
 class ExternalWork:
     """Takes reports, and ends what has not been reported on for `deadline` seconds."""
 
     def __init__(
-        self, log: EventLog, recorder: Recorder, quarantine: Quarantine, clock: Clock, deadline: float
+        self,
+        log: EventLog,
+        leases: Leases,
+        recorder: Recorder,
+        quarantine: Quarantine,
+        clock: Clock,
+        deadline: float,
     ) -> None:
         self._log = log
+        self._leases = leases
         self._quarantine = quarantine
         self._recorder = recorder
         self._clock = clock
         self._deadline = timedelta(seconds=deadline)
         self._pause = min(_LOOK, deadline / 10)
-        #: By when each has to be looked at. What the log says then counts, so nothing is changed in between.
-        self._due: list[tuple[datetime, str]] = []
-
-    def watch(self, generation: Generation) -> None:
-        """From now on it has to be reported on."""
-        due = datetime.fromisoformat(generation.updated_at) + self._deadline
-        heapq.heappush(self._due, (due, generation.generation_id))
+        #: When to check each unfinished generation, external or not. The log has the true deadlines.
+        self._due: dict[str, datetime] = {}
+        self._missed_entries = True
 
     async def run(self) -> None:
-        """Watch what is unfinished, and go on until cancelled."""
-        for history in await self._log.unfinished():
-            if is_external(history):
-                self._due.append((self._clock(), history.generation_id))
-        heapq.heapify(self._due)
-        while True:
-            await asyncio.sleep(self._pause)
-            while self._due and self._due[0][0] <= self._clock():
-                await self._look(heapq.heappop(self._due)[1])
+        """Check the deadlines until cancelled. All nodes know what is due; one of them acts on it."""
+        async with self._log.follow(self._notice):
+            self._missed_entries = True
+            while True:
+                if self._missed_entries:
+                    self._missed_entries = False
+                    for history in await self._log.unfinished():
+                        if is_external(history):
+                            self._due.setdefault(history.generation_id, self._clock())
+                await asyncio.sleep(self._pause)
+                if await self._leases.claim_chore("external", _CHORE):
+                    for generation_id in [each for each, due in self._due.items() if due <= self._clock()]:
+                        await self._look(generation_id)
 
-    async def settled(self) -> None:
-        """Wait until nothing is left to be reported on."""
+    def _notice(self, entry: Logged | Gap) -> None:
+        if isinstance(entry, Gap):
+            self._missed_entries = True
+        elif entry.end is None:
+            self._due[entry.generation_id] = self._clock() + self._deadline
+        else:
+            self._due.pop(entry.generation_id, None)
+
+    async def idle(self) -> None:
+        """Wait until no external generation is unfinished."""
         while True:
             with contextlib.suppress(LogUnavailable):
                 if not any(map(is_external, await self._log.unfinished())):
@@ -97,18 +115,18 @@ class ExternalWork:
                 history = again  # Somebody else was faster; judge it where the generation is now.
 
     async def _look(self, generation_id: str) -> None:
+        del self._due[generation_id]  # An event that is appended from now on sets it again.
         try:
             history = await self._log.generation(generation_id)
-            if history is None:
+            if history is None or (generation := generation_of(history)).finished or not order_of(history).external:
                 return
-            generation = generation_of(history)
-            silent_until = datetime.fromisoformat(generation.updated_at) + self._deadline
-            if not generation.finished and silent_until > self._clock():
-                self.watch(generation)
-            elif not generation.finished:
+            due = datetime.fromisoformat(generation.updated_at) + self._deadline
+            if due > self._clock():
+                self._due.setdefault(generation_id, due)
+            else:
                 await self._recorder.end(generation_id, Failure("deadline_exceeded"))
         except LogUnavailable:
-            heapq.heappush(self._due, (self._clock() + timedelta(seconds=_LOOK), generation_id))
+            self._due.setdefault(generation_id, self._clock() + timedelta(seconds=_LOOK))
         except UNREADABLE as error:
             await self._quarantine.end(generation_id, "external", error)
 

@@ -3,17 +3,20 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from domain.errors import LogUnavailable
 from domain.ports.log import EventLog, History
 from domain.ports.retention import Retention
-from domain.rehydrate import order_of
 from domain.stored_images import StoredImages
 from domain.supervisor import reason_of
 
 logger = logging.getLogger(__name__)
+
+#: A start stores its pictures before it is appended, on any node. They may be swept once they are older than it can
+#: take to accept a start, by far: decoding, and a log that does not answer, take minutes at most.
+GRACE: Final = timedelta(hours=1)
 
 #: Generations handled at a time: the log may commit what is done to them at once, and others get their turn.
 _BATCH: Final = 50
@@ -42,21 +45,20 @@ class Housekeeping:
             tried |= failed
             purged += len(batch) - len(failed)
 
-    async def sweep(self, *, stored_before: datetime) -> int:
-        """Remove pictures stored before that moment which nothing needs. Return how many.
+    async def sweep(self, *, now: datetime) -> int:
+        """Remove the pictures that nothing needs, if they are older than `GRACE`. Return how many.
 
-        Needed are those that an event names, the uploads of what still runs, and all of what was set aside.
+        Those that an event names are needed, those of unfinished generations, and those of what was set aside.
         """
-        names, swept = await self._images.names(older_than=stored_before), 0
+        names, swept = await self._images.names(older_than=now - GRACE), list[str]()
 
         async def sweep(generation_id: str) -> None:
-            nonlocal swept
-            swept += await self._sweep(generation_id, names[generation_id])
+            swept.extend(await self._sweep(generation_id, names[generation_id]))
 
         generation_ids = list(names)
         for start in range(0, len(generation_ids), _BATCH):
             await self._each(sweep, generation_ids[start : start + _BATCH])
-        return swept
+        return len(swept)
 
     async def _each(self, do: Callable[[str], Awaitable[None]], generation_ids: Sequence[str]) -> set[str]:
         """Do this to all of them at once, and return those with which it failed. Raises where it failed with all."""
@@ -75,21 +77,21 @@ class Housekeeping:
         await self._retention.remove(generation_id, retention=True)
         await self._images.remove(generation_id)
 
-    async def _sweep(self, generation_id: str, names: Sequence[str]) -> int:
+    async def _sweep(self, generation_id: str, names: Sequence[str]) -> Sequence[str]:
         history = await self._log.generation(generation_id)
         if history is None and await self._retention.set_aside(generation_id):
-            return 0  # A person decides what becomes of it.
+            return ()  # A person decides what becomes of it.
         if history is None:
             await self._images.remove(generation_id)
-            return len(names)
+            return names
         await self._images.count(generation_id, history.user_id, names)
-        unneeded = [name for name in names if not _needed(name, history)]
+        if history.events[-1].end is None:
+            return ()  # A node may be about to append an event that names them.
+        unneeded = [name for name in names if not _named(name, history)]
         for name in unneeded:
             await self._images.discard(name)
-        return len(unneeded)
+        return unneeded
 
 
-def _needed(name: str, history: History) -> bool:
-    if history.events[-1].end is None and name in order_of(history).images:
-        return True
+def _named(name: str, history: History) -> bool:
     return any(entry.event is not None and name.encode() in entry.event for entry in history.events)

@@ -2,7 +2,7 @@
 
 The machine says which stage comes next; the table says which step does the work of a stage. A step returns the fields
 it has found for the next event, and these choose the next stage. A generation that somebody else ends (a cancel, from
-any device) is noticed by following the log: its work is aborted, and a result that comes late is dropped.
+any device) is noticed by following the log: its work is aborted, and a late result is dropped.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from domain.events import decode
 from domain.feed import Logged
 from domain.identity import WORKING_FOR
 from domain.ports.images import Composer, ImageFetcher, Picture
-from domain.ports.leases import WorkQueue
+from domain.ports.leases import Leases
 from domain.ports.log import EventLog, Gap, History
 from domain.ports.providers import FaceSwapper, ImageEditor
 from domain.quarantine import Quarantine
 from domain.readiness import RUNNER
-from domain.recorder import Recorder
+from domain.recorder import ATTENTION, Recorder
 from domain.rehydrate import UNREADABLE, generation_of, is_external, order_of
-from domain.stages import FLOWS, Provider, ceiling
+from domain.stages import FLOWS, Provider, Stage, ceiling
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor, being_cancelled, reason_of
 
@@ -36,7 +36,7 @@ _Answer = TypeVar("_Answer")
 #: Seconds before a log that did not answer is asked again.
 _AGAIN: Final = 0.2
 
-#: Seconds after which it is said again who holds what is worked on.
+#: Seconds between two renewals of the leases.
 _RENEW: Final = 2.0
 
 #: How many generations may fetch image URLs at once, for each that may be worked on.
@@ -46,8 +46,8 @@ _FETCHING: Final = 4
 class Runner:
     """Works on at most `max_running` generations at once, each for at most `deadline` seconds.
 
-    Those that fetch image URLs do not count: slow sites would keep others from being worked on. They have a line and
-    limits of their own, and wait for a worker once their pictures are there.
+    Those that fetch image URLs do not count, so that slow sites delay nobody else. They have a line and limits of their
+    own, and wait for a worker once their pictures are there.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Runner:
         *,
         log: EventLog,
         recorder: Recorder,
-        queue: WorkQueue,
+        leases: Leases,
         images: StoredImages,
         image_url: Callable[[str], str],
         composer: Composer,
@@ -69,7 +69,7 @@ class Runner:
     ) -> None:
         self.log = log
         self.recorder = recorder
-        self.queue = queue
+        self.leases = leases
         self.images = images
         self.image_url = image_url
         self.composer = composer
@@ -82,53 +82,28 @@ class Runner:
         self._max_running = max_running
         self._deadline = deadline
         self._jobs: dict[str, tuple[_Job, asyncio.Task[None]]] = {}
-        #: Generations whose present stage another process may have paid for.
-        self._interrupted: list[str] = []
+        #: Interrupted generations that this node has offered, until they have ended.
+        self._interrupted: set[str] = set()
+        self._resumed = asyncio.Event()
+
+    async def resume(self) -> None:
+        """Offer all unfinished generations to all nodes, first those that were interrupted in a paid stage."""
+        for history in sorted(await self.log.unfinished(), key=_interrupted, reverse=True):
+            await self._offer(history)
+        if not self._interrupted:
+            self._resumed.set()
 
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
-        keep = self._supervisor.keep
-        await keep(RUNNER, lambda: self._end_interrupted(patient=True))
-        await keep(RUNNER, self._follow, self._hold, *self._workers())
-
-    def _workers(self) -> list[Callable[[], Awaitable[None]]]:
+        workers = [partial(self._worker, fetching=False)] * self._max_running
         fetchers = [partial(self._worker, fetching=True)] * (_FETCHING * self._max_running)
-        return [*[partial(self._worker, fetching=False)] * self._max_running, *fetchers]
+        await self._supervisor.keep(RUNNER, self._follow, self._hold, *workers, *fetchers)
 
-    async def _follow(self) -> None:
-        async with self.log.follow(self._notice):
-            await asyncio.get_running_loop().create_future()
-
-    async def resume(self) -> None:
-        """Take up what another process left unfinished, or end it if its stage may have been paid for."""
-        for history in await self.log.unfinished():
-            try:
-                generation = generation_of(history)
-            except UNREADABLE:  # Whoever works on it sets it aside.
-                await self.queue.offer(history.user_id, history.generation_id)
-                continue
-            if is_external(history):
-                continue
-            if FLOWS[generation.kind][generation.status].provider and not history.free:
-                self._interrupted.append(history.generation_id)
-            else:
-                await self.queue.offer(history.user_id, history.generation_id, fetching=generation.needs_fetching)
-
-        # What cannot be ended now is ended before anything else is done.
-        await self._end_interrupted(patient=False)
-
-    async def _end_interrupted(self, *, patient: bool) -> None:
-        while self._interrupted:
-            try:
-                await self.recorder.end(self._interrupted[0], Failure("interrupted"))
-            except LogUnavailable:
-                if not patient:
-                    return
-                await asyncio.sleep(_AGAIN)
-                continue
-            except Exception as error:
-                self._quarantine.put(self._interrupted[0], RUNNER, error)
-            del self._interrupted[0]
+    async def resumed(self) -> None:
+        """Wait until the interrupted generations that `resume` has offered have ended, or the log does not answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ATTENTION):
+                await self._resumed.wait()
 
     async def interrupt(self) -> None:
         """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
@@ -138,19 +113,48 @@ class Runner:
             except Exception as error:
                 logger.error("generation %s could not be ended: %s", history.generation_id, reason_of(error))
 
+    async def _offer(self, history: History) -> None:
+        """Offer an unfinished generation, unless it is external."""
+        if is_external(history):
+            return
+        fetching = interrupted = _interrupted(history)
+        with contextlib.suppress(*UNREADABLE):  # Whoever works on it sets it aside.
+            fetching = interrupted or generation_of(history).needs_fetching
+        if await self.leases.offer(history.user_id, history.generation_id, fetching=fetching) and interrupted:
+            self._interrupted.add(history.generation_id)
+
+    async def _follow(self) -> None:
+        async with self.log.follow(self._notice):
+            await asyncio.get_running_loop().create_future()
+
+    def _notice(self, entry: Logged | Gap) -> None:
+        if isinstance(entry, Gap) or entry.end != entry.position:
+            return
+        self._interrupted.discard(entry.generation_id)
+        if not self._interrupted:
+            self._resumed.set()
+        job, task = self._jobs.get(entry.generation_id, (None, None))
+        if job is not None and task is not None and not job.ending:
+            job.over = True
+            task.cancel()
+
     async def _hold(self) -> None:
-        """Keep hold of what is worked on. What somebody else has taken over is left to them."""
+        """Renew the leases. Stop working on what this node has lost, and offer what another node has abandoned."""
         while True:
             await asyncio.sleep(_RENEW)
-            for generation_id in await self.queue.renew(list(self._jobs)):
+            for generation_id in await self.leases.renew(list(self._jobs)):
                 if generation_id in self._jobs:
                     job, task = self._jobs[generation_id]
                     job.abandon()
                     task.cancel()
+            for generation_id in await self.leases.abandoned():
+                history = await self.log.generation(generation_id)
+                if history is not None and history.events[-1].end is None:
+                    await self._offer(history)
 
     async def _worker(self, *, fetching: bool) -> None:
         while True:
-            generation_id = await self.queue.claim(fetching=fetching)
+            generation_id = await self.leases.claim(fetching=fetching)
             handed_over = False
             try:
                 handed_over = await self._work(generation_id, fetching=fetching)
@@ -160,7 +164,7 @@ class Runner:
                 await self._quarantine.end(generation_id, RUNNER, error)
             finally:
                 if not handed_over:
-                    await self.queue.release(generation_id)
+                    await self.leases.release(generation_id)
 
     async def _work(self, generation_id: str, *, fetching: bool) -> bool:
         """Work on a generation to its end, or while it fetches. Return whether a worker has taken it over then."""
@@ -236,14 +240,6 @@ class Runner:
             return Failure("internal")
         return None
 
-    def _notice(self, entry: Logged | Gap) -> None:
-        if isinstance(entry, Gap) or entry.end != entry.position:
-            return
-        job, task = self._jobs.get(entry.generation_id, (None, None))
-        if job is not None and task is not None and not job.ending:
-            job.over = True
-            task.cancel()
-
 
 class _Job:
     """One generation being worked on."""
@@ -256,10 +252,10 @@ class _Job:
         #: Ends the work at the deadline.
         self.scope = asyncio.timeout(None)
         self.generation = generation_of(history)
-        runner.images.assign(history.generation_id, history.user_id)
-        #: Seconds for which somebody had worked on it before.
+        #: Seconds for which somebody has worked on it before.
         self.worked = _worked(history)
-        self._recorded_free = history.free
+        #: Whether the present stage may be repeated for free, or may not be repeated.
+        self._recorded_free, self._interrupted = history.free, _interrupted(history)
         self._order = order_of(history)
         self._sheet: Picture | None = None
         #: The pictures behind the image URLs, stored as long as this job.
@@ -275,20 +271,28 @@ class _Job:
         self.abandoned = False
         self._recording: asyncio.Task[None] | None = None
 
+    @property
+    def _stage(self) -> Stage:
+        return FLOWS[self.generation.kind][self.generation.status]
+
     async def run(self) -> None:
-        if self._recorded_free and not self._free(self.generation.status):
+        runner, generation_id = self._runner, self.generation.generation_id
+        if self._interrupted:
+            raise Failure("interrupted")
+        runner.images.assign(generation_id, self.generation.user_id)
+        if self._recorded_free and not self._free(self._stage):
             # The stage was entered with a free provider, and is repeated with one that is not: only once.
-            runner, generation_id = self._runner, self.generation.generation_id
             await runner.patiently(lambda: runner.log.mark_paid(generation_id))
         while not self.generation.finished:
-            step = FLOWS[self.generation.kind][self.generation.status].step
+            step = self._stage.step
             fields = await getattr(self, step)() if step else {}
             await self.move(self.generation.onward(fields), fields)
 
     async def move(self, status: str, fields: Mapping[str, Any]) -> None:
         """Record the next event. A deadline that falls on it waits for it, to know where the generation stands."""
-        self.ending = FLOWS[self.generation.kind][status].terminal
-        self._recording = asyncio.create_task(self._record(status, fields))
+        stage = FLOWS[self.generation.kind][status]
+        self.ending = stage.terminal
+        self._recording = asyncio.create_task(self._record(status, fields, free=self._free(stage)))
         try:
             await asyncio.shield(self._recording)
         except asyncio.CancelledError:
@@ -297,12 +301,11 @@ class _Job:
                 self._recording.result()
             raise
 
-    def _free(self, status: str) -> bool:
-        provider = FLOWS[self.generation.kind][status].provider
-        return provider is not None and self._runner.providers[provider].free
+    def _free(self, stage: Stage) -> bool:
+        return stage.provider is not None and self._runner.providers[stage.provider].free
 
-    async def _record(self, status: str, fields: Mapping[str, Any]) -> None:
-        self.generation = await self._runner.recorder.move(self.generation, status, fields, free=self._free(status))
+    async def _record(self, status: str, fields: Mapping[str, Any], *, free: bool) -> None:
+        self.generation = await self._runner.recorder.move(self.generation, status, fields, free=free)
         self._unnamed.clear()
         self.over = self.generation.finished
 
@@ -331,15 +334,15 @@ class _Job:
 
     async def _until_claimed(self) -> None:
         """Wait in line for a worker. That is no work: the deadline moves by as much."""
-        generation, queue, loop = self.generation, self._runner.queue, asyncio.get_running_loop()
+        generation, leases, loop = self.generation, self._runner.leases, asyncio.get_running_loop()
         left = (self.scope.when() or 0) - loop.time()
         self.scope.reschedule(None)
         try:
-            await queue.offer(generation.user_id, generation.generation_id)
+            await leases.offer(generation.user_id, generation.generation_id)
             await asyncio.shield(self.claimed)
         finally:
             if not self.claimed.done():
-                await queue.withdraw(generation.generation_id)
+                await leases.withdraw(generation.generation_id)
         self.scope.reschedule(loop.time() + left)
 
     async def edit(self) -> dict[str, Any]:
@@ -365,7 +368,7 @@ class _Job:
     async def _report(self, fraction: float, message: str, preview: Picture | None = None) -> None:
         """Repeat the stage with the percentage that this fraction of it comes to, if that is higher."""
         generation = self.generation
-        low = FLOWS[generation.kind][generation.status].progress or 0
+        low = self._stage.progress or 0
         high = ceiling(generation.kind, generation.status)
         within = min(max(0.0, fraction), 1.0)  # In this order: what is no number becomes 0.
         progress = min(high - 1, low + int(within * (high - low)))
@@ -393,6 +396,15 @@ class _Job:
     async def _fetch(self, url: str) -> None:
         picture = await self._runner.fetcher.fetch(url)
         self._fetched.append(await self._runner.images.save(self.generation.generation_id, picture))
+
+
+def _interrupted(history: History) -> bool:
+    """Whether whoever worked on it before may have been charged for its present stage. It is not repeated then."""
+    try:
+        generation = generation_of(history)
+    except UNREADABLE:
+        return False
+    return FLOWS[generation.kind][generation.status].provider is not None and not history.free
 
 
 def _worked(history: History) -> float:

@@ -1,7 +1,7 @@
-"""Tells the webhook of every end of a generation, at least once: from the log, which keeps what is yet to be told.
+"""Posts the end of every generation to the webhook, at least once.
 
-What the log says counts, and is asked again and again; all that is remembered here is what has failed, and when it is
-due again. So a restart loses nothing where the log is durable, and what is removed is not told any more.
+The outbox is in the log: it is read again and again, and one node claims an event before it posts it. Only what has
+failed, and when it is due again, is in memory. So a restart loses nothing if the log is durable.
 """
 
 import asyncio
@@ -17,22 +17,22 @@ from domain.errors import LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
 from domain.ports.log import EventLog, Gap
-from domain.ports.webhook_outbox import WebhookOutbox
+from domain.ports.webhook_outbox import CLAIM, WebhookOutbox
 from domain.rehydrate import UNREADABLE
 from domain.supervisor import being_cancelled
 
 logger = logging.getLogger(__name__)
 
-#: Messages posted at once, and how many of them may have failed before: what never gets through leaves room for others.
+#: Messages posted at once, and how many of these may have failed before: what always fails leaves room for the rest.
 _PARALLEL: Final = 8
 _AGAIN_PARALLEL: Final = 4
 
-#: Once so many wait to be posted again, nothing new is begun: it is not this or that message that is refused.
+#: Once so many have failed, nothing new is posted: the receiver is at fault, not a message.
 _MOST_FAILED: Final = 10_000
-#: Of these, how many are read from the log in a second.
+#: How many of these are read from the log in a second.
 _READ: Final = 10_000
 
-#: Seconds that a receiver's wish to be left alone is respected, at most.
+#: The longest ``Retry-After`` that is respected, in seconds.
 _MOST_ASKED: Final = 3600
 
 #: Seconds before a log that did not answer is asked again.
@@ -40,21 +40,21 @@ _AGAIN: Final = 0.2
 
 
 class NotDelivered(Exception):
-    """The receiver has not taken a message. The text says why, for the operator."""
+    """The receiver has not accepted a message. The text says why, for the operator."""
 
     def __init__(self, reason: str, *, after: float | None = None, gone: bool = False) -> None:
         super().__init__(reason)
-        #: Seconds for which the receiver asks to be left alone.
+        #: Seconds for which the receiver asks not to be called.
         self.after = after
         #: The receiver does not want any message any more.
         self.gone = gone
 
 
 class Poster(Protocol):
-    """Brings messages to the receiver."""
+    """Posts messages to the receiver."""
 
     async def post(self, message_id: str, body: bytes) -> None:
-        """Post the message, one attempt. Having returned, it has been taken.
+        """Post the message once; returns if the receiver has accepted it.
 
         Raises:
             NotDelivered
@@ -62,7 +62,7 @@ class Poster(Protocol):
 
 
 class _Failed(NamedTuple):
-    """A message that was not taken."""
+    """A message that was not accepted."""
 
     attempts: int
     #: When it is posted again, by the event loop's clock.
@@ -70,9 +70,9 @@ class _Failed(NamedTuple):
 
 
 class Webhooks:
-    """Posts every terminal event until it is taken: the oldest first, a few at once.
+    """Posts every terminal event until the receiver accepts it: the oldest first, a few at once.
 
-    A receiver that is gone is not called again by this process. The log keeps what it was not sent.
+    This process does not call a receiver again that is gone. The log keeps what it was not sent.
     """
 
     def __init__(
@@ -85,10 +85,9 @@ class Webhooks:
         backoff: float = 1,
         longest: float = 300,
     ) -> None:
-        """Nobody else delivers from this outbox.
+        """`backoff`: seconds after the first attempt, doubled after each further one up to `longest`.
 
-        `backoff`: seconds after the first attempt, twice as much after each further one, up to `longest`, but for a
-        random part: up to a half of them is left out. `chance`: random numbers from 0 to 1.
+        A random part of a pause, up to a half, is left out. `chance`: random numbers from 0 to 1.
         """
         self._log = log
         self._outbox = outbox
@@ -101,7 +100,7 @@ class Webhooks:
         #: By generation id: whether it has failed before.
         self._under_way: dict[str, bool] = {}
         self._woken = asyncio.Event()
-        self._settled = asyncio.Event()
+        self._flushed = asyncio.Event()
 
     async def run(self) -> None:
         """Deliver until cancelled."""
@@ -114,39 +113,40 @@ class Webhooks:
                         await self._woken.wait()
                 await asyncio.sleep(len(self._failed) / _READ)
 
-    async def settled(self) -> None:
-        """Wait until every event has been posted once, taken or not."""
-        await self._settled.wait()
+    async def flushed(self) -> None:
+        """Wait until every event that this node may post has been posted once, accepted or not."""
+        await self._flushed.wait()
 
     def _notice(self, entry: Logged | Gap) -> None:
         if isinstance(entry, Gap) or entry.end == entry.position:
-            self._settled.clear()
+            self._flushed.clear()
             self._woken.set()
 
     async def _begin(self, posts: asyncio.TaskGroup) -> float | None:
-        """Begin to post what is due and has room. Return when the next is due."""
+        """Begin to post what is due and has room. Return when to look again; ``None``: never."""
         if self._gone:
-            self._settled.set()
+            self._flushed.set()
             return None
         clock = asyncio.get_running_loop().time
-        # What is taken while the log is read may still be told of.
+        # The log may still return what is accepted while it is read.
         under_way = set(self._under_way)
         try:
-            entries = await self._outbox.undelivered(min(len(self._failed), _MOST_FAILED) + 2 * _PARALLEL)
+            entries = await self._outbox.claim_undelivered(min(len(self._failed), _MOST_FAILED) + 2 * _PARALLEL)
         except LogUnavailable:
             return clock() + _AGAIN
         known = {entry.generation_id for entry in entries}
         self._failed = {each: failed for each, failed in self._failed.items() if each in known}
         if known <= self._failed.keys() and not self._woken.is_set():
-            self._settled.set()
-        now, due = clock(), None
-        # First what has waited longest to be posted again, as far as there is room for that, and then what is new.
+            self._flushed.set()
+        now = clock()
+        due = now + CLAIM / 4  # Keeps the claims, and finds those of other nodes that have ended.
+        # First what was due first, as far as there is room for another attempt, and then what is new.
         for entry in sorted(entries, key=self._due):
             failed = self._failed.get(entry.generation_id)
             if entry.generation_id in under_way:
                 continue
             if failed is not None and failed.due > now:
-                due = failed.due if due is None else min(due, failed.due)
+                due = min(due, failed.due)
             elif self._has_room(again=failed is not None):
                 self._under_way[entry.generation_id] = failed is not None
                 posts.create_task(self._deliver(entry, 1 if failed is None else failed.attempts + 1))
@@ -167,10 +167,11 @@ class Webhooks:
                 await self._poster.post(*message)
             await self._mark(entry.generation_id)
         except NotDelivered as failure:
-            if failure.gone:
-                self._give_up(str(failure))
-            else:
+            if not failure.gone:
                 self._put_off(entry, attempt, str(failure), failure.after or 0)
+            elif not self._gone:
+                self._gone = True
+                logger.error("webhooks are not sent any more until the service is restarted: the receiver %s", failure)
         except (Exception, asyncio.CancelledError) as error:
             if being_cancelled():
                 raise
@@ -179,13 +180,8 @@ class Webhooks:
             del self._under_way[entry.generation_id]
             self._woken.set()
 
-    def _give_up(self, reason: str) -> None:
-        if not self._gone:
-            self._gone = True
-            logger.error("webhooks are not sent any more until the service is restarted: the receiver %s", reason)
-
     def _encoded(self, entry: Logged) -> tuple[str, bytes] | None:
-        """The message; ``None`` where none can be made of the event, which then does not stay in the outbox."""
+        """The message; ``None`` if the event cannot be read. It then leaves the outbox."""
         try:
             return message_of(entry)
         except UNREADABLE as error:
@@ -204,13 +200,13 @@ class Webhooks:
         pause = min(self._longest, self._backoff * 2 ** min(attempt - 1, 30)) * (1 - self._chance() / 2)
         pause += min(asked, _MOST_ASKED)
         self._failed[entry.generation_id] = _Failed(attempt, asyncio.get_running_loop().time() + pause)
-        if attempt.bit_count() == 1:  # The 1st, the 2nd, the 4th, the 8th: it may go on for long.
+        if attempt.bit_count() == 1:  # Attempts 1, 2, 4, 8 …: there may be many.
             what = "webhook %s:%d was not delivered, attempt %d: %s; again in %.0f s"
             logger.warning(what, entry.generation_id, entry.sequence, attempt, reason, pause)
 
 
 def message_of(entry: Logged) -> tuple[str, bytes]:
-    """The message that tells of this event, the same in every attempt: its id, and its body in JSON."""
+    """The message about this event, the same in every attempt: its id, and its body in JSON."""
     assert entry.event is not None
     body = b'{"type":%b,"timestamp":%b,"userId":%b,"data":%b}' % (
         to_json(entry.name),

@@ -31,7 +31,7 @@ from domain.feed import Logged
 from domain.generation import Generation, Snapshot
 from domain.identity import WORKING_FOR
 from domain.ports.images import ImageIntake
-from domain.ports.leases import WorkQueue
+from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import EventLog, History, Start
 from domain.ports.retention import Retention
@@ -93,7 +93,7 @@ class Workflow:
         ledger: Ledger,
         retention: Retention,
         recorder: Recorder,
-        queue: WorkQueue,
+        leases: Leases,
         external: ExternalWork,
         admission: Admission,
         images: StoredImages,
@@ -107,7 +107,7 @@ class Workflow:
         self._ledger = ledger
         self._retention = retention
         self._recorder = recorder
-        self._queue = queue
+        self._leases = leases
         self._external = external
         self._admission = admission
         self._images = images
@@ -241,16 +241,14 @@ class Workflow:
             await self._images.remove(generation_id)
             raise
         try:
-            await self._hand_out(generation, external=order.external)
+            await self._offer(generation, external=order.external)
         except Exception:  # It is in the log, and so it has been accepted.
             self._reconcile(generation_id)
         return self._show(generation)
 
-    async def _hand_out(self, generation: Generation, *, external: bool) -> None:
-        if external:
-            self._external.watch(generation)
-        else:
-            await self._queue.offer(generation.user_id, generation.generation_id, fetching=generation.needs_fetching)
+    async def _offer(self, generation: Generation, *, external: bool) -> None:
+        if not external:
+            await self._leases.offer(generation.user_id, generation.generation_id, fetching=generation.needs_fetching)
 
     def _reconcile(self, generation_id: str) -> None:
         """Once the log answers again: work on a start whose reply was lost, and forget one that never was."""
@@ -260,7 +258,7 @@ class Workflow:
             if begun is None:
                 await self._images.remove(generation_id)
             else:
-                await self._hand_out(readable_part_of(begun), external=is_external(begun))
+                await self._offer(readable_part_of(begun), external=is_external(begun))
 
         self._spawn(self._supervisor.keep("starts", reconcile))
 
@@ -283,7 +281,7 @@ class Workflow:
         history = await self.history(user_id, generation_id)
         if not await self._recorder.end(generation_id, Failure("cancelled")):
             return "already_finished"
-        if await self._queue.withdraw(generation_id):
+        if await self._leases.withdraw(generation_id):
             for name in order_of(history).images:
                 await self._images.discard(name)
         return "cancelled"

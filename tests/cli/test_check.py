@@ -21,7 +21,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Running]:
     """With one generation that is done."""
     async with running(tmp_path / "images", log=f"sqlite:///{tmp_path}/log.db") as service:
         await service.start("ada", prompt=PROMPT)
-        await service.service.queue.settled()
+        await service.service.leases.drain()
         yield service
 
 
@@ -42,7 +42,7 @@ async def test_check_of_a_running_service_finds_nothing_and_changes_nothing(serv
     assert done.output.endswith("No damage was found.\n")
     assert image(tmp_path) == before
     await service.start("ada")
-    await service.service.queue.settled()
+    await service.service.leases.drain()
 
 
 async def test_check_of_missing_files_creates_nothing(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ async def test_check_reads_the_files_of_a_killed_service(tmp_path: Path) -> None
     (tmp_path / "left").mkdir()
     async with running(tmp_path / "images", log=f"sqlite:///{tmp_path}/log.db") as service:
         await service.start("ada")
-        await service.service.queue.settled()
+        await service.service.leases.drain()
         for name in ("log.db", "log.db-wal"):
             shutil.copy(tmp_path / name, tmp_path / "left" / name)
     left = image(tmp_path / "left")

@@ -332,7 +332,7 @@ async def test_a_user_id_that_is_not_utf_8_is_refused(opened: Running) -> None:
 
 async def finished(service: Running, user: str) -> str:
     generation_id = await service.start(user)
-    await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+    await service.service.leases.drain()
     return generation_id
 
 

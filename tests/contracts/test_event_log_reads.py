@@ -226,14 +226,14 @@ async def test_undelivered_ends_are_kept_in_order_until_delivered(opener: LogOpe
         history = await log.generation(generation.generation_id)
         assert history is not None
         ends.append(history.events[-1])
-    assert list(await log.undelivered(10)) == ends
-    assert list(await log.undelivered(2)) == ends[:2]
-    assert list(await log.undelivered(0)) == []
+    assert list(await log.claim_undelivered(10)) == ends
+    assert list(await log.claim_undelivered(2)) == ends[:2]
+    assert list(await log.claim_undelivered(0)) == []
     await log.delivered(slow.generation_id)
-    assert list(await log.undelivered(10)) == [ends[0], ends[2]]
+    assert list(await log.claim_undelivered(10)) == [ends[0], ends[2]]
     for generation in (quick, slow, last):
         await log.delivered(generation.generation_id)
-    assert list(await log.undelivered(10)) == []
+    assert list(await log.claim_undelivered(10)) == []
     assert (await log.generation(last.generation_id)) is not None
 
 
@@ -244,10 +244,10 @@ async def test_a_retried_append_of_a_delivered_end_is_not_queued_again(
     append, generation = recorder.prepare(await recorder.start(), "failed")
     await recorder.log.append(append)
     await recorder.log.append(append)
-    assert len(await recorder.log.undelivered(10)) == 1
+    assert len(await recorder.log.claim_undelivered(10)) == 1
     await recorder.log.delivered(generation.generation_id)
     await recorder.log.append(append)
-    assert list(await recorder.log.undelivered(10)) == []
+    assert list(await recorder.log.claim_undelivered(10)) == []
 
 
 @pytest.mark.parametrize("retention", [True, False])
@@ -255,13 +255,13 @@ async def test_a_removed_generation_is_not_delivered(opener: LogOpener, retentio
     recorder = await opener(outbox=True)
     gone, kept = await recorder.start_and_fail(), await recorder.start_and_fail()
     assert await recorder.log.remove(gone.generation_id, retention=retention)
-    assert [entry.generation_id for entry in await recorder.log.undelivered(10)] == [kept.generation_id]
+    assert [entry.generation_id for entry in await recorder.log.claim_undelivered(10)] == [kept.generation_id]
     await recorder.log.delivered(gone.generation_id)
     await recorder.log.delivered("edit_1_unknown")
-    assert [entry.generation_id for entry in await recorder.log.undelivered(10)] == [kept.generation_id]
+    assert [entry.generation_id for entry in await recorder.log.claim_undelivered(10)] == [kept.generation_id]
 
 
 async def test_without_an_outbox_nothing_is_undelivered(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start_and_fail()
-    assert list(await log.undelivered(10)) == []
+    assert list(await log.claim_undelivered(10)) == []
     await log.delivered(generation.generation_id)

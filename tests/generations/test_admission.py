@@ -251,7 +251,7 @@ async def test_beyond_the_limit_starts_are_refused_and_running_work_is_not(tmp_p
         assert_problem(await service.post("ada", "edit"), 429, "storage_limit")
         async with service.phone("bob") as other:
             await other.until_over(await service.start("bob"))
-        await service.until(lambda: not service.service.queue.held)
+        await service.service.leases.drain()
         await service.http.delete(f"/generations/{first}", headers={"X-User-Id": "ada"})
         assert service.service.images.stored("ada") == 0
         await phone.until_over(await service.start())
@@ -261,7 +261,7 @@ async def test_stored_bytes_are_known_after_a_restart(tmp_path: Path, log_settin
     images = tmp_path / "images"
     async with running(images, log=log_setting) as service, service.phone("ada") as phone:
         await phone.until_over(await service.start())
-        await service.service.queue.settled()
+        await service.service.leases.drain()
         before = service.service.images.stored("ada")
         on_disk = sum(file.stat().st_size for file in images.rglob("*") if file.is_file())
         assert 0 < before <= on_disk
@@ -286,7 +286,7 @@ async def test_fetching_blocks_no_worker_and_waiting_for_a_worker_does_not_count
         busy = await backend.start(user_id="bob")
         await editing.reached.wait()
         fetching.released.set()
-        while backend.queue.waiting < 5:
+        while (await backend.leases.count()).waiting < 5:
             await asyncio.sleep(0)
         # They have what they need, and wait for bob's.
         assert [(await backend.statuses(each))[-1] for each in stuck[:2]] == ["composition"] * 2
@@ -308,7 +308,7 @@ async def test_waiting_for_a_worker_after_fetching_does_not_count_as_work() -> N
         pause.reached.clear()
         patient = await backend.start(wish(image_urls=(FACE_URL,)))
         await backend.reached(patient.generation_id, "composition")
-        while not backend.queue.waiting:
+        while not (await backend.leases.count()).waiting:
             await asyncio.sleep(0)
         await advance_time(backend.deadline)
         await pause.reached.wait()

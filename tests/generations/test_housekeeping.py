@@ -21,7 +21,7 @@ async def test_a_sweep_removes_only_pictures_that_no_event_names() -> None:
         needed = dict(backend.images.kept)
         await backend.images.save(done.generation_id, png("of a stage that was lost"))
         await backend.images.save("edit_1_0000000000000000", png("of a start that was lost"))
-        assert await Housekeeping(backend.log, backend.log, backend.stored).sweep(stored_before=backend.clock()) == 2
+        assert await Housekeeping(backend.log, backend.log, backend.stored).sweep(now=backend.clock()) == 2
         assert backend.images.kept == needed
         assert named.items() <= needed.items()
         pause.released.set()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adapters.memory.queue import MemoryQueue
+from adapters.memory.leases import MemoryLeases
 from domain import runner
 from domain.errors import LogUnavailable
 from domain.generation import Generation
@@ -31,7 +31,7 @@ FREE_EDITING = {"status": "openai_editing", "free": True}
 async def leave(backend: InMemoryBackend, *events: dict[str, Any]) -> Generation:
     """An edit with a face swap that another process has left after these events."""
     begun = await backend.start(swap_wish())
-    await backend.queue.withdraw(begun.generation_id)
+    await backend.leases.withdraw(begun.generation_id)
     history = await backend.memory.generation(begun.generation_id)
     assert history is not None
     left = generation_of(history)
@@ -187,7 +187,7 @@ async def test_the_deadline_counts_the_work_that_was_done_before_and_not_the_tim
         backend.clock.step(worked)
         name = await backend.images.save(begun.generation_id, next(iter(backend.images.kept.values())))
         await recorder.move(composing, "composition_completed", composition_url=f"http://test/images/{name}")
-        await backend.queue.withdraw(begun.generation_id)
+        await backend.leases.withdraw(begun.generation_id)
     backend.clock.present += timedelta(hours=1)
     await backend.runner.resume()
     async with backend.open():
@@ -200,11 +200,11 @@ async def test_external_generations_are_left_to_their_pipeline() -> None:
     backend = InMemoryBackend()
     begun = await backend.start(wish()._replace(external=True))
     await backend.runner.resume()
-    assert backend.queue.waiting == 0
+    assert (await backend.leases.count()).waiting == 0
     assert await backend.statuses(begun) == ["started"]
 
 
-class Taken(MemoryQueue):
+class Taken(MemoryLeases):
     """A line shared with another process, which takes everything over at some time."""
 
     taken = False
@@ -217,11 +217,11 @@ async def test_work_taken_over_by_another_process_is_dropped_silently(monkeypatc
     monkeypatch.setattr(runner, "_RENEW", 0.01)
     pause = Pause()
     backend = InMemoryBackend(editor=ScriptedEditor(pause))
-    backend.queue = backend.runner.queue = backend.workflow._queue = queue = Taken()
+    backend.leases = backend.runner.leases = backend.workflow._leases = leases = Taken()
     async with backend.open():
         begun = await backend.start()
         await pause.reached.wait()
-        queue.taken = True
+        leases.taken = True
         await backend.settled()
         assert pause.aborted.is_set()
     assert (await backend.statuses(begun))[-1] == "openai_editing"

@@ -128,7 +128,7 @@ async def test_a_generation_left_by_another_process_continues_at_its_stage() -> 
         await pause.reached.wait()
     assert await backend.statuses(begun) == ["started", "composition"]
     backend.composer.acts = []
-    await backend.queue.offer("ada", begun.generation_id)
+    await backend.leases.offer("ada", begun.generation_id)
     async with backend.open():
         await backend.settled()
     assert tuple(await backend.statuses(begun)) == EDIT

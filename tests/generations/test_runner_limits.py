@@ -277,7 +277,7 @@ async def test_exactly_max_running_generations_run_at_once(max_running: int) -> 
         await busy.reached(max_running)
         for _ in range(20):
             await asyncio.sleep(0)
-        assert (backend.queue.held, backend.queue.waiting) == (max_running, 12 - max_running)
+        assert await backend.leases.count() == (12 - max_running, max_running)
         busy.released.set()
         await backend.settled()
     assert busy.most == max_running
@@ -305,7 +305,7 @@ async def test_waiting_generations_stay_at_started_until_a_worker_is_free() -> N
         await backend.start()
         await pause.reached.wait()
         second = await backend.start()
-        assert (backend.queue.held, backend.queue.waiting) == (1, 1)
+        assert await backend.leases.count() == (1, 1)
         assert await backend.statuses(second) == ["started"]
         pause.released.set()
         await backend.settled()
@@ -385,7 +385,7 @@ async def test_a_stopped_runner_leaves_every_generation_at_its_stage() -> None:
     assert await backend.statuses(waiting) == ["started"]
     sheet, *uploads = sorted(backend.images.kept.values(), key=lambda picture: -len(picture.data))
     assert (sheet.data, len(uploads)) == (b"one+two", 4)
-    assert backend.queue.held == 0
+    assert (await backend.leases.count()).held == 0
 
 
 async def test_interrupt_ends_everything_that_is_unfinished_refunded() -> None:

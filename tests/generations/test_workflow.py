@@ -46,7 +46,7 @@ async def test_an_accepted_start_is_in_the_log_and_in_the_queue() -> None:
     begun = await backend.start()
     assert (begun.status, begun.sequence, begun.progress, begun.user_id) == ("started", 1, 0, "ada")
     assert await backend.statuses(begun) == ["started"]
-    assert backend.queue.waiting == 1
+    assert (await backend.leases.count()).waiting == 1
     assert await backend.workflow.snapshot("ada", begun.generation_id) == begun
 
 
@@ -85,7 +85,7 @@ async def test_an_upload_that_cannot_be_stored_starts_nothing() -> None:
         await backend.start()
     assert failure.value.code == "storage_failed"
     assert backend.images.kept == {}
-    assert backend.queue.waiting == 0
+    assert (await backend.leases.count()).waiting == 0
 
 
 async def test_without_credit_no_image_is_decoded() -> None:
@@ -119,7 +119,7 @@ async def test_a_full_queue_refuses_starts_once_those_that_are_about_to_join_hav
         await fourth
     with pytest.raises(QueueFull):
         await backend.start(user_id="bob")
-    assert backend.queue.waiting == 3
+    assert (await backend.leases.count()).waiting == 3
 
 
 async def test_racing_starts_respect_the_limit_of_unfinished_generations_per_user() -> None:
@@ -181,7 +181,7 @@ async def test_twenty_parallel_starts_with_one_key_are_one_generation() -> None:
     begun = await asyncio.gather(*(backend.start(key="k") for _ in range(20)))
     assert len({snapshot.generation_id for snapshot in begun}) == 1
     assert await backend.workflow.credit("ada") == 9
-    assert backend.queue.waiting == 1
+    assert (await backend.leases.count()).waiting == 1
     assert len(backend.images.kept) == 2
 
 
@@ -231,7 +231,7 @@ async def test_a_start_that_the_log_never_received_is_refused_and_leaves_nothing
     with pytest.raises(LogUnavailable):
         await backend.start()
     assert backend.images.kept == {}
-    assert backend.queue.waiting == 0
+    assert (await backend.leases.count()).waiting == 0
     assert await backend.memory.generations("ada", limit=1) == []
 
 

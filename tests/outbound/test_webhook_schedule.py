@@ -69,7 +69,7 @@ async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: Whol
         others = [await recorder.start_and_fail() for _ in range(30)]
         await until(lambda: len(receiver.ids) == len(others) and bool(receiver.posts(slow)))
         async with asyncio.timeout(60):
-            while ids(await memory.undelivered(10)) != [slow.generation_id]:
+            while ids(await memory.claim_undelivered(10)) != [slow.generation_id]:
                 await asyncio.sleep(0.005)
     assert sorted(receiver.ids) == [each.generation_id for each in others]
     assert len(receiver.posts(slow)) == 1
@@ -83,7 +83,7 @@ async def test_what_is_never_taken_however_much_of_it_leaves_room_for_the_rest(
     receiver.always = {each.generation_id: hang for each in poison}
     webhooks = webhooks_for(memory, sender_to(receiver.origin, timeout=0.1))
     async with working(webhooks):
-        await webhooks.settled()
+        await webhooks.flushed()
         others = [await recorder.start_and_fail() for _ in range(30)]
         await until(lambda: {*receiver.ids} == {each.generation_id for each in others})
         # And all of it is posted again all the same.
@@ -114,9 +114,9 @@ async def test_what_has_been_taken_or_removed_is_forgotten(memory: WholeLog) -> 
     class Watched(ForwardingLog):
         limits: ClassVar[list[int]] = []
 
-        async def undelivered(self, limit: int) -> Sequence[Logged]:
+        async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
             self.limits.append(limit)
-            return await super().undelivered(limit)
+            return await super().claim_undelivered(limit)
 
     recorder, poster = EventRecorder(memory), Scripted()
     refused = [await recorder.start_and_fail() for _ in range(20)]
@@ -124,14 +124,14 @@ async def test_what_has_been_taken_or_removed_is_forgotten(memory: WholeLog) -> 
     watched = Watched(memory)
     webhooks = webhooks_for(watched, poster)
     async with working(webhooks):
-        await webhooks.settled()
+        await webhooks.flushed()
         for each in refused[:10]:
             await memory.remove(each.generation_id, retention=False)
         poster.plans.clear()
         await until_all_delivered(memory)
         for _ in range(2):
             await recorder.start_and_fail()
-            await webhooks.settled()
+            await webhooks.flushed()
     assert max(watched.limits) > watched.limits[0]
     assert watched.limits[-1] == watched.limits[0]
 
@@ -158,7 +158,7 @@ async def test_a_part_of_a_pause_is_left_to_chance(
     poster.plans[(await EventRecorder(memory).start_and_fail()).generation_id] = [NotDelivered("answered with 500")]
     webhooks = Webhooks(memory, memory, poster, lambda: chance, backoff=8)
     async with working(webhooks):
-        await webhooks.settled()
+        await webhooks.flushed()
     assert f"again in {pause:.0f} s" in caplog.text
 
 
@@ -236,11 +236,11 @@ async def test_what_was_not_taken_before_a_restart_is_told_after_it_and_nothing_
         earlier.always = {refused.generation_id: status(500), unanswered.generation_id: hang}
         async with working(webhooks_for(log, sender_to(earlier.origin))):
             await until(lambda: len(earlier.posts(refused)) > 1 and bool(earlier.posts(unanswered)))
-            while len(await log.undelivered(10)) > 2:
+            while len(await log.claim_undelivered(10)) > 2:
                 await asyncio.sleep(0.005)
         late = await recorder.start_and_fail()
     async with life(tmp_path / "log.db") as log:
-        assert ids(await log.undelivered(10)) == [each.generation_id for each in (refused, unanswered, late)]
+        assert ids(await log.claim_undelivered(10)) == [each.generation_id for each in (refused, unanswered, late)]
         async with working(webhooks_for(log, sender_to(receiver.origin))):
             await until_all_delivered(log)
     assert earlier.ids == [taken.generation_id]
@@ -254,11 +254,11 @@ class Absent(ForwardingLog):
     reads = 0
     marks = 0
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         if self.reads:
             self.reads -= 1
             raise LogUnavailable
-        return await super().undelivered(limit)
+        return await super().claim_undelivered(limit)
 
     async def delivered(self, generation_id: str) -> None:
         if self.marks:
@@ -285,11 +285,11 @@ class Stale(ForwardingLog):
         super().__init__(log)
         self.has_read_both = asyncio.Event()
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
-        entries = await super().undelivered(limit)
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
+        entries = await super().claim_undelivered(limit)
         if len(entries) == 2 and not self.has_read_both.is_set():
             self.has_read_both.set()
-            while len(await self.inner.undelivered(2)) == 2:
+            while len(await self.inner.claim_undelivered(2)) == 2:
                 await asyncio.sleep(0.005)
         return entries
 
@@ -318,7 +318,7 @@ async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: Who
     async with working(webhooks_for(memory, sender_to(receiver.origin))):
         await asyncio.wait_for(receiver.origin.reached.wait(), 20)
     await asyncio.wait_for(receiver.origin.left.wait(), 20)
-    assert ids(await memory.undelivered(1)) == [generation.generation_id]
+    assert ids(await memory.claim_undelivered(1)) == [generation.generation_id]
 
 
 async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: WholeLog) -> None:
@@ -328,10 +328,10 @@ async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: Whole
     poster.plans[refused.generation_id] = [NotDelivered("answered with 500", after=60)]
     webhooks = webhooks_for(memory, poster)
     async with working(webhooks):
-        await webhooks.settled()
+        await webhooks.flushed()
         assert poster.posts == [refused.generation_id]
         ended = [await recorder.start_and_fail() for _ in range(20)]
-        await webhooks.settled()
+        await webhooks.flushed()
         assert poster.taken == [each.generation_id for each in ended]
 
 
@@ -342,8 +342,8 @@ class Overtaken(ForwardingLog):
         super().__init__(log)
         self.ends = [end]
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
-        entries = await super().undelivered(limit)
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
+        entries = await super().claim_undelivered(limit)
         while self.ends:
             await self.ends.pop()()
         return entries
@@ -353,5 +353,5 @@ async def test_what_ends_while_the_log_is_read_is_waited_for_too(memory: WholeLo
     poster = Scripted()
     webhooks = webhooks_for(Overtaken(memory, EventRecorder(memory).start_and_fail), poster)
     async with working(webhooks):
-        await webhooks.settled()
+        await webhooks.flushed()
         assert len(poster.posts) == 1

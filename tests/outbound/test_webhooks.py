@@ -151,10 +151,10 @@ async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
     receiver.plans[gone.generation_id] = [status(410, Retry_After="0")]
     webhooks = webhooks_for(log, sender_to(receiver.origin))
     async with working(webhooks):
-        await webhooks.settled()
+        await webhooks.flushed()
         later = [await recorder.start_and_fail() for _ in range(3)]
         # The service can still leave in time.
-        await webhooks.settled()
+        await webhooks.flushed()
         # Longer than the longest pause before another attempt.
         await asyncio.sleep(0.2)
     assert len(receiver.origin.requests) == 1
@@ -173,7 +173,7 @@ async def test_several_answers_of_410_at_once_are_reported_once(
         receiver.always[(await recorder.start_and_fail()).generation_id] = status(410)
     webhooks = webhooks_for(memory, sender_to(receiver.origin))
     async with working(webhooks):
-        await webhooks.settled()
+        await webhooks.flushed()
         posted = len(receiver.origin.requests)
         await asyncio.sleep(0.2)
     assert len(receiver.origin.requests) == posted <= 5
@@ -220,7 +220,7 @@ async def test_a_receiver_that_is_down_at_first_is_told_once_it_is_there(memory:
     webhooks = webhooks_for(memory, sender_to(receiver.origin))
     async with working(webhooks):
         ended = [await recorder.start_and_fail() for _ in range(3)]
-        await webhooks.settled()
+        await webhooks.flushed()
         assert receiver.origin.requests == []
         async with listening(receiver.origin, port):
             await until_all_delivered(memory)

@@ -140,7 +140,7 @@ async def test_a_provider_that_takes_too_long_is_left_before_the_deadline_and_na
         # Nobody is connected meanwhile, whose pings would be late.
         await advance_time(271)
         await openai.origin.left.wait()
-        await service.service.queue.settled()
+        await service.service.leases.drain()
         failed = (await service.events(generation_id))[-1]
         assert (failed["failedStage"], failed["code"]) == ("openai_editing", "provider_timeout")
         assert failed["credit"] == 100

@@ -45,7 +45,7 @@ async def service(shared: Running) -> AsyncIterator[Running]:
     """Shared by all these tests. It is idle after each of them."""
     yield shared
     await shared.until_all_disconnected()
-    await shared.service.queue.settled()
+    await shared.service.leases.drain()
 
 
 @pytest.fixture(autouse=True)
@@ -302,7 +302,7 @@ async def test_a_replay_waits_until_the_log_is_available(tmp_path: Path) -> None
 
 async def test_a_replay_that_sent_nothing_does_not_count_as_sent(service: Running) -> None:
     generation_id = await service.start("ada")
-    await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+    await service.service.leases.drain()
     async with service.phone("ada") as phone:
         await phone.call("subscribe_to_generation", {"generationId": generation_id, "after": 100})
         await phone.call("subscribe_to_generation", {"generationId": generation_id})

@@ -36,7 +36,7 @@ async def service(shared: Running) -> AsyncIterator[Running]:
     """The service of all these tests. Each leaves it idle."""
     yield shared
     await shared.until_all_disconnected()
-    await shared.service.queue.settled()
+    await shared.service.leases.drain()
 
 
 @pytest.fixture
@@ -444,6 +444,6 @@ class TestOneUserAfterTheOther:
 
     async def settle(self, service: Running, bare: Wire) -> None:
         """Wait until everything is over, and has been sent."""
-        await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+        await service.service.leases.drain()
         await service.service.hub.flushed()
         await bare.call("nothing", {})

@@ -38,7 +38,7 @@ async def service(shared: Running) -> AsyncIterator[Running]:
     """Shared by all these tests. Each leaves it idle."""
     yield shared
     await shared.until_all_disconnected()
-    await shared.service.queue.settled()
+    await shared.service.leases.drain()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -83,7 +83,7 @@ async def test_every_transport_delivers_the_same_events(service: Running, transp
 
 async def test_the_ack_of_authenticate_has_user_cursor_and_generations(service: Running) -> None:
     done = await service.start("123")
-    await service.service.queue.settled()
+    await service.service.leases.drain()
     async with service.phone() as phone:
         ack = await phone.authenticate("123")
         assert ack["userId"] == "123"
@@ -153,7 +153,7 @@ class TestWithWorkHeldUp:
     async def service(self, tmp_path: Path, log_setting: str, pause: Pause) -> AsyncIterator[Running]:
         async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(pause)}) as service:
             yield service
-            await service.service.queue.settled()
+            await service.service.leases.drain()
 
     async def test_a_late_device_gets_earlier_events_and_then_live_ones(self, service: Running, pause: Pause) -> None:
         generation_id = await service.start("ada")
@@ -235,7 +235,7 @@ class TestWithWorkHeldUp:
             await pause.reached.wait()
         pause.released.set()
         async with service.phone("ada") as phone:
-            await service.service.queue.settled()
+            await service.service.leases.drain()
             ack = await phone.authenticate("ada")
             assert ack["generations"][0]["status"] == "completed"
             assert ack["generations"][0]["generationId"] == generation_id
@@ -245,7 +245,7 @@ async def test_a_finished_generation_is_replayed_once_and_again_only_with_after(
     service: Running,
 ) -> None:
     generation_id = await service.start("ada")
-    await service.service.queue.settled()
+    await service.service.leases.drain()
     async with service.phone("ada") as phone:
         await phone.call("subscribe_to_generation", {"generationId": generation_id})
         await phone.until_over(generation_id)

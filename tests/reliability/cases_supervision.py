@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from adapters.memory.queue import MemoryQueue
+from adapters.memory.leases import MemoryLeases
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Logged
@@ -63,13 +63,13 @@ class Failing(ForwardingLog):
         self.strike()
         return await super().finished_before(*given)
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         self.strike()
-        return await super().undelivered(limit)
+        return await super().claim_undelivered(limit)
 
 
-class FailingQueue(MemoryQueue):
-    """A queue that cannot be taken from, or renewed, now and then."""
+class FailingLeases(MemoryLeases):
+    """Leases that cannot be claimed now and then."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ async def _tasks_fail(trial: Trial, name: str, starts: int) -> None:
     chance = random.Random(35)
     async with _LOGS[name](credits=starts, clock=now) as inner:
         log = Failing(inner, chance)
-        overrides = {"storage": memory_storage(log, queue=FailingQueue(chance))}
+        overrides = {"storage": memory_storage(log, leases=FailingLeases(chance))}
         folder = trial.folder / name
         async with running(folder, overrides=overrides, retention=0.5, max_per_user=starts) as service:
             async with service.phone("ada") as phone:

@@ -41,7 +41,7 @@ async def service(shared: Running) -> AsyncIterator[Running]:
     """The service of all these tests. Each leaves it idle."""
     yield shared
     await shared.until_all_disconnected()
-    await shared.service.queue.settled()
+    await shared.service.leases.drain()
 
 
 # --- HTTP: tokens ----------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ async def test_a_service_acts_for_a_user_on_every_route(service: Running, eve: s
         assert (await ask(service, SERVICE, path, method, **backend)).status_code not in (401, 403, 500)
     generation_id = await service.start(eve)
     one = f"/generations/{generation_id}"
-    await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+    await service.service.leases.drain()
     for path in ("/me", "/generations", one, f"{one}/events"):
         theirs = await ask(service, SERVICE, path, **backend)
         assert theirs.content == (await ask(service, token(eve), path)).content

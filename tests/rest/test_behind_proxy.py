@@ -89,7 +89,7 @@ async def test_locations_and_image_urls_begin_with_the_path(place: tuple[Running
             assert answer.status_code == 202
             location = answer.headers["location"]
             assert location == f"/cast/generations/{answer.json()['generationId']}"
-            await service.service.queue.settled()
+            await service.service.leases.drain()
             snapshot = (await http.get(httpx2.URL(base).join(location), headers=headers)).json()
             image = snapshot["editedImageUrl"]
             assert image.startswith(f"{public_url}/images/")
@@ -120,7 +120,7 @@ async def test_the_official_client_connects_with_and_without_the_path(place: tup
 async def test_the_client_module_works_below_the_path(place: tuple[Running, str]) -> None:
     service, public_url = place
     generation_id = await service.start("ada")
-    await service.service.queue.settled()
+    await service.service.leases.drain()
     script = f"""
         import {{ io }} from "socket.io-client";
         import {{ connect }} from "{FOLDER.as_uri()}/stagecast.js";

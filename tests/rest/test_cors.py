@@ -356,4 +356,4 @@ async def test_a_form_with_a_picture_is_sent_from_an_allowed_origin(
         )
         assert answer[0] == 202
         assert answer[1].startswith("/generations/edit_")
-        await service.service.queue.settled()
+        await service.service.leases.drain()

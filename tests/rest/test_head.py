@@ -23,7 +23,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 async def test_head_answers_every_route_as_get_does_without_the_body(service: Running) -> None:
     generation_id = await service.start("demo")
-    await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+    await service.service.leases.drain()
     image = (await service.events(generation_id, "demo"))[-1]["editedImageUrl"]
     routes = (await service.http.get("/openapi.json")).json()["paths"]
     values = {"generation_id": generation_id, "generationId": generation_id, "name": image.rpartition("/")[2]}

@@ -112,7 +112,7 @@ def routes_of(service: Running) -> set[tuple[str, str]]:
 
 
 async def worked_off(service: Running) -> None:
-    await service.until(lambda: service.service.queue.waiting + service.service.queue.held == 0)
+    await service.service.leases.drain()
 
 
 def folders(path: Path) -> int:

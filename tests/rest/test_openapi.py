@@ -85,9 +85,9 @@ async def test_answers_are_as_described_whatever_is_sent(service: Running, schem
     operation = schema.find_operation_by_label(label)
     assert operation is not None
     described = {int(status) for status in operation.definition.raw["responses"] if status != "default"}
-    await service.service.queue.settled()  # Else those before it may be as many as a user may have.
+    await service.service.leases.drain()  # Else those before it may be as many as a user may have.
     generation_id = await service.start("demo")
-    await service.service.queue.settled()
+    await service.service.leases.drain()
     url = (await service.events(generation_id, "demo"))[-1]["compositionUrl"]
     there = {"generation_id": generation_id, "name": url.rpartition("/")[2]}
     if label.endswith("/transitions"):

@@ -155,7 +155,7 @@ async def test_images_are_optional_and_the_service_does_none_of_the_work(service
         pipelines = [await begin(service, user="painter", images=images) for images in (0, 1, 5)]
         await phone.until_over(await service.start("painter"))
         assert [phone.sequences(pipeline.generation_id) for pipeline in pipelines] == [[1], [1], [1]]
-        await service.until(lambda: (service.service.queue.waiting, service.service.queue.held) == (0, 0))
+        await service.service.leases.drain()
         for pipeline in pipelines:
             await pipeline.report_accepted("composition")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from adapters.images.folder import ImageFolder
+from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
-from adapters.memory.queue import MemoryQueue
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.housekeeping import Housekeeping
@@ -142,8 +142,8 @@ async def test_a_log_that_cannot_be_followed_fails_and_recovers_without_missing_
         await phone.until_over(generation_id)
 
 
-class Unclaimed(MemoryQueue):
-    """A queue from which nothing can be taken."""
+class Unclaimed(MemoryLeases):
+    """Leases that nothing can be claimed from."""
 
     broken = True
 
@@ -156,14 +156,14 @@ class Unclaimed(MemoryQueue):
 async def test_a_runner_that_cannot_claim_work_fails_and_recovers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    queue = Unclaimed()
+    leases = Unclaimed()
     async with (
-        running(tmp_path, overrides={"storage": memory_storage(queue=queue)}) as service,
+        running(tmp_path, overrides={"storage": memory_storage(leases=leases)}) as service,
         service.phone("ada") as phone,
     ):
         await fails_with(service, "unavailable", "runner")
         generation_id = await service.start()
-        queue.broken = False
+        leases.broken = False
         await until(service, 200)
         await phone.until_over(generation_id)
         assert [record.getMessage() for record in caplog.records if record.name == "domain.supervisor"] == [
@@ -194,5 +194,5 @@ async def test_files_of_a_killed_check_are_swept(tmp_path: Path) -> None:
     os.utime(left, (0, 0))
     log = MemoryLog(epoch="e1", credits=None, clock=now)
     images = StoredImages(ImageFolder(tmp_path, log="memory", epoch="e1"))
-    await Housekeeping(log, log, images).sweep(stored_before=now())
+    await Housekeeping(log, log, images).sweep(now=now())
     assert not left.exists()

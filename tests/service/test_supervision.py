@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import pytest
 
 from adapters.images.folder import ImageFolder
-from adapters.memory.queue import MemoryQueue
+from adapters.memory.leases import MemoryLeases
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.feed import Logged
-from domain.ports.leases import WorkQueue
+from domain.ports.leases import Leases
 from domain.ports.log import Append, Deliver, History
 from domain.supervisor import Supervisor
 from support.builders import WholeLog, memory_storage, open_memory_log, open_sqlite_log
@@ -58,11 +58,11 @@ class Faulty(ForwardingLog):
         self.strike("finished_before")
         return await super().finished_before(moment, limit)
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
-        self.strike("undelivered")
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
+        self.strike("claim_undelivered")
         return [
             entry._replace(event=b"{}") if entry.generation_id == self.poisonous else entry
-            for entry in await super().undelivered(limit)
+            for entry in await super().claim_undelivered(limit)
         ]
 
     def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
@@ -74,7 +74,7 @@ async def faulty(
     tmp_path: Path,
     log: str,
     *,
-    queue: WorkQueue | None = None,
+    leases: Leases | None = None,
     overrides: JSON | None = None,
     errors: JSON | None = None,
     **settings: Any,
@@ -82,7 +82,7 @@ async def faulty(
     opening: Any = open_memory_log if log == "memory" else open_sqlite_log
     async with opening(credits=100, clock=now, outbox="webhook_url" in settings) as inner:
         between = Faulty(inner, **(errors or {}))
-        replaced = {"storage": memory_storage(between, queue=queue), **(overrides or {})}
+        replaced = {"storage": memory_storage(between, leases=leases), **(overrides or {})}
         async with running(tmp_path / "images", overrides=replaced, **settings) as service:
             yield service, between
 
@@ -183,7 +183,7 @@ async def test_a_failing_lease_renewal_does_not_stop_work(
 ) -> None:
     monkeypatch.setattr("domain.runner._RENEW", 0.05)
 
-    class Unrenewed(MemoryQueue):
+    class Unrenewed(MemoryLeases):
         errors: ClassVar = [error(), error()]
 
         async def renew(self, generation_ids: Any) -> Any:
@@ -191,11 +191,11 @@ async def test_a_failing_lease_renewal_does_not_stop_work(
                 raise self.errors.pop()
             return await super().renew(generation_ids)
 
-    queue, pause = Unrenewed(), Pause()
-    async with faulty(tmp_path, "memory", queue=queue, overrides={"editor": ScriptedEditor(pause)}) as (service, _):
+    leases, pause = Unrenewed(), Pause()
+    async with faulty(tmp_path, "memory", leases=leases, overrides={"editor": ScriptedEditor(pause)}) as (service, _):
         generation_id = await service.start()
         await pause.reached.wait()
-        await service.until(lambda: not queue.errors)
+        await service.until(lambda: not leases.errors)
         pause.released.set()
         assert (await ended(service, generation_id))["status"] == "completed"
 
@@ -286,7 +286,7 @@ async def test_a_webhook_that_cannot_be_encoded_is_set_aside(tmp_path: Path, log
 
     receiver = await asyncio.start_server(receive, "127.0.0.1", 0)
     port = receiver.sockets[0].getsockname()[1]
-    errors = {"undelivered": [OSError(), MemoryError()]}
+    errors = {"claim_undelivered": [OSError(), MemoryError()]}
     async with (
         receiver,
         faulty(tmp_path, log, errors=errors, webhook_url=f"http://127.0.0.1:{port}/") as (service, between),
@@ -300,7 +300,7 @@ async def test_a_webhook_that_cannot_be_encoded_is_set_aside(tmp_path: Path, log
         pause.released.set()
         await service.until(lambda: any(good.encode() in body for body in bodies))
         async with asyncio.timeout(10):
-            while await between.inner.undelivered(10):
+            while await between.inner.claim_undelivered(10):
                 await asyncio.sleep(0.02)
         assert not any(bad.encode() in body for body in bodies)
         await service.until(lambda: service.service.supervisor.parts["webhooks"] == "ok")

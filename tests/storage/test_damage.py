@@ -194,7 +194,7 @@ READS: Final = {
     "the finished": lambda log, _: log.generations("ada", active=False, limit=10),
     "the feed": lambda log, _: log.feed("ada", after=0, anchor=0, limit=100),
     "the key": lambda log, _: log.find_by_idempotency_key("ada", "key of ada"),
-    "the outbox": lambda log, _: log.undelivered(10),
+    "the outbox": lambda log, _: log.claim_undelivered(10),
     "the expired": lambda log, _: log.finished_before(datetime(9000, 1, 1, tzinfo=UTC), 10),
     "the removal": lambda log, name: log.remove(name, retention=False),
 }
@@ -219,7 +219,7 @@ async def test_the_pictures_of_a_damaged_generation_are_kept_until_retention_end
     log = f"sqlite:///{tmp_path}/log.db"
     async with running(tmp_path / "images", log=log) as service:
         generation_id = await service.start("ada")
-        await service.service.queue.settled()
+        await service.service.leases.drain()
     change(tmp_path / "log.db", "UPDATE generations SET order_json = x''")
     async with running(tmp_path / "images", log=log) as service:
         answer = await service.http.get(f"/generations/{generation_id}", headers={"X-User-Id": "ada"})
@@ -354,7 +354,7 @@ async def serves(path: Path, *, examined: bool) -> None:
             )
         for history in await life.log.unfinished():
             await life.finish(generation_of(history))
-        await life.log.undelivered(100)
+        await life.log.claim_undelivered(100)
         await forget(life)
         kept = await life.database.read(
             lambda connection: connection.execute("SELECT * FROM damaged_generations").fetchall()

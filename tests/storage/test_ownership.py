@@ -274,18 +274,18 @@ async def test_a_file_that_comes_back_is_used_again(tmp_path: Path) -> None:
         assert (await service.post("ada", "edit")).status_code == 503
         (tmp_path / "away.db").rename(tmp_path / "log.db")
         await service.start("ada")
-        await service.service.queue.settled()
+        await service.service.leases.drain()
 
 
 @pytest.mark.parametrize("mode", ["TRUNCATE", "RESTART", "PASSIVE"])
 async def test_a_checkpoint_by_another_process_does_not_disturb_the_service(tmp_path: Path, mode: str) -> None:
     async with running(tmp_path / "images", log=f"sqlite:///{tmp_path}/log.db") as service:
         await service.start("ada")
-        await service.service.queue.settled()
+        await service.service.leases.drain()
         with contextlib.closing(sqlite3.connect(tmp_path / "log.db")) as stranger:
             stranger.execute(f"PRAGMA wal_checkpoint({mode})")
         await service.start("ada")
-        await service.service.queue.settled()
+        await service.service.leases.drain()
 
 
 async def test_a_write_ahead_log_that_is_cut_off_while_it_is_needed_refuses_writes(tmp_path: Path) -> None:

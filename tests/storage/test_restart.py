@@ -101,7 +101,7 @@ async def test_sessions_cursors_keys_balances_grants_and_images_are_there_after_
         url = (await ended(wire, done))["editedImageUrl"]
         await ended(wire, await first.start())
         deleted = await first.start(user="bob")
-        await first.service.queue.settled()
+        await first.service.leases.drain()
         assert (await first.http.delete(f"/generations/{deleted}", headers={"X-User-Id": "bob"})).status_code == 204
         assert (await first.http.post("/users/pat/credit", **grant)).json()["credit"] == 107
         before = [await first.get(path) for path in (f"/generations/{done}", f"/generations/{done}/events", "/me")]
@@ -190,7 +190,7 @@ async def test_after_a_restart_free_work_is_repeated_paid_work_is_ended_and_wait
         assert (end.get("code") or end.get("faceSwapError", {}).get("code")) == left.code
         assert end["credit"] == (await again.get("/me"))["credit"] == left.credit
         assert back.events == await again.events(stuck)
-        await again.service.queue.settled()
+        await again.service.leases.drain()
         assert [event["status"] for event in await again.events(waiting, "bob")][-1] == "completed"
         named = {value.rpartition("/")[2] for event in back.events for key, value in event.items() if key[-3:] == "Url"}
         kept = {each.name for each in (tmp_path / "images" / stuck).glob("*")}
@@ -239,7 +239,7 @@ async def test_a_second_process_on_the_same_file_is_refused_with_3_and_a_sentenc
             assert await second.ended() == 3
             assert second.lines == [f"stagecast: The log {deployment.log} is in use by another process."]
         await first.start()
-        await first.service.queue.settled()
+        await first.service.leases.drain()
     async with deployment.serving() as third, RetryingClient.open(deployment.url) as caller:
         [generation] = await caller.generations("ada")
         assert generation["status"] == "completed"

@@ -109,9 +109,9 @@ async def test_ends_from_before_the_outbox_are_not_delivered(path: Path) -> None
     async with opened(path) as without:
         without.recorder.count = 10
         await without.recorder.start_and_fail()
-        assert list(await without.log.undelivered(10)) == []
+        assert list(await without.log.claim_undelivered(10)) == []
     async with opened(path, outbox=True) as again:
-        assert [entry.generation_id for entry in await again.log.undelivered(10)] == [kept.generation_id]
+        assert [entry.generation_id for entry in await again.log.claim_undelivered(10)] == [kept.generation_id]
 
 
 # --- a killed process ------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ class AttackedService:
         await self.watching
         await self.watch()
         async with asyncio.timeout(TIMEOUT):
-            await self.service.service.queue.settled()
+            await self.service.service.leases.drain()
         for path in ("/health/live", "/health/ready"):
             assert (await self.service.http.get(path)).status_code == 200
         account = (await self.service.http.get("/me", headers=self.headers["mallory"])).json()
@@ -225,7 +225,7 @@ async def expect(table: Table) -> int:
 
 async def served(attacked: AttackedService, generation_id: str) -> list[httpx2.Response]:
     """Everything that is served of a generation, once it has ended."""
-    await attacked.service.service.queue.settled()
+    await attacked.service.service.leases.drain()
     path = f"/generations/{generation_id}/events"
     history = await attacked.service.http.get(path, headers=attacked.headers["mallory"])
     assert history.json()["status"] == "completed", history.text

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, settings
 from pydantic import JsonValue
 from pydantic_core import to_json
 
+from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
-from adapters.memory.queue import MemoryQueue
 from adapters.memory.sessions import MemorySessions
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
@@ -24,7 +24,7 @@ from adapters.system import now
 from domain.events import encode, event_name, images_of
 from domain.feed import Logged
 from domain.generation import Generation
-from domain.ports.leases import WorkQueue
+from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import Append, EventLog, Gap, History, Start
 from domain.ports.retention import Retention
@@ -225,11 +225,11 @@ class WholeLog(EventLog, Ledger, Retention, WebhookOutbox, Protocol):
     """A log together with its ledger, its retention and its outbox, as the contract suites try them."""
 
 
-def memory_storage(log: WholeLog | None = None, *, queue: WorkQueue | None = None) -> Storage:
+def memory_storage(log: WholeLog | None = None, *, leases: Leases | None = None) -> Storage:
     """A storage in memory, some of whose parts are given: for `api.wiring.wire`."""
     log = log or MemoryLog(epoch="e1", credits=100, clock=now)
     sessions = MemorySessions(timedelta(days=1))
-    return Storage(log=log, ledger=log, retention=log, outbox=log, sessions=sessions, queue=queue or MemoryQueue())
+    return Storage(log=log, ledger=log, retention=log, outbox=log, sessions=sessions, leases=leases or MemoryLeases())
 
 
 @dataclass

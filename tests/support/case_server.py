@@ -331,7 +331,7 @@ class _Host:
         return {}
 
     async def until_idle(self) -> JSON:
-        await self.here.service.queue.settled()
+        await self.here.service.leases.drain()
         return {}
 
     async def check(self, users: list[str]) -> JSON:

@@ -10,8 +10,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
-from adapters.memory.queue import MemoryQueue
 from domain.admission import Admission, Limits
 from domain.errors import Failure, FailureCode, InvalidImage, LogUnavailable
 from domain.external import ExternalWork
@@ -327,9 +327,9 @@ class ForwardingLog:
         await self.forward()
         return await self.inner.remove(generation_id, retention=retention)
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         await self.forward()
-        return await self.inner.undelivered(limit)
+        return await self.inner.claim_undelivered(limit)
 
     async def delivered(self, generation_id: str) -> None:
         await self.forward()
@@ -418,11 +418,11 @@ class InMemoryBackend:
     def __post_init__(self) -> None:
         self.memory = MemoryLog(epoch="e1", credits=self.credits, clock=self.clock)
         self.log = self.line(self.memory)
-        self.queue = MemoryQueue()
+        self.leases = MemoryLeases()
         self.recorder = Recorder(self.log, self.clock, self.entropy, patience=self.patience)
         self.supervisor = Supervisor()
         self.quarantine = Quarantine(self.recorder)
-        self.external = ExternalWork(self.log, self.recorder, self.quarantine, self.clock, self.deadline)
+        self.external = ExternalWork(self.log, self.leases, self.recorder, self.quarantine, self.clock, self.deadline)
         self.stored = stored = StoredImages(self.images)
         limits = Limits(self.max_waiting, self.max_per_user, timedelta(days=1))
         self.workflow = Workflow(
@@ -430,9 +430,9 @@ class InMemoryBackend:
             ledger=self.log,
             retention=self.log,
             recorder=self.recorder,
-            queue=self.queue,
+            leases=self.leases,
             external=self.external,
-            admission=Admission(self.log, self.queue, stored, limits),
+            admission=Admission(self.log, self.leases, stored, limits),
             images=stored,
             intake=TrustingIntake(),
             clock=self.clock,
@@ -445,7 +445,7 @@ class InMemoryBackend:
             quarantine=self.quarantine,
             log=self.log,
             recorder=self.recorder,
-            queue=self.queue,
+            leases=self.leases,
             images=stored,
             image_url=lambda name: BASE + name,
             composer=self.composer,
@@ -484,7 +484,7 @@ class InMemoryBackend:
     async def settled(self) -> None:
         """Wait until nothing is left to do, or the runner has died over it."""
         assert self._running is not None
-        settled = asyncio.create_task(self.queue.settled())
+        settled = asyncio.create_task(self.leases.drain())
         try:
             async with asyncio.timeout(60):
                 await asyncio.wait([settled, self._running], return_when=asyncio.FIRST_COMPLETED)
@@ -530,7 +530,7 @@ class InMemoryBackend:
                     named |= {str(url).removeprefix(BASE) for key, url in event.items() if key.endswith("Url")}
             assert await self.memory.credit(user_id) == credit
         assert set(self.images.kept) <= named, "pictures are left that no event names"
-        assert (self.queue.waiting, self.queue.held) == (0, 0)
+        assert await self.leases.count() == (0, 0)
 
 
 def wanted(kind: Kind, face_swap: bool) -> Wish:

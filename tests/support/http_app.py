@@ -17,8 +17,8 @@ import httpx2
 import uvicorn
 from fastapi import FastAPI
 
+from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
-from adapters.memory.queue import MemoryQueue
 from adapters.system import SystemEntropy, now
 from api.auth import Authenticator
 from api.rest import accounts, generations, info, problems
@@ -147,16 +147,16 @@ async def serve_api(
 ) -> AsyncIterator[Api]:
     log = MemoryLog(epoch="e1", credits=credits, clock=now)
     recorder = Recorder(log, now, SystemEntropy())
-    images, queue = FakeImages(), MemoryQueue()
+    images, leases = FakeImages(), MemoryLeases()
     stored, limits = StoredImages(images), Limits(max_waiting, max_per_user, timedelta(days=1), starts_per_minute)
     workflow = Workflow(
         log=log,
         ledger=log,
         retention=log,
         recorder=recorder,
-        queue=queue,
-        external=ExternalWork(log, recorder, Quarantine(recorder), now, 600),
-        admission=Admission(log, queue, stored, limits),
+        leases=leases,
+        external=ExternalWork(log, leases, recorder, Quarantine(recorder), now, 600),
+        admission=Admission(log, leases, stored, limits),
         images=stored,
         intake=FakeIntake(),
         clock=now,

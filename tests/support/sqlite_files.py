@@ -64,7 +64,7 @@ async def image(log: SqliteLog, *user_ids: str) -> object:
             await log.find_by_idempotency_key(user_id, "k"),
         )
         for user_id in user_ids
-    ] + [await log.unfinished(), await log.undelivered(100), await log.finished_before(NOON + RETENTION, 100)]
+    ] + [await log.unfinished(), await log.claim_undelivered(100), await log.finished_before(NOON + RETENTION, 100)]
 
 
 async def python(program: str, path: Path) -> asyncio.subprocess.Process:

@@ -80,7 +80,7 @@ async def until(holds: Callable[[], bool]) -> None:
 async def until_all_delivered(log: WholeLog) -> None:
     """Wait until the log has nothing left to tell."""
     async with asyncio.timeout(60):
-        while await log.undelivered(1):
+        while await log.claim_undelivered(1):
             await asyncio.sleep(0.005)
 
 

@@ -171,7 +171,7 @@ async def load_older(tab: Tab) -> None:
 
 async def test_the_history_loads_page_by_page_and_each_entry_has_a_timeline(browser: Browser, service: Running) -> None:
     started = [await service.start("hal", metadata=json.dumps({"title": f"hat {n}"})) for n in range(42)]
-    await service.service.queue.settled()  # Otherwise generations that end later are added to the history.
+    await service.service.leases.drain()  # Otherwise generations that end later are added to the history.
     async with tabs(browser, service.url, user="hal") as [tab]:
         tiles = tab["#history .tile"]
         await expect(tiles).to_have_count(20)

@@ -63,6 +63,8 @@ class ImageFolder:
             try:
                 #: Pictures stored before this time (seconds since 1970) are never reported as removable.
                 self._since = self._claim({"log": log, "epoch": epoch})
+                #: Pictures stored before this time are those of dead processes, as this one has the folder to itself.
+                self._claimed = os.fstat(self._lock).st_mtime
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -186,12 +188,12 @@ class ImageFolder:
         if not self._held():
             return found
         for folder in _entries(self._root):
-            if _PROBE.fullmatch(folder.name) and _stored(folder) < moment:
+            if _PROBE.fullmatch(folder.name) and _stored(folder) < max(moment, self._claimed):
                 Path(folder.path).unlink(missing_ok=True)
             if not _ID.fullmatch(folder.name):
                 continue
             for file in _entries(Path(folder.path)):
-                if not self._since <= _stored(file) < moment:
+                if not self._since <= _stored(file) < max(moment, self._claimed):
                     continue
                 if _PART.fullmatch(file.name):
                     _remove(Path(file.path))

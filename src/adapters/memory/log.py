@@ -326,7 +326,7 @@ class MemoryLog:
             del self._finished[passed.generation_id]
         return True
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         return [record.entry(len(record.events) - 1) for record in islice(self._undelivered.values(), limit)]
 
     async def delivered(self, generation_id: str) -> None:

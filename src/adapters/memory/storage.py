@@ -1,7 +1,7 @@
 """The storage in memory: ``STAGECAST_LOG=memory://``."""
 
+from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
-from adapters.memory.queue import MemoryQueue
 from adapters.memory.sessions import MemorySessions
 from domain.ports.storage import Storage, StorageOptions
 
@@ -15,5 +15,5 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         retention=log,
         outbox=log,
         sessions=MemorySessions(options.retention),
-        queue=MemoryQueue(),
+        leases=MemoryLeases(),
     )

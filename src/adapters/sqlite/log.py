@@ -280,7 +280,7 @@ class SqliteLog:
         await self._read(lambda _: None, _NAMED, (generation_id,))
         return await self._database.write(lambda connection: _remove(connection, generation_id, retention))
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         if not self._outbox:
             return []
         where = "WHERE undelivered = 1 AND events.id = end_event ORDER BY end_event LIMIT ?"

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from adapters.memory.queue import MemoryQueue
+from adapters.memory.leases import MemoryLeases
 from adapters.sqlite import database
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
@@ -21,7 +21,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         retention=log,
         outbox=log,
         sessions=SqliteSessions(opened, options.retention),
-        queue=MemoryQueue(),  # One process has the file.
+        leases=MemoryLeases(),  # One process has the file.
         examine=log.examine,
         close=opened.close,
     )

@@ -38,7 +38,8 @@ class ImageStore(Protocol):
     async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
         """The names of the pictures stored before that moment, by generation id.
 
-        Those that may belong to another log than the present one are left out.
+        Those that a dead process has stored are included whatever their age, where that is known. Those that may belong
+        to another log than the present one are left out.
         """
 
     async def close(self) -> None:

@@ -1,40 +1,65 @@
-"""Who works on which generation."""
+"""Leases: which node works on which generation, and which node does which chore."""
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-class WorkQueue(Protocol):
-    """Who works on which generation. Fair between users: nobody's many jobs delay another's first."""
+class Counts(NamedTuple):
+    """Generations on all nodes; a moment old where several nodes share the leases."""
+
+    #: Nobody works on them yet.
+    waiting: int
+    held: int
+
+
+class Leases(Protocol):
+    """Who works on what. Fair between users: one user's many generations do not delay another user's first.
+
+    A generation waits in one of two lines: of work, or of what needs no worker yet (`fetching`: its image URLs are
+    fetched first, or it was interrupted and has to be ended). A node that claims it holds it until it releases it.
+    Where nodes share the leases, a node that does not renew them loses them.
+    """
 
     @property
-    def waiting(self) -> int:
-        """How many generations nobody works on yet."""
+    def shared(self) -> bool:
+        """Whether other nodes take over what this one leaves."""
 
-    @property
-    def held(self) -> int:
-        """How many generations are worked on."""
+    async def count(self) -> Counts:
+        """How many generations wait, and how many are held."""
 
-    async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> None:
-        """Put a generation in line: in that of work, or in that of those whose image URLs are to be fetched first."""
+    async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
+        """Put a generation in a line. False: it waits or is held already, and nothing has changed.
+
+        One that is held for fetching may be offered for work. Claimed there, it is held for work.
+        """
 
     async def withdraw(self, generation_id: str) -> bool:
-        """Take a generation out of the line. False: it does not wait there."""
+        """Take a generation out of its line. False: it does not wait."""
 
     async def claim(self, *, fetching: bool = False) -> str:
         """Wait for the next generation in this line, and hold it.
 
-        Of one user only so many are held at once from the line of those to be fetched for. One that is held from there,
-        and claimed from the line of work meanwhile, is held for work.
-
-        For ever in one process; where several share a line, for a while (a lease), unless it is renewed.
+        Of one user only a few are held for fetching at once.
         """
 
     async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
-        """Hold these for another while. Return those of them that are no longer held: somebody else has them."""
+        """Go on holding these. Return those that this node no longer holds."""
 
     async def release(self, generation_id: str) -> None:
-        """Let go of a generation that is held."""
+        """Stop holding a generation, if this node does. A shared lease of an unfinished one is then abandoned."""
 
-    async def settled(self) -> None:
-        """Wait until nothing waits and nothing is held."""
+    async def abandoned(self) -> Collection[str]:
+        """Unfinished generations whose node has released them or died. They can be offered again."""
+
+    async def claim_chore(self, name: str, seconds: float) -> bool:
+        """Whether this node does this chore: for so many seconds no other node does, unless this one dies.
+
+        The node that does it can claim it again before they are over. Two nodes may still overlap, for example if one
+        was paused, so a chore must bear that.
+        """
+
+    async def drain(self) -> None:
+        """Wait until this node has nothing left to do, for shutdown.
+
+        Where nodes share the leases, it claims nothing from now on; otherwise it does all that waits.
+        """

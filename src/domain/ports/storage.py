@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
-from domain.ports.leases import WorkQueue
+from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import EventLog
 from domain.ports.retention import Retention
@@ -41,7 +41,7 @@ class Storage:
     retention: Retention
     outbox: WebhookOutbox
     sessions: Sessions
-    queue: WorkQueue
+    leases: Leases
     #: Checks, in the background, all that was stored before. What is damaged then counts as deleted.
     examine: Callable[[], Awaitable[None]] = _nothing
     #: Finishes pending operations and releases everything. Nothing may be called afterwards.

@@ -1,18 +1,22 @@
 """The terminal events that the webhook has not received."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from domain.feed import Logged
+
+#: Seconds after which another node may claim an event: longer than one attempt to deliver it takes.
+CLAIM: Final = 60.0
 
 
 class WebhookOutbox(Protocol):
     """Terminal events that wait for the webhook. Every method may raise `LogUnavailable`."""
 
-    async def undelivered(self, limit: int) -> Sequence[Logged]:
-        """Terminal events that are not delivered yet, oldest first. Those of removed generations are dropped.
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
+        """Claim undelivered terminal events that no other node has claimed, and return them, oldest first.
 
-        Always empty if the storage was opened without an outbox.
+        Those that this node has claimed before are claimed anew. A claim lasts `CLAIM` seconds. There are none where
+        the log was opened without an outbox. A removed generation's event is not delivered any more.
         """
 
     async def delivered(self, generation_id: str) -> None:

@@ -1,0 +1,226 @@
+"""The contract of `domain.ports.leases.Leases`: every adapter of it passes this suite."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from adapters.memory.leases import MemoryLeases
+from domain.ports.leases import Leases
+
+LEASES: dict[str, Callable[[], Leases]] = {"memory": MemoryLeases}
+
+
+@pytest.fixture(params=list(LEASES))
+async def leases(request: pytest.FixtureRequest) -> Leases:
+    return LEASES[request.param]()
+
+
+async def claim(leases: Leases) -> str:
+    async with asyncio.timeout(20):
+        return await leases.claim()
+
+
+async def turns(count: int = 5) -> None:
+    """Let everybody who can go on do so."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_what_was_offered_first_by_a_user_is_claimed_first(leases: Leases) -> None:
+    for name in ("a1", "a2", "a3"):
+        await leases.offer("ada", name)
+    assert await leases.count() == (3, 0)
+    assert [await claim(leases) for _ in range(3)] == ["a1", "a2", "a3"]
+    assert await leases.count() == (0, 3)
+
+
+async def test_nobodys_many_jobs_delay_anothers_first(leases: Leases) -> None:
+    for name in ("a1", "a2", "a3", "a4"):
+        await leases.offer("ada", name)
+    for name in ("b1", "b2"):
+        await leases.offer("bob", name)
+    await leases.offer("cy", "c1")
+    assert [await claim(leases) for _ in range(7)] == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+
+
+async def test_who_comes_late_waits_one_round_at_most(leases: Leases) -> None:
+    for number in range(50):
+        await leases.offer("ada", f"a{number}")
+    assert await claim(leases) == "a0"
+    await leases.offer("bob", "b0")
+    assert "b0" in [await claim(leases), await claim(leases)]
+
+
+async def test_who_offers_again_and_again_does_not_overtake(leases: Leases) -> None:
+    await leases.offer("ada", "a1")
+    await leases.offer("bob", "b1")
+    assert await claim(leases) == "a1"
+    await leases.offer("ada", "a2")
+    assert [await claim(leases), await claim(leases)] == ["b1", "a2"]
+
+
+async def test_a_claim_waits_until_something_is_offered(leases: Leases) -> None:
+    waiting = asyncio.create_task(leases.claim())
+    await turns()
+    assert not waiting.done()
+    await leases.offer("ada", "a1")
+    async with asyncio.timeout(20):
+        assert await waiting == "a1"
+    assert await leases.count() == (0, 1)
+
+
+async def test_each_generation_goes_to_one_claim(leases: Leases) -> None:
+    claims = [asyncio.create_task(leases.claim()) for _ in range(10)]
+    await turns()
+    for number in range(10):
+        await leases.offer(f"user{number % 3}", f"g{number}")
+    async with asyncio.timeout(20):
+        assert {await claimed for claimed in claims} == {f"g{number}" for number in range(10)}
+    assert await leases.count() == (0, 10)
+
+
+@pytest.mark.parametrize("turns_between", range(6))
+async def test_a_cancelled_claim_loses_nothing(leases: Leases, turns_between: int) -> None:
+    """At whichever moment: what it did not return, the next one gets."""
+    cancelled, patient = asyncio.create_task(leases.claim()), asyncio.create_task(leases.claim())
+    await turns()
+    offering = asyncio.create_task(leases.offer("ada", "a1"))
+    await turns(turns_between)
+    cancelled.cancel()
+    await asyncio.wait([cancelled, offering])
+    await turns()
+    if cancelled.cancelled():
+        assert patient.result() == "a1"
+    else:
+        assert cancelled.result() == "a1"
+        await leases.offer("ada", "a2")
+        await turns()
+        assert patient.result() == "a2"
+    assert (await leases.count()).waiting == 0
+
+
+async def test_what_was_released_is_neither_held_nor_waiting(leases: Leases) -> None:
+    await leases.offer("ada", "a1")
+    await leases.release(await claim(leases))
+    assert await leases.count() == (0, 0)
+
+
+async def test_releasing_what_is_not_held_changes_nothing(leases: Leases) -> None:
+    await leases.offer("ada", "a1")
+    await leases.release("a1")
+    await leases.release("unknown")
+    assert await leases.count() == (1, 0)
+    assert await claim(leases) == "a1"
+
+
+async def test_what_was_withdrawn_is_not_claimed_and_makes_room(leases: Leases) -> None:
+    for name in ("a1", "a2", "a3"):
+        await leases.offer("ada", name)
+    await leases.offer("bob", "b1")
+    assert await leases.withdraw("a2") is True
+    assert await leases.withdraw("b1") is True
+    assert await leases.count() == (2, 0)
+    assert [await claim(leases), await claim(leases)] == ["a1", "a3"]
+    assert (await leases.count()).waiting == 0
+
+
+async def test_what_does_not_wait_cannot_be_withdrawn(leases: Leases) -> None:
+    await leases.offer("ada", "a1")
+    assert await claim(leases) == "a1"
+    assert await leases.withdraw("a1") is False
+    assert await leases.withdraw("unknown") is False
+    assert (await leases.count()).held == 1
+
+
+async def test_withdrawing_the_last_one_settles_the_line(leases: Leases) -> None:
+    await leases.offer("ada", "a1")
+    settled = asyncio.create_task(leases.drain())
+    await turns()
+    assert not settled.done()
+    assert await leases.withdraw("a1")
+    async with asyncio.timeout(20):
+        await settled
+
+
+async def test_settled_waits_for_what_waits_and_for_what_is_held(leases: Leases) -> None:
+    async with asyncio.timeout(20):
+        await leases.drain()
+    await leases.offer("ada", "a1")
+    await leases.offer("bob", "b1")
+    settled = asyncio.create_task(leases.drain())
+    await turns()
+    assert not settled.done()
+    one, two = await claim(leases), await claim(leases)
+    await turns()
+    assert not settled.done()
+    await leases.release(one)
+    await turns()
+    assert not settled.done()
+    await leases.release(two)
+    async with asyncio.timeout(20):
+        await settled
+
+
+async def test_a_queue_forgets_users_who_wait_for_nothing(leases: Leases) -> None:
+    for number in range(100):
+        await leases.offer(f"user{number}", f"g{number}")
+    for _ in range(100):
+        await leases.release(await claim(leases))
+    sizes = [len(value) for value in vars(leases).values() if hasattr(value, "__len__")]
+    assert sizes == [0] * len(sizes)
+
+
+# --- the line of those whose image URLs are to be fetched --------------------------------------------------
+
+
+async def claim_fetch(leases: Leases) -> str:
+    async with asyncio.timeout(20):
+        return await leases.claim(fetching=True)
+
+
+async def test_a_line_of_fetches_is_apart_from_that_of_work(leases: Leases) -> None:
+    await leases.offer("ada", "f1", fetching=True)
+    await leases.offer("ada", "w1")
+    assert await leases.count() == (2, 0)
+    assert (await claim(leases), await claim_fetch(leases)) == ("w1", "f1")
+    assert await leases.count() == (0, 2)
+    assert await leases.renew(["w1", "f1", "x"]) == ["x"]
+
+
+async def test_of_one_user_two_are_fetched_for_at_once_and_others_do_not_wait_for_that(leases: Leases) -> None:
+    for name in ("a1", "a2", "a3"):
+        await leases.offer("ada", name, fetching=True)
+    assert [await claim_fetch(leases), await claim_fetch(leases)] == ["a1", "a2"]
+    third = asyncio.create_task(leases.claim(fetching=True))
+    await turns()
+    assert not third.done()
+    await leases.offer("bob", "b1", fetching=True)
+    async with asyncio.timeout(20):
+        assert await third == "b1"
+    await leases.release("a1")
+    assert await claim_fetch(leases) == "a3"
+
+
+async def test_what_is_fetched_for_makes_room_once_it_is_claimed_for_work(leases: Leases) -> None:
+    for name in ("a1", "a2", "a3"):
+        await leases.offer("ada", name, fetching=True)
+    first, _ = await claim_fetch(leases), await claim_fetch(leases)
+    third = asyncio.create_task(leases.claim(fetching=True))
+    await leases.offer("ada", first)
+    await turns()
+    assert not third.done()
+    assert await claim(leases) == first
+    async with asyncio.timeout(20):
+        assert await third == "a3"
+    assert await leases.count() == (0, 3)
+    await leases.release(first)
+    assert (await leases.count()).held == 2
+
+
+async def test_what_waits_to_be_fetched_for_can_be_withdrawn(leases: Leases) -> None:
+    await leases.offer("ada", "a1", fetching=True)
+    assert await leases.withdraw("a1") is True
+    assert await leases.withdraw("a1") is False
+    async with asyncio.timeout(20):
+        await leases.drain()
