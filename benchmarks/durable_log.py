@@ -23,13 +23,13 @@ from adapters.sqlite.log import SqliteLog
 from adapters.system import SystemEntropy, now
 from domain.events import Event, encode
 from domain.ports.log import Append, EventLog, Start
-from domain.requests import Order
+from domain.requests import GenerationRequest
 
 REPETITIONS: Final = 5
 SECONDS: Final = 1.5
 TICK: Final = 0.005
 ENTROPY: Final = SystemEntropy()
-ORDER: Final = Order(prompt="a red hat").model_dump_json().encode()
+REQUEST: Final = GenerationRequest(prompt="a red hat").model_dump_json().encode()
 
 
 class Figures(NamedTuple):
@@ -60,7 +60,7 @@ EVENT: Final = encode(
 def appends(user_id: str) -> Iterator[Append]:
     """One generation, as a user's edit appends it."""
     generation_id, at = f"edit_1_{ENTROPY.token()}", now()
-    start = Start("edit", ORDER, generation_id, "same", 1_000)
+    start = Start("edit", REQUEST, generation_id, "same", 1_000)
     for sequence in range(1, 9):
         event_id = ENTROPY.event_id()
         if sequence == 1:

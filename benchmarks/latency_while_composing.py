@@ -28,7 +28,7 @@ from api.settings import load_settings
 from api.wiring import wire
 from domain.events import Event, encode
 from domain.ports.log import Append, EventLog, Start
-from domain.requests import Order
+from domain.requests import GenerationRequest
 
 PER_SECOND: Final = 200
 SECONDS: Final = 3.0
@@ -38,7 +38,7 @@ USER: Final = "watcher"
 
 async def tick(log: EventLog) -> None:
     """Append for ever, in generations of 1,000 events."""
-    entropy, order = SystemEntropy(), Order(prompt="x").model_dump_json().encode()
+    entropy, order = SystemEntropy(), GenerationRequest(prompt="x").model_dump_json().encode()
     while True:
         generation_id = f"edit_1_{entropy.token()}"
         for sequence in range(1, 1_001):

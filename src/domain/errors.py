@@ -1,11 +1,10 @@
-"""What can go wrong, each with a stable code.
+"""Errors, each with a stable code.
 
-Two families. A `Refusal` answers a request that could not be done; nothing has happened. A `Failure` ends
-a generation: its code and sentence go into the event log and to the owner's devices, so they never hold
-a provider's words, a path or a key.
+A `Refusal` answers a request, which has changed nothing. A `Failure` ends a generation: its code and sentence go into
+the log and to the owner's devices, so they never contain a provider's text, a path or a key.
 """
 
-from typing import ClassVar, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, get_args
 
 FailureCode = Literal[
     "invalid_image",
@@ -23,7 +22,7 @@ FailureCode = Literal[
 
 FAILURE_CODES: Final[tuple[FailureCode, ...]] = get_args(FailureCode)
 
-#: What a person reads, and whether trying the same again can help.
+#: The default sentence for the owner, and whether a retry can succeed.
 _FAILURES: Final[dict[FailureCode, tuple[str, bool]]] = {
     "invalid_image": ("One of the images could not be read.", False),
     "image_fetch_failed": ("One of the image URLs could not be fetched.", True),
@@ -40,7 +39,7 @@ _FAILURES: Final[dict[FailureCode, tuple[str, bool]]] = {
 
 
 class Failure(Exception):
-    """A generation cannot go on. `sentence` is fit to show to its owner."""
+    """A generation cannot go on. `sentence` is shown to its owner."""
 
     def __init__(self, code: FailureCode, sentence: str | None = None, *, retryable: bool | None = None) -> None:
         default_sentence, default_retryable = _FAILURES[code]
@@ -49,35 +48,37 @@ class Failure(Exception):
         self.retryable = default_retryable if retryable is None else retryable
         super().__init__(f"{code}: {self.sentence}")
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the event that ends a generation with it."""
+        return {"error": self.sentence, "code": self.code, "retryable": self.retryable}
+
 
 class Refusal(Exception):
     """The request was refused."""
 
     code: ClassVar[str] = "refused"
-    #: Seconds after which another try is worth while, where that is known.
+    #: Seconds after which a retry may succeed, if that is known.
     retry_after: int | None = None
 
+    def __init_subclass__(cls, code: str | None = None) -> None:
+        cls.code = code or cls.code
+
     def __str__(self) -> str:
-        """The sentence for people: the docstring of the kind."""
+        """The sentence for users: the docstring of the class."""
         return (type(self).__doc__ or "").strip()
 
 
-class NotFound(Refusal):
+class NotFound(Refusal, code="not_found"):
     """There is no such generation."""
 
-    code = "not_found"
 
-
-class NotFinished(Refusal):
+class NotFinished(Refusal, code="not_finished"):
     """The generation is still running. Cancel it first."""
 
-    code = "not_finished"
 
-
-class IllegalTransition(Refusal):
+class IllegalTransition(Refusal, code="illegal_transition"):
     """This status may not follow the present one."""
-
-    code = "illegal_transition"
 
     def __init__(self, present: str, proposed: str, allowed: tuple[str, ...]) -> None:
         super().__init__(present, proposed, allowed)
@@ -87,10 +88,8 @@ class IllegalTransition(Refusal):
         self.allowed = allowed
 
 
-class InvalidEventField(IllegalTransition):
+class InvalidEventField(IllegalTransition, code="invalid_request"):
     """This status may follow, but not with this."""
-
-    code = "invalid_request"
 
     def __init__(self, present: str, proposed: str, allowed: tuple[str, ...], field: str, reason: str) -> None:
         super().__init__(present, proposed, allowed)
@@ -99,16 +98,12 @@ class InvalidEventField(IllegalTransition):
         self.reason = reason
 
 
-class NotExternal(Refusal):
+class NotExternal(Refusal, code="not_external"):
     """The service does the work of this generation itself."""
 
-    code = "not_external"
 
-
-class Conflict(Refusal):
+class Conflict(Refusal, code="conflict"):
     """The generation has moved on in the meantime."""
-
-    code = "conflict"
 
     def __init__(self, proposed: int, actual: int) -> None:
         super().__init__(proposed, actual)
@@ -118,78 +113,56 @@ class Conflict(Refusal):
         self.actual = actual
 
 
-class IdempotencyMismatch(Refusal):
+class IdempotencyMismatch(Refusal, code="idempotency_mismatch"):
     """This Idempotency-Key was used before with a different request."""
 
-    code = "idempotency_mismatch"
 
-
-class AlreadyStarted(Refusal):
+class AlreadyStarted(Refusal, code="already_started"):
     """This Idempotency-Key has started a generation before, with the same request."""
-
-    code = "already_started"
 
     def __init__(self, generation_id: str) -> None:
         super().__init__(generation_id)
         self.generation_id = generation_id
 
 
-class InsufficientCredit(Refusal):
+class InsufficientCredit(Refusal, code="insufficient_credit"):
     """There is no credit left to start a generation."""
 
-    code = "insufficient_credit"
 
-
-class CreditsOff(Refusal):
+class CreditsOff(Refusal, code="credits_off"):
     """No balances are kept here."""
 
-    code = "credits_off"
 
-
-class TooManyGenerations(Refusal):
+class TooManyGenerations(Refusal, code="too_many_generations"):
     """You have too many unfinished generations. Wait for one to finish."""
 
-    code = "too_many_generations"
 
-
-class TooManyStarts(Refusal):
+class TooManyStarts(Refusal, code="too_many_starts"):
     """You have started too many generations within a minute. Please wait a moment."""
-
-    code = "too_many_starts"
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(retry_after)
         self.retry_after = retry_after
 
 
-class StorageLimit(Refusal):
+class StorageLimit(Refusal, code="storage_limit"):
     """Your images take up too much room. Delete generations, or wait until older ones expire."""
 
-    code = "storage_limit"
 
-
-class Overloaded(Refusal):
+class Overloaded(Refusal, code="overloaded"):
     """The service is overloaded. Please try again shortly."""
 
-    code = "overloaded"
 
-
-class QueueFull(Refusal):
+class QueueFull(Refusal, code="queue_full"):
     """The service is busy. Please try again shortly."""
 
-    code = "queue_full"
 
-
-class Draining(Refusal):
+class Draining(Refusal, code="draining"):
     """The service is about to stop and takes no new work. Please try again shortly."""
 
-    code = "draining"
 
-
-class LogUnavailable(Refusal):
+class LogUnavailable(Refusal, code="log_unavailable"):
     """The event log does not answer. Please try again shortly."""
-
-    code = "log_unavailable"
 
 
 class ImageRefusal(Refusal):
@@ -199,19 +172,13 @@ class ImageRefusal(Refusal):
     index: int = 0
 
 
-class InvalidImage(ImageRefusal):
+class InvalidImage(ImageRefusal, code="invalid_image"):
     """The image could not be read."""
 
-    code = "invalid_image"
 
-
-class UnsupportedImageType(ImageRefusal):
+class UnsupportedImageType(ImageRefusal, code="unsupported_image_type"):
     """Only PNG, JPEG and WebP images are supported."""
 
-    code = "unsupported_image_type"
 
-
-class ImageTooLarge(ImageRefusal):
+class ImageTooLarge(ImageRefusal, code="image_too_large"):
     """The image has too many pixels: 25 megapixels at most."""
-
-    code = "image_too_large"

@@ -1,7 +1,6 @@
-"""Generations whose work is done by a pipeline of the user's own, which reports each stage here.
+"""Generations whose work is done by their owner's own pipeline, which reports each stage here.
 
-The table and the log decide as ever; only who does the work is different. A report that is sent again, because
-its answer was lost, is recognised without anything being remembered for it: its event id is made from its content.
+A report that is repeated because its answer was lost is recognised by its event id, a digest of its content.
 """
 
 import asyncio
@@ -19,18 +18,18 @@ from domain.ports.log import EventLog, Gap, History
 from domain.ports.system import Clock
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
-from domain.rehydrate import UNREADABLE, generation_of, is_external, order_of
+from domain.rehydrate import UNREADABLE, generation_of, is_external, request_of
 from domain.stages import FAILED
 
-#: Seconds between two looks at who has been silent for too long, at most.
-_LOOK: Final = 1.0
+#: The longest pause in seconds between two checks for missed deadlines.
+_PAUSE: Final = 1.0
 
 #: Seconds after which another node acts on the deadlines if this one does not.
 _CHORE: Final = 10.0
 
 
 class ExternalWork:
-    """Takes reports, and ends what has not been reported on for `deadline` seconds."""
+    """Takes reports, and ends generations without one for `deadline` seconds."""
 
     def __init__(
         self,
@@ -47,7 +46,7 @@ class ExternalWork:
         self._recorder = recorder
         self._clock = clock
         self._deadline = timedelta(seconds=deadline)
-        self._pause = min(_LOOK, deadline / 10)
+        self._pause = min(_PAUSE, deadline / 10)
         #: When to check each unfinished generation, external or not. The log has the true deadlines.
         self._due: dict[str, datetime] = {}
         self._missed_entries = True
@@ -65,7 +64,7 @@ class ExternalWork:
                 await asyncio.sleep(self._pause)
                 if await self._leases.claim_chore("external", _CHORE):
                     for generation_id in [each for each, due in self._due.items() if due <= self._clock()]:
-                        await self._look(generation_id)
+                        await self._check(generation_id)
 
     def _notice(self, entry: Logged | Gap) -> None:
         if isinstance(entry, Gap):
@@ -76,7 +75,7 @@ class ExternalWork:
             self._due.pop(entry.generation_id, None)
 
     async def idle(self) -> None:
-        """Wait until no external generation is unfinished."""
+        """Wait until every external generation has finished."""
         while True:
             with contextlib.suppress(LogUnavailable):
                 if not any(map(is_external, await self._log.unfinished())):
@@ -86,15 +85,15 @@ class ExternalWork:
     async def report(
         self, history: History, status: str, fields: Mapping[str, Any], *, content: bytes, sequence: int | None = None
     ) -> Logged:
-        """Move the generation on, and return the event. `content` is all that was said, `sequence` included.
+        """Append the next event and return it. `content` is the whole report; `sequence`, if given, must be the next.
 
         Raises:
             NotExternal: the service does the work itself.
             IllegalTransition, InvalidEventField: the machine does not allow it.
-            Conflict: the event would not get that sequence.
+            Conflict: `sequence` is not the next one.
             LogUnavailable
         """
-        if not order_of(history).external:
+        if not request_of(history).external:
             raise NotExternal
         while True:
             last = history.events[-1]
@@ -112,13 +111,13 @@ class ExternalWork:
                 again = await self._log.generation(last.generation_id)
                 if sequence is not None or again is None:
                     raise
-                history = again  # Somebody else was faster; judge it where the generation is now.
+                history = again  # A concurrent report was faster: try again after it.
 
-    async def _look(self, generation_id: str) -> None:
+    async def _check(self, generation_id: str) -> None:
         del self._due[generation_id]  # An event that is appended from now on sets it again.
         try:
             history = await self._log.generation(generation_id)
-            if history is None or (generation := generation_of(history)).finished or not order_of(history).external:
+            if history is None or (generation := generation_of(history)).finished or not request_of(history).external:
                 return
             due = datetime.fromisoformat(generation.updated_at) + self._deadline
             if due > self._clock():
@@ -126,7 +125,7 @@ class ExternalWork:
             else:
                 await self._recorder.end(generation_id, Failure("deadline_exceeded"))
         except LogUnavailable:
-            self._due.setdefault(generation_id, self._clock() + timedelta(seconds=_LOOK))
+            self._due.setdefault(generation_id, self._clock() + timedelta(seconds=_PAUSE))
         except UNREADABLE as error:
             await self._quarantine.end(generation_id, "external", error)
 
@@ -137,7 +136,7 @@ def _with_failure(generation: Generation, status: str, fields: Mapping[str, Any]
     sentence = fields.get("error") or (None if code else "Something went wrong.")
     failure = Failure(code or "internal", sentence, retryable=None if code else False)
     if status == FAILED:
-        return {**fields, **generation.failing(failure)}
+        return {**fields, **failure.fields}
     ending, defaults = generation.ending(failure)
     return {**defaults, **fields} if ending == status else fields
 

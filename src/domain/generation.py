@@ -1,20 +1,22 @@
-"""One generation: folded from its events, and moved by the `transitions` machine of its flow."""
+"""One generation: the fold of its events. The `transitions` machine of its flow decides which event may follow."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
 from pydantic import JsonValue
 from transitions import Machine, Transition
 
 from domain.errors import Failure, IllegalTransition, InvalidEventField
-from domain.events import URL_FIELDS, Event, FaceSwapError, Outcome, Wire, timestamp
-from domain.requests import Order
+from domain.events import Event, FaceSwapError, Outcome, Wire, timestamp
+from domain.requests import GenerationRequest
 from domain.stages import BEGIN, FAILED, FLOWS, GUARDS, Kind, Via, ceiling, moves
 
 
 class _Transition(Transition):
-    """A transition that knows its place in the table."""
+    """A transition that knows its move in the table."""
 
     def __init__(self, *args: Any, via: Via, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -26,7 +28,7 @@ class _Machine(Machine):
 
 
 def _machine(kind: Kind) -> Machine:
-    """A rule book, shared by all generations of a kind: a move's trigger is the status it leads to."""
+    """The rules for one kind, shared by all its generations. A move's trigger is the status it leads to."""
     return _Machine(
         model=None,
         states=[BEGIN, *FLOWS[kind]],
@@ -39,6 +41,9 @@ def _machine(kind: Kind) -> Machine:
         model_attribute="status",
     )
 
+
+#: No fields, or no pictures.
+NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 _MACHINES: Final[Mapping[Kind, Machine]] = {kind: _machine(kind) for kind in FLOWS}
 
@@ -61,66 +66,48 @@ class Snapshot(Outcome, _Header):
     """A generation as it is now: the fold of its events."""
 
 
+@dataclass(slots=True, eq=False)
 class Generation:
-    """The state of one generation. It changes only by `apply`, and only `propose` makes events for it."""
+    """The state of one generation. Only `apply` changes it, and only `propose` makes its events."""
 
-    __slots__ = (
-        "created_at",
-        "face_swap_error",
-        "face_swap_wanted",
-        "failure",
-        "generation_id",
-        "image_urls",
-        "kind",
-        "message",
-        "metadata",
-        "progress",
-        "sequence",
-        "status",
-        "updated_at",
-        "urls",
-        "user_id",
-    )
-
-    def __init__(self, generation_id: str, kind: Kind, user_id: str, order: Order) -> None:
-        self.generation_id = generation_id
-        self.kind: Kind = kind
-        self.user_id = user_id
-        self.face_swap_wanted = order.face_swap
-        self.image_urls = order.image_urls
-        self.metadata = order.metadata
-        self.status = BEGIN
-        self.progress = 0
-        self.sequence = 0
-        self.message = ""
-        self.created_at = ""
-        self.updated_at = ""
-        self.urls: dict[str, str] = {}
-        self.face_swap_error: FaceSwapError | None = None
-        #: The terminal ``failed`` event, where that is how it ended.
-        self.failure: Event | None = None
-
-    @property
-    def needs_fetching(self) -> bool:
-        """Whether the next work on it begins with fetching image URLs."""
-        return bool(self.image_urls) and "composition_url" not in self.urls
+    generation_id: str
+    kind: Kind
+    user_id: str
+    request: GenerationRequest
+    status: str = BEGIN
+    progress: int = 0
+    sequence: int = 0
+    message: str = ""
+    created_at: str = ""
+    updated_at: str = ""
+    #: The latest value of each field of `Outcome` that its events had.
+    outcome: Mapping[str, Any] = field(default_factory=dict)
+    #: The names of its stored pictures, by the field that has the picture's URL.
+    images: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def fold(cls, generation_id: str, kind: Kind, user_id: str, order: Order, events: Iterable[Event]) -> Self:
+    def fold(
+        cls, generation_id: str, kind: Kind, user_id: str, request: GenerationRequest, events: Iterable[Event]
+    ) -> Self:
         """The generation that these events, from the first one on, have made."""
-        generation = cls(generation_id, kind, user_id, order)
+        generation = cls(generation_id, kind, user_id, request)
         for event in events:
             generation.apply(event)
         return generation
 
     @property
+    def needs_fetching(self) -> bool:
+        """Whether its next step fetches image URLs."""
+        return bool(self.request.image_urls) and "composition_url" not in self.outcome
+
+    @property
     def finished(self) -> bool:
-        """Whether nothing may follow any more."""
+        """Whether no event may follow."""
         return self.status != BEGIN and FLOWS[self.kind][self.status].terminal
 
     @property
     def allowed(self) -> tuple[str, ...]:
-        """The statuses that may follow the present one, in the order of the table."""
+        """The statuses that may follow, in the order of the table."""
         return tuple(status for status in FLOWS[self.kind] if self._via(status) and self._after(status, None))
 
     def check_fields(self, status: str, names: Iterable[str]) -> None:
@@ -134,7 +121,7 @@ class Generation:
                 raise InvalidEventField(self.status, status, self.allowed, name, f"This is not told with {status}")
 
     def onward(self, fields: Mapping[str, Any]) -> str:
-        """The status that comes next when the work of the stage brought these fields and did not fail."""
+        """The status that follows once the work of the present stage has succeeded with these fields."""
         for status in FLOWS[self.kind]:
             via = self._via(status)
             if via is None or status in (self.status, FAILED):
@@ -143,10 +130,13 @@ class Generation:
                 return status
         raise IllegalTransition(self.status, "", self.allowed)
 
-    def propose(self, status: str, at: datetime, **fields: Any) -> tuple[Event, "Generation"]:
-        """The next event, and the generation as it will be once the log has taken it. Changes nothing.
+    def propose(
+        self, status: str, at: datetime, images: Mapping[str, str] = NONE, **fields: Any
+    ) -> tuple[Event, "Generation"]:
+        """The next event, and the generation as it will be once the log has the event. Changes nothing.
 
-        `fields` are further fields of `domain.events.Event`; `message` and `progress` are the table's unless given.
+        `images` names the stored pictures whose URLs are among `fields`; these are further fields of
+        `domain.events.Event`. `message` and `progress` are the table's by default.
 
         Raises:
             IllegalTransition: the machine does not allow this status now.
@@ -164,11 +154,11 @@ class Generation:
             if guard and guard.field:
                 raise InvalidEventField(self.status, status, self.allowed, guard.field, guard.requirement)
             raise IllegalTransition(self.status, status, self.allowed)
-        after.apply(event)
+        after.apply(event, images)
         return event, after
 
     def ending(self, failure: Failure) -> tuple[str, dict[str, Any]]:
-        """How the generation ends now that its present stage has failed: the status, and its event's fields.
+        """The status in which the generation ends if its present stage fails, and the fields of that event.
 
         Where the table lets the generation survive the failure of this stage, it does, unless its owner cancelled it.
         """
@@ -176,31 +166,21 @@ class Generation:
             via = self._via(status)
             if via and via.guard == "face_swap_failed":
                 return status, {"face_swap_error": FaceSwapError(code=failure.code, message=failure.sentence)}
-        return FAILED, self.failing(failure)
+        return FAILED, failure.fields
 
-    def failing(self, failure: Failure) -> dict[str, Any]:
-        """The fields of the event that ends the generation in ``failed``."""
-        return {"error": failure.sentence, "code": failure.code, "retryable": failure.retryable}
-
-    def apply(self, event: Event) -> None:
-        """Take an event that the log holds: the fold's one step. It never asks whether the event was legal."""
-        if not self.created_at:
-            self.created_at = event.occurred_at
-        self.status = event.status
-        self.progress = event.progress
-        self.sequence = event.sequence
-        self.message = event.message
+    def apply(self, event: Event, images: Mapping[str, str] = NONE) -> None:
+        """Take the next event in the log, and the names of the pictures that it brings. Does not check either."""
+        self.created_at = self.created_at or event.occurred_at
         self.updated_at = event.occurred_at
-        found = {name: url for name in URL_FIELDS if (url := getattr(event, name)) is not None}
-        if found:
-            self.urls = self.urls | found
-        self.face_swap_error = event.face_swap_error or self.face_swap_error
-        if event.status == FAILED:
-            self.failure = event
+        self.status, self.progress, self.message = event.status, event.progress, event.message
+        self.sequence = event.sequence
+        found = {name: value for name in Outcome.model_fields if (value := getattr(event, name)) is not None}
+        # Shared between copies, so replaced rather than changed.
+        self.outcome = {**self.outcome, **found} if found else self.outcome
+        self.images = {**self.images, **images} if images else self.images
 
     def snapshot(self, expires_at: str | None = None) -> Snapshot:
-        """What `GET /generations/<id>` answers."""
-        failure = self.failure
+        """What clients get. `expires_at`: when a finished generation is removed."""
         return Snapshot(
             generation_id=self.generation_id,
             user_id=self.user_id,
@@ -212,25 +192,20 @@ class Generation:
             created_at=self.created_at,
             updated_at=self.updated_at,
             expires_at=expires_at,
-            metadata=self.metadata,
-            face_swap_error=self.face_swap_error,
-            error=failure and failure.error,
-            code=failure and failure.code,
-            failed_stage=failure and failure.failed_stage,
-            retryable=failure and failure.retryable,
-            **self.urls,
+            metadata=self.request.metadata,
+            **self.outcome,
         )
 
-    # The guards of the table. Called by the machine with the proposed event, and with None to ask
-    # whether such an event could exist at all.
+    # The guards of the table. The machine calls them with the proposed event, or with None to ask whether any event
+    # would do.
 
     def face_swap_asked(self, event: Event | None) -> bool:
         """A face swap was asked for."""
-        return self.face_swap_wanted
+        return self.request.face_swap
 
     def face_swap_not_asked(self, event: Event | None) -> bool:
         """No face swap was asked for."""
-        return not self.face_swap_wanted
+        return not self.request.face_swap
 
     def face_swap_made(self, event: Event | None) -> bool:
         """The event brings no reason why there is no swapped picture."""
@@ -253,7 +228,7 @@ class Generation:
 
     def _after(self, status: str, event: Event | None) -> "Generation | None":
         """A copy that the machine has moved to this status. ``None``: the guard does not hold."""
-        after = self._copy()
+        after = replace(self)
         return after if _MACHINES[self.kind].events[status].trigger(after, event) else None
 
     def _check_progress(self, status: str, progress: int) -> None:
@@ -267,7 +242,7 @@ class Generation:
 
     def _draft(self, status: str, via: Via, occurred_at: str, fields: Mapping[str, Any]) -> Event:
         stage = FLOWS[self.kind][status]
-        known = {name: self.urls[name] for name in stage.fields + via.fields if name in self.urls}
+        known = {name: self.outcome[name] for name in stage.fields + via.fields if name in self.outcome}
         return Event(
             **{
                 "progress": self.progress if stage.progress is None else stage.progress,
@@ -280,12 +255,6 @@ class Generation:
             sequence=self.sequence + 1,
             status=status,
             occurred_at=occurred_at,
-            metadata=self.metadata,
+            metadata=self.request.metadata,
             failed_stage=self.status if status == FAILED else None,
         )
-
-    def _copy(self) -> "Generation":
-        copy = object.__new__(Generation)
-        for name in Generation.__slots__:
-            setattr(copy, name, getattr(self, name))
-        return copy

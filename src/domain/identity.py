@@ -23,34 +23,24 @@ class Identity(NamedTuple):
     service: bool
 
 
-class Unauthenticated(Refusal):
+class Unauthenticated(Refusal, code="unauthenticated"):
     """This needs a token."""
 
-    code = "unauthenticated"
 
-
-class InvalidToken(Refusal):
+class InvalidToken(Refusal, code="invalid_token"):
     """The token is not valid."""
 
-    code = "invalid_token"
 
-
-class TokenExpired(Refusal):
+class TokenExpired(Refusal, code="token_expired"):
     """The token has expired."""
 
-    code = "token_expired"
 
-
-class KeysUnavailable(Refusal):
+class KeysUnavailable(Refusal, code="unavailable"):
     """Tokens cannot be checked at the moment. Please try again shortly."""
 
-    code = "unavailable"
 
-
-class InvalidUserId(Refusal):
+class InvalidUserId(Refusal, code="invalid_user_id"):
     """A user id is a string of 1 to 128 characters without control characters, or an integer."""
-
-    code = "invalid_user_id"
 
 
 def user_id(value: object) -> str:

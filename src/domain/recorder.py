@@ -1,73 +1,70 @@
-"""Moves generations: the machine decides, the log appends, and only then the move has happened."""
+"""Appends events: the machine decides, the log appends, and only then has the generation moved."""
 
 import asyncio
 import math
 from collections.abc import Mapping
-from dataclasses import replace
-from datetime import datetime, timedelta
-from types import MappingProxyType
+from datetime import timedelta
 from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import encode, event_name, images_of
 from domain.feed import Logged
-from domain.generation import Generation
+from domain.generation import NONE, Generation
 from domain.ports.log import Append, EventLog, Start
 from domain.ports.system import Clock, Entropy
 from domain.rehydrate import UNREADABLE, generation_of, readable_part_of
 from domain.stages import FLOWS
 
-#: Seconds for which one append may go unanswered, and between two tries of it, growing to the last.
-_UNANSWERED: Final = 2.0
+#: Seconds after which one append counts as unanswered.
+_TIMEOUT: Final = 2.0
+#: Seconds between two attempts; the last one repeats.
 _PAUSES: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 
-#: Seconds for which a log that does not answer is asked again while somebody waits for the answer.
+#: Seconds for which an append is tried again while a caller waits for it.
 ATTENTION: Final = 2.0
-
-_NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class Recorder:
-    """The one writer of events. An append whose reply was lost is tried again as the same event."""
+    """The only writer of events. It tries an unanswered append again as the same event."""
 
     def __init__(self, log: EventLog, clock: Clock, entropy: Entropy, *, patience: float = math.inf) -> None:
-        """`patience`: seconds for which a log that does not answer is asked again where nobody waits."""
+        """`patience`: the seconds for which an append is tried again if no caller waits for it."""
         self._log = log
         self._clock = clock
         self._entropy = entropy
         self._patience = patience
 
-    async def begin(self, generation: Generation, start: Start, fields: Mapping[str, Any] = _NONE) -> Generation:
+    async def start(self, generation: Generation, start: Start) -> Generation:
         """Append the first event. Raises as `EventLog.append`.
 
-        After `LogUnavailable` it may be in the log, but does not come into it later than that.
+        After `LogUnavailable` the log may have the event, but it does not take it any more.
         """
-        at = self._clock()
-        append, after = self._prepare(generation, "started", fields, at, start, at + timedelta(seconds=ATTENTION))
-        await self._append(append, ATTENTION)
+        urls = generation.request.image_urls
+        fields = {"input_image": urls[0]} if urls else {}
+        not_after = self._clock() + timedelta(seconds=ATTENTION)
+        _, after = await self._append(generation, "started", fields, ATTENTION, start=start, not_after=not_after)
         return after
 
     async def move(
-        self, generation: Generation, status: str, fields: Mapping[str, Any] = _NONE, *, free: bool = False
+        self, generation: Generation, status: str, fields: Mapping[str, Any] = NONE, *, free: bool = False
     ) -> Generation:
-        """Append the next event, and return the generation as it then is. `free`: see `domain.ports.log.Append`.
+        """Append the next event and return the generation after it. `free`: see `domain.ports.log.Append`.
 
         Raises:
             IllegalTransition: the machine does not allow it; nothing was appended.
             Conflict: somebody else has moved this generation.
-            LogUnavailable: the log did not answer, however often asked.
+            LogUnavailable: the log did not answer, however often it was asked.
         """
-        append, after = self._prepare(generation, status, fields, self._clock())
-        await self._append(replace(append, free=free), self._patience)
+        _, after = await self._append(generation, status, fields, self._patience, free=free)
         return after
 
     async def report(self, generation: Generation, status: str, fields: Mapping[str, Any], event_id: int) -> Logged:
-        """Append the next event as `event_id`, for somebody who waits for the answer. Raises as `move`."""
-        append, _ = self._prepare(generation, status, fields, self._clock())
-        return await self._append(replace(append, event_id=event_id), ATTENTION)
+        """Append the next event as `event_id`, for a caller who waits for it. Raises as `move`."""
+        logged, _ = await self._append(generation, status, fields, ATTENTION, event_id=event_id)
+        return logged
 
     async def end(self, generation_id: str, failure: Failure) -> bool:
-        """End a generation with this failure, whoever works on it. False: it had ended, or is not there.
+        """End a generation with this failure, whoever works on it. False: it has ended, or does not exist.
 
         Raises:
             LogUnavailable: the log did not answer in time.
@@ -75,54 +72,44 @@ class Recorder:
         while history := await self._log.generation(generation_id):
             try:
                 generation = generation_of(history)
-            except UNREADABLE:  # Stored data that cannot be read. What can be is enough to end it.
+            except UNREADABLE:
                 generation = readable_part_of(history)
             if generation.finished:
                 return False
-            append, _ = self._prepare(generation, *generation.ending(failure), self._clock())
             try:
-                await self._append(append, ATTENTION)
+                await self._append(generation, *generation.ending(failure), ATTENTION)
             except Conflict:
-                continue  # It has just moved on; end it where it is now.
+                continue  # It has just moved on: end it where it is now.
             return True
         return False
 
-    def _prepare(
-        self,
-        generation: Generation,
-        status: str,
-        fields: Mapping[str, Any],
-        at: datetime,
-        start: Start | None = None,
-        not_after: datetime | None = None,
-    ) -> tuple[Append, Generation]:
+    async def _append(
+        self, generation: Generation, status: str, fields: Mapping[str, Any], patience: float, **rest: Any
+    ) -> tuple[Logged, Generation]:
+        """Append the next event; `rest` are further fields of `Append`. Return it, and the generation after it."""
+        at = self._clock()
         event, after = generation.propose(status, at, **fields)
         append = Append(
             user_id=generation.user_id,
             generation_id=generation.generation_id,
             sequence=event.sequence,
-            event_id=self._entropy.event_id(),
             event=encode(event),
             name=event_name(status),
             at=at,
             credit=FLOWS[generation.kind][status].credit,
             terminal=after.finished,
-            start=start,
-            not_after=not_after,
             images=images_of(event),
+            **{"event_id": self._entropy.event_id(), **rest},
         )
-        return append, after
-
-    async def _append(self, append: Append, patience: float) -> Logged:
         loop = asyncio.get_running_loop()
-        given_up, tries = loop.time() + patience, 0
+        give_up, attempts = loop.time() + patience, 0
         while True:
             try:
-                async with asyncio.timeout(_UNANSWERED):
-                    return await self._log.append(append)
+                async with asyncio.timeout(_TIMEOUT):
+                    return await self._log.append(append), after
             except (LogUnavailable, TimeoutError):
-                pause = _PAUSES[min(tries, len(_PAUSES) - 1)]
-                if loop.time() + pause > given_up:
+                pause = _PAUSES[min(attempts, len(_PAUSES) - 1)]
+                if loop.time() + pause > give_up:
                     raise LogUnavailable from None
             await asyncio.sleep(pause)
-            tries += 1
+            attempts += 1

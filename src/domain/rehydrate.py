@@ -6,28 +6,28 @@ from typing import Final
 from domain.events import decode
 from domain.generation import Generation
 from domain.ports.log import History
-from domain.requests import Order
+from domain.requests import GenerationRequest
 
-#: What is raised where a stored order or event is not what was stored.
+#: What is raised if a stored request or event cannot be read.
 UNREADABLE: Final = (ValueError, LookupError, TypeError)
 
 
-def order_of(history: History) -> Order:
-    """What was ordered."""
-    return Order.model_validate_json(history.order)
+def request_of(history: History) -> GenerationRequest:
+    """The generation's request. Raises `UNREADABLE`."""
+    return GenerationRequest.decode(history.order)
 
 
 def is_external(history: History) -> bool:
-    """Whether the user's own pipeline does the work; not where that cannot be read."""
+    """Whether the owner's own pipeline does the work; False if the request cannot be read."""
     try:
-        return order_of(history).external
+        return request_of(history).external
     except UNREADABLE:
         return False
 
 
 def readable_part_of(history: History) -> Generation:
-    """The generation as far as its order and its events can be read, so that it can be ended."""
-    generation = Generation(history.generation_id, history.kind, history.user_id, Order(prompt="-"))
+    """As much of the generation as can be read: enough to end it."""
+    generation = Generation(history.generation_id, history.kind, history.user_id, GenerationRequest(prompt="-"))
     for entry in history.events:
         with contextlib.suppress(*UNREADABLE):
             generation.apply(decode(entry.event or b""))
@@ -36,10 +36,10 @@ def readable_part_of(history: History) -> Generation:
 
 
 def generation_of(history: History) -> Generation:
-    """The generation as these events have made it.
+    """The fold of the generation's events. Raises `UNREADABLE`.
 
-    Each event between carries what was known by then, so the first and the last two are the fold of them all.
+    An event repeats what was known before it, apart from a failure, so the first and the last two make the same fold.
     """
     entries = history.events if len(history.events) <= 3 else [history.events[0], *history.events[-2:]]
     events = (decode(entry.event) for entry in entries if entry.event is not None)
-    return Generation.fold(history.generation_id, history.kind, history.user_id, order_of(history), events)
+    return Generation.fold(history.generation_id, history.kind, history.user_id, request_of(history), events)

@@ -1,6 +1,6 @@
-"""What was ordered: everything that is needed to do the work, kept by the log beside the first event."""
+"""What a user asks for: the same request from the form to the log."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -8,10 +8,11 @@ AspectRatio = Literal["2:3", "1:1", "3:2"]
 Quality = Literal["auto", "low", "medium", "high"]
 Background = Literal["auto", "opaque", "transparent"]
 InputFidelity = Literal["low", "high"]
+Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 
 
 class Options(BaseModel):
-    """How the picture should be made; what a provider does not know it ignores."""
+    """How the picture is made. A provider ignores options that it does not have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -21,18 +22,27 @@ class Options(BaseModel):
     input_fidelity: InputFidelity | None = None
 
 
-class Order(BaseModel):
-    """One user's wish for one generation. Stored once, and never sent to a client."""
+class GenerationRequest(BaseModel):
+    """One user's request for one generation, stored with its first event.
+
+    Stored requests stay readable: this is only extended, by optional fields. Uploads travel beside it; once they are
+    stored, `images` names them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    prompt: Annotated[str, Field(min_length=1, max_length=4000)]
+    prompt: Prompt
     options: Options = Options()
-    #: Names of stored uploads, in the order given.
+    #: Names of the stored uploads, in order.
     images: tuple[str, ...] = ()
-    #: Fetched in ``composition``, and put on the sheet after the uploads. The first one is the face.
+    #: Fetched in ``composition`` and placed on the sheet after `images`. The first one is the face.
     image_urls: tuple[str, ...] = ()
     face_swap: bool = False
     metadata: dict[str, JsonValue] | None = None
-    #: The work is done by a pipeline of the user's own, which reports it.
+    #: The owner's own pipeline does the work and reports it.
     external: bool = False
+
+    @classmethod
+    def decode(cls, stored: bytes) -> Self:
+        """The request with this JSON. Fields that a later version added are ignored. Raises `ValueError`."""
+        return cls.model_validate_json(stored, extra="ignore")

@@ -24,7 +24,7 @@ from domain.ports.providers import FaceSwapper, ImageEditor
 from domain.quarantine import Quarantine
 from domain.readiness import RUNNER
 from domain.recorder import ATTENTION, Recorder
-from domain.rehydrate import UNREADABLE, generation_of, is_external, order_of
+from domain.rehydrate import UNREADABLE, generation_of, is_external, request_of
 from domain.stages import FLOWS, Provider, Stage, ceiling
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor, being_cancelled, reason_of
@@ -256,7 +256,7 @@ class _Job:
         self.worked = _worked(history)
         #: Whether the present stage may be repeated for free, or may not be repeated.
         self._recorded_free, self._interrupted = history.free, _interrupted(history)
-        self._order = order_of(history)
+        self._request = self.generation.request
         self._sheet: Picture | None = None
         #: The pictures behind the image URLs, stored as long as this job.
         self._fetched: list[str] = []
@@ -317,18 +317,18 @@ class _Job:
 
     async def clean_up(self) -> None:
         """Remove what no event names, and the uploads once nobody needs them."""
-        for name in [*self._unnamed, *self._fetched, *(self._order.images if self.over else ())]:
+        for name in [*self._unnamed, *self._fetched, *(self._request.images if self.over else ())]:
             try:
                 await self._runner.images.discard(name)
             except Exception as error:
                 logger.error("a picture could not be discarded: %s", type(error).__name__)
 
     async def compose(self) -> dict[str, Any]:
-        for url in self._order.image_urls:
+        for url in self._request.image_urls:
             await self._fetch(url)
         if self._fetching:
             await self._until_claimed()
-        names = (*self._order.images, *self._fetched)
+        names = (*self._request.images, *self._fetched)
         self._sheet = await self._runner.composer.compose([partial(self._stored, name) for name in names])
         return {"composition_url": await self._keep(self._sheet)}
 
@@ -346,20 +346,18 @@ class _Job:
         self.scope.reschedule(loop.time() + left)
 
     async def edit(self) -> dict[str, Any]:
-        order = self._order
-        sheet = self._sheet or await self._known("composition_url")
-        self._result = await self._runner.editor.edit(sheet, order.prompt, order.options, self._report)
+        sheet, request = self._sheet or await self._known("composition_url"), self._request
+        self._result = await self._runner.editor.edit(sheet, request.prompt, request.options, self._report)
         return {"edited_image_url": await self._keep(self._result)}
 
     async def generate(self) -> dict[str, Any]:
-        order = self._order
-        sheet = self._sheet or await self._known("composition_url")
-        self._result = await self._runner.editor.generate(sheet, order.prompt, order.options, self._report)
+        sheet, request = self._sheet or await self._known("composition_url"), self._request
+        self._result = await self._runner.editor.generate(sheet, request.prompt, request.options, self._report)
         return {"generated_image_url": await self._keep(self._result)}
 
     async def swap_face(self) -> dict[str, Any]:
         if not self._fetched:
-            await self._fetch(self._order.image_urls[0])
+            await self._fetch(self._request.image_urls[0])
         face = await self._stored(self._fetched[0])
         picture = self._result or await self._known("edited_image_url")
         swapped = await self._runner.face_swapper.swap(picture, face, self._report)
@@ -385,7 +383,7 @@ class _Job:
         return self._runner.image_url(name)
 
     async def _known(self, field: str) -> Picture:
-        return await self._stored(self.generation.urls[field].rpartition("/")[2])
+        return await self._stored(self.generation.outcome[field].rpartition("/")[2])
 
     async def _stored(self, name: str) -> Picture:
         picture = await self._runner.images.load(name)
@@ -412,7 +410,7 @@ def _worked(history: History) -> float:
 
     Without ``composition`` where it fetches URLs: nobody knows how long it waited for a worker then.
     """
-    first = 2 if order_of(history).image_urls else 1
+    first = 2 if request_of(history).image_urls else 1
     times = [
         datetime.fromisoformat(decode(entry.event).occurred_at)
         for entry in (*history.events[first : first + 1], history.events[-1])

@@ -187,7 +187,7 @@ class LogMachine(RuleBasedStateMachine):
         if known is None:
             return
         generation = known.generation
-        path = path_of(generation.kind, face_swap=generation.face_swap_wanted)
+        path = path_of(generation.kind, face_swap=generation.request.face_swap)
         status = "failed" if fails else path[path.index(generation.status) + 1]
         append, after = self.recorder.prepare(generation, status)
         logged = self.run(self.log.append(append))
@@ -217,7 +217,7 @@ class LogMachine(RuleBasedStateMachine):
             return
         known = some[index % len(some)]
         generation = known.stale[which % len(known.stale)]
-        path = path_of(generation.kind, face_swap=generation.face_swap_wanted)
+        path = path_of(generation.kind, face_swap=generation.request.face_swap)
         status = "failed" if cancels else path[path.index(generation.status) + 1]
         append, _ = self.recorder.prepare(generation, status)
         with pytest.raises(Conflict) as refusal:

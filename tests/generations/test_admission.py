@@ -17,7 +17,6 @@ from domain.errors import (
     TooManyGenerations,
 )
 from domain.generation import Snapshot
-from domain.workflow import Wish
 from support.doubles import (
     FACE_URL,
     ForwardingLog,
@@ -26,6 +25,7 @@ from support.doubles import (
     Pause,
     ScriptedEditor,
     ScriptedFetcher,
+    Wish,
     advance_time,
     swap_wish,
     wish,

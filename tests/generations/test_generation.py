@@ -79,7 +79,7 @@ def test_an_edit_without_face_swap_goes_from_started_to_completed() -> None:
         (6, "completed", 100, "Image editing completed successfully!"),
     ]
     assert generation.finished
-    assert generation.urls == {"composition_url": SHEET, "edited_image_url": EDITED}
+    assert generation.outcome == {"composition_url": SHEET, "edited_image_url": EDITED}
 
 
 def test_an_edit_with_face_swap_ends_with_the_swapped_picture() -> None:

@@ -198,7 +198,7 @@ async def test_the_deadline_counts_the_work_that_was_done_before_and_not_the_tim
 
 async def test_external_generations_are_left_to_their_pipeline() -> None:
     backend = InMemoryBackend()
-    begun = await backend.start(wish()._replace(external=True))
+    begun = await backend.start(wish(external=True))
     await backend.runner.resume()
     assert (await backend.leases.count()).waiting == 0
     assert await backend.statuses(begun) == ["started"]

@@ -94,7 +94,7 @@ async def test_a_deadline_that_falls_on_an_append_in_flight_ends_it_once(
     event: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The append is in the log, and its reply is on the way when the deadline comes."""
-    monkeypatch.setattr(recorder, "_UNANSWERED", 90)
+    monkeypatch.setattr(recorder, "_TIMEOUT", 90)
     backend = InMemoryBackend(deadline=60, line=lambda log: FlakyLog(log, ["-"] * (event - 1) + ["slow"]))
     assert isinstance(backend.log, FlakyLog)
     async with backend.open():

@@ -22,8 +22,8 @@ from domain.errors import (
 from domain.events import timestamp
 from domain.generation import Snapshot
 from domain.rehydrate import generation_of
+from domain.requests import GenerationRequest
 from domain.stages import Kind
-from domain.workflow import Wish
 from support.builders import NOON, EventRecorder
 from support.doubles import (
     FACE_URL,
@@ -33,6 +33,7 @@ from support.doubles import (
     InMemoryUpload,
     Pause,
     ScriptedEditor,
+    Wish,
     fails,
     swap_wish,
     wish,
@@ -174,6 +175,23 @@ async def test_a_key_used_for_another_request_is_a_mismatch(other: Wish) -> None
         await backend.start(other, key="k")
     assert backend.images.kept == kept
     assert await backend.workflow.credit("ada") == 9
+
+
+async def test_a_key_used_with_an_earlier_version_is_still_recognised() -> None:
+    backend = InMemoryBackend()
+    wanted = wish(uploads=[InMemoryUpload(b"one")], image_urls=(FACE_URL,), face_swap=True, shop="izmir")
+    begun = await backend.start(wanted, key="k")
+    known = await backend.memory.find_by_idempotency_key("ada", "k")
+    assert known is not None
+    # As stored by the version of schema 3.
+    assert known.fingerprint == "e3dbba360e945bc30d55bf3f0aa2765f32dcae34b8afbd4bb7108bb8e314ffc5"
+    assert (await backend.start(wanted, key="k")).generation_id == begun.generation_id
+
+
+async def test_a_stored_request_of_a_later_version_is_read_without_what_it_added() -> None:
+    stored = b'{"prompt":"a red hat","options":{"quality":"low","style":"oil"},"face":1,"images":["a"]}'
+    request = GenerationRequest.decode(stored)
+    assert (request.prompt, request.options.quality, request.images) == ("a red hat", "low", ("a",))
 
 
 async def test_twenty_parallel_starts_with_one_key_are_one_generation() -> None:

@@ -290,7 +290,7 @@ async def test_what_one_service_could_not_tell_the_next_one_does(
 ) -> None:
     # The disk of a busy machine may need longer than somebody who starts one is kept waiting.
     monkeypatch.setattr(recorder, "ATTENTION", 60)
-    monkeypatch.setattr(recorder, "_UNANSWERED", 60)
+    monkeypatch.setattr(recorder, "_TIMEOUT", 60)
     images, log = tmp_path / "images", f"sqlite:///{tmp_path / 'log.db'}"
     async with (
         listening(Origin(lambda request: status(500))) as earlier,

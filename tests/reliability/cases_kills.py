@@ -24,7 +24,7 @@ from domain.generation import Generation
 from domain.ports.log import Append, Start
 from domain.recorder import Recorder
 from domain.rehydrate import generation_of
-from domain.requests import Order
+from domain.requests import GenerationRequest
 from domain.stages import FLOWS
 from reliability.cases import Trial, case
 from support.builders import (
@@ -131,7 +131,7 @@ async def _write(recorder: Recorder, line: LosingReplies, number: int) -> int:
             if generation.sequence:
                 generation = await _move_on(recorder, generation)
             else:
-                generation = await recorder.begin(generation, start)
+                generation = await recorder.start(generation, start)
         except Conflict:
             conflicts += 1
             generation = await _known(line, generation)
@@ -594,10 +594,10 @@ def _but(events: Iterable[JSON], gone: Collection[str]) -> list[JSON]:
 
 
 def _fold(order: RequestedGeneration, user: str, history: Sequence[JSON]) -> JSON:
-    wish = Order(prompt=order.key, face_swap="imageUrls" in order.fields)
+    request = GenerationRequest(prompt=order.key, face_swap="imageUrls" in order.fields)
     events = [Event.model_validate(event) for event in history]
     kind = history[0]["kind"]
-    whole = Generation.fold(order.generation_id, kind, user, wish, events)
+    whole = Generation.fold(order.generation_id, kind, user, request, events)
     return {**whole.snapshot().model_dump(by_alias=True, exclude_none=True), "expiresAt": None}
 
 

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 import pytest_asyncio
 
-from domain.requests import Order
+from domain.requests import GenerationRequest
 from support.http_app import PNG, Api, assert_problem, serve_api
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -47,12 +47,12 @@ async def send(
     return await api.client.post(f"/generations/{kind}", content=body, headers=headers)
 
 
-async def order(api: Api, answer: httpx2.Response) -> Order:
+async def order(api: Api, answer: httpx2.Response) -> GenerationRequest:
     """What was understood."""
     assert answer.status_code == 202, answer.text
     history = await api.log.generation(answer.json()["generationId"])
     assert history is not None
-    return Order.model_validate_json(history.order)
+    return GenerationRequest.decode(history.order)
 
 
 # --- files -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
-from domain.rehydrate import order_of
+from domain.rehydrate import request_of
 from support.harness import JSON, PHOTO, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -140,7 +140,7 @@ async def test_a_client_generated_from_the_description_is_understood(service: Ru
     assert answer.json()["metadata"] == metadata
     history = await service.service.log.generation(answer.json()["generationId"])
     assert history is not None
-    order = order_of(history)
+    order = request_of(history)
     assert (order.image_urls, len(order.images), order.face_swap) == (tuple(urls), 2, False)
 
 

@@ -97,7 +97,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk of a busy machine has all the time it needs, before anybody is told that the log does not answer."""
     monkeypatch.setattr(recorder, "ATTENTION", 60)
-    monkeypatch.setattr(recorder, "_UNANSWERED", 60)
+    monkeypatch.setattr(recorder, "_TIMEOUT", 60)
 
 
 async def credit(service: Running, user: str) -> int:

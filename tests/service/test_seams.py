@@ -71,7 +71,7 @@ OVERRIDDEN = {
         "send": "(self, message: 'ASGISendEvent') -> 'None'",
         "send_receive_event_to_app": "(self) -> 'None'",
     },
-    "api.rest.forms._Parser": {
+    "api.rest.multipart._Parser": {
         "on_end": "(self) -> 'None'",
         "on_headers_finished": "(self) -> 'None'",
         "on_part_data": "(self, data: 'bytes', start: 'int', end: 'int') -> 'None'",
@@ -120,7 +120,7 @@ USED = {
         "scope",
         "transport",
     },
-    "api.rest.forms._Parser": {"_charset", "_current_part", "items"},
+    "api.rest.multipart._Parser": {"_charset", "_current_part", "items"},
 }
 
 #: Private names of libraries that are imported, or used on an object other than ``self``.

@@ -31,7 +31,7 @@ from domain.ports.retention import Retention
 from domain.ports.storage import Storage
 from domain.ports.system import Clock
 from domain.ports.webhook_outbox import WebhookOutbox
-from domain.requests import Order
+from domain.requests import GenerationRequest
 from domain.stages import Kind
 
 #: For every property: as thorough as CI can pay for, and never judged by how long one example took.
@@ -101,8 +101,10 @@ def make_order(
     images: tuple[str, ...] = (),
     image_urls: tuple[str, ...] = (),
     metadata: dict[str, JsonValue] | None = None,
-) -> Order:
-    return Order(prompt=prompt, face_swap=face_swap, images=images, image_urls=image_urls, metadata=metadata)
+) -> GenerationRequest:
+    return GenerationRequest(
+        prompt=prompt, face_swap=face_swap, images=images, image_urls=image_urls, metadata=metadata
+    )
 
 
 def make_generation(
@@ -209,7 +211,7 @@ class EventWriter:
 
     async def finish(self, generation: Generation) -> Generation:
         """To its end, whichever stage it is in."""
-        path = path_of(generation.kind, face_swap=generation.face_swap_wanted)
+        path = path_of(generation.kind, face_swap=generation.request.face_swap)
         return await self.move(generation, *path[path.index(generation.status) + 1 :])
 
     async def run_to_end(self, user_id: str = "ada", kind: Kind = "edit", **rest: Any) -> Generation:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
@@ -24,12 +25,12 @@ from domain.ports.providers import Report
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
 from domain.rehydrate import generation_of
-from domain.requests import Options
+from domain.requests import GenerationRequest, Options
 from domain.runner import Runner
 from domain.stages import Kind
 from domain.stored_images import StoredImages
 from domain.supervisor import OK, Supervisor
-from domain.workflow import Wish, Workflow
+from domain.workflow import Workflow
 from support.builders import NOON, CountedEntropy, RecordingFollower, SteppableClock, WholeLog, bodies
 
 BASE = "http://test/images/"
@@ -376,6 +377,14 @@ class FlakyLog(ForwardingLog):
         return await self.inner.generation(generation_id)
 
 
+class Wish(NamedTuple):
+    """What `Workflow.start` gets."""
+
+    kind: Kind
+    request: GenerationRequest
+    uploads: Sequence[InMemoryUpload]
+
+
 def wish(
     kind: Kind = "edit",
     *,
@@ -383,11 +392,18 @@ def wish(
     uploads: Sequence[InMemoryUpload] | None = None,
     image_urls: tuple[str, ...] = (),
     face_swap: bool = False,
+    external: bool = False,
     **rest: str,
 ) -> Wish:
     files = [InMemoryUpload(b"one"), InMemoryUpload(b"two")] if uploads is None else uploads
-    metadata = dict(rest) if rest else None
-    return Wish(kind, prompt, Options(), files, image_urls, face_swap, None if metadata is None else {**metadata})
+    request = GenerationRequest(
+        prompt=prompt,
+        image_urls=image_urls,
+        face_swap=face_swap,
+        metadata={**rest} if rest else None,
+        external=external,
+    )
+    return Wish(kind, request, files)
 
 
 def swap_wish() -> Wish:
@@ -473,7 +489,7 @@ class InMemoryBackend:
                 assert set(self.supervisor.parts.values()) <= {OK}, "the runner has failed"
 
     async def start(self, wanted: Wish | None = None, user_id: str = "ada", key: str | None = None) -> Snapshot:
-        return await self.workflow.start(user_id, wanted or wish(), key)
+        return await self.workflow.start(user_id, *(wanted or wish()), key)
 
     async def make(self, wanted: Wish | None = None, user_id: str = "ada") -> Snapshot:
         """Start one, and wait until nothing is left to do."""

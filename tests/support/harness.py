@@ -23,8 +23,8 @@ from api.wiring import wire
 from domain.events import Event, decode, encode, event_name, timestamp
 from domain.generation import Generation
 from domain.ports.log import Append, EventLog, History, Start
-from domain.rehydrate import order_of
-from domain.requests import Order
+from domain.rehydrate import request_of
+from domain.requests import GenerationRequest
 from support.pictures import RED, solid
 
 JSON = dict[str, Any]
@@ -217,7 +217,7 @@ class Running(Reader):
                 ends = [event["status"] in ("completed", "failed") for event in events]
                 assert not any(ends[:-1]), "I2"
                 every = [decode(entry.event) for entry in history.events if entry.event is not None]
-                whole = Generation.fold(generation_id, history.kind, user, order_of(history), every)
+                whole = Generation.fold(generation_id, history.kind, user, request_of(history), every)
                 folded = whole.snapshot().model_dump(by_alias=True, exclude_none=True)
                 snapshot.pop("expiresAt", None)
                 assert folded == snapshot, "I3"
@@ -266,7 +266,7 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
 
 async def flood(log: EventLog, user: str, generation_id: str, count: int, *, filler: int = 1900) -> AsyncIterator[None]:
     """A generation of so many events, each a little larger than `filler`; after each, others get their turn."""
-    order, entropy = Order(prompt="x", metadata={"filler": "x" * filler}), SystemEntropy()
+    order, entropy = GenerationRequest(prompt="x", metadata={"filler": "x" * filler}), SystemEntropy()
     for sequence in range(1, count + 1):
         end = sequence == count
         status = "started" if sequence == 1 else "completed" if end else "openai_editing"

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, cast
 from domain.events import decode, event_name
 from domain.feed import zero_id
 from domain.identity import InvalidUserId, user_id
-from domain.requests import Order
+from domain.requests import GenerationRequest
 from domain.stages import FLOWS, Kind
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ def _is_order(generation: _Generation) -> bool:
     if key is not None and not _is_text(key):
         return False
     try:
-        return isinstance(generation.order_json, bytes) and bool(Order.model_validate_json(generation.order_json))
+        return isinstance(generation.order_json, bytes) and bool(GenerationRequest.decode(generation.order_json))
     except ValueError:
         return False
 

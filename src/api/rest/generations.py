@@ -9,7 +9,7 @@ from pydantic import AfterValidator
 from pydantic_core import to_json
 
 from api.auth import PROBLEMS, Caller, Identified, require_service
-from api.rest.forms import form_body, read_wish
+from api.rest.forms import form_body, read_form
 from api.rest.problems import documented
 from api.rest.schemas import CancelOutcome, EventPage, GenerationPage, json_response, named
 from api.rest.state import UseCases
@@ -113,8 +113,8 @@ async def _start(
         require_service(identity)
     async with AsyncExitStack() as form:
         async with workflow.arriving(identity.user_id, key):
-            wish = await form.enter_async_context(read_wish(request, kind, external=runner is not None))
-        snapshot = await workflow.start(identity.user_id, wish, key)
+            wanted = await form.enter_async_context(read_form(request, kind, external=runner is not None))
+        snapshot = await workflow.start(identity.user_id, kind, *wanted, key)
     location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"
     return json_response(snapshot, 202, {"Location": location})
 

@@ -15,7 +15,7 @@ class Start:
     """What the first append of a generation carries besides its event."""
 
     kind: Kind
-    #: JSON of `domain.requests.Order`.
+    #: JSON of `domain.requests.GenerationRequest`.
     order: bytes
     #: The caller's Idempotency-Key and the fingerprint of the whole request.
     key: str | None
@@ -61,7 +61,7 @@ class History(NamedTuple):
     user_id: str
     generation_id: str
     kind: Kind
-    #: JSON of `domain.requests.Order`.
+    #: JSON of `domain.requests.GenerationRequest`.
     order: bytes
     events: Sequence[Logged]
     #: `Append.free` of the last event, unless `mark_paid` has withdrawn it.
