@@ -51,7 +51,7 @@ class Service:
             settings.starts_per_minute,
             settings.max_stored_per_user,
         )
-        recorder = Recorder(self.log, self.clock, entropy)
+        recorder = Recorder(self.log, self.clock, entropy, lambda name: f"{settings.public_url}/images/{name}")
         self.supervisor = Supervisor()
         self._quarantine = Quarantine(recorder)
         self.external = ExternalWork(self.log, self.leases, recorder, self._quarantine, self.clock, settings.deadline)
@@ -77,7 +77,6 @@ class Service:
             recorder=recorder,
             leases=self.leases,
             images=self.images,
-            image_url=lambda name: f"{settings.public_url}/images/{name}",
             composer=parts.composer,
             editor=parts.editor,
             face_swapper=parts.face_swapper,

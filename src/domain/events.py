@@ -80,13 +80,6 @@ def event_name(status: str) -> str:
     return NAMES.get(status, CONTINUE)
 
 
-def images_of(event: Event) -> dict[str, str]:
-    """The names of the generation's stored pictures whose URLs are in the event, by its field."""
-    urls = ((field, getattr(event, field) or "") for field in URL_FIELDS)
-    names = ((field, url.rpartition("/")[2]) for field, url in urls)
-    return {field: name for field, name in names if name.startswith(f"{event.generation_id}-")}
-
-
 def encode(event: Event) -> bytes:
     """The event's JSON, UTF-8, without ``credit``: the bytes that are kept and sent."""
     return event.__pydantic_serializer__.to_json(event, by_alias=True, exclude_none=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, cast
 
 from pydantic import JsonValue
 from transitions import Machine, Transition
@@ -84,16 +84,6 @@ class Generation:
     outcome: Mapping[str, Any] = field(default_factory=dict)
     #: The names of its stored pictures, by the field that has the picture's URL.
     images: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def fold(
-        cls, generation_id: str, kind: Kind, user_id: str, request: GenerationRequest, events: Iterable[Event]
-    ) -> Self:
-        """The generation that these events, from the first one on, have made."""
-        generation = cls(generation_id, kind, user_id, request)
-        for event in events:
-            generation.apply(event)
-        return generation
 
     @property
     def needs_fetching(self) -> bool:

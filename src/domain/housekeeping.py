@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from domain.errors import LogUnavailable
-from domain.ports.log import EventLog, History
+from domain.ports.log import EventLog
 from domain.ports.retention import Retention
 from domain.stored_images import StoredImages
 from domain.supervisor import reason_of
@@ -87,11 +87,8 @@ class Housekeeping:
         await self._images.count(generation_id, history.user_id, names)
         if history.events[-1].end is None:
             return ()  # A node may be about to append an event that names them.
-        unneeded = [name for name in names if not _named(name, history)]
+        named = {name for entry in history.events for name in entry.images.values()}
+        unneeded = [name for name in names if name not in named]
         for name in unneeded:
             await self._images.discard(name)
         return unneeded
-
-
-def _named(name: str, history: History) -> bool:
-    return any(entry.event is not None and name.encode() in entry.event for entry in history.events)

@@ -2,12 +2,12 @@
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
-from domain.events import encode, event_name, images_of
+from domain.events import URL_FIELDS, encode, event_name
 from domain.feed import Logged
 from domain.generation import NONE, Generation
 from domain.ports.log import Append, EventLog, Start
@@ -27,11 +27,23 @@ ATTENTION: Final = 2.0
 class Recorder:
     """The only writer of events. It tries an unanswered append again as the same event."""
 
-    def __init__(self, log: EventLog, clock: Clock, entropy: Entropy, *, patience: float = math.inf) -> None:
-        """`patience`: the seconds for which an append is tried again if no caller waits for it."""
+    def __init__(
+        self,
+        log: EventLog,
+        clock: Clock,
+        entropy: Entropy,
+        image_url: Callable[[str], str],
+        *,
+        patience: float = math.inf,
+    ) -> None:
+        """`image_url`: the URL of a stored picture, by its name. This is the only place where URLs are made.
+
+        `patience`: the seconds for which an append is tried again if no caller waits for it.
+        """
         self._log = log
         self._clock = clock
         self._entropy = entropy
+        self._image_url = image_url
         self._patience = patience
 
     async def start(self, generation: Generation, start: Start) -> Generation:
@@ -50,16 +62,22 @@ class Recorder:
     ) -> Generation:
         """Append the next event and return the generation after it. `free`: see `domain.ports.log.Append`.
 
+        Pictures among the `fields` are the names of stored ones.
+
         Raises:
             IllegalTransition: the machine does not allow it; nothing was appended.
             Conflict: somebody else has moved this generation.
             LogUnavailable: the log did not answer, however often it was asked.
         """
-        _, after = await self._append(generation, status, fields, self._patience, free=free)
+        images = {field: name for field, name in fields.items() if field in URL_FIELDS}
+        _, after = await self._append(generation, status, fields, self._patience, images, free=free)
         return after
 
     async def report(self, generation: Generation, status: str, fields: Mapping[str, Any], event_id: int) -> Logged:
-        """Append the next event as `event_id`, for a caller who waits for it. Raises as `move`."""
+        """Append the next event as `event_id`, for a caller who waits for it. Raises as `move`.
+
+        Pictures among the `fields` are URLs of the caller's own.
+        """
         logged, _ = await self._append(generation, status, fields, ATTENTION, event_id=event_id)
         return logged
 
@@ -84,11 +102,18 @@ class Recorder:
         return False
 
     async def _append(
-        self, generation: Generation, status: str, fields: Mapping[str, Any], patience: float, **rest: Any
+        self,
+        generation: Generation,
+        status: str,
+        fields: Mapping[str, Any],
+        patience: float,
+        images: Mapping[str, str] = NONE,
+        **rest: Any,
     ) -> tuple[Logged, Generation]:
         """Append the next event; `rest` are further fields of `Append`. Return it, and the generation after it."""
         at = self._clock()
-        event, after = generation.propose(status, at, **fields)
+        urls = {field: self._image_url(name) for field, name in images.items()}
+        event, after = generation.propose(status, at, images, **{**fields, **urls})
         append = Append(
             user_id=generation.user_id,
             generation_id=generation.generation_id,
@@ -98,7 +123,7 @@ class Recorder:
             at=at,
             credit=FLOWS[generation.kind][status].credit,
             terminal=after.finished,
-            images=images_of(event),
+            images={field: name for field, name in after.images.items() if getattr(event, field) is not None},
             **{"event_id": self._entropy.event_id(), **rest},
         )
         loop = asyncio.get_running_loop()

@@ -27,10 +27,10 @@ def is_external(history: History) -> bool:
 
 def readable_part_of(history: History) -> Generation:
     """As much of the generation as can be read: enough to end it."""
-    generation = Generation(history.generation_id, history.kind, history.user_id, GenerationRequest(prompt="-"))
+    generation = _before(history, GenerationRequest(prompt="-"))
     for entry in history.events:
         with contextlib.suppress(*UNREADABLE):
-            generation.apply(decode(entry.event or b""))
+            generation.apply(decode(entry.event or b""), entry.images)
         generation.sequence = entry.sequence
     return generation
 
@@ -41,5 +41,11 @@ def generation_of(history: History) -> Generation:
     An event repeats what was known before it, apart from a failure, so the first and the last two make the same fold.
     """
     entries = history.events if len(history.events) <= 3 else [history.events[0], *history.events[-2:]]
-    events = (decode(entry.event) for entry in entries if entry.event is not None)
-    return Generation.fold(history.generation_id, history.kind, history.user_id, request_of(history), events)
+    generation = _before(history, request_of(history))
+    for entry in entries:
+        generation.apply(decode(entry.event or b""), entry.images)
+    return generation
+
+
+def _before(history: History, request: GenerationRequest) -> Generation:
+    return Generation(history.generation_id, history.kind, history.user_id, request)

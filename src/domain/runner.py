@@ -57,7 +57,6 @@ class Runner:
         recorder: Recorder,
         leases: Leases,
         images: StoredImages,
-        image_url: Callable[[str], str],
         composer: Composer,
         editor: ImageEditor,
         face_swapper: FaceSwapper,
@@ -71,7 +70,6 @@ class Runner:
         self.recorder = recorder
         self.leases = leases
         self.images = images
-        self.image_url = image_url
         self.composer = composer
         self.editor = editor
         self.face_swapper = face_swapper
@@ -380,10 +378,10 @@ class _Job:
     async def _keep(self, picture: Picture) -> str:
         name = await self._runner.images.save(self.generation.generation_id, picture)
         self._unnamed.append(name)
-        return self._runner.image_url(name)
+        return name
 
     async def _known(self, field: str) -> Picture:
-        return await self._stored(self.generation.outcome[field].rpartition("/")[2])
+        return await self._stored(self.generation.images[field])
 
     async def _stored(self, name: str) -> Picture:
         picture = await self._runner.images.load(name)

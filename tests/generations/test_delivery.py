@@ -23,6 +23,7 @@ from domain.feed_sessions import StartPosition
 from domain.ports.log import Append, Deliver, Gap, History, Start
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
+from support.builders import image_url
 
 ROUNDS = 2_500
 FEED = feed_name("e", "u")
@@ -192,7 +193,7 @@ async def play(seed: int) -> int:
     """One round: writers, devices that connect, leave and return, readers of every speed. Returns events checked."""
     chance = random.Random(seed)
     log = LaggingLog(chance)
-    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy())))
+    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), image_url)))
     follower = asyncio.create_task(hub.run())
     lengths = {f"edit_1_{number}": chance.randint(2, 9) for number in range(chance.randint(1, 4))}
     before = {name: lengths[name] for name in list(lengths)[: chance.randrange(2)]}
@@ -252,7 +253,7 @@ async def test_no_interleaving_of_past_and_live_leaves_a_gap_or_a_duplicate(part
 async def following(*readers: tuple[Reader, Plain]) -> AsyncIterator[MemoryLog]:
     """A log whose hub has these devices, all live. In the end each has taken everything."""
     log = MemoryLog(epoch="e", credits=None, clock=lambda: NOW)
-    quarantine = Quarantine(Recorder(log, now, SystemEntropy()))
+    quarantine = Quarantine(Recorder(log, now, SystemEntropy(), image_url))
     hub = Hub(log, quarantine)
     tasks = [asyncio.create_task(work()) for work in (hub.run, quarantine.run)]
     cursor = await log.head_cursor("u")

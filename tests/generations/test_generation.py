@@ -19,7 +19,7 @@ from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition
 from domain.events import Event, decode, encode, event_name, timestamp, with_credit
 from domain.generation import Generation
 from domain.stages import BEGIN, FLOWS, Kind, moves
-from support.builders import NOON, PROPERTY, make_generation, make_order, moved_to, path_of, stage_fields
+from support.builders import NOON, PROPERTY, fold, make_generation, make_order, moved_to, path_of, stage_fields
 
 SHEET = "http://test/images/sheet.png"
 EDITED = "http://test/images/edited.png"
@@ -233,7 +233,7 @@ def test_only_listed_moves_are_accepted_and_progress_never_falls(
     terminal = [FLOWS[kind][event.status].terminal for event in events]
     assert not any(terminal[:-1])
     order = make_order(face_swap=face_swap)
-    folded = Generation.fold(generation.generation_id, kind, generation.user_id, order, events)
+    folded = fold(generation.generation_id, kind, generation.user_id, order, events)
     assert state(folded) == state(generation)
 
 
@@ -382,7 +382,7 @@ def test_folding_the_bytes_of_the_log_gives_the_moved_generation(kind: Kind, fac
     )
     for length in range(len(events) + 1):
         kept = [decode(with_credit(encode(event), 3)) for event in events[:length]]
-        folded = Generation.fold(moved.generation_id, kind, "ada", order, kept)
+        folded = fold(moved.generation_id, kind, "ada", order, kept)
         assert folded.sequence == length
         assert (
             folded.snapshot()

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import pytest
 
 from domain.errors import FAILURE_CODES, Failure, FailureCode
+from domain.events import decode
+from domain.rehydrate import generation_of
 from domain.stages import Kind
 from support.builders import EDIT, EDIT_WITH_SWAP, GENERATE
 from support.doubles import (
@@ -45,6 +47,19 @@ async def test_an_edit_passes_its_stages_and_each_event_has_the_known_results() 
     assert picture_of(backend, told[-1]["editedImageUrl"]) == b"edited"
     assert (told[-1]["progress"], told[-1]["credit"]) == (100, 9)
     assert not [key for event in told for key in event if key.startswith("faceSwap")]
+    await backend.check()
+
+
+async def test_the_log_has_the_names_of_the_pictures_beside_each_event_that_shows_them() -> None:
+    async with InMemoryBackend().open() as backend:
+        done = await backend.make(swap_wish())
+    history = await backend.memory.generation(done.generation_id)
+    assert history is not None
+    for entry in history.events:
+        shown = {field: url for field, url in decode(entry.event or b"") if isinstance(url, str) and BASE in url}
+        assert shown == {field: BASE + name for field, name in entry.images.items()}
+    assert [len(entry.images) for entry in history.events] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert generation_of(history).images == history.events[-1].images
     await backend.check()
 
 

@@ -32,6 +32,8 @@ from support.builders import (
     LOGS,
     RecordingFollower,
     WholeLog,
+    fold,
+    image_url,
     make_generation,
     make_order,
     stage_fields,
@@ -107,8 +109,8 @@ async def lost_replies(trial: Trial, generations: int) -> None:
     for name, open_log in LOGS.items():
         follower = RecordingFollower()
         async with open_log(clock=now, credits=generations) as log, log.follow(follower):
-            line = LosingReplies(log, Recorder(log, now, SystemEntropy()))
-            recorder = Recorder(line, now, SystemEntropy(), patience=60)
+            line = LosingReplies(log, Recorder(log, now, SystemEntropy(), image_url))
+            recorder = Recorder(line, now, SystemEntropy(), image_url, patience=60)
             conflicts = await together(functools.partial(_write, recorder, line), generations)
             for number in range(generations):
                 assert statuses(await log.generation(_id(number))) == list(EDIT), "not each event once"
@@ -597,7 +599,7 @@ def _fold(order: RequestedGeneration, user: str, history: Sequence[JSON]) -> JSO
     request = GenerationRequest(prompt=order.key, face_swap="imageUrls" in order.fields)
     events = [Event.model_validate(event) for event in history]
     kind = history[0]["kind"]
-    whole = Generation.fold(order.generation_id, kind, user, request, events)
+    whole = fold(order.generation_id, kind, user, request, events)
     return {**whole.snapshot().model_dump(by_alias=True, exclude_none=True), "expiresAt": None}
 
 

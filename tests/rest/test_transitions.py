@@ -656,3 +656,14 @@ async def test_a_cancel_and_a_reported_end_at_once_make_one_end(service: Running
         events = await pipeline.events()
         assert events[-1]["status"] == ("completed" if end.status_code == 200 else "failed")
         assert len(events) == 6
+
+
+async def test_a_url_of_a_pipeline_is_no_picture_of_ours_even_where_it_looks_like_one(service: Running) -> None:
+    pipeline = await begin(service)
+    url = f"{service.url}/images/{pipeline.generation_id}-{'0' * 32}.png"
+    await pipeline.report_accepted("composition", compositionUrl=url)
+    event = await pipeline.report_accepted("composition_completed")
+    assert event["compositionUrl"] == url
+    history = await service.service.log.generation(pipeline.generation_id)
+    assert history is not None
+    assert not any(entry.images for entry in history.events)

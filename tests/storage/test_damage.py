@@ -19,12 +19,11 @@ from adapters.sqlite.sessions import SqliteSessions
 from domain.errors import IdempotencyMismatch
 from domain.events import decode
 from domain.feed import Cursor
-from domain.generation import Generation
 from domain.identity import Identity
 from domain.ports.log import History
 from domain.ports.sessions import Session
 from domain.rehydrate import generation_of, request_of
-from support.builders import NOON, CountedEntropy, EventRecorder, SteppableClock, WholeLog
+from support.builders import NOON, CountedEntropy, EventRecorder, SteppableClock, WholeLog, fold
 from support.harness import running
 
 DAY: Final = timedelta(days=1)
@@ -84,7 +83,7 @@ async def shown(life: EventRecorder, user: str) -> list[tuple[str, int]]:
     found: Sequence[History] = await life.log.generations(user, limit=100)
     for history in found:
         every = [decode(entry.event) for entry in history.events if entry.event is not None]
-        whole = Generation.fold(history.generation_id, history.kind, user, request_of(history), every)
+        whole = fold(history.generation_id, history.kind, user, request_of(history), every)
         assert whole.snapshot() == generation_of(history).snapshot()
         assert [event.sequence for event in every] == list(range(1, len(every) + 1))
     return [(history.generation_id, len(history.events)) for history in found]

@@ -11,7 +11,8 @@ from typing import Any, Final
 import pytest
 
 from adapters.sqlite.database import SCHEMA, examine
-from domain.events import decode, images_of
+from domain.events import decode
+from support.builders import images_of
 from support.harness import Running, running
 from support.sqlite_files import opened
 from support.wire import Wire

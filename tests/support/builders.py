@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ from adapters.memory.sessions import MemorySessions
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from adapters.system import now
-from domain.events import encode, event_name, images_of
+from domain.events import URL_FIELDS, Event, encode, event_name
 from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports.leases import Leases
@@ -113,6 +113,26 @@ def make_generation(
     """One that has not begun."""
     prefix = "edit" if kind == "edit" else "gen"
     return Generation(generation_id or f"{prefix}_1_0000000000000000", kind, user_id, make_order(**order))
+
+
+def fold(
+    generation_id: str, kind: Kind, user_id: str, request: GenerationRequest, events: Iterable[Event]
+) -> Generation:
+    """The fold of all these events."""
+    generation = Generation(generation_id, kind, user_id, request)
+    for event in events:
+        generation.apply(event)
+    return generation
+
+
+def image_url(name: str) -> str:
+    return f"http://test/images/{name}"
+
+
+def images_of(event: Event) -> dict[str, str]:
+    """The names in those of the event's URLs that are of stored pictures of its generation, by field."""
+    names = {field: (getattr(event, field) or "").rpartition("/")[2] for field in URL_FIELDS}
+    return {field: name for field, name in names.items() if name.startswith(f"{event.generation_id}-")}
 
 
 def path_of(kind: Kind, *, face_swap: bool = False) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from domain.stages import Kind
 from domain.stored_images import StoredImages
 from domain.supervisor import OK, Supervisor
 from domain.workflow import Workflow
-from support.builders import NOON, CountedEntropy, RecordingFollower, SteppableClock, WholeLog, bodies
+from support.builders import NOON, CountedEntropy, RecordingFollower, SteppableClock, WholeLog, bodies, image_url
 
 BASE = "http://test/images/"
 FACE_URL = "http://pictures.test/face.png"
@@ -435,7 +435,7 @@ class InMemoryBackend:
         self.memory = MemoryLog(epoch="e1", credits=self.credits, clock=self.clock)
         self.log = self.line(self.memory)
         self.leases = MemoryLeases()
-        self.recorder = Recorder(self.log, self.clock, self.entropy, patience=self.patience)
+        self.recorder = Recorder(self.log, self.clock, self.entropy, image_url, patience=self.patience)
         self.supervisor = Supervisor()
         self.quarantine = Quarantine(self.recorder)
         self.external = ExternalWork(self.log, self.leases, self.recorder, self.quarantine, self.clock, self.deadline)
@@ -463,7 +463,6 @@ class InMemoryBackend:
             recorder=self.recorder,
             leases=self.leases,
             images=stored,
-            image_url=lambda name: BASE + name,
             composer=self.composer,
             editor=self.editor,
             face_swapper=self.face_swapper,

@@ -21,10 +21,10 @@ from api.service import Service
 from api.settings import Settings
 from api.wiring import wire
 from domain.events import Event, decode, encode, event_name, timestamp
-from domain.generation import Generation
 from domain.ports.log import Append, EventLog, History, Start
 from domain.rehydrate import request_of
 from domain.requests import GenerationRequest
+from support.builders import fold
 from support.pictures import RED, solid
 
 JSON = dict[str, Any]
@@ -217,7 +217,7 @@ class Running(Reader):
                 ends = [event["status"] in ("completed", "failed") for event in events]
                 assert not any(ends[:-1]), "I2"
                 every = [decode(entry.event) for entry in history.events if entry.event is not None]
-                whole = Generation.fold(generation_id, history.kind, user, request_of(history), every)
+                whole = fold(generation_id, history.kind, user, request_of(history), every)
                 folded = whole.snapshot().model_dump(by_alias=True, exclude_none=True)
                 snapshot.pop("expiresAt", None)
                 assert folded == snapshot, "I3"

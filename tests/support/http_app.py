@@ -32,6 +32,7 @@ from domain.recorder import Recorder
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.workflow import Workflow
+from support.builders import image_url
 
 PNG: Final = b"\x89PNG\r\n\x1a\n a picture"
 BROKEN: Final = b"\x89PNG broken"
@@ -146,7 +147,7 @@ async def serve_api(
     hosts: tuple[str, ...] | None = (),
 ) -> AsyncIterator[Api]:
     log = MemoryLog(epoch="e1", credits=credits, clock=now)
-    recorder = Recorder(log, now, SystemEntropy())
+    recorder = Recorder(log, now, SystemEntropy(), image_url)
     images, leases = FakeImages(), MemoryLeases()
     stored, limits = StoredImages(images), Limits(max_waiting, max_per_user, timedelta(days=1), starts_per_minute)
     workflow = Workflow(
