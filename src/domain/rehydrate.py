@@ -28,6 +28,8 @@ def is_external(history: History) -> bool:
 def readable_part_of(history: History) -> Generation:
     """As much of the generation as can be read: enough to end it."""
     generation = _before(history, GenerationRequest(prompt="-"))
+    with contextlib.suppress(*UNREADABLE):
+        generation.request = request_of(history)
     for entry in history.events:
         with contextlib.suppress(*UNREADABLE):
             generation.apply(decode(entry.event or b""), entry.images)

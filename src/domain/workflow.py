@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
@@ -35,7 +36,7 @@ from domain.ports.log import EventLog, History, Start
 from domain.ports.retention import Retention
 from domain.ports.system import Clock, Entropy
 from domain.recorder import Recorder
-from domain.rehydrate import generation_of, is_external, readable_part_of, request_of
+from domain.rehydrate import generation_of, readable_part_of, request_of
 from domain.requests import GenerationRequest
 from domain.stages import Kind
 from domain.stored_images import StoredImages
@@ -67,39 +68,25 @@ class Page(NamedTuple):
     next: int | None
 
 
+@dataclass(kw_only=True, eq=False)
 class Workflow:
     """What users can do."""
 
-    def __init__(
-        self,
-        *,
-        log: EventLog,
-        ledger: Ledger,
-        retention: Retention,
-        recorder: Recorder,
-        leases: Leases,
-        external: ExternalWork,
-        admission: Admission,
-        images: StoredImages,
-        intake: ImageIntake,
-        clock: Clock,
-        entropy: Entropy,
-        limits: Limits,
-        supervisor: Supervisor,
-    ) -> None:
-        self.log = log
-        self._ledger = ledger
-        self._retention = retention
-        self._recorder = recorder
-        self._leases = leases
-        self._external = external
-        self._admission = admission
-        self._images = images
-        self._intake = intake
-        self._clock = clock
-        self._entropy = entropy
-        self._limits = limits
-        self._supervisor = supervisor
+    log: EventLog
+    ledger: Ledger
+    retention: Retention
+    recorder: Recorder
+    leases: Leases
+    external: ExternalWork
+    admission: Admission
+    images: StoredImages
+    intake: ImageIntake
+    clock: Clock
+    entropy: Entropy
+    limits: Limits
+    supervisor: Supervisor
+
+    def __post_init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
         #: The tasks that start a generation, and those with an idempotency key by user and key.
         self._starting: set[asyncio.Task[Any]] = set()
@@ -165,7 +152,7 @@ class Workflow:
         if key is None or (
             (user_id, key) not in self._keys and await self.log.find_by_idempotency_key(user_id, key) is None
         ):
-            self._admission.count(user_id)
+            self.admission.count(user_id)
         async with _ends_with(self._arriving):
             yield
 
@@ -202,15 +189,15 @@ class Workflow:
         size = sum(upload.size for upload in uploads)
         async with AsyncExitStack() as stack:
             async with _ends_with(self._arriving):
-                reserved = self._admission.reserve(user_id, size=size, external=request.external)
+                reserved = self.admission.reserve(user_id, size=size, external=request.external)
                 await stack.enter_async_context(reserved)
             return await self._accept(user_id, kind, request, uploads, key)
 
     async def _accept(
         self, user_id: str, kind: Kind, request: GenerationRequest, uploads: Sequence[Upload], key: str | None
     ) -> Snapshot:
-        generation_id = f"{_ID_PREFIX[kind]}_{int(self._clock().timestamp() * 1000)}_{self._entropy.token()}"
-        self._images.assign(generation_id, user_id)
+        generation_id = f"{_ID_PREFIX[kind]}_{int(self.clock().timestamp() * 1000)}_{self.entropy.token()}"
+        self.images.assign(generation_id, user_id)
         try:
             async with _ends_with(self._admitting):
                 fingerprint = "" if key is None else await self._fingerprint(kind, request, uploads)
@@ -218,23 +205,23 @@ class Workflow:
             if self._closed:
                 raise Draining
             request = request.model_copy(update={"images": tuple(names)})
-            start = Start(kind, to_json(request), key, fingerprint, self._limits.max_per_user)
-            generation = await self._recorder.start(Generation(generation_id, kind, user_id, request), start)
+            start = Start(kind, to_json(request), key, fingerprint, self.limits.max_per_user)
+            generation = await self.recorder.start(Generation(generation_id, kind, user_id, request), start)
         except LogUnavailable:
             self._reconcile(generation_id)
             raise
         except BaseException:
-            await self._images.remove(generation_id)
+            await self.images.remove(generation_id)
             raise
         try:
-            await self._offer(generation, external=request.external)
+            await self._offer(generation)
         except Exception:  # It is in the log, and so accepted.
             self._reconcile(generation_id)
         return self._show(generation)
 
-    async def _offer(self, generation: Generation, *, external: bool) -> None:
-        if not external:
-            await self._leases.offer(generation.user_id, generation.generation_id, fetching=generation.needs_fetching)
+    async def _offer(self, generation: Generation) -> None:
+        if not generation.request.external:
+            await self.leases.offer(generation.user_id, generation.generation_id, fetching=generation.needs_fetching)
 
     def _reconcile(self, generation_id: str) -> None:
         """As soon as the log answers, offer the generation if the log has it, else remove its pictures."""
@@ -242,11 +229,11 @@ class Workflow:
         async def reconcile() -> None:
             history = await self.log.generation(generation_id)
             if history is None:
-                await self._images.remove(generation_id)
+                await self.images.remove(generation_id)
             else:
-                await self._offer(readable_part_of(history), external=is_external(history))
+                await self._offer(readable_part_of(history))
 
-        self._spawn(self._supervisor.keep("starts", reconcile))
+        self._spawn(self.supervisor.keep("starts", reconcile))
 
     def _spawn(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
         task = asyncio.create_task(work)
@@ -256,20 +243,20 @@ class Workflow:
 
     async def _admit(self, generation_id: str, index: int, upload: Upload) -> str:
         try:
-            picture = await self._intake.admit(upload.read)
+            picture = await self.intake.admit(upload.read)
         except ImageRefusal as refusal:
             refusal.index = index
             raise
-        return await self._images.save(generation_id, picture)
+        return await self.images.save(generation_id, picture)
 
     async def cancel(self, user_id: str, generation_id: str) -> Literal["cancelled", "already_finished"]:
         """End a generation unless it has ended, whoever works on it. Raises `NotFound`."""
         history = await self.history(user_id, generation_id)
-        if not await self._recorder.end(generation_id, Failure("cancelled")):
+        if not await self.recorder.end(generation_id, Failure("cancelled")):
             return "already_finished"
-        if await self._leases.withdraw(generation_id):
+        if await self.leases.withdraw(generation_id):
             for name in request_of(history).images:
-                await self._images.discard(name)
+                await self.images.discard(name)
         return "cancelled"
 
     async def report(
@@ -284,13 +271,13 @@ class Workflow:
     ) -> Logged:
         """Append the next event of an external generation. Raises `NotFound`, and as `ExternalWork.report`."""
         history = await self.history(user_id, generation_id)
-        return await self._external.report(history, status, fields, content=content, sequence=sequence)
+        return await self.external.report(history, status, fields, content=content, sequence=sequence)
 
     async def delete(self, user_id: str, generation_id: str) -> None:
         """Remove a finished generation: its history and its pictures. Raises `NotFound`, `NotFinished`."""
         await self.history(user_id, generation_id)
-        await self._retention.remove(generation_id, retention=False)
-        await self._images.remove(generation_id)
+        await self.retention.remove(generation_id, retention=False)
+        await self.images.remove(generation_id)
 
     async def history(self, user_id: str, generation_id: str) -> History:
         """The log's record of this user's generation. Raises `NotFound`."""
@@ -319,12 +306,12 @@ class Workflow:
 
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` if no balances are kept."""
-        return await self._ledger.credit(user_id)
+        return await self.ledger.credit(user_id)
 
     async def grant(self, user_id: str, amount: int, key: str | None) -> int:
         """Add to the balance, or take from it, and return it. Raises `IdempotencyMismatch`, `CreditsOff`."""
-        now = self._clock()
-        return await self._ledger.grant(user_id, amount, key=key, at=now, until=now + self._limits.retention)
+        now = self.clock()
+        return await self.ledger.grant(user_id, amount, key=key, at=now, until=now + self.limits.retention)
 
     async def _fingerprint(self, kind: Kind, request: GenerationRequest, uploads: Sequence[Upload]) -> str:
         """A digest of the kind, the request and the contents of the uploads.
@@ -342,7 +329,7 @@ class Workflow:
     def _show(self, generation: Generation) -> Snapshot:
         if not generation.finished:
             return generation.snapshot()
-        return generation.snapshot(timestamp(datetime.fromisoformat(generation.updated_at) + self._limits.retention))
+        return generation.snapshot(timestamp(datetime.fromisoformat(generation.updated_at) + self.limits.retention))
 
 
 @asynccontextmanager

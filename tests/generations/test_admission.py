@@ -155,7 +155,7 @@ async def test_admission_keeps_no_state_of_finished_starts() -> None:
             await backend.start(user_id=f"user{number}", key="k")
         await backend.settled()
     assert not vars(backend.workflow)["_keys"]
-    assert not vars(vars(backend.workflow)["_admission"])["_reserved"]
+    assert not vars(vars(backend.workflow)["admission"])["_reserved"]
 
 
 # --- starts per minute ------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ async def test_starts_older_than_a_minute_do_not_count(monkeypatch: pytest.Monke
         for _ in range(20):
             await asyncio.sleep(0.25 / 20)
             await api.start(headers={"X-User-Id": "bob"})
-        assert len(vars(vars(api.workflow)["_admission"])["_starts"]) <= 2
+        assert len(vars(vars(api.workflow)["admission"])["_starts"]) <= 2
 
 
 # --- stored images ----------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ async def test_work_taken_over_by_another_process_is_dropped_silently(monkeypatc
     monkeypatch.setattr(runner, "_RENEW", 0.01)
     pause = Pause()
     backend = InMemoryBackend(editor=ScriptedEditor(pause))
-    backend.leases = backend.runner.leases = backend.workflow._leases = leases = Taken()
+    backend.leases = backend.runner.leases = backend.workflow.leases = leases = Taken()
     async with backend.open():
         begun = await backend.start()
         await pause.reached.wait()
