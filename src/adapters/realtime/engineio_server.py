@@ -64,7 +64,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             return _refusal(5, "Unsupported protocol version")
         if method != "GET" and (new or method != "POST"):
             return _refusal(2, "Bad handshake method")
-        socket = self._open(scope) if new else self.sockets.get(query["sid"][0])
+        socket = self._open(upgrades=not websocket) if new else self.sockets.get(query["sid"][0])
         if socket is None or socket.gone or not (new or socket.connected):
             return _refusal(1, "Session ID unknown")
         if websocket:
@@ -88,12 +88,12 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
         packets = await socket.answer_poll()
         return _plain(SEPARATOR.join(packet.encode(b64=True) for packet in packets)) if packets else _refusal()
 
-    def _open(self, scope: Scope) -> EngineSocket:
+    def _open(self, *, upgrades: bool) -> EngineSocket:
         socket = EngineSocket(self, self.generate_id())
         self.sockets[socket.sid] = socket
         opening = {
             "sid": socket.sid,
-            "upgrades": [] if scope["type"] == "websocket" else ["websocket"],
+            "upgrades": ["websocket"] if upgrades else [],
             "pingTimeout": int(self.ping_timeout * 1000),
             "pingInterval": int(self.ping_interval * 1000),
             "maxPayload": self.max_http_buffer_size,

@@ -105,16 +105,13 @@ class EngineSocket:
         if self._polling:
             self.close()
             return []
-        self._polling = True
-        try:
-            return await self._take() or [Packet(NOOP)]
-        finally:
-            self._polling = False
-
-    async def _take(self) -> list[Packet]:
         if self._finishing and not len(self.buffer):
             self.close()
-        return await self.buffer.take(MAX_BATCH)
+        self._polling = True
+        try:
+            return await self.buffer.take(MAX_BATCH) or [Packet(NOOP)]
+        finally:
+            self._polling = False
 
     async def handle_post(self, request: Request) -> None:
         """Handle the packets of a polling request. Raises if there are none, or they are malformed."""
@@ -123,11 +120,9 @@ class EngineSocket:
             body += chunk
             if len(body) > self._server.max_http_buffer_size:
                 raise exceptions.ContentTooLongError
-        if not body:
-            raise exceptions.EngineIOError
         packets = body.decode().split(SEPARATOR)
         if len(packets) > _MAX_POSTED:
-            raise exceptions.EngineIOError
+            raise exceptions.ContentTooLongError
         for received in [Packet(encoded_packet=packet) for packet in packets]:
             await self._handle(received)
             await asyncio.sleep(0)  # Let other clients run between two packets of this one.
@@ -200,7 +195,7 @@ class EngineSocket:
 
     async def _write(self, send: Send) -> None:
         with contextlib.suppress(Exception):
-            while packets := await self._take():
+            while packets := await self.buffer.take(MAX_BATCH):
                 for each in packets:
                     frame = each.encode()
                     await send({"type": "websocket.send", "text" if isinstance(frame, str) else "bytes": frame})

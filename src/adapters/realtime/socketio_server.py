@@ -113,13 +113,11 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         """Whether every table is empty, and no disconnect is being handled."""
         return not (self.eio.sockets or self.sessions or self._by_pid or self._unauthenticated or self._tasks)
 
-    async def emit(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not available: an empty room would mean everybody. The hub sends."""
+    async def _unavailable(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """The hub has the rooms and sends. Here, an empty room would mean everybody, and a late join would leak one."""
         raise NotImplementedError
 
-    async def enter_room(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not available: a client that has just disconnected would leave an empty room. The hub has the rooms."""
-        raise NotImplementedError
+    emit = enter_room = _unavailable
 
     def _engineio_server_class(self) -> type[EngineServer]:
         return EngineServer
@@ -172,14 +170,14 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         if connection.gone:
             return  # The handler has made no device then.
         session.connection = connection
-        identity = {"sid": connection.sid}
+        ids = {"sid": connection.sid}
         if connection.pid is not None:
-            identity["pid"] = connection.pid
+            ids["pid"] = connection.pid
             older = self._by_pid.get(connection.pid)
             self._by_pid[connection.pid] = connection
             if older is not None:
                 older.socket.abort()
-        session.send(wire.Packet(wire.CONNECT, data=identity))
+        session.send(wire.Packet(wire.CONNECT, data=ids))
         if welcome:
             connection.emit("authenticated", welcome)
         then()
@@ -259,11 +257,10 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
 
     def _expired(self, session: _Session, notice: str, code: str) -> None:
         self._cancel_deadline(session)
-        connection = session.connection
-        if connection is not None:
-            if connection.device is not None:
-                connection.device.close()
-            connection.emit(notice, {"code": code})
+        if session.connection is not None:
+            if session.connection.device is not None:
+                session.connection.device.close()
+            session.connection.emit(notice, {"code": code})
         session.socket.finish()
 
 

@@ -60,7 +60,6 @@ class HttpProtocol(HttpToolsProtocol):
         return self.client[0] if self.client else ""
 
     def connection_made(self, transport: Any) -> None:
-        """Called with a new connection."""
         sock = transport.get_extra_info("socket")
         # asyncio sets this only if the listening socket was created with proto=IPPROTO_TCP. Without it, the second of
         # two writes waits for the client's delayed acknowledgement of the first, 40 ms.
@@ -73,7 +72,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._table.add(transport, self._host)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called when the connection has ended."""
         self._table.remove(self.transport)
         self._cancel_deadline()
         super().connection_lost(exc)
@@ -100,7 +98,6 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Called with the end of the head."""
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > _MAX_HEAD:
             raise httptools.HttpParserError  # Too much remains counted, so that this is answered with 431.
@@ -114,12 +111,10 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
-        """Called with a piece of the body."""
         self._unparsed = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Called with the end of the request."""
         self._unparsed = 0
         super().on_message_complete()
 
@@ -151,7 +146,6 @@ class HttpProtocol(HttpToolsProtocol):
             self._deadline.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Called with received bytes."""
         if self._lingering and self.idle:
             return
         self._unparsed += len(data)
@@ -199,10 +193,8 @@ class HttpProtocol(HttpToolsProtocol):
         """The request's head again: with an ``Upgrade`` in it the parser would not parse the body."""
         if self.scope["method"] == "CONNECT":
             raise httptools.HttpParserError  # The parser always takes it for an upgrade, and this is no proxy.
-        head = [f"{self.scope['method']} ".encode(), self.url, f" HTTP/{self.scope['http_version']}\r\n".encode()]
-        for name, value in self.headers:
-            head += [name, b": ", value, b"\r\n"]
-        return b"".join([*head, b"\r\n"])
+        request = b"%b %b HTTP/%b" % (self.scope["method"].encode(), self.url, self.scope["http_version"].encode())
+        return b"\r\n".join([request, *(name + b": " + value for name, value in self.headers), b"\r\n"])
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Called by uvicorn for each request."""

@@ -33,13 +33,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def _reject_with_problem(self, status: Any, text: str) -> Response:
         response = self._reject(status, text)
         response.body = problem(HTTPStatus(status), text.strip())
-        for name, value in (("Content-Length", str(len(response.body))), ("Content-Type", "application/problem+json")):
-            del response.headers[name]
-            response.headers[name] = value
+        del response.headers["Content-Length"], response.headers["Content-Type"]
+        response.headers.update({"Content-Length": str(len(response.body)), "Content-Type": "application/problem+json"})
         return response
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called when the connection has ended."""
         self._table.remove(self.transport)
         super().connection_lost(exc)
 
@@ -59,13 +57,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.abort()
 
     def send_receive_event_to_app(self) -> None:
-        """Called with a whole message."""
         if self.curr_msg_data_type == "text":
             b"".join(self.frames).decode()  # `data_received` closes the connection if this fails.
         super().send_receive_event_to_app()
 
     def handle_connect(self, event: Any) -> None:
-        """Called with the client's opening handshake."""
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
             extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
@@ -73,7 +69,6 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.scope["extensions"] = extensions | ours
 
     async def send(self, message: Any) -> None:
-        """Called by the application."""
         if self.handshake_complete and self.transport.is_closing():
             raise ClientDisconnected
         await super().send(message)
