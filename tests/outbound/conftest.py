@@ -1,4 +1,4 @@
-"""Fixtures of what is fetched and of webhooks."""
+"""Fixtures for fetching and for webhooks."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ async def site() -> AsyncIterator[Site]:
 
 @pytest.fixture
 async def canary() -> AsyncIterator[Canary]:
-    """On both loopback addresses, as far as there are both. Nobody has come when the test is over."""
+    """Listens on the loopback addresses of both IP versions. Checks after the test that nothing connected."""
     canary = Canary(0)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -73,14 +73,14 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port at which nobody listens yet."""
+    """A port without a listener."""
     with closed_port() as port:
         yield port
 
 
 @pytest.fixture(autouse=True)
 def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The addresses that sockets were connected to: none but loopback ever is."""
+    """The addresses of connection attempts. Only loopback is connected to."""
     connect = socket.socket.connect
     addresses: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""The sample pictures can be asked for by URL, although the service fetches nothing from its own network."""
+"""The sample pictures can be used by URL, although private addresses are not fetched."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from support.pictures import THREADS, opened
 BASE = "http://localhost:3000/static/samples"
 
 
-async def test_a_sample_comes_from_the_disk_and_everything_else_from_the_web() -> None:
+async def test_samples_are_read_from_disk_and_other_urls_are_fetched() -> None:
     web = ScriptedFetcher()
     fetcher = SampleFetcher(PillowIntake(THREADS), web, base=BASE, folder=FOLDER / "samples")
     assert opened(await fetcher.fetch(f"{BASE}/face.webp")).width > 100
@@ -26,7 +26,7 @@ async def test_a_sample_comes_from_the_disk_and_everything_else_from_the_web() -
 
 
 @pytest.mark.parametrize("name", ["face.webp", "portrait.webp"])
-async def test_a_face_swap_with_a_sample_needs_no_setting(tmp_path: Path, name: str) -> None:
+async def test_face_swap_with_a_sample_needs_no_setting(tmp_path: Path, name: str) -> None:
     async with running(tmp_path) as service, service.phone("ada") as phone:
         url = f"{service.service.settings.public_url}/static/samples/{name}"
         generation_id = await service.start(imageUrls=url)

@@ -1,4 +1,4 @@
-"""Which addresses a user's URL may lead to, and which never."""
+"""Which addresses a user's URL may connect to."""
 
 import asyncio
 import socket
@@ -32,8 +32,8 @@ from support.sites import (
 
 # --- which addresses are public --------------------------------------------------------------------------
 
-#: The IANA registries of special-purpose addresses, as of 2025, without what is globally reachable; and beyond
-#: them what clouds serve from public space, and the ways in which IPv6 carries IPv4.
+#: IANA's registries of special-purpose addresses as of 2025, except globally reachable ones; also addresses
+#: of cloud services in public ranges, and IPv6 ranges with embedded IPv4 addresses.
 SPECIAL: Final[Sequence[IPNetwork]] = [
     ip_network(text)
     for text in (
@@ -48,7 +48,7 @@ SPECIAL: Final[Sequence[IPNetwork]] = [
 
 
 def edges(network: IPNetwork) -> list[IPAddress]:
-    """The first and the last of a network, and what lies on either side."""
+    """The first and last address of a network, and their neighbours outside."""
     kind, first, last = type(network[0]), int(network[0]), int(network[-1])
     inside = range(2**network.max_prefixlen)
     return [kind(at) for at in (first - 1, first, last, last + 1) if at in inside]
@@ -63,19 +63,19 @@ _addresses: Final = st.one_of(
 
 @settings(PROPERTY, max_examples=300)
 @given(_addresses)
-def test_public_is_what_no_registry_calls_special(address: IPAddress) -> None:
+def test_addresses_outside_the_special_registries_are_public(address: IPAddress) -> None:
     assert is_public(address) == (not any(address in network for network in SPECIAL))
 
 
 @pytest.mark.parametrize("network", SPECIAL, ids=str)
-def test_a_special_network_begins_and_ends_where_its_registry_says(network: IPNetwork) -> None:
+def test_bounds_of_special_networks_match_the_registries(network: IPNetwork) -> None:
     for address in edges(network):
         assert is_public(address) == (not any(address in each for each in SPECIAL)), address
 
 
 @PROPERTY
 @given(st.ip_addresses(v=4), st.integers(0, 2**80 - 1))
-def test_no_ipv6_address_that_carries_an_ipv4_address_is_public(inner: IPv4Address, rest: int) -> None:
+def test_ipv6_addresses_with_an_embedded_ipv4_address_are_not_public(inner: IPv4Address, rest: int) -> None:
     carriers = (
         f"::ffff:{inner}",
         f"::{inner}",
@@ -110,7 +110,7 @@ def test_metadata_and_internal_addresses_are_not_public(text: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["", "a b", *LOOPBACK.split()])
-async def test_no_spelling_of_loopback_is_connected_to(canary: Canary, dialled: list[Any], host: str) -> None:
+async def test_every_spelling_of_loopback_is_refused(canary: Canary, dialled: list[Any], host: str) -> None:
     fetcher = fetcher_with(canary_names(), allow=())
     failure = await refused(fetcher, f"http://{host}:{canary.port}/a.png")
     assert dialled == []
@@ -118,14 +118,16 @@ async def test_no_spelling_of_loopback_is_connected_to(canary: Canary, dialled: 
 
 
 @pytest.mark.parametrize("host", ["2130706434", "127.2", "0x7f000002", "0x7f.2", "0177.2", "127.0.0x2", "0x"])
-async def test_a_number_is_no_name_whatever_a_resolver_makes_of_it(dialled: list[Any], host: str) -> None:
+async def test_numeric_hosts_are_refused_even_if_a_resolver_accepts_them(dialled: list[Any], host: str) -> None:
     names = FakeResolver({host: [[SITE]]})
     assert (await refused(fetcher_with(names), f"http://{host}/")).sentence.endswith(FORBIDDEN)
     assert (names.asked, dialled) == ([], [])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "[::1]", "0"])
-async def test_nor_is_it_with_the_systems_resolver(canary: Canary, dialled: list[Any], host: str) -> None:
+async def test_numeric_hosts_are_refused_with_the_system_resolver(
+    canary: Canary, dialled: list[Any], host: str
+) -> None:
     failure = await refused(UrlFetcher(INTAKE, connect_timeout=30), f"http://{host}:{canary.port}/a.png")
     assert dialled == []
     assert failure.sentence.endswith(FORBIDDEN)
@@ -133,7 +135,7 @@ async def test_nor_is_it_with_the_systems_resolver(canary: Canary, dialled: list
 
 @pytest.mark.parametrize("text", (METADATA + INTERNAL).split())
 @pytest.mark.parametrize("scheme", ["http", "https"])
-async def test_no_internal_address_is_connected_to(dialled: list[Any], text: str, scheme: str) -> None:
+async def test_internal_addresses_are_refused(dialled: list[Any], text: str, scheme: str) -> None:
     address = ip_address(text)
     literal = f"[{text}]" if address.version == 6 else text
     fetcher = fetcher_with(FakeResolver({"inside.test": [[address]], "mixed.test": [[PUBLIC, address]]}))
@@ -145,7 +147,7 @@ async def test_no_internal_address_is_connected_to(dialled: list[Any], text: str
 
 
 @pytest.mark.parametrize("order", [1, -1])
-async def test_one_forbidden_address_among_good_ones_forbids_the_name(
+async def test_name_with_any_forbidden_address_is_refused(
     site: Site, canary: Canary, dialled: list[Any], order: int
 ) -> None:
     answer = [SITE, PUBLIC, SITE, ip_address("127.0.0.1")][::order]
@@ -154,9 +156,7 @@ async def test_one_forbidden_address_among_good_ones_forbids_the_name(
     assert dialled == []
 
 
-async def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
-    site: Site, canary: Canary, dialled: list[Any]
-) -> None:
+async def test_connection_goes_to_the_checked_address(site: Site, canary: Canary, dialled: list[Any]) -> None:
     names = FakeResolver({"pictures.test": [[SITE], [ip_address("127.0.0.1")]]})
     fetcher = fetcher_with(names)
     await fetcher.fetch(site.url())
@@ -168,9 +168,7 @@ async def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
     assert len(dialled) == 1
 
 
-async def test_a_name_that_changes_its_address_in_a_redirect_is_checked_again(
-    site: Site, canary: Canary, dialled: list[Any]
-) -> None:
+async def test_redirect_resolves_and_checks_the_name_again(site: Site, canary: Canary, dialled: list[Any]) -> None:
     names = FakeResolver({"pictures.test": [[SITE], [ip_address("127.0.0.1")]]})
     fetcher = fetcher_with(names)
     site.pages["/away"] = redirect(f"//pictures.test:{canary.port}/a.png")
@@ -178,40 +176,40 @@ async def test_a_name_that_changes_its_address_in_a_redirect_is_checked_again(
     assert len(dialled) == 1
 
 
-async def test_without_permission_nothing_on_this_machine_is_fetched(site: Site, names: FakeResolver) -> None:
+async def test_local_addresses_are_refused_by_default(site: Site, names: FakeResolver) -> None:
     fetcher = fetcher_with(names, allow=())
     assert (await refused(fetcher, site.url())).sentence.endswith(FORBIDDEN)
     assert site.connections == 0
 
 
-async def test_an_allowed_network_of_one_version_says_nothing_about_the_other(dialled: list[Any]) -> None:
+async def test_allowed_ipv4_network_does_not_allow_ipv6(dialled: list[Any]) -> None:
     fetcher = fetcher_with(FakeResolver(), allow=[ip_network("127.0.0.0/8"), ip_network("10.0.0.0/8")])
     for host in ("[::1]", "[::ffff:127.0.0.1]", "[::ffff:10.0.0.1]", "[64:ff9b::a00:1]"):
         assert (await refused(fetcher, f"http://{host}/")).sentence.endswith(FORBIDDEN)
     assert dialled == []
 
 
-async def test_an_address_with_a_scope_is_refused_even_from_an_allowed_network(dialled: list[Any]) -> None:
+async def test_scoped_address_is_refused_even_in_an_allowed_network(dialled: list[Any]) -> None:
     fetcher = fetcher_with(FakeResolver(), allow=[ip_network("fe80::/10"), ip_network("::/0")])
     assert (await refused(fetcher, "http://[fe80::1%1]/")).sentence.endswith(FORBIDDEN)
     assert dialled == []
 
 
 @pytest.mark.skipif(UNUSED_ADDRESS == SITE, reason="there are only two loopback addresses here")
-async def test_the_next_address_is_tried_where_one_does_not_answer(site: Site) -> None:
+async def test_next_address_is_tried_if_one_refuses(site: Site) -> None:
     names = FakeResolver({"pictures.test": [[UNUSED_ADDRESS, SITE]]})
     fetcher = fetcher_with(names, allow=[ip_network(SITE), ip_network(UNUSED_ADDRESS)])
     await fetcher.fetch(site.url())
     assert site.connections == 1
 
 
-async def test_the_systems_resolver_knows_this_machine() -> None:
+async def test_system_resolver_resolves_localhost() -> None:
     found = await system_resolver("localhost")
     assert found
     assert all(address.is_loopback for address in found)
 
 
-async def test_a_name_that_the_system_does_not_know_is_refused_like_a_forbidden_one(
+async def test_unknown_name_has_the_same_message_as_a_forbidden_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unknown(*args: object, **options: object) -> None:
@@ -222,7 +220,7 @@ async def test_a_name_that_the_system_does_not_know_is_refused_like_a_forbidden_
     assert (failure.sentence.endswith(FORBIDDEN), failure.retryable) == (True, False)
 
 
-async def test_a_name_server_that_does_not_answer_now_may_later() -> None:
+async def test_temporary_dns_failure_is_retryable() -> None:
     async def resolve(host: str) -> Sequence[IPAddress]:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
@@ -230,12 +228,12 @@ async def test_a_name_server_that_does_not_answer_now_may_later() -> None:
     assert (failure.sentence.endswith(BROKEN), failure.retryable) == (True, True)
 
 
-async def test_a_name_without_an_address_is_refused() -> None:
+async def test_name_without_an_address_is_refused() -> None:
     fetcher = fetcher_with(FakeResolver({"empty.test": [[]]}))
     assert (await refused(fetcher, "http://empty.test/")).sentence.endswith(FORBIDDEN)
 
 
-async def test_a_name_server_that_stalls_holds_up_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stalled_name_server_is_limited_by_the_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
 
     def stall(*args: object, **options: object) -> list[object]:

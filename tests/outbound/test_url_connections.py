@@ -1,4 +1,4 @@
-"""Deadlines, cancellation and TLS when a user's URL is fetched."""
+"""Deadlines, cancellation and TLS of the URL fetcher."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ async def drip_head(writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("slow", [stall, drip, drip_head])
-async def test_what_takes_too_long_is_given_up_however_it_drips(
+async def test_slow_response_ends_at_the_deadline(
     site: Site, names: FakeResolver, slow: Callable[[asyncio.StreamWriter], Awaitable[None]]
 ) -> None:
     fetcher = fetcher_with(names, intake=TrustingIntake(), deadline=0.2)
@@ -63,20 +63,20 @@ async def test_what_takes_too_long_is_given_up_however_it_drips(
     assert failure.retryable
 
 
-async def test_the_deadline_is_one_for_all_hops(site: Site, names: FakeResolver) -> None:
+async def test_deadline_covers_all_redirects(site: Site, names: FakeResolver) -> None:
     async def late(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.15)
         writer.write(redirect("/late"))
 
     fetcher = fetcher_with(names, intake=TrustingIntake(), deadline=0.35)
     site.pages["/late"] = late
-    # Else it would be that it redirects too often.
+    # Fewer hops than the redirect limit.
     assert (await refused(fetcher, site.url("/late"))).sentence.endswith("it took too long.")
     assert site.connections <= 3
 
 
 @pytest.mark.parametrize("slow", [stall, drip])
-async def test_a_cancelled_fetch_closes_its_connection(
+async def test_cancelled_fetch_closes_its_connection(
     site: Site, fetcher: UrlFetcher, slow: Callable[[asyncio.StreamWriter], Awaitable[None]]
 ) -> None:
     reached = asyncio.Event()
@@ -95,7 +95,7 @@ async def test_a_cancelled_fetch_closes_its_connection(
     await asyncio.wait_for(site.left.wait(), 30)
 
 
-async def test_fetches_do_not_wait_for_one_another(site: Site, fetcher: UrlFetcher) -> None:
+async def test_fetches_run_concurrently(site: Site, fetcher: UrlFetcher) -> None:
     site.pages["/slow"] = stall
     slow = [asyncio.create_task(fetcher.fetch(site.url("/slow"))) for _ in range(30)]
     await fetcher.fetch(site.url())
@@ -115,7 +115,7 @@ class Certificate:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    """A certificate for pictures.test that signed itself, and a client that trusts it."""
+    """A self-signed certificate for pictures.test, and a fetcher that trusts it."""
     pytest.importorskip("cryptography", reason="makes the certificate")
     from datetime import UTC, datetime, timedelta
 
@@ -160,7 +160,7 @@ def trusting(certificate: Certificate, names: FakeResolver) -> UrlFetcher:
     return fetcher_with(names, trust=certificate.trusting)
 
 
-async def test_over_tls_the_name_stays_the_name(
+async def test_tls_verifies_the_host_name_of_the_url(
     safe_site: Site, certificate: Certificate, trusting: UrlFetcher, dialled: list[Any]
 ) -> None:
     asked: list[str | None] = []
@@ -172,21 +172,21 @@ async def test_over_tls_the_name_stays_the_name(
 
 
 @pytest.mark.parametrize("host", ["other.test", f"[{SITE}]" if SITE.version == 6 else str(SITE)])
-async def test_a_certificate_for_another_name_is_refused(safe_site: Site, trusting: UrlFetcher, host: str) -> None:
+async def test_certificate_for_another_name_is_refused(safe_site: Site, trusting: UrlFetcher, host: str) -> None:
     failure = await refused(trusting, safe_site.url(host=host, scheme="https"))
     assert failure.sentence.endswith("its site has no valid certificate.")
     assert not failure.retryable
     assert safe_site.requests == []
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_refused(safe_site: Site, names: FakeResolver) -> None:
+async def test_untrusted_certificate_is_refused(safe_site: Site, names: FakeResolver) -> None:
     fetcher = UrlFetcher(INTAKE, allow=[ip_network(SITE)], resolve=names, deadline=60, connect_timeout=30)
     failure = await refused(fetcher, safe_site.url(scheme="https"))
     assert failure.sentence.endswith("its site has no valid certificate.")
     assert safe_site.requests == []
 
 
-async def test_where_there_is_no_tls_https_is_not_to_be_had(fetcher: UrlFetcher) -> None:
+async def test_https_to_a_plain_http_port_fails(fetcher: UrlFetcher) -> None:
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(page(PNG))
         await reader.read()
@@ -195,7 +195,9 @@ async def test_where_there_is_no_tls_https_is_not_to_be_had(fetcher: UrlFetcher)
         assert (await refused(fetcher, f"https://pictures.test:{port}/")).sentence.endswith(BROKEN)
 
 
-async def test_a_redirect_may_lead_to_https_and_not_back(site: Site, safe_site: Site, trusting: UrlFetcher) -> None:
+async def test_redirect_may_lead_to_https_but_not_back_to_http(
+    site: Site, safe_site: Site, trusting: UrlFetcher
+) -> None:
     site.pages["/up"] = redirect(safe_site.url(scheme="https"))
     assert opened(await trusting.fetch(site.url("/up"))).size == (60, 40)
     safe_site.pages["/down"] = redirect(site.url())
@@ -204,7 +206,7 @@ async def test_a_redirect_may_lead_to_https_and_not_back(site: Site, safe_site: 
     assert site.connections == 1
 
 
-async def test_a_handshake_that_never_ends_is_given_up_and_closed(names: FakeResolver) -> None:
+async def test_stalled_tls_handshake_times_out_and_is_closed(names: FakeResolver) -> None:
     lines: set[asyncio.StreamWriter] = set()
 
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -219,7 +221,7 @@ async def test_a_handshake_that_never_ends_is_given_up_and_closed(names: FakeRes
             failure = await refused(fetcher, f"https://pictures.test:{port}/")
             assert failure.sentence.endswith("it took too long.")
             assert failure.retryable
-            # On a slow machine it may have been given up before there was a connection.
+            # On a slow machine the timeout may come before the connection.
             async with asyncio.timeout(30):
                 while lines:
                     await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What is fetched from a user's URL, and what never is.
+"""What is fetched from a user's URL, and what is refused.
 
 Every site of these tests listens on `SITE`, which is allowed where a test says so. Every other loopback address is
 forbidden ground, and a canary sits there.
@@ -83,7 +83,7 @@ from support.sites import (
         "http://[" + ":" * 2_000,
     ],
 )
-async def test_what_is_no_plain_web_address_is_not_fetched(
+async def test_other_schemes_credentials_and_ports_are_refused(
     fetcher: UrlFetcher, dialled: list[Any], names: FakeResolver, url: str
 ) -> None:
     assert not (await refused(fetcher, url)).retryable
@@ -96,7 +96,7 @@ _hosts: Final = st.one_of(st.text(max_size=30), st.from_regex(r"[0-9a-fx.:\[\]%@
 @PROPERTY
 @given(st.one_of(st.text(), _hosts.map("http://{}".format), _hosts.map("https://{}:80/x".format)))
 @example("http://\N{ROMAN NUMERAL ONE}.test")
-def test_whatever_the_url_is_it_is_refused_with_a_sentence(url: str) -> None:
+def test_any_invalid_url_is_refused_with_a_sentence(url: str) -> None:
     asyncio.run(_refused_by_all(url))
 
 
@@ -105,7 +105,7 @@ async def _refused_by_all(url: str) -> None:
     await refused(fetcher, url)
 
 
-async def test_an_international_name_is_asked_for_and_sent_in_its_ascii_form(site: Site) -> None:
+async def test_international_host_name_is_sent_in_ascii_form(site: Site) -> None:
     names = FakeResolver({"xn--bcher-kva.test": [[SITE]]})
     fetcher = fetcher_with(names)
     await fetcher.fetch(site.url(host="BÜCHER.test"))
@@ -114,12 +114,12 @@ async def test_an_international_name_is_asked_for_and_sent_in_its_ascii_form(sit
     assert all(f"\r\nHost: xn--bcher-kva.test:{site.port}\r\n" in request for request in site.requests)
 
 
-async def test_a_name_may_end_with_its_dot(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
+async def test_host_name_may_end_with_a_dot(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
     await fetcher.fetch(site.url(host="pictures.test."))
     assert names.asked == ["pictures.test"]
 
 
-async def test_an_allowed_address_may_be_given_as_it_is(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
+async def test_allowed_ip_address_may_be_the_host(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
     await fetcher.fetch(site.url(host=f"[{SITE}]" if SITE.version == 6 else str(SITE)))
     assert names.asked == []
 
@@ -127,14 +127,14 @@ async def test_an_allowed_address_may_be_given_as_it_is(site: Site, fetcher: Url
 # --- what is sent ----------------------------------------------------------------------------------------
 
 
-async def test_a_picture_is_fetched_and_admitted(site: Site, fetcher: UrlFetcher) -> None:
+async def test_picture_is_fetched_and_admitted(site: Site, fetcher: UrlFetcher) -> None:
     assert opened(await fetcher.fetch(site.url())).size == (60, 40)
 
 
-async def test_the_request_says_what_is_needed_and_nothing_else(
+async def test_request_has_only_the_necessary_headers(
     site: Site, canary: Canary, fetcher: UrlFetcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No proxy and no credentials from the environment, no fragment, and nothing about who asks."""
+    """No proxy or credentials of the environment, no fragment, and nothing about the user."""
     for variable in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(variable, f"http://127.0.0.1:{canary.port}")
     (tmp_path / ".netrc").write_text("machine pictures.test login ada password secret\n")
@@ -159,14 +159,14 @@ async def test_the_request_says_what_is_needed_and_nothing_else(
 @pytest.mark.parametrize(
     "to", ["/a.png", "a.png", "../a.png", "//other.test:{port}/a.png", "http://other.test:{port}/a.png"]
 )
-async def test_a_redirect_is_followed(site: Site, fetcher: UrlFetcher, status: str, to: str) -> None:
+async def test_redirect_is_followed(site: Site, fetcher: UrlFetcher, status: str, to: str) -> None:
     site.pages["/old"] = redirect(to.format(port=site.port), status)
     assert opened(await fetcher.fetch(site.url("/old"))).size == (60, 40)
     assert "other.test" not in to or f"Host: other.test:{site.port}" in site.requests[1]
     assert not any("cookie" in request.lower() or "referer" in request.lower() for request in site.requests)
 
 
-async def test_each_hop_asks_for_the_address_again(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
+async def test_each_redirect_resolves_the_host_again(site: Site, fetcher: UrlFetcher, names: FakeResolver) -> None:
     site.pages |= {"/1": redirect("/2"), "/2": redirect("/3"), "/3": redirect("/a.png")}
     await fetcher.fetch(site.url("/1"))
     assert names.asked == ["pictures.test"] * 4
@@ -174,7 +174,7 @@ async def test_each_hop_asks_for_the_address_again(site: Site, fetcher: UrlFetch
 
 
 @pytest.mark.parametrize("length", [4, 17])
-async def test_after_three_redirects_that_is_enough(site: Site, fetcher: UrlFetcher, length: int) -> None:
+async def test_fourth_redirect_is_refused(site: Site, fetcher: UrlFetcher, length: int) -> None:
     site.pages |= {f"/{n}": redirect(f"/{n - 1}") for n in range(1, length + 1)} | {"/0": page(PNG)}
     failure = await refused(fetcher, site.url(f"/{length}"))
     assert failure.sentence.endswith("it redirects too often.")
@@ -182,14 +182,14 @@ async def test_after_three_redirects_that_is_enough(site: Site, fetcher: UrlFetc
     assert site.connections == 4
 
 
-async def test_a_loop_of_redirects_ends(site: Site, fetcher: UrlFetcher) -> None:
+async def test_redirect_loop_ends(site: Site, fetcher: UrlFetcher) -> None:
     site.pages |= {"/me": redirect("/me")}
     assert (await refused(fetcher, site.url("/me"))).sentence.endswith("it redirects too often.")
     assert site.connections == 4
 
 
 @pytest.mark.parametrize("host", ["", "a b", *LOOPBACK.split()])
-async def test_no_redirect_leads_to_loopback(site: Site, canary: Canary, dialled: list[Any], host: str) -> None:
+async def test_redirect_to_loopback_is_refused(site: Site, canary: Canary, dialled: list[Any], host: str) -> None:
     names = canary_names()
     names.answers["pictures.test"] = [[SITE]]
     fetcher = fetcher_with(names)
@@ -222,7 +222,7 @@ async def test_no_redirect_leads_to_loopback(site: Site, canary: Canary, dialled
         "",
     ],
 )
-async def test_a_redirect_is_checked_as_the_url_was(
+async def test_redirect_target_is_checked_like_the_url(
     site: Site, dialled: list[Any], fetcher: UrlFetcher, to: str
 ) -> None:
     site.pages["/away"] = redirect(to)
@@ -230,7 +230,7 @@ async def test_a_redirect_is_checked_as_the_url_was(
     assert all(ip_address(address[0]) == SITE for address in dialled)
 
 
-async def test_a_redirect_to_nowhere_is_an_answer_without_a_picture(site: Site, fetcher: UrlFetcher) -> None:
+async def test_redirect_without_location_is_an_error_status(site: Site, fetcher: UrlFetcher) -> None:
     site.pages["/away"] = page(PNG, status="302 Found")
     assert (await refused(fetcher, site.url("/away"))).sentence.endswith("its site answered with status 302.")
 
@@ -247,7 +247,7 @@ async def test_a_redirect_to_nowhere_is_an_answer_without_a_picture(site: Site, 
         *[(status, f"its site answered with status {status}.", True) for status in (408, 425, 429, 500, 502, 503)],
     ],
 )
-async def test_another_status_than_200_is_told(
+async def test_error_status_is_in_the_sentence(
     site: Site, fetcher: UrlFetcher, status: int, reason: str, retryable: bool
 ) -> None:
     site.pages["/a"] = page(b"" if status == 304 else PNG, status=f"{status} So")
@@ -267,7 +267,7 @@ async def test_another_status_than_200_is_told(
         (raw_png((13_000, 13_000), 1, 0, b""), "image/png"),
     ],
 )
-async def test_what_is_no_picture_of_ours_is_told(
+async def test_unsupported_content_is_explained(
     site: Site, fetcher: UrlFetcher, body: bytes, content_type: str
 ) -> None:
     site.pages["/a"] = page(body, f"Content-Type: {content_type}")
@@ -277,15 +277,13 @@ async def test_what_is_no_picture_of_ours_is_told(
 
 
 @pytest.mark.parametrize("content_type", ["text/html", "application/octet-stream", ""])
-async def test_a_picture_is_a_picture_whatever_its_site_calls_it(
-    site: Site, fetcher: UrlFetcher, content_type: str
-) -> None:
+async def test_content_type_header_is_ignored(site: Site, fetcher: UrlFetcher, content_type: str) -> None:
     site.pages["/a"] = page(PNG, f"Content-Type: {content_type}")
     assert opened(await fetcher.fetch(site.url("/a"))).size == (60, 40)
 
 
 async def flood(writer: asyncio.StreamWriter, blob: bytes, head: bytes = b"") -> None:
-    """Write for as long as the other side takes it."""
+    """Write until the connection closes."""
     writer.write(head)
     while True:
         writer.write(blob)
@@ -299,17 +297,17 @@ def chunked(*chunks: bytes) -> bytes:
 CHUNKED: Final = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
-async def test_a_picture_may_come_in_chunks(site: Site, fetcher: UrlFetcher) -> None:
+async def test_chunked_response_is_read(site: Site, fetcher: UrlFetcher) -> None:
     site.pages["/a"] = CHUNKED + chunked(PNG[:10], PNG[10:], b"")
     assert opened(await fetcher.fetch(site.url("/a"))).size == (60, 40)
 
 
-async def test_a_picture_may_end_with_the_connection(site: Site, fetcher: UrlFetcher) -> None:
+async def test_response_without_length_is_read_until_close(site: Site, fetcher: UrlFetcher) -> None:
     site.pages["/a"] = OK + b"\r\n" + PNG
     assert opened(await fetcher.fetch(site.url("/a"))).size == (60, 40)
 
 
-async def test_ten_megabytes_are_taken(site: Site, names: FakeResolver) -> None:
+async def test_ten_megabytes_are_accepted(site: Site, names: FakeResolver) -> None:
     fetcher = fetcher_with(names, intake=TrustingIntake())
     site.pages["/a"] = page(b"x" * MAX_BYTES)
     assert len((await fetcher.fetch(site.url("/a"))).data) == MAX_BYTES
@@ -319,7 +317,7 @@ TOO_LARGE: Final = "it is larger than 10 MB."
 
 
 @pytest.mark.parametrize("length", [MAX_BYTES + 1, 10**18])
-async def test_what_says_that_it_is_larger_is_not_read(site: Site, fetcher: UrlFetcher, length: int) -> None:
+async def test_larger_declared_length_is_not_read(site: Site, fetcher: UrlFetcher, length: int) -> None:
     async def head_only(writer: asyncio.StreamWriter) -> None:
         writer.write(page(b"", length=length))
         await site.left.wait()
@@ -333,7 +331,7 @@ async def test_what_says_that_it_is_larger_is_not_read(site: Site, fetcher: UrlF
 @pytest.mark.parametrize(
     ("head", "blob"), [(OK + b"\r\n", b"x" * 65_536), (CHUNKED, chunked(b"x" * 65_536))], ids=["plain", "chunked"]
 )
-async def test_an_endless_body_is_read_no_further_than_ten_megabytes(
+async def test_endless_body_is_read_up_to_ten_megabytes(
     site: Site, fetcher: UrlFetcher, head: bytes, blob: bytes
 ) -> None:
     site.pages["/a"] = lambda writer: flood(writer, blob, head)
@@ -355,8 +353,10 @@ async def test_an_endless_body_is_read_no_further_than_ten_megabytes(
     ],
     ids=["continue", "headers", "header", "blank", "garbage", "tiny-chunks", "chunk-extensions", "trailers"],
 )
-async def test_no_flood_of_anything_else_lasts(site: Site, names: FakeResolver, head: bytes, blob: bytes) -> None:
-    """Each is over after some kilobytes or pieces, long before the parser has gone through ten megabytes of it."""
+async def test_floods_of_headers_or_framing_are_cut_off(
+    site: Site, names: FakeResolver, head: bytes, blob: bytes
+) -> None:
+    """Each ends after some kilobytes or chunks, long before the parser has read ten megabytes."""
     fetcher = fetcher_with(names, intake=TrustingIntake(), deadline=60)
     site.pages["/a"] = lambda writer: flood(writer, blob, head)
     assert (await refused(fetcher, site.url("/a"))).sentence.endswith(BROKEN)
@@ -376,7 +376,7 @@ async def test_no_flood_of_anything_else_lasts(site: Site, names: FakeResolver, 
     ],
     ids=" + ".join,
 )
-async def test_nothing_is_unpacked(site: Site, fetcher: UrlFetcher, encodings: list[str]) -> None:
+async def test_compressed_response_is_refused(site: Site, fetcher: UrlFetcher, encodings: list[str]) -> None:
     bomb = gzip.compress(bytes(5 * MAX_BYTES)) if encodings == ["gzip"] else zlib.compress(PNG)
     site.pages["/a"] = page(bomb, *[f"Content-Encoding: {encoding}" for encoding in encodings])
     failure = await refused(fetcher, site.url("/a"))
@@ -397,19 +397,19 @@ async def test_nothing_is_unpacked(site: Site, fetcher: UrlFetcher, encodings: l
     ],
     ids=" + ".join,
 )
-async def test_an_encoding_that_is_no_compression_counts_as_none(
+async def test_content_encoding_without_compression_is_ignored(
     site: Site, fetcher: UrlFetcher, encodings: list[str]
 ) -> None:
     site.pages["/a"] = page(PNG, *[f"Content-Encoding: {encoding}" for encoding in encodings])
     assert opened(await fetcher.fetch(site.url("/a"))).size == (60, 40)
 
 
-async def test_nothing_is_unpacked_in_transfer_either(site: Site, fetcher: UrlFetcher) -> None:
+async def test_transfer_compression_is_not_decoded(site: Site, fetcher: UrlFetcher) -> None:
     site.pages["/a"] = OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + chunked(gzip.compress(PNG), b"")
     assert (await refused(fetcher, site.url("/a"))).sentence.endswith(BROKEN)
 
 
-async def test_a_length_that_lies_makes_no_picture(site: Site, fetcher: UrlFetcher) -> None:
+async def test_wrong_content_length_fails(site: Site, fetcher: UrlFetcher) -> None:
     site.pages["/more"] = page(PNG, length=len(PNG) + 1)
     failure = await refused(fetcher, site.url("/more"))
     assert failure.sentence.endswith(BROKEN)
@@ -421,7 +421,7 @@ async def test_a_length_that_lies_makes_no_picture(site: Site, fetcher: UrlFetch
 
 
 @pytest.mark.parametrize("sent", [b"", b"HTT", OK, page(PNG)[:-20], CHUNKED + b"ff\r\nx"])
-async def test_a_connection_that_breaks_off_may_be_tried_again(site: Site, fetcher: UrlFetcher, sent: bytes) -> None:
+async def test_broken_connection_is_retryable(site: Site, fetcher: UrlFetcher, sent: bytes) -> None:
     async def reset(writer: asyncio.StreamWriter) -> None:
         writer.write(sent)
         await asyncio.sleep(0.01)
@@ -434,8 +434,8 @@ async def test_a_connection_that_breaks_off_may_be_tried_again(site: Site, fetch
     assert failure.retryable
 
 
-async def test_a_port_where_nobody_listens_may_be_tried_again(fetcher: UrlFetcher) -> None:
-    # The port is kept, so that nobody comes to listen there.
+async def test_refused_connection_is_retryable(fetcher: UrlFetcher) -> None:
+    # Keep the port, so that no other process listens there.
     with socket.socket(socket.AF_INET6 if SITE.version == 6 else socket.AF_INET) as kept:
         kept.bind((str(SITE), 0))
         failure = await refused(fetcher, f"http://pictures.test:{kept.getsockname()[1]}/")
@@ -459,7 +459,7 @@ async def test_a_port_where_nobody_listens_may_be_tried_again(fetcher: UrlFetche
 @example(OK + b"Content-Length: 1_0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
 @example(b"HTTP/0.9 200\r\n\r\n")
 @example(b"HTTP/2 200 OK\r\n\r\n")
-def test_whatever_the_site_answers_there_is_a_sentence(answer: bytes) -> None:
+def test_any_response_bytes_give_a_sentence(answer: bytes) -> None:
     asyncio.run(_answered(answer))
 
 

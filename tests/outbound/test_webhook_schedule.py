@@ -1,4 +1,4 @@
-"""When each end is posted: in which order, how often, across restarts and at shutdown."""
+"""When each terminal event is posted: order, retries, restarts and shutdown."""
 
 import asyncio
 import json
@@ -23,10 +23,10 @@ from support.webhooks import Receiver, ids, sender_to, status, until, until_all_
 
 
 class Scripted:
-    """`domain.webhooks.Poster` that does to each generation's messages what is planned, and takes the rest."""
+    """`domain.webhooks.Poster` that raises the planned exceptions by generation, and accepts the other messages."""
 
     def __init__(self) -> None:
-        #: What is raised, one after the other; the last one for ever.
+        #: Exceptions to raise, in turn; the last one repeats.
         self.plans: dict[str, list[Exception]] = {}
         self.posts: list[str] = []
         self.taken: list[str] = []
@@ -41,7 +41,7 @@ class Scripted:
         self.taken.append(generation_id)
 
 
-async def test_the_oldest_end_is_told_first(log: WholeLog) -> None:
+async def test_oldest_end_is_posted_first(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     late = await recorder.start("ada")
     ended = [await recorder.start_and_fail(f"user {index}") for index in range(30)]
@@ -52,7 +52,7 @@ async def test_the_oldest_end_is_told_first(log: WholeLog) -> None:
     assert poster.posts == [each.generation_id for each in ended]
 
 
-async def test_a_crowd_of_ends_is_told_once_each(log: WholeLog) -> None:
+async def test_many_ends_are_posted_once_each(log: WholeLog) -> None:
     recorder = EventRecorder(log)
     poster = Scripted()
     async with working(webhooks_for(log, poster)):
@@ -61,7 +61,7 @@ async def test_a_crowd_of_ends_is_told_once_each(log: WholeLog) -> None:
     assert sorted(poster.posts) == sorted(each.generation_id for each in ended)
 
 
-async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: WholeLog, receiver: Receiver) -> None:
+async def test_slow_delivery_does_not_delay_others(memory: WholeLog, receiver: Receiver) -> None:
     recorder = EventRecorder(memory)
     slow = await recorder.start_and_fail()
     receiver.always[slow.generation_id] = hang
@@ -75,9 +75,7 @@ async def test_what_the_receiver_is_slow_with_holds_up_nothing_else(memory: Whol
     assert len(receiver.posts(slow)) == 1
 
 
-async def test_what_is_never_taken_however_much_of_it_leaves_room_for_the_rest(
-    memory: WholeLog, receiver: Receiver
-) -> None:
+async def test_messages_that_always_fail_do_not_block_others(memory: WholeLog, receiver: Receiver) -> None:
     recorder = EventRecorder(memory)
     poison = [await recorder.start_and_fail() for _ in range(25)]
     receiver.always = {each.generation_id: hang for each in poison}
@@ -86,11 +84,11 @@ async def test_what_is_never_taken_however_much_of_it_leaves_room_for_the_rest(
         await webhooks.flushed()
         others = [await recorder.start_and_fail() for _ in range(30)]
         await until(lambda: {*receiver.ids} == {each.generation_id for each in others})
-        # And all of it is posted again all the same.
+        # All of them are still retried.
         await until(lambda: all(len(receiver.posts(each)) > 1 for each in poison))
 
 
-async def test_only_a_few_are_posted_at_once(memory: WholeLog) -> None:
+async def test_concurrent_posts_are_limited(memory: WholeLog) -> None:
     class Counting(Scripted):
         at_once = most = 0
 
@@ -110,7 +108,7 @@ async def test_only_a_few_are_posted_at_once(memory: WholeLog) -> None:
     assert poster.most == 8
 
 
-async def test_what_has_been_taken_or_removed_is_forgotten(memory: WholeLog) -> None:
+async def test_state_of_delivered_or_removed_messages_is_dropped(memory: WholeLog) -> None:
     class Watched(ForwardingLog):
         limits: ClassVar[list[int]] = []
 
@@ -136,7 +134,7 @@ async def test_what_has_been_taken_or_removed_is_forgotten(memory: WholeLog) -> 
     assert watched.limits[-1] == watched.limits[0]
 
 
-async def test_the_pauses_double_up_to_a_limit_and_are_told_less_and_less_often(
+async def test_backoff_doubles_up_to_a_limit_and_is_logged_less_often(
     memory: WholeLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     generation = await EventRecorder(memory).start_and_fail()
@@ -151,7 +149,7 @@ async def test_the_pauses_double_up_to_a_limit_and_are_told_less_and_less_often(
 
 
 @pytest.mark.parametrize(("chance", "pause"), [(0.0, 8.0), (1.0, 4.0)])
-async def test_a_part_of_a_pause_is_left_to_chance(
+async def test_backoff_has_jitter(
     memory: WholeLog, caplog: pytest.LogCaptureFixture, chance: float, pause: float
 ) -> None:
     poster = Scripted()
@@ -162,9 +160,7 @@ async def test_a_part_of_a_pause_is_left_to_chance(
     assert f"again in {pause:.0f} s" in caplog.text
 
 
-async def test_who_asks_to_be_left_alone_is_and_others_are_told_meanwhile(
-    memory: WholeLog, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_retry_after_delays_only_its_own_message(memory: WholeLog, caplog: pytest.LogCaptureFixture) -> None:
     recorder = EventRecorder(memory)
     patient, greedy, plain = [await recorder.start_and_fail() for _ in range(3)]
     poster = Scripted()
@@ -178,7 +174,9 @@ async def test_who_asks_to_be_left_alone_is_and_others_are_told_meanwhile(
     assert "503; again in 3600 s" in caplog.text
 
 
-async def test_a_poster_that_breaks_ends_nothing(memory: WholeLog, caplog: pytest.LogCaptureFixture) -> None:
+async def test_unexpected_exception_of_the_sender_is_retried(
+    memory: WholeLog, caplog: pytest.LogCaptureFixture
+) -> None:
     recorder = EventRecorder(memory)
     poster = Scripted()
     broken = await recorder.start_and_fail()
@@ -192,7 +190,7 @@ async def test_a_poster_that_breaks_ends_nothing(memory: WholeLog, caplog: pytes
     assert "secret" not in caplog.text
 
 
-async def test_a_generation_that_is_removed_is_not_told_any_more(log: WholeLog) -> None:
+async def test_removed_generation_is_not_posted(log: WholeLog) -> None:
     recorder, poster = EventRecorder(log), Scripted()
     before, refused, last = [await recorder.start_and_fail() for _ in range(3)]
     await log.remove(before.generation_id, retention=False)
@@ -201,7 +199,7 @@ async def test_a_generation_that_is_removed_is_not_told_any_more(log: WholeLog) 
         await until(lambda: poster.posts.count(refused.generation_id) > 2)
         await log.remove(refused.generation_id, retention=True)
         await until_all_delivered(log)
-        # What may have been read of the log before that is posted before this is.
+        # Entries read from the log before that are posted first.
         marker = await recorder.start_and_fail("bob")
         await until_all_delivered(log)
         tries = poster.posts.count(refused.generation_id)
@@ -218,7 +216,7 @@ async def test_a_generation_that_is_removed_is_not_told_any_more(log: WholeLog) 
 
 @asynccontextmanager
 async def life(path: Path) -> AsyncIterator[WholeLog]:
-    """One life of a durable log."""
+    """A durable log, opened and closed."""
     database = Database(path, epoch="e1")
     try:
         yield SqliteLog(database, credits=100, clock=SteppableClock(), outbox=True)
@@ -226,9 +224,7 @@ async def life(path: Path) -> AsyncIterator[WholeLog]:
         await database.close()
 
 
-async def test_what_was_not_taken_before_a_restart_is_told_after_it_and_nothing_twice(
-    tmp_path: Path, receiver: Receiver
-) -> None:
+async def test_undelivered_messages_are_posted_once_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
     earlier = Receiver()
     async with life(tmp_path / "log.db") as log, listening(earlier.origin):
         recorder = EventRecorder(log)
@@ -249,7 +245,7 @@ async def test_what_was_not_taken_before_a_restart_is_told_after_it_and_nothing_
 
 
 class Absent(ForwardingLog):
-    """A log that does not answer the next so many questions of each kind."""
+    """A log whose next `reads` reads and `marks` confirmations fail."""
 
     reads = 0
     marks = 0
@@ -267,7 +263,7 @@ class Absent(ForwardingLog):
         await super().delivered(generation_id)
 
 
-async def test_a_log_that_does_not_answer_is_asked_again_and_nothing_is_told_twice(memory: WholeLog) -> None:
+async def test_unavailable_log_is_retried_without_duplicates(memory: WholeLog) -> None:
     absent = Absent(memory)
     absent.reads, absent.marks = 2, 2
     generation = await EventRecorder(memory).start_and_fail()
@@ -279,7 +275,7 @@ async def test_a_log_that_does_not_answer_is_asked_again_and_nothing_is_told_twi
 
 
 class Stale(ForwardingLog):
-    """A log that, having read of two ends, waits until the first of them has been taken before it tells of both."""
+    """A log whose read of two ends returns only after the first was delivered."""
 
     def __init__(self, log: WholeLog) -> None:
         super().__init__(log)
@@ -294,7 +290,7 @@ class Stale(ForwardingLog):
         return entries
 
 
-async def test_what_is_taken_while_the_log_is_read_is_not_told_again(memory: WholeLog) -> None:
+async def test_message_delivered_during_a_read_is_not_posted_again(memory: WholeLog) -> None:
     stale = Stale(memory)
 
     class Slow(Scripted):
@@ -312,7 +308,7 @@ async def test_what_is_taken_while_the_log_is_read_is_not_told_again(memory: Who
     assert poster.posts == [first.generation_id, second.generation_id]
 
 
-async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: WholeLog, receiver: Receiver) -> None:
+async def test_stopping_does_not_wait_for_a_pending_delivery(memory: WholeLog, receiver: Receiver) -> None:
     generation = await EventRecorder(memory).start_and_fail()
     receiver.always[generation.generation_id] = hang
     async with working(webhooks_for(memory, sender_to(receiver.origin))):
@@ -321,7 +317,7 @@ async def test_what_it_waits_for_is_left_at_once_when_it_has_to_stop(memory: Who
     assert ids(await memory.claim_undelivered(1)) == [generation.generation_id]
 
 
-async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: WholeLog) -> None:
+async def test_shutdown_can_wait_until_all_ends_are_posted(memory: WholeLog) -> None:
     recorder = EventRecorder(memory)
     poster = Scripted()
     refused = await recorder.start_and_fail()
@@ -336,7 +332,7 @@ async def test_who_leaves_can_wait_until_every_end_has_been_posted(memory: Whole
 
 
 class Overtaken(ForwardingLog):
-    """A log in which another generation ends while the first reader waits for what it has read."""
+    """A log in which another generation ends during the first read."""
 
     def __init__(self, log: WholeLog, end: Callable[[], Awaitable[object]]) -> None:
         super().__init__(log)
@@ -349,7 +345,7 @@ class Overtaken(ForwardingLog):
         return entries
 
 
-async def test_what_ends_while_the_log_is_read_is_waited_for_too(memory: WholeLog) -> None:
+async def test_shutdown_also_waits_for_ends_during_a_read(memory: WholeLog) -> None:
     poster = Scripted()
     webhooks = webhooks_for(Overtaken(memory, EventRecorder(memory).start_and_fail), poster)
     async with working(webhooks):

@@ -1,4 +1,4 @@
-"""Every end of a generation reaches the webhook, whatever befalls the receiver, the service and the log."""
+"""Every terminal event reaches the webhook, despite failures of the receiver, the service and the log."""
 
 import asyncio
 import base64
@@ -45,9 +45,7 @@ from support.webhooks import (
 # --- what is told ------------------------------------------------------------------------------------------
 
 
-async def test_every_end_is_told_once_in_the_bytes_of_the_log_and_nothing_but_ends(
-    log: WholeLog, receiver: Receiver
-) -> None:
+async def test_each_terminal_event_is_posted_once_with_the_bytes_of_the_log(log: WholeLog, receiver: Receiver) -> None:
     recorder = EventRecorder(log)
     before = await recorder.run_to_end("ada", "generate", metadata={"order": "ü 7"})
     async with working(webhooks_for(log, sender_to(receiver.origin))):
@@ -75,7 +73,7 @@ async def test_every_end_is_told_once_in_the_bytes_of_the_log_and_nothing_but_en
         assert request.headers["host"] == f"127.0.0.1:{receiver.origin.port}"
 
 
-async def test_without_a_secret_nothing_is_signed(memory: WholeLog, receiver: Receiver) -> None:
+async def test_messages_are_unsigned_without_a_secret(memory: WholeLog, receiver: Receiver) -> None:
     async with working(webhooks_for(memory, sender_to(receiver.origin, secret=None))):
         await EventRecorder(memory).start_and_fail()
         await until_all_delivered(memory)
@@ -84,7 +82,7 @@ async def test_without_a_secret_nothing_is_signed(memory: WholeLog, receiver: Re
     assert {"webhook-id", "webhook-timestamp"} <= request.headers.keys()
 
 
-async def test_who_the_url_names_is_who_calls_and_no_proxy_is_asked(
+async def test_url_credentials_are_sent_and_no_proxy_is_used(
     memory: WholeLog, receiver: Receiver, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
@@ -99,7 +97,7 @@ async def test_who_the_url_names_is_who_calls_and_no_proxy_is_asked(
 
 
 @pytest.mark.parametrize(("url", "secret"), [("http://127.0.0.1/", "whsec_kk-_k"), ("http://127.0.0.1:kkk/", SECRET)])
-def test_what_is_no_secret_or_no_url_is_refused_and_not_repeated(url: str, secret: str) -> None:
+def test_invalid_secret_or_url_is_refused_without_quoting_it(url: str, secret: str) -> None:
     with pytest.raises(ValueError, match=r"[a-z]") as caught:
         WebhookSender(url, secret, clock=now)
     assert "kk" not in str(caught.value)
@@ -123,7 +121,7 @@ def test_what_is_no_secret_or_no_url_is_refused_and_not_repeated(url: str, secre
         pytest.param([raw(b"\x00\xff garbage\r\n\r\n")], id="garbage"),
     ],
 )
-async def test_what_is_not_taken_is_posted_again_until_it_is(
+async def test_failed_post_is_retried_until_it_succeeds(
     memory: WholeLog, receiver: Receiver, trouble: list[Answer]
 ) -> None:
     clock = iter(range(1_000))
@@ -134,7 +132,7 @@ async def test_what_is_not_taken_is_posted_again_until_it_is(
     async with working(webhooks_for(memory, sender)):
         await until_all_delivered(memory)
     posts = receiver.origin.requests
-    # On a slow day an answer that says it was taken may come too late, as it would from a slow receiver.
+    # On a slow machine a success may arrive after the timeout, as from a slow receiver.
     assert len(posts) == len(trouble) + len(receiver.taken)
     assert len({(post.headers["webhook-id"], post.body) for post in posts}) == 1
     assert len({post.headers["webhook-timestamp"] for post in posts}) == len(posts)
@@ -143,7 +141,7 @@ async def test_what_is_not_taken_is_posted_again_until_it_is(
         Webhook(SECRET).verify(post.body, dict(post.headers))
 
 
-async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
+async def test_receiver_that_answers_410_is_not_called_until_a_restart(
     log: WholeLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = EventRecorder(log)
@@ -153,9 +151,9 @@ async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
     async with working(webhooks):
         await webhooks.flushed()
         later = [await recorder.start_and_fail() for _ in range(3)]
-        # The service can still leave in time.
+        # The service can still stop in time.
         await webhooks.flushed()
-        # Longer than the longest pause before another attempt.
+        # Longer than the longest backoff.
         await asyncio.sleep(0.2)
     assert len(receiver.origin.requests) == 1
     [line] = [record for record in caplog.records if record.name == "domain.webhooks"]
@@ -165,7 +163,7 @@ async def test_a_receiver_that_answers_410_is_not_called_again_until_a_restart(
     assert sorted(receiver.ids) == sorted(each.generation_id for each in (gone, *later))
 
 
-async def test_several_answers_of_410_at_once_are_reported_once(
+async def test_concurrent_410_responses_are_logged_once(
     memory: WholeLog, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = EventRecorder(memory)
@@ -190,7 +188,7 @@ async def test_several_answers_of_410_at_once_are_reported_once(
         pytest.param(then(raw(head(200, length=5)), reset), id="the line breaks behind the head"),
     ],
 )
-async def test_what_was_answered_with_success_is_taken_whatever_follows(
+async def test_success_status_counts_as_delivered_whatever_follows(
     memory: WholeLog, receiver: Receiver, answer: Answer
 ) -> None:
     generation = await EventRecorder(memory).start_and_fail()
@@ -201,9 +199,7 @@ async def test_what_was_answered_with_success_is_taken_whatever_follows(
 
 
 @pytest.mark.parametrize("code", [200, 500])
-async def test_of_what_the_receiver_says_hardly_anything_is_read(
-    memory: WholeLog, receiver: Receiver, code: int
-) -> None:
+async def test_response_body_is_read_up_to_a_small_limit(memory: WholeLog, receiver: Receiver, code: int) -> None:
     flood = Flood(2_000)
     generation = await EventRecorder(memory).start_and_fail()
     receiver.plans[generation.generation_id] = [then(raw(head(code, length=2_000 * 1024 * 1024)), flood)]
@@ -213,7 +209,7 @@ async def test_of_what_the_receiver_says_hardly_anything_is_read(
     assert len(receiver.origin.requests) == (1 if code == 200 else 2)
 
 
-async def test_a_receiver_that_is_down_at_first_is_told_once_it_is_there(memory: WholeLog, port: int) -> None:
+async def test_receiver_that_starts_late_gets_its_messages(memory: WholeLog, port: int) -> None:
     receiver = Receiver()
     receiver.origin.port = port
     recorder = EventRecorder(memory)
@@ -228,7 +224,7 @@ async def test_a_receiver_that_is_down_at_first_is_told_once_it_is_there(memory:
 
 
 @pytest.mark.parametrize("code", [429, 503])
-async def test_who_asks_to_be_left_alone_is_heard(receiver: Receiver, code: int) -> None:
+async def test_retry_after_is_respected_for_429_and_503(receiver: Receiver, code: int) -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     for said, least, most in (("7", 7, 7), (later, 60, 90), ("0", 0, 0), ("-5", 0, 0)):
         receiver.always["edit_1"] = status(code, Retry_After=said)
@@ -239,7 +235,7 @@ async def test_who_asks_to_be_left_alone_is_heard(receiver: Receiver, code: int)
 
 
 @pytest.mark.parametrize("answer", [status(500, Retry_After="7"), status(429), status(503, Retry_After="inf"), hang_up])
-async def test_who_does_not_ask_is_not_left_alone(receiver: Receiver, answer: Answer) -> None:
+async def test_missing_or_unusable_retry_after_gives_no_delay(receiver: Receiver, answer: Answer) -> None:
     receiver.always["edit_1"] = answer
     with pytest.raises(NotDelivered) as caught:
         await sender_to(receiver.origin).post("edit_1:2", b"{}")
@@ -247,7 +243,7 @@ async def test_who_does_not_ask_is_not_left_alone(receiver: Receiver, answer: An
 
 
 @pytest.mark.parametrize("text", ["", "soon", "nan", "inf", "1 2", "Mon, 99 Foo 2026"])
-def test_what_is_neither_seconds_nor_a_date_asks_for_nothing(text: str) -> None:
+def test_malformed_retry_after_header_is_ignored(text: str) -> None:
     assert retry_after(text) is None
 
 
@@ -255,11 +251,11 @@ def test_what_is_neither_seconds_nor_a_date_asks_for_nothing(text: str) -> None:
 
 
 def hooked(origin: Origin) -> dict[str, Any]:
-    """The settings of a service that tells this receiver."""
+    """The settings of a service that posts to this receiver."""
     return {"webhook_url": f"{origin.address}/hook", "webhook_secret": SECRET}
 
 
-async def test_a_backend_is_told_what_the_devices_are_told(tmp_path: Path, receiver: Receiver) -> None:
+async def test_webhook_has_the_same_event_as_the_devices(tmp_path: Path, receiver: Receiver) -> None:
     async with running(tmp_path, **hooked(receiver.origin)) as service, service.phone("ada") as phone:
         generation_id = await service.start("ada")
         await phone.until_over(generation_id)
@@ -269,10 +265,10 @@ async def test_a_backend_is_told_what_the_devices_are_told(tmp_path: Path, recei
     assert (message["type"], message["data"]) == phone.events[-1]
 
 
-async def test_a_service_that_stops_tells_what_it_has_to_end(
+async def test_shutdown_posts_the_ends_that_it_causes(
     tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It does not wait for long, which may be too short where everything is slow.
+    # Its short wait may not suffice on a slow machine.
     monkeypatch.setattr(api_service, "_FLUSH", 60)
     pause = Pause()
     async with running(tmp_path, overrides={"editor": ScriptedEditor(pause)}, **hooked(receiver.origin)) as service:
@@ -285,10 +281,10 @@ async def test_a_service_that_stops_tells_what_it_has_to_end(
     assert (data["generationId"], data["code"]) == (generation_id, "interrupted")
 
 
-async def test_what_one_service_could_not_tell_the_next_one_does(
+async def test_next_process_posts_undelivered_messages(
     tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The disk of a busy machine may need longer than somebody who starts one is kept waiting.
+    # The disk of a busy machine may be slower than the timeout of a start.
     monkeypatch.setattr(recorder, "ATTENTION", 60)
     monkeypatch.setattr(recorder, "_TIMEOUT", 60)
     images, log = tmp_path / "images", f"sqlite:///{tmp_path / 'log.db'}"
@@ -309,7 +305,7 @@ async def test_what_one_service_could_not_tell_the_next_one_does(
 
 
 def program(language: str) -> list[str]:
-    """The command that runs this language's receiver on the page about webhooks."""
+    """The command that runs the receiver in this language from docs/webhooks.md."""
     page = (ROOT / "docs" / "webhooks.md").read_text()
     [code] = re.findall(rf"<!-- executed by a test -->\n```{language}\n(.*?)\n```\n", page, re.DOTALL)
     if language == "python":
@@ -318,7 +314,7 @@ def program(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("language", [pytest.param("js", marks=needs_node), "python"])
-async def test_a_receiver_of_the_page_takes_what_is_ours_once_and_nothing_else(
+async def test_documented_receiver_accepts_only_signed_messages_once(
     memory: WholeLog, port: int, language: str
 ) -> None:
     address = f"http://127.0.0.1:{port}/hooks/stagecast"
@@ -363,7 +359,7 @@ def everything_logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCa
         yield caplog
 
 
-async def test_no_log_line_tells_a_secret_or_what_the_receiver_says(
+async def test_log_has_neither_secrets_nor_the_receivers_text(
     memory: WholeLog, receiver: Receiver, everything_logged: pytest.LogCaptureFixture
 ) -> None:
     recorder = EventRecorder(memory)
@@ -383,7 +379,7 @@ async def test_no_log_line_tells_a_secret_or_what_the_receiver_says(
         assert secret not in everything_logged.text
 
 
-def test_the_same_event_makes_the_same_message() -> None:
+def test_equal_events_give_equal_messages() -> None:
     entry = Logged("ada", 3, 1, "edit_1_0", 2, "generation_failed", EVENT, 1, 3)
     assert message_of(entry) == message_of(entry) == ("edit_1_0:2", MESSAGE)
 

@@ -1,4 +1,4 @@
-"""What OpenAI's published OpenAPI document says of its image edit endpoint, in short, as JSON Schemas.
+"""OpenAI's published OpenAPI document for its image edit endpoint, abridged, as JSON Schemas.
 
 ``python tests/providers/openai_description.py openapi.json`` compares all of it with the document, which is at
 https://github.com/openai/openai-openapi.

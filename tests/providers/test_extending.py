@@ -1,4 +1,4 @@
-"""What docs/extending.md shows works as it stands there."""
+"""The code in docs/extending.md works as printed."""
 
 import asyncio
 import os
@@ -72,7 +72,7 @@ async def started(command: str, folder: Path, **environment: str) -> AsyncIterat
 
 
 async def completed(http: httpx2.AsyncClient, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A generation that has been started and has completed, and its events."""
+    """A completed generation and its events."""
     place = (await http.post(f"/generations/{kind}", files=parts("in grey", PHOTO))).headers["location"]
     while (generation := (await http.get(place)).json())["status"] != "completed":
         assert generation["status"] != "failed", generation
@@ -80,7 +80,7 @@ async def completed(http: httpx2.AsyncClient, kind: str) -> tuple[dict[str, Any]
     return generation, [item["data"] for item in (await http.get(f"{place}/events")).json()["events"]]
 
 
-async def test_the_editor_makes_a_picture_when_the_service_is_started_as_shown(folder: Path) -> None:
+async def test_documented_editor_works_when_the_service_is_started_as_shown(folder: Path) -> None:
     [command] = blocks("sh")
     async with started(command, folder) as (ready, http):
         assert "editor: my_editor:make; " in ready
@@ -91,7 +91,7 @@ async def test_the_editor_makes_a_picture_when_the_service_is_started_as_shown(f
             assert Image.open(BytesIO(picture)).mode == "L"
 
 
-async def test_the_stage_of_the_walk_through_makes_a_picture_of_its_own(source: Path, tmp_path: Path) -> None:
+async def test_documented_upscale_stage_makes_its_own_picture(source: Path, tmp_path: Path) -> None:
     settings = {"PYTHONPATH": f"{source}", "STAGECAST_LOCAL_SECONDS": "0", "STAGECAST_EDITOR": "local"}
     async with started("python -m api serve", tmp_path, **settings) as (_, http):
         stages = {stage["status"]: stage for stage in (await http.get("/stages")).json()["edit"]}
@@ -114,7 +114,7 @@ async def test_the_stage_of_the_walk_through_makes_a_picture_of_its_own(source: 
 
 
 @pytest.mark.long
-def test_the_stage_of_the_walk_through_is_typed(source: Path) -> None:
+def test_documented_upscale_stage_passes_type_checks(source: Path) -> None:
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", "-p", "domain", "-p", "api"],
         cwd=source,
@@ -126,8 +126,8 @@ def test_the_stage_of_the_walk_through_is_typed(source: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_editor_is_typed(folder: Path) -> None:
-    """Checked as a user's code is: against the installed packages, which say that they are typed."""
+def test_documented_editor_passes_type_checks(folder: Path) -> None:
+    """Checked against the installed packages, like a user's code."""
     assert (ROOT / "src" / "domain" / "py.typed").is_file()
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "my_editor.py"], cwd=folder, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Answers as OpenAI-compatible gateways send them: the paid picture is had wherever and however it is given."""
+"""Responses of OpenAI-compatible gateways: the paid picture is found in each place and encoding that they use."""
 
 import asyncio
 import base64
@@ -62,7 +62,7 @@ FETCHER: Final = UrlFetcher(
 
 
 class Gateway(OpenAIServer):
-    """An OpenAI-compatible server that has files, too."""
+    """An OpenAI-compatible server that also serves files."""
 
     def __init__(self, origin: Origin) -> None:
         super().__init__(origin)
@@ -118,7 +118,7 @@ def editor_for(server: OpenAIServer, model: str = DEFAULT_MODEL) -> OpenAIEditor
 
 
 async def edited(server: Gateway, answer: Answer, model: str = DEFAULT_MODEL) -> Picture:
-    """The picture of this answer, for which the endpoint is called once, and files are fetched without the key."""
+    """The picture in this response. Checks that there is one paid call, and that downloads are without the key."""
     server.answer(answer)
     try:
         return await editor_for(server, model).edit(SHEET, "Winter", Options(), _ignore)
@@ -174,7 +174,7 @@ def entry(**fields: object) -> dict[str, Any]:
     ],
     ids=lambda document: json.dumps(document).replace(ENCODED, "…")[:80],
 )
-async def test_a_picture_is_found_where_gateways_put_it(server: Gateway, document: object) -> None:
+async def test_picture_is_found_in_each_known_json_shape(server: Gateway, document: object) -> None:
     assert await edited(server, as_json(document)) == Picture(RESULT, "image/png")
 
 
@@ -199,21 +199,21 @@ async def test_a_picture_is_found_where_gateways_put_it(server: Gateway, documen
         [b"\n\n", completed(RESULT)],
     ],
 )
-async def test_a_picture_is_found_in_a_stream_whatever_it_is_called(server: Gateway, events: list[bytes]) -> None:
+async def test_picture_is_found_in_streams_with_any_event_names(server: Gateway, events: list[bytes]) -> None:
     assert (await edited(server, stream(*events))).data == RESULT
-    # Nor was a stream asked for of this model.
+    # The same for a model without streaming.
     server.calls.clear()
     assert (await edited(server, stream(*events), "flux-kontext")).data == RESULT
 
 
-async def test_a_picture_that_has_come_is_kept_where_the_stream_breaks_off_after_it(server: Gateway) -> None:
+async def test_received_picture_is_kept_if_the_stream_breaks_afterwards(server: Gateway) -> None:
     succeeded = event("image_edit.partial_succeeded", b64_json=ENCODED)
     for ending in (raw(), reset, raw(event("error", error={"message": "It broke."}))):
         server.calls.clear()
         assert (await edited(server, then(stream(succeeded), ending))).data == RESULT
 
 
-async def test_of_several_events_with_a_url_the_last_picture_counts(server: Gateway) -> None:
+async def test_last_event_with_a_usable_url_wins(server: Gateway) -> None:
     server.files["/status"] = whole(b"working", 200, "text/plain")
     events = [
         event("image_edit.queued", url="/status"),
@@ -223,13 +223,13 @@ async def test_of_several_events_with_a_url_the_last_picture_counts(server: Gate
     assert (await edited(server, stream(*events))).data == RESULT
 
 
-async def test_a_preview_is_not_taken_for_the_picture(server: Gateway) -> None:
+async def test_preview_is_not_used_as_the_result(server: Gateway) -> None:
     await unavailable(server, stream(partial(0, SKETCH), event("image_edit.completed", usage={})))
 
 
 @pytest.mark.parametrize("start", [b"", codecs.BOM_UTF8, b" \r\n\t\n" * 50, codecs.BOM_UTF8 + b"\n"])
 @pytest.mark.parametrize("body", [json.dumps(data_of(ENCODED)).encode(), completed(RESULT)], ids=["JSON", "stream"])
-async def test_an_answer_is_what_it_begins_with_whatever_its_type_says(
+async def test_response_kind_is_taken_from_its_first_bytes_not_its_media_type(
     server: Gateway, start: bytes, body: bytes
 ) -> None:
     for media_type in ("application/json", "text/plain; charset=latin-1", "text/event-stream", "garbage"):
@@ -245,7 +245,7 @@ async def test_an_answer_is_what_it_begins_with_whatever_its_type_says(
         event("image_edit.partial_image", b64_json=in_base64(encoded(Image.new("RGB", (256, 384), BLUE), "GIF"))),
     ],
 )
-async def test_a_preview_is_read_as_the_picture_is(server: Gateway, early: bytes) -> None:
+async def test_previews_are_decoded_like_results(server: Gateway, early: bytes) -> None:
     shown: list[Picture | None] = []
 
     async def report(fraction: float, message: str, preview: Picture | None = None) -> None:
@@ -259,7 +259,7 @@ async def test_a_preview_is_read_as_the_picture_is(server: Gateway, early: bytes
     assert opened(preview).size == (256, 384)
 
 
-async def test_credentials_in_the_base_url_go_to_no_file(server: Gateway) -> None:
+async def test_credentials_in_the_base_url_are_not_sent_with_file_downloads(server: Gateway) -> None:
     answer, files = as_json(entry(url="/files/a.png")), server.origin.respond
     server.origin.respond = lambda request: answer if request.method == "POST" else files(request)
     base_url = server.base_url.replace("http://", "http://ada:secret@")
@@ -269,18 +269,18 @@ async def test_credentials_in_the_base_url_go_to_no_file(server: Gateway) -> Non
     assert "authorization" not in request.headers
 
 
-async def test_a_picture_may_be_the_whole_answer(server: Gateway) -> None:
+async def test_response_body_may_be_the_picture_itself(server: Gateway) -> None:
     assert (await edited(server, whole(RESULT, 200, "image/png"))).data == RESULT
 
 
-async def test_json_may_be_in_any_unicode_encoding(server: Gateway) -> None:
+async def test_json_may_use_any_unicode_encoding(server: Gateway) -> None:
     body = json.dumps(data_of(ENCODED)).encode("utf-16")
     assert (await edited(server, whole(body, 200, "application/json; charset=utf-16"))).data == RESULT
 
 
 # --- how it is spelled -------------------------------------------------------------------------------------
 
-#: Every letter of base64 is in it, and it needs padding.
+#: Its base64 has all 64 characters, and padding.
 ODD: Final = next(
     data
     for size in range(64, 90)
@@ -316,7 +316,7 @@ SAFE: Final = base64.urlsafe_b64encode(ODD).decode()
     ],
     ids=lambda text: text.replace(PLAIN[:40], "…")[:40],
 )
-async def test_base64_is_read_however_it_is_spelled(server: Gateway, text: str) -> None:
+async def test_every_base64_variant_is_decoded(server: Gateway, text: str) -> None:
     assert (await edited(server, as_json(entry(b64_json=text)))).data == ODD
     server.calls.clear()
     assert (await edited(server, as_json(entry(url=text)))).data == ODD
@@ -326,7 +326,7 @@ async def test_base64_is_read_however_it_is_spelled(server: Gateway, text: str) 
     "text",
     ["", "A", "=", "data:", "data:,", "data:image/png;base64,", "data:image/png;base64,§", PLAIN[:40] + "=" + PLAIN],
 )
-async def test_what_is_no_picture_in_base64_is_no_answer(server: Gateway, text: str) -> None:
+async def test_invalid_base64_is_provider_unavailable(server: Gateway, text: str) -> None:
     await unavailable(server, as_json(entry(b64_json=text, url=text)))
 
 
@@ -350,7 +350,7 @@ DRAWING: Final = Image.merge(
         ("GIF", False),
     ],
 )
-async def test_a_picture_of_another_format_becomes_a_png(server: Gateway, kind: str, lossless: bool) -> None:
+async def test_other_picture_formats_are_converted_to_png(server: Gateway, kind: str, lossless: bool) -> None:
     made = await edited(server, as_json(data_of(in_base64(encoded(DRAWING, kind)))))
     assert made.media_type == "image/png"
     image = opened(made)
@@ -360,7 +360,7 @@ async def test_a_picture_of_another_format_becomes_a_png(server: Gateway, kind: 
     assert max(difference.convert("L").tobytes()) <= (0 if lossless else 40)
 
 
-async def test_an_animation_or_a_double_picture_is_its_first(server: Gateway) -> None:
+async def test_first_frame_of_a_multi_frame_picture_is_used(server: Gateway) -> None:
     first, second = Image.new("RGB", (96, 96), ORANGE), Image.new("RGB", (96, 96), BLUE)
     for kind in ("GIF", "TIFF", "MPO"):
         server.calls.clear()
@@ -372,13 +372,13 @@ async def test_an_animation_or_a_double_picture_is_its_first(server: Gateway) ->
         assert all(abs(a - b) < 12 for a, b in zip(pixel, ORANGE, strict=True))
 
 
-async def test_a_transparent_gif_stays_transparent(server: Gateway) -> None:
+async def test_transparent_gif_stays_transparent(server: Gateway) -> None:
     data = encoded(Image.new("RGBA", (96, 96), (0, 0, 0, 0)), "GIF")
     made = await edited(server, as_json(data_of(in_base64(data))))
     assert opened(made).getpixel((5, 5)) == (0, 0, 0, 0)
 
 
-async def test_postscript_is_not_run(server: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_postscript_is_not_executed(server: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*args: object, **kwargs: object) -> None:
         raise AssertionError("a program was started")
 
@@ -410,26 +410,26 @@ PACKERS: Final[dict[str, Callable[[bytes], bytes]]] = {
 
 @pytest.mark.parametrize("encoding", PACKERS)
 @pytest.mark.parametrize("body", [json.dumps(data_of(ENCODED)).encode(), completed(RESULT)], ids=["JSON", "stream"])
-async def test_an_answer_compressed_unasked_is_read(server: Gateway, encoding: str, body: bytes) -> None:
+async def test_unrequested_compression_is_decoded(server: Gateway, encoding: str, body: bytes) -> None:
     answer = whole(PACKERS[encoding](body), Content_Encoding=encoding)
     assert (await edited(server, answer)).data == RESULT
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "zstd", "gzip, br", "utf-8", "none", "", "aws-chunked"])
 @pytest.mark.parametrize("body", [json.dumps(data_of(ENCODED)).encode(), completed(RESULT)], ids=["JSON", "stream"])
-async def test_a_plain_answer_is_read_whatever_compression_its_head_claims(
+async def test_uncompressed_body_is_read_despite_a_content_encoding_header(
     server: Gateway, encoding: str, body: bytes
 ) -> None:
     assert (await edited(server, whole(body, Content_Encoding=encoding))).data == RESULT
 
 
 @pytest.mark.parametrize("encoding", ["compress", "exi", "gzip, gzip, gzip, gzip", "gzip", "br", "zstd", "deflate"])
-async def test_what_cannot_be_decompressed_is_no_answer(server: Gateway, encoding: str) -> None:
+async def test_undecodable_body_is_provider_unavailable(server: Gateway, encoding: str) -> None:
     await unavailable(server, whole(b"\x1f\x9d\x90garbage" * 100, Content_Encoding=encoding))
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, br", "br, gzip"])
-async def test_a_bomb_is_decompressed_no_further_than_an_answer_may_be_large(
+async def test_decompression_stops_at_the_response_limit(
     server: Gateway, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapters.providers.openai.MAX_ANSWER", MEGABYTE)
@@ -440,8 +440,10 @@ async def test_a_bomb_is_decompressed_no_further_than_an_answer_may_be_large(
     await unavailable(server, whole(bomb, Content_Encoding=encoding))
 
 
-async def test_a_bomb_that_comes_to_nothing_is_one_too(server: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deflate blocks without content, a gigabyte of them if it were unpacked."""
+async def test_decompression_bomb_with_empty_output_is_stopped(
+    server: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty deflate blocks, which decompress to nothing after a lot of work."""
     monkeypatch.setattr("adapters.providers.openai.MAX_ANSWER", 2 * MEGABYTE)
     empty_blocks = b"\0\0\0\xff\xff" * (4 * MEGABYTE)
     seen = 0
@@ -472,16 +474,14 @@ async def test_a_bomb_that_comes_to_nothing_is_one_too(server: Gateway, monkeypa
     "where", ["{here}/files/a.png", "/files/a.png", "../../files/a.png", "//127.0.0.1:{port}/files/a.png"]
 )
 @pytest.mark.parametrize("form", ["url", "image_url", "stream"])
-async def test_a_picture_where_the_api_is_is_fetched_although_that_is_private(
-    server: Gateway, where: str, form: str
-) -> None:
+async def test_picture_on_the_api_host_is_fetched_even_if_private(server: Gateway, where: str, form: str) -> None:
     url = where.format(here=server.origin.address, port=server.origin.port)
     answer = stream(event("image_edit.completed", url=url)) if form == "stream" else as_json(entry(**{form: url}))
     assert (await edited(server, answer)).data == RESULT
     assert [request.target for request in server.fetched] == ["/files/a.png"]
 
 
-async def test_a_picture_elsewhere_is_fetched_from_the_public_internet(server: Gateway, cdn: Gateway) -> None:
+async def test_picture_on_another_public_host_is_fetched(server: Gateway, cdn: Gateway) -> None:
     url = f"http://cdn.test:{cdn.origin.port}/files/a.png"
     assert (await edited(server, as_json(entry(url=url)))).data == RESULT
     [request] = cdn.fetched
@@ -489,7 +489,7 @@ async def test_a_picture_elsewhere_is_fetched_from_the_public_internet(server: G
     assert KEY not in str(request)
 
 
-async def test_a_redirect_is_followed_to_the_public_internet(server: Gateway, cdn: Gateway) -> None:
+async def test_redirect_to_a_public_host_is_followed(server: Gateway, cdn: Gateway) -> None:
     server.files["/files/a.png"] = whole(b"", 302, Location=f"http://cdn.test:{cdn.origin.port}/files/a.png")
     assert (await edited(server, as_json(entry(url="/files/a.png")))).data == RESULT
     assert KEY not in str(cdn.fetched)
@@ -505,7 +505,7 @@ async def test_a_redirect_is_followed_to_the_public_internet(server: Gateway, cd
     ],
 )
 @pytest.mark.parametrize("way", ["at once", "by a redirect", "by a redirect elsewhere"])
-async def test_nothing_else_private_is_fetched(server: Gateway, cdn: Gateway, target: str, way: str) -> None:
+async def test_other_private_addresses_are_not_fetched(server: Gateway, cdn: Gateway, target: str, way: str) -> None:
     async with AsyncExitStack() as stack:
         canary = await gateway_at(stack)
         url = target.format(port=canary.origin.port)
@@ -519,27 +519,27 @@ async def test_nothing_else_private_is_fetched(server: Gateway, cdn: Gateway, ta
         assert canary.origin.requests == []
 
 
-async def test_a_signed_url_may_be_long(server: Gateway, cdn: Gateway) -> None:
+async def test_long_signed_url_is_fetched(server: Gateway, cdn: Gateway) -> None:
     target = f"/files/b.png?signature={'x' * 4000}"
     cdn.files[target] = whole(RESULT, 200)
     url = f"http://cdn.test:{cdn.origin.port}{target}"
     assert (await edited(server, as_json(entry(url=url)))).data == RESULT
 
 
-async def test_a_redirect_back_to_the_api_passes_the_guard_as_any_other(server: Gateway) -> None:
+async def test_redirect_back_to_the_api_host_is_checked_like_any_other(server: Gateway) -> None:
     server.files["/moved"] = whole(b"", 302, Location="/files/a.png")
     await unavailable(server, as_json(entry(url="/moved")))
     assert [request.target for request in server.fetched] == ["/moved"]
 
 
-async def test_a_paid_picture_is_fetched_again_and_not_paid_again(server: Gateway) -> None:
+async def test_failed_download_is_retried_without_a_second_paid_call(server: Gateway) -> None:
     good = whole(RESULT, 200, "image/png")
     server.files["/files/a.png"] = [whole(b"", 503), reset, whole(b"", 429), good]
     assert (await edited(server, as_json(entry(url="/files/a.png")))).data == RESULT
     assert len(server.fetched) == 4
 
 
-async def test_a_picture_elsewhere_is_fetched_again_too(server: Gateway, cdn: Gateway) -> None:
+async def test_failed_download_from_another_host_is_retried(server: Gateway, cdn: Gateway) -> None:
     cdn.files["/files/a.png"] = [whole(b"", 503), reset, whole(RESULT, 200)]
     url = f"http://cdn.test:{cdn.origin.port}/files/a.png"
     assert (await edited(server, as_json(entry(url=url)))).data == RESULT
@@ -549,25 +549,25 @@ async def test_a_picture_elsewhere_is_fetched_again_too(server: Gateway, cdn: Ga
 @pytest.mark.parametrize(
     "first", ["/missing.png", "/page.html", "http://127.0.0.1:1/a.png", "http://[", "ftp://cdn.test/a"]
 )
-async def test_of_several_urls_the_first_that_leads_to_a_picture_counts(server: Gateway, first: str) -> None:
+async def test_first_url_with_a_picture_wins(server: Gateway, first: str) -> None:
     server.files["/page.html"] = whole(b"<h1>Sign in</h1>", 200, "text/html")
     answer = as_json({"data": [{"url": first}, {"url": "/files/a.png"}]})
     assert (await edited(server, answer)).data == RESULT
 
 
-async def test_a_picture_behind_a_url_may_be_compressed_and_of_another_format(server: Gateway) -> None:
+async def test_downloaded_picture_may_be_compressed_and_in_another_format(server: Gateway) -> None:
     data = gzip.compress(encoded(DRAWING, "BMP"))
     server.files["/files/a.bmp"] = whole(data, 200, "image/bmp", Content_Encoding="gzip")
     made = await edited(server, as_json(entry(url="/files/a.bmp")))
     assert opened(made).getpixel((50, 50)) == DRAWING.getpixel((50, 50))
 
 
-async def test_a_hundred_urls_are_not_all_tried(server: Gateway) -> None:
+async def test_only_the_first_few_of_a_hundred_urls_are_tried(server: Gateway) -> None:
     await unavailable(server, as_json({"data": [{"url": f"/missing/{index}.png"} for index in range(100)]}))
     assert len(server.fetched) <= 8
 
 
-async def test_a_cancel_while_the_picture_is_fetched_hangs_up(server: Gateway) -> None:
+async def test_cancelling_during_the_download_closes_the_connection(server: Gateway) -> None:
     async def hang(writer: asyncio.StreamWriter) -> None:
         await asyncio.Event().wait()
 
@@ -582,16 +582,14 @@ async def test_a_cancel_while_the_picture_is_fetched_hangs_up(server: Gateway) -
     await server.origin.left.wait()
 
 
-async def test_the_log_says_why_and_quotes_no_signed_url(server: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_gives_the_reason_without_the_signed_url(server: Gateway, caplog: pytest.LogCaptureFixture) -> None:
     await unavailable(server, as_json(entry(url="/missing.png?signature=secret")))
     lines = [record.getMessage() for record in caplog.records if record.name == "adapters.providers.attempts"]
     assert any("answered with 404" in line for line in lines)
     assert not any("secret" in line for line in lines)
 
 
-async def test_the_log_says_what_is_in_an_answer_without_repeating_the_prompt(
-    server: Gateway, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_log_lists_response_keys_without_the_prompt(server: Gateway, caplog: pytest.LogCaptureFixture) -> None:
     answer = {"data": [{"b64_json": None, "revised_prompt": "Winter in Izmir"}], "error": {"message": "No worker."}}
     await unavailable(server, as_json(answer))
     [line] = [record.getMessage() for record in caplog.records if record.name == "adapters.providers.attempts"]

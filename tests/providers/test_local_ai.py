@@ -1,4 +1,4 @@
-"""The offline editor and face swap: real pictures, made without an AI, that say so."""
+"""The offline editor and face swap: labelled pictures, made without an AI."""
 
 import asyncio
 from typing import get_args
@@ -36,7 +36,7 @@ def mean(image: Image.Image) -> Colour:
 
 
 class Reports:
-    """Keeps what was reported."""
+    """Records reports."""
 
     def __init__(self) -> None:
         self.fractions: list[float] = []
@@ -68,37 +68,37 @@ both = pytest.mark.parametrize("kind", ["edit", "generate"])
 
 @both
 @pytest.mark.parametrize("ratio", get_args(AspectRatio))
-async def test_a_picture_has_the_size_that_was_asked_for(kind: str, ratio: AspectRatio) -> None:
+async def test_picture_has_the_requested_size(kind: str, ratio: AspectRatio) -> None:
     image = opened(await drawn(kind, options=Options(aspect_ratio=ratio)))
     assert (image.size, image.mode) == (SIZES[ratio], "RGB")
 
 
 @both
-async def test_the_same_order_gives_the_same_bytes_and_another_prompt_another_picture(kind: str) -> None:
+async def test_picture_depends_only_on_the_request(kind: str) -> None:
     first, again, other = [await drawn(kind, prompt) for prompt in ("sunset", "sunset", "sunrise")]
     assert first == again
     assert sum(differing(opened(first), opened(other), 20).histogram()[1:]) > 100_000
 
 
-async def test_editing_and_generating_give_different_pictures() -> None:
+async def test_edit_and_generate_make_different_pictures() -> None:
     edited, generated = opened(await drawn("edit")), opened(await drawn("generate"))
     assert sum(differing(edited, generated, 20).histogram()[1:]) > 500_000
 
 
 @both
-async def test_the_sheet_is_what_the_picture_is_made_of(kind: str) -> None:
+async def test_picture_depends_on_the_sheet(kind: str) -> None:
     one = opened(await drawn(kind, sheet=solid(RED, (400, 560))))
     other = opened(await drawn(kind, sheet=solid(BLUE, (400, 560))))
     assert sum(differing(one, other, 20).histogram()[1:]) > 100_000
 
 
 @both
-async def test_an_empty_sheet_is_a_sheet(kind: str) -> None:
+async def test_blank_sheet_is_accepted(kind: str) -> None:
     assert opened(await drawn(kind, sheet=solid((255, 255, 255), (400, 560)))).size == (1024, 1024)
 
 
 @both
-async def test_a_transparent_background_can_be_seen_through(kind: str) -> None:
+async def test_transparent_background_has_alpha(kind: str) -> None:
     image = opened(await drawn(kind, options=Options(background="transparent", aspect_ratio="1:1")))
     alpha = image.getchannel("A")
     assert image.mode == "RGBA"
@@ -126,15 +126,15 @@ async def test_a_transparent_background_can_be_seen_through(kind: str) -> None:
     ],
     ids=range(14),
 )
-async def test_any_prompt_can_be_drawn(prompt: str) -> None:
+async def test_any_prompt_is_drawn(prompt: str) -> None:
     assert opened(await drawn("edit", prompt, SQUARE)).size == SIZES["1:1"]
 
 
-async def test_two_prompts_that_cannot_be_spelled_still_give_different_pictures() -> None:
+async def test_prompts_without_drawable_letters_give_different_pictures() -> None:
     assert await drawn("edit", "夕日") != await drawn("edit", "朝日")
 
 
-async def test_a_sheet_that_is_no_picture_is_rejected() -> None:
+async def test_undecodable_sheet_is_provider_rejected() -> None:
     with pytest.raises(Failure) as failure:
         await drawn("edit", sheet=Picture(b"no picture", "image/png"))
     assert failure.value.code == "provider_rejected"
@@ -144,7 +144,7 @@ async def test_a_sheet_that_is_no_picture_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("stage", ["edit", "generate", "swap"])
-async def test_a_stage_lasts_as_long_as_told_and_its_progress_rises(stage: str) -> None:
+async def test_stage_takes_the_configured_time_with_rising_progress(stage: str) -> None:
     reports, seconds = Reports(), 0.4
     clock = asyncio.get_running_loop().time
     begun = clock()
@@ -167,7 +167,7 @@ async def test_a_stage_lasts_as_long_as_told_and_its_progress_rises(stage: str) 
     assert alike(mean(preview), mean(opened(made)))
 
 
-async def test_a_report_comes_about_every_half_second(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_progress_is_reported_about_every_half_second(monkeypatch: pytest.MonkeyPatch) -> None:
     async def no_sleep(seconds: float) -> None: ...
 
     reports = Reports()
@@ -176,7 +176,7 @@ async def test_a_report_comes_about_every_half_second(monkeypatch: pytest.Monkey
     assert reports.fractions == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]
 
 
-async def test_what_a_report_raises_ends_the_stage() -> None:
+async def test_exception_from_a_report_ends_the_stage() -> None:
     async def over(fraction: float, message: str, preview: Picture | None) -> None:
         raise Failure("cancelled")
 
@@ -196,7 +196,7 @@ async def swapped(image: Image.Image, face: Picture) -> Image.Image:
     return made
 
 
-async def test_the_face_is_in_the_upper_right_corner_and_the_rest_is_as_it_was() -> None:
+async def test_face_is_put_into_the_upper_right_corner_only() -> None:
     before = quarters((600, 900))
     after = await swapped(before, solid((250, 0, 250), (300, 400)))
     changed = differing(before, after, 40).getbbox()
@@ -209,7 +209,7 @@ async def test_the_face_is_in_the_upper_right_corner_and_the_rest_is_as_it_was()
     assert alike(colour_at(after.crop(changed), 0.5, 0.4), (250, 0, 250))
 
 
-async def test_the_label_is_there_whatever_the_face() -> None:
+async def test_label_is_drawn_over_any_face() -> None:
     picture_below = Image.new("RGB", (600, 900), (128, 128, 128))
     labels = []
     for colour in (RED, GREEN):
@@ -224,7 +224,7 @@ async def test_the_label_is_there_whatever_the_face() -> None:
     assert light - dark > 100
 
 
-async def test_a_picture_that_can_be_seen_through_stays_so() -> None:
+async def test_face_swap_keeps_transparency() -> None:
     image = Image.new("RGBA", (300, 300), (0, 0, 0, 0))
     after = await swapped(image, solid(RED))
     assert after.mode == "RGBA"
@@ -234,11 +234,11 @@ async def test_a_picture_that_can_be_seen_through_stays_so() -> None:
 
 @pytest.mark.parametrize("face", [(1, 1), (2, 3), (3000, 2), (2, 3000)])
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (20, 900), (900, 20), (200, 200)])
-async def test_tiny_and_extreme_pictures_do_not_fail(size: tuple[int, int], face: tuple[int, int]) -> None:
+async def test_tiny_and_extreme_sizes_are_accepted(size: tuple[int, int], face: tuple[int, int]) -> None:
     await swapped(Image.new("RGB", size, RED), solid(GREEN, face))
 
 
-async def test_a_face_that_is_no_picture_is_rejected() -> None:
+async def test_undecodable_face_is_provider_rejected() -> None:
     with pytest.raises(Failure) as failure:
         await swapped(quarters(), Picture(b"", "image/jpeg"))
     assert failure.value.code == "provider_rejected"

@@ -58,7 +58,7 @@ both = pytest.mark.parametrize("kind", ["edit", "generate"])
 
 @pytest.fixture(autouse=True)
 def secret(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test has a proxy, and whatever it does, nothing that any library logs at any level holds the key."""
+    """Remove proxies from the environment, and check afterwards that no log line has the key."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -78,19 +78,19 @@ async def server() -> AsyncIterator[OpenAIServer]:
 
 
 @both
-async def test_the_sheet_is_sent_as_a_file_with_its_type_and_its_bytes(server: OpenAIServer, kind: str) -> None:
+async def test_sheet_is_sent_as_a_file_with_its_media_type(server: OpenAIServer, kind: str) -> None:
     await getattr(editor_at(server.base_url), kind)(SHEET, PROMPT, Options(), Reports())
     [call] = server.calls
     assert call.files == {"image": ("sheet.jpeg", SHEET.data, "image/jpeg")}
     assert call.fields["model"] == DEFAULT_MODEL
 
 
-async def test_an_edit_is_asked_for_in_the_users_words_alone(server: OpenAIServer) -> None:
+async def test_edit_sends_the_prompt_unchanged(server: OpenAIServer) -> None:
     await edited(server)
     assert server.calls[0].fields["prompt"] == PROMPT
 
 
-async def test_a_new_picture_is_asked_for_in_the_users_words_inside_ours(server: OpenAIServer) -> None:
+async def test_generate_sends_the_prompt_after_an_instruction(server: OpenAIServer) -> None:
     await editor_at(server.base_url).generate(SHEET, PROMPT, Options(), Reports())
     ours, users, rest = server.calls[0].fields["prompt"].partition(PROMPT)
     assert (users, rest) == (PROMPT, "")
@@ -100,18 +100,18 @@ async def test_a_new_picture_is_asked_for_in_the_users_words_inside_ours(server:
 
 @both
 @pytest.mark.parametrize("ratio", get_args(AspectRatio))
-async def test_a_picture_has_the_size_of_the_aspect_ratio(server: OpenAIServer, kind: str, ratio: AspectRatio) -> None:
+async def test_size_follows_the_aspect_ratio(server: OpenAIServer, kind: str, ratio: AspectRatio) -> None:
     options = Options(aspect_ratio=ratio)
     made = await getattr(editor_at(server.base_url), kind)(SHEET, PROMPT, options, Reports())
     assert opened(made).size == SIZES[ratio]
 
 
-async def test_what_is_left_to_the_model_is_not_sent(server: OpenAIServer) -> None:
+async def test_auto_options_are_not_sent(server: OpenAIServer) -> None:
     await edited(server)
     assert set(server.calls[0].fields) == {"model", "prompt", "size", "output_format", "stream", "partial_images"}
 
 
-async def test_quality_and_background_are_sent_as_chosen_and_a_transparent_one_gets_a_format_for_it(
+async def test_quality_and_background_are_sent_with_a_format_that_supports_transparency(
     server: OpenAIServer,
 ) -> None:
     options = Options(quality="low", background="transparent")
@@ -132,7 +132,7 @@ async def test_quality_and_background_are_sent_as_chosen_and_a_transparent_one_g
         ("flux-kontext", []),
     ],
 )
-async def test_input_fidelity_is_sent_to_the_models_that_know_it(
+async def test_input_fidelity_is_sent_only_to_models_that_support_it(
     server: OpenAIServer, model: str, fidelities: list[str]
 ) -> None:
     server.answer(pictures(picture("64x64")))
@@ -143,13 +143,13 @@ async def test_input_fidelity_is_sent_to_the_models_that_know_it(
     assert sent == fidelities
 
 
-#: As the SDK's notes on them say.
+#: From the SDK's documentation.
 RETIRED: Final = {"gpt-image-1", "dall-e-2", "dall-e-3"}
 CURRENT: Final = sorted({*get_args(ImageModel)} - RETIRED)
 
 
 def conforms(call: Call) -> None:
-    """Check a form against what OpenAI publishes of the endpoint.
+    """Check a form against OpenAI's description of the endpoint.
 
     Of a text that may be any, as a size, only those that are named there will do; and of models those of the SDK.
     """
@@ -161,14 +161,14 @@ def conforms(call: Call) -> None:
             form[name] = json.loads(text)
     jsonschema_rs.validate(openai_description.FORM, form)
     assert call.fields["model"] in get_args(ImageModel)
-    # What its prose says.
+    # From the text of the description.
     assert 1 <= len(call.fields["prompt"]) <= 32_000
     assert call.fields.get("background") != "transparent" or call.fields["output_format"] in ("png", "webp")
     assert call.files["image"].media_type in ("image/png", "image/webp", "image/jpeg")
 
 
 def every_option() -> Iterator[Options]:
-    """Every value of every option, each with several values of the others."""
+    """Each value of each option, combined with several values of the others."""
     qualities, backgrounds = cycle(get_args(Quality)), cycle(get_args(Background))
     for ratio, fidelity in product(get_args(AspectRatio), (None, *get_args(InputFidelity))):
         yield Options(
@@ -177,7 +177,7 @@ def every_option() -> Iterator[Options]:
 
 
 @pytest.mark.parametrize("model", CURRENT)
-async def test_everything_sent_is_as_openai_describes_it(server: OpenAIServer, model: str) -> None:
+async def test_requests_match_openais_description(server: OpenAIServer, model: str) -> None:
     server.answer(pictures(picture("64x64")))
     editor, long = editor_at(server.base_url, model), "x" * 4000
     calls = [(editor.edit, options) for options in islice(every_option(), None if model == DEFAULT_MODEL else 3)]
@@ -188,7 +188,7 @@ async def test_everything_sent_is_as_openai_describes_it(server: OpenAIServer, m
         conforms(call)
 
 
-async def test_a_form_that_openai_does_not_describe_is_noticed(server: OpenAIServer) -> None:
+async def test_check_against_openais_description_detects_wrong_forms(server: OpenAIServer) -> None:
     await edited(server)
     [call] = server.calls
     for wrong in ({"size": "1000x1000"}, {"quality": "best"}, {"partial_images": "4"}, {"stream": "1"}):
@@ -201,7 +201,7 @@ async def test_a_form_that_openai_does_not_describe_is_noticed(server: OpenAISer
         conforms(call._replace(files={}))
 
 
-def test_what_these_tests_answer_is_as_openai_describes_it() -> None:
+def test_responses_of_the_test_server_match_openais_description() -> None:
     jsonschema_rs.validate(openai_description.ANSWER, data_of(in_base64(RESULT)))
     for sent in (partial(0, SKETCH), completed(RESULT)):
         data = json.loads(sent.partition(b"\ndata: ")[2])
@@ -213,11 +213,11 @@ def test_what_these_tests_answer_is_as_openai_describes_it() -> None:
     )
 
 
-def test_the_default_model_is_a_current_one() -> None:
+def test_default_model_is_a_current_one() -> None:
     assert DEFAULT_MODEL in CURRENT
 
 
-async def test_of_a_model_that_is_not_openais_only_what_every_edit_endpoint_has_is_asked(server: OpenAIServer) -> None:
+async def test_other_models_get_only_parameters_that_every_edit_endpoint_has(server: OpenAIServer) -> None:
     options = Options(quality="high", background="transparent", input_fidelity="high")
     made = await editor_at(server.base_url, "flux-kontext").edit(SHEET, PROMPT, options, Reports())
     fields = server.calls[0].fields
@@ -229,7 +229,9 @@ async def test_of_a_model_that_is_not_openais_only_what_every_edit_endpoint_has_
 # --- the environment -------------------------------------------------------------------------------------
 
 
-async def test_no_account_comes_from_the_environment(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_account_settings_of_the_environment_are_not_used(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = "sk-somebody-elses"
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET"):
         monkeypatch.setenv(f"OPENAI_{name}", other)
@@ -243,9 +245,7 @@ async def test_no_account_comes_from_the_environment(server: OpenAIServer, monke
     assert not {"openai-organization", "openai-project", "x-plain"} & headers.keys()
 
 
-async def test_without_a_base_url_it_is_openais_whatever_the_environment_says(
-    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_default_base_url_ignores_the_environment(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     monkeypatch.setenv("HTTPS_PROXY", server.origin.address)
     await failing(OpenAIEditor(THREADS, FETCHER, api_key=KEY, deadline=DEADLINE, trust=NO_TRUSTED_CAS))
@@ -253,16 +253,14 @@ async def test_without_a_base_url_it_is_openais_whatever_the_environment_says(
     assert (request.method, request.target) == ("CONNECT", "api.openai.com:443")
 
 
-async def test_the_way_out_may_be_a_proxy_of_the_environment(
-    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_proxy_of_the_environment_is_used(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", server.origin.address)
     made = await editor_at("http://openai.test/v1").edit(SHEET, PROMPT, Options(), Reports())
     assert server.calls[0].target == "http://openai.test/v1/images/edits"
     assert made.data == RESULT
 
 
-def test_the_sdk_is_not_imported_before_it_is_used() -> None:
+def test_sdk_is_imported_on_first_use() -> None:
     program = "import sys, adapters.providers.openai; sys.exit('openai' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": "src"}, check=True, timeout=50)
 
@@ -270,14 +268,14 @@ def test_the_sdk_is_not_imported_before_it_is_used() -> None:
 # --- the picture -----------------------------------------------------------------------------------------
 
 
-async def test_a_model_that_streams_shows_the_picture_taking_shape(server: OpenAIServer) -> None:
+async def test_partial_images_are_reported_as_previews(server: OpenAIServer) -> None:
     server.answer(stream(partial(0, SKETCH), partial(1, SKETCH), completed(RESULT)))
     reports = Reports()
     made = await edited(server, reports)
     assert made == Picture(RESULT, "image/png")
     assert server.calls[0].fields["stream"] == "true"
     assert server.calls[0].fields["partial_images"] == "2"
-    # Progress rises, beyond what the waits for a busy service take.
+    # Progress rises above the share for waits.
     assert reports.fractions == [0.5, 0.75]
     assert len({*reports.messages}) == 2
     for preview in reports.previews:
@@ -298,7 +296,7 @@ async def test_a_model_that_streams_shows_the_picture_taking_shape(server: OpenA
         (stream(event("image_edit.partial_image"), completed(RESULT)), 0),
     ],
 )
-async def test_previews_are_an_extra_without_which_nothing_breaks(
+async def test_missing_or_broken_previews_do_not_fail_the_edit(
     server: OpenAIServer, answer: Answer, previews: int
 ) -> None:
     server.answer(answer)
@@ -309,7 +307,7 @@ async def test_previews_are_an_extra_without_which_nothing_breaks(
     assert all(fraction < 1 for fraction in reports.fractions)
 
 
-async def test_the_picture_is_there_as_soon_as_it_is_complete_and_the_rest_is_not_waited_for(
+async def test_edit_returns_at_the_completed_event(
     server: OpenAIServer,
 ) -> None:
     server.answer(then(stream(completed(RESULT)), hang))
@@ -317,7 +315,7 @@ async def test_the_picture_is_there_as_soon_as_it_is_complete_and_the_rest_is_no
     await server.origin.left.wait()
 
 
-async def test_no_connection_is_kept_on_which_the_next_paid_call_might_get_lost(server: OpenAIServer) -> None:
+async def test_connections_are_not_reused_for_paid_calls(server: OpenAIServer) -> None:
     body = json.dumps(data_of(in_base64(RESULT))).encode()
     kept_alive = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     server.answer(then(raw(kept_alive.encode(), body), hang))
@@ -326,7 +324,7 @@ async def test_no_connection_is_kept_on_which_the_next_paid_call_might_get_lost(
 
 
 @pytest.mark.parametrize(("kind", "media_type"), [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp")])
-async def test_a_picture_is_kept_as_it_came_and_its_type_is_what_it_is(
+async def test_picture_bytes_are_unchanged_and_their_type_is_detected(
     server: OpenAIServer, kind: str, media_type: str
 ) -> None:
     data = encoded(Image.new("RGB", (640, 960), ORANGE), kind)
@@ -334,7 +332,7 @@ async def test_a_picture_is_kept_as_it_came_and_its_type_is_what_it_is(
     assert await edited(server) == Picture(data, media_type)
 
 
-async def test_a_transparent_picture_stays_transparent(server: OpenAIServer) -> None:
+async def test_transparent_picture_stays_transparent(server: OpenAIServer) -> None:
     data = encoded(Image.new("RGBA", (640, 640), (0, 0, 0, 0)))
     server.answer(stream(partial(0, data), completed(data)))
     reports = Reports()
@@ -343,7 +341,7 @@ async def test_a_transparent_picture_stays_transparent(server: OpenAIServer) -> 
     assert opened(reports.previews[0]).getpixel((5, 5)) == (0, 0, 0, 0)
 
 
-async def test_a_generation_shows_each_preview_with_rising_progress(server: OpenAIServer) -> None:
+async def test_generation_shows_each_preview_with_rising_progress(server: OpenAIServer) -> None:
     server.answer(stream(partial(0, SKETCH), partial(1, SKETCH), completed(RESULT)))
     backend = InMemoryBackend()
     backend.runner.editor = editor_at(server.base_url)

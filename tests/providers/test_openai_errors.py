@@ -1,4 +1,4 @@
-"""The OpenAI editor when the provider is busy, refuses, breaks off or never ends."""
+"""The OpenAI editor when the provider is busy, rejects a request, breaks the connection, or does not finish."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ from support.provider_faults import (
 
 @pytest.fixture(autouse=True)
 def secret(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test has a proxy, and whatever it does, nothing that any library logs at any level holds the key."""
+    """Remove proxies from the environment, and check afterwards that no log line has the key."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -87,7 +87,7 @@ OVERLOADED: Final = error(503, "server_error", None, "Overloaded", retry_after="
 @pytest.mark.parametrize(
     ("answer", "message"), [(BUSY, "is busy; trying again in"), (OVERLOADED, "cannot be reached; trying again in")]
 )
-async def test_a_busy_service_is_asked_again_and_everybody_sees_it(
+async def test_rate_limited_call_is_retried_with_a_visible_message(
     server: OpenAIServer, answer: Answer, message: str
 ) -> None:
     server.answer(answer, answer, stream(partial(0, SKETCH), completed(RESULT)))
@@ -100,7 +100,7 @@ async def test_a_busy_service_is_asked_again_and_everybody_sees_it(
 
 
 @pytest.mark.parametrize(("answer", "code"), [(BUSY, "provider_rate_limited"), (OVERLOADED, "provider_unavailable")])
-async def test_a_service_that_stays_busy_is_given_up_after_four_calls(
+async def test_rate_limited_call_fails_after_four_attempts(
     server: OpenAIServer, answer: Answer, code: FailureCode
 ) -> None:
     server.answer(answer)
@@ -108,21 +108,21 @@ async def test_a_service_that_stays_busy_is_given_up_after_four_calls(
     assert (failure.code, failure.retryable, len(server.calls)) == (code, True, 4)
 
 
-async def test_a_wait_that_goes_beyond_the_deadline_is_not_begun(server: OpenAIServer) -> None:
+async def test_no_retry_if_the_wait_exceeds_the_deadline(server: OpenAIServer) -> None:
     server.answer(error(429, "requests", "rate_limit_exceeded", retry_after="59"))
     reports = Reports()
     failure = await failing(editor_at(server.base_url, deadline=50), reports)
     assert (failure.code, len(server.calls), reports.messages) == ("provider_rate_limited", 1, [])
 
 
-async def test_where_nobody_listens_it_is_tried_again_and_then_given_up() -> None:
+async def test_refused_connection_is_retried_and_then_fails() -> None:
     reports = Reports()
     with closed_port() as port:
         failure = await failing(editor_at(f"http://127.0.0.1:{port}/v1"), reports)
     assert (failure.code, failure.retryable, len(reports.messages)) == ("provider_unavailable", True, 3)
 
 
-async def test_a_service_that_comes_up_meanwhile_gets_one_call() -> None:
+async def test_service_that_starts_between_retries_gets_one_call() -> None:
     servers: list[OpenAIServer] = []
     async with contextlib.AsyncExitStack() as stack:
         port = stack.enter_context(closed_port())
@@ -139,7 +139,7 @@ async def test_a_service_that_comes_up_meanwhile_gets_one_call() -> None:
 
 
 async def once(server: OpenAIServer, answer: Answer, *, too_late: bool = False) -> Failure:
-    """What this answer comes to, after one call that may have been paid for, and with nothing shown of it.
+    """The failure for this response, after one call, without any report.
 
     `too_late`: the time for a picture is over while it goes on.
     """
@@ -172,7 +172,7 @@ async def once(server: OpenAIServer, answer: Answer, *, too_late: bool = False) 
         (as_json({"error": [1]}, 400), "provider_rejected", False),
     ],
 )
-async def test_an_error_has_its_code_after_one_call(
+async def test_error_response_has_its_code_after_one_call(
     server: OpenAIServer, answer: Answer, code: FailureCode, retryable: bool
 ) -> None:
     failure = await once(server, answer)
@@ -180,9 +180,7 @@ async def test_an_error_has_its_code_after_one_call(
 
 
 @pytest.mark.parametrize(("status", "code"), [(500, "provider_unavailable"), (429, "provider_rate_limited")])
-async def test_the_status_counts_for_more_than_what_is_said_of_the_content_rules(
-    server: OpenAIServer, status: int, code: str
-) -> None:
+async def test_status_takes_precedence_over_a_content_rules_code(server: OpenAIServer, status: int, code: str) -> None:
     server.answer(error(status, "image_generation_user_error", "moderation_blocked"))
     assert (await failing(editor_at(server.base_url))).code == code
 
@@ -200,9 +198,7 @@ IN_STREAM: Final = {"message": "Your request was rejected by the safety system."
         ),
     ],
 )
-async def test_a_request_against_the_content_rules_is_refused_with_something_to_do(
-    server: OpenAIServer, answer: Answer
-) -> None:
+async def test_content_rules_error_tells_the_user_what_to_change(server: OpenAIServer, answer: Answer) -> None:
     failure = await once(server, answer)
     assert (failure.code, failure.retryable) == ("provider_rejected", False)
     assert failure.sentence == (
@@ -218,7 +214,7 @@ async def test_a_request_against_the_content_rules_is_refused_with_something_to_
         (error(404, "invalid_request_error", "model_not_found"), "provider_rejected"),
     ],
 )
-async def test_what_only_the_operator_can_help_is_said_to_be_so(
+async def test_account_errors_are_addressed_to_the_operator(
     server: OpenAIServer, answer: Answer, code: FailureCode
 ) -> None:
     failure = await once(server, answer)
@@ -226,21 +222,19 @@ async def test_what_only_the_operator_can_help_is_said_to_be_so(
     assert "Please tell whoever runs it." in failure.sentence
 
 
-async def test_a_wrong_key_is_refused_and_not_told_to_anybody(
-    server: OpenAIServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_wrong_key_is_rejected_and_not_revealed(server: OpenAIServer, caplog: pytest.LogCaptureFixture) -> None:
     wrong = "sk-proj-WRONG-9xLrWcKe2hNfYpGu8aJi3"
     failure = await failing(editor_at(server.base_url, api_key=wrong))
     assert (failure.code, len(server.calls)) == ("provider_rejected", 1)
     [line] = warnings_of(caplog)
     assert "invalid_api_key" in line
-    # OpenAI quotes both ends of it.
+    # OpenAI quotes both ends of the key.
     assert "sk-proj" not in caplog.text
     assert wrong[-4:] not in caplog.text
 
 
 @pytest.mark.parametrize("odd", ["", KEY + "\n", KEY + "\r\nX-More: yes", KEY + "…", " " + KEY])
-def test_what_is_no_key_is_refused_at_once_without_quoting_it(odd: str) -> None:
+def test_malformed_key_is_a_value_error_without_the_key(odd: str) -> None:
     with pytest.raises(ValueError, match="printable ASCII") as caught:
         editor_at("http://127.0.0.1:1/v1", api_key=odd)
     assert KEY not in str(caught.value)
@@ -255,7 +249,7 @@ def test_what_is_no_key_is_refused_at_once_without_quoting_it(odd: str) -> None:
         ("image_generation_user_error", "invalid_image", "provider_rejected"),
     ],
 )
-async def test_an_error_in_the_middle_of_a_stream_has_its_code_and_is_not_asked_about_again(
+async def test_error_event_in_a_stream_has_its_code_and_is_not_retried(
     server: OpenAIServer, kind: str | None, code: str | None, expected: FailureCode
 ) -> None:
     error_event = event("error", error={"message": "It broke.", "type": kind, "code": code})
@@ -329,15 +323,13 @@ TINY: Final = picture("8x8")
         reset,
     ],
 )
-async def test_an_answer_without_a_picture_is_no_answer(server: OpenAIServer, answer: Answer) -> None:
+async def test_response_without_a_picture_is_provider_unavailable(server: OpenAIServer, answer: Answer) -> None:
     failure = await once(server, answer)
     assert (failure.code, failure.retryable) == ("provider_unavailable", True)
 
 
 @pytest.mark.parametrize("ending", [raw(), reset, raw(completed(RESULT)[:5000]), then(raw(b"data: {"), reset)])
-async def test_a_stream_that_breaks_off_after_a_preview_has_brought_nothing(
-    server: OpenAIServer, ending: Answer
-) -> None:
+async def test_stream_that_breaks_after_a_preview_is_provider_unavailable(server: OpenAIServer, ending: Answer) -> None:
     server.answer(then(stream(partial(0, SKETCH)), ending))
     failure = await failing(editor_at(server.base_url))
     assert (failure.code, len(server.calls)) == ("provider_unavailable", 1)
@@ -355,7 +347,7 @@ async def test_a_stream_that_breaks_off_after_a_preview_has_brought_nothing(
         head(length=100 * MEGABYTE),
     ],
 )
-async def test_of_an_endless_answer_not_more_is_read_than_a_picture_can_have(
+async def test_endless_response_is_read_up_to_the_limit(
     server: OpenAIServer, start: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapters.providers.openai.MAX_ANSWER", 4 * MEGABYTE)
@@ -363,11 +355,11 @@ async def test_of_an_endless_answer_not_more_is_read_than_a_picture_can_have(
     failure = await once(server, flood)
     assert failure.code == "provider_unavailable"
     await server.origin.left.wait()
-    # What lies between us, in the buffers of both sides, is not held by us.
+    # The rest is in the buffers of both sockets.
     assert flood.taken < 60
 
 
-async def test_a_hundred_megabytes_are_not_taken(server: OpenAIServer) -> None:
+async def test_endless_event_is_read_up_to_the_limit(server: OpenAIServer) -> None:
     flood = Flood(200, STREAM + b"data: ")
     assert (await once(server, flood)).code == "provider_unavailable"
     await server.origin.left.wait()
@@ -385,15 +377,13 @@ async def test_a_hundred_megabytes_are_not_taken(server: OpenAIServer) -> None:
     ],
     ids=["silence", "a head", "a stream", "a body", "a long head"],
 )
-async def test_who_hangs_or_drips_is_left_at_the_deadline(server: OpenAIServer, answer: Answer) -> None:
+async def test_hanging_or_dripping_response_ends_at_the_deadline(server: OpenAIServer, answer: Answer) -> None:
     failure = await once(server, answer, too_late=True)
     assert (failure.code, failure.retryable) == ("provider_timeout", True)
     await server.origin.left.wait()
 
 
-async def test_a_call_that_is_given_up_leaves_its_request_id_for_the_bill(
-    server: OpenAIServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_abandoned_call_logs_its_request_id(server: OpenAIServer, caplog: pytest.LogCaptureFixture) -> None:
     server.answer(then(stream(partial(0, SKETCH)), hang))
     reports = Reports()
     call = asyncio.create_task(failing(editor_at(server.base_url), reports))
@@ -404,7 +394,7 @@ async def test_a_call_that_is_given_up_leaves_its_request_id_for_the_bill(
 
 
 @pytest.mark.parametrize("answer", [hang, then(raw(STREAM, partial(0, SKETCH)), hang)], ids=["before", "after"])
-async def test_cancelling_hangs_up(server: OpenAIServer, answer: Answer) -> None:
+async def test_cancelling_closes_the_connection(server: OpenAIServer, answer: Answer) -> None:
     server.answer(answer)
     task = asyncio.create_task(edited(server))
     await server.origin.reached.wait()
@@ -415,7 +405,7 @@ async def test_cancelling_hangs_up(server: OpenAIServer, answer: Answer) -> None
     assert len(server.calls) == 1
 
 
-async def test_cancelling_one_does_not_touch_its_neighbour(server: OpenAIServer) -> None:
+async def test_cancelling_one_call_does_not_affect_another(server: OpenAIServer) -> None:
     released = asyncio.Event()
 
     async def later(writer: asyncio.StreamWriter) -> None:
@@ -437,9 +427,7 @@ async def test_cancelling_one_does_not_touch_its_neighbour(server: OpenAIServer)
 # --- the operator's log ----------------------------------------------------------------------------------
 
 
-async def test_the_operator_reads_what_the_provider_said(
-    server: OpenAIServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_provider_message_is_logged(server: OpenAIServer, caplog: pytest.LogCaptureFixture) -> None:
     await once(server, error(400, "invalid_request_error", "invalid_value", "Bad\nsize\x1b[31m for " + KEY))
     [line] = warnings_of(caplog)
     assert line == (
@@ -448,9 +436,7 @@ async def test_the_operator_reads_what_the_provider_said(
     )
 
 
-async def test_the_operator_reads_the_beginning_of_what_is_no_answer(
-    server: OpenAIServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_start_of_an_unusable_response_is_logged(server: OpenAIServer, caplog: pytest.LogCaptureFixture) -> None:
     await once(server, whole(HTML, 200, "text/html", X_Request_Id=REQUEST_ID))
     [line] = warnings_of(caplog)
     assert REQUEST_ID in line

@@ -1,4 +1,4 @@
-"""Editors and face swaps of the operator's own: the service starts or says why not, and every generation ends."""
+"""Editors and face swaps of the operator: the service starts or explains why not, and every generation ends."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from support.doubles import FACE_URL
 from support.harness import JSON, PHOTO, Running, running
 from support.pictures import GREEN, solid
 
-#: In every text that an implementation raises, and nowhere else.
+#: Part of every message that an implementation raises; must not appear anywhere else.
 SECRET: Final = "sk-proj-hunter2"
 MODULE: Final = "own_providers"
 SOURCE: Final = f"""
@@ -251,9 +251,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (f"{MODULE}:Shy", rf"looking at what {MODULE}:Shy returned failed with ValueError in line \d+ of {MODULE}"),
     ],
 )
-async def test_a_factory_that_makes_no_editor_is_refused_with_a_sentence(
-    tmp_path: Path, name: str, reason: str
-) -> None:
+async def test_factory_without_a_valid_editor_is_a_settings_error(tmp_path: Path, name: str, reason: str) -> None:
     log = tmp_path / "log.db"
     settings = load_settings({"editor": name, "images": tmp_path / "images", "log": f"sqlite:///{log}"})
     with pytest.raises(SettingsError) as caught:
@@ -266,7 +264,7 @@ async def test_a_factory_that_makes_no_editor_is_refused_with_a_sentence(
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-async def test_a_factory_that_makes_no_face_swap_is_refused_with_a_sentence() -> None:
+async def test_factory_without_a_valid_face_swap_is_a_settings_error() -> None:
     with pytest.raises(SettingsError, match=r"^STAGECAST_FACE_SWAP must name .* no async method swap\.$"):
         await wire(load_settings({"face_swap": f"{MODULE}:Provider"}))
 
@@ -286,7 +284,7 @@ async def test_a_factory_that_makes_no_face_swap_is_refused_with_a_sentence() ->
         "a:b\n",
     ],
 )
-def test_what_names_no_factory_is_no_setting(name: str) -> None:
+def test_setting_that_names_no_factory_is_rejected(name: str) -> None:
     with pytest.raises(SettingsError, match=r'^STAGECAST_EDITOR must be "local", "openai" or a factory of '):
         load_settings({"editor": name})
     with pytest.raises(SettingsError, match=r'^STAGECAST_FACE_SWAP must be "local", "replicate" or a factory of a '):
@@ -298,9 +296,7 @@ def test_what_names_no_factory_is_no_setting(name: str) -> None:
     [("leaves", "calling own_providers:leaves"), ("later", "own_providers:later returned")],
     ids=["leaves", "async"],
 )
-async def test_serve_ends_with_2_and_one_sentence_also_where_the_factory_leaves_or_is_async(
-    module: Path, factory: str, reason: str
-) -> None:
+async def test_serve_exits_2_if_the_factory_exits_or_is_async(module: Path, factory: str, reason: str) -> None:
     done = await stagecast(
         *("serve", "--port", "0", "--editor", f"{MODULE}:{factory}", "--images", str(module / "images")), folder=module
     )
@@ -310,7 +306,7 @@ async def test_serve_ends_with_2_and_one_sentence_also_where_the_factory_leaves_
     assert str(module) not in sentence
 
 
-async def test_it_is_found_in_the_current_folder_and_its_stray_errors_are_logged_by_type(
+async def test_module_in_the_current_folder_is_found_and_its_errors_are_logged_by_type(
     module: Path,
 ) -> None:
     port = free_port()
@@ -340,7 +336,7 @@ async def test_it_is_found_in_the_current_folder_and_its_stray_errors_are_logged
 
 
 class Face:
-    """`domain.ports.images.ImageFetcher`: a picture behind every URL."""
+    """`domain.ports.images.ImageFetcher`: returns a picture for every URL."""
 
     async def fetch(self, url: str) -> Picture:
         return solid(GREEN)
@@ -362,7 +358,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 
 async def outcome(service: Running, prompt: str, kind: str = "edit", **fields: Any) -> list[JSON]:
-    """All events of a generation with this prompt, once it has ended."""
+    """All events of a finished generation with this prompt."""
     generation_id = await service.start(kind=kind, prompt=prompt, **fields)
     async with asyncio.timeout(60):
         while (events := await service.events(generation_id))[-1]["status"] not in ("completed", "failed"):
@@ -378,7 +374,7 @@ async def outcome(service: Running, prompt: str, kind: str = "edit", **fields: A
     [("picture", "PNG"), ("webp", "WEBP"), ("bmp", "PNG"), ("later", "PNG"), ("hides", "PNG"), ("nan", "PNG")],
 )
 @pytest.mark.parametrize("kind", ["edit", "generate"])
-async def test_its_picture_is_kept_with_the_type_that_it_has(
+async def test_picture_of_an_own_editor_has_its_detected_type(
     service: Running, prompt: str, format: str, kind: str
 ) -> None:
     end = (await outcome(service, prompt, kind))[-1]
@@ -390,7 +386,7 @@ async def test_its_picture_is_kept_with_the_type_that_it_has(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_reports_that_it_makes_at_the_same_time_are_told_one_after_the_other(service: Running) -> None:
+async def test_concurrent_reports_are_serialised(service: Running) -> None:
     events = await outcome(service, "concurrent")
     values = [event["progress"] for event in events if event["status"] == "openai_editing"]
     assert values == [60, *range(62, 80, 2), 79]
@@ -412,7 +408,7 @@ async def test_reports_that_it_makes_at_the_same_time_are_told_one_after_the_oth
         (("no number", "no message", "bad message", "bad preview", "few arguments"), "internal"),
     ],
 )
-async def test_whatever_it_raises_or_returns_the_generation_ends_with_a_code(
+async def test_every_exception_or_return_value_ends_with_a_documented_code(
     service: Running, caplog: pytest.LogCaptureFixture, prompts: tuple[str, ...], code: str
 ) -> None:
     before = (await service.get("/me"))["credit"]
@@ -430,12 +426,12 @@ async def test_whatever_it_raises_or_returns_the_generation_ends_with_a_code(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_face_swap_of_ones_own_that_fails_keeps_the_edit(service: Running) -> None:
+async def test_failed_own_face_swap_keeps_the_edit(service: Running) -> None:
     end = (await outcome(service, "picture", imageUrls=FACE_URL))[-1]
     assert (end["status"], end["faceSwapError"]["code"]) == ("completed", "internal")
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_the_service_is_well_after_all_that(service: Running) -> None:
+async def test_service_still_works_after_faulty_providers(service: Running) -> None:
     assert (await service.http.get("/health/ready")).status_code == 200
     assert (await outcome(service, "picture"))[-1]["status"] == "completed"

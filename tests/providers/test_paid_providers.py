@@ -1,4 +1,4 @@
-"""The service with paid providers behind it, which run here: what a person sees, and what is paid for."""
+"""The service with local stand-ins of the paid providers: what users see, and how often a call is paid for."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ async def with_openai(images: Path, openai: OpenAIServer, **rest: Any) -> AsyncI
 
 
 async def made(service: Running, kind: str = "edit") -> list[JSON]:
-    """The events of one generation, as its owner's phone has been sent them."""
+    """The events of one generation as a device received them."""
     async with service.phone("ada") as phone:
         generation_id = await service.start(kind=kind)
         await phone.until_over(generation_id)
@@ -49,9 +49,7 @@ async def made(service: Running, kind: str = "edit") -> list[JSON]:
 
 
 @pytest.mark.parametrize(("kind", "result"), [("edit", "editedImageUrl"), ("generate", "generatedImageUrl")])
-async def test_the_picture_takes_shape_on_the_phone(
-    tmp_path: Path, openai: OpenAIServer, kind: str, result: str
-) -> None:
+async def test_previews_reach_the_client(tmp_path: Path, openai: OpenAIServer, kind: str, result: str) -> None:
     async with with_openai(tmp_path, openai) as service:
         events = await made(service, kind)
         previews = [event["previewUrl"] for event in events if "previewUrl" in event and event["status"] != "completed"]
@@ -65,7 +63,7 @@ async def test_the_picture_takes_shape_on_the_phone(
     assert len(openai.calls) == 1
 
 
-async def test_a_busy_provider_is_waited_for_in_sight(tmp_path: Path, openai: OpenAIServer) -> None:
+async def test_wait_for_a_rate_limited_provider_is_visible(tmp_path: Path, openai: OpenAIServer) -> None:
     openai.answer(error(429, "rate_limit_exceeded", "rate_limit_exceeded", retry_after="0"), openai.draw)
     async with with_openai(tmp_path, openai) as service:
         events = await made(service)
@@ -86,7 +84,7 @@ async def test_a_busy_provider_is_waited_for_in_sight(tmp_path: Path, openai: Op
     ],
     ids=["500", "refused", "key", "html", "reset"],
 )
-async def test_whatever_a_provider_answers_is_told_as_it_is_and_paid_for_once_at_most(
+async def test_each_provider_answer_has_its_code_and_is_paid_for_at_most_once(
     tmp_path: Path, openai: OpenAIServer, answer: Answer, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     openai.answer(answer)
@@ -113,7 +111,7 @@ BLACK = Image.new("RGB", (256, 384))
     ],
     ids=["url", "data", "gzip", "GIF", "MPO"],
 )
-async def test_what_a_gateway_answers_is_kept_as_a_picture_that_browsers_show(
+async def test_gateway_pictures_are_stored_in_a_browser_format(
     tmp_path: Path, openai: OpenAIServer, answer: Answer, media_type: str
 ) -> None:
     respond = openai.origin.respond
@@ -130,14 +128,14 @@ async def test_what_a_gateway_answers_is_kept_as_a_picture_that_browsers_show(
 
 
 @pytest.mark.parametrize("answer", [hang, then(raw(head(length=100_000)), drip(b" "))], ids=["hang", "drip"])
-async def test_a_provider_that_takes_too_long_is_left_before_the_deadline_and_named_as_the_reason(
+async def test_slow_provider_ends_as_provider_timeout_before_the_deadline(
     tmp_path: Path, openai: OpenAIServer, answer: Answer, caplog: pytest.LogCaptureFixture
 ) -> None:
     openai.answer(answer)
     async with with_openai(tmp_path, openai, deadline=300) as service:
         generation_id = await service.start()
         await openai.origin.reached.wait()
-        # Nobody is connected meanwhile, whose pings would be late.
+        # Without connected clients, whose pings would be late.
         await advance_time(271)
         await openai.origin.left.wait()
         await service.service.leases.drain()
@@ -148,9 +146,7 @@ async def test_a_provider_that_takes_too_long_is_left_before_the_deadline_and_na
     assert KEY not in caplog.text
 
 
-async def test_a_cancel_hangs_up_on_the_provider_and_leaves_its_neighbour_alone(
-    tmp_path: Path, openai: OpenAIServer
-) -> None:
+async def test_cancel_closes_only_its_own_provider_connection(tmp_path: Path, openai: OpenAIServer) -> None:
     openai.answer(hang, openai.draw)
     async with with_openai(tmp_path, openai) as service, service.phone("ada") as phone:
         doomed = await service.start()
@@ -168,16 +164,14 @@ async def test_a_cancel_hangs_up_on_the_provider_and_leaves_its_neighbour_alone(
 
 
 class _Faces:
-    """`domain.ports.images.ImageFetcher` of one face."""
+    """`domain.ports.images.ImageFetcher`: returns a face for every URL."""
 
     async def fetch(self, url: str) -> Any:
         return FACE
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["made", "failed"])
-async def test_a_face_swap_that_fails_does_not_waste_the_edit(
-    tmp_path: Path, openai: OpenAIServer, broken: bool
-) -> None:
+async def test_failed_face_swap_keeps_the_paid_edit(tmp_path: Path, openai: OpenAIServer, broken: bool) -> None:
     async with Replicate(picture=FACE.data).serving() as replicate:
         if broken:
             replicate.statuses = ["failed"]
@@ -195,7 +189,7 @@ async def test_a_face_swap_that_fails_does_not_waste_the_edit(
         assert (len(openai.calls), replicate.count("create")) == (1, 1)
 
 
-async def test_keys_choose_the_providers(tmp_path: Path) -> None:
+async def test_keys_select_the_providers(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, images=tmp_path, openai_api_key=KEY, replicate_api_token=TOKEN)
     service, _ = create_service(await wire(settings))
     assert type(service.runner.editor).__name__ == "OpenAIEditor"

@@ -1,4 +1,4 @@
-"""When a paid call is made again, what a failed one comes to, and what the operator is told of it."""
+"""When a paid call is retried, the failure for each error, and what is logged."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ AWAY = Failure("provider_unavailable")
 
 
 class Calls:
-    """A call that is declined so many times, by these errors in turn, and then answers."""
+    """A call that raises these errors in turn, and then succeeds."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -52,16 +52,16 @@ async def failing(calls: Callable[[], Awaitable[str]], reports: Reports, *, with
     return caught.value
 
 
-# --- asking again ----------------------------------------------------------------------------------------
+# --- retries --------------------------------------------------------------------------------------------
 
 
-async def test_a_call_that_succeeds_is_made_once_and_nothing_is_reported() -> None:
+async def test_successful_call_is_made_once_without_reports() -> None:
     calls, reports = Calls(), Reports()
     assert await attempt(calls, reports, within=60) == "done"
     assert (calls.count, reports.messages) == (1, [])
 
 
-async def test_a_declined_call_is_made_again_and_every_wait_is_reported_with_rising_progress() -> None:
+async def test_declined_call_is_retried_and_each_wait_is_reported() -> None:
     calls, reports = Calls(Declined(BUSY), Declined(BUSY, after=0.02), Declined(AWAY)), Reports()
     assert await attempt(calls, reports, within=60, backoff=0.01) == "done"
     assert calls.count == 4
@@ -70,20 +70,20 @@ async def test_a_declined_call_is_made_again_and_every_wait_is_reported_with_ris
         "The image service is busy; trying again in 1 s.",
         "The image service cannot be reached; trying again in 1 s.",
     ]
-    # A stage of ten percent shows each of them, and most of it is left for the work.
+    # Each wait is visible in a stage of ten percent, and leaves most of it for the work.
     shown = [int(10 * fraction) for fraction in reports.fractions]
     assert shown == sorted({*shown})
     assert shown[0] >= 1
     assert shown[-1] < 5
 
 
-async def test_what_is_always_declined_is_given_up_after_four_calls_with_its_own_failure() -> None:
+async def test_four_declined_calls_raise_the_last_failure() -> None:
     calls, reports = Calls(*[Declined(AWAY)] * 3, *[Declined(BUSY)] * 9), Reports()
     assert await failing(calls, reports) is BUSY
     assert (calls.count, len(reports.messages)) == (4, 3)
 
 
-async def test_it_waits_at_least_as_long_as_the_provider_asks() -> None:
+async def test_retry_waits_at_least_for_retry_after() -> None:
     passed = asyncio.Event()
     calls = Calls(Declined(BUSY, after=0.1))
 
@@ -95,7 +95,7 @@ async def test_it_waits_at_least_as_long_as_the_provider_asks() -> None:
     assert await attempt(call, Reports(), within=60, backoff=0.001) == "done"
 
 
-async def test_waits_are_random_up_to_a_bound_that_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_backoff_is_random_up_to_a_bound_that_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
     bounds: list[tuple[float, float]] = []
 
     def drawn(low: float, high: float) -> float:
@@ -108,21 +108,21 @@ async def test_waits_are_random_up_to_a_bound_that_doubles(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("after", "within"), [(10, 5), (5, 5), (61, 1000)])
-async def test_a_wait_that_is_too_long_is_not_begun(after: float, within: float) -> None:
+async def test_no_retry_if_the_wait_is_too_long(after: float, within: float) -> None:
     calls, reports = Calls(Declined(BUSY, after=after)), Reports()
     assert await failing(calls, reports, within=within) is BUSY
     assert (calls.count, reports.messages) == (1, [])
 
 
 @pytest.mark.parametrize("error", [Failure("provider_rejected"), Failure("provider_rate_limited"), KeyError("odd")])
-async def test_whatever_else_goes_wrong_is_passed_on_after_one_call(error: Exception) -> None:
+async def test_other_exceptions_are_raised_after_one_call(error: Exception) -> None:
     calls, reports = Calls(error), Reports()
     with pytest.raises(type(error)) as caught:
         await attempt(calls, reports, within=60)
     assert (caught.value, calls.count, reports.messages) == (error, 1, [])
 
 
-async def test_the_time_is_for_all_calls_together_and_ends_the_last_one() -> None:
+async def test_time_limit_covers_all_calls_and_cancels_the_last() -> None:
     calls, begun, aborted = Calls(Declined(BUSY)), asyncio.Event(), asyncio.Event()
 
     async def call() -> str:
@@ -142,7 +142,7 @@ async def test_the_time_is_for_all_calls_together_and_ends_the_last_one() -> Non
     assert ((await failure).code, calls.count, aborted.is_set()) == ("provider_timeout", 2, True)
 
 
-async def test_cancelled_while_it_waits_it_does_not_call_again() -> None:
+async def test_cancelling_during_a_wait_makes_no_further_call() -> None:
     waiting = asyncio.Event()
 
     async def tell() -> None:
@@ -157,7 +157,7 @@ async def test_cancelled_while_it_waits_it_does_not_call_again() -> None:
     assert calls.count == 1
 
 
-async def test_a_generation_that_has_ended_elsewhere_is_not_paid_for() -> None:
+async def test_exception_from_a_report_prevents_the_next_call() -> None:
     async def refuse() -> None:
         raise KeyError("the generation has moved on")
 
@@ -167,7 +167,7 @@ async def test_a_generation_that_has_ended_elsewhere_is_not_paid_for() -> None:
     assert calls.count == 1
 
 
-# --- what it comes to ------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,27 +185,27 @@ async def test_a_generation_that_has_ended_elsewhere_is_not_paid_for() -> None:
         (503, "provider_unavailable", True),
     ],
 )
-def test_a_status_has_its_code_and_is_not_asked_about_again(status: int, code: FailureCode, retryable: bool) -> None:
+def test_http_status_has_its_code_and_is_not_declined(status: int, code: FailureCode, retryable: bool) -> None:
     failure = answered(status, {})
     assert isinstance(failure, Failure)
     assert (failure.code, failure.retryable) == (code, retryable)
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404])
-def test_what_the_user_cannot_help_is_said_to_be_for_the_operator(status: int) -> None:
+def test_authentication_errors_are_addressed_to_the_operator(status: int) -> None:
     failure = answered(status, {"retry-after": "1"})
     assert isinstance(failure, Failure)
     assert "Please tell whoever runs it." in failure.sentence
 
 
 @pytest.mark.parametrize(("status", "code"), [(429, "provider_rate_limited"), (503, "provider_unavailable")])
-def test_a_provider_that_asks_for_a_wait_has_done_nothing_yet(status: int, code: FailureCode) -> None:
+def test_response_with_retry_after_is_declined(status: int, code: FailureCode) -> None:
     declined = answered(status, httpx2.Headers({"Retry-After": "2.5"}))
     assert isinstance(declined, Declined)
     assert (declined.failure.code, declined.failure.retryable, declined.after) == (code, True, 2.5)
 
 
-def test_the_wait_may_be_told_by_a_date() -> None:
+def test_retry_after_may_be_a_date() -> None:
     then = datetime.now(UTC) + timedelta(seconds=100)
     declined = answered(503, {"retry-after": format_datetime(then, usegmt=True)})
     assert isinstance(declined, Declined)
@@ -214,7 +214,7 @@ def test_the_wait_may_be_told_by_a_date() -> None:
 
 
 @pytest.mark.parametrize("odd", ["", "soon", "nan", "inf", "1e999", "Mon, 99 Nov 2026 99:00:00 GMT"])
-def test_a_wait_that_is_no_time_is_none(odd: str) -> None:
+def test_malformed_retry_after_is_ignored(odd: str) -> None:
     busy = answered(429, {"retry-after": odd})
     assert isinstance(busy, Declined)
     assert busy.after is None
@@ -222,7 +222,7 @@ def test_a_wait_that_is_no_time_is_none(odd: str) -> None:
 
 
 @pytest.mark.parametrize("past", ["-5", "Mon, 23 Nov 2020 12:00:00 GMT", "Mon, 23 Nov 2020 12:00:00 -0000"])
-def test_a_wait_that_is_over_is_no_wait(past: str) -> None:
+def test_retry_after_in_the_past_is_zero(past: str) -> None:
     busy = answered(429, {"retry-after": past})
     assert isinstance(busy, Declined)
     assert busy.after == 0
@@ -239,7 +239,7 @@ def test_a_wait_that_is_over_is_no_wait(past: str) -> None:
         (None, "provider_unavailable"),
     ],
 )
-def test_a_connection_that_breaks_may_have_brought_the_request_there(
+def test_broken_connection_is_not_declined_as_the_request_may_have_arrived(
     error: Exception | None, code: FailureCode
 ) -> None:
     failure = broken(error)
@@ -247,31 +247,33 @@ def test_a_connection_that_breaks_may_have_brought_the_request_there(
     assert (failure.code, failure.retryable) == (code, True)
 
 
-def test_without_a_connection_nothing_was_asked() -> None:
+def test_connect_error_is_declined() -> None:
     declined = broken(httpx2.ConnectError("refused"))
     assert isinstance(declined, Declined)
     assert (declined.failure.code, declined.after) == ("provider_unavailable", None)
 
 
-# --- what the operator is told ---------------------------------------------------------------------------
+# --- logging ---------------------------------------------------------------------------------------------
 
 KEY = "a8f0e6c2d4b1-secret"
 
 
-def told(caplog: pytest.LogCaptureFixture, words: object, what: object = "400", request_id: str | None = None) -> str:
+def logged(caplog: pytest.LogCaptureFixture, words: object, what: object = "400", request_id: str | None = None) -> str:
     log_problem("openai", what, words, request_id=request_id, secret=KEY)
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     return record.getMessage()
 
 
-def test_the_operator_reads_the_providers_words_and_its_request_id(caplog: pytest.LogCaptureFixture) -> None:
-    line = told(caplog, "Rate limit reached for images per minute", "429 RateLimitError", "req_12ab")
+def test_log_has_the_provider_message_and_request_id(caplog: pytest.LogCaptureFixture) -> None:
+    line = logged(caplog, "Rate limit reached for images per minute", "429 RateLimitError", "req_12ab")
     assert line == "openai: '429 RateLimitError' (request 'req_12ab'): 'Rate limit reached for images per minute'"
 
 
-def test_words_forge_no_line_and_are_short(caplog: pytest.LogCaptureFixture) -> None:
-    line = told(caplog, "one\r\n2026-11-22 CRITICAL forged\x1b[31m\u2028\u202e" + "long " * 100_000, "4\n00", "r\x00q")
+def test_logged_messages_are_escaped_and_truncated(caplog: pytest.LogCaptureFixture) -> None:
+    line = logged(
+        caplog, "one\r\n2026-11-22 CRITICAL forged\x1b[31m\u2028\u202e" + "long " * 100_000, "4\n00", "r\x00q"
+    )
     assert line.isprintable()
     assert line.isascii()
     assert len(line) < 700
@@ -292,7 +294,7 @@ def test_words_forge_no_line_and_are_short(caplog: pytest.LogCaptureFixture) -> 
         "sk-c2d4b1, " * 10_000,
     ],
 )
-def test_no_key_is_told_nor_any_half_of_one(caplog: pytest.LogCaptureFixture, words: object) -> None:
-    line = told(caplog, words, f"key {KEY}", KEY)
+def test_no_part_of_a_key_is_logged(caplog: pytest.LogCaptureFixture, words: object) -> None:
+    line = logged(caplog, words, f"key {KEY}", KEY)
     assert "c2d4b1" not in line
     assert "a8f0e6" not in line

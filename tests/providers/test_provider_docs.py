@@ -1,4 +1,4 @@
-"""The commands of docs/providers.md work as they stand there, with a server that speaks OpenAI's protocol."""
+"""The commands in docs/providers.md work as printed, against a server with OpenAI's protocol."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ OFFLINE: Final = "local, an offline preview"
 
 
 def commands() -> dict[str, str]:
-    """The commands, with keys, by what stands before the first comment."""
+    """The commands with keys, up to their first comment."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs/providers.md").read_text(), re.DOTALL | re.MULTILINE)
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
     return {line: line.replace("sk-…", KEY).replace("r8_…", TOKEN) for line in lines}
@@ -49,7 +49,7 @@ DEMO: Final = "OPENAI_API_KEY=sk-… stagecast demo --editor openai"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder like a clone in which everything is set up, so that make has nothing to install."""
+    """A folder like an installed clone, so that make has nothing to install."""
     (tmp_path / ".venv").mkdir()
     for name in (".venv/bin", "src"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -69,7 +69,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 @asynccontextmanager
 async def served(command: str, folder: Path, **variables: str) -> AsyncIterator[tuple[str, httpx2.AsyncClient]]:
-    """The service that this command starts: the line that says that it is ready, and a client."""
+    """Start the service with this command; yields the line that it prints when ready, and a client."""
     port = free_port()
     process = await asyncio.create_subprocess_shell(
         command,
@@ -89,7 +89,7 @@ async def served(command: str, folder: Path, **variables: str) -> AsyncIterator[
 
 
 async def made(http: httpx2.AsyncClient) -> None:
-    """An edit, to its end."""
+    """A finished edit."""
     place = (await http.post("/generations/edit", files=parts("a red hat", PHOTO))).headers["location"]
     while (generation := (await http.get(place)).json())["status"] != "completed":
         assert generation["status"] != "failed", generation
@@ -103,19 +103,19 @@ async def made(http: httpx2.AsyncClient) -> None:
         ("STAGECAST_REPLICATE_MODEL", replicate_face_swap.DEFAULT_MODEL.partition(":")[0]),
     ],
 )
-def test_the_default_models_are_named(variable: str, model: str) -> None:
+def test_default_models_are_documented(variable: str, model: str) -> None:
     [setting] = [setting for setting in describe_settings() if setting.variable == variable]
     assert setting.default == model
     assert f"`{model}`" in (ROOT / "docs/providers.md").read_text()
 
 
-def test_every_command_is_tried() -> None:
+def test_every_documented_command_is_tested() -> None:
     assert set(COMMANDS) == {*SERVING, DEMO}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("command", SERVING)
-async def test_the_service_makes_images_with_what_the_command_says(checkout: Path, command: str) -> None:
+async def test_documented_command_starts_a_service_with_those_providers(checkout: Path, command: str) -> None:
     editor, face_swap, model = SERVING[command]
     async with openai_server() as server:
         line = COMMANDS[command].replace("http://localhost:4000/v1", server.base_url)
@@ -125,7 +125,7 @@ async def test_the_service_makes_images_with_what_the_command_says(checkout: Pat
         assert [call.fields["model"] for call in server.calls] == ([] if model is None else [model])
 
 
-async def test_the_demo_makes_one_image_with_the_key(checkout: Path) -> None:
+async def test_demo_makes_one_image_with_the_key(checkout: Path) -> None:
     async with openai_server() as server:
         process = await asyncio.create_subprocess_shell(
             COMMANDS[DEMO], cwd=checkout, env=environment(OPENAI_BASE_URL=server.base_url, STAGECAST_LOCAL_SECONDS="0")
@@ -145,7 +145,7 @@ async def test_the_demo_makes_one_image_with_the_key(checkout: Path) -> None:
         (f"OPENAI_API_KEY={KEY}\nSTAGECAST_EDITOR=openai\n", {"STAGECAST_EDITOR": "local"}, False),
     ],
 )
-async def test_make_run_pays_for_nothing_unless_the_environment_or_the_file_says_so(
+async def test_make_run_is_free_unless_configured_otherwise(
     checkout: Path, file: str, variables: dict[str, str], paid: bool
 ) -> None:
     (checkout / ".env").write_text(file)

@@ -1,4 +1,4 @@
-"""Outputs of models on Replicate, in the shapes, spellings and image formats that they have."""
+"""Outputs of models on Replicate, in all the JSON shapes, encodings and image formats that they use."""
 
 import base64
 import codecs
@@ -35,7 +35,7 @@ async def _ignore(fraction: float, message: str, preview: Picture | None = None)
 
 
 async def swapped(replicate: Replicate) -> Picture:
-    """The result of a swap that succeeds with one prediction."""
+    """The result of a swap. Checks that it made one prediction."""
     swapper = ReplicateFaceSwap(THREADS, TOKEN, base_url=replicate.url, deadline=60, pace=0.01)
     made = await swapper.swap(EDITED, FACE, _ignore)
     assert replicate.count("create") == 1
@@ -61,20 +61,22 @@ async def swapped(replicate: Replicate) -> Picture:
     ],
     ids=lambda output: str(output).replace(ENCODED, "…")[:50],
 )
-async def test_the_picture_is_found_in_every_shape_of_output(replicate: Replicate, output: Any) -> None:
+async def test_picture_is_found_in_each_known_output_shape(replicate: Replicate, output: Any) -> None:
     replicate.output = json.loads(json.dumps(output).replace("URL", f"{replicate.origin}/output/out.png"))
     assert await swapped(replicate) == Picture(SWAPPED, "image/png")
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG2000", "TIFF"])
-async def test_an_output_of_another_format_becomes_a_png(replicate: Replicate, kind: str) -> None:
+async def test_output_in_another_format_is_converted_to_png(replicate: Replicate, kind: str) -> None:
     replicate.picture = encoded(Image.new("RGB", (60, 40), BLUE), kind)
     assert (await swapped(replicate)).media_type == "image/png"
 
 
 @pytest.mark.parametrize("what", ["create", "output"])
 @pytest.mark.parametrize("encoding", ["gzip", "br", "UTF-8"])
-async def test_answers_compressed_unasked_are_read(replicate: Replicate, what: str, encoding: str) -> None:
+async def test_unrequested_compression_of_api_responses_is_decoded(
+    replicate: Replicate, what: str, encoding: str
+) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         if what == "output":
             body = SWAPPED
@@ -89,7 +91,9 @@ async def test_answers_compressed_unasked_are_read(replicate: Replicate, what: s
     assert (await swapped(replicate)).data == SWAPPED
 
 
-async def test_a_bomb_is_no_output(replicate: Replicate, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_decompression_bomb_as_output_is_provider_unavailable(
+    replicate: Replicate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("adapters.providers.replicate.MAX_OUTPUT", 2**20)
 
     async def bomb(request: web.Request) -> web.StreamResponse:

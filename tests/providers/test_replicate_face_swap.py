@@ -1,4 +1,4 @@
-"""The face swap by Replicate, against a server that speaks its API."""
+"""The face swap with Replicate, against a local server with its API."""
 
 import asyncio
 import base64
@@ -43,7 +43,7 @@ from support.replicate_server import (
     reset,
 )
 
-#: Trusts nobody, and is quickly made.
+#: Without certificate authorities, because loading them is slow.
 NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 EDITED, FACE = solid(RED), solid(GREEN, kind="JPEG")
@@ -55,7 +55,7 @@ EMPTY: Final = page(b"", "application/json")
 
 @pytest.fixture
 async def replicate(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Replicate]:
-    """Once the test is over: the token is in no line that was logged, and went nowhere but to the API."""
+    """Check after the test that the token was not logged, and was sent only to the API."""
     caplog.set_level(logging.DEBUG)
     async with Replicate(picture=SWAPPED).serving() as replicate:
         yield replicate
@@ -65,7 +65,7 @@ async def replicate(caplog: pytest.LogCaptureFixture) -> AsyncIterator[Replicate
 
 @pytest.fixture
 async def canary() -> AsyncIterator[Replicate]:
-    """A server to which nobody comes."""
+    """A server that must get no request."""
     async with Replicate(picture=SWAPPED).serving() as canary:
         yield canary
     assert canary.seen == []
@@ -82,7 +82,7 @@ def swapper(replicate: Replicate) -> ReplicateFaceSwap:
 
 
 class Reports:
-    """`domain.ports.providers.Report`: keeps what it is told."""
+    """`domain.ports.providers.Report`: records reports."""
 
     def __init__(self) -> None:
         self.received: list[tuple[float, str]] = []
@@ -93,19 +93,19 @@ class Reports:
 
     @property
     def messages(self) -> list[str]:
-        """Each once."""
+        """The messages without repetitions."""
         return list(dict.fromkeys(message for _, message in self.received))
 
 
 async def swapped(swapper: FaceSwapper, reports: Reports | None = None) -> None:
-    """The swap succeeds, and brings the picture that the server has."""
+    """Swap, and check that the result is the server's picture."""
     result = await swapper.swap(EDITED, FACE, reports or Reports())
     assert alike(colour_at(opened(result), 0.5, 0.5), BLUE)
 
 
 async def too_late(replicate: Replicate, what: str, times: int = 1, **options: Any) -> Failure:
-    """How the swap fails when its time is over once so many requests of this kind have come in all."""
-    # Less than a step of a request may take, which is not what is to be over.
+    """The failure if the deadline passes after this many requests of this kind."""
+    # Less than the timeout of one network operation, which must not be reached.
     failing = asyncio.create_task(failed(swapper_at(replicate, deadline=20, **options)))
     await replicate.until_asked(what, times)
     await advance_time(20)
@@ -113,18 +113,18 @@ async def too_late(replicate: Replicate, what: str, times: int = 1, **options: A
 
 
 async def failed(swapper: FaceSwapper, reports: Reports | None = None) -> Failure:
-    """How the swap fails, which tells nothing of the provider's words and of the token."""
+    """The failure of the swap. Checks that it has neither the provider's text nor the token."""
     with pytest.raises(Failure) as caught:
         await swapper.swap(EDITED, FACE, reports or Reports())
     failure = caught.value
-    told = f"{failure} {failure.sentence} {failure.__cause__}"
-    assert TOKEN not in told
-    assert not any(word in told for word in (*WORDS.split(), "127.0.0.1") if len(word) > 2)
+    text = f"{failure} {failure.sentence} {failure.__cause__}"
+    assert TOKEN not in text
+    assert not any(word in text for word in (*WORDS.split(), "127.0.0.1") if len(word) > 2)
     return failure
 
 
 def noise() -> Picture:
-    """A PNG that is too large for a data URL."""
+    """A PNG too large for a data URL."""
     return picture(Image.frombytes("RGB", (300, 300), random.Random(0).randbytes(3 * 300 * 300)))
 
 
@@ -136,7 +136,7 @@ def text_of(data_url: str) -> Picture:
 # --- all goes well -----------------------------------------------------------------------------------------
 
 
-async def test_the_pictures_are_sent_and_the_one_with_the_face_comes_back(
+async def test_both_pictures_are_sent_and_the_result_is_returned(
     replicate: Replicate, swapper: ReplicateFaceSwap
 ) -> None:
     await swapped(swapper)
@@ -151,7 +151,7 @@ async def test_the_pictures_are_sent_and_the_one_with_the_face_comes_back(
     assert replicate.count("cancel") == 0
 
 
-async def test_progress_rises_and_says_what_is_going_on(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
+async def test_progress_rises_with_a_message_per_phase(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
     replicate.statuses = [*repeat("starting", 4), *repeat("processing", 4), "starting", "processing", "succeeded"]
     reports = Reports()
     await swapped(swapper, reports)
@@ -166,18 +166,14 @@ async def test_progress_rises_and_says_what_is_going_on(replicate: Replicate, sw
     ]
 
 
-async def test_a_prediction_that_is_ready_at_once_is_not_polled(
-    replicate: Replicate, swapper: ReplicateFaceSwap
-) -> None:
+async def test_finished_prediction_is_not_polled(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
     replicate.statuses = ["succeeded"]
     await swapped(swapper)
     assert replicate.count("poll") == 0
 
 
 @pytest.mark.parametrize("shape", ["list", "object", "data"])
-async def test_the_output_has_any_of_the_usual_shapes(
-    replicate: Replicate, swapper: ReplicateFaceSwap, shape: str
-) -> None:
+async def test_usual_output_shapes_are_accepted(replicate: Replicate, swapper: ReplicateFaceSwap, shape: str) -> None:
     url = f"{replicate.origin}/output/out.png"
     replicate.output = {
         "list": [url, f"{replicate.origin}/nothing"],
@@ -187,7 +183,7 @@ async def test_the_output_has_any_of_the_usual_shapes(
     await swapped(swapper)
 
 
-async def test_large_pictures_are_uploaded_first(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
+async def test_large_pictures_are_uploaded_as_files(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
     limit = 256 * 1024
     large, small = (Picture(noise().data[:size], "image/png") for size in (limit + 1, limit))
     await swapper.swap(large, small, Reports())
@@ -199,16 +195,14 @@ async def test_large_pictures_are_uploaded_first(replicate: Replicate, swapper: 
 
 
 @pytest.mark.parametrize("fault", [refusal(429, Retry_After="0"), refusal(500), reset, HTML])
-async def test_an_upload_costs_nothing_and_is_made_again(
-    replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer
-) -> None:
+async def test_failed_upload_is_retried(replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer) -> None:
     replicate.will("upload", fault, fault)
     await swapper.swap(EDITED, noise(), Reports())
     assert replicate.count("upload") == 3
     assert replicate.count("create") == 1
 
 
-async def test_where_an_upload_is_refused_nothing_is_created(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
+async def test_rejected_upload_creates_no_prediction(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
     replicate.will("upload", refusal(413))
     with pytest.raises(Failure) as caught:
         await swapper.swap(EDITED, noise(), Reports())
@@ -217,20 +211,20 @@ async def test_where_an_upload_is_refused_nothing_is_created(replicate: Replicat
     assert replicate.count("create") == 0
 
 
-async def test_replicate_is_told_when_to_give_up_by_itself(replicate: Replicate) -> None:
+async def test_cancel_after_is_sent_with_the_prediction(replicate: Replicate) -> None:
     clock = asyncio.get_running_loop().time
     begun = clock()
     await swapped(swapper_at(replicate, deadline=90))
     [create] = replicate.asked("create")
     assert 95 - (clock() - begun) <= int(create.headers["Cancel-After"].removesuffix("s")) <= 95
-    # A create that waits for the result would tell only then how to cancel it.
+    # With `Prefer: wait`, the id needed to cancel would only arrive with the result.
     assert "Prefer" not in create.headers
 
 
 # --- models ------------------------------------------------------------------------------------------------
 
 
-async def test_each_model_gets_its_inputs_by_their_names(replicate: Replicate) -> None:
+async def test_each_model_gets_its_own_input_names(replicate: Replicate) -> None:
     for name, (version, _) in MODELS.items():
         await swapped(swapper_at(replicate, f"{name}:{version}" if version else name))
     paths = [create.path for create in replicate.asked("create")]
@@ -238,14 +232,14 @@ async def test_each_model_gets_its_inputs_by_their_names(replicate: Replicate) -
 
 
 @pytest.mark.parametrize("model", ["someone/unknown", "someone/unknown:" + "0" * 64, "lucataco/faceswap"])
-async def test_a_model_that_is_not_there_is_rejected(replicate: Replicate, model: str) -> None:
+async def test_unknown_model_is_provider_rejected(replicate: Replicate, model: str) -> None:
     failure = await failed(swapper_at(replicate, model))
     assert failure.code == "provider_rejected"
     assert replicate.count("create") == 1
 
 
 @pytest.mark.parametrize("model", ["", "face-swap", "a/b/c", "a/b:", "a/b:c/d", "../x", "a/..", "a/b?c", "a/b:c\n"])
-def test_what_is_no_name_of_a_model_is_refused(model: str) -> None:
+def test_malformed_model_name_is_a_value_error(model: str) -> None:
     with pytest.raises(ValueError, match="owner/name"):
         ReplicateFaceSwap(THREADS, TOKEN, model, trust=NO_TRUSTED_CAS)
 
@@ -276,7 +270,7 @@ def test_what_is_no_name_of_a_model_is_refused(model: str) -> None:
         (reset, "provider_unavailable", True),
     ],
 )
-async def test_a_create_that_fails_is_not_made_again(
+async def test_failed_create_is_not_retried(
     replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer, code: str, retryable: bool
 ) -> None:
     replicate.will("create", fault)
@@ -285,7 +279,7 @@ async def test_a_create_that_fails_is_not_made_again(
     assert [seen.what for seen in replicate.seen] == ["create"]
 
 
-async def test_the_operator_reads_why(
+async def test_api_error_is_logged(
     replicate: Replicate, swapper: ReplicateFaceSwap, caplog: pytest.LogCaptureFixture
 ) -> None:
     replicate.will("create", refusal(422))
@@ -296,9 +290,7 @@ async def test_the_operator_reads_why(
     assert WORDS in line.getMessage()
 
 
-async def test_a_token_that_is_not_taken_is_told_to_nobody(
-    replicate: Replicate, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_rejected_token_is_not_revealed(replicate: Replicate, caplog: pytest.LogCaptureFixture) -> None:
     token = "nobody'5 k3y"
     swapper = ReplicateFaceSwap(THREADS, token, base_url=replicate.url, trust=NO_TRUSTED_CAS)
     assert (await failed(swapper)).code == "provider_rejected"
@@ -307,9 +299,7 @@ async def test_a_token_that_is_not_taken_is_told_to_nobody(
 
 
 @pytest.mark.parametrize("fault", [refusal(429), refusal(429, Retry_After="0"), refusal(503, Retry_After="0")])
-async def test_where_it_was_declined_it_is_made_again(
-    replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer
-) -> None:
+async def test_declined_create_is_retried(replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer) -> None:
     replicate.will("create", fault, fault)
     reports = Reports()
     await swapped(swapper, reports)
@@ -318,7 +308,7 @@ async def test_where_it_was_declined_it_is_made_again(
     assert all("trying again" in message for _, message in reports.received[:2])
 
 
-async def test_who_is_always_declined_is_told_to_come_back_later(
+async def test_create_that_is_always_declined_is_provider_rate_limited(
     replicate: Replicate, swapper: ReplicateFaceSwap
 ) -> None:
     replicate.acts["create"] = repeat(refusal(429))
@@ -328,7 +318,7 @@ async def test_who_is_always_declined_is_told_to_come_back_later(
     assert replicate.count("cancel") == 0
 
 
-async def test_where_nobody_listens_it_is_tried_again() -> None:
+async def test_refused_connection_is_retried() -> None:
     reports = Reports()
     with closed_port() as port:
         failure = await failed(swapper_at(Replicate(port=port)), reports)
@@ -351,7 +341,7 @@ async def test_where_nobody_listens_it_is_tried_again() -> None:
         flood,
     ],
 )
-async def test_polls_cost_nothing_and_go_on(replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer) -> None:
+async def test_failed_polls_are_repeated(replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer) -> None:
     replicate.will("poll", *repeat(fault, 4))
     await swapped(swapper)
     assert replicate.count("poll") == 6
@@ -360,7 +350,7 @@ async def test_polls_cost_nothing_and_go_on(replicate: Replicate, swapper: Repli
 
 
 @pytest.mark.parametrize("status", [401, 404])
-async def test_polls_that_lead_nowhere_end_and_the_prediction_is_cancelled(
+async def test_rejected_poll_fails_the_swap_and_cancels_the_prediction(
     replicate: Replicate, swapper: ReplicateFaceSwap, status: int
 ) -> None:
     replicate.will("poll", refusal(status))
@@ -369,14 +359,14 @@ async def test_polls_that_lead_nowhere_end_and_the_prediction_is_cancelled(
     assert replicate.count("cancel") == 1
 
 
-async def test_a_poll_comes_back_when_it_is_told_to(replicate: Replicate) -> None:
+async def test_poll_respects_retry_after(replicate: Replicate) -> None:
     replicate.will("poll", refusal(429, Retry_After="3600"))
     assert (await too_late(replicate, "poll")).code == "provider_timeout"
     assert replicate.count("poll") == 1
 
 
 @pytest.mark.parametrize("fault", [None, hang, drip, refusal(500)])
-async def test_at_the_deadline_the_prediction_is_cancelled(replicate: Replicate, fault: Answer | None) -> None:
+async def test_prediction_is_cancelled_at_the_deadline(replicate: Replicate, fault: Answer | None) -> None:
     replicate.statuses = ["starting", "processing"]
     if fault is not None:
         replicate.acts["poll"] = repeat(fault)
@@ -385,7 +375,7 @@ async def test_at_the_deadline_the_prediction_is_cancelled(replicate: Replicate,
     assert replicate.count("cancel") == 1
 
 
-async def test_a_reply_that_comes_after_the_deadline_still_tells_what_to_cancel(replicate: Replicate) -> None:
+async def test_prediction_is_cancelled_even_if_its_id_arrives_after_the_deadline(replicate: Replicate) -> None:
     replicate.will("create", held(replicate, replicate.create))
     failing = asyncio.create_task(failed(swapper_at(replicate, deadline=20)))
     await replicate.until_asked("create")
@@ -398,7 +388,7 @@ async def test_a_reply_that_comes_after_the_deadline_still_tells_what_to_cancel(
 
 
 @pytest.mark.parametrize("fault", [hang, drip])
-async def test_a_create_without_a_reply_is_waited_for_no_longer_than_the_grace(
+async def test_grace_period_limits_the_wait_for_the_create_response(
     replicate: Replicate, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fault: Answer
 ) -> None:
     monkeypatch.setattr(replicate_face_swap, "_STEP", 300)
@@ -414,7 +404,7 @@ async def test_a_create_without_a_reply_is_waited_for_no_longer_than_the_grace(
 
 
 @pytest.mark.parametrize("fault", [hang, refusal(500), reset, HTML])
-async def test_a_cancel_that_fails_changes_nothing(replicate: Replicate, fault: Answer) -> None:
+async def test_failed_cancel_request_does_not_change_the_failure(replicate: Replicate, fault: Answer) -> None:
     replicate.statuses = ["processing"]
     replicate.will("cancel", fault)
     failing = asyncio.create_task(too_late(replicate, "poll", grace=20))
@@ -425,7 +415,7 @@ async def test_a_cancel_that_fails_changes_nothing(replicate: Replicate, fault: 
 
 
 async def cancelled_when(happened: Awaitable[None], swapping: Coroutine[Any, Any, Picture]) -> None:
-    """Cancel the swap once something has happened. It ends, whatever the provider does."""
+    """Cancel the swap when the condition holds, and check that it ends."""
     task = asyncio.create_task(swapping)
     await happened
     task.cancel()
@@ -433,7 +423,7 @@ async def cancelled_when(happened: Awaitable[None], swapping: Coroutine[Any, Any
     assert task.cancelled()
 
 
-async def test_who_is_cancelled_cancels_the_prediction(
+async def test_cancelling_the_swap_cancels_the_prediction(
     replicate: Replicate, swapper: ReplicateFaceSwap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicate_face_swap, "_LINGER", 60)
@@ -443,7 +433,7 @@ async def test_who_is_cancelled_cancels_the_prediction(
     assert replicate.count("cancel") == 1
 
 
-async def test_who_is_cancelled_while_the_create_is_on_its_way_cancels_what_it_creates(
+async def test_cancelling_during_create_cancels_the_created_prediction(
     replicate: Replicate, swapper: ReplicateFaceSwap
 ) -> None:
     replicate.will("create", held(replicate, replicate.create))
@@ -454,7 +444,7 @@ async def test_who_is_cancelled_while_the_create_is_on_its_way_cancels_what_it_c
     assert replicate.count("create") == 1
 
 
-async def test_who_is_cancelled_a_second_time_waits_for_nothing(
+async def test_second_cancellation_does_not_wait(
     replicate: Replicate, swapper: ReplicateFaceSwap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicate_face_swap, "_LINGER", 60)
@@ -469,7 +459,7 @@ async def test_who_is_cancelled_a_second_time_waits_for_nothing(
     assert swapping.cancelled()
 
 
-async def test_who_is_cancelled_before_anything_was_created_leaves_nothing_behind(
+async def test_cancelling_before_create_sends_no_cancel_request(
     replicate: Replicate, swapper: ReplicateFaceSwap
 ) -> None:
     replicate.will("upload", hang)
@@ -484,7 +474,7 @@ async def test_who_is_cancelled_before_anything_was_created_leaves_nothing_behin
     ("status", "code"),
     [("failed", "provider_unavailable"), ("canceled", "provider_unavailable"), ("aborted", "provider_timeout")],
 )
-async def test_a_prediction_that_ends_without_a_result_is_not_cancelled(
+async def test_ended_prediction_is_not_cancelled(
     replicate: Replicate, swapper: ReplicateFaceSwap, caplog: pytest.LogCaptureFixture, status: str, code: str
 ) -> None:
     replicate.statuses = ["starting", "processing", status]
@@ -505,7 +495,7 @@ async def test_a_prediction_that_ends_without_a_result_is_not_cancelled(
         "'NoneType' object has no attribute 'kps'",
     ],
 )
-async def test_where_there_is_no_face_the_user_is_told(
+async def test_missing_face_is_explained_to_the_user(
     replicate: Replicate, swapper: ReplicateFaceSwap, error: str
 ) -> None:
     replicate.statuses = ["failed"]
@@ -515,13 +505,13 @@ async def test_where_there_is_no_face_the_user_is_told(
     assert failure.sentence == "No face was found in one of the pictures."
 
 
-async def test_some_models_say_so_in_their_output(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
+async def test_missing_face_is_recognised_in_the_output_too(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
     replicate.output = {"code": 500, "image": None, "msg": "no face", "status": "failed"}
     assert (await failed(swapper)).sentence == "No face was found in one of the pictures."
 
 
 @pytest.mark.parametrize("output", [[], {}, 0, "", [None], [[SWAPPED.hex()]], {"image": 1}])
-async def test_a_success_without_a_picture_is_none(
+async def test_success_without_a_picture_is_provider_unavailable(
     replicate: Replicate, swapper: ReplicateFaceSwap, output: object
 ) -> None:
     replicate.output = output
@@ -533,7 +523,9 @@ async def test_a_success_without_a_picture_is_none(
 
 
 @pytest.mark.parametrize("fault", [refusal(429, Retry_After="0"), refusal(500), refusal(503), reset])
-async def test_a_paid_picture_is_fetched_again(replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer) -> None:
+async def test_failed_output_download_is_retried(
+    replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer
+) -> None:
     replicate.will("output", fault, fault, redirect("/output/moved.png"))
     await swapped(swapper)
     assert [seen.path for seen in replicate.asked("output")] == [*repeat("/output/out.png", 3), "/output/moved.png"]
@@ -554,7 +546,7 @@ async def test_a_paid_picture_is_fetched_again(replicate: Replicate, swapper: Re
         (reset, 4),
     ],
 )
-async def test_an_output_that_is_no_picture_is_none(
+async def test_output_that_is_not_a_picture_is_provider_unavailable(
     replicate: Replicate, swapper: ReplicateFaceSwap, fault: Answer, times: int
 ) -> None:
     replicate.acts["output"] = repeat(fault)
@@ -565,9 +557,7 @@ async def test_an_output_that_is_no_picture_is_none(
 
 
 @pytest.mark.parametrize("fault", [hang, drip])
-async def test_an_output_that_does_not_come_is_waited_for_until_the_deadline(
-    replicate: Replicate, fault: Answer
-) -> None:
+async def test_hanging_output_download_ends_at_the_deadline(replicate: Replicate, fault: Answer) -> None:
     replicate.statuses = ["succeeded"]
     replicate.acts["output"] = repeat(fault)
     assert (await too_late(replicate, "output")).code == "provider_timeout"
@@ -592,7 +582,7 @@ async def test_an_output_that_does_not_come_is_waited_for_until_the_deadline(
         "data:image/png,nothing",
     ],
 )
-async def test_an_output_that_is_not_where_it_may_be_is_not_fetched(
+async def test_output_on_a_foreign_host_is_not_fetched(
     replicate: Replicate, canary: Replicate, swapper: ReplicateFaceSwap, output: str
 ) -> None:
     replicate.output = output.format(canary=canary.origin, port=replicate.port, here=__file__)
@@ -615,17 +605,17 @@ async def test_an_output_that_is_not_where_it_may_be_is_not_fetched(
         ("http://replicate.delivery/out.png", False),
     ],
 )
-def test_outputs_lie_at_replicate_and_nowhere_else(url: str, allowed: bool) -> None:
+def test_only_replicates_hosts_are_allowed_for_outputs(url: str, allowed: bool) -> None:
     assert ReplicateFaceSwap(THREADS, TOKEN, trust=NO_TRUSTED_CAS).may_download(httpx2.URL(url)) is allowed
 
 
-async def test_redirects_have_an_end(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
+async def test_redirects_of_outputs_are_limited(replicate: Replicate, swapper: ReplicateFaceSwap) -> None:
     replicate.acts["output"] = repeat(redirect("/output/out.png"))
     assert (await failed(swapper)).code == "provider_unavailable"
     assert replicate.count("output") == 4
 
 
-async def test_a_redirect_leads_to_no_other_place(
+async def test_redirect_of_an_output_to_a_foreign_host_is_not_followed(
     replicate: Replicate, canary: Replicate, swapper: ReplicateFaceSwap
 ) -> None:
     replicate.will("output", redirect(f"{canary.origin}/output/out.png"))
@@ -633,7 +623,7 @@ async def test_a_redirect_leads_to_no_other_place(
     assert replicate.count("output") == 1
 
 
-async def test_the_api_is_asked_where_it_is_whatever_its_answers_say(
+async def test_urls_in_api_responses_are_not_used_for_requests(
     replicate: Replicate, canary: Replicate, swapper: ReplicateFaceSwap
 ) -> None:
     replicate.elsewhere = canary.url
@@ -643,7 +633,7 @@ async def test_the_api_is_asked_where_it_is_whatever_its_answers_say(
     assert replicate.count("cancel") == 1
 
 
-async def test_the_way_out_may_be_a_proxy_of_the_environment_and_the_token_is_the_given_one(
+async def test_proxy_of_the_environment_is_used_with_the_configured_token(
     replicate: Replicate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", replicate.origin)
@@ -658,7 +648,7 @@ async def test_the_way_out_may_be_a_proxy_of_the_environment_and_the_token_is_th
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for localhost that signed itself, and its key."""
+    """A self-signed certificate for localhost, with its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     signed = (
@@ -676,7 +666,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-async def test_the_picture_comes_from_another_host_by_https(
+async def test_output_is_fetched_from_another_host_by_https(
     replicate: Replicate, certificate: Path, trusted: bool
 ) -> None:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -1,4 +1,4 @@
-"""Tokens signed by an issuer's keys: its key set is fetched, cached and refreshed."""
+"""Tokens signed with an issuer's keys: its key set is fetched, cached and refreshed."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ from support.jwks_issuer import (
 
 @pytest.fixture
 async def issuer() -> AsyncIterator[Issuer]:
-    """One that has published the key `ours`, both as RSA and as EC."""
+    """An issuer with the key `ours` in its key set, as RSA and as EC."""
     async with running_issuer(jwk(rsa_key("ours"), kid="rsa-1"), jwk(ec_key("ours"), kid="ec-1")) as running:
         yield running
 
@@ -80,7 +80,7 @@ async def test_a_token_signed_by_an_unpublished_key_is_rejected(tokens: Tokens) 
             await tokens.verify(token)
 
 
-async def test_a_public_key_is_never_taken_for_a_secret(tokens: Tokens, issuer: Issuer) -> None:
+async def test_public_key_is_not_accepted_as_hmac_secret(tokens: Tokens, issuer: Issuer) -> None:
     payload = json.dumps(claims()).encode()
     for kid, key in (("rsa-1", rsa_key("ours").public_key()), ("ec-1", ec_key("ours").public_key())):
         for secret in (
@@ -94,7 +94,7 @@ async def test_a_public_key_is_never_taken_for_a_secret(tokens: Tokens, issuer: 
     assert issuer.requests == 0
 
 
-async def test_an_unsigned_token_is_refused_by_public_keys_too(tokens: Tokens) -> None:
+async def test_unsigned_token_is_refused_with_public_keys(tokens: Tokens) -> None:
     for algorithm in ("none", "RS256", "ES256"):
         header = json.dumps({"alg": algorithm, "kid": "rsa-1"}).encode()
         with pytest.raises(InvalidToken):
@@ -102,7 +102,7 @@ async def test_an_unsigned_token_is_refused_by_public_keys_too(tokens: Tokens) -
 
 
 @pytest.mark.parametrize("algorithm", ["RS384", "RS512", "PS256"])
-async def test_an_rsa_key_verifies_by_one_algorithm(tokens: Tokens, algorithm: str) -> None:
+async def test_rsa_key_verifies_only_rs256(tokens: Tokens, algorithm: str) -> None:
     with pytest.raises(InvalidToken):
         await tokens.verify(jwt.encode(claims(), rsa_key("ours"), algorithm, headers={"kid": "rsa-1"}))
 
@@ -116,7 +116,7 @@ async def test_a_token_without_a_key_id_is_accepted_if_only_one_key_matches(issu
         await issuer_tokens(issuer).verify(signed_token(rsa_key("ours")))
 
 
-async def test_a_key_without_an_id_is_used_where_it_is_the_only_one_of_its_type(issuer: Issuer) -> None:
+async def test_key_without_id_is_used_if_it_is_the_only_one_of_its_type(issuer: Issuer) -> None:
     issuer.publish(jwk(rsa_key("ours")), jwk(ec_key("ours")))
     tokens = issuer_tokens(issuer)
     for kid in (None, "any"):
@@ -128,7 +128,7 @@ async def test_a_key_without_an_id_is_used_where_it_is_the_only_one_of_its_type(
             await issuer_tokens(issuer).verify(signed_token(rsa_key("ours"), kid))
 
 
-#: What an issuer may publish beside its signing keys, all with the id "odd".
+#: Other entries that an issuer may publish, with the id "odd".
 ODD: dict[str, Callable[[], object]] = {
     "for encryption": lambda: jwk(rsa_key("ours"), kid="odd", use="enc"),
     "for RS512": lambda: jwk(rsa_key("ours"), kid="odd", alg="RS512"),
@@ -175,7 +175,7 @@ async def test_keys_for_other_purposes_are_ignored(issuer: Issuer, odd: str) -> 
 
 
 @pytest.mark.parametrize("odd", ODD)
-async def test_a_set_without_a_usable_key_counts_as_no_answer(issuer: Issuer, odd: str) -> None:
+async def test_key_set_without_a_usable_key_counts_as_a_failure(issuer: Issuer, odd: str) -> None:
     issuer.publish(ODD[odd]())
     with pytest.raises(KeysUnavailable):
         await issuer_tokens(issuer).verify(signed_token(rsa_key("ours"), "odd"))
@@ -187,10 +187,10 @@ async def test_a_key_with_matching_optional_members_is_used(issuer: Issuer, memb
     assert await issuer_tokens(issuer).verify(signed_token(rsa_key("ours"), "rsa-1"))
 
 
-# --- when the issuer is asked ----------------------------------------------------------------------------
+# --- when keys are fetched -------------------------------------------------------------------------------
 
 
-async def test_the_issuer_is_asked_once_in_five_minutes(tokens: Tokens, issuer: Issuer, clock: SteppableClock) -> None:
+async def test_keys_are_fetched_once_in_five_minutes(tokens: Tokens, issuer: Issuer, clock: SteppableClock) -> None:
     token = long_lived_token(rsa_key("ours"), "rsa-1")
     for minutes, requests in ((0, 1), (4.9, 1), (5, 2), (9.9, 2), (10, 3)):
         clock.present = NOON + timedelta(minutes=minutes)
@@ -198,7 +198,7 @@ async def test_the_issuer_is_asked_once_in_five_minutes(tokens: Tokens, issuer: 
         assert issuer.requests == requests
 
 
-async def test_verifications_at_once_share_one_request(tokens: Tokens, issuer: Issuer) -> None:
+async def test_concurrent_verifications_share_one_fetch(tokens: Tokens, issuer: Issuer) -> None:
     asked, go_on = issuer.hold_responses()
     waiting = asyncio.gather(*(tokens.verify(signed_token(rsa_key("ours"), "rsa-1")) for _ in range(50)))
     await asked.wait()
@@ -207,7 +207,7 @@ async def test_verifications_at_once_share_one_request(tokens: Tokens, issuer: I
     assert issuer.requests == 1
 
 
-async def test_a_new_key_is_noticed_at_once_with_one_request_for_all(tokens: Tokens, issuer: Issuer) -> None:
+async def test_new_key_is_found_at_once_with_one_fetch(tokens: Tokens, issuer: Issuer) -> None:
     await tokens.verify(signed_token(rsa_key("ours"), "rsa-1"))
     issuer.publish(jwk(rsa_key("next"), kid="rsa-2"))
     asked, go_on = issuer.hold_responses()
@@ -314,7 +314,7 @@ async def test_without_any_key_tokens_cannot_be_verified_until_the_issuer_answer
         await tokens.verify(signed_token(rsa_key("theirs"), "made-up"))
 
 
-async def test_known_keys_serve_for_an_hour_while_the_issuer_is_down(
+async def test_known_keys_are_used_for_an_hour_while_the_issuer_is_down(
     tokens: Tokens, issuer: Issuer, clock: SteppableClock
 ) -> None:
     token = long_lived_token(rsa_key("ours"), "rsa-1")
@@ -410,7 +410,7 @@ async def test_a_key_set_may_have_256_kilobytes(tokens: Tokens, issuer: Issuer) 
     assert await tokens.verify(signed_token(ec_key("ours"), "ec-1"))
 
 
-async def test_a_compressed_answer_is_not_unpacked(tokens: Tokens, issuer: Issuer) -> None:
+async def test_compressed_key_set_is_not_decompressed(tokens: Tokens, issuer: Issuer) -> None:
     asked_for: list[str] = []
 
     async def compressed(request: web.Request) -> web.Response:
@@ -426,14 +426,14 @@ async def test_a_compressed_answer_is_not_unpacked(tokens: Tokens, issuer: Issue
 
 
 @pytest.mark.parametrize("status", [204, 301, 302, 307, 401, 404, 500, 503])
-async def test_any_other_status_than_200_counts_as_no_answer(tokens: Tokens, issuer: Issuer, status: int) -> None:
+async def test_other_status_than_200_counts_as_a_failure(tokens: Tokens, issuer: Issuer, status: int) -> None:
     issuer.respond_with_error(status, Location=f"{issuer.url}-elsewhere")
     with pytest.raises(KeysUnavailable):
         await tokens.verify(signed_token(ec_key("ours"), "ec-1"))
     assert issuer.requests == 1
 
 
-async def test_an_answer_that_never_ends_is_not_waited_for(issuer: Issuer) -> None:
+async def test_endless_key_set_is_cut_off(issuer: Issuer) -> None:
     async def drip(request: web.Request) -> web.StreamResponse:
         answer = web.StreamResponse()
         await answer.prepare(request)
@@ -448,7 +448,7 @@ async def test_an_answer_that_never_ends_is_not_waited_for(issuer: Issuer) -> No
                 await issuer_tokens(issuer, timeout=0.2).verify(signed_token(ec_key("ours"), "ec-1"))
 
 
-async def test_a_server_that_does_not_speak_http_counts_as_no_answer(clock: SteppableClock) -> None:
+async def test_server_without_http_counts_as_a_failure(clock: SteppableClock) -> None:
     async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.test ESMTP\r\n")
         writer.close()
@@ -500,7 +500,7 @@ async def test_proxies_of_the_environment_are_not_used(tokens: Tokens, monkeypat
         assert await tokens.verify(signed_token(ec_key("ours"), "ec-1"))
 
 
-# --- what is told ----------------------------------------------------------------------------------------
+# --- logging ----------------------------------------------------------------------------------------------
 
 
 async def test_neither_secrets_nor_tokens_are_logged(issuer: Issuer, caplog: pytest.LogCaptureFixture) -> None:
@@ -508,7 +508,7 @@ async def test_neither_secrets_nor_tokens_are_logged(issuer: Issuer, caplog: pyt
     secret = SecretKey(SECRET)
     clock = SteppableClock()
     address = issuer.url.replace("http://", "http://user:hunter2@") + "?key=hunter2"
-    told = [repr(secret), str(secret.key), repr(secret.key), repr(Tokens(secret, clock=clock))]
+    texts = [repr(secret), str(secret.key), repr(secret.key), repr(Tokens(secret, clock=clock))]
     good = hs256_token(claims(aud="x"))
     refused: list[Refusal] = []
     issuer.respond_with_error(500)
@@ -528,14 +528,14 @@ async def test_neither_secrets_nor_tokens_are_logged(issuer: Issuer, caplog: pyt
         with pytest.raises(Refusal) as refusal:
             await tokens.verify(token)
         refused.append(refusal.value)
-        told += [str(refusal.value), repr(refusal.value), repr(tokens)]
+        texts += [str(refusal.value), repr(refusal.value), repr(tokens)]
         assert token[-20:] not in caplog.text
     assert [type(each) for each in refused] == [
         *(InvalidToken, InvalidToken, TokenExpired, KeysUnavailable, KeysUnavailable)
     ]
     assert "cannot be fetched: status 500" in caplog.text
     assert "cannot be fetched: UnsupportedProtocol" in caplog.text
-    for text in (*told, caplog.text):
+    for text in (*texts, caplog.text):
         assert SECRET.decode() not in text
         assert part(SECRET) not in text
         assert "hunter2" not in text

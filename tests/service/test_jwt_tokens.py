@@ -1,4 +1,4 @@
-"""Tokens: who is taken for whom, until when, and by which keys. Keys, signatures and the issuer are real."""
+"""Verifying tokens: user, expiry and keys. Keys, signatures and the issuer are real."""
 
 import asyncio
 import json
@@ -35,18 +35,18 @@ from support.jwks_issuer import (
 # --- whom a token names ----------------------------------------------------------------------------------
 
 
-async def test_a_token_names_its_user_until_it_expires() -> None:
+async def test_token_identifies_its_user_until_it_expires() -> None:
     assert await verify(claims()) == Identity("ada", datetime.fromtimestamp(LATER, UTC), service=False)
 
 
-async def test_the_user_is_named_by_the_configured_claim() -> None:
+async def test_user_id_comes_from_the_configured_claim() -> None:
     named = await verify(claims(sub="somebody else", uid="ada"), user_claim="uid")
     assert named.user_id == "ada"
     with pytest.raises(InvalidToken):
         await verify(claims(), user_claim="uid")
 
 
-async def test_an_integer_is_a_user_id_too() -> None:
+async def test_integer_user_id_is_accepted() -> None:
     assert (await verify(claims(sub=123))).user_id == "123"
 
 
@@ -71,7 +71,7 @@ async def test_a_token_without_its_user_claim_is_rejected() -> None:
     "scope",
     ["stagecast:service", "read stagecast:service write", ["read", "stagecast:service"], [{}, "stagecast:service"]],
 )
-async def test_the_service_scope_makes_a_service(scope: object) -> None:
+async def test_service_scope_makes_a_service_token(scope: object) -> None:
     assert (await verify(claims(scope=scope))).service
 
 
@@ -94,7 +94,7 @@ async def test_the_service_scope_makes_a_service(scope: object) -> None:
         None,
     ],
 )
-async def test_any_other_scope_makes_an_ordinary_user(scope: object) -> None:
+async def test_other_scopes_make_a_user_token(scope: object) -> None:
     assert not (await verify(claims(scope=scope))).service
 
 
@@ -130,12 +130,12 @@ async def test_a_token_without_an_expiry_is_rejected(payload: bytes) -> None:
         await secret_tokens().verify(raw(b'{"alg": "HS256"}', payload))
 
 
-async def test_a_token_may_expire_in_the_last_second_of_time() -> None:
+async def test_token_may_expire_in_the_last_second_of_year_9999() -> None:
     assert (await verify(claims(exp=253402300799))).expires_at == datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("year", [1971, 2500])
-async def test_the_time_is_what_the_given_clock_says(year: int) -> None:
+async def test_time_comes_from_the_given_clock(year: int) -> None:
     clock = SteppableClock(datetime(year, 1, 1, tzinfo=UTC))
     now = clock().timestamp()
     assert await verify(claims(nbf=now, iat=now, exp=now + 60), clock=clock)
@@ -146,7 +146,7 @@ async def test_the_time_is_what_the_given_clock_says(year: int) -> None:
 
 
 @pytest.mark.parametrize("claim", ["nbf", "iat"])
-async def test_another_clock_may_be_five_seconds_ahead(claim: str) -> None:
+async def test_issuer_clock_may_be_five_seconds_ahead(claim: str) -> None:
     assert await verify(claims(**{claim: NOW + 4.9}))
     with pytest.raises(InvalidToken):
         await verify(claims(**{claim: NOW + 5.1}))
@@ -159,7 +159,7 @@ async def test_an_invalid_nbf_is_rejected(claim: str, value: object) -> None:
         await verify(claims(**{claim: value}))
 
 
-async def test_an_expired_token_is_called_so_only_where_nothing_else_is_wrong() -> None:
+async def test_token_expired_is_raised_only_if_nothing_else_is_wrong() -> None:
     expired = claims(exp=int(NOW) - 1)
     with pytest.raises(TokenExpired):
         await verify(expired)
@@ -184,7 +184,7 @@ async def test_a_token_for_another_audience_is_rejected(others: dict[str, Any]) 
         await verify(claims(**others), audience="stagecast")
 
 
-async def test_without_a_configured_audience_a_token_for_anybody_in_particular_is_refused_and_the_operator_told_once(
+async def test_token_with_an_audience_is_refused_and_logged_once_if_none_is_configured(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tokens = secret_tokens()
@@ -248,7 +248,7 @@ async def test_a_token_that_is_not_text_is_rejected(value: Any) -> None:
         await secret_tokens().verify(value)
 
 
-async def test_a_token_of_over_eight_kilobytes_is_not_read() -> None:
+async def test_token_over_eight_kilobytes_is_refused() -> None:
     def sized(size: int) -> str:
         payload = json.dumps(claims(pad="x" * 5_900)).encode()
         tokens = (raw(b'{"alg": "HS256"}' + b" " * n, payload + b" " * m) for n in range(4) for m in range(200))
@@ -264,26 +264,26 @@ async def test_a_token_of_over_eight_kilobytes_is_not_read() -> None:
 
 @pytest.mark.parametrize("algorithm", ["HS384", "HS512"])
 @pytest.mark.filterwarnings("ignore::jwt.InsecureKeyLengthWarning")
-async def test_a_secret_verifies_by_one_algorithm(algorithm: str) -> None:
+async def test_secret_verifies_only_hs256(algorithm: str) -> None:
     with pytest.raises(InvalidToken):
         await secret_tokens().verify(jwt.encode(claims(), SECRET, algorithm))
 
 
 @pytest.mark.parametrize("algorithm", ["none", "None", "NONE", ""])
 @pytest.mark.parametrize("signature", ["", "x", "AAAA"])
-async def test_an_unsigned_token_is_refused(algorithm: str, signature: str) -> None:
+async def test_unsigned_token_is_refused(algorithm: str, signature: str) -> None:
     header = json.dumps({"alg": algorithm}).encode()
     with pytest.raises(InvalidToken):
         await secret_tokens().verify(f"{part(header)}.{part(json.dumps(claims()).encode())}.{signature}")
 
 
-async def test_another_secret_is_refused() -> None:
+async def test_token_of_another_secret_is_refused() -> None:
     with pytest.raises(InvalidToken):
         await secret_tokens().verify(hs256_token(claims(), secret=SECRET[:-1] + b"!"))
 
 
 @pytest.mark.parametrize("secret", [b"", b"hunter2", b"hunter2" * 4 + b"abc"])
-def test_a_short_secret_is_refused_and_not_repeated(secret: bytes) -> None:
+def test_short_secret_is_refused_without_quoting_it(secret: bytes) -> None:
     assert len(secret) < 32
     with pytest.raises(ValueError, match="32 bytes") as refusal:
         SecretKey(secret)
@@ -304,7 +304,7 @@ def test_a_public_key_is_refused_as_secret() -> None:
 # --- tokens of our own -----------------------------------------------------------------------------------
 
 
-async def test_an_issued_token_is_taken_until_its_time_is_over() -> None:
+async def test_issued_token_is_valid_for_its_lifetime() -> None:
     clock = SteppableClock()
     tokens = secret_tokens(clock)
     token = tokens.issue("ada", service=False, ttl=timedelta(seconds=60))
@@ -317,12 +317,12 @@ async def test_an_issued_token_is_taken_until_its_time_is_over() -> None:
 
 
 @pytest.mark.parametrize("service", [True, False])
-async def test_an_issued_token_says_whether_it_is_a_service(service: bool) -> None:
+async def test_issued_token_has_the_service_scope_if_requested(service: bool) -> None:
     token = secret_tokens().issue("ada", service=service, ttl=timedelta(hours=1))
     assert (await secret_tokens().verify(token)).service is service
 
 
-async def test_an_issued_token_fits_what_is_configured() -> None:
+async def test_issued_token_matches_the_configured_claims() -> None:
     options: dict[str, Any] = {"user_claim": "uid", "audience": "stagecast", "issuer": "us"}
     token = secret_tokens(**options).issue("çağla 😀", service=False, ttl=timedelta(hours=1))
     assert (await secret_tokens(**options).verify(token)).user_id == "çağla 😀"
@@ -363,7 +363,7 @@ PAYLOADS = members("sub", "exp", "nbf", "iat", "aud", "iss", "jti", "scope")
 
 
 def edited(token: str) -> st.SearchStrategy[str]:
-    """The token with some stretch of it replaced."""
+    """The token with a random part replaced."""
     places = st.integers(0, len(token))
     return st.builds(
         lambda start, length, new: token[:start] + new + token[start + length :],
@@ -374,7 +374,7 @@ def edited(token: str) -> st.SearchStrategy[str]:
 
 
 async def outcome(tokens: Tokens, token: str) -> Identity | None:
-    """The identity, or None where the token was refused; nothing else may happen."""
+    """The identity, or None if the token is refused; other exceptions fail the test."""
     try:
         return await tokens.verify(token)
     except (InvalidToken, TokenExpired, KeysUnavailable):

@@ -1,4 +1,4 @@
-"""Tokens made by hand, keys, and an issuer that publishes a key set over HTTP."""
+"""Hand-made tokens, keys, and an issuer that publishes a key set over HTTP."""
 
 import asyncio
 import base64
@@ -31,7 +31,7 @@ NOW = NOON.timestamp()
 
 LATER = int(NOW) + 60
 
-#: Seconds that an issuer has, where how long it takes is not what is tried.
+#: Seconds for a fetch in tests that are not about timeouts.
 LONG_TIMEOUT = 30
 
 
@@ -49,7 +49,7 @@ def part(data: bytes) -> str:
 
 
 def raw(header: bytes, payload: bytes, secret: bytes = SECRET) -> str:
-    """A token of any bytes at all, with the signature that HS256 wants."""
+    """A token with any header and payload, and a valid HS256 signature."""
     signed = f"{part(header)}.{part(payload)}"
     return f"{signed}.{part(hmac.digest(secret, signed.encode(), hashlib.sha256))}"
 
@@ -60,7 +60,7 @@ def hs256_token(payload: Mapping[str, Any], *, secret: bytes = SECRET) -> str:
 
 @cache
 def rsa_key(name: str, bits: int = 2048) -> rsa.RSAPrivateKey:
-    """The key of this name; another one for each name."""
+    """A key; the same one for the same name."""
     return rsa.generate_private_key(65537, bits)
 
 
@@ -70,7 +70,7 @@ def ec_key(name: str, curve: type[ec.EllipticCurve] = ec.SECP256R1) -> ec.Ellipt
 
 
 def jwk(key: PrivateKey, **members: Any) -> dict[str, Any]:
-    """The public half, as an issuer publishes it. A member that is None is left out."""
+    """The public key as a JWK. Members that are None are left out."""
     entry = (
         RSAAlgorithm.to_jwk(key.public_key(), as_dict=True)
         if isinstance(key, rsa.RSAPrivateKey)
@@ -85,7 +85,7 @@ def signed_token(key: PrivateKey, kid: str | None = None, **others: Any) -> str:
 
 
 class Issuer:
-    """A real HTTP server with a key set, which counts who asks for it."""
+    """An HTTP server with a key set, which counts requests."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -117,7 +117,7 @@ class Issuer:
         self.answer = answer
 
     def hold_responses(self) -> tuple[asyncio.Event, asyncio.Event]:
-        """Answer nobody before the second event is set. The first one says that somebody has asked."""
+        """Delay responses until the second event is set. The first one is set by a request."""
         asked, go_on = asyncio.Event(), asyncio.Event()
 
         async def answer(request: web.Request) -> web.StreamResponse:
@@ -137,7 +137,7 @@ class Issuer:
         self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
-        """Refuse connections. The port is kept, so that nobody else comes to listen there."""
+        """Refuse connections. The port is kept, so that no other process listens there."""
         for site in list(self._runner.sites):
             await site.stop()
         self._kept = socket.socket()
@@ -181,7 +181,7 @@ async def verify(payload: Mapping[str, Any], **options: Any) -> Identity:
 
 
 def certificate_of(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """That this is the key of localhost, as its owner says."""
+    """A self-signed certificate of this key for localhost."""
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     return (
         x509.CertificateBuilder(name, name, key.public_key(), 1, datetime(2020, 1, 1), datetime(2100, 1, 1))
@@ -198,5 +198,5 @@ def issuer_tokens(issuer: Issuer, clock: SteppableClock | None = None, timeout: 
 
 
 def long_lived_token(key: PrivateKey, kid: str | None = None) -> str:
-    """A token that outlives the caches."""
+    """A token that is valid longer than keys are cached."""
     return signed_token(key, kid, exp=LATER + 86_400)

@@ -1,4 +1,4 @@
-"""The OpenAI editor at a local server, and what it reports."""
+"""An OpenAI editor for a local server, and a recorder of its reports."""
 
 import asyncio
 import ssl
@@ -29,7 +29,7 @@ SKETCH: Final = picture("1024x1536", BLUE)
 DEADLINE: Final = 60
 
 
-#: Quickly made.
+#: Without certificate authorities, because loading them is slow.
 NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
@@ -57,7 +57,7 @@ class Reports:
         self.fractions: list[float] = []
         self.messages: list[str] = []
         self.previews: list[Picture | None] = []
-        #: Something has been reported.
+        #: Set by the first report.
         self.received = asyncio.Event()
 
     async def __call__(self, fraction: float, message: str, preview: Picture | None = None) -> None:
@@ -72,7 +72,7 @@ async def edited(server: OpenAIServer, reports: Reports | None = None, model: st
 
 
 async def failing(editor: OpenAIEditor, reports: Reports | None = None) -> Failure:
-    """The failure, which holds nothing of the provider's: no words, no key, no error of the SDK's."""
+    """The failure of an edit. Checks that it has no text, key or exception of the provider."""
     with pytest.raises(Failure) as caught:
         await editor.edit(SHEET, PROMPT, Options(), reports or Reports())
     failure: BaseException | None = caught.value

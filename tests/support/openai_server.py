@@ -1,6 +1,6 @@
 """OpenAI's image edit endpoint on a free port: keys, multipart forms, JSON, streams, errors, as OpenAI sends them.
 
-What it draws is not worth a cent, but is a PNG of the size that was asked for.
+Its pictures are PNGs in one colour, of the requested size.
 """
 
 import base64
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One request of an edit, which would have cost money where it was answered with a picture."""
+    """One request for an edit."""
 
     target: str
     headers: Mapping[str, str]
@@ -44,7 +44,7 @@ class Call(NamedTuple):
 
 
 class OpenAIServer:
-    """Answers with what it is told, one `answers` for each call and the last one for ever; by itself it draws."""
+    """Sends the given responses in turn, and repeats the last one; by default it sends a picture."""
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
@@ -56,11 +56,11 @@ class OpenAIServer:
         return f"{self.origin.address}/v1"
 
     def answer(self, *answers: Answer) -> None:
-        """What the next calls are answered with."""
+        """Set the responses to the next calls."""
         self._next = in_turn(answers)
 
     async def draw(self, writer: Any) -> None:
-        """A picture as it was ordered, streamed if that was ordered."""
+        """Send a picture as requested, streamed if requested."""
         await drawn(self.calls[-1].fields)(writer)
 
     def respond(self, request: Request) -> Answer:
@@ -126,7 +126,7 @@ def in_base64(data: bytes) -> str:
 
 
 def data_of(*pictures: object) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
+    """The body of a response without streaming."""
     return {"created": 1763829000, "data": [{"b64_json": one} for one in pictures], "usage": USAGE}
 
 

@@ -1,4 +1,4 @@
-"""A web server on a free port whose answers a test writes, byte by byte if need be: what providers do on bad days."""
+"""A web server on a free port with programmable responses, down to single bytes, for faults of providers."""
 
 import asyncio
 import contextlib
@@ -12,12 +12,12 @@ from typing import Final, NamedTuple
 
 MEGABYTE: Final = 1024 * 1024
 
-#: Writes an answer, or does something else to the connection.
+#: Writes a response, or does something else with the connection.
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 class Request(NamedTuple):
-    """What came in; names of headers in lower case."""
+    """A request; header names are in lower case."""
 
     method: str
     target: str
@@ -27,14 +27,14 @@ class Request(NamedTuple):
 
 @dataclass
 class Origin:
-    """Answers with what `respond` makes of a request. Each connection serves one request."""
+    """Sends what `respond` returns for a request. Each connection serves one request."""
 
     respond: Callable[[Request], Answer]
     port: int = 0
     requests: list[Request] = field(default_factory=list)
-    #: Somebody has come.
+    #: Set by the first request.
     reached: asyncio.Event = field(default_factory=asyncio.Event)
-    #: The other side has hung up, whether the answer was complete or not.
+    #: Set when a client has closed its connection, after a complete response or not.
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -48,7 +48,7 @@ class Origin:
             self.reached.set()
             answering = asyncio.create_task(_answer(self.respond(request), writer))
             try:
-                # Nothing more is sent to us: whatever this brings, the other side is gone.
+                # Clients send nothing more, so this returns when the connection is closed.
                 await reader.read()
             finally:
                 self.left.set()
@@ -79,7 +79,7 @@ async def _answer(answer: Answer, writer: asyncio.StreamWriter) -> None:
 
 @asynccontextmanager
 async def listening(origin: Origin, port: int = 0, host: str = "127.0.0.1") -> AsyncIterator[Origin]:
-    """The server, at work. Its connections end with it."""
+    """The running server. Its connections are closed at the end."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -107,9 +107,9 @@ async def listening(origin: Origin, port: int = 0, host: str = "127.0.0.1") -> A
 
 @contextmanager
 def closed_port() -> Iterator[int]:
-    """A port at which nobody listens. Nobody else is given it meanwhile; who is told of it may listen there."""
+    """A port without a listener, reserved so that only the test can listen there."""
     with socket.socket() as held:
-        # As who listens there sets it, too, or it could not.
+        # A listener on this port must set it too.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         yield int(held.getsockname()[1])
@@ -119,7 +119,7 @@ def closed_port() -> Iterator[int]:
 
 
 def head(status: int = 200, media_type: str = "application/json", length: int | None = None, **headers: str) -> bytes:
-    """The beginning of an answer; without a length its body goes on until the connection ends."""
+    """The head of a response; without a length, its body ends with the connection."""
     lines = [f"HTTP/1.1 {status} Whatever", f"Content-Type: {media_type}", "Connection: close"]
     lines += [f"Content-Length: {length}"] * (length is not None)
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
@@ -135,7 +135,7 @@ def as_json(value: object, status: int = 200, **headers: str) -> Answer:
 
 
 def raw(*parts: bytes) -> Answer:
-    """Exactly these bytes, each part when the one before is on its way."""
+    """Send exactly these bytes, each part after the previous one was sent."""
 
     async def answer(writer: asyncio.StreamWriter) -> None:
         for part in parts:
@@ -146,7 +146,7 @@ def raw(*parts: bytes) -> Answer:
 
 
 def then(*answers: Answer) -> Answer:
-    """One after the other, on the same connection."""
+    """Send these in turn on the same connection."""
 
     async def answer(writer: asyncio.StreamWriter) -> None:
         for each in answers:
@@ -156,19 +156,19 @@ def then(*answers: Answer) -> Answer:
 
 
 async def hang(writer: asyncio.StreamWriter) -> None:
-    """Says nothing more, for ever."""
+    """Send nothing more."""
     await asyncio.Event().wait()
 
 
 async def reset(writer: asyncio.StreamWriter) -> None:
-    """Ends the connection by RST, with what was written before on its way."""
+    """Reset the connection, after sending what was written before."""
     await asyncio.sleep(0.01)
     writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
 
 
 def drip(drop: bytes, pause: float = 0.01) -> Answer:
-    """The same few bytes again and again, for ever."""
+    """Send the same few bytes repeatedly, endlessly."""
 
     async def answer(writer: asyncio.StreamWriter) -> None:
         while True:
@@ -180,7 +180,7 @@ def drip(drop: bytes, pause: float = 0.01) -> Answer:
 
 
 class Flood:
-    """So many megabytes, as fast as they are taken. Tells how many were."""
+    """Sends this many megabytes, as fast as the client reads; `taken` counts them."""
 
     def __init__(self, megabytes: int, start: bytes = b"", filler: bytes = b"A") -> None:
         self._megabytes = megabytes
@@ -197,6 +197,6 @@ class Flood:
 
 
 def in_turn(answers: Iterable[Answer]) -> Callable[[], Answer]:
-    """Each answer once, the last one for ever."""
+    """Each response once, then the last one repeatedly."""
     left = list(answers)
     return lambda: left.pop(0) if len(left) > 1 else left[0]

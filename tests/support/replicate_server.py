@@ -1,4 +1,4 @@
-"""A local server that speaks Replicate's HTTP API as far as predictions go, and misbehaves where it is told to."""
+"""A local server with Replicate's HTTP API for predictions, which fails in the ways that a test asks for."""
 
 import asyncio
 import json
@@ -16,10 +16,10 @@ from typing import Any, Final, NamedTuple
 from aiohttp import web
 
 TOKEN: Final = "r8_" + "n0b0dyMayReadTh1s" * 2
-#: In everything that the server says about a prediction, and for nobody but the operator.
+#: Part of every message of the server; may only appear in the log.
 WORDS: Final = "cog: /src/predict.py, worker 7 at 43%"
 
-#: By name: the version of a community model, and what its inputs are called.
+#: By model: its version if it is a community model, and the names of its inputs.
 MODELS: Final[Mapping[str, tuple[str | None, tuple[str, str]]]] = {
     "cdingram/face-swap": (
         "d1d6ea8c8be89d664a07a457526f7128109dee7030fdac424788d762c71ed111",
@@ -36,7 +36,7 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Seen(NamedTuple):
-    """One request as it came, whole."""
+    """One complete request."""
 
     #: ``create``, ``poll``, ``cancel``, ``upload`` or ``output``.
     what: str
@@ -51,23 +51,23 @@ class Seen(NamedTuple):
 
 @dataclass
 class Replicate:
-    """The server, what it does, and what it has seen."""
+    """The server, with its behaviour and the requests that it got."""
 
     port: int = 0
-    #: What stands at ``/output/…``.
+    #: The content of ``/output/…``.
     picture: bytes = b""
-    #: What the create and the polls after it tell, in turn; the last one for ever.
+    #: The statuses in the responses to the create and the polls, in turn; the last one repeats.
     statuses: Sequence[str] = ("starting", "processing", "succeeded")
     output: Any = None
     error: str | None = None
-    #: What happens instead of an answer, one after the other, by what was asked.
+    #: By kind of request, what is done instead of the normal response, in turn.
     acts: dict[str, Iterator[Answer]] = field(default_factory=lambda: defaultdict(lambda: iter(())))
-    #: Where answers say that a prediction can be polled and cancelled, if not here.
+    #: The base of the URLs in responses, if it is another one.
     elsewhere: str | None = None
     seen: list[Seen] = field(default_factory=list)
     uploads: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    #: What is `held` waits for this.
+    #: Releases `held` responses.
     released: asyncio.Event = field(default_factory=asyncio.Event)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -80,7 +80,7 @@ class Replicate:
         return f"{self.origin}/v1"
 
     def will(self, what: str, *answers: Answer) -> None:
-        """Let the next requests of this kind be answered like this, one each."""
+        """Set what is done for the next requests of this kind, one each."""
         self.acts[what] = iter(answers)
 
     def asked(self, what: str) -> list[Seen]:
@@ -90,7 +90,7 @@ class Replicate:
         return len(self.asked(what))
 
     async def until_asked(self, what: str, times: int = 1) -> None:
-        """Wait until so many requests of this kind have come in all."""
+        """Wait until this many requests of this kind have arrived in total."""
         while self.count(what) < times:
             self._news.clear()
             await self._news.wait()
@@ -204,11 +204,11 @@ def problem(status: int, detail: str, headers: Mapping[str, str] | None = None) 
 
 
 def refusal(status: int, **headers: str) -> Answer:
-    """An error answer. Headers with underscores for hyphens."""
+    """An error response. Header names have underscores for hyphens."""
 
     async def refuse(request: web.Request) -> web.StreamResponse:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        # As services do that quote a wrong key.
+        # Some services quote a wrong key.
         return problem(status, f"No: {request.headers.get('Authorization')}", names)
 
     return refuse
@@ -226,7 +226,7 @@ def redirect(to: str) -> Answer:
 
 
 async def reset(request: web.Request) -> web.StreamResponse:
-    """The request has been read; then the connection breaks."""
+    """Close the connection after reading the request."""
     assert request.transport is not None
     line = request.transport.get_extra_info("socket")
     line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -240,7 +240,7 @@ async def hang(request: web.Request) -> web.StreamResponse:
 
 
 async def drip(request: web.Request) -> web.StreamResponse:
-    """Byte after byte, without an end."""
+    """Send single bytes, endlessly."""
     response = web.StreamResponse()
     await response.prepare(request)
     while True:
@@ -249,7 +249,7 @@ async def drip(request: web.Request) -> web.StreamResponse:
 
 
 async def flood(request: web.Request) -> web.StreamResponse:
-    """Megabyte after megabyte, without an end."""
+    """Send megabytes, endlessly."""
     response = web.StreamResponse()
     await response.prepare(request)
     while True:
@@ -257,7 +257,7 @@ async def flood(request: web.Request) -> web.StreamResponse:
 
 
 async def flood_with_length(request: web.Request) -> web.StreamResponse:
-    """100 MB, as is said before."""
+    """Send 100 MB with a Content-Length."""
     response = web.StreamResponse(headers={"Content-Length": str(100 << 20)})
     await response.prepare(request)
     for _ in range(100):
@@ -266,7 +266,7 @@ async def flood_with_length(request: web.Request) -> web.StreamResponse:
 
 
 def held(replicate: Replicate, handler: Answer) -> Answer:
-    """An answer that waits to be let go."""
+    """A response that waits for `release`."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         await replicate.released.wait()

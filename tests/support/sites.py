@@ -1,4 +1,4 @@
-"""Web servers on loopback addresses, whose every byte a test decides."""
+"""Web servers on loopback addresses that send the bytes that a test provides."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from domain.errors import Failure
 from domain.ports.images import ImageFetcher, ImageIntake
 from support.pictures import RED, THREADS, solid
 
-#: Where the sites are. Linux has a whole network of loopback addresses; elsewhere there is one of each version.
+#: The address of the sites. Linux has a whole network of loopback addresses, other systems one per IP version.
 SITE: Final = ip_address("127.0.0.2" if sys.platform == "linux" else "::1")
 
 UNUSED_ADDRESS: Final = ip_address("127.0.0.3" if sys.platform == "linux" else "::1")
@@ -48,14 +48,14 @@ def redirect(to: str, status: str = "302 Found") -> bytes:
 
 @dataclass
 class Site:
-    """A web server whose every byte a test decides."""
+    """A web server that sends the bytes that a test provides."""
 
     port: int = 0
     pages: dict[str, Page] = field(default_factory=dict)
-    #: The head of each request, as it came.
+    #: The raw head of each request.
     requests: list[str] = field(default_factory=list)
     connections: int = 0
-    #: The other side has closed the connection.
+    #: Set when the client has closed the connection.
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
     def url(self, path: str = "/a.png", host: str = "pictures.test", scheme: str = "http") -> str:
@@ -85,7 +85,7 @@ async def listening(
     port: int = 0,
     tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[int]:
-    """A listener whose connections all end with it."""
+    """A listener; yields its port. Its connections are closed at the end."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,14 +110,14 @@ async def listening(
 
 @dataclass
 class Canary:
-    """Listens where nobody may come."""
+    """A listener that must get no connection."""
 
     port: int
     visits: list[object] = field(default_factory=list)
 
 
 class FakeResolver:
-    """A resolver: each name has its answers, one per question, the last one for ever."""
+    """A resolver with a list of answers per name, one per query; the last one repeats."""
 
     def __init__(self, answers: dict[str, list[list[IPAddress]]] | None = None) -> None:
         self.answers = answers or {}
@@ -133,7 +133,7 @@ class FakeResolver:
 
 INTAKE: Final = PillowIntake(THREADS)
 
-#: Trusts nobody, and is quickly made.
+#: Without certificate authorities, because loading them is slow.
 NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
@@ -152,7 +152,7 @@ def fetcher_with(
 
 
 async def refused(fetcher: ImageFetcher, url: str) -> Failure:
-    """The failure, which is fit to show: one sentence about what was fetched, and nothing of us in it."""
+    """The failure of a fetch. Checks that its sentence has the documented form, without internal details."""
     with pytest.raises(Failure) as caught:
         await fetcher.fetch(url)
     failure = caught.value
@@ -170,7 +170,7 @@ FORBIDDEN: Final = "its address does not exist or is not allowed."
 BROKEN: Final = "its site could not be reached, or broke off."
 
 
-#: Spellings of loopback, and hosts that are none.
+#: Spellings of loopback addresses, and invalid hosts.
 LOOPBACK: Final = f"""
 127.0.0.1 127.1 127.0.1 127.000.000.001 127.0.0.1. 127.0.0.1.. 2130706433 017700000001 0x7f000001 0x7f.1
 0x7f.0.0.0x1 0X7F.1 0177.0.0.1 00000177.1 0 0.0.0.0 0x １２７.０.０.１ 127。0。0。1 ①②⑦.⓪.⓪.① 127．0．0．1
@@ -184,7 +184,7 @@ a@127.0.0.1 pictures.test@127.0.0.1 pictures.test:80@127.0.0.1 127.0.0.1\\@pictu
 
 
 def canary_names() -> FakeResolver:
-    """A name server that believes in every spelling of loopback that a C library would."""
+    """A resolver that accepts every spelling of loopback that a C library accepts."""
     loopback = [ip_address("127.0.0.1")]
     names = FakeResolver(
         {name: [loopback] for name in ("localhost", "localhost.localdomain", "loopback.pictures.test")}

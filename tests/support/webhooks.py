@@ -1,4 +1,4 @@
-"""A backend that receives webhooks, and what sends them."""
+"""A receiver of webhooks, and helpers that send them."""
 
 import asyncio
 import base64
@@ -20,7 +20,7 @@ from support.provider_faults import whole as answer_with
 SECRET: Final = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
 
-#: Trusts nobody; to read the system's certificates takes a while.
+#: Without certificate authorities, because loading them is slow.
 NO_TRUSTED_CAS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
@@ -37,14 +37,14 @@ async def hang_up(writer: asyncio.StreamWriter) -> None:
 
 @dataclass
 class Receiver:
-    """A backend that listens for webhooks: takes each, unless something else was planned for its generation."""
+    """A server that accepts webhooks, unless another response is planned for the generation."""
 
     origin: Origin = field(init=False)
-    #: What happens to the messages of a generation, one after the other, before they are taken.
+    #: By generation, the responses before its messages are accepted.
     plans: dict[str, list[Answer]] = field(default_factory=dict)
-    #: What happens always.
+    #: By generation, the response to all its messages.
     always: dict[str, Answer] = field(default_factory=dict)
-    #: What was taken.
+    #: The accepted requests.
     taken: list[Request] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -61,13 +61,13 @@ class Receiver:
         return TAKEN
 
     def posts(self, generation: Generation) -> list[Request]:
-        """Every attempt for this generation."""
+        """The requests for this generation."""
         prefix = f"{generation.generation_id}:"
         return [request for request in self.origin.requests if request.headers["webhook-id"].startswith(prefix)]
 
     @property
     def ids(self) -> list[str]:
-        """The generations whose end was taken."""
+        """The ids of the generations whose end was accepted."""
         return [request.headers["webhook-id"].partition(":")[0] for request in self.taken]
 
 
@@ -78,7 +78,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def until_all_delivered(log: WholeLog) -> None:
-    """Wait until the log has nothing left to tell."""
+    """Wait until the log has no undelivered event."""
     async with asyncio.timeout(60):
         while await log.claim_undelivered(1):
             await asyncio.sleep(0.005)
@@ -100,7 +100,7 @@ def webhooks_for(log: WholeLog, poster: Any, *, backoff: float = 0.01, longest: 
 
 @asynccontextmanager
 async def working(webhooks: Webhooks) -> AsyncIterator[None]:
-    """The loop runs. If it dies of itself, so does the test."""
+    """Run the delivery loop. If it fails, so does the test."""
     running = asyncio.create_task(webhooks.run())
     try:
         yield
