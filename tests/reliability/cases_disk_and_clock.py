@@ -80,6 +80,12 @@ async def _phone(port: int, user: str = "ada") -> Phone:
     return Phone(wire)
 
 
+async def _refuses_a_session(port: int) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        await _phone(port)
+        raise AssertionError("the service confirmed a session that it could not store")
+
+
 async def _until_ended(phone: Phone, generation_id: str) -> JSON:
     def ends() -> list[JSON]:
         return [each for each in phone.events if each["generationId"] == generation_id and each["status"] in ENDS]
@@ -88,9 +94,13 @@ async def _until_ended(phone: Phone, generation_id: str) -> JSON:
     return ends()[0]
 
 
+#: Bytes that a file may have while there is no room for pictures.
+_ROOM: Final = 500_000
+
+
 def _noise() -> bytes:
-    """A photo of less than a megabyte of which everything that is made is larger."""
-    size = (1_600, 1_200)
+    """A photo of less than `_ROOM` bytes, of which everything that is made is larger."""
+    size = (1_000, 750)
     return encoded(Image.frombytes("RGB", size, random.Random(22).randbytes(3 * size[0] * size[1])), "JPEG", quality=40)
 
 
@@ -112,7 +122,7 @@ async def _no_room_for_pictures(trial: Trial, deployment: Deployment) -> None:
         running = (await caller.ask("POST", "/generations/edit", "ada", files=slow)).json()["generationId"]
         await phone.wire.until(lambda: phone.events[-1:] != [] and phone.events[-1]["status"] == "composition")
         before = deployment.pictures
-        with no_room(life, 1_000_000):
+        with no_room(life, _ROOM):
             for _ in range(2):
                 _refused(await caller.once("POST", "/generations/edit", "ada", key="k", files=form), "storage_failed")
             assert deployment.pictures == before, "something was left of what was refused"
@@ -131,7 +141,7 @@ async def _no_room_for_pictures(trial: Trial, deployment: Deployment) -> None:
 
 
 async def _no_room_for_the_log(trial: Trial, deployment: Deployment) -> None:
-    async with RetryingClient.open(deployment.url) as caller, deployment.serving(local_seconds=0.5) as life:
+    async with RetryingClient.open(deployment.url) as caller, deployment.serving(local_seconds=0.5, drain=0.5) as life:
         with contextlib.closing(sqlite3.connect(f"{deployment.log.as_uri()}?mode=ro", uri=True)) as stranger:
             # Somebody who reads keeps the write-ahead log from being emptied: pictures are smaller than it.
             stranger.execute("BEGIN")
@@ -149,14 +159,13 @@ async def _no_room_for_the_log(trial: Trial, deployment: Deployment) -> None:
             began = time.monotonic()
             with no_room(life, wal):
                 calls = _writes(caller, external[0])
+                connecting = asyncio.create_task(_refuses_a_session(deployment.port))
                 for answer in await asyncio.gather(*(call() for call in calls)):
                     _refused(answer, "log_unavailable")
                 trial.report(
                     "no room for the log", f"{len(calls)} calls refused after {time.monotonic() - began:.1f} s"
                 )
-                with contextlib.suppress(ConnectionResetError):
-                    await _phone(deployment.port)
-                    raise AssertionError("a session that could not be kept was promised")
+                await connecting
                 # What was appended when there was still room is told, and nothing else.
                 kept = await caller.feed("ada", phone.beginning)
                 await phone.wire.until(lambda: len(phone.events) >= len(kept))

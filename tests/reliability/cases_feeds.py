@@ -48,7 +48,7 @@ _JUNK: Final = '[]{}",:0123456789-/eEtfn\\\x1e\x00é🎭 '
     "{frames} frames: reserved names, wrong arguments, other namespaces, deep JSON, and mutants of all; {large} of "
     "17 MB; {floods} floods of binary frames",
     "closed or a typed nack; memory at most +10 MB; tables empty, no path or traceback in any answer",
-    quick={"frames": 250, "large": 4, "floods": 2},
+    quick={"frames": 180, "large": 3, "floods": 1},
     long={"frames": 10_000, "large": 40, "floods": 20},
 )
 async def frames_that_make_no_sense(trial: Trial, frames: int, large: int, floods: int) -> None:

@@ -436,7 +436,7 @@ _NEVER: Final = (
     "users with two devices each start, report, cancel, delete and are granted credit",
     "after each: every 202 and every event told is in the log, balances hold, what was left is resumed or interrupted; "
     "in the end: devices equal the log, one call per paid stage, no stray image",
-    quick={"kills": 20, "fresh": 20, "users": 3, "alive": 0.5},
+    quick={"kills": 12, "fresh": 12, "users": 3, "alive": 0.5},
     long={"kills": 500, "fresh": 10, "users": 5, "alive": 1.0},
 )
 async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, alive: float) -> None:

@@ -152,7 +152,7 @@ _SIGNALS: Final[Sequence[Sequence[signal.Signals]]] = (
     "appended; as often a signal before the service listens",
     "no connection is cut: each start is answered 202 or 503 draining, whole; the owner of each 202 hears its end, or "
     "the next start of the service takes it up; exit 0, nothing logged",
-    quick={"rounds": 2, "pixels": 1_500},
+    quick={"rounds": 2, "pixels": 1_000},
     long={"rounds": 60, "pixels": 5_000},
 )
 async def stopped_while_starts_arrive(trial: Trial, rounds: int, pixels: int) -> None:
