@@ -15,7 +15,7 @@ from pydantic_settings import NoDecode
 
 #: File descriptors of the process that are kept for everything except clients' connections.
 OTHER_DESCRIPTORS: Final = 64
-SQLITE: Final = "sqlite:///"
+_SQLITE: Final = "sqlite:///"
 #: ``*`` stands for one label of a host name or a part of it; the last two labels have none.
 _ORIGIN: Final = (
     r"null|file://|"
@@ -74,7 +74,7 @@ def _no_url(value: object) -> object:
 
 
 def _is_log(value: str) -> bool:
-    return value == "memory://" or (value.startswith(SQLITE) and value != SQLITE)
+    return value == "memory://" or (value.startswith(_SQLITE) and value != _SQLITE)
 
 
 def _is_jwt_secret(value: SecretStr) -> bool:

@@ -1,6 +1,6 @@
 """``stagecast demo``: run one edit on a service of its own, over HTTP and Socket.IO, and watch it live.
 
-The service runs in a thread of this process and stores nothing for good. It accepts only a token that is made for this
+The service runs in a thread of this process and keeps nothing. It accepts only a token that is made for this
 run, and may fetch image URLs only from itself, because the face comes by URL.
 """
 

@@ -96,13 +96,13 @@ class Sockets:
         return {"authenticate": self.authenticate, "subscribe_to_generation": self.subscribe_to_generation}
 
     async def on_connect(self, connection: Connection, auth: Any) -> Answer:
-        """The handshake: authenticates the user that it identifies, or resumes its session.
+        """Handle the handshake: resume its session, or authenticate its user.
 
-        If its parts contradict each other, the answer says so and nobody is authenticated.
+        If its parts contradict each other, the answer is an error and the socket stays unauthenticated.
 
         Raises:
-            InvalidToken, TokenExpired: the handshake is refused. Nothing else refuses it.
-            LogUnavailable, KeysUnavailable: the credentials or the log cannot be checked now.
+            InvalidToken, TokenExpired: the handshake is rejected. No other error rejects it.
+            LogUnavailable, KeysUnavailable: the token or the session cannot be checked now.
         """
         fields = auth if isinstance(auth, dict) else {}
         connection.recovery = fields.get("recovery") is not False
@@ -110,7 +110,7 @@ class Sockets:
         try:
             proof = await self.authenticator.of_socket(user, fields.get("token"), None)
         except Unauthenticated:
-            pass  # It has no credentials and authenticates nobody.
+            pass  # Without credentials the socket connects unauthenticated.
         except (InvalidUserId, UserMismatch) as error:
             invalid = None if user is None else error
         if connection.recovery:
