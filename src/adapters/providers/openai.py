@@ -262,10 +262,8 @@ def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[
         return request | {"response_format": "b64_json"}
     # PNG is lossless, and has transparency.
     request |= {"output_format": "png", "stream": True, "partial_images": _PARTIAL_IMAGES}
-    if options.quality != "auto":
-        request["quality"] = options.quality
-    if options.background != "auto":
-        request["background"] = options.background
+    chosen = {"quality": options.quality, "background": options.background}
+    request |= {name: value for name, value in chosen.items() if value != "auto"}
     fidelities = next((known for family, known in _FIDELITIES.items() if model.startswith(family)), ())
     if options.input_fidelity in fidelities:
         request["input_fidelity"] = options.input_fidelity

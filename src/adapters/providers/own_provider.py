@@ -47,7 +47,7 @@ class _Own:
             step = f"calling {name}"
             self._provider = make()
             if inspect.iscoroutine(self._provider):
-                self._provider.close()  # Or Python warns that nobody awaits it.
+                self._provider.close()  # Or Python warns that it was never awaited.
             step = f"looking at what {name} returned"
             self._check()
         except UnfitProvider:

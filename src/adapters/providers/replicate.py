@@ -248,13 +248,13 @@ class _Swap:
         if self.creating is None or self.ended:
             return
         try:
+            # Without a prediction, or after its end, there is an error, which has been logged.
             async with asyncio.timeout(self.swapper.grace):
-                prediction = await self.creating
-                await self._call(_Prediction, "POST", f"predictions/{prediction.id}/cancel")
+                with suppress(Declined, Failure):
+                    prediction = await self.creating
+                    await self._call(_Prediction, "POST", f"predictions/{prediction.id}/cancel")
         except TimeoutError:
             self._log("a prediction could not be cancelled in time, and may run on for a while")
-        except (Declined, Failure):
-            pass  # There is no prediction, or it has ended; the error has been logged.
 
     async def _downloaded(self, output: str) -> bytes:
         with suppress(Unusable):
