@@ -1,4 +1,4 @@
-"""The contract of `domain.ports.images.Composer`, looked at by the colours on the sheet."""
+"""The contract of `domain.ports.images.Composer`, checked by the colours on the sheet."""
 
 import random
 
@@ -52,7 +52,7 @@ def as_shaped(box: Box, size: Size) -> bool:
 
 
 def small(sheet: Picture) -> Image.Image:
-    """The sheet at a quarter of its size, which is quicker to look at."""
+    """The sheet at a quarter of its size, which is faster to examine."""
     image = opened(sheet)
     assert (image.size, image.mode) == ((2480, 3508), "RGB")
     return image.reduce(4)
@@ -70,7 +70,7 @@ def small(sheet: Picture) -> Image.Image:
     ],
     ids=lambda sizes: f"{len(sizes)} pictures",
 )
-async def test_every_picture_is_on_the_sheet_whole_and_in_order(composer: Composer, sizes: list[Size]) -> None:
+async def test_every_picture_is_on_the_sheet_complete_and_in_order(composer: Composer, sizes: list[Size]) -> None:
     pictures = [solid(colour, size) for colour, size in zip(COLOURS, sizes, strict=False)]
     sheet = small(await composer.compose(loads(pictures)))
 
@@ -80,14 +80,14 @@ async def test_every_picture_is_on_the_sheet_whole_and_in_order(composer: Compos
     assert disjoint(boxes)
     assert all(precedes(one, other) for place, one in enumerate(boxes) for other in boxes[place + 1 :])
 
-    # Nothing but white around them.
+    # Everything around them is white.
     for left, top, right, bottom in boxes:
         sheet.paste(WHITE, (left - 3, top - 3, right + 3, bottom + 3))
     assert differing(sheet, Image.new("RGB", sheet.size, WHITE), 12).getbbox() is None
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-async def test_nothing_is_cut_off_or_turned(composer: Composer, kind: str) -> None:
+async def test_pictures_are_neither_cropped_nor_rotated(composer: Composer, kind: str) -> None:
     sheet = small(await composer.compose(loads([picture(quarters((1500, 1000)), kind)])))
     box = differing(sheet, Image.new("RGB", sheet.size, WHITE), 60).getbbox()
     assert box is not None
@@ -97,7 +97,7 @@ async def test_nothing_is_cut_off_or_turned(composer: Composer, kind: str) -> No
         assert alike(colour_at(found, x, y), colour)
 
 
-async def test_what_can_be_seen_through_lies_on_white(composer: Composer) -> None:
+async def test_transparent_pixels_become_white(composer: Composer) -> None:
     source = quarters((300, 200)).convert("RGBA")
     source.paste((0, 0, 0, 0), (0, 0, 150, 100))
     source.putpixel((0, 0), (255, 0, 0, 255))
@@ -108,7 +108,7 @@ async def test_what_can_be_seen_through_lies_on_white(composer: Composer) -> Non
     assert alike(colour_at(found, 0.75, 0.75), ORANGE)
 
 
-async def test_a_picture_larger_than_the_sheet_is_made_smaller(composer: Composer) -> None:
+async def test_a_picture_larger_than_the_sheet_is_scaled_down(composer: Composer) -> None:
     sheet = small(await composer.compose(loads([solid(RED, (6000, 4000), "JPEG"), solid(BLUE, (20_000, 400))])))
     boxes = [box_of(sheet, RED), box_of(sheet, BLUE)]
     assert boxes[0] is not None
@@ -123,20 +123,20 @@ async def test_the_same_pictures_give_the_same_sheet(composer: Composer) -> None
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", encoded(quarters())[:60], encoded(quarters(), "GIF")])
-async def test_a_picture_that_cannot_be_read_fails_the_generation(composer: Composer, data: bytes) -> None:
+async def test_an_unreadable_picture_fails_the_generation(composer: Composer, data: bytes) -> None:
     with pytest.raises(Failure) as failure:
         await composer.compose(loads([solid(RED), Picture(data, "image/png")]))
     assert failure.value.code == "invalid_image"
 
 
-# --- the layout alone ------------------------------------------------------------------------------------
+# --- the layout ------------------------------------------------------------------------------------------
 
 
 def area(box: Box) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def test_any_pictures_find_a_place_of_their_own_within_the_margins() -> None:
+def test_pictures_do_not_overlap_and_stay_within_the_margins() -> None:
     chance = random.Random(1)
     for _ in range(500):
         sizes = [(chance.randint(1, 5000), chance.randint(1, 5000)) for _ in range(chance.randint(1, 5))]
@@ -152,13 +152,13 @@ def test_any_pictures_find_a_place_of_their_own_within_the_margins() -> None:
 
 @pytest.mark.parametrize("size", [LANDSCAPE, PORTRAIT, SQUARE, (160, 90), (90, 160), (210, 297)])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_pictures_of_one_shape_fill_a_good_part_of_the_sheet_and_none_is_tiny(count: int, size: Size) -> None:
+def test_pictures_of_one_shape_use_the_sheet_well_and_none_is_tiny(count: int, size: Size) -> None:
     areas = [area(box) for box in arrange([size] * count)]
     assert sum(areas) > 0.3 * SHEET[0] * SHEET[1]
     assert max(areas) < 6 * min(areas)
 
 
-def test_the_thinnest_of_pictures_are_still_there() -> None:
+def test_the_thinnest_pictures_are_at_least_one_pixel_wide() -> None:
     boxes = arrange([(25_000_000, 1), (1, 25_000_000), (1, 1)])
     assert all(area(box) > 0 for box in boxes)
     assert disjoint(boxes)

@@ -1,4 +1,4 @@
-"""Image work beside the event loop."""
+"""Image work on threads: limits, cancellation, and fairness between users."""
 
 import asyncio
 import os
@@ -11,20 +11,20 @@ from adapters.images.threads import ImageThreads
 from domain.identity import WORKING_FOR
 
 
-async def test_it_runs_beside_the_event_loop() -> None:
+async def test_work_runs_on_a_thread_of_its_own() -> None:
     threads = ImageThreads()
     assert await threads.run(threading.get_ident) != threading.get_ident()
     threads.close()
 
 
-async def test_what_the_function_raises_is_raised() -> None:
+async def test_an_exception_of_the_work_is_raised() -> None:
     threads = ImageThreads()
     with pytest.raises(ZeroDivisionError):
         await threads.run(divmod, 1, 0)
     threads.close()
 
 
-async def test_no_more_runs_at_once_than_allowed() -> None:
+async def test_no_more_work_runs_at_once_than_allowed() -> None:
     threads = ImageThreads(1)
     running, most = 0, 0
 
@@ -47,7 +47,7 @@ async def test_there_are_never_more_threads_than_cores() -> None:
     waiting = [asyncio.ensure_future(threads.run(barrier.wait)) for _ in range(barrier.parties)]
     while barrier.n_waiting < cores and not any(each.done() for each in waiting):
         await asyncio.sleep(0.005)
-    # One more would open it.
+    # One more thread would release the barrier.
     await asyncio.sleep(0.1)
     assert barrier.n_waiting == cores
     barrier.abort()
@@ -55,7 +55,7 @@ async def test_there_are_never_more_threads_than_cores() -> None:
     threads.close()
 
 
-async def test_what_is_cancelled_in_line_is_never_begun() -> None:
+async def test_work_cancelled_in_the_queue_is_never_started() -> None:
     threads = ImageThreads(1)
     go, begun = threading.Event(), threading.Event()
     first = asyncio.ensure_future(threads.run(go.wait))
@@ -70,11 +70,11 @@ async def test_what_is_cancelled_in_line_is_never_begun() -> None:
     threads.close()
 
 
-# --- the line ---------------------------------------------------------------------------------------------
+# --- the queue --------------------------------------------------------------------------------------------
 
 
 class Work:
-    """Work that is held until it is let go. It tells in which order it began."""
+    """Work that waits for its event in `go`. `order` has the names in the order in which they started."""
 
     def __init__(self, threads: ImageThreads) -> None:
         self.threads = threads
@@ -101,7 +101,7 @@ class Work:
                 await asyncio.sleep(0.001)
 
 
-async def test_users_share_the_line_whatever_each_of_them_sends() -> None:
+async def test_users_share_the_queue_fairly_however_much_each_of_them_sends() -> None:
     work = Work(ImageThreads(1))
     tasks = [work.begin("ada", "first", 10)]
     await work.until("first")
@@ -117,7 +117,7 @@ async def test_users_share_the_line_whatever_each_of_them_sends() -> None:
     work.threads.close()
 
 
-async def test_small_work_comes_before_large_work_of_others() -> None:
+async def test_small_work_overtakes_large_work_of_other_users() -> None:
     work = Work(ImageThreads(1))
     tasks = [work.begin("ada", "first", 10)]
     await work.until("first")
@@ -132,13 +132,13 @@ async def test_small_work_comes_before_large_work_of_others() -> None:
     work.threads.close()
 
 
-async def test_large_work_is_done_however_much_small_work_of_new_users_comes() -> None:
+async def test_large_work_is_not_starved_by_small_work_of_new_users() -> None:
     work = Work(ImageThreads(1))
     tasks = [work.begin("ada", "first", 10)]
     await work.until("first")
     tasks += [work.begin("bob", "large", 1_000)]
     while "large" not in work.order:
-        # There is always somebody new with small work before the next turn.
+        # A new user always has small work waiting before the next turn.
         begun = len(work.order)
         assert begun < 100
         tasks.append(work.begin(f"user{begun}", f"small{begun}", 100))
@@ -153,7 +153,7 @@ async def test_large_work_is_done_however_much_small_work_of_new_users_comes() -
     work.threads.close()
 
 
-async def test_one_thread_is_left_for_small_work() -> None:
+async def test_one_thread_is_kept_free_for_small_work() -> None:
     threads = ImageThreads(2)
     if threads.size < 2:
         pytest.skip("needs two cores")
@@ -169,7 +169,7 @@ async def test_one_thread_is_left_for_small_work() -> None:
     threads.close()
 
 
-async def test_a_turn_that_is_given_up_holds_its_thread_until_its_work_is_done() -> None:
+async def test_a_cancelled_turn_keeps_its_thread_until_its_work_ends() -> None:
     work = Work(ImageThreads(1))
     first = work.begin("ada", "first", 10)
     await work.until("first")

@@ -1,4 +1,4 @@
-"""Pictures as phones, cameras and tools write them: taken, and stored as Chromium shows them."""
+"""Files as phones, cameras and tools write them are stored as Chromium displays them."""
 
 import struct
 import zlib
@@ -46,7 +46,7 @@ def png(*chunks: tuple[bytes, bytes], colour_type: int = 2, depth: int = 8, rows
 
 
 def with_bad_checksum(data: bytes, name: bytes) -> bytes:
-    """The PNG with a wrong checksum behind its first chunk of this name."""
+    """The PNG with a wrong checksum after its first chunk of this name."""
     at = data.index(name)
     end = at + 4 + int.from_bytes(data[at - 4 : at])
     return data[:end] + bytes(byte ^ 255 for byte in data[end : end + 4]) + data[end + 4 :]
@@ -78,7 +78,7 @@ def linear_srgb(padding: int = 0) -> bytes:
 
 
 def icc(profile: bytes, name: bytes = b"ICC Profile") -> tuple[bytes, bytes]:
-    # Not compressed, as a profile full of measurements would hardly be.
+    # Incompressible, like a profile full of measurements.
     return b"iCCP", name + b"\0\0" + zlib.compress(profile, 0)
 
 
@@ -112,7 +112,7 @@ COLOURS: dict[str, tuple[bytes, Colour]] = {
 
 
 @pytest.mark.parametrize("name", COLOURS)
-async def test_colours_are_those_the_file_declares(intake: ImageIntake, name: str) -> None:
+async def test_declared_colours_are_applied(intake: ImageIntake, name: str) -> None:
     data, expected = COLOURS[name]
     assert alike(await colour_of(intake, data), expected, tolerance=3)
 
@@ -123,14 +123,14 @@ async def test_a_linear_profile_named_like_srgb_applies_in_every_format(intake: 
     assert alike(await colour_of(intake, data), LIGHT, tolerance=3)
 
 
-async def test_a_profile_applies_beside_transparency(intake: ImageIntake) -> None:
+async def test_a_profile_applies_to_a_transparent_picture(intake: ImageIntake) -> None:
     rows = (b"\0" + b"\x80\x40" * 8) * 8
     image = opened(await intake.admit(png(icc(linear_srgb()), colour_type=4, rows=rows)))
     assert image.getpixel((4, 4)) == (188, 188, 188, 64)
 
 
 @pytest.mark.parametrize(("primaries", "expected"), [(1, (200, 60, 60)), (12, (217, 42, 52)), (9, (247, 0, 53))])
-async def test_colours_of_a_wide_gamut_are_converted(intake: ImageIntake, primaries: int, expected: Colour) -> None:
+async def test_a_wide_gamut_is_converted(intake: ImageIntake, primaries: int, expected: Colour) -> None:
     rows = (b"\0" + bytes((200, 60, 60)) * 8) * 8
     got = await colour_of(intake, png((b"cICP", bytes([primaries, 13, 0, 1])), rows=rows))
     assert alike(got, expected, tolerance=3)
@@ -149,7 +149,7 @@ async def test_gamma_with_primaries_equals_the_same_space_by_code_points(intake:
 
 @pytest.mark.parametrize("name", [b"tEXt", b"zTXt", b"iTXt"])
 @pytest.mark.parametrize("keyword", [b"transparency", b"icc_profile", b"bbox", b"interlace", b"gamma", b"exif"])
-async def test_text_never_says_how_to_show_a_picture(intake: ImageIntake, name: bytes, keyword: bytes) -> None:
+async def test_text_chunks_do_not_affect_the_display(intake: ImageIntake, name: bytes, keyword: bytes) -> None:
     content = zlib.compress(b"1")
     between = {b"tEXt": b"\0", b"zTXt": b"\0\0", b"iTXt": b"\0\1\0\0\0"}[name]
     image = opened(await intake.admit(png((name, keyword + between + content))))
@@ -157,25 +157,25 @@ async def test_text_never_says_how_to_show_a_picture(intake: ImageIntake, name: 
 
 
 @pytest.mark.parametrize("name", [b"tEXt", b"zTXt", b"iTXt", b"pHYs", b"eXIf", b"gAMA", b"tRNS", b"abCd"])
-async def test_damage_in_what_only_accompanies_the_pixels_is_ignored(intake: ImageIntake, name: bytes) -> None:
+async def test_damage_in_ancillary_chunks_is_ignored(intake: ImageIntake, name: bytes) -> None:
     data = with_bad_checksum(png((name, b"x" * 9)), name)
     assert alike(await colour_of(intake, data), GREY, tolerance=2)
 
 
-async def test_a_long_text_is_no_reason_to_refuse(intake: ImageIntake) -> None:
+async def test_a_long_text_chunk_is_ignored(intake: ImageIntake) -> None:
     text = zlib.compress(bytes(3_000_000))
     for chunk in ((b"zTXt", b"workflow\0\0" + text), (b"iTXt", b"workflow\0\1\0\0\0" + text)):
         assert await colour_of(intake, png(chunk)) == GREY
 
 
 @pytest.mark.parametrize("name", [b"iCCP", b"zTXt", b"iTXt"])
-async def test_chunks_that_expand_without_end_are_refused(intake: ImageIntake, name: bytes) -> None:
+async def test_chunks_that_expand_beyond_the_limit_are_refused(intake: ImageIntake, name: bytes) -> None:
     packed = (b"x\0\1\0\0\0" if name == b"iTXt" else b"x\0\0") + zlib.compress(bytes(9_000_000))
     with pytest.raises(InvalidImage):
         await intake.admit(png((name, packed), (name, packed)))
 
 
-async def test_the_limit_of_expansion_holds_when_it_is_just_used_up(intake: ImageIntake) -> None:
+async def test_chunks_may_expand_exactly_to_the_limit(intake: ImageIntake) -> None:
     full = b"x\0\0" + zlib.compress(bytes(16_000_000))
     assert await colour_of(intake, png((b"zTXt", full))) == GREY
     with pytest.raises(InvalidImage):
@@ -186,7 +186,7 @@ async def test_the_limit_of_expansion_holds_when_it_is_just_used_up(intake: Imag
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-async def test_the_transparent_grey_is_found_at_every_depth(intake: ImageIntake, depth: int) -> None:
+async def test_transparent_grey_works_at_every_bit_depth(intake: ImageIntake, depth: int) -> None:
     # Left half 1, right half 0; of 16 bits the two differ in the lower byte only.
     bits = ("1" * 4 + "0" * 4) if depth == 1 else "".join(f"{int(x < 4):0{depth}b}" for x in range(8))
     row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8)
@@ -223,7 +223,7 @@ async def test_an_index_beyond_the_palette_shows_its_last_colour(intake: ImageIn
     assert alike(await colour_of(intake, png((b"PLTE", PALETTE), colour_type=3, rows=rows)), GREEN, tolerance=3)
 
 
-async def test_a_palette_picture_without_a_sound_palette_is_invalid(intake: ImageIntake) -> None:
+async def test_a_palette_picture_without_a_valid_palette_is_invalid(intake: ImageIntake) -> None:
     for data in (png(colour_type=3, rows=LEFT_RIGHT), with_bad_checksum(png((b"PLTE", PALETTE)), b"PLTE")):
         with pytest.raises(InvalidImage):
             await intake.admit(data)
@@ -252,12 +252,12 @@ ORIENTATIONS: dict[str, tuple[bytes, bool]] = {
 
 
 @pytest.mark.parametrize("name", ORIENTATIONS)
-async def test_a_jpeg_is_turned_by_its_own_exif_only(intake: ImageIntake, name: str) -> None:
+async def test_a_jpeg_is_rotated_by_its_own_exif_only(intake: ImageIntake, name: str) -> None:
     data, turned = ORIENTATIONS[name]
     assert opened(await intake.admit(data)).size == ((40, 60) if turned else (60, 40))
 
 
-async def test_a_png_is_turned_by_its_exif_chunk_only(intake: ImageIntake) -> None:
+async def test_a_png_is_rotated_by_its_exif_chunk_only(intake: ImageIntake) -> None:
     raw = b"Raw profile type exif\0\0" + zlib.compress(
         b"\nexif\n%8d\n" % len(EXIF + SIDEWAYS) + SIDEWAYS.hex().encode()
     )
@@ -282,12 +282,12 @@ async def test_a_png_is_turned_by_its_exif_chunk_only(intake: ImageIntake) -> No
 @pytest.mark.parametrize(
     "tail", [b"\xff\xda" * 3_000, b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08" * 5_000, JPEG], ids=len
 )
-async def test_what_follows_the_end_of_a_jpeg_does_not_count(intake: ImageIntake, tail: bytes) -> None:
+async def test_data_after_the_end_of_a_jpeg_is_ignored(intake: ImageIntake, tail: bytes) -> None:
     photo = encoded(quarters((1000, 1000)), "JPEG", quality=30)
     assert opened(await intake.admit(photo + tail)).size == (1000, 1000)
 
 
-async def test_scans_of_a_thumbnail_do_not_count(intake: ImageIntake) -> None:
+async def test_scans_of_a_thumbnail_are_not_counted(intake: ImageIntake) -> None:
     thumbnail = segment(0xE1, EXIF + tiff(1) + b"\xff\xda" * 30_000)
     photo = encoded(quarters((1000, 1000)), "JPEG", quality=30)
     assert opened(await intake.admit(photo[:2] + thumbnail + photo[2:])).size == (1000, 1000)
@@ -308,7 +308,7 @@ async def test_short_application_segments_are_ignored(intake: ImageIntake, marke
     assert alike(colour_at(image, 0.75, 0.75), ORANGE)
 
 
-async def test_a_profile_in_pieces_needs_all_of_them(intake: ImageIntake) -> None:
+async def test_a_profile_in_segments_needs_all_of_them(intake: ImageIntake) -> None:
     profile = linear_srgb()
     first, second = (b"ICC_PROFILE\0" + bytes([n, 2]) + part for n, part in ((1, profile[:300]), (2, profile[300:])))
     photo = encoded(Image.new("RGB", SIZE, GREY), "JPEG")
@@ -327,7 +327,7 @@ async def test_restart_markers_and_multiple_scans_are_kept(intake: ImageIntake) 
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"restart_marker_blocks": 3}, {"subsampling": 0}], ids=str
 )
-async def test_a_jpeg_needs_no_end_marker_if_all_its_pixels_are_there(
+async def test_a_complete_jpeg_needs_no_end_marker(
     intake: ImageIntake, options: dict[str, object], tail: bytes
 ) -> None:
     photo = encoded(quarters((301, 203)), "JPEG", quality=90, **options)
@@ -361,21 +361,21 @@ async def test_a_hidden_first_picture_of_an_animation_is_not_shown(intake: Image
 # --- stored as it looks ----------------------------------------------------------------------------------
 
 
-async def test_fine_patterns_survive_being_stored(intake: ImageIntake) -> None:
+async def test_fine_patterns_are_preserved(intake: ImageIntake) -> None:
     source = Image.merge("RGB", [Image.effect_noise((64, 64), 60) for _ in range(3)])
     stored = opened(await intake.admit(encoded(source)))
     difference = [abs(a - b) for a, b in zip(source.tobytes(), stored.tobytes(), strict=True)]
     assert sum(difference) / len(difference) < 3
 
 
-async def test_a_profile_of_endless_steps_is_not_followed(intake: ImageIntake) -> None:
+async def test_a_profile_with_an_expensive_pipeline_is_not_applied(intake: ImageIntake) -> None:
     # A pipeline of 2,000 steps in 50 kB; LittleCMS takes seconds over it, and minutes over 30,000.
     curve = b"curf\0\0\0\0" + struct.pack(">HH", 1, 0) + b"parf\0\0\0\0" + struct.pack(">HH4f", 0, 0, 2.2, 1, 0, 0)
     step = b"cvst\0\0\0\0" + struct.pack(">HH", 3, 3) + struct.pack(">II", 36, len(curve)) * 3 + curve
     steps = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, 2_000)
     steps += struct.pack(">II", 16 + 8 * 2_000, len(step)) * 2_000 + step
     profile = linear_srgb()
-    # In place of a tag that nobody needs.
+    # Replaces a tag that is not needed.
     entry = profile.index(b"cprt")
     profile = profile[:entry] + b"D2B0" + struct.pack(">II", len(profile), len(steps)) + profile[entry + 12 :] + steps
     profile = struct.pack(">I", len(profile)) + profile[4:]

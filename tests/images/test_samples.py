@@ -14,12 +14,12 @@ FOLDER = ROOT / "src" / "api" / "web" / "static" / "samples"
 NAMES = ("portrait", "hat", "lake", "face")
 
 
-def test_there_are_these_four() -> None:
+def test_the_page_has_four_samples() -> None:
     assert {path.name for path in FOLDER.iterdir()} == {f"{name}.webp" for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_the_service_takes_it_and_it_is_small_and_says_nothing_about_anybody(name: str) -> None:
+async def test_a_sample_is_admitted_and_small_and_has_no_metadata(name: str) -> None:
     data = (FOLDER / f"{name}.webp").read_bytes()
     assert len(data) < 80_000
     picture = await PillowIntake(THREADS).admit(data)

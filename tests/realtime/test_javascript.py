@@ -40,7 +40,9 @@ async def test_the_seeds_snippet_shows_every_stage_on_both_devices_and_none_to_o
         assert len({each[0] for each in further}) == len(further) == 6 + 11
 
 
-async def test_the_seeds_snippet_that_comes_late_shows_the_bar_where_it_is(tmp_path: Path, log_setting: str) -> None:
+async def test_the_seeds_snippet_that_connects_late_shows_the_current_progress(
+    tmp_path: Path, log_setting: str
+) -> None:
     pause = Pause()
     async with running(tmp_path, log=log_setting, overrides={"editor": ScriptedEditor(pause)}) as service:
         generation_id = await service.start("123")

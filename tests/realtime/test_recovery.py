@@ -1,8 +1,7 @@
-"""Connection state recovery with the official client: every sentence that the contract has about it.
+"""Connection state recovery with the official client.
 
-The log is written to by hand, so that each connection falls at a place that is known. Most tests end with
-`RecoveryHarness.complete`: one more event comes, and then the client has been sent the whole feed, each event once
-and in order.
+The tests append to the log themselves, so that each connection is lost at a known position. Most tests end with
+`RecoveryHarness.complete`: after one more event, the client has received the whole feed, each event once and in order.
 """
 
 import asyncio
@@ -20,7 +19,7 @@ from support.recovery import WAITS, WAYS, RecoveryHarness, both_deaths, both_way
 pytestmark = [needs_node, pytest.mark.asyncio(loop_scope="module")]
 
 
-async def test_connect_carries_a_pid_and_every_event_its_cursor_and_nothing_else_ends_in_a_string(
+async def test_connect_carries_a_pid_and_only_events_of_the_feed_end_in_a_cursor(
     harness: RecoveryHarness,
 ) -> None:
     user = harness.user()
@@ -47,9 +46,7 @@ async def test_connect_carries_a_pid_and_every_event_its_cursor_and_nothing_else
 
 @every_way
 @pytest.mark.parametrize("end", ["cut", "close"])
-async def test_a_client_that_was_away_is_recovered_with_all_it_missed(
-    harness: RecoveryHarness, way: str, end: str
-) -> None:
+async def test_a_client_that_reconnects_gets_all_missed_events(harness: RecoveryHarness, way: str, end: str) -> None:
     user = harness.user()
     client = harness.open(user, way, **WAITS)
     before = await client.ack()
@@ -75,13 +72,13 @@ async def test_a_client_that_was_away_is_recovered_with_all_it_missed(
 
 
 @every_way
-async def test_a_connection_that_fell_before_the_first_event_is_recovered(harness: RecoveryHarness, way: str) -> None:
+async def test_a_connection_lost_before_the_first_event_is_recovered(harness: RecoveryHarness, way: str) -> None:
     user = harness.user()
     client = harness.open(user, way, **WAITS)
     await client.ack()
     client.do("cut")
     await client.disconnected()
-    for _ in range(2):  # Also a second time, when nothing has happened since the first.
+    for _ in range(2):  # The second time, nothing has happened since the first.
         client.do("connect")
         assert (await client.connected(len(client.on("connect")) + 1))["recovered"] is True
         client.do("cut")
@@ -93,7 +90,7 @@ async def test_a_connection_that_fell_before_the_first_event_is_recovered(harnes
 
 @every_way
 @both_deaths
-async def test_a_connection_may_fall_after_any_event_of_a_replay(
+async def test_a_connection_lost_after_any_event_of_a_replay_is_recovered(
     harness: RecoveryHarness, way: str, silently: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two generations run, interleaved; when the clients come back, one has ended and a third has come and gone."""
@@ -120,7 +117,7 @@ async def test_a_connection_may_fall_after_any_event_of_a_replay(
         client.do("connect")
     for client in clients:
         assert (await client.connected(2))["recovered"] is True
-    # Those that the server had not noticed have been replaced.
+    # Connections whose loss the server had not noticed have been replaced.
     await harness.service.until(lambda: len(harness.service.service.hub.rooms[user]) == len(clients))
     await recorder.finish(two)
     await harness.complete(user, *clients)
@@ -128,7 +125,7 @@ async def test_a_connection_may_fall_after_any_event_of_a_replay(
 
 @every_way
 @both_deaths
-async def test_a_connection_may_fall_again_and_again_while_events_come(
+async def test_a_connection_lost_repeatedly_during_live_events_is_recovered(
     harness: RecoveryHarness, way: str, silently: bool
 ) -> None:
     user = harness.user()
@@ -151,14 +148,14 @@ async def test_a_connection_may_fall_again_and_again_while_events_come(
     assert all(each["recovered"] for each in client.on("connect")[1:])
 
 
-async def test_after_another_user_took_the_socket_over_it_is_theirs_that_is_recovered(harness: RecoveryHarness) -> None:
+async def test_a_socket_that_changed_users_recovers_the_later_user(harness: RecoveryHarness) -> None:
     for way in WAYS:
         ada, bob = harness.user(), harness.user()
         adas = await harness.recorder.start(ada)
         client = harness.open(ada, way, **WAITS)
         await client.until(lambda client=client: len(client.events) == 1)  # type: ignore[misc]
         assert (await client.call("authenticate", {"userId": bob}))["userId"] == bob
-        client.do("cut")  # Before bob's first event: the client says ada's offset.
+        client.do("cut")  # Before bob's first event: the client sends ada's offset.
         await client.disconnected()
         adas = await harness.recorder.finish(adas)
         await harness.recorder.run_to_end(bob)
@@ -171,7 +168,7 @@ async def test_after_another_user_took_the_socket_over_it_is_theirs_that_is_reco
         assert (await client.call("authenticate", {"userId": bob}))["recovered"] is True
 
 
-async def test_a_user_who_comes_back_to_the_same_socket_is_recovered_after_it(harness: RecoveryHarness) -> None:
+async def test_a_socket_that_changed_users_twice_recovers_the_last_user(harness: RecoveryHarness) -> None:
     ada, bob = harness.user(), harness.user()
     client = harness.open(ada, **WAITS)
     await client.ack()
@@ -180,7 +177,7 @@ async def test_a_user_who_comes_back_to_the_same_socket_is_recovered_after_it(ha
     await client.call("authenticate", {"userId": bob})
     await harness.recorder.run_to_end(ada)
     await client.call("authenticate", {"userId": ada})
-    client.do("cut")  # What it says last of ada lies before the time of bob, which it has left out.
+    client.do("cut")  # Its last offset of ada is older than bob's turn.
     await client.disconnected()
     await harness.recorder.run_to_end(ada)
     client.do("connect")
@@ -188,7 +185,7 @@ async def test_a_user_who_comes_back_to_the_same_socket_is_recovered_after_it(ha
     await harness.complete(ada, client, after=12, skip=6)
 
 
-async def test_a_socket_that_is_taken_over_without_recovery_cannot_be_taken_up_as_the_former_user(
+async def test_after_a_change_of_user_without_recovery_the_former_user_is_not_recovered(
     harness: RecoveryHarness,
 ) -> None:
     ada, bob = harness.user(), harness.user()
@@ -225,17 +222,17 @@ async def test_a_disconnect_of_the_client_ends_the_pid_and_its_offset_is_the_nex
     assert again["pid"] != (await client.connected())["pid"]
     sessions, ended = harness.service.service.sessions, (await client.connected())["pid"]
     async with asyncio.timeout(TIMEOUT):
-        while await sessions.load(ended, at=now()) is not None:  # It counts as ended before it is written down.
+        while await sessions.load(ended, at=now()) is not None:  # It has ended before that is stored.
             await asyncio.sleep(0.01)
     ack = await client.call("authenticate", {"userId": user})
     assert ack["recovered"] is True
     await client.until(lambda: len(client.events) == 6)
-    client.do("cut")  # And the new pid begins there.
+    client.do("cut")  # The new pid starts there.
     assert (await client.connected(3))["recovered"] is True
     await harness.complete(user, client)
 
 
-async def test_an_offset_that_is_not_the_users_or_comes_with_a_cursor_does_not_count(harness: RecoveryHarness) -> None:
+async def test_an_offset_of_another_user_or_beside_a_cursor_is_ignored(harness: RecoveryHarness) -> None:
     ada, bob = harness.user(), harness.user()
     first, second = harness.open(ada), harness.open(ada)
     await first.ack()
@@ -250,7 +247,7 @@ async def test_an_offset_that_is_not_the_users_or_comes_with_a_cursor_does_not_c
     ack = await first.call("authenticate", {"userId": bob})
     assert ack["recovered"] is False
     await harness.complete(bob, first, skip=6)
-    # A cursor that is given counts, also where it is older, and where it is none.
+    # A given cursor takes precedence, even if it is older or invalid.
     third = await harness.cursor(ada, 3)
     ack = await second.call("authenticate", {"userId": ada, "cursor": third})
     assert (ack["recovered"], ack["cursor"]) == (True, third)
@@ -262,7 +259,7 @@ async def test_an_offset_that_is_not_the_users_or_comes_with_a_cursor_does_not_c
     assert (await second.call("authenticate", {"userId": ada, "cursor": ""}))["recovered"] is False
 
 
-async def test_a_disconnect_has_ended_the_pid_before_the_packet_behind_it_asks_for_it(harness: RecoveryHarness) -> None:
+async def test_a_disconnect_ends_the_pid_before_the_next_packet_is_handled(harness: RecoveryHarness) -> None:
     user = harness.user()
     async with wire(harness, userId=user) as client:
         again = json.dumps({"pid": client.pid})
@@ -278,7 +275,7 @@ async def test_a_disconnect_has_ended_the_pid_before_the_packet_behind_it_asks_f
 
 
 @every_way
-async def test_a_client_whose_handshake_names_its_user_is_told_so_first_and_nothing_is_doubled(
+async def test_a_handshake_that_names_its_user_is_answered_first_and_duplicates_nothing(
     harness: RecoveryHarness, way: str
 ) -> None:
     user = harness.user()
@@ -290,7 +287,7 @@ async def test_a_client_whose_handshake_names_its_user_is_told_so_first_and_noth
         client.do("cut")
         await client.disconnected()
     await harness.recorder.finish(running)
-    for client in clients:  # The known pid counts before the cursor, which is still the old one.
+    for client in clients:  # A known pid takes precedence over the cursor, which is still the old one.
         client.do("connect")
         assert (await client.connected(2))["recovered"] is True
     for client, began, recovered in zip(clients, (0, 1), (False, True), strict=True):
@@ -306,7 +303,7 @@ async def test_a_client_whose_handshake_names_its_user_is_told_so_first_and_noth
 
 @every_way
 @pytest.mark.parametrize("given", ["nothing", "its newest cursor", "no cursor"])
-async def test_a_connect_handler_that_authenticates_again_gets_a_fresh_ack_and_nothing_again(
+async def test_a_connect_handler_that_authenticates_again_gets_a_fresh_ack_and_no_event_twice(
     harness: RecoveryHarness, way: str, given: str
 ) -> None:
     user = harness.user()

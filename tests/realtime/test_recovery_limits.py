@@ -1,4 +1,4 @@
-"""Recovery while the log is away, without recovery, by tokens, after restarts and for slow readers."""
+"""Recovery while the log is unavailable, without recovery, by tokens, after restarts and for slow readers."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ pytestmark = [needs_node, pytest.mark.asyncio(loop_scope="module")]
 
 
 class SilentLog(MemoryLog):
-    """One that does not answer these questions."""
+    """Does not answer these calls."""
 
     silent: tuple[str, ...] = ()
 
@@ -45,7 +45,7 @@ class SilentLog(MemoryLog):
 
 
 @both_ways
-async def test_while_the_log_does_not_answer_a_client_comes_back_until_it_is_recovered(
+async def test_a_client_reconnects_until_the_log_is_available_and_is_recovered(
     shared_harness: RecoveryHarness, tmp_path: Path, way: str
 ) -> None:
     log = SilentLog(epoch="e1", credits=100, clock=now)
@@ -62,11 +62,11 @@ async def test_while_the_log_does_not_answer_a_client_comes_back_until_it_is_rec
         log.silent = ()
         assert (await client.connected(2))["recovered"] is True
         await harness.complete("eve", client)
-        # Over polling the client tells of each try that came to nothing; a refusal would have a code.
+        # Over polling the client reports each failed attempt; a refusal would have a code.
         assert not any("data" in each for each in client.on("refused"))
 
 
-async def test_an_authenticate_that_the_log_did_not_answer_leaves_the_pid_where_it_was(
+async def test_an_authenticate_that_fails_on_the_log_does_not_change_the_session(
     shared_harness: RecoveryHarness, tmp_path: Path
 ) -> None:
     log = SilentLog(epoch="e1", credits=100, clock=now)
@@ -84,14 +84,14 @@ async def test_an_authenticate_that_the_log_did_not_answer_leaves_the_pid_where_
 
 
 @pytest.mark.parametrize("where", ["handshake", "authenticate"])
-async def test_a_client_of_one_argument_gets_one_with_the_cursor_in_it_and_goes_on_from_there(
+async def test_a_client_without_recovery_gets_the_cursor_as_a_key_and_continues_from_it(
     harness: RecoveryHarness, where: str
 ) -> None:
-    user, told = harness.user(), list[dict[str, Any]]()
+    user, received = harness.user(), list[dict[str, Any]]()
     news = asyncio.Event()
 
     def one_argument(data: dict[str, Any]) -> None:
-        told.append(data)
+        received.append(data)
         news.set()
 
     def listen(client: Any) -> None:
@@ -100,7 +100,7 @@ async def test_a_client_of_one_argument_gets_one_with_the_cursor_in_it_and_goes_
 
     async def until(count: int) -> None:
         async with asyncio.timeout(TIMEOUT):
-            while len(told) < count:
+            while len(received) < count:
                 news.clear()
                 await news.wait()
 
@@ -111,16 +111,16 @@ async def test_a_client_of_one_argument_gets_one_with_the_cursor_in_it_and_goes_
         assert (await phone.authenticate(user, **said))["recovered"] is False
         running = await harness.recorder.move(await harness.recorder.start(user), "composition")
         await until(2)
-    assert [data["cursor"] for data in told] == [await harness.cursor(user, 1), await harness.cursor(user, 2)]
+    assert [data["cursor"] for data in received] == [await harness.cursor(user, 1), await harness.cursor(user, 2)]
     await harness.recorder.finish(running)
     async with harness.service.phone(**handshake) as phone:
         listen(phone.client)
-        ack = await phone.authenticate(user, cursor=told[-1]["cursor"], **said)
+        ack = await phone.authenticate(user, cursor=received[-1]["cursor"], **said)
         assert ack["recovered"] is True
         await until(6)
         await harness.recorder.run_to_end(user)
         await until(12)
-    events = [{key: value for key, value in data.items() if key != "cursor"} for data in told]
+    events = [{key: value for key, value in data.items() if key != "cursor"} for data in received]
     assert events == [data for _, data in await harness.feed(user)]
 
 
@@ -140,7 +140,7 @@ async def test_a_client_without_recovery_has_no_usable_pid(harness: RecoveryHarn
 
 
 @both_ways
-async def test_a_replay_that_was_asked_for_is_not_resumed_and_takes_no_cursor_back(
+async def test_a_requested_replay_is_not_resumed_and_does_not_move_the_cursor_back(
     harness: RecoveryHarness, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engineio_socket, "MAX_BATCH", 1)
@@ -161,18 +161,18 @@ async def test_a_replay_that_was_asked_for_is_not_resumed_and_takes_no_cursor_ba
     await client.until(lambda: len(client.events) == 5)
     assert client.events[4][1]["generationId"] == running.generation_id
     again = await client.call("subscribe_to_generation", {"generationId": old.generation_id})
-    assert again["ok"] is True  # It was before the cursor, and so counts as sent.
+    assert again["ok"] is True  # It is before the cursor, so it counts as sent.
     await client.call("subscribe_to_generation", {"generationId": old.generation_id, "after": 3})
     await client.until(lambda: len(client.events) == 8)
     assert [data["sequence"] for _, data in client.events[5:]] == [4, 5, 6]
-    # Each replayed event carried the place that the feed had been shown up to.
+    # Each replayed event carried the cursor that the feed had reached.
     place = await harness.cursor(user, 7)
     assert [further for [further] in client.further[:4]] == [place] * 4
     assert [further for [further] in client.further[5:]] == [await harness.cursor(user, 8)] * 3
     await harness.complete(user, client, after=8, skip=8)
 
 
-async def test_replays_that_are_asked_for_while_events_come_take_no_cursor_back(harness: RecoveryHarness) -> None:
+async def test_replays_during_live_events_do_not_move_the_cursor_back(harness: RecoveryHarness) -> None:
     user = harness.user()
     old = [await harness.recorder.run_to_end(user) for _ in range(5)]
     line = await harness.line(30, 60, 20, 200)
@@ -209,11 +209,11 @@ async def keyed(shared_harness: RecoveryHarness, images: Path, clock: SteppableC
     async with other_service(shared_harness, images, {"clock": clock}, jwt_secret=SECRET) as harness:
         yield harness
         harness.service.phones.clear()
-        harness.service.server.begin_shutdown(now=True)  # HTTP is not asked without a token what holds.
+        harness.service.server.begin_shutdown(now=True)  # The checks at the end would need a token.
         await harness.service.until(lambda: harness.service.server.should_exit)
 
 
-async def test_with_a_key_a_pid_is_good_until_its_token_ends(
+async def test_a_pid_is_valid_until_its_token_expires(
     shared_harness: RecoveryHarness, tmp_path: Path, clock: SteppableClock
 ) -> None:
     async with keyed(shared_harness, tmp_path, clock) as harness:
@@ -225,7 +225,7 @@ async def test_with_a_key_a_pid_is_good_until_its_token_ends(
         for client in clients:
             await client.connected()
         await harness.service.until(lambda: len(harness.service.service.hub.rooms.get("eve", ())) == 3)
-        # The last of them shows a token in each handshake; the second extends its own.
+        # The last one sends a token in each handshake; the second one renews its own.
         running = await harness.recorder.start("eve")
         ack = await clients[1].call("authenticate", {"token": token(clock, "eve", 120)})
         assert (ack["ok"], ack["recovered"]) == (True, False)
@@ -247,7 +247,7 @@ async def test_with_a_key_a_pid_is_good_until_its_token_ends(
         for client, good in zip(clients, (False, True, True), strict=True):
             client.do("connect")
             assert (await client.connected(3))["recovered"] is good
-        # It proves again who it is, and has missed nothing.
+        # It authenticates again, and has missed nothing.
         assert (await clients[0].call("authenticate", {"userId": "eve"}))["code"] == "unauthenticated"
         ack = await clients[0].call("authenticate", {"token": token(clock, "eve", 60)})
         assert ack["recovered"] is True
@@ -255,7 +255,7 @@ async def test_with_a_key_a_pid_is_good_until_its_token_ends(
 
 
 @both_ways
-async def test_a_socket_closed_at_the_end_of_its_token_is_told_and_goes_on_with_a_fresh_one(
+async def test_a_socket_closed_when_its_token_expires_is_notified_and_continues_with_a_fresh_one(
     shared_harness: RecoveryHarness, tmp_path: Path, clock: SteppableClock, way: str
 ) -> None:
     async with keyed(shared_harness, tmp_path, clock) as harness:
@@ -273,7 +273,7 @@ async def test_a_socket_closed_at_the_end_of_its_token_is_told_and_goes_on_with_
         await harness.complete("eve", client)
 
 
-async def test_a_handshake_whose_token_names_another_user_does_not_take_the_pid_up(
+async def test_a_handshake_with_a_token_of_another_user_does_not_resume_the_pid(
     shared_harness: RecoveryHarness, tmp_path: Path, clock: SteppableClock
 ) -> None:
     async with keyed(shared_harness, tmp_path, clock) as harness:
@@ -301,13 +301,13 @@ async def test_a_session_is_kept_while_it_is_connected_and_for_retention_after_t
         pid = (await client.connected())["pid"]
         touch, touched = sessions.touch, list[Any]()
 
-        async def told(pids: Any, *, at: Any) -> None:
+        async def recorded(pids: Any, *, at: Any) -> None:
             await touch(pids, at=at)
             touched.append((set(pids), at))
 
-        sessions.touch = told  # type: ignore[method-assign]
+        sessions.touch = recorded  # type: ignore[method-assign]
         await harness.recorder.start("eve")
-        for _ in range(3):  # The house is kept ten times in a retention.
+        for _ in range(3):  # Housekeeping runs ten times per retention.
             clock.step(0.9)
             await harness.service.until(lambda: ({pid}, clock()) in touched)
         clock.step(0.5)
@@ -325,13 +325,13 @@ async def test_a_session_is_kept_while_it_is_connected_and_for_retention_after_t
         clock.step(1)
         client.do("connect")
         assert (await client.connected(3))["recovered"] is False
-        # Its generations still run, so its offset is still good: nothing was lost.
+        # Its generations still run, so its offset is still usable: nothing was lost.
         assert (await client.call("authenticate", {"userId": "eve"}))["recovered"] is True
         await harness.complete("eve", client)
 
 
 @both_ways
-async def test_after_a_restart_with_a_log_in_memory_nothing_is_recovered_and_events_flow_on(
+async def test_after_a_restart_with_a_memory_log_nothing_is_recovered_and_events_continue(
     shared_harness: RecoveryHarness, tmp_path: Path, way: str
 ) -> None:
     line = await shared_harness.line()
@@ -345,7 +345,7 @@ async def test_after_a_restart_with_a_log_in_memory_nothing_is_recovered_and_eve
         pid = (await client.connected())["pid"]
         line.down = True
         line.fall()
-        del harness.browsers.open_browsers[client.id]  # Whom the end of this harness does not send away.
+        del harness.browsers.open_browsers[client.id]  # So that the harness does not close it at its end.
     async with other_service(shared_harness, tmp_path / "two") as harness:
         harness.browsers.open_browsers[client.id] = client
         await harness.recorder.start("eve")
@@ -361,11 +361,11 @@ async def test_after_a_restart_with_a_log_in_memory_nothing_is_recovered_and_eve
             assert (await other.authenticate(userId="eve", cursor=cursor))["recovered"] is False
 
 
-async def test_a_slow_reader_recovers_thousands_of_events_and_is_never_cut_while_it_moves(
+async def test_a_slow_reader_recovers_thousands_of_events_and_is_not_disconnected_while_it_reads(
     harness: RecoveryHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 3.0)
-    # Each takes a log in a file long to write; read they are by pages, which does not change with their number.
+    # A file log takes long to write each event. They are read by pages, whatever their number.
     count = 1_500 if harness.service.service.log.durable else 5_000
     user = harness.user()
     line = await harness.line()
@@ -383,7 +383,7 @@ async def test_a_slow_reader_recovers_thousands_of_events_and_is_never_cut_while
     assert len(client.on("disconnect")) == 1
 
 
-async def test_a_reader_that_stops_is_closed_and_recovers_later(
+async def test_a_stalled_reader_is_disconnected_and_recovers_later(
     harness: RecoveryHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 0.5)
@@ -402,7 +402,7 @@ async def test_a_reader_that_stops_is_closed_and_recovers_later(
     await harness.complete(user, client)
 
 
-async def test_of_many_that_take_up_one_pid_at_once_one_stays(harness: RecoveryHarness) -> None:
+async def test_of_many_sockets_that_resume_one_pid_at_once_one_remains(harness: RecoveryHarness) -> None:
     user = harness.user()
     pid = await session(harness, user)
     await harness.recorder.run_to_end(user)
@@ -416,26 +416,26 @@ async def test_of_many_that_take_up_one_pid_at_once_one_stays(harness: RecoveryH
         each.transport.abort()
 
 
-async def test_who_has_been_recovered_is_not_asked_to_authenticate(
+async def test_a_recovered_socket_need_not_authenticate(
     shared_harness: RecoveryHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with other_service(shared_harness, tmp_path) as harness:
         client = harness.open("eve")
         await client.ack()
-        # It comes back by itself, and tries again where a slow machine is not in time.
+        # It reconnects by itself, and tries again if a slow machine is late.
         monkeypatch.setattr(harness.service.service.sockets, "_auth_timeout", 0.3)
         client.do("cut")
         assert (await client.connected(2))["recovered"] is True
-        await asyncio.sleep(0.6)  # Longer than the patience: what is awaited is that nothing happens.
+        await asyncio.sleep(0.6)  # Longer than the timeout: nothing may happen.
         assert len(client.on("disconnect")) == 1
         await harness.complete("eve", client)
 
 
 @pytest.mark.parametrize("back", ["by a user who comes back", "by a cursor that is given"])
-async def test_what_a_session_begins_anew_is_recovered_although_the_client_still_says_an_offset_from_before(
+async def test_a_session_restarted_by_authenticate_is_recovered_despite_an_older_offset(
     harness: RecoveryHarness, back: str
 ) -> None:
-    """The connection falls before the first event of a replay of what the client had once been sent."""
+    """The connection is lost before the first event of a replay of events that the client once got."""
     ada, bob = harness.user(), harness.user()
     line = await harness.line()
     client = harness.open(ada, line=line, **WAITS)

@@ -33,7 +33,7 @@ async def _offset_counts_after(harness: RecoveryHarness, pid: Any) -> None:
         assert client.pid != pid
         await client.connection.send("421" + json.dumps(["subscribe_to_generation", {"generationId": "x"}]))
         assert (await client.next("431"))[0]["code"] == "unauthenticated"
-        # One that fails changes nothing: the offset still counts.
+        # A failed one changes nothing: the offset still applies.
         assert (await client.authenticate(userId=""))["code"] == "bad_request"
         ack = await client.authenticate(userId=user)
         assert (ack["recovered"], ack["cursor"]) == (True, offset)
@@ -44,7 +44,7 @@ async def _offset_counts_after(harness: RecoveryHarness, pid: Any) -> None:
         assert await client.events(4) == (await harness.feed(user))[2:]
 
 
-async def test_a_pid_is_unusable_where_the_handshake_names_another_user(harness: RecoveryHarness) -> None:
+async def test_a_pid_is_unusable_if_the_handshake_names_another_user(harness: RecoveryHarness) -> None:
     ada, bob = harness.user(), harness.user()
     await harness.recorder.run_to_end(ada)
     running = await harness.recorder.start(bob)
@@ -59,7 +59,7 @@ async def test_a_pid_is_unusable_where_the_handshake_names_another_user(harness:
 
 
 @pytest.mark.parametrize("offset", ["", "x", 7, None, True, [], {}, "another's", "of another log", "older", "left out"])
-async def test_an_offset_that_is_none_of_the_sessions_counts_as_its_base(harness: RecoveryHarness, offset: Any) -> None:
+async def test_an_offset_from_outside_the_session_counts_as_its_base(harness: RecoveryHarness, offset: Any) -> None:
     user, other = harness.user(), harness.user()
     await harness.recorder.run_to_end(user)
     await harness.recorder.run_to_end(other)
@@ -77,7 +77,7 @@ async def test_an_offset_that_is_none_of_the_sessions_counts_as_its_base(harness
 
 
 @pytest.mark.parametrize("fault", ["an id that never was", "a place that is not yet", "a generation deleted since"])
-async def test_an_offset_that_is_unusable_otherwise_makes_the_pid_so(harness: RecoveryHarness, fault: str) -> None:
+async def test_an_unusable_offset_makes_the_pid_unusable(harness: RecoveryHarness, fault: str) -> None:
     user = harness.user()
     pid = await session(harness, user)
     generation = await harness.recorder.run_to_end(user)
@@ -97,7 +97,7 @@ async def test_an_offset_that_is_unusable_otherwise_makes_the_pid_so(harness: Re
 
 
 @both_ways
-async def test_an_offset_behind_retention_is_not_recovered_and_says_so(harness: RecoveryHarness, way: str) -> None:
+async def test_an_offset_before_the_floor_is_not_recovered(harness: RecoveryHarness, way: str) -> None:
     user = harness.user()
     client = harness.open(user, way, **WAITS)
     await client.ack()
@@ -116,11 +116,11 @@ async def test_an_offset_behind_retention_is_not_recovered_and_says_so(harness: 
     assert ack["recovered"] is False
     assert [(each["generationId"], each["sequence"]) for each in ack["generations"]] == [(running.generation_id, 2)]
     await harness.recorder.finish(running)
-    # What still ran is sent anew, and then what comes.
+    # Running generations are replayed, then live events follow.
     await harness.complete(user, client, skip=1)
 
 
-async def test_a_generation_that_had_ended_and_was_purged_takes_no_offset_away(harness: RecoveryHarness) -> None:
+async def test_purging_a_finished_generation_keeps_the_offset_usable(harness: RecoveryHarness) -> None:
     user = harness.user()
     client = harness.open(user, **WAITS)
     await client.ack()
@@ -135,7 +135,7 @@ async def test_a_generation_that_had_ended_and_was_purged_takes_no_offset_away(h
     await harness.complete(user, client, skip=6)
 
 
-async def test_a_pid_taken_up_again_closes_the_older_socket(harness: RecoveryHarness) -> None:
+async def test_resuming_a_pid_closes_the_older_socket(harness: RecoveryHarness) -> None:
     for way in WAYS:
         user = harness.user()
         client = harness.open(user, way, **WAITS)
@@ -153,13 +153,13 @@ async def test_a_pid_taken_up_again_closes_the_older_socket(harness: RecoveryHar
             assert await newer.events(2) == (await harness.feed(user))[6:]
             assert len(client.events) == 6
             assert len(harness.service.service.hub.rooms[user]) == 1
-            client.do("connect")  # And that one has it back in the same way.
+            client.do("connect")  # The first one gets it back in the same way.
             assert (await client.connected(2))["recovered"] is True
             assert not [frame for frame in await frames_until_close(newer.connection) if frame.startswith("41")]
         await harness.complete(user, client)
 
 
-async def test_the_devices_of_a_user_are_recovered_each_for_itself(harness: RecoveryHarness) -> None:
+async def test_each_device_of_a_user_is_recovered_separately(harness: RecoveryHarness) -> None:
     user = harness.user()
     phone, laptop = harness.open(user, **WAITS), harness.open(user, "polling", **WAITS)
     await phone.ack()
@@ -180,7 +180,7 @@ async def test_the_devices_of_a_user_are_recovered_each_for_itself(harness: Reco
 
 
 @both_ways
-async def test_a_failed_authenticate_changes_nothing_of_what_is_recovered(harness: RecoveryHarness, way: str) -> None:
+async def test_a_failed_authenticate_does_not_affect_recovery(harness: RecoveryHarness, way: str) -> None:
     user = harness.user()
     client = harness.open(user, way, **WAITS)
     await client.ack()

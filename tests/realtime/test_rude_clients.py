@@ -56,7 +56,7 @@ def nothing_is_logged_that_an_operator_would_fear(caplog: pytest.LogCaptureFixtu
 
 
 class Bare:
-    """A WebSocket written by hand, which reads only when told to."""
+    """A WebSocket written by hand, which reads only on request."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader

@@ -25,7 +25,7 @@ def transport() -> Transport:
 
 
 @pytest.mark.parametrize(("size", "fits"), [(1, MAX_EVENTS), (MAX_BYTES // 4, 4), (MAX_BYTES, 1), (MAX_BYTES + 1, 0)])
-def test_there_is_room_up_to_both_limits(transport: Transport, size: int, fits: int) -> None:
+def test_a_buffer_has_room_up_to_both_limits(transport: Transport, size: int, fits: int) -> None:
     buffer, frame = transport.buffer, b"x" * size
     while buffer.has_room(frame):
         buffer.put(frame)
@@ -33,7 +33,7 @@ def test_there_is_room_up_to_both_limits(transport: Transport, size: int, fits: 
 
 
 @pytest.mark.parametrize("size", [1, MAX_BYTES])
-def test_frames_put_without_asking_for_room_abort_the_transport_in_the_end(transport: Transport, size: int) -> None:
+def test_too_many_frames_put_without_a_check_for_room_abort_the_transport(transport: Transport, size: int) -> None:
     for _ in range(3 * MAX_EVENTS):
         transport.buffer.put(b"x" * size)
     assert transport.aborted
@@ -52,7 +52,7 @@ async def test_frames_are_taken_in_order_and_in_batches(transport: Transport) ->
     assert await buffer.take(2) == [b"333"]
 
 
-async def test_a_closed_buffer_gives_what_waits_and_the_last_frame_and_then_nothing(transport: Transport) -> None:
+async def test_a_closed_buffer_yields_its_frames_and_the_last_one_and_then_none(transport: Transport) -> None:
     buffer = transport.buffer
     buffer.put(b"1")
     buffer.close(b"last")
@@ -61,7 +61,7 @@ async def test_a_closed_buffer_gives_what_waits_and_the_last_frame_and_then_noth
     assert await buffer.take(8) == await buffer.take(8) == []
 
 
-async def test_close_wakes_everybody_who_waits(transport: Transport) -> None:
+async def test_close_wakes_all_waiters(transport: Transport) -> None:
     buffer = transport.buffer
     takers = [asyncio.create_task(buffer.take(1)) for _ in range(2)]
     await asyncio.sleep(0)
@@ -107,7 +107,7 @@ async def test_a_client_with_a_backlog_that_takes_nothing_is_aborted(transport: 
     assert transport.aborted
 
 
-def test_bytes_that_the_kernel_does_not_take_are_a_backlog(transport: Transport) -> None:
+def test_bytes_not_accepted_by_the_kernel_are_a_backlog(transport: Transport) -> None:
     checks(transport, unsent=9)
     checks(transport, unsent=8)
     transport.buffer.check_progress(8)

@@ -1,4 +1,4 @@
-"""Who is calling over Socket.IO: by token, until the token's last moment."""
+"""Authentication over Socket.IO by tokens, until they expire."""
 
 import asyncio
 import json
@@ -51,9 +51,9 @@ def clock() -> SteppableClock:
 async def test_a_token_in_the_handshake_authenticates(service: Running, user: JSON) -> None:
     async with wire(service, {"token": token("ada"), **user}) as bare:
         await bare.next()
-        [[name, told, *_]] = bare.events()
-        assert (name, told["ok"], told["userId"]) == ("authenticated", True, "ada")
-        assert told["expiresAt"] == timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo))
+        [[name, welcome, *_]] = bare.events()
+        assert (name, welcome["ok"], welcome["userId"]) == ("authenticated", True, "ada")
+        assert welcome["expiresAt"] == timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo))
         generation_id = await service.start("ada")
         await bare.until_over(generation_id)
 
@@ -70,7 +70,7 @@ async def test_a_token_in_the_handshake_authenticates(service: Running, user: JS
     ],
 )
 @pytest.mark.parametrize("user", [{}, {"userId": "ada"}, {"userId": True}])
-async def test_a_bad_token_refuses_the_connection_and_says_why(
+async def test_a_bad_token_refuses_the_connection_with_a_code(
     service: Running, bad: object, code: str, user: JSON
 ) -> None:
     async with wire(service, hello=False) as bare:
@@ -80,7 +80,7 @@ async def test_a_bad_token_refuses_the_connection_and_says_why(
         assert refusal["data"] == {"code": code}
         assert set(refusal) == {"message", "data"}
         assert refusal["message"].endswith(".")
-        # On the same transport a client may try again.
+        # A client may try again on the same transport.
         assert (await bare.hello({"token": token()})).startswith('40{"sid"')
 
 
@@ -99,7 +99,7 @@ async def test_a_bad_token_refuses_the_connection_and_says_why(
         True,
     ],
 )
-async def test_nothing_else_refuses_the_connection_and_nobody_is_authenticated(service: Running, auth: object) -> None:
+async def test_other_handshakes_connect_unauthenticated(service: Running, auth: object) -> None:
     async with wire(service, auth) as bare:
         nack = await bare.call("subscribe_to_generation", {"generationId": MISSING})
         assert nack["code"] == "unauthenticated"
@@ -111,7 +111,7 @@ async def test_nothing_else_refuses_the_connection_and_nobody_is_authenticated(s
 @pytest.mark.parametrize(
     ("user", "code"), [("bob", "user_mismatch"), ("", "bad_request"), (True, "bad_request"), ({}, "bad_request")]
 )
-async def test_a_handshake_that_names_another_user_than_its_token_is_told_so_first_and_nobody_is_authenticated(
+async def test_a_handshake_that_contradicts_its_token_is_answered_with_an_error_and_is_unauthenticated(
     service: Running, user: object, code: str
 ) -> None:
     async with wire(service, {"userId": user, "token": token("ada")}) as bare:
@@ -130,7 +130,7 @@ async def test_a_handshake_that_names_another_user_than_its_token_is_told_so_fir
     ("sub", "argument", "user"),
     [("ada", {}, "ada"), ("ada", {"userId": "ada"}, "ada"), (123, {"userId": "123"}, "123"), ("1", {"userId": 1}, "1")],
 )
-async def test_the_token_decides_who_it_is(service: Running, sub: object, argument: JSON, user: str) -> None:
+async def test_the_token_determines_the_user(service: Running, sub: object, argument: JSON, user: str) -> None:
     async with wire(service) as bare:
         ack = await bare.authenticate(token=token(sub), **argument)
         assert (ack["ok"], ack["userId"]) == (True, user)
@@ -153,7 +153,7 @@ async def test_the_token_decides_who_it_is(service: Running, sub: object, argume
         ("ada", "bad_request"),
     ],
 )
-async def test_who_proves_nothing_is_refused_by_code_and_stays_nobody(
+async def test_an_authentication_without_proof_is_refused_with_a_code(
     service: Running, argument: object, code: str
 ) -> None:
     async with wire(service) as bare:
@@ -185,14 +185,14 @@ async def test_a_failed_authentication_changes_nothing(service: Running, argumen
         assert bare.sequences(theirs) == []
 
 
-async def test_a_token_that_is_still_good_need_not_be_given_again(service: Running) -> None:
+async def test_a_valid_token_need_not_be_sent_again(service: Running) -> None:
     async with wire(service) as bare:
         first = await bare.authenticate(userId="ada", token=token("ada"))
         for argument in ({}, {"userId": "ada"}, {"userId": "ada", "token": None}):
             assert await bare.authenticate(**argument) == first
 
 
-async def test_what_a_socket_was_does_not_outlive_its_disconnect(service: Running) -> None:
+async def test_a_disconnect_ends_the_authentication_of_a_socket(service: Running) -> None:
     async with wire(service, {"token": token("ada")}) as bare:
         await bare.connection.send("41")
         await bare.connection.send("40")
@@ -201,9 +201,9 @@ async def test_what_a_socket_was_does_not_outlive_its_disconnect(service: Runnin
         assert (await bare.authenticate(userId="ada"))["code"] == "unauthenticated"
 
 
-# --- sockets: the end of a token -------------------------------------------------------------------------
+# --- sockets: expiry of a token -------------------------------------------------------------------------
 
-#: Seconds until a short token ends. The service's clock stands still, so that it is always good when it comes.
+#: Seconds until a short token expires. The service's clock is stopped, so that the token is always valid on arrival.
 SHORT: Final = 0.4
 
 
@@ -213,7 +213,7 @@ def short(sub: str = "ada", seconds: float = SHORT) -> str:
 
 @asynccontextmanager
 async def soon_over(service: Running, *asked: JSON) -> AsyncIterator[tuple[Wire, list[JSON], float]]:
-    """A client whose token ends in so many seconds, and the acks of what it has authenticated with before that.
+    """A client whose token expires in so many seconds, and the acks of its authentications before that.
 
     Where the machine was too slow for it, it tries once more, with more time.
     """
@@ -242,7 +242,7 @@ class TestWithTokensThatEnd:
             yield service
 
     @pytest.mark.parametrize("door", ["handshake", "authenticate"])
-    async def test_at_its_end_the_client_is_told_and_the_transport_closed(self, service: Running, door: str) -> None:
+    async def test_at_expiry_the_client_is_notified_and_the_transport_closed(self, service: Running, door: str) -> None:
         begun = asyncio.get_running_loop().time()
         async with wire(service, {"token": short()} if door == "handshake" else None) as bare:
             if door == "authenticate":
@@ -253,7 +253,7 @@ class TestWithTokensThatEnd:
             assert bare.frames[-2:] == ['42["authentication_expired",{"code":"token_expired"}]', "1"]
             assert service.service.hub.rooms == {}
 
-    async def test_so_it_is_over_polling_where_the_end_comes_in_an_answer_of_its_own(
+    async def test_over_polling_the_close_follows_in_a_separate_answer(
         self, service: Running, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(engineio_socket, "CLOSE_GRACE", 60.0)  # The next poll is awaited for so long.
@@ -266,15 +266,13 @@ class TestWithTokensThatEnd:
             while "authentication_expired" not in text and (answer := await service.http.get(client)).is_success:
                 text += answer.text
             if answer.is_success:
-                break  # Else the machine was so slow that it fell between two polls.
+                break  # Otherwise a slow machine let it happen between two polls.
         assert text.endswith('42["authentication_expired",{"code":"token_expired"}]')
         assert "\x1e41" not in text
         assert (await service.http.get(client)).text == "1"
         assert (await service.http.get(client)).status_code == 400
 
-    async def test_nothing_follows_the_notice_and_the_rest_comes_with_a_fresh_token(
-        self, service: Running, pause: Pause
-    ) -> None:
+    async def test_nothing_follows_the_notice_until_a_fresh_token_arrives(self, service: Running, pause: Pause) -> None:
         generation_id = await service.start("ada")
         await pause.reached.wait()
         async with wire(service, {"token": token()}) as bare:
@@ -289,25 +287,25 @@ class TestWithTokensThatEnd:
             await bare.until_over(generation_id)
             assert bare.sequences(generation_id) == [5, 6]
 
-    async def test_a_fresh_token_before_it_goes_on_and_nothing_is_lost_or_doubled(
+    async def test_a_fresh_token_before_expiry_continues_without_loss_or_duplicates(
         self, service: Running, pause: Pause
     ) -> None:
         generation_id = await service.start("ada")
         await pause.reached.wait()
         async with soon_over(service, {"token": token()}) as (bare, [ack], seconds):
             assert ack["expiresAt"] == timestamp(datetime.fromtimestamp(GOOD, NOON.tzinfo))
-            await asyncio.sleep(seconds + 0.2)  # What is awaited is that nothing happens.
+            await asyncio.sleep(seconds + 0.2)  # Nothing may happen.
             pause.released.set()
             await bare.until_over(generation_id)
             assert bare.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
-    async def test_an_ack_without_a_fresh_token_does_not_put_it_off(self, service: Running) -> None:
+    async def test_authenticating_without_a_fresh_token_does_not_extend_the_session(self, service: Running) -> None:
         async with soon_over(service, {"userId": "ada"}, {"token": "nonsense"}) as (bare, acks, _):
             assert [ack["ok"] for ack in acks] == [True, False]
             await bare.closed()
             assert bare.events()[-1] == ["authentication_expired", {"code": "token_expired"}]
 
-    async def test_the_end_that_counts_is_the_present_users(self, service: Running, pause: Pause) -> None:
+    async def test_only_the_expiry_of_the_current_user_applies(self, service: Running, pause: Pause) -> None:
         generation_id = await service.start("bob")
         await pause.reached.wait()
         async with (
@@ -323,9 +321,7 @@ class TestWithTokensThatEnd:
             assert stays.sequences(generation_id) == [1, 2, 3, 4, 5, 6]
 
 
-async def test_a_token_that_has_ended_in_the_meantime_has_to_be_given_anew(
-    tmp_path: Path, clock: SteppableClock
-) -> None:
+async def test_a_token_that_expired_meanwhile_must_be_replaced(tmp_path: Path, clock: SteppableClock) -> None:
     async with (
         guarded(tmp_path, overrides={"clock": clock}) as service,
         wire(service, {"token": token(exp=NOON.timestamp() + 60)}) as bare,
@@ -334,11 +330,11 @@ async def test_a_token_that_has_ended_in_the_meantime_has_to_be_given_anew(
         assert (await bare.authenticate(userId="ada"))["ok"] is False
 
 
-# --- sockets: one user after the other (case 13) ---------------------------------------------------------
+# --- sockets: one user after the other -------------------------------------------------------------------
 
 
 class GatedLog(MemoryLog):
-    """Tells where a user's feed is only once that user's gate is open."""
+    """Returns the head of a user's feed only once that user's gate is open."""
 
     def __init__(self) -> None:
         super().__init__(epoch="e", credits=100, clock=now)
@@ -376,7 +372,7 @@ class TestOneUserAfterTheOther:
 
     @pytest_asyncio.fixture(loop_scope="module")
     async def ids(self, service: Running) -> dict[str, str]:
-        """A generation of each user, which is worked on."""
+        """A running generation of each user."""
         ids = {user: await service.start(user) for user in ("ada", "bob")}
         for user, generation_id in ids.items():
             while (await service.get(f"/generations/{generation_id}", user))["sequence"] < 4:
@@ -385,7 +381,7 @@ class TestOneUserAfterTheOther:
 
     @pytest.mark.parametrize("order", [["ada", "bob"], ["bob", "ada"], ["ada", "bob", "ada"], ["bob", "bob", "ada"]])
     @pytest.mark.parametrize("waiting", [True, False], ids=["waiting for acks", "pipelined"])
-    async def test_the_last_one_has_it(
+    async def test_the_last_authentication_wins(
         self, service: Running, pause: Pause, ids: dict[str, str], order: list[str], waiting: bool
     ) -> None:
         async with wire(service) as bare:
@@ -403,13 +399,13 @@ class TestOneUserAfterTheOther:
             pause.released.set()
             await bare.until_over(ids[last])
             await self.settle(service, bare)
-            told = [each[1].get("generationId") for each in bare.events(bare.frames[switched:])]
-            assert set(told) == {ids[last]}
+            sent = [each[1].get("generationId") for each in bare.events(bare.frames[switched:])]
+            assert set(sent) == {ids[last]}
             if last not in order[:-1]:
                 assert bare.sequences(ids[last]) == [1, 2, 3, 4, 5, 6]
 
     @pytest.mark.parametrize(("slow", "quick"), [("ada", "bob"), ("bob", "ada")])
-    async def test_the_last_one_has_it_also_where_the_log_answers_the_first_one_later(
+    async def test_the_last_authentication_wins_even_if_the_log_answers_the_first_one_later(
         self, service: Running, pause: Pause, ids: dict[str, str], log: GatedLog, slow: str, quick: str
     ) -> None:
         gate = log.gate(slow)
@@ -427,11 +423,11 @@ class TestOneUserAfterTheOther:
             await bare.until_over(ids[quick])
             await self.settle(service, bare)
             assert bare.sequences(ids[quick]) == [1, 2, 3, 4, 5, 6]
-            told = {each[1].get("generationId") for each in bare.events(bare.frames[switched:])}
-            assert told == {ids[quick]}
+            sent = {each[1].get("generationId") for each in bare.events(bare.frames[switched:])}
+            assert sent == {ids[quick]}
 
     @pytest.mark.parametrize(("slow", "quick"), [("ada", "bob"), ("bob", "ada")])
-    async def test_a_client_that_leaves_while_it_is_recognised_leaves_nothing_behind(
+    async def test_a_client_that_disconnects_during_authentication_leaves_no_state(
         self, service: Running, log: GatedLog, slow: str, quick: str
     ) -> None:
         gate = log.gate(slow)
@@ -443,7 +439,7 @@ class TestOneUserAfterTheOther:
         await service.until_all_disconnected()
 
     async def settle(self, service: Running, bare: Wire) -> None:
-        """Wait until everything is over, and has been sent."""
+        """Wait until all generations have ended and all events are sent."""
         await service.service.leases.drain()
         await service.service.hub.flushed()
         await bare.call("nothing", {})

@@ -462,7 +462,9 @@ async def test_a_stalled_reader_is_bounded_and_closed_and_slows_no_others(
     own_service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = own_service
-    monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 60.0)  # Which no other client reaches, however slow the machine.
+    monkeypatch.setattr(
+        send_buffer, "STALL_TIMEOUT", 60.0
+    )  # Not reached by any other client, however slow the machine.
     stalled = await stalled_device(service)
     [waiting] = service.service.sockets.eio.sockets.values()
     async with service.phone("ada") as neighbour:
@@ -485,7 +487,7 @@ async def test_a_slow_reader_that_resumes_gets_every_event(
     [waiting] = service.service.sockets.eio.sockets.values()
     async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
         pass
-    # Never happens if the kernel has taken everything.
+    # Never happens if the kernel has accepted everything.
     await service.until(lambda: len(waiting.buffer) > send_buffer.MAX_EVENTS // 4)
     slow.transport.resume_reading()
     seen: list[int] = []
