@@ -58,7 +58,7 @@ async def test_standing_has_the_balance_and_the_number_of_unfinished_generations
 # --- one event after another -----------------------------------------------------------------------------
 
 
-async def test_an_append_returns_the_entry_that_everybody_reads(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_an_append_returns_the_entry_that_readers_get(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare_start()
     logged = await log.append(append)
     assert logged == Logged(
@@ -85,7 +85,7 @@ async def test_a_generation_reads_back_as_it_was_written(recorder: EventRecorder
     assert {(entry.first, entry.end) for entry in history.events} == {(1, 8)}
 
 
-async def test_whether_the_last_stage_is_free_is_read_back_and_can_be_withdrawn(
+async def test_the_free_mark_of_the_last_stage_is_stored_and_can_be_withdrawn(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     async def read() -> set[bool]:
@@ -110,7 +110,7 @@ async def test_whether_the_last_stage_is_free_is_read_back_and_can_be_withdrawn(
     await log.mark_paid("edit_1_there_is_none")
 
 
-async def test_only_the_next_sequence_is_taken(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_only_the_next_sequence_is_accepted(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     append, _ = recorder.prepare(generation, "composition")
     before = await image(log, "ada", generation.generation_id)
@@ -134,7 +134,7 @@ async def test_nothing_follows_the_terminal_event(recorder: EventRecorder, log: 
     assert await image(log, "ada", running.generation_id) == before
 
 
-async def test_a_generation_that_never_started_takes_no_event(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_an_event_without_a_start_is_refused(recorder: EventRecorder, log: WholeLog) -> None:
     _, unborn = recorder.prepare_start()
     append, _ = recorder.prepare(unborn, "composition")
     for sequence in (1, 2):
@@ -145,7 +145,7 @@ async def test_a_generation_that_never_started_takes_no_event(recorder: EventRec
     assert (await full_feed(log)).head == 0
 
 
-async def test_an_id_that_is_taken_cannot_be_started_again(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_generation_id_in_use_cannot_be_started_again(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare_start()
     await log.append(append)
     for user_id in ("ada", "bob"):
@@ -157,7 +157,7 @@ async def test_an_id_that_is_taken_cannot_be_started_again(recorder: EventRecord
 # --- many writers ----------------------------------------------------------------------------------------
 
 
-async def test_of_fifty_writers_of_one_sequence_one_wins_and_the_others_conflict(
+async def test_one_of_fifty_writers_of_a_sequence_wins_and_the_others_conflict(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     generation = await recorder.start()
@@ -171,7 +171,7 @@ async def test_of_fifty_writers_of_one_sequence_one_wins_and_the_others_conflict
     assert history.events[1] == won[0]
 
 
-async def test_two_writers_with_equal_bytes_are_two_writers(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_equal_bytes_with_another_event_id_are_a_conflict(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     append, _ = recorder.prepare(generation, "composition")
     await log.append(append)
@@ -179,7 +179,7 @@ async def test_two_writers_with_equal_bytes_are_two_writers(recorder: EventRecor
         await log.append(from_another_writer(append, append.event_id ^ 1))
 
 
-async def test_of_a_cancel_and_a_completion_that_race_one_is_the_end(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_racing_cancel_and_completion_make_one_end(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.move(await recorder.start(), "composition", "composition_completed", "openai_editing")
     generation = await recorder.move(generation, "openai_editing_completed")
     racers = [recorder.prepare(generation, status)[0] for status in ("completed", "failed")]
@@ -193,7 +193,7 @@ async def test_of_a_cancel_and_a_completion_that_race_one_is_the_end(recorder: E
 # --- a reply that was lost -------------------------------------------------------------------------------
 
 
-async def test_an_append_tried_again_is_one_entry_and_succeeds(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_retried_append_succeeds_and_writes_one_entry(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     append, _ = recorder.prepare(generation, "composition")
     logged = await log.append(append)
@@ -202,7 +202,9 @@ async def test_an_append_tried_again_is_one_entry_and_succeeds(recorder: EventRe
     assert await image(log, "ada", generation.generation_id) == before
 
 
-async def test_it_succeeds_also_after_somebody_appended_the_next(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_retry_succeeds_after_another_writer_appended_the_next_event(
+    recorder: EventRecorder, log: WholeLog
+) -> None:
     append, generation = recorder.prepare(await recorder.start(), "composition")
     logged = await log.append(append)
     await recorder.move(generation, "composition_completed", "openai_editing")
@@ -212,14 +214,14 @@ async def test_it_succeeds_also_after_somebody_appended_the_next(recorder: Event
     await recorder.move(await recorder.start(), "composition")
 
 
-async def test_it_succeeds_also_after_the_generation_has_ended(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_retry_succeeds_after_the_generation_has_ended(recorder: EventRecorder, log: WholeLog) -> None:
     append, generation = recorder.prepare(await recorder.start(), "composition")
     logged = await log.append(append)
     ended = await recorder.finish(generation)
     assert await log.append(append) == logged._replace(end=ended.sequence)
 
 
-async def test_the_terminal_append_tried_again_refunds_once(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_retried_failure_refunds_once(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     append, _ = recorder.prepare(generation, "failed")
     logged = await log.append(append)
@@ -229,7 +231,7 @@ async def test_the_terminal_append_tried_again_refunds_once(recorder: EventRecor
 
 
 @pytest.mark.parametrize("key", [None, "k"])
-async def test_the_first_append_tried_again_debits_once(opener: LogOpener, key: str | None) -> None:
+async def test_a_retried_start_debits_once(opener: LogOpener, key: str | None) -> None:
     recorder = await opener(credits=1)
     append, generation = recorder.prepare_start(key=key, max_unfinished=1)
     logged = await recorder.log.append(append)
@@ -240,7 +242,7 @@ async def test_the_first_append_tried_again_debits_once(opener: LogOpener, key: 
     assert (await full_feed(recorder.log)).head == 2
 
 
-async def test_retries_that_race_with_their_own_first_try_are_one_entry(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_racing_retries_of_one_append_write_one_entry(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare(await recorder.start(), "composition")
     won, refused = await race(*(log.append(append) for _ in range(20)))
     assert refused == []
@@ -249,7 +251,7 @@ async def test_retries_that_race_with_their_own_first_try_are_one_entry(recorder
     assert (await full_feed(log)).head == 2
 
 
-async def test_a_retry_at_another_sequence_is_another_event(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_an_event_id_at_another_sequence_is_not_a_retry(recorder: EventRecorder, log: WholeLog) -> None:
     append, generation = recorder.prepare(await recorder.start(), "composition")
     await log.append(append)
     with pytest.raises(Conflict):
@@ -262,7 +264,7 @@ async def test_a_retry_at_another_sequence_is_another_event(recorder: EventRecor
 # --- too late --------------------------------------------------------------------------------------------
 
 
-async def test_an_append_later_than_it_may_be_is_refused_and_nothing_comes_to_life(
+async def test_an_append_after_its_deadline_is_refused_and_starts_nothing(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     append, _ = recorder.prepare_start(key="k", not_after=recorder.clock() + timedelta(seconds=5))
@@ -275,13 +277,13 @@ async def test_an_append_later_than_it_may_be_is_refused_and_nothing_comes_to_li
     assert await log.find_by_idempotency_key("ada", "k") is None
 
 
-async def test_an_append_just_in_time_is_taken(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_an_append_at_its_deadline_is_accepted(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare_start(not_after=recorder.clock() + timedelta(seconds=5))
     recorder.clock.step(5)
     await log.append(append)
 
 
-async def test_an_entry_that_is_in_the_log_is_recognised_however_late(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_retry_is_recognised_after_its_deadline(recorder: EventRecorder, log: WholeLog) -> None:
     append, _ = recorder.prepare_start(not_after=recorder.clock() + timedelta(seconds=5))
     logged = await log.append(append)
     recorder.clock.step(3_600)
@@ -292,7 +294,7 @@ async def test_an_entry_that_is_in_the_log_is_recognised_however_late(recorder: 
 # --- the order of the checks -----------------------------------------------------------------------------
 
 
-async def test_refusals_come_in_the_declared_order(opener: LogOpener) -> None:
+async def test_checks_are_made_in_the_declared_order(opener: LogOpener) -> None:
     recorder = await opener(credits=1)
     log = recorder.log
     first, _ = recorder.prepare_start(key="k", fingerprint="one")
@@ -361,9 +363,7 @@ async def test_interleaved_generations_share_one_feed_in_the_order_of_their_appe
 # --- credit ----------------------------------------------------------------------------------------------
 
 
-async def test_a_credit_is_reserved_at_the_start_and_kept_by_a_completion(
-    recorder: EventRecorder, log: WholeLog
-) -> None:
+async def test_a_start_reserves_a_credit_and_a_completion_spends_it(recorder: EventRecorder, log: WholeLog) -> None:
     assert await log.credit("ada") == 100
     generation = await recorder.start()
     assert await log.credit("ada") == 99
@@ -373,7 +373,7 @@ async def test_a_credit_is_reserved_at_the_start_and_kept_by_a_completion(
     assert [event.get("credit") for event in told] == [99, None, None, None, None, 99]
 
 
-async def test_a_failure_gives_the_credit_back(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_a_failure_refunds_the_credit(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     await recorder.move(generation, "composition", "failed")
     assert await log.credit("ada") == 100
@@ -392,7 +392,7 @@ async def test_without_credit_nothing_starts_and_nothing_changes(opener: LogOpen
     assert await recorder.log.find_by_idempotency_key("ada", "k") is None
 
 
-async def test_of_two_starts_that_race_for_the_last_credit_one_is_taken(opener: LogOpener) -> None:
+async def test_one_of_two_racing_starts_gets_the_last_credit(opener: LogOpener) -> None:
     recorder = await opener(credits=1)
     won, refused = await race(*(recorder.log.append(recorder.prepare_start()[0]) for _ in range(2)))
     assert len(won) == 1
@@ -401,21 +401,21 @@ async def test_of_two_starts_that_race_for_the_last_credit_one_is_taken(opener: 
     assert (await full_feed(recorder.log)).head == 1
 
 
-async def test_a_refunded_credit_can_be_spent_again(opener: LogOpener) -> None:
+async def test_a_refunded_credit_can_be_reserved_again(opener: LogOpener) -> None:
     recorder = await opener(credits=1)
     for _ in range(3):
         await recorder.start_and_fail()
     assert await recorder.log.credit("ada") == 1
 
 
-async def test_balances_of_users_are_their_own(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_balances_are_separate_per_user(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.start("ada")
     await recorder.start("ada")
     await recorder.start("bob")
     assert [await log.credit(user_id) for user_id in ("ada", "bob", "cy")] == [98, 99, 100]
 
 
-async def test_where_no_balances_are_kept_no_event_shows_one_and_nobody_runs_out(opener: LogOpener) -> None:
+async def test_without_balances_no_event_has_one_and_every_start_is_accepted(opener: LogOpener) -> None:
     recorder = await opener(credits=None)
     generations = [await recorder.run_to_end() for _ in range(3)] + [await recorder.start_and_fail()]
     assert await recorder.log.credit("ada") is None
@@ -428,7 +428,7 @@ async def test_where_no_balances_are_kept_no_event_shows_one_and_nobody_runs_out
 # --- idempotency keys ------------------------------------------------------------------------------------
 
 
-async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_twenty_racing_starts_with_one_key_start_and_charge_once(recorder: EventRecorder, log: WholeLog) -> None:
     appends = [recorder.prepare_start(key="k")[0] for _ in range(20)]
     won, refused = await race(*map(log.append, appends))
     assert len(won) == 1
@@ -442,7 +442,7 @@ async def test_of_twenty_racing_starts_with_one_key_one_begins_and_pays(recorder
     assert await log.find_by_idempotency_key("ada", "k") == IdempotencyRecord(won[0].generation_id, "same")
 
 
-async def test_a_key_with_another_request_is_a_mismatch_and_changes_nothing(
+async def test_a_reused_key_with_another_request_is_a_mismatch_and_changes_nothing(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     await recorder.start(key="k", fingerprint="one")
@@ -453,7 +453,7 @@ async def test_a_key_with_another_request_is_a_mismatch_and_changes_nothing(
     assert await image(log, "ada", append.generation_id) == before
 
 
-async def test_a_key_is_its_users_own(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_idempotency_keys_are_separate_per_user(recorder: EventRecorder, log: WholeLog) -> None:
     ada = await recorder.start("ada", key="k", fingerprint="one")
     assert await log.find_by_idempotency_key("bob", "k") is None
     bob = await recorder.start("bob", key="k", fingerprint="two")
@@ -463,7 +463,7 @@ async def test_a_key_is_its_users_own(recorder: EventRecorder, log: WholeLog) ->
 
 
 @pytest.mark.parametrize("retention", [True, False])
-async def test_a_key_outlives_the_end_of_its_generation_and_dies_with_its_removal(
+async def test_an_idempotency_key_lasts_until_its_generation_is_removed(
     recorder: EventRecorder, log: WholeLog, retention: bool
 ) -> None:
     first = await recorder.start_and_fail(key="k", fingerprint="one")
@@ -478,7 +478,9 @@ async def test_a_key_outlives_the_end_of_its_generation_and_dies_with_its_remova
 # --- how many at once ------------------------------------------------------------------------------------
 
 
-async def test_no_more_than_allowed_are_unfinished_however_many_race(recorder: EventRecorder, log: WholeLog) -> None:
+async def test_racing_starts_never_exceed_the_limit_of_unfinished_generations(
+    recorder: EventRecorder, log: WholeLog
+) -> None:
     appends = [recorder.prepare_start(max_unfinished=3)[0] for _ in range(20)]
     won, refused = await race(*map(log.append, appends))
     assert len(won) == 3
@@ -487,7 +489,7 @@ async def test_no_more_than_allowed_are_unfinished_however_many_race(recorder: E
     assert len(await log.unfinished()) == 3
 
 
-async def test_the_end_of_one_makes_room_for_the_next_and_others_do_not_count(
+async def test_the_limit_of_unfinished_generations_is_per_user_and_an_end_makes_room(
     recorder: EventRecorder, log: WholeLog
 ) -> None:
     one = await recorder.start(max_unfinished=1)

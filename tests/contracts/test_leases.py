@@ -27,7 +27,7 @@ async def turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_was_offered_first_by_a_user_is_claimed_first(leases: Leases) -> None:
+async def test_jobs_of_a_user_are_claimed_in_the_order_offered(leases: Leases) -> None:
     for name in ("a1", "a2", "a3"):
         await leases.offer("ada", name)
     assert await leases.count() == (3, 0)
@@ -35,7 +35,7 @@ async def test_what_was_offered_first_by_a_user_is_claimed_first(leases: Leases)
     assert await leases.count() == (0, 3)
 
 
-async def test_nobodys_many_jobs_delay_anothers_first(leases: Leases) -> None:
+async def test_many_jobs_of_one_user_do_not_delay_the_first_of_another(leases: Leases) -> None:
     for name in ("a1", "a2", "a3", "a4"):
         await leases.offer("ada", name)
     for name in ("b1", "b2"):
@@ -44,7 +44,7 @@ async def test_nobodys_many_jobs_delay_anothers_first(leases: Leases) -> None:
     assert [await claim(leases) for _ in range(7)] == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
 
 
-async def test_who_comes_late_waits_one_round_at_most(leases: Leases) -> None:
+async def test_a_late_user_waits_for_one_round_at_most(leases: Leases) -> None:
     for number in range(50):
         await leases.offer("ada", f"a{number}")
     assert await claim(leases) == "a0"
@@ -52,7 +52,7 @@ async def test_who_comes_late_waits_one_round_at_most(leases: Leases) -> None:
     assert "b0" in [await claim(leases), await claim(leases)]
 
 
-async def test_who_offers_again_and_again_does_not_overtake(leases: Leases) -> None:
+async def test_a_user_who_keeps_offering_does_not_overtake_others(leases: Leases) -> None:
     await leases.offer("ada", "a1")
     await leases.offer("bob", "b1")
     assert await claim(leases) == "a1"
@@ -100,13 +100,13 @@ async def test_a_cancelled_claim_loses_nothing(leases: Leases, turns_between: in
     assert (await leases.count()).waiting == 0
 
 
-async def test_what_was_released_is_neither_held_nor_waiting(leases: Leases) -> None:
+async def test_a_released_job_is_neither_claimed_nor_waiting(leases: Leases) -> None:
     await leases.offer("ada", "a1")
     await leases.release(await claim(leases))
     assert await leases.count() == (0, 0)
 
 
-async def test_releasing_what_is_not_held_changes_nothing(leases: Leases) -> None:
+async def test_releasing_an_unclaimed_job_changes_nothing(leases: Leases) -> None:
     await leases.offer("ada", "a1")
     await leases.release("a1")
     await leases.release("unknown")
@@ -114,7 +114,7 @@ async def test_releasing_what_is_not_held_changes_nothing(leases: Leases) -> Non
     assert await claim(leases) == "a1"
 
 
-async def test_what_was_withdrawn_is_not_claimed_and_makes_room(leases: Leases) -> None:
+async def test_a_withdrawn_job_is_not_claimed_and_makes_room(leases: Leases) -> None:
     for name in ("a1", "a2", "a3"):
         await leases.offer("ada", name)
     await leases.offer("bob", "b1")
@@ -125,7 +125,7 @@ async def test_what_was_withdrawn_is_not_claimed_and_makes_room(leases: Leases) 
     assert (await leases.count()).waiting == 0
 
 
-async def test_what_does_not_wait_cannot_be_withdrawn(leases: Leases) -> None:
+async def test_a_job_that_does_not_wait_cannot_be_withdrawn(leases: Leases) -> None:
     await leases.offer("ada", "a1")
     assert await claim(leases) == "a1"
     assert await leases.withdraw("a1") is False
@@ -133,7 +133,7 @@ async def test_what_does_not_wait_cannot_be_withdrawn(leases: Leases) -> None:
     assert (await leases.count()).held == 1
 
 
-async def test_withdrawing_the_last_one_settles_the_line(leases: Leases) -> None:
+async def test_withdrawing_the_last_job_settles_the_queue(leases: Leases) -> None:
     await leases.offer("ada", "a1")
     settled = asyncio.create_task(leases.drain())
     await turns()
@@ -143,7 +143,7 @@ async def test_withdrawing_the_last_one_settles_the_line(leases: Leases) -> None
         await settled
 
 
-async def test_settled_waits_for_what_waits_and_for_what_is_held(leases: Leases) -> None:
+async def test_settled_waits_for_waiting_and_claimed_jobs(leases: Leases) -> None:
     async with asyncio.timeout(20):
         await leases.drain()
     await leases.offer("ada", "a1")
@@ -179,7 +179,7 @@ async def claim_fetch(leases: Leases) -> str:
         return await leases.claim(fetching=True)
 
 
-async def test_a_line_of_fetches_is_apart_from_that_of_work(leases: Leases) -> None:
+async def test_fetching_and_work_have_separate_queues(leases: Leases) -> None:
     await leases.offer("ada", "f1", fetching=True)
     await leases.offer("ada", "w1")
     assert await leases.count() == (2, 0)
@@ -188,7 +188,7 @@ async def test_a_line_of_fetches_is_apart_from_that_of_work(leases: Leases) -> N
     assert await leases.renew(["w1", "f1", "x"]) == ["x"]
 
 
-async def test_of_one_user_two_are_fetched_for_at_once_and_others_do_not_wait_for_that(leases: Leases) -> None:
+async def test_at_most_two_jobs_of_a_user_fetch_at_once_and_others_do_not_wait(leases: Leases) -> None:
     for name in ("a1", "a2", "a3"):
         await leases.offer("ada", name, fetching=True)
     assert [await claim_fetch(leases), await claim_fetch(leases)] == ["a1", "a2"]
@@ -202,7 +202,7 @@ async def test_of_one_user_two_are_fetched_for_at_once_and_others_do_not_wait_fo
     assert await claim_fetch(leases) == "a3"
 
 
-async def test_what_is_fetched_for_makes_room_once_it_is_claimed_for_work(leases: Leases) -> None:
+async def test_a_fetched_job_frees_its_fetch_slot_once_it_is_claimed_for_work(leases: Leases) -> None:
     for name in ("a1", "a2", "a3"):
         await leases.offer("ada", name, fetching=True)
     first, _ = await claim_fetch(leases), await claim_fetch(leases)
@@ -218,7 +218,7 @@ async def test_what_is_fetched_for_makes_room_once_it_is_claimed_for_work(leases
     assert (await leases.count()).held == 2
 
 
-async def test_what_waits_to_be_fetched_for_can_be_withdrawn(leases: Leases) -> None:
+async def test_a_job_that_waits_to_fetch_can_be_withdrawn(leases: Leases) -> None:
     await leases.offer("ada", "a1", fetching=True)
     assert await leases.withdraw("a1") is True
     assert await leases.withdraw("a1") is False

@@ -19,7 +19,7 @@ from domain.events import timestamp
 from domain.feed import Cursor
 from support.builders import NOON, SteppableClock, memory_storage
 from support.doubles import Pause, ScriptedEditor
-from support.guarded import BAD, EXPIRED, GOOD, MISSING, Wire, guarded, token, wire
+from support.guarded import BAD, EXPIRED, GOOD, MISSING, FrameClient, guarded, token, wire
 from support.harness import JSON, Running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -212,7 +212,7 @@ def short(sub: str = "ada", seconds: float = SHORT) -> str:
 
 
 @asynccontextmanager
-async def soon_over(service: Running, *asked: JSON) -> AsyncIterator[tuple[Wire, list[JSON], float]]:
+async def soon_over(service: Running, *asked: JSON) -> AsyncIterator[tuple[FrameClient, list[JSON], float]]:
     """A client whose token expires in so many seconds, and the acks of its authentications before that.
 
     Where the machine was too slow for it, it tries once more, with more time.
@@ -438,7 +438,7 @@ class TestOneUserAfterTheOther:
         gate.set()
         await service.until_all_disconnected()
 
-    async def settle(self, service: Running, bare: Wire) -> None:
+    async def settle(self, service: Running, bare: FrameClient) -> None:
         """Wait until all generations have ended and all events are sent."""
         await service.service.leases.drain()
         await service.service.hub.flushed()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from support.case_server import Process, ServedService
+from support.case_server import HostProcess, ServedService
 from support.processes import allow_sockets
 from support.wire import JSON, Wire, hang_up
 
@@ -65,7 +65,7 @@ def case(
 class Trial:
     """One case being tried."""
 
-    process: Process
+    process: HostProcess
     folder: Path
     #: Whether times are judged, or only told.
     timed: bool
@@ -88,7 +88,7 @@ class Trial:
             self.report("tables empty after", await seconds_of(served.until(lambda figures: figures.idle)), "s")
         self.check_logged(self.process)
 
-    def check_logged(self, process: Process) -> None:
+    def check_logged(self, process: HostProcess) -> None:
         """I9, of what the service has logged."""
         for line in process.logged:
             assert not any(word in line for word in ("Traceback", "ERROR", SECRET, str(self.folder))), line
@@ -105,15 +105,15 @@ class Trial:
             self.failures.append(f"{name}: {self.figures[name]}, more than {most:g}")
 
 
-async def attempt(each: Case, size: Size, folder: Path, process: Process | None = None) -> Outcome:
+async def attempt(each: Case, size: Size, folder: Path, process: HostProcess | None = None) -> Outcome:
     """Try a case, in this process where one is given and the case does not want one of its own."""
     if process is None or each.alone:
-        async with Process.start() as process:
+        async with HostProcess.start() as process:
             return await _attempt(each, size, folder, process)
     return await _attempt(each, size, folder, process)
 
 
-async def _attempt(each: Case, size: Size, folder: Path, process: Process) -> Outcome:
+async def _attempt(each: Case, size: Size, folder: Path, process: HostProcess) -> Outcome:
     trial = Trial(process, folder, size == "long")
     try:
         await each.run(trial, **each.sizes[size])

@@ -21,7 +21,16 @@ from adapters.system import now
 from domain.housekeeping import Housekeeping
 from reliability.cases import Trial, case
 from support.builders import LOGS
-from support.deployment import ENDS, Deployment, Life, Phone, RequestedGeneration, RetryingClient, parts, task_group
+from support.deployment import (
+    ENDS,
+    Deployment,
+    Life,
+    ReconnectingDevice,
+    RequestedGeneration,
+    RetryingClient,
+    parts,
+    task_group,
+)
 from support.doubles import Pause, ScriptedEditor
 from support.harness import PHOTO, running
 from support.pictures import GREEN, encoded, solid
@@ -74,10 +83,10 @@ def _refused(answer: httpx2.Response, code: str) -> None:
     assert "retry-after" in answer.headers
 
 
-async def _phone(port: int, user: str = "ada") -> Phone:
+async def _phone(port: int, user: str = "ada") -> ReconnectingDevice:
     wire = await Wire.open(port)
     await wire.connect(userId=user)
-    return Phone(wire)
+    return ReconnectingDevice(wire)
 
 
 async def _refuses_a_session(port: int) -> None:
@@ -86,7 +95,7 @@ async def _refuses_a_session(port: int) -> None:
         raise AssertionError("the service confirmed a session that it could not store")
 
 
-async def _until_ended(phone: Phone, generation_id: str) -> JSON:
+async def _until_ended(phone: ReconnectingDevice, generation_id: str) -> JSON:
     def ends() -> list[JSON]:
         return [each for each in phone.events if each["generationId"] == generation_id and each["status"] in ENDS]
 
@@ -196,7 +205,9 @@ def _writes(caller: RetryingClient, external: str) -> list[Callable[[], Awaitabl
     ]
 
 
-async def _all_is_well(deployment: Deployment, caller: RetryingClient, phone: Phone, life: Life, *, spent: int) -> None:
+async def _all_is_well(
+    deployment: Deployment, caller: RetryingClient, phone: ReconnectingDevice, life: Life, *, spent: int
+) -> None:
     """Afterwards: the devices, the log, the balance and the folder agree. Nothing was swept."""
     feed = await caller.feed("ada", phone.beginning)
     assert phone.events == feed

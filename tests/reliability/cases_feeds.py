@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from reliability.cases import Trial, case, caught_up, check, flowing
-from support.case_server import Process, ServedService
+from support.case_server import HostProcess, ServedService
 from support.deployment import files_in, free_port
 from support.processes import together
 from support.wire import Wire, frame, hang_up
@@ -331,7 +331,7 @@ async def killed_with_a_log_in_memory(trial: Trial, rounds: int, generations: in
     strangers = trial.images / "readme.txt"
     strangers.write_text("none of ours")
     for number in range(rounds):
-        async with Process.start() as victim, victim.serve(trial.images, port=free_port()) as served:
+        async with HostProcess.start() as victim, victim.serve(trial.images, port=free_port()) as served:
             wires = [await served.wire("ada") for _ in range(3)]
             for _ in range(2):
                 await asyncio.gather(*(served.start("ada") for _ in range(generations // 2)))

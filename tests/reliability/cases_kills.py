@@ -39,7 +39,7 @@ from support.builders import (
     stage_fields,
     statuses,
 )
-from support.deployment import ENDS, Deployment, Phone, RequestedGeneration, RetryingClient, task_group
+from support.deployment import ENDS, Deployment, ReconnectingDevice, RequestedGeneration, RetryingClient, task_group
 from support.doubles import ForwardingLog
 from support.node import Browser, Browsers, browsers
 from support.openai_server import KEY, OpenAIServer, completed, openai_server, partial, stream
@@ -201,7 +201,9 @@ class Provider:
 class Owner:
     """A user with two devices, who does all kinds of things at random until it is over."""
 
-    def __init__(self, name: str, caller: RetryingClient, phone: Phone, browser: Browser, face: str) -> None:
+    def __init__(
+        self, name: str, caller: RetryingClient, phone: ReconnectingDevice, browser: Browser, face: str
+    ) -> None:
         self.name = name
         self.phone = phone
         self.browser = browser
@@ -529,7 +531,7 @@ async def _owner(name: str, deployment: Deployment, caller: RetryingClient, ever
     await wire.connect(userId=name)
     browser = everybody.open(deployment.url, first={"userId": name})  # Like the seed's: it authenticates once.
     assert (await browser.ack())["ok"] is True
-    return Owner(name, caller, Phone(wire), browser, f"{face}/face.png")
+    return Owner(name, caller, ReconnectingDevice(wire), browser, f"{face}/face.png")
 
 
 async def _told(owners: Sequence[Owner], stages: Collection[str], seconds: float) -> None:

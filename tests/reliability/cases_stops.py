@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from reliability.cases import Trial, case
-from support.deployment import ENDS, Deployment, Phone, RequestedGeneration, RetryingClient, task_group
+from support.deployment import ENDS, Deployment, ReconnectingDevice, RequestedGeneration, RetryingClient, task_group
 from support.wire import JSON, Wire, hang_up
 
 # --- 5: SIGTERM -------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ class Stop(NamedTuple):
 class Stopped:
     """A service that is about to be stopped, and who uses it."""
 
-    def __init__(self, deployment: Deployment, caller: RetryingClient, phone: Phone) -> None:
+    def __init__(self, deployment: Deployment, caller: RetryingClient, phone: ReconnectingDevice) -> None:
         self.deployment = deployment
         self.caller = caller
         self.phone = phone
@@ -179,7 +179,7 @@ async def _stop(deployment: Deployment, stop: Stop) -> float:
     async with RetryingClient.open(deployment.url) as caller, deployment.serving(**flags) as life:
         wire = await Wire.open(deployment.port)
         await wire.connect(userId="ada")
-        here = Stopped(deployment, caller, Phone(wire))
+        here = Stopped(deployment, caller, ReconnectingDevice(wire))
         async with here.stack:
             await stop.scene(here)
             for number in stop.signals:

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from reliability.all_cases import CASES
 from reliability.cases import Case, Size, attempt
-from support.case_server import Process
+from support.case_server import HostProcess
 from support.harness import running
 from support.node import ROOT, needs_node
 
@@ -23,8 +23,8 @@ pytestmark = [
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def process() -> AsyncIterator[Process]:
-    async with Process.start() as process:
+async def process() -> AsyncIterator[HostProcess]:
+    async with HostProcess.start() as process:
         yield process
 
 
@@ -36,7 +36,7 @@ async def process() -> AsyncIterator[Process]:
         for number, case in sorted(CASES.items())
     ],
 )
-async def test_the_reliability_case_holds(case: Case, size: Size, process: Process, tmp_path: Path) -> None:
+async def test_the_reliability_case_holds(case: Case, size: Size, process: HostProcess, tmp_path: Path) -> None:
     outcome = await attempt(case, size, tmp_path, process if size == "quick" else None)
     assert not outcome.failures, "\n".join([*outcome.failures, str(outcome.figures)])
 

@@ -32,8 +32,8 @@ from support.attacks import (
     SECRET,
     TIMEOUT,
     AttackedService,
+    RawUpload,
     Table,
-    Wire,
     expect,
     form,
     names_in,
@@ -231,7 +231,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(attacked: AttackedServic
 
 
 async def test_slow_uploads_do_not_block_other_requests(attacked: AttackedService) -> None:
-    async def drip(wire: Wire) -> None:
+    async def drip(wire: RawUpload) -> None:
         await wire.head(f"Content-Length: {len(GOOD)}")
         for at in range(40):
             await wire.send(GOOD[at : at + 1])

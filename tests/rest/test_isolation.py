@@ -21,7 +21,7 @@ from fastapi.routing import iter_route_contexts
 from starlette.routing import Mount
 
 from support.doubles import Pause, ScriptedEditor
-from support.guarded import MISSING, SERVICE, Wire, ask, guarded, token, wire
+from support.guarded import MISSING, SERVICE, FrameClient, ask, guarded, token, wire
 from support.harness import JSON, PHOTO, Running, running
 from support.http_app import assert_problem
 
@@ -383,7 +383,7 @@ async def test_another_users_cursor_in_the_handshake_is_ignored(world: World) ->
     assert told[0][1]["recovered"] is False
 
 
-def nothing_of(bare: Wire, world: World, user: str) -> None:
+def nothing_of(bare: FrameClient, world: World, user: str) -> None:
     text = "\n".join(bare.frames)
     assert not [word for word in (*world.secrets_of(user), world.cursors[user]) if word in text]
 

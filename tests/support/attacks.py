@@ -80,8 +80,8 @@ class AttackedService:
         """The status, and the code of a problem: as a table of expectations has it."""
         return outcome(await self.send(content, content_type, **rest))
 
-    def connect(self) -> "Wire":
-        return Wire(self)
+    def connect(self) -> "RawUpload":
+        return RawUpload(self)
 
     async def watch(self) -> None:
         """One generation of bob's, whose device is sent all of it."""
@@ -137,13 +137,13 @@ class AttackedService:
         return found
 
 
-class Wire:
+class RawUpload:
     """One bare connection, for what no client would send."""
 
     def __init__(self, attacked: AttackedService) -> None:
         self._attacked = attacked
 
-    async def __aenter__(self) -> "Wire":
+    async def __aenter__(self) -> "RawUpload":
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._attacked.service.port)
         return self
 

@@ -60,7 +60,7 @@ class Figures:
     idle: bool
 
 
-class Process:
+class HostProcess:
     """A process that hosts a service. `start` it once; what it logs is kept."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -73,7 +73,7 @@ class Process:
 
     @classmethod
     @asynccontextmanager
-    async def start(cls) -> AsyncIterator["Process"]:
+    async def start(cls) -> AsyncIterator["HostProcess"]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("STAGECAST_")}
         environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
         process = cls(
@@ -159,7 +159,7 @@ class Process:
 class ServedService(Reader):
     """A service in another process."""
 
-    process: Process
+    process: HostProcess
     port: int
     http: httpx2.AsyncClient
     images: Path

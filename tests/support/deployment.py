@@ -318,7 +318,7 @@ class RequestedGeneration:
         return generation_id
 
 
-class Phone:
+class ReconnectingDevice:
     """A device on a bare socket that comes back whenever it is cut off."""
 
     def __init__(self, wire: Wire) -> None:

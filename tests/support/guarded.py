@@ -49,7 +49,7 @@ async def ask(service: Running, bearer: str | None, path: str = "/me", method: s
     return await service.http.send(request)
 
 
-class Wire:
+class FrameClient:
     """Socket.IO on a bare WebSocket: it keeps every frame, in order, and reconnects to nothing."""
 
     def __init__(self, connection: websockets.ClientConnection) -> None:
@@ -109,11 +109,11 @@ class Wire:
 
 
 @asynccontextmanager
-async def wire(service: Running, auth: object = None, *, hello: bool = True) -> AsyncIterator[Wire]:
+async def wire(service: Running, auth: object = None, *, hello: bool = True) -> AsyncIterator[FrameClient]:
     """A bare client that has connected."""
     connection = await service.raw()
     try:
-        bare = Wire(connection)
+        bare = FrameClient(connection)
         if hello:
             assert (await bare.hello(auth)).startswith('40{"sid"')
         yield bare

@@ -273,7 +273,7 @@ async def other_service(
 
 
 @dataclass
-class Wire:
+class RawClient:
     """A bare WebSocket: what no official client would say can be said by it."""
 
     connection: websockets.ClientConnection
@@ -302,13 +302,13 @@ class Wire:
 
 
 @asynccontextmanager
-async def wire(harness: RecoveryHarness, **auth: Any) -> AsyncIterator[Wire]:
+async def wire(harness: RecoveryHarness, **auth: Any) -> AsyncIterator[RawClient]:
     connection = await harness.service.raw()
     try:
         await connection.send("40" + (json.dumps(auth) if auth else ""))
         frame = str(await connection.recv())
         assert frame.startswith("40{"), frame
-        yield Wire(connection, json.loads(frame[2:]))
+        yield RawClient(connection, json.loads(frame[2:]))
     finally:
         connection.transport.abort()
 
