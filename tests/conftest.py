@@ -14,7 +14,7 @@ from support.browser import chromium
 from support.builders import IN_MEMORY
 from support.http_app import Api, serve_api
 
-# Nothing here is paid for, whatever keys lie about: neither in this process nor in those that it starts.
+# No test calls a paid provider, whatever keys the environment has, in this process or its children.
 for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
     os.environ.pop(_key, None)
 

@@ -426,7 +426,7 @@ async def _expire(served: ServedService, number: int) -> tuple[Wire, float | Non
     late = time.time() - expires
     assert wire.notices[1:] == [expired]
     assert not wire.disconnected_by_server
-    other, offset = await Wire.open(served.port, told=wire.received), wire.offset
+    other, offset = await Wire.open(served.port, received=wire.received), wire.offset
     again = await other.connect(token=served.token("ada", 600), **offset)
     assert again["recovered"] is ("offset" in offset), again
     await other.until_received(1)

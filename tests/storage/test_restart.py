@@ -37,7 +37,7 @@ async def attach(service: Running, user: str = "ada", **auth: str) -> Wire:
 
 async def come_back(service: Running, wire: Wire) -> Wire:
     """As the official client does: with its session, and where it had come to."""
-    other = await Wire.open(service.port, told=wire.received)
+    other = await Wire.open(service.port, received=wire.received)
     await other.connect(**wire.offset)
     assert other.pid == wire.pid, "not recovered"
     return other

@@ -66,7 +66,7 @@ STAGE_FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 class SteppableClock:
-    """`domain.ports.system.Clock`: stands still until it is told to go on."""
+    """`domain.ports.system.Clock`: stands still until a test steps it."""
 
     def __init__(self, present: datetime = NOON) -> None:
         self.present = present
@@ -300,7 +300,7 @@ LOGS: Final[Mapping[str, OpenLog]] = {"memory": open_memory_log, "sqlite": open_
 
 
 class RecordingFollower:
-    """A follower that keeps what it was told."""
+    """A follower that keeps the entries it received."""
 
     def __init__(self) -> None:
         self.entries: list[Logged] = []
@@ -315,7 +315,7 @@ class RecordingFollower:
         return [entry for entry in self.entries if entry.generation_id == generation_id]
 
     async def until(self, heard: Callable[[list[Logged]], bool]) -> list[Logged]:
-        """Wait until what was told is as it should be; a log may tell a little later than it answers."""
+        """Wait for a condition on the entries; followers may be called a little after the append returns."""
         async with asyncio.timeout(20):
             while not heard(self.entries):
                 self._news.clear()

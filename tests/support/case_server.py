@@ -1,4 +1,4 @@
-"""The service in a process of its own, so that its memory and its time can be told from those of its clients.
+"""The service in a process of its own, so that its memory and CPU time are measured apart from its clients'.
 
 Clients use its real doors. What only the inside knows, or can do, is asked for in lines of JSON on the process's
 stdin, each with a `ref`, and answered on its stdout. The process hosts one service at a time, any number in turn.
@@ -184,7 +184,7 @@ class ServedService(Reader):
 
     async def reconnect(self, wire: Wire, *, narrow: bool = False) -> Wire:
         """The socket that the official client opens in place of this one: it takes up the session."""
-        other = await Wire.open(self.port, told=wire.received, narrow=narrow)
+        other = await Wire.open(self.port, received=wire.received, narrow=narrow)
         await other.connect(**wire.offset)
         assert other.pid == wire.pid, "not recovered"
         other.user = wire.user
@@ -215,7 +215,7 @@ class ServedService(Reader):
         return await self.http.get(path, headers={"X-User-Id": user})
 
     async def figures(self, *, reset: bool = False) -> Figures:
-        """See `Figures`. `reset`: garbage is collected first, and from here on the maxima are taken anew."""
+        """See `Figures`. `reset`: garbage is collected first, and the maxima are reset."""
         return Figures(**await self.process.ask("figures", reset=reset))
 
     async def sids(self) -> set[str]:
@@ -223,7 +223,7 @@ class ServedService(Reader):
         return set((await self.process.ask("sids"))["sids"])
 
     async def until(self, holds: Callable[[Figures], bool], seconds: float = 60) -> Figures:
-        """Wait until something holds of the service's own tables, which tell nobody when they change."""
+        """Wait for a condition on the service's internal state, which has no notification."""
         async with asyncio.timeout(seconds):
             while not holds(figures := await self.figures()):
                 await asyncio.sleep(0.02)

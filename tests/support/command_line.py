@@ -43,7 +43,7 @@ def environment(variables: dict[str, str]) -> dict[str, str]:
 async def stagecast(
     *arguments: str | bytes, folder: Path | None = None, program: tuple[str, ...] = STAGECAST, **variables: str
 ) -> CommandResult:
-    """Run a command, in a folder of its own, so that nobody's ``.env`` counts."""
+    """Run a command in a folder without a ``.env`` file."""
     child = await asyncio.create_subprocess_exec(
         *program,
         *arguments,
@@ -95,7 +95,7 @@ COMMANDS: Final = ("serve", "demo", "check", "token", "credit", "replay")
 
 @contextlib.asynccontextmanager
 async def other_server(serve: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
-    """The address of a web server that is none of ours."""
+    """The URL of a web server that is not Stagecast."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", serve)
     runner = web.AppRunner(app, shutdown_timeout=0.1)

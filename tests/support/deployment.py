@@ -33,7 +33,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def free_port() -> int:
-    """One that nobody is given by chance while the service is dead."""
+    """A port outside the ephemeral range, so that no other socket gets it while the service is down."""
     while True:
         port = random.randrange(15_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -233,7 +233,7 @@ class Deployment:
 
 
 class RetryingClient(Reader):
-    """Calls a service by HTTP, again and again until it answers, as its clients are told to."""
+    """Calls a service by HTTP, and retries until it answers, as the docs advise clients."""
 
     def __init__(self, http: httpx2.AsyncClient) -> None:
         self._http = http
@@ -331,7 +331,7 @@ class ReconnectingDevice:
         return self.wire.events
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Wait until something holds of what it was told, while it is kept."""
+        """Wait for a condition on the received events, across reconnects."""
         async with asyncio.timeout(60):
             while True:
                 wire = self.wire
@@ -341,7 +341,7 @@ class ReconnectingDevice:
                     await asyncio.sleep(0.01)
 
     async def keep(self, port: int) -> None:
-        """Come back for ever."""
+        """Reconnect until cancelled."""
         while True:
             await self.wire.gone.wait()
             await self.back(port)
@@ -350,7 +350,7 @@ class ReconnectingDevice:
         """Come back, once there is somebody, and go on from where it was."""
         while True:
             try:
-                wire = await Wire.open(port, told=self.wire.received)
+                wire = await Wire.open(port, received=self.wire.received)
                 await wire.connect(**self.wire.offset)
             except OSError:
                 await asyncio.sleep(0.02)

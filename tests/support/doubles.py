@@ -138,7 +138,7 @@ class ScriptedFaceSwapper:
 
 
 async def nothing(fraction: float, message: str, preview: Picture | None = None) -> None:
-    """A report to nobody."""
+    """A progress report that is ignored."""
 
 
 class ScriptedComposer:

@@ -40,7 +40,7 @@ async def full_feed(log: WholeLog, user_id: str = "ada") -> Feed:
 
 
 async def image(log: WholeLog, user_id: str, *generation_ids: str) -> object:
-    """Everything that a log tells about a user: to see that nothing has happened."""
+    """Everything that a log has of a user, to check that nothing has changed."""
     return (
         await full_feed(log, user_id),
         await log.credit(user_id),

@@ -40,7 +40,7 @@ PHOTO: Final = solid(RED, (16, 400), "JPEG").data
 
 @dataclass
 class Phone:
-    """One device of one user, with python-socketio's client: what it was sent, and what it was told."""
+    """One device of one user, with python-socketio's client, and everything it received."""
 
     url: str
     client: socketio.AsyncClient
@@ -176,7 +176,7 @@ class Running(Reader):
         return connection
 
     async def until(self, holds: Callable[[], bool], seconds: float = TIMEOUT) -> None:
-        """Wait until something holds of the service's own tables, which tell nobody when they change."""
+        """Wait for a condition on the service's internal state, which has no notification."""
         async with asyncio.timeout(seconds):
             while not holds():
                 await asyncio.sleep(0.01)
@@ -189,7 +189,7 @@ class Running(Reader):
         await self.until(lambda: self.service.sockets.idle and not self.service.hub.rooms, 60)
 
     async def _moment(self, user: str) -> tuple[list[tuple[JSON, list[JSON], History]], int | None]:
-        """The user's generations, each as told, event by event and in the log, and the balance: all of one moment."""
+        """The user's generations by HTTP, with their events and log entries, and the balance: a consistent snapshot."""
         log = self.service.log
         while True:
             head = (await log.feed(user, after=0, anchor=0, limit=0)).head

@@ -1,4 +1,4 @@
-"""HTTP alone behind a real server: the routes, the problems and the perimeter over a memory log, and nobody who works.
+"""HTTP alone behind a real server: the routes, the problems and the perimeter over a memory log, without workers.
 
 Pictures are faked here: what matters is what HTTP makes of an adapter's answers.
 """

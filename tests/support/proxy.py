@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks its lines when it is told to, and may rewrite HTTP requests."""
+"""A TCP proxy that breaks connections on request and can rewrite HTTP requests."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Literal, NamedTuple
 
 #: ``reset``: RST to both ends. ``close``: both ends are closed in order. ``half_open``: nothing passes any more, and
-#: nobody is told. ``stall``: nothing is read any more, so that what is sent piles up.
+#: neither end is notified. ``stall``: the proxy stops reading, so that sent data piles up.
 Kind = Literal["reset", "close", "half_open", "stall"]
 #: Towards the server, or towards the client.
 Way = Literal["up", "down"]
@@ -30,7 +30,7 @@ def reset(transport: asyncio.BaseTransport) -> None:
 
 
 class Fault(NamedTuple):
-    """What befalls a line once so many bytes have passed in one direction."""
+    """A fault of a connection after so many bytes in one direction."""
 
     kind: Kind
     way: Way = "down"
@@ -63,7 +63,7 @@ class _Line:
 
 
 class Proxy:
-    """Passes TCP on to a server on this machine, and breaks its lines when it is told to.
+    """Forwards TCP to a server on this machine, and breaks connections on request.
 
     With `rewrite` it is a reverse proxy of one HTTP request per connection: `rewrite` returns the head to send to the
     server, or None where the request is answered with 502.
@@ -76,7 +76,7 @@ class Proxy:
         self._rewrite = rewrite
         self._lines: set[_Line] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        #: What befalls the next lines, one each.
+        #: The faults of the next connections, one each.
         self.plan: deque[Fault] = deque()
         #: Seconds that what passes is held up, at random up to this.
         self.jitter = 0.0

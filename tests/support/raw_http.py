@@ -56,7 +56,7 @@ async def serving(app: Any, **options: Any) -> AsyncIterator[int]:
 
 @dataclass
 class Client:
-    """A connection, which goes on sending a byte now and then, whatever it is answered."""
+    """A connection that keeps sending a byte at intervals, whatever the answer."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter

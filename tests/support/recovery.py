@@ -31,7 +31,7 @@ both_ways = pytest.mark.parametrize("way", ["polling", "websocket"])
 both_deaths = pytest.mark.parametrize("silently", [False, True], ids=["noticed", "unnoticed"])
 
 
-#: For a client that waits until it is told to come back.
+#: For a client that reconnects only when the test asks for it.
 WAITS: Final[dict[str, Any]] = {"reconnection": False}
 
 SECRET: Final = "a secret that is long enough for HS256"
@@ -45,11 +45,11 @@ _Pump = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Line:
-    """A TCP line to the server that falls where it is told to.
+    """A TCP proxy that breaks the connection at a given event.
 
-    `falls`: after how many events, each time counted anew; or ``"connect"``, when the server has answered the
+    `falls`: after how many events, counted afresh each time; or ``"connect"``, when the server has answered the
     handshake and the client does not get to know. While it is `down`, nobody gets through. Where it falls
-    `silently`, the server is not told.
+    `silently`, the server is not notified.
     """
 
     def __init__(self, port: int) -> None:
@@ -230,7 +230,7 @@ class RecoveryHarness:
 
 
 def check(browser: Browser) -> None:
-    """Each event brings a cursor, which never goes back; nothing else ends in a string; nobody is sent away."""
+    """Each event has a cursor that never goes back; nothing else ends in a string; no client was sent a DISCONNECT."""
     assert "io server disconnect" not in [line["reason"] for line in browser.on("disconnect")]
     for name, *rest in browser.notices:
         assert name in ("authenticated", "authentication_required", "authentication_expired")

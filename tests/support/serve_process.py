@@ -101,7 +101,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 async def last_of(events: list[JSON]) -> JSON:
-    """The end that a device was told of. What the service sent before it left may still be on its way."""
+    """The last event that a device received. What the service sent before it exited may still be in transit."""
     await until(lambda: bool(events) and events[-1].get("status") in ("completed", "failed"))
     return events[-1]
 

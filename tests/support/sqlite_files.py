@@ -47,14 +47,14 @@ def rows(query: str) -> Callable[[sqlite3.Connection], list[Any]]:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """A stranger writes to the file: whoever else would write has to wait, as for a slow disk."""
+    """Another connection holds the write lock: other writers wait, as for a slow disk."""
     with closing(sqlite3.connect(path, isolation_level=None)) as stranger:
         stranger.execute("BEGIN IMMEDIATE")
         yield
 
 
 async def image(log: SqliteLog, *user_ids: str) -> object:
-    """Everything that a log tells of these users."""
+    """Everything that a log has of these users."""
     return [
         (
             await log.feed(user_id, after=0, anchor=0, limit=10_000),

@@ -67,13 +67,13 @@ def frame(data: bytes | str, *, opcode: int | None = None, final: bool = True) -
 class Wire(asyncio.Protocol):
     """One WebSocket that speaks Engine.IO and Socket.IO by hand. It answers pings by itself.
 
-    `told` may be handed from a wire to the one that takes its place: all that the device was ever told.
+    `received` can be passed from a wire to its successor: all events that the device ever received.
     """
 
     transport: asyncio.Transport
 
-    def __init__(self, told: list[ReceivedEvent] | None = None) -> None:
-        self.received: list[ReceivedEvent] = [] if told is None else told
+    def __init__(self, received: list[ReceivedEvent] | None = None) -> None:
+        self.received: list[ReceivedEvent] = [] if received is None else received
         #: Every other event: name and data.
         self.notices: list[tuple[str, JSON]] = []
         self.acks: dict[int, Any] = {}
@@ -99,7 +99,7 @@ class Wire(asyncio.Protocol):
 
     @classmethod
     async def open(
-        cls, port: int, *, told: list[ReceivedEvent] | None = None, narrow: bool = False, query: str = ""
+        cls, port: int, *, received: list[ReceivedEvent] | None = None, narrow: bool = False, query: str = ""
     ) -> "Wire":
         """A WebSocket. `narrow`: with the segments and the buffer of a phone, so that little is on its way."""
         sock = socket.socket()
@@ -108,7 +108,7 @@ class Wire(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1_400)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
         loop = asyncio.get_running_loop()
-        wire = cls(told)
+        wire = cls(received)
         try:
             await loop.sock_connect(sock, ("127.0.0.1", port))
             wire.transport, _ = await loop.create_connection(lambda: wire, sock=sock)
@@ -183,18 +183,18 @@ class Wire(asyncio.Protocol):
         await self.until(lambda: number in self.acks)
 
     async def until_received(self, count: int, seconds: float = 60) -> None:
-        """Wait until it was told so many events in all."""
+        """Wait until it has received so many events in all."""
         await self.until(lambda: len(self.received) >= count, seconds)
 
     async def until_end_of(self, generation_id: str) -> None:
-        """Wait until the last thing that it was told is the end of this generation."""
+        """Wait until the last received event is the end of this generation."""
         await self.until(lambda: bool(self.received) and _is_end(parse(self.received[-1].text)[1], generation_id))
 
     async def until_gone(self, seconds: float = 60) -> None:
         async with asyncio.timeout(seconds):
             await self.gone.wait()
 
-    # what it has been told
+    # what it has received
 
     @property
     def events(self) -> list[JSON]:
