@@ -49,7 +49,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     )
     http.state.workflow = service.workflow
     http.state.feed_sessions = service.feed_sessions
-    http.state.images = service.images
+    http.state.images = service.images.store
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
     problems.install(http)

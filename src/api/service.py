@@ -99,7 +99,7 @@ class Service:
         self._housekeeping = Housekeeping(self.log, storage.retention, self.images)
         self._readiness = Readiness(
             self.supervisor,
-            {LOG: (self.log.probe, LogUnavailable()), IMAGES: (self.images.probe, Failure("storage_failed"))},
+            {LOG: (self.log.probe, LogUnavailable()), IMAGES: (self.images.store.probe, Failure("storage_failed"))},
         )
         self._starting: asyncio.Task[None] | None = None
         self._work: asyncio.Task[None] | None = None
@@ -167,7 +167,7 @@ class Service:
         self.sockets.close_all()
         await _cancel(self._background)
         await self._readiness.close()
-        await self.images.close()
+        await self.images.store.close()
         await self.storage.close()
         self._threads.close()
 

@@ -50,7 +50,7 @@ class Housekeeping:
 
         Those that an event names are needed, those of unfinished generations, and those of what was set aside.
         """
-        names, swept = await self._images.names(older_than=now - GRACE), list[str]()
+        names, swept = await self._images.store.names(older_than=now - GRACE), list[str]()
 
         async def sweep(generation_id: str) -> None:
             swept.extend(await self._sweep(generation_id, names[generation_id]))

@@ -384,7 +384,7 @@ class _Job:
         return await self._stored(self.generation.images[field])
 
     async def _stored(self, name: str) -> Picture:
-        picture = await self._runner.images.load(name)
+        picture = await self._runner.images.store.load(name)
         if picture is None:
             raise Failure("storage_failed")
         return picture

@@ -1,35 +1,34 @@
-"""The image store, and how many bytes each user has in it."""
+"""The image store, and the bytes that each user has in it."""
 
 from collections import defaultdict
 from collections.abc import Iterable
-from datetime import datetime
 
 from domain.ports.images import ImageStore, Picture
 
 
 class StoredImages:
-    """An image store that counts what it keeps. What was there before has to be told by `count`."""
+    """Changes an image store and counts its bytes by user. What is only read is read from `store`."""
 
-    def __init__(self, images: ImageStore) -> None:
-        self._images = images
-        #: Of each generation its user, and its bytes; and the bytes of each user.
+    def __init__(self, store: ImageStore) -> None:
+        self.store = store
+        #: The user and the bytes of each generation, and the bytes of each user.
         self._owners: dict[str, str] = {}
         self._sizes: defaultdict[str, int] = defaultdict(int)
         self._stored: defaultdict[str, int] = defaultdict(int)
         self._discarding: set[str] = set()
 
     def stored(self, user_id: str) -> int:
-        """How many bytes of images this user has."""
+        """The bytes of this user's images."""
         return self._stored.get(user_id, 0)
 
     def assign(self, generation_id: str, user_id: str) -> None:
-        """The images of this generation are those of this user."""
+        """Count the images of this generation for this user."""
         self._owners[generation_id] = user_id
 
     async def count(self, generation_id: str, user_id: str, names: Iterable[str]) -> None:
-        """Count images that another process has stored, unless the generation is known here."""
+        """Count images that another process has stored, unless the generation is counted here already."""
         if generation_id not in self._owners:
-            sizes = [await self._images.size(name) for name in names]
+            sizes = [await self.store.size(name) for name in names]
             self.assign(generation_id, user_id)
             self._add(generation_id, sum(sizes))
 
@@ -42,41 +41,25 @@ class StoredImages:
                 del self._stored[user_id]
 
     async def save(self, generation_id: str, picture: Picture) -> str:
-        """Store the picture, and count it."""
-        name = await self._images.save(generation_id, picture)
+        """Store a picture and return its name. Raises `Failure`."""
+        name = await self.store.save(generation_id, picture)
         self._add(generation_id, len(picture.data))
         return name
 
-    async def load(self, name: str) -> Picture | None:
-        """The picture of this name."""
-        return await self._images.load(name)
-
     async def discard(self, name: str) -> None:
-        """Remove one picture, which no longer counts."""
+        """Remove one picture."""
         if name not in self._discarding:
             self._discarding.add(name)
             try:
-                size = await self._images.size(name)
-                await self._images.discard(name)
+                size = await self.store.size(name)
+                await self.store.discard(name)
                 self._add(name.rpartition("-")[0], -size)
             finally:
                 self._discarding.discard(name)
 
     async def remove(self, generation_id: str) -> None:
-        """Remove all pictures of one generation, which no longer count."""
-        await self._images.remove(generation_id)
+        """Remove all pictures of one generation."""
+        await self.store.remove(generation_id)
         self._add(generation_id, -self._sizes.get(generation_id, 0))
         self._sizes.pop(generation_id, None)
         self._owners.pop(generation_id, None)
-
-    async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
-        """The names of all pictures stored before that moment, by generation id."""
-        return await self._images.names(older_than=older_than)
-
-    async def probe(self) -> None:
-        """As that of the store."""
-        await self._images.probe()
-
-    async def close(self) -> None:
-        """Let go of the store."""
-        await self._images.close()
