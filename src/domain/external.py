@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -28,49 +29,43 @@ _PAUSE: Final = 1.0
 _CHORE: Final = 10.0
 
 
+@dataclass(eq=False)
 class ExternalWork:
     """Takes reports, and ends generations without one for `deadline` seconds."""
 
-    def __init__(
-        self,
-        log: EventLog,
-        leases: Leases,
-        recorder: Recorder,
-        quarantine: Quarantine,
-        clock: Clock,
-        deadline: float,
-    ) -> None:
-        self._log = log
-        self._leases = leases
-        self._quarantine = quarantine
-        self._recorder = recorder
-        self._clock = clock
-        self._deadline = timedelta(seconds=deadline)
-        self._pause = min(_PAUSE, deadline / 10)
+    log: EventLog
+    leases: Leases
+    recorder: Recorder
+    quarantine: Quarantine
+    clock: Clock
+    deadline: float
+
+    def __post_init__(self) -> None:
+        self._pause = min(_PAUSE, self.deadline / 10)
         #: When to check each unfinished generation, external or not. The log has the true deadlines.
         self._due: dict[str, datetime] = {}
         self._missed_entries = True
 
     async def run(self) -> None:
         """Check the deadlines until cancelled. All nodes know what is due; one of them acts on it."""
-        async with self._log.follow(self._notice):
+        async with self.log.follow(self._notice):
             self._missed_entries = True
             while True:
                 if self._missed_entries:
                     self._missed_entries = False
-                    for history in await self._log.unfinished():
+                    for history in await self.log.unfinished():
                         if is_external(history):
-                            self._due.setdefault(history.generation_id, self._clock())
+                            self._due.setdefault(history.generation_id, self.clock())
                 await asyncio.sleep(self._pause)
-                if await self._leases.claim_chore("external", _CHORE):
-                    for generation_id in [each for each, due in self._due.items() if due <= self._clock()]:
+                if await self.leases.claim_chore("external", _CHORE):
+                    for generation_id in [each for each, due in self._due.items() if due <= self.clock()]:
                         await self._check(generation_id)
 
     def _notice(self, entry: Logged | Gap) -> None:
         if isinstance(entry, Gap):
             self._missed_entries = True
         elif entry.end is None:
-            self._due[entry.generation_id] = self._clock() + self._deadline
+            self._due[entry.generation_id] = self.clock() + timedelta(seconds=self.deadline)
         else:
             self._due.pop(entry.generation_id, None)
 
@@ -78,7 +73,7 @@ class ExternalWork:
         """Wait until every external generation has finished."""
         while True:
             with contextlib.suppress(LogUnavailable):
-                if not any(map(is_external, await self._log.unfinished())):
+                if not any(map(is_external, await self.log.unfinished())):
                     return
             await asyncio.sleep(self._pause / 4)
 
@@ -106,9 +101,9 @@ class ExternalWork:
             complete = _with_failure(generation, status, fields)
             event_id = _event_id(last.generation_id, last.sequence + 1, content)
             try:
-                return await self._recorder.report(generation, status, complete, event_id)
+                return await self.recorder.report(generation, status, complete, event_id)
             except Conflict:
-                again = await self._log.generation(last.generation_id)
+                again = await self.log.generation(last.generation_id)
                 if sequence is not None or again is None:
                     raise
                 history = again  # A concurrent report was faster: try again after it.
@@ -116,18 +111,18 @@ class ExternalWork:
     async def _check(self, generation_id: str) -> None:
         del self._due[generation_id]  # An event that is appended from now on sets it again.
         try:
-            history = await self._log.generation(generation_id)
+            history = await self.log.generation(generation_id)
             if history is None or (generation := generation_of(history)).finished or not request_of(history).external:
                 return
-            due = datetime.fromisoformat(generation.updated_at) + self._deadline
-            if due > self._clock():
+            due = datetime.fromisoformat(generation.updated_at) + timedelta(seconds=self.deadline)
+            if due > self.clock():
                 self._due.setdefault(generation_id, due)
             else:
-                await self._recorder.end(generation_id, Failure("deadline_exceeded"))
+                await self.recorder.end(generation_id, Failure("deadline_exceeded"))
         except LogUnavailable:
-            self._due.setdefault(generation_id, self._clock() + timedelta(seconds=_PAUSE))
+            self._due.setdefault(generation_id, self.clock() + timedelta(seconds=_PAUSE))
         except UNREADABLE as error:
-            await self._quarantine.end(generation_id, "external", error)
+            await self.quarantine.end(generation_id, "external", error)
 
 
 def _with_failure(generation: Generation, status: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
