@@ -12,16 +12,12 @@ from domain.ports.system import Clock
 DEFAULT_USER: Final = "demo"
 
 
-class Forbidden(Refusal):
+class Forbidden(Refusal, code="forbidden"):
     """This needs a token with the scope stagecast:service."""
 
-    code = "forbidden"
 
-
-class UserMismatch(Refusal):
+class UserMismatch(Refusal, code="user_mismatch"):
     """The token belongs to another user."""
-
-    code = "user_mismatch"
 
 
 class TokenVerifier(Protocol):

@@ -1,8 +1,7 @@
-"""The one event: what the log keeps, the socket sends and HTTP returns.
+"""The event that the log keeps, the socket sends and HTTP returns.
 
-An event's JSON is made once, by `encode`, when the event is proposed. The same bytes then go to the log, to
-every socket and into HTTP answers. Only the log knows the balance at the instant of the append; so
-``credit`` is always the last key, and the log adds it to the finished bytes with `with_credit`.
+Its JSON is made once, by `encode`; the same bytes are stored and sent. Only the log knows the balance at the append, so
+``credit`` is the last key, which the log adds to the bytes with `with_credit`.
 """
 
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ CONTINUE: Final = "continue"
 
 
 class Wire(BaseModel):
-    """Base of everything clients read: camelCase keys, and no key that is not declared."""
+    """Base of the models that clients see: camelCase keys, and no undeclared ones."""
 
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, hide_input_in_errors=True
@@ -28,7 +27,7 @@ class Wire(BaseModel):
 
 
 class FaceSwapError(Wire):
-    """Why a generation completed without the face swap that was asked for."""
+    """Why a generation completed without the requested face swap."""
 
     code: FailureCode
     message: Annotated[str, Field(min_length=1, max_length=500)]
@@ -37,10 +36,10 @@ class FaceSwapError(Wire):
 class _Header(Wire):
     generation_id: str
     kind: Kind
-    sequence: Annotated[int, Field(ge=1, description="1, 2, 3 … within one generation, without a gap")]
+    sequence: Annotated[int, Field(ge=1, description="1, 2, 3 … within one generation, without gaps")]
     status: str
     message: str
-    progress: Annotated[int, Field(ge=0, le=100, description="percentage; it only rises")]
+    progress: Annotated[int, Field(ge=0, le=100, description="percentage; it only increases")]
     occurred_at: Annotated[str, Field(description="RFC 3339 in UTC, to the millisecond")]
     metadata: dict[str, JsonValue] | None = None
 
@@ -60,17 +59,17 @@ URL_FIELDS: Final = tuple(Images.model_fields)
 
 
 class Outcome(Images):
-    """What the work on a generation brings: pictures, and the reasons where it fails."""
+    """The results of a generation: its pictures, or why it failed."""
 
     face_swap_error: FaceSwapError | None = None
-    error: Annotated[str | None, Field(description="a sentence fit to show to the owner")] = None
+    error: Annotated[str | None, Field(description="a sentence for the owner")] = None
     code: FailureCode | None = None
     failed_stage: str | None = None
     retryable: bool | None = None
 
 
 class Event(Outcome, _Header):  # The fields of the last base come first in the JSON, and ``credit`` last.
-    """One fact about a generation. Absent values are left out of the JSON, never null."""
+    """One transition of a generation. Absent values are omitted, never null."""
 
     credit: Annotated[int | None, Field(description="the owner's balance after this event")] = None
 
@@ -81,7 +80,7 @@ def event_name(status: str) -> str:
 
 
 def encode(event: Event) -> bytes:
-    """The event's JSON, UTF-8, without ``credit``: the bytes that are kept and sent."""
+    """The event's JSON in UTF-8, without ``credit``."""
     return event.__pydantic_serializer__.to_json(event, by_alias=True, exclude_none=True)
 
 
@@ -91,7 +90,7 @@ def with_credit(encoded: bytes, credit: int) -> bytes:
 
 
 def decode(encoded: bytes) -> Event:
-    """The event that these bytes, kept by a log, stand for. A key that a later version added is left out."""
+    """The event with this stored JSON. Keys that a later version added are ignored. Raises `ValueError`."""
     return Event.model_validate_json(encoded, extra="ignore")
 
 

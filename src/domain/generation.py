@@ -108,7 +108,7 @@ class Generation:
         declared = {"message", "progress", *FLOWS[self.kind][status].fields, *via.fields}
         for name in names:
             if name not in declared:
-                raise InvalidEventField(self.status, status, self.allowed, name, f"This is not told with {status}")
+                raise InvalidEventField(self.status, status, self.allowed, name, f"This is not a field of {status}")
 
     def onward(self, fields: Mapping[str, Any]) -> str:
         """The status that follows once the work of the present stage has succeeded with these fields."""

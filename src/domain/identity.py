@@ -1,4 +1,4 @@
-"""Who somebody is, and how far the proof of it goes."""
+"""User ids, and the identity that a token proves."""
 
 import unicodedata
 from contextvars import ContextVar
@@ -9,17 +9,17 @@ from domain.errors import Refusal
 
 _MAX_LENGTH: Final = 128
 
-#: The user for whom the current task works: what all users share is divided between them by this.
+#: The user for whom the current task works. Shared resources are divided between users by it.
 WORKING_FOR: Final = ContextVar("WORKING_FOR", default="")
 
 
 class Identity(NamedTuple):
-    """Somebody who has been recognised."""
+    """An authenticated user."""
 
     user_id: str
-    #: When its proof ends; None: never.
+    #: When its token expires; ``None``: never.
     expires_at: datetime | None
-    #: Whether it may act for any user.
+    #: Whether it may make service calls and act for any user.
     service: bool
 
 
@@ -44,7 +44,7 @@ class InvalidUserId(Refusal, code="invalid_user_id"):
 
 
 def user_id(value: object) -> str:
-    """The user id that a client gave, as the text it is compared and kept as. Raises `InvalidUserId`."""
+    """The text of the user id that a client gave as a string or an integer. Raises `InvalidUserId`."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 4 * _MAX_LENGTH:
         value = str(value)
     if not isinstance(value, str) or not 0 < len(value) <= _MAX_LENGTH:

@@ -1,4 +1,4 @@
-"""What cannot be worked on is set aside: its generation ends in ``internal``, refunded, and the others go on."""
+"""Ends generations with which a part of the service fails in ``internal``, refunded, so that the others go on."""
 
 import asyncio
 import logging
@@ -10,13 +10,13 @@ from domain.supervisor import being_cancelled, reason_of
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two attempts to end a generation, and after how many failed ones it is left to the operator.
-_AGAIN: Final = 0.2
+#: Seconds between two attempts to end a generation, and how many may fail before it is left to the operator.
+_PAUSE: Final = 0.2
 _ATTEMPTS: Final = 5
 
 
 class Quarantine:
-    """Ends generations that make a part of the service fail."""
+    """Ends generations as soon as the log answers."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -24,13 +24,13 @@ class Quarantine:
         self._put: set[str] = set()
 
     def put(self, generation_id: str, part: str, error: BaseException) -> None:
-        """Have `run` end the generation, with which this part of the service fails; once, however often it does."""
+        """Let `run` end the generation with which this part of the service fails. Repeated calls are ignored."""
         if generation_id not in self._put:
             self._put.add(generation_id)
             self._waiting.put_nowait((generation_id, part, error))
 
     async def run(self) -> None:
-        """End what is put here, until cancelled."""
+        """End the generations that were put here until cancelled."""
         while True:
             await self.end(*await self._waiting.get())
 
@@ -48,5 +48,5 @@ class Quarantine:
                 if being_cancelled():
                     raise
                 attempts += 1
-            await asyncio.sleep(_AGAIN)
+            await asyncio.sleep(_PAUSE)
         logger.error("generation %s cannot be ended (internal)", generation_id)

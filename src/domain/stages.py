@@ -1,23 +1,16 @@
-"""Which moves are legal: the one table that says so.
+"""The table of stages and their legal transitions.
 
-Theory of operation
--------------------
-A generation is in exactly one stage; the stage's name is its ``status``. `FLOWS` has one row per stage, which
-holds everything that is particular to it: how it is entered, what may follow it, what its events may have,
-what it does to the credit, and who does its work. A row whose ``next`` is empty is terminal.
+A generation is in one stage, whose name is its ``status``. A row of `FLOWS` has everything about its stage: how it is
+entered, what may follow, the fields of its events, its effect on the credit, and who does its work. Four rules of
+`moves` complete the rows:
 
-Four rules complete the rows, and stand only in `moves`:
+1. A generation starts in the pseudo-stage `BEGIN`, from which only the first row can be reached.
+2. ``failed`` may follow every row that is not terminal.
+3. A row with a ``provider`` may follow itself with a higher percentage, below that of every stage that may follow.
+4. A guard must hold. `GUARDS` describes the guards; they are methods of `domain.generation.Generation`.
 
-1. A generation begins in the pseudo-stage `BEGIN`, from which only the first row can be reached.
-2. ``failed`` may follow every row that is not terminal, so it is written in none of them.
-3. A row with a ``provider`` may follow itself while that works, if the percentage rises and stays
-   below that of every stage that may follow.
-4. A move with a guard is legal only where the guard holds. Guards are described in `GUARDS`, and are methods of
-   `domain.generation.Generation`.
-
-Everything else about stages is derived from this table: the `transitions` machines that decide,
-``GET /stages``, and the diagrams in ``docs/state-diagrams``. To change what a generation may do, change
-the table; ``docs/extending.md`` shows how a stage is added.
+The `transitions` machines, ``GET /stages`` and the diagrams in ``docs/state-diagrams`` are derived from this table.
+``docs/extending.md`` shows how a stage is added.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,7 +26,7 @@ FAILED: Final = "failed"
 
 
 class Guard(NamedTuple):
-    """The condition of a move, in words. Where a field of the event decides: which one, and what it has to be."""
+    """The condition of a move in words, and the field of the event that decides, if one does, with its requirement."""
 
     condition: str
     field: str | None = None
@@ -79,18 +72,18 @@ class Stage:
     credit: int | None = None
     #: The method of `domain.runner`'s job that does the work of the stage and returns the fields it found.
     step: str | None = None
-    #: The provider that works in this stage. It may report progress by repeating the stage. Unless it is free, its work
-    #: is never done a second time.
+    #: The provider that works in this stage and may repeat it to report progress. Unless it is free, its work is never
+    #: repeated after a crash.
     provider: Provider | None = None
 
     @property
     def repeats(self) -> bool:
-        """Whether it may follow itself."""
+        """Whether the stage may follow itself."""
         return self.provider is not None
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing may follow."""
+        """Whether no stage may follow."""
         return not self.next
 
 
@@ -167,7 +160,7 @@ class Move(NamedTuple):
 
 
 def moves(kind: Kind) -> Iterator[Move]:
-    """Every legal move of a flow, in the order of the table: the rows and the four rules."""
+    """Every legal move of a flow, in the order of the table."""
     flow = FLOWS[kind]
     yield Move(BEGIN, next(iter(flow)), Via())
     for source, stage in flow.items():
@@ -180,6 +173,6 @@ def moves(kind: Kind) -> Iterator[Move]:
 
 
 def ceiling(kind: Kind, status: str) -> int:
-    """The percentage that a repeat of this stage has to stay below."""
+    """The percentage below which a repeat of this stage must stay."""
     flow = FLOWS[kind]
     return min(flow[after].progress or 0 for after in flow[status].next)

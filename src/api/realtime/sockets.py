@@ -25,16 +25,12 @@ _NOTHING: Answer = ({}, lambda: None)
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class BadRequest(Refusal):
+class BadRequest(Refusal, code="bad_request"):
     """The argument of this event is invalid."""
 
-    code = "bad_request"
 
-
-class NotAuthenticated(Refusal):
+class NotAuthenticated(Refusal, code="unauthenticated"):
     """This socket is not authenticated yet. Send authenticate first."""
-
-    code = "unauthenticated"
 
 
 class Connection(Protocol):

@@ -1,4 +1,4 @@
-"""Request bodies, read within limits. Routes read them last: once it is known who is calling."""
+"""Request bodies, read within limits. Routes read them once the caller is known."""
 
 import asyncio
 from collections import deque
@@ -14,14 +14,14 @@ from api.rest.problems import Invalid, invalid_fields, problem
 Model = TypeVar("Model", bound=BaseModel)
 
 _MAX_JSON: Final = 64 * 1024
-#: A body has to come at so many bytes per second over any so many seconds, and be whole after so many.
+#: The slowest body: bytes per second over any window of so many seconds, and seconds until it is complete.
 _MIN_RATE: Final = 1_000
 BODY_WINDOW = 20.0
 BODY_TIMEOUT = 900.0
 
 
 def limited(request: Request, size: int, sentence: str) -> Request:
-    """The request, whose body may not grow beyond so many bytes, declared or not: 413, with this sentence."""
+    """The request, with a body of at most `size` bytes, declared or not: else 413 with this sentence."""
     too_large = HTTPException(413, sentence)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > size:
@@ -40,10 +40,10 @@ def limited(request: Request, size: int, sentence: str) -> Request:
 
 
 async def read_json(request: Request, model: type[Model]) -> Model:
-    """The body as this model. (FastAPI would read it, however large, before it asks who is calling.)
+    """The body as this model. FastAPI would read it, however large, before it knows the caller.
 
     Raises:
-        Invalid: it is not as it has to be.
+        Invalid: it is not valid.
         HTTPException: 413.
     """
     body = await limited(request, _MAX_JSON, "The request may have 64 kB at most.").body()
@@ -54,18 +54,17 @@ async def read_json(request: Request, model: type[Model]) -> Model:
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """The body as OpenAPI shows it."""
+    """The ``requestBody`` in OpenAPI."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)  # What a body is made of is part of an answer too, and so a component anyway.
+    schema.pop("$defs", None)  # These are parts of responses too, and so components.
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 class BodyTimeout:
-    """An ASGI layer that ends requests whose body comes too slowly.
+    """An ASGI layer that answers ``408 request_timeout`` to a body that is too slow.
 
-    The application sees such a client disconnect, and gives up what it has received; the client is answered with
-    ``408 request_timeout``. Only the time is counted for which the application waits for the body. A response that has
-    begun without it is not ended.
+    The application sees a disconnect. Only the time in which it waits for the body counts, and a response that has
+    started is not ended.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -90,17 +89,17 @@ class BodyTimeout:
 
 
 class _Body:
-    """The body of one request, and how fast it comes."""
+    """The body of one request, and how fast it arrives."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._waited = 0.0
         self._received = 0
-        #: Moments, at least a second apart, after which too little has come so far: seconds waited, bytes received.
+        #: Seconds waited and bytes received at points, a second or more apart, since which too little has arrived.
         self._marks = deque([(0.0, 0)])
         self._whole = False
         self._ends = asyncio.get_running_loop().time() + BODY_TIMEOUT
-        #: Whether a response has begun, and whether the body took too long before that.
+        #: Whether a response has started, and whether the body was too slow before that.
         self.answered = self.late = False
 
     async def receive(self) -> Message:

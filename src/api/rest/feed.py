@@ -18,10 +18,10 @@ async def get_feed(
     caller: Caller,
     workflow: UseCases,
     feeds: Feeds,
-    after: Annotated[str | None, Query(description="a cursor, of this route or of Socket.IO")] = None,
+    after: Annotated[str | None, Query(description="a cursor from this route or from Socket.IO")] = None,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 200,
 ) -> Response:
-    """The events after a cursor, of all of the caller's generations. Without a cursor: the present state."""
+    """The events of all of the caller's generations after a cursor. Without one: the current generations."""
     page = None if after is None else await feeds.read(caller, after, limit)
     if page is None:
         cursor = await feeds.head_cursor(caller)  # Before the snapshots, so that nothing in between is missed.

@@ -1,4 +1,4 @@
-"""HTTP: start a generation, look at it, cancel it, delete it."""
+"""HTTP: start, read, cancel and delete generations."""
 
 import re
 from contextlib import AsyncExitStack
@@ -40,18 +40,18 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=200,
         pattern="^[ -~]*$",
-        description="the same request with the same key again starts nothing: it answers what was started",
+        description="a repeat of the request with the same key returns the generation that it started",
     ),
 ]
 
 Runner = Annotated[
     Literal["external"] | None,
-    Query(description="for services: a pipeline of your own does the work, and reports it by `/transitions`"),
+    Query(description="for services: your own pipeline does the work and reports it to `/transitions`"),
 ]
 
 _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
     202: {
-        "description": "the generation has started, or had been by this Idempotency-Key",
+        "description": "the generation has started, now or earlier with this Idempotency-Key",
         "headers": {"Location": {"description": "/generations/<id>", "schema": {"type": "string"}}},
     },
     **documented(
@@ -88,7 +88,7 @@ _ONE: Final = documented("not_found", *PROBLEMS)
 async def start_edit(
     request: Request, identity: Identified, workflow: UseCases, key: IdempotencyKey = None, runner: Runner = None
 ) -> Response:
-    """Start an edit: the images are laid out on one sheet, edited, and given a face where that is asked for."""
+    """Start an edit: the images are placed on one sheet, edited, and given a face if requested."""
     return await _start(request, identity, workflow, key, runner, "edit")
 
 
@@ -102,7 +102,7 @@ async def start_edit(
 async def start_generate(
     request: Request, identity: Identified, workflow: UseCases, key: IdempotencyKey = None, runner: Runner = None
 ) -> Response:
-    """Start a generation: the images are laid out on one sheet, and a new one is made after it."""
+    """Start a generation: the images are placed on one sheet, from which a new image is made."""
     return await _start(request, identity, workflow, key, runner, "generate")
 
 
@@ -168,7 +168,7 @@ async def get_events(
 
 @router.post("/generations/{generation_id}/cancel", response_model=CancelOutcome, responses=_ONE)
 async def cancel_generation(generation_id: GenerationId, caller: Caller, workflow: UseCases) -> Response:
-    """End the generation, and give the credit back, unless it has ended."""
+    """End the generation unless it has ended, and refund the credit."""
     return json_response(CancelOutcome(outcome=await workflow.cancel(caller, generation_id)))
 
 
@@ -179,6 +179,6 @@ async def cancel_generation(generation_id: GenerationId, caller: Caller, workflo
     responses=documented("not_found", "not_finished", *PROBLEMS),
 )
 async def delete_generation(generation_id: GenerationId, caller: Caller, workflow: UseCases) -> Response:
-    """Remove a finished generation: its history and its images are gone at once."""
+    """Remove a finished generation with its history and its images."""
     await workflow.delete(caller, generation_id)
     return Response(status_code=204)

@@ -1,4 +1,4 @@
-"""What HTTP answers with beside the generation itself: for OpenAPI, and for the bytes."""
+"""The response models beside the generation, and their JSON."""
 
 from collections.abc import Iterable
 from typing import Annotated, Final, Literal
@@ -16,7 +16,7 @@ class GenerationPage(Wire):
     """The caller's generations, newest first."""
 
     generations: list[Snapshot]
-    next: Annotated[str | None, Field(description="where there are more: `before` of the following page")] = None
+    next: Annotated[str | None, Field(description="if there are more: `before` of the following page")] = None
 
 
 class NamedEvent(Wire):
@@ -35,28 +35,28 @@ class EventPage(Wire):
 
 
 class FeedPage(Wire):
-    """The caller's events after a cursor, in order; where that is not usable, how things stand instead."""
+    """The caller's events after a cursor; if it is not usable, the current generations."""
 
-    recovered: Annotated[bool, Field(description="whether nothing was missed: the cursor was usable")]
+    recovered: Annotated[bool, Field(description="whether the cursor was usable, so that nothing was missed")]
     cursor: Annotated[str, Field(description="`after` of the next request")]
-    events: Annotated[list[NamedEvent] | None, Field(description="where recovered")] = None
+    events: Annotated[list[NamedEvent] | None, Field(description="if recovered")] = None
     generations: Annotated[
         list[Snapshot] | None,
-        Field(description="where not recovered: the active ones and the last 20 finished, newest first"),
+        Field(description="if not recovered: the active ones and the last 20 finished, newest first"),
     ] = None
 
 
 class CancelOutcome(Wire):
-    """What a cancel came to."""
+    """The outcome of a cancellation."""
 
     outcome: Literal["cancelled", "already_finished"]
 
 
 class Account(Wire):
-    """Who is calling, and what they have left."""
+    """The caller and the balance."""
 
     user_id: str
-    credit: Annotated[int | None, Field(description="absent where no balances are kept")] = None
+    credit: Annotated[int | None, Field(description="absent if no balances are kept")] = None
 
 
 class Grant(Wire):
@@ -66,21 +66,21 @@ class Grant(Wire):
 
 
 class StageView(Wire):
-    """One stage as the table has it."""
+    """One stage of the table."""
 
     status: str
     progress: Annotated[int | None, Field(description="on entering; absent: as reached so far")] = None
     message: Annotated[str, Field(description="on entering")]
     event: Annotated[str, Field(description="the Socket.IO event that carries it", examples=[CONTINUE])]
     next: Annotated[list[str], Field(description="the statuses that may follow")]
-    conditions: Annotated[dict[str, str] | None, Field(description="on which condition one may follow, by status")] = (
-        None
-    )
-    messages: Annotated[
-        dict[str, str] | None, Field(description="the message with which one follows, where it is another")
+    conditions: Annotated[
+        dict[str, str] | None, Field(description="the conditions on which one may follow, by status")
     ] = None
-    repeats: Annotated[bool, Field(description="it may follow itself, with higher progress, while a provider works")]
-    terminal: Annotated[bool, Field(description="nothing may follow")]
+    messages: Annotated[
+        dict[str, str] | None, Field(description="the messages with which one follows, if they differ, by status")
+    ] = None
+    repeats: Annotated[bool, Field(description="whether it may follow itself with higher progress")]
+    terminal: Annotated[bool, Field(description="whether no stage may follow")]
 
 
 class Stages(RootModel[dict[Kind, list[StageView]]]):
@@ -117,13 +117,13 @@ STAGES: Final = Stages({kind: [_stage_view(kind, status) for status in flow] for
 
 
 def named(entries: Iterable[Logged]) -> bytes:
-    """The JSON of `NamedEvent`, one after the other: the events' own bytes."""
+    """The JSON of these as `NamedEvent`, comma-separated, around the events' own bytes."""
     return b",".join(
         b'{"event":"%b","data":%b}' % (entry.name.encode(), entry.event) for entry in entries if entry.event
     )
 
 
 def json_response(content: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """The model's JSON, in which absent values are left out."""
+    """The model's JSON without absent values."""
     body = content.__pydantic_serializer__.to_json(content, by_alias=True, exclude_none=True)
     return Response(body, status, headers, "application/json")

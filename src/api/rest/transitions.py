@@ -1,4 +1,4 @@
-"""HTTP: what a pipeline of the user's own reports of its work."""
+"""HTTP: the reports of an owner's own pipeline."""
 
 from typing import Annotated, Final
 
@@ -22,23 +22,23 @@ _Sentence = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 
 
 class Transition(Wire):
-    """What comes next, and what has been found."""
+    """The next event of an external generation."""
 
     status: Annotated[str, Field(min_length=1, max_length=64, json_schema_extra={"enum": _STATUSES})]
     sequence: Annotated[
         StrictInt | None, Field(ge=1, description="the number that this event would get; another: `409 conflict`")
     ] = None
     progress: Annotated[
-        StrictInt | None, Field(ge=0, le=100, description="within the stage; by default as the table has it")
+        StrictInt | None, Field(ge=0, le=100, description="within the stage; by default that of the table")
     ] = None
-    message: Annotated[_Sentence | None, Field(description="by default as the table has it")] = None
+    message: Annotated[_Sentence | None, Field(description="by default that of the table")] = None
     composition_url: HttpUrl | None = None
     preview_url: HttpUrl | None = None
     edited_image_url: HttpUrl | None = None
     generated_image_url: HttpUrl | None = None
     face_swap_url: HttpUrl | None = None
     face_swap_error: FaceSwapError | None = None
-    error: Annotated[_Sentence | None, Field(description="of `failed`: a sentence fit to show to the owner")] = None
+    error: Annotated[_Sentence | None, Field(description="of `failed`: a sentence for the owner")] = None
     code: Annotated[FailureCode | None, Field(description="of `failed`; by default internal, not retryable")] = None
 
 
@@ -62,15 +62,11 @@ class Transition(Wire):
 async def report_transition(
     request: Request, generation_id: GenerationId, caller: Caller, workflow: UseCases
 ) -> Response:
-    """Move a generation on that was started with `runner=external`. The same again answers the same event."""
-    said = await read_json(request, Transition)
-    fields = {name: getattr(said, name) for name in said.model_fields_set - {"status", "sequence"}}
+    """Report a transition of a generation that was started with `runner=external`. A repeat returns the same event."""
+    report = await read_json(request, Transition)
+    fields = {name: value for name, value in report if value is not None and name not in ("status", "sequence")}
+    content = report.model_dump_json(exclude_none=True).encode()
     entry = await workflow.report(
-        caller,
-        generation_id,
-        said.status,
-        {name: value for name, value in fields.items() if value is not None},
-        content=said.model_dump_json(exclude_none=True).encode(),
-        sequence=said.sequence,
+        caller, generation_id, report.status, fields, content=content, sequence=report.sequence
     )
     return Response(entry.event, media_type="application/json")
