@@ -2,5 +2,5 @@
 
 from typing import Final
 
-#: The ASGI scope extension with a WebSocket's transport: `serving` offers it, and `realtime` aborts the transport.
+#: The ASGI scope extension with a connection's transport: `serving` offers it; sockets and event streams abort it.
 TRANSPORT: Final = "stagecast.transport"

@@ -17,6 +17,7 @@ from api.rest.origin_guard import OriginGuard
 from api.rest.proxies import ForwardedHeaders, PathPrefix
 from api.service import Service
 from api.settings import SettingsError
+from api.sse import routes as sse
 from api.web import page
 from api.wiring import ClientLimit, Parts, Server, connection_table
 
@@ -50,10 +51,11 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.workflow = service.workflow
     http.state.feed_sessions = service.feed_sessions
     http.state.images = service.images.store
+    http.state.streams = service.streams
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
     problems.install(http)
-    for router in (generations.router, transitions.router, feed.router, accounts.router, info.router):
+    for router in (sse.router, generations.router, transitions.router, feed.router, accounts.router, info.router):
         http.include_router(router)
     page.install(http, settings.public_url)
     hosts = None if settings.allow_open else settings.allowed_hosts

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Final, Protocol
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Header, Query, Request
 from fastapi.security import HTTPBearer
 
 from domain.errors import Refusal
@@ -94,16 +94,30 @@ def _decoded(header: str) -> str:
 _bearer = HTTPBearer(auto_error=False, description="A JWT. Not needed in open mode.")
 
 
-async def _identity(
-    request: Request,
-    _: Annotated[Any, Depends(_bearer)],
-    x_user_id: Annotated[
-        str | None,
-        Header(description=f"the user: in open mode (default: {DEFAULT_USER}), or with a service token"),
-    ] = None,
-) -> Identity:
+_ActingFor = Annotated[
+    str | None, Header(description=f"the user: in open mode (default: {DEFAULT_USER}), or with a service token")
+]
+
+
+async def _identity(request: Request, _: Annotated[Any, Depends(_bearer)], x_user_id: _ActingFor = None) -> Identity:
     authenticator: Authenticator = request.app.state.authenticator
     return await authenticator.of_request(request.headers.get("authorization"), x_user_id)
+
+
+async def _stream_identity(
+    request: Request,
+    _: Annotated[Any, Depends(_bearer)],
+    access_token: Annotated[
+        str | None, Query(description="a JWT, for an EventSource, which cannot send headers; a header comes first")
+    ] = None,
+    user: Annotated[str | None, Query(alias="userId", description="as `X-User-Id`, which comes first")] = None,
+    x_user_id: _ActingFor = None,
+) -> Identity:
+    authorization = request.headers.get("authorization", access_token and f"Bearer {access_token}")
+    if x_user_id is None and user is not None:
+        x_user_id = user.encode().decode("latin-1")  # As a header arrives.
+    authenticator: Authenticator = request.app.state.authenticator
+    return await authenticator.of_request(authorization, x_user_id)
 
 
 async def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:
@@ -133,6 +147,8 @@ PROBLEMS: Final = (
 
 #: The identity of the caller.
 Identified = Annotated[Identity, Depends(_identity)]
+#: The caller of a route that an EventSource may use: its query may hold what headers cannot.
+StreamIdentity = Annotated[Identity, Depends(_stream_identity)]
 #: The id of the calling user.
 Caller = Annotated[str, Depends(_caller)]
 #: For `dependencies`: only a service may call.

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from api.auth import Authenticator
 from api.realtime.sockets import Sockets
+from api.sse.streams import EventStreams
 from api.wiring import PROGRESS_INTERVAL, Parts
 from domain.admission import Admission, Limits
 from domain.delivery import Hub
@@ -96,6 +97,7 @@ class Service:
             max_per_user=settings.max_sockets_per_user,
         )
         self.sockets = parts.socket_server(sockets)
+        self.streams = EventStreams(self.hub, self.clock, settings.max_sockets_per_user)
         self._housekeeping = Housekeeping(self.log, storage.retention, self.images)
         self._readiness = Readiness(
             self.supervisor,
@@ -135,6 +137,7 @@ class Service:
             tasks.create_task(every(pause, "sessions", self._touch))
             tasks.create_task(keep("lag", self._lag.run))
             tasks.create_task(every(PROGRESS_INTERVAL, "sockets", self.sockets.eio.check_progress))
+            tasks.create_task(every(PROGRESS_INTERVAL, "streams", self.streams.check_progress))
             if self.webhooks is not None:
                 tasks.create_task(keep("webhooks", self.webhooks.run))
 
@@ -165,6 +168,7 @@ class Service:
             await self.runner.interrupt()
         await _at_most(_FLUSH, self.hub.flushed(), *([self.webhooks.flushed()] if self.webhooks else []))
         self.sockets.close_all()
+        self.streams.close_all()
         await _cancel(self._background)
         await self._readiness.close()
         await self.images.store.close()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, NamedTuple
 
+from adapters import TRANSPORT as TRANSPORT
 from adapters.images.composer import PillowComposer
 from adapters.images.folder import FolderRefused, ImageFolder
 from adapters.images.intake import PillowIntake
@@ -27,6 +28,7 @@ from adapters.providers.openai import OpenAIEditor
 from adapters.providers.own_provider import OwnEditor, OwnFaceSwap
 from adapters.providers.replicate import ReplicateFaceSwap
 from adapters.realtime.send_buffer import PROGRESS_INTERVAL as PROGRESS_INTERVAL
+from adapters.realtime.send_buffer import BoundedSendBuffer as BoundedSendBuffer
 from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
 from adapters.serving.connection_table import ClientLimit as ClientLimit
 from adapters.serving.connection_table import ConnectionTable

@@ -6,7 +6,7 @@ The hub decides nothing and stores nothing. Whatever it loses, the devices read 
 import asyncio
 from typing import Any
 
-from domain.device import Device, EncodedEntry, Encoder, F, SendBuffer
+from domain.device import Device, EncodedEntry, Encoder, F, GenerationDevice, SendBuffer
 from domain.feed import Cursor, Logged
 from domain.feed_sessions import StartPosition
 from domain.ports.log import EventLog, Gap
@@ -30,9 +30,15 @@ class Hub:
 
     def join(self, user_id: str, buffer: SendBuffer[F], encoder: Encoder[F], start: StartPosition) -> Device[F]:
         """A device that is in its user's room from now on, and sends once it is started."""
-        device = Device(self._log, self._quarantine, user_id, buffer, encoder, start, on_close=self._remove)
-        self.rooms.setdefault(user_id, set()).add(device)
-        return device
+        return self._add(Device(self._log, self._quarantine, user_id, buffer, encoder, start, self._remove))
+
+    def join_generation(
+        self, user_id: str, buffer: SendBuffer[F], encoder: Encoder[F], generation_id: str, after: int
+    ) -> Device[F]:
+        """As `join`, for the events of one generation of this user with a sequence above `after`."""
+        return self._add(
+            GenerationDevice(self._log, self._quarantine, user_id, buffer, encoder, generation_id, after, self._remove)
+        )
 
     def device_count(self, user_id: str) -> int:
         """How many devices this user has."""
@@ -53,6 +59,10 @@ class Hub:
     async def flushed(self) -> None:
         """Wait until every device has been sent everything known, and its client has taken it."""
         await asyncio.gather(*(device.flushed() for device in self._devices()))
+
+    def _add(self, device: Device[F]) -> Device[F]:
+        self.rooms.setdefault(device.user_id, set()).add(device)
+        return device
 
     def _remove(self, device: Device[Any]) -> None:
         room = self.rooms.get(device.user_id)

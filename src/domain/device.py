@@ -55,6 +55,9 @@ class SendBuffer(Protocol[_FrameIn]):
     async def flushed(self) -> None:
         """Wait until the client has taken everything, or the connection has ended."""
 
+    def close(self) -> None:
+        """Accept no more frames, and end the connection once the client has taken what waits."""
+
     def abort(self) -> None:
         """End the connection without sending what waits. Returns before anybody is notified of the end."""
 
@@ -151,12 +154,12 @@ class Device(Generic[F]):
 
     def offer(self, encoded: EncodedEntry) -> None:
         """Take a live entry: put it if it is the next one and fits, otherwise read it from the log."""
-        entry = encoded.entry
-        self._head = max(self._head, entry.position)
-        if self._pulling or entry.position <= self._cursor.seen:
+        index = self._index(encoded.entry)
+        self._head = max(self._head, index)
+        if self._pulling or index <= self._cursor.seen:
             return
-        if entry.position == self._cursor.seen + 1 and self._put(encoded):
-            self._cursor = Cursor(entry.position, entry.event_id, entry.position)
+        if index == self._cursor.seen + 1 and self._put(encoded):
+            self._cursor = Cursor(index, encoded.entry.event_id, index)
         else:
             self._start_pull()
 
@@ -170,6 +173,10 @@ class Device(Generic[F]):
         while self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
         await self._buffer.flushed()
+
+    def _index(self, entry: Logged) -> int:
+        """The entry's position on the line along which the cursor moves."""
+        return entry.position
 
     def _start_pull(self) -> None:
         if not self._pulling and not self._closed:
@@ -249,3 +256,61 @@ class Device(Generic[F]):
                 return False
             self._buffer.put(frame)
         return True
+
+
+class GenerationDevice(Device[F]):
+    """A client of one generation: its cursor moves along the sequence of this generation instead of the feed.
+
+    The connection ends after the terminal event, or when the generation is removed.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        quarantine: Quarantine,
+        user_id: str,
+        buffer: SendBuffer[F],
+        encoder: Encoder[F],
+        generation_id: str,
+        after: int,
+        on_close: Callable[["Device[F]"], None],
+    ) -> None:
+        start = StartPosition(Cursor(after, 0, after), True, after, None)
+        super().__init__(log, quarantine, user_id, buffer, encoder, start, on_close)
+        self._generation_id = generation_id
+
+    def offer(self, encoded: EncodedEntry) -> None:
+        """As `Device.offer`; entries of other generations are skipped."""
+        if encoded.entry.generation_id == self._generation_id:
+            super().offer(encoded)
+            self._finish_after(encoded.entry)
+
+    def _index(self, entry: Logged) -> int:
+        return entry.sequence
+
+    async def _read_page(self) -> None:
+        history = await self._log.generation(self._generation_id)
+        if self._closed:
+            return
+        if history is None:
+            self._finish()
+            return
+        self._must_read = False
+        last = history.events[-1]
+        self._head = max(self._head, last.sequence)
+        for entry in history.events[self._cursor.seen :]:
+            if not self._put(EncodedEntry(entry, "", self._quarantine)):
+                return
+            self._cursor = Cursor(entry.sequence, entry.event_id, entry.sequence)
+        self._finish_after(last)
+        if last.sequence <= self._cursor.seen < self._head:
+            await asyncio.sleep(_RETRY_DELAY)  # Announced, but not readable yet.
+
+    def _finish_after(self, entry: Logged) -> None:
+        """End the connection if this is the terminal event and nothing remains to be sent."""
+        if entry.position == entry.end and entry.sequence <= self._cursor.seen:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._closed = True
+        self._buffer.close()

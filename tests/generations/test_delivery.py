@@ -1,6 +1,6 @@
 """The seam between history and live events: at any interleaving, each device gets every event once, in order.
 
-Without a socket library: the send buffer and the encoders are the smallest that fulfil their ports.
+Without a network: the send buffer and the encoders are the smallest that fulfil their ports, or those of event streams.
 """
 
 import asyncio
@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from adapters.memory.log import MemoryLog
+from adapters.realtime import send_buffer
+from adapters.realtime.send_buffer import BoundedSendBuffer
 from adapters.system import SystemEntropy, now
+from api.sse.blocks import CURSOR_AS_ID, SEQUENCE_AS_ID
 from domain.delivery import Hub
 from domain.device import Device
 from domain.feed import Cursor, Feed, Logged, feed_name
@@ -25,7 +28,7 @@ from domain.quarantine import Quarantine
 from domain.recorder import Recorder
 from support.builders import image_url
 
-ROUNDS = 2_500
+ROUNDS = 625
 FEED = feed_name("e", "u")
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 
@@ -113,6 +116,7 @@ class Reader:
     events: list[dict[str, Any]] = field(default_factory=list)
     cursors: list[str] = field(default_factory=list)
     moved: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: bool = False
     aborted: bool = False
 
     def has_room(self, frame: Frame) -> bool:
@@ -134,10 +138,21 @@ class Reader:
             self.moved.clear()
             await self.moved.wait()
 
+    def close(self) -> None:
+        self.closed = True
+
     def abort(self) -> None:
         self.aborted = True
 
-    def read(self) -> None:
+    @property
+    def buffer(self) -> "Reader":
+        return self
+
+    def drop(self) -> None:
+        """Lose what waits, with the connection."""
+        self.waiting.clear()
+
+    async def read(self) -> None:
         for frame in self.waiting:
             assert frame.entry.event is not None
             self.events.append(json.loads(frame.entry.event))
@@ -145,12 +160,40 @@ class Reader:
         self.waiting.clear()
         self.moved.set()
 
-    async def read_on(self) -> None:
-        while True:
-            for _ in range(self.chance.randrange(6)):
-                await asyncio.sleep(0)
-            self.read()
+
+@dataclass
+class StreamReader:
+    """The client of an event stream, which reads now and then and remembers the last id. Its buffer is the real one."""
+
+    chance: random.Random
+    events: list[dict[str, Any]] = field(default_factory=list)
+    cursors: list[str] = field(default_factory=list)
+    aborted: bool = False
+
+    def __post_init__(self) -> None:
+        self.buffer = BoundedSendBuffer[bytes](len, self.abort)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def drop(self) -> None:
+        self.buffer.clear()
+
+    async def read(self) -> None:
+        while len(self.buffer):
+            for block in await self.buffer.take(self.chance.randint(1, 3)):
+                name, cursor, data, *end = block.decode().split("\n")
+                assert (name[:7], end) == ("event: ", ["", ""])
+                self.cursors.append(cursor.removeprefix("id: "))
+                self.events.append(json.loads(data.removeprefix("data: ")))
+
+
+async def read_on(reader: Reader | StreamReader) -> None:
+    while True:
+        for _ in range(reader.chance.randrange(6)):
             await asyncio.sleep(0)
+        await reader.read()
+        await asyncio.sleep(0)
 
 
 def append_for(generation_id: str, sequence: int, terminal: bool, chance: random.Random) -> Append:
@@ -168,9 +211,13 @@ async def write(log: LaggingLog, generation_id: str, length: int) -> None:
         await log.lag()
 
 
-async def join(hub: Hub, log: MemoryLog, reader: Reader, text: str | None) -> tuple[Device[Frame], Cursor]:
+async def join(hub: Hub, log: MemoryLog, reader: Reader | StreamReader, text: str | None) -> tuple[Device[Any], Cursor]:
     cursor = Cursor.parse(text, FEED) or await log.head_cursor("u")
-    device = hub.join("u", reader, PLAIN, StartPosition(cursor, text is not None, cursor.live, "t"))
+    start = StartPosition(cursor, text is not None, cursor.live, "t")
+    if isinstance(reader, Reader):
+        device: Device[Any] = hub.join("u", reader, PLAIN, start)
+    else:
+        device = hub.join("u", reader.buffer, CURSOR_AS_ID, start)
     await asyncio.sleep(0)
     device.start()
     return device, cursor
@@ -185,11 +232,11 @@ def wanted(history: History, base: Cursor) -> list[int]:
     ]
 
 
-def received(reader: Reader, generation_id: str) -> list[int]:
+def received(reader: Reader | StreamReader, generation_id: str) -> list[int]:
     return [event["sequence"] for event in reader.events if event["generationId"] == generation_id]
 
 
-async def play(seed: int) -> int:
+async def play(seed: int, form: type[Reader | StreamReader]) -> int:
     """One round: writers, devices that connect, leave and return, readers of every speed. Returns events checked."""
     chance = random.Random(seed)
     log = LaggingLog(chance)
@@ -200,14 +247,14 @@ async def play(seed: int) -> int:
     for name, length in before.items():
         await write(log, name, length)
     writers = [asyncio.create_task(write(log, name, length)) for name, length in lengths.items() if name not in before]
-    sessions: list[tuple[Reader, Device[Frame], Cursor]] = []
+    sessions: list[tuple[Reader | StreamReader, Device[Any], Cursor]] = []
     tasks: list[asyncio.Task[None]] = []
     for _ in range(chance.randint(1, 3)):
         text = None
         for _ in range(chance.randint(1, 3)):  # The same client, returning with its last cursor.
             await log.lag()
-            reader = Reader(chance, room=chance.randint(2, 8))
-            tasks.append(asyncio.create_task(reader.read_on()))
+            reader = Reader(chance, room=chance.randint(2, 8)) if form is Reader else StreamReader(chance)
+            tasks.append(asyncio.create_task(read_on(reader)))
             device, base = await join(hub, log, reader, text)
             assert text is None or text.startswith(base.text(FEED))
             sessions.append((reader, device, base))
@@ -216,7 +263,7 @@ async def play(seed: int) -> int:
             if chance.random() < 0.5:
                 break
             device.close()
-            reader.waiting.clear()  # Gap with the connection.
+            reader.drop()
             text = reader.cursors[-1] if reader.cursors else text or base.text(FEED)
     await asyncio.gather(*writers)
     await log.announced.join()
@@ -225,7 +272,7 @@ async def play(seed: int) -> int:
         stayed = device in hub.rooms.get("u", set())
         if stayed:
             await device.flushed()
-            reader.read()
+            await reader.read()
         assert not reader.aborted
         for name in lengths:
             history = await log.generation(name)
@@ -241,12 +288,79 @@ async def play(seed: int) -> int:
     return checked
 
 
-@pytest.mark.parametrize("part", range(4))
-async def test_no_interleaving_of_past_and_live_leaves_a_gap_or_a_duplicate(part: int) -> None:
+async def play_streams_of_one(seed: int) -> int:
+    """One round: streams of one generation each, whose clients leave and return with the last sequence they saw."""
+    chance = random.Random(seed)
+    log = LaggingLog(chance)
+    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy())))
+    tasks = [asyncio.create_task(hub.run())]
+    lengths = {f"edit_1_{number}": chance.randint(2, 9) for number in range(chance.randint(1, 3))}
+    writers = [asyncio.create_task(write(log, name, length)) for name, length in lengths.items()]
     checked = 0
-    for seed in range(part * ROUNDS // 4, (part + 1) * ROUNDS // 4):
-        checked += await play(seed)
+
+    async def client(name: str) -> None:
+        nonlocal checked
+        while await log.generation(name) is None:
+            await log.lag()
+        after, stays = chance.choice([0, chance.randrange(11)]), False
+        while not stays:
+            stays = chance.random() < 0.5
+            reader = StreamReader(chance)
+            reading = asyncio.create_task(read_on(reader))
+            device = hub.join_generation("u", reader.buffer, SEQUENCE_AS_ID, name, after)
+            await asyncio.sleep(0)
+            device.start()
+            for _ in range(chance.randrange(12)):
+                await asyncio.sleep(0)
+            while stays and not (reader.buffer.closed and len(reader.buffer) == 0):
+                await asyncio.sleep(0)
+            reading.cancel()
+            await asyncio.wait([reading])
+            device.close()
+            due = list(range(after + 1, lengths[name] + 1))
+            got = received(reader, name)
+            assert got == (due if stays else due[: len(got)]), (seed, name, after)
+            assert [event["generationId"] for event in reader.events] == [name] * len(got)
+            assert not reader.aborted
+            checked += len(got)
+            after = int(reader.cursors[-1]) if reader.cursors else after
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*writers, *(client(chance.choice([*lengths])) for _ in range(chance.randint(1, 4))))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert hub.rooms == {}
+    return checked
+
+
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few events, so that they are full at times."""
+    monkeypatch.setattr(send_buffer, "MAX_EVENTS", 4)
+    monkeypatch.setattr(send_buffer, "_LOW_EVENTS", 2)
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize(
+    ("form", "part"), [*((Reader, part) for part in range(4)), (StreamReader, 4), (StreamReader, 5)]
+)
+async def test_no_interleaving_of_past_and_live_leaves_a_gap_or_a_duplicate(
+    form: type[Reader | StreamReader], part: int
+) -> None:
+    checked = 0
+    for seed in range(part * ROUNDS, (part + 1) * ROUNDS):
+        checked += await play(seed, form)
     assert checked > ROUNDS  # The rounds are not empty.
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("part", range(2))
+async def test_no_interleaving_leaves_a_gap_or_a_duplicate_in_the_stream_of_one_generation(part: int) -> None:
+    checked = 0
+    for seed in range(part * ROUNDS, (part + 1) * ROUNDS):
+        checked += await play_streams_of_one(seed)
+    assert checked > ROUNDS
 
 
 @asynccontextmanager
@@ -263,7 +377,7 @@ async def following(*readers: tuple[Reader, Plain]) -> AsyncIterator[MemoryLog]:
         await device.flushed()
     yield log
     for device, (reader, _) in zip(devices, readers, strict=True):
-        reader.read()
+        await reader.read()
         await device.flushed()
         device.close()
     for task in tasks:
@@ -300,4 +414,25 @@ async def test_an_entry_that_cannot_be_encoded_sets_its_generation_aside_and_the
         while len(reader.waiting) < 2 or "generation edit_1_0 is set aside" not in caplog.text:
             await asyncio.sleep(0)
     assert [(event["generationId"], event["sequence"]) for event in reader.events] == [("edit_1_0", 1), ("edit_1_1", 1)]
+    assert not reader.aborted
+
+
+@pytest.mark.usefixtures("small_buffers")
+async def test_the_stream_of_a_generation_that_is_removed_before_its_end_was_sent_ends() -> None:
+    reader = StreamReader(random.Random(0))
+    async with following() as log:
+        for sequence in range(1, 8):
+            await append(log, "edit_1_0", sequence)
+        hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy())))
+        device = hub.join_generation("u", reader.buffer, SEQUENCE_AS_ID, "edit_1_0", 0)
+        device.start()
+        while len(reader.buffer) < 4:
+            await asyncio.sleep(0)
+        await log.append(append_for("edit_1_0", 8, True, random.Random(0)))
+        await log.remove("edit_1_0", retention=False)
+        while not reader.buffer.closed:
+            await reader.read()
+            await asyncio.sleep(0)
+        device.close()
+    assert received(reader, "edit_1_0") == [1, 2, 3, 4]
     assert not reader.aborted

@@ -48,7 +48,7 @@ async def test_every_background_task_is_listed(tmp_path: Path) -> None:
     async with running(tmp_path, webhook_url="http://127.0.0.1:9/") as service:
         status, body = await ready(service)
         names = {"log", "follower", "runner", "images", "external", "retention", "sweep", "webhooks"}
-        names |= {"sessions", "sockets"}
+        names |= {"sessions", "sockets", "streams"}
         assert (status, body["status"]) == (200, "ready")
         assert names <= body["parts"].keys()
         assert set(body["parts"].values()) == {"ok"}

@@ -77,6 +77,7 @@ OVERRIDDEN = {
         "on_part_data": "(self, data: 'bytes', start: 'int', end: 'int') -> 'None'",
         "on_part_end": "(self) -> 'None'",
     },
+    "api.sse.routes._StreamRoute": {"matches": "(self, scope: 'Scope') -> 'tuple[Match, Scope]'"},
     "api.web.page._Files": {
         "file_response": "(self, full_path: 'PathLike', stat_result: 'os.stat_result', scope: 'Scope', "
         "status_code: 'int' = 200) -> 'Response'",

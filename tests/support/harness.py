@@ -182,11 +182,13 @@ class Running(Reader):
                 await asyncio.sleep(0.01)
 
     async def until_all_disconnected(self) -> None:
-        """Wait until no socket is left, nor anything kept for one.
+        """Wait until no socket and no stream is left, nor anything kept for one.
 
         Whose program was killed while it polled is missed only by two pings, which takes 47 seconds.
         """
-        await self.until(lambda: self.service.sockets.idle and not self.service.hub.rooms, 60)
+        await self.until(
+            lambda: self.service.sockets.idle and not (self.service.hub.rooms or self.service.streams.open), 60
+        )
 
     async def _moment(self, user: str) -> tuple[list[tuple[JSON, list[JSON], History]], int | None]:
         """The user's generations by HTTP, with their events and log entries, and the balance: a consistent snapshot."""

@@ -11,6 +11,7 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from adapters import TRANSPORT
 from adapters.serving.connection_table import ATTRIBUTE, ConnectionTable
 
 #: Bytes that the kernel buffers beyond those in flight (TCP_NOTSENT_LOWAT).
@@ -198,7 +199,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Called by uvicorn for each request."""
-        extensions: dict[str, Any] = {ATTRIBUTE: partial(self._table.attribute, self.transport)}
+        attribute = partial(self._table.attribute, self.transport)
+        extensions: dict[str, Any] = {ATTRIBUTE: attribute, TRANSPORT: self.transport}
         cycle.scope["extensions"] = extensions
         super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
 

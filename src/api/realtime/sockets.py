@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from domain.device import Device, Encoder, SendBuffer
 from domain.errors import LogUnavailable, Refusal
 from domain.events import timestamp
 from domain.feed_sessions import FeedSessions, StartPosition
+from domain.generation import Snapshot
 from domain.identity import Identity, InvalidUserId, Unauthenticated, user_id
 from domain.workflow import Workflow
 
@@ -137,11 +138,11 @@ class Sockets:
         if device is None or device.user_id != identity.user_id:
             recovery = fields.recovery and connection.recovery
             return await self._open(connection, identity, fields.cursor, recovery=recovery)
-        generations = await self._generations(identity.user_id)
+        generations = await self.workflow.recent(identity.user_id)
         if connection.pid is not None and identity != connection.identity:
             await self.feed_sessions.renew(connection.pid, identity)
         connection.identity = identity
-        return self._welcome(device, identity, generations), lambda: None
+        return welcome_of(device, identity, generations), lambda: None
 
     async def on_disconnect(self, connection: Connection, permanent: bool) -> None:
         """The connection has ended; `permanent` if the client sent a DISCONNECT."""
@@ -161,7 +162,7 @@ class Sockets:
     ) -> Answer:  # fmt: skip
         """`replaces`: this socket replaces another one of its user, which is closed."""
         user = identity.user_id
-        generations = await self._generations(user) if welcome else []
+        generations = await self.workflow.recent(user) if welcome else []
         # The session is written last: a failure before it changes nothing.
         if connection.pid is not None:
             if recovery:
@@ -178,7 +179,7 @@ class Sockets:
             connection.device.close()
         device = self.hub.join(user, connection.buffer, connection.encoder(recovery=recovery), start)
         connection.device, connection.identity, connection.offset = device, identity, None
-        return self._welcome(device, identity, generations) if welcome else {}, device.start
+        return welcome_of(device, identity, generations) if welcome else {}, device.start
 
     async def subscribe_to_generation(self, connection: Connection, argument: Any) -> Answer:
         """``{generationId, after?}``: replay one generation to this socket."""
@@ -190,20 +191,18 @@ class Sockets:
         ack = {"ok": True, **snapshot.model_dump(by_alias=True, exclude_none=True)}
         return ack, lambda: device.replay(fields.generation_id, fields.after)
 
-    def _welcome(self, device: Device[Any], identity: Identity, generations: list[dict[str, Any]]) -> dict[str, Any]:
-        until = {} if identity.expires_at is None else {"expiresAt": timestamp(identity.expires_at)}
-        return {
-            "ok": True,
-            "userId": device.user_id,
-            "cursor": device.cursor,
-            "recovered": device.resumed,
-            "generations": generations,
-            **until,
-        }
 
-    async def _generations(self, user: str) -> list[dict[str, Any]]:
-        recent = await self.workflow.recent(user)
-        return [snapshot.model_dump(by_alias=True, exclude_none=True) for snapshot in recent]
+def welcome_of(device: Device[Any], identity: Identity, generations: Sequence[Snapshot]) -> dict[str, Any]:
+    """What a client is told before its events: the answer to `authenticate`, and the first event of a feed stream."""
+    until = {} if identity.expires_at is None else {"expiresAt": timestamp(identity.expires_at)}
+    return {
+        "ok": True,
+        "userId": device.user_id,
+        "cursor": device.cursor,
+        "recovered": device.resumed,
+        "generations": [snapshot.model_dump(by_alias=True, exclude_none=True) for snapshot in generations],
+        **until,
+    }
 
 
 def _claimed_user(user: object) -> str | None:

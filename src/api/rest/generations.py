@@ -8,10 +8,10 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from pydantic import AfterValidator
 from pydantic_core import to_json
 
-from api.auth import PROBLEMS, Caller, Identified, require_service
+from api.auth import PROBLEMS, Caller, Identified, StreamIdentity, require_service
 from api.rest.forms import form_body, read_form
 from api.rest.problems import documented
-from api.rest.schemas import CancelOutcome, EventPage, GenerationPage, json_response, named
+from api.rest.schemas import LAST_EVENT_ID, STREAM, VARY, CancelOutcome, EventPage, GenerationPage, json_response, named
 from api.rest.state import UseCases
 from domain.errors import NotFound
 from domain.generation import Snapshot
@@ -33,6 +33,7 @@ def _known_shape(generation_id: str) -> str:
 
 
 GenerationId = Annotated[str, Path(examples=["edit_1763829000123_k3v9x2ab4c6d8e0f"]), AfterValidator(_known_shape)]
+After = Annotated[int, Query(ge=0, le=_MAX_INT, description="only those with a higher sequence")]
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -147,23 +148,30 @@ async def get_generation(generation_id: GenerationId, caller: Caller, workflow: 
 @router.get(
     "/generations/{generation_id}/events",
     response_model=EventPage,
-    responses=documented("not_found", "invalid_request", *PROBLEMS),
+    responses={
+        **STREAM,
+        204: {
+            "description": "a stream was accepted, and there is nothing after the position: the generation has ended"
+        },
+        **documented("not_found", "invalid_request", *PROBLEMS),
+    },
+    openapi_extra=LAST_EVENT_ID,
 )
 async def get_events(
-    generation_id: GenerationId,
-    caller: Caller,
-    workflow: UseCases,
-    after: Annotated[int, Query(ge=0, le=_MAX_INT, description="only those with a higher sequence")] = 0,
+    generation_id: GenerationId, identity: StreamIdentity, workflow: UseCases, after: After = 0
 ) -> Response:
-    """The generation's events, as they were sent live."""
-    history = await workflow.history(caller, generation_id)
+    """The generation's events, as they were sent live.
+
+    With `Accept: text/event-stream`: a stream of these events and of those to come, which ends after the terminal one.
+    """
+    history = await workflow.history(identity.user_id, generation_id)
     status = generation_of(history).status
     body = b'{"generationId":%b,"status":%b,"events":[%b]}' % (
         to_json(generation_id),
         to_json(status),
         named(entry for entry in history.events if entry.sequence > after),
     )
-    return Response(body, media_type="application/json")
+    return Response(body, headers=VARY, media_type="application/json")
 
 
 @router.post("/generations/{generation_id}/cancel", response_model=CancelOutcome, responses=_ONE)

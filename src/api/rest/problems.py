@@ -89,6 +89,11 @@ def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None,
     return JSONResponse({**content, "code": code, **extra}, status, {**usual, **(headers or {})}, MEDIA_TYPE)
 
 
+def is_temporary(code: str) -> bool:
+    """Whether the same request may succeed later."""
+    return _STATUS[code] in _TEMPORARY
+
+
 class Invalid(Exception):
     """Fields of the request are not valid: at least one."""
 

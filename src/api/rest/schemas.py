@@ -1,7 +1,7 @@
 """The response models beside the generation, and their JSON."""
 
 from collections.abc import Iterable
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import Response
 from pydantic import BaseModel, Field, RootModel, StrictInt
@@ -114,6 +114,28 @@ def _stage_view(kind: Kind, status: str) -> StageView:
 
 
 STAGES: Final = Stages({kind: [_stage_view(kind, status) for status in flow] for kind, flow in FLOWS.items()})
+
+
+#: What OpenAPI says of a route that also answers with an event stream: its content, and the header of a reconnect.
+STREAM: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "the events; with `Accept: text/event-stream` also those to come",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "headers": {"Vary": {"description": "Accept", "schema": {"type": "string"}}},
+    }
+}
+LAST_EVENT_ID: Final = {
+    "parameters": [
+        {
+            "name": "Last-Event-ID",
+            "in": "header",
+            "description": "of a stream: the `id` of the last event received; it comes before `after`",
+            "schema": {"type": "string"},
+        }
+    ]
+}
+#: Of the JSON of such a route.
+VARY: Final = {"Vary": "Accept"}
 
 
 def named(entries: Iterable[Logged]) -> bytes:

@@ -1,0 +1,111 @@
+"""``GET /events`` and ``GET /generations/<id>/events`` as event streams, for requests that accept one."""
+
+import re
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import to_json
+from starlette.datastructures import Headers
+from starlette.routing import Match
+from starlette.types import Scope
+
+from api.auth import StreamIdentity
+from api.realtime.sockets import welcome_of
+from api.rest.generations import After, GenerationId
+from api.rest.problems import is_temporary
+from api.rest.state import Feeds, UseCases
+from api.sse.blocks import CURSOR_AS_ID, SEQUENCE_AS_ID, block
+from api.sse.streams import EventStreams, try_again
+from api.wiring import BoundedSendBuffer
+from domain.device import Device
+from domain.errors import Refusal
+
+_SEQUENCE: Final = re.compile("[0-9]{1,18}")
+
+
+def accepts_stream(headers: Headers) -> bool:
+    """Whether ``Accept`` names the media type of event streams, and not with q=0."""
+    for part in ",".join(headers.getlist("accept")).lower().split(","):
+        media_type, *parameters = (text.strip() for text in part.split(";"))
+        if media_type == "text/event-stream":
+            return not any(re.fullmatch(r"q\s*=\s*0(\.0*)?", parameter) for parameter in parameters)
+    return False
+
+
+class _StreamRoute(APIRoute):
+    """Matches only requests that accept an event stream; the others go to the route of the same path."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Called by the router."""
+        return super().matches(scope) if accepts_stream(Headers(scope=scope)) else (Match.NONE, {})
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Called by FastAPI."""
+        handler = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except Refusal as refusal:
+                if not is_temporary(refusal.code):
+                    raise
+                return try_again()
+
+        return answer
+
+
+async def _streams(request: Request) -> EventStreams:
+    streams: EventStreams = request.app.state.streams
+    return streams
+
+
+Streams = Annotated[EventStreams, Depends(_streams)]
+LastEventId = Annotated[str | None, Header()]
+
+router: Final = APIRouter(route_class=_StreamRoute, include_in_schema=False)
+
+
+@router.get("/events")
+async def stream_feed(
+    identity: StreamIdentity,
+    streams: Streams,
+    workflow: UseCases,
+    feeds: Feeds,
+    after: Annotated[str | None, Query()] = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """Everything after a cursor, from all of the caller's generations. Without a cursor: as Socket.IO."""
+    start = await feeds.open(identity, last_event_id or after)
+    generations = await workflow.recent(identity.user_id)
+
+    def join(buffer: BoundedSendBuffer[bytes]) -> Device[bytes]:
+        device = streams.hub.join(identity.user_id, buffer, CURSOR_AS_ID, start)
+        buffer.put(block("authenticated", to_json(welcome_of(device, identity, generations)), device.cursor))
+        return device
+
+    return streams.response(identity, join)
+
+
+@router.get("/generations/{generation_id}/events")
+async def stream_generation(
+    generation_id: GenerationId,
+    identity: StreamIdentity,
+    streams: Streams,
+    workflow: UseCases,
+    after: After = 0,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """The generation's events with a higher sequence, until the terminal one."""
+    history = await workflow.history(identity.user_id, generation_id)
+    if last_event_id and _SEQUENCE.fullmatch(last_event_id):
+        after = int(last_event_id)
+    last = history.events[-1]
+    if last.position == last.end and after >= last.sequence:
+        return Response(status_code=204, headers={"Cache-Control": "no-store", "Vary": "Accept"})
+
+    def join(buffer: BoundedSendBuffer[bytes]) -> Device[bytes]:
+        return streams.hub.join_generation(identity.user_id, buffer, SEQUENCE_AS_ID, generation_id, after)
+
+    return streams.response(identity, join)

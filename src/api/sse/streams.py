@@ -1,0 +1,144 @@
+"""Event streams: the response that is one, and the table of those that are open."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.sse.blocks import COMMENT, RETRY, block
+from api.wiring import PROGRESS_INTERVAL, TRANSPORT, BoundedSendBuffer
+from domain.delivery import Hub
+from domain.device import Device
+from domain.identity import Identity
+from domain.ports.system import Clock
+
+logger = logging.getLogger(__name__)
+
+#: Of every response of the streaming routes, also of one that refuses.
+HEADERS: Final = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx passes each event on at once.
+    "Vary": "Accept",
+}
+
+#: Seconds between two comments.
+_COMMENT_INTERVAL: Final = 15.0
+#: Milliseconds after which the kernel gives up a client that acknowledges nothing, not even a comment.
+_USER_TIMEOUT: Final = 20_000
+#: Blocks that are written at once.
+_MAX_BATCH: Final = 16
+
+
+#: Makes the device that fills a buffer.
+Join = Callable[[BoundedSendBuffer[bytes]], Device[bytes]]
+
+
+class EventStreams:
+    """The open streams of this node."""
+
+    def __init__(self, hub: Hub, clock: Clock, max_per_user: int | None = None) -> None:
+        """`max_per_user` limits the sockets and streams of one user."""
+        self.hub = hub
+        self.clock = clock
+        self._max_per_user = max_per_user
+        self.open: set[EventStream] = set()
+
+    def response(self, identity: Identity, join: Join) -> Response:
+        """The stream of the device that `join` makes; one that ends at once if the user has too many."""
+        if self._max_per_user is not None and self.hub.device_count(identity.user_id) >= self._max_per_user:
+            logger.warning("a stream is refused: the limit of sockets per user is reached")
+            return try_again()
+        return EventStream(self, identity, join)
+
+    async def check_progress(self) -> None:
+        """Called every `PROGRESS_INTERVAL`: send comments, and disconnect clients that read nothing."""
+        for stream in list(self.open):
+            stream.check_progress()
+
+    def close_all(self) -> None:
+        """End every stream; what is queued is still sent."""
+        for stream in self.open:
+            stream.buffer.close()
+
+
+class EventStream(Response):
+    """One stream: it ends when its buffer is closed, its token expires, or its client leaves."""
+
+    def __init__(self, streams: EventStreams, identity: Identity, join: Join) -> None:
+        super().__init__()
+        self.buffer = BoundedSendBuffer[bytes](len, self._abort)
+        self._streams = streams
+        self._expires_at = identity.expires_at
+        self._join = join
+        self._device: Device[bytes] | None = None
+        self._transport: asyncio.Transport | None = None
+        #: Calls of `check_progress`.
+        self._checks = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        self._transport = scope.get("extensions", {}).get(TRANSPORT)
+        _limit_silence(self._transport)
+        headers = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self.buffer.put(RETRY)
+        self._device = self._join(self.buffer)
+        self._device.start()
+        self._streams.open.add(self)
+        expiry = None
+        if self._expires_at is not None:
+            seconds = (self._expires_at - self._streams.clock()).total_seconds()
+            expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
+        writer = asyncio.create_task(self._write(send))
+        try:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            if expiry is not None:
+                expiry.cancel()
+            self._streams.open.discard(self)
+            self._device.close()
+            self.buffer.close()
+            writer.cancel()
+
+    def check_progress(self) -> None:
+        """See `EventStreams.check_progress`."""
+        self._checks += 1
+        if self._checks % round(_COMMENT_INTERVAL / PROGRESS_INTERVAL) == 0 and not len(self.buffer):
+            self.buffer.put(COMMENT)
+        self.buffer.check_progress(0 if self._transport is None else self._transport.get_write_buffer_size())
+
+    async def _write(self, send: Send) -> None:
+        with contextlib.suppress(OSError):
+            while blocks := await self.buffer.take(_MAX_BATCH):
+                await send({"type": "http.response.body", "body": b"".join(blocks), "more_body": True})
+            await send({"type": "http.response.body"})
+
+    def _expire(self) -> None:
+        assert self._device is not None
+        self._device.close()
+        self.buffer.close(block("authentication_expired", b'{"code":"token_expired"}'))
+
+    def _abort(self) -> None:
+        self.buffer.close()
+        self.buffer.clear()
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def try_again() -> Response:
+    """An empty stream: an EventSource reconnects after it, and never after another status than 200."""
+    return Response(RETRY, headers=HEADERS)
+
+
+def _limit_silence(transport: Any) -> None:
+    """Let the kernel end the connection of a client that has vanished; Socket.IO has pings for that."""
+    if transport is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+        with contextlib.suppress(OSError):  # A Unix socket has no such option.
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT)
