@@ -292,7 +292,7 @@ async def play_streams_of_one(seed: int) -> int:
     """One round: streams of one generation each, whose clients leave and return with the last sequence they saw."""
     chance = random.Random(seed)
     log = LaggingLog(chance)
-    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy())))
+    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), image_url)))
     tasks = [asyncio.create_task(hub.run())]
     lengths = {f"edit_1_{number}": chance.randint(2, 9) for number in range(chance.randint(1, 3))}
     writers = [asyncio.create_task(write(log, name, length)) for name, length in lengths.items()]
@@ -423,7 +423,7 @@ async def test_the_stream_of_a_generation_that_is_removed_before_its_end_was_sen
     async with following() as log:
         for sequence in range(1, 8):
             await append(log, "edit_1_0", sequence)
-        hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy())))
+        hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), image_url)))
         device = hub.join_generation("u", reader.buffer, SEQUENCE_AS_ID, "edit_1_0", 0)
         device.start()
         while len(reader.buffer) < 4:
