@@ -76,7 +76,7 @@ async def test_the_client_code_of_the_readme_shows_an_edit_to_its_end(tmp_path: 
 async def test_the_curl_commands_of_the_readme_start_and_list(tmp_path: Path) -> None:
     shutil.copy(SAMPLE, tmp_path / "photo.jpg")
     async with running(tmp_path / "service") as service:
-        start, look = code("sh", "curl").replace("http://localhost:3000", service.url).splitlines()
+        start, look = code("sh", "curl -F").replace("http://localhost:3000", service.url).splitlines()
         started = json.loads(await output("sh", "-c", start.replace("curl", "curl -sS"), cwd=tmp_path))
         assert started["status"] == "started"
         listed = json.loads(await output("sh", "-c", look.replace("curl", "curl -sS"), cwd=tmp_path))

@@ -1,8 +1,11 @@
 """Calls to a running service, from the command line."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from api.settings import masked
+
+if TYPE_CHECKING:
+    import httpx2
 
 
 class Unavailable(Exception):
@@ -29,19 +32,38 @@ def request(
     """
     import httpx2  # --help and serve do not need it.
 
+    try:
+        with connect(token, user, timeout=30) as http:
+            return content_of(http.request(method, url.rstrip("/") + path, json=json), url)
+    except (httpx2.HTTPError, httpx2.InvalidURL):
+        raise not_stagecast(url) from None
+
+
+def connect(token: str | None, user: str | None, timeout: Any) -> "httpx2.Client":
+    """Return an HTTP client with this token, acting for this user."""
+    import httpx2
+
     headers = {b"Authorization": f"Bearer {token}".encode()} if token else {}
     if user is not None:
         headers[b"X-User-Id"] = user.encode(errors="replace")
+    # The token is sent instead of a password in the URL, which would take its place.
+    auth = (lambda request: request) if token else None
+    return httpx2.Client(trust_env=False, timeout=timeout, headers=headers, auth=auth)
+
+
+def content_of(response: "httpx2.Response", url: str) -> dict[str, Any]:
+    """Return the JSON object of a response.
+
+    Raises:
+        Unavailable: it is not one of Stagecast.
+        Refused: it is an error.
+    """
     try:
-        with httpx2.Client(trust_env=False, timeout=30) as http:
-            # The token is sent instead of a password in the URL, which would take its place.
-            auth = (lambda request: request) if token else None
-            answer = http.request(method, url.rstrip("/") + path, headers=headers, json=json, auth=auth)
-            content = answer.json()
-    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
+        content = response.json()
+    except ValueError:
         raise not_stagecast(url) from None
     if not isinstance(content, dict):
         raise not_stagecast(url)
-    if not answer.is_success:
-        raise Refused(str(content.get("detail", f"the service answered {answer.status_code}")))
+    if not response.is_success:
+        raise Refused(str(content.get("detail", f"the service answered {response.status_code}")))
     return content

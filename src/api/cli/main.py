@@ -187,6 +187,15 @@ def replay(generationId: str, user: str | None, **remote: Any) -> None:  # noqa:
         raise client.not_stagecast(service.url) from None
 
 
+def watch(generationId: str | None, user: str | None, **remote: Any) -> None:  # noqa: N803
+    """``stagecast watch``: show the progress of generations on a running service."""
+    from api.cli.watch import run
+
+    service = load_remote(remote)
+    path = None if generationId is None else f"/generations/{_segment(generationId)}"
+    run(service.url, service.token, user=user, path=path)
+
+
 def _segment(text: str) -> str:
     """Any text as one segment of a path. Dots are quoted too: clients resolve ``..``."""
     return quote(text, safe="", errors="replace").replace(".", "%2E")
@@ -269,6 +278,16 @@ def _parser() -> argparse.ArgumentParser:
     text = "its owner: in open mode (default: demo), or with a service token"
     command.add_argument("--user", metavar="ID", help=text)
     _add_remote(command, "a token of its owner, or a service token; not needed in open mode")
+
+    description = (
+        "Show the progress of a generation on a running service until it has ended; without an id, that of all of a "
+        "user's generations, until interrupted. Exit code 1: the generation failed."
+    )
+    command = add("watch", watch, "show live progress", description)
+    command.add_argument("generationId", nargs="?", help="the generation; default: all")
+    text = "the owner: in open mode (default: demo), or with a service token"
+    command.add_argument("--user", metavar="ID", help=text)
+    _add_remote(command, "a token of the owner, or a service token; not needed in open mode")
     return parser
 
 

@@ -1,0 +1,92 @@
+"""``stagecast watch``: one generation with its stages, or the bars of all of a user's, over Server-Sent Events."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, Final
+from urllib.parse import quote
+
+import httpx2
+
+from api.cli import client
+from api.cli.client import Refused
+from api.cli.display import Display, create_display
+
+#: Seconds without a byte after which a stream counts as broken; the service sends a comment every 15.
+_SILENCE: Final = 40.0
+#: Seconds between two attempts to connect, and how long they are made without success.
+_RETRY: Final = 1.0
+_GIVE_UP: Final = 60.0
+#: The images of a generation, oldest first.
+_PICTURES: Final = ("compositionUrl", "previewUrl", "editedImageUrl", "generatedImageUrl", "faceSwapUrl")
+_TERMINAL: Final = ("completed", "failed")
+
+_JSON = Mapping[str, Any]
+
+
+def run(url: str, token: str | None, *, user: str | None, path: str | None) -> None:
+    """Show events until the generation with this path has ended. Without a path: all, until interrupted.
+
+    Raises:
+        Unavailable: no Stagecast service answers at this URL.
+        Refused: the service refuses, or the generation failed.
+    """
+    stages = client.request("GET", url, "/stages", token, user=user)
+    with client.connect(token, user, timeout=httpx2.Timeout(30, read=_SILENCE)) as http:
+        try:
+            with create_display(stages, detailed=path is not None) as display:
+                end = _show_all(display, http, url.rstrip("/"), path or "")
+        except (KeyError, TypeError, ValueError):
+            raise client.not_stagecast(url) from None
+    if end.get("status") == "failed":
+        raise Refused(str(end["error"]))
+
+
+def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JSON:
+    """Show the events, and return the terminal one of the generation with this path, unless it was removed."""
+    shown = ""
+    for name, data in _events(http, url, path):
+        if name == "authenticated":
+            for snapshot in data["generations"]:
+                if snapshot["status"] not in _TERMINAL:
+                    display.show(snapshot)
+        elif name == "generation_removed":
+            display.remove(data["generationId"])
+        elif "progress" in data:
+            display.show(data)
+            picture = next((data[key].rpartition("/")[2] for key in reversed(_PICTURES) if key in data), shown)
+            if path and picture != shown:
+                shown = picture
+                with suppress(httpx2.HTTPError, OSError):  # The bar moves without it.
+                    response = http.get(f"{url}/images/{quote(picture)}", timeout=5)
+                    display.show_picture(response.raise_for_status().content)
+            if path and data["status"] in _TERMINAL:
+                return data
+    return {}
+
+
+def _events(http: httpx2.Client, url: str, path: str) -> Iterator[tuple[str, _JSON]]:
+    """The name and data of each event. A broken stream is opened again after the last one.
+
+    Raises:
+        Unavailable, Refused: as `client.request`.
+    """
+    position: dict[str, str] = {}
+    give_up_at = time.monotonic() + _GIVE_UP
+    while True:
+        with suppress(httpx2.HTTPError), http.sse(f"{url}{path}/events", headers=position) as source:
+            if source.response.status_code == 204:
+                return
+            if source.response.status_code != 200:
+                source.response.read()
+                client.content_of(source.response, url)
+            for event in source:
+                give_up_at = time.monotonic() + _GIVE_UP
+                if event.id:
+                    position = {"Last-Event-ID": event.id}
+                if event.data:
+                    yield event.event, json.loads(event.data)
+        if time.monotonic() > give_up_at:
+            raise client.not_stagecast(url)
+        time.sleep(_RETRY)
