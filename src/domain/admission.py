@@ -1,4 +1,4 @@
-"""Whether a start is accepted: what is checked before its body is read, and reserved before an image is decoded."""
+"""Limits for starts: some are checked before the body is read, others reserved before an image is decoded."""
 
 import asyncio
 import math
@@ -14,7 +14,7 @@ from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.stored_images import StoredImages
 
-#: Seconds for which a start waits for what only other starts in progress keep from it.
+#: Seconds for which a start waits if only the reservations of other starts stand in its way.
 WAIT: Final = 30.0
 
 _MINUTE: Final = 60.0
@@ -31,12 +31,12 @@ class Limits(NamedTuple):
 
 
 class _Reserved:
-    """What the starts of one user that are in progress have reserved."""
+    """What one user's starts in progress have reserved."""
 
     def __init__(self) -> None:
         self.starts = 0
         self.size = 0
-        #: Starts that reserve or wait.
+        #: How many starts have a reservation or wait for one.
         self.users = 0
         #: Set, and replaced, as soon as a reservation ends.
         self.changed = asyncio.Event()
@@ -63,11 +63,11 @@ class Admission:
         self._joining = 0
         #: Set, and replaced, as soon as one of these waits for one or was refused.
         self._joined = asyncio.Event()
-        #: When each user's starts of the last minute came; users in the order of their last one.
+        #: The times of each user's starts in the last minute, by the loop's clock; users by their last start.
         self._starts: dict[str, deque[float]] = {}
 
     def count(self, user_id: str) -> None:
-        """Count a start that has come. One that is refused here does not count.
+        """Count a new start, unless it is refused here.
 
         Raises:
             Overloaded, TooManyStarts
@@ -95,11 +95,11 @@ class Admission:
     async def reserve(self, user_id: str, *, size: int, external: bool) -> AsyncIterator[None]:
         """Reserve a credit, a place and `size` bytes for a start, until the log has it or it is refused.
 
-        What only reservations keep from it is waited for, so that a refusal tells of what is in the log.
+        If only reservations stand in its way, it waits for them. So a refusal is always about what is in the log.
 
         Raises:
             QueueFull, TooManyGenerations, StorageLimit, InsufficientCredit, LogUnavailable
-            Overloaded: it has waited for too long.
+            Overloaded: it has waited for `WAIT` seconds.
         """
         reserved = self._reserved.setdefault(user_id, _Reserved())
         reserved.users += 1

@@ -103,7 +103,7 @@ class ExternalWork:
             try:
                 return await self.recorder.report(generation, status, complete, event_id)
             except Conflict:
-                again = await self.log.generation(last.generation_id)
+                again = await self.log.summary(last.generation_id)
                 if sequence is not None or again is None:
                     raise
                 history = again  # A concurrent report was faster: try again after it.
@@ -111,7 +111,7 @@ class ExternalWork:
     async def _check(self, generation_id: str) -> None:
         del self._due[generation_id]  # An event that is appended from now on sets it again.
         try:
-            history = await self.log.generation(generation_id)
+            history = await self.log.summary(generation_id)
             if history is None or (generation := generation_of(history)).finished or not request_of(history).external:
                 return
             due = datetime.fromisoformat(generation.updated_at) + timedelta(seconds=self.deadline)

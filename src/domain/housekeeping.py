@@ -78,7 +78,7 @@ class Housekeeping:
         await self._images.remove(generation_id)
 
     async def _sweep(self, generation_id: str, names: Sequence[str]) -> Sequence[str]:
-        history = await self._log.generation(generation_id)
+        history = await self._log.summary(generation_id)
         if history is None and await self._retention.set_aside(generation_id):
             return ()  # A person decides what becomes of it.
         if history is None:
@@ -87,7 +87,7 @@ class Housekeeping:
         await self._images.count(generation_id, history.user_id, names)
         if history.events[-1].end is None:
             return ()  # A node may be about to append an event that names them.
-        named = {name for entry in history.events for name in entry.images.values()}
+        named = set(await self._retention.images(generation_id))
         unneeded = [name for name in names if name not in named]
         for name in unneeded:
             await self._images.discard(name)

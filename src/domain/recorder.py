@@ -87,7 +87,7 @@ class Recorder:
         Raises:
             LogUnavailable: the log did not answer in time.
         """
-        while history := await self._log.generation(generation_id):
+        while history := await self._log.summary(generation_id):
             try:
                 generation = generation_of(history)
             except UNREADABLE:

@@ -146,7 +146,7 @@ class Runner:
                     job.abandon()
                     task.cancel()
             for generation_id in await self.leases.abandoned():
-                history = await self.log.generation(generation_id)
+                history = await self.log.summary(generation_id)
                 if history is not None and history.events[-1].end is None:
                     await self._offer(history)
 

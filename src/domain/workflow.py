@@ -227,7 +227,7 @@ class Workflow:
         """As soon as the log answers, offer the generation if the log has it, else remove its pictures."""
 
         async def reconcile() -> None:
-            history = await self.log.generation(generation_id)
+            history = await self.log.summary(generation_id)
             if history is None:
                 await self.images.remove(generation_id)
             else:
@@ -251,7 +251,7 @@ class Workflow:
 
     async def cancel(self, user_id: str, generation_id: str) -> Literal["cancelled", "already_finished"]:
         """End a generation unless it has ended, whoever works on it. Raises `NotFound`."""
-        history = await self.history(user_id, generation_id)
+        history = await self._summary(user_id, generation_id)
         if not await self.recorder.end(generation_id, Failure("cancelled")):
             return "already_finished"
         if await self.leases.withdraw(generation_id):
@@ -270,25 +270,25 @@ class Workflow:
         sequence: int | None = None,
     ) -> Logged:
         """Append the next event of an external generation. Raises `NotFound`, and as `ExternalWork.report`."""
-        history = await self.history(user_id, generation_id)
+        history = await self._summary(user_id, generation_id)
         return await self.external.report(history, status, fields, content=content, sequence=sequence)
 
     async def delete(self, user_id: str, generation_id: str) -> None:
         """Remove a finished generation: its history and its pictures. Raises `NotFound`, `NotFinished`."""
-        await self.history(user_id, generation_id)
+        await self._summary(user_id, generation_id)
         await self.retention.remove(generation_id, retention=False)
         await self.images.remove(generation_id)
 
     async def history(self, user_id: str, generation_id: str) -> History:
-        """The log's record of this user's generation. Raises `NotFound`."""
-        history = await self.log.generation(generation_id)
-        if history is None or history.user_id != user_id:
-            raise NotFound
-        return history
+        """This user's generation with all its events. Raises `NotFound`."""
+        return _owned(await self.log.generation(generation_id), user_id)
+
+    async def _summary(self, user_id: str, generation_id: str) -> History:
+        return _owned(await self.log.summary(generation_id), user_id)
 
     async def snapshot(self, user_id: str, generation_id: str) -> Snapshot:
         """The generation as it is now. Raises `NotFound`."""
-        return self._show(generation_of(await self.history(user_id, generation_id)))
+        return self._show(generation_of(await self._summary(user_id, generation_id)))
 
     async def page(self, user_id: str, *, active: bool | None, before: int | None, limit: int) -> Page:
         """At most `limit` of this user's generations, newest first, that started before this feed position."""
@@ -330,6 +330,12 @@ class Workflow:
         if not generation.finished:
             return generation.snapshot()
         return generation.snapshot(timestamp(datetime.fromisoformat(generation.updated_at) + self.limits.retention))
+
+
+def _owned(history: History | None, user_id: str) -> History:
+    if history is None or history.user_id != user_id:
+        raise NotFound
+    return history
 
 
 @asynccontextmanager

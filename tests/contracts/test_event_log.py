@@ -341,7 +341,9 @@ async def test_positions_are_contiguous_per_user_and_sequences_per_generation(
         assert [entry.position for entry in feed.entries] == list(range(1, generations * 6 + 1))
         assert (feed.head, feed.upto) == (generations * 6, generations * 6)
         assert {entry.user_id for entry in feed.entries} == {user_id}
-        for history in await log.generations(user_id, limit=100):
+        for summary in await log.generations(user_id, limit=100):
+            history = await log.generation(summary.generation_id)
+            assert history is not None
             assert [entry.sequence for entry in history.events] == [1, 2, 3, 4, 5, 6]
             positions = [entry.position for entry in history.events]
             assert positions == sorted(positions)

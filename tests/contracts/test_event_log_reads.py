@@ -1,14 +1,54 @@
 """The contract of `support.builders.WholeLog`: followers, reads, cursors and undelivered ends."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from domain.errors import Conflict
 from domain.feed import Logged
-from domain.ports.log import Gap
+from domain.ports.log import Gap, History
+from domain.rehydrate import generation_of
 from support.builders import EventRecorder, RecordingFollower, WholeLog, from_another_writer, statuses
 from support.event_log import LogOpener, event_keys, full_feed, pull, usable
+
+# --- summaries ---
+
+
+@pytest.mark.parametrize("progress", [0, 1, 15])
+async def test_a_summary_has_the_first_and_the_last_two_events_and_tells_the_same_state(
+    recorder: EventRecorder, log: WholeLog, progress: int
+) -> None:
+    async def agree(listed: Sequence[History], generation_id: str) -> None:
+        whole = await log.generation(generation_id)
+        summary = await log.summary(generation_id)
+        assert whole is not None
+        assert summary is not None
+        count = len(whole.events)
+        assert [entry.sequence for entry in whole.events] == list(range(1, count + 1))
+        assert [entry.sequence for entry in summary.events] == sorted({1, max(count - 1, 1), count})
+        assert summary.events == [whole.events[entry.sequence - 1] for entry in summary.events]
+        assert whole._replace(events=()) == summary._replace(events=())
+        assert generation_of(summary).snapshot() == generation_of(whole).snapshot()
+        assert summary in listed
+
+    generation = await recorder.start(metadata={"a": 1}, face_swap=True)
+    await agree(await log.unfinished(), generation.generation_id)
+    generation = await recorder.move(generation, "composition")
+    await agree(await log.unfinished(), generation.generation_id)
+    generation = await recorder.move(generation, "composition_completed", "openai_editing")
+    names = {f"{generation.generation_id}-{number:032x}.png" for number in range(progress)}
+    for percent, name in enumerate(sorted(names), 61):
+        generation = await recorder.move(
+            generation, "openai_editing", progress=percent, preview_url=f"http://test/images/{name}"
+        )
+    await agree(await log.generations("ada", limit=9), generation.generation_id)
+    assert set(await log.images(generation.generation_id)) == names
+    generation = await recorder.finish(generation)
+    await agree(await log.generations("ada", active=False, limit=9), generation.generation_id)
+    assert await log.summary("edit_1_unknown") is None
+    assert list(await log.images("edit_1_unknown")) == []
+
 
 # --- followers -------------------------------------------------------------------------------------------
 

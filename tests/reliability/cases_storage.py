@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from adapters.sqlite.database import examine
+from adapters.sqlite.files import examine
 from reliability.cases import Trial, case
 from support.deployment import Deployment, Life, RetryingClient, parts
 from support.harness import PHOTO

@@ -222,7 +222,7 @@ async def test_an_unavailable_log_is_answered_with_503(api_app: Api, monkeypatch
     async def silence(*_: object, **__: object) -> None:
         raise LogUnavailable
 
-    for name in ("append", "generation", "generations"):
+    for name in ("append", "summary", "generations"):
         monkeypatch.setattr(api_app.log, name, silence)
     assert_problem(await api_app.start(), 503, "log_unavailable")
     assert_problem(await api_app.client.get("/generations"), 503, "log_unavailable")

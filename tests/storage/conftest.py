@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.sqlite import database as sqlite_database
+from adapters.sqlite import files
 
 
 @pytest.fixture
@@ -15,4 +15,4 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes wait for a stranger for as long as a test may hold the file on a machine that is slow."""
-    monkeypatch.setattr(sqlite_database, "_BUSY_TIMEOUT", 60)
+    monkeypatch.setattr(files, "BUSY_TIMEOUT", 60)

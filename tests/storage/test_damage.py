@@ -5,7 +5,7 @@ import random
 import re
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Any, Final
 
 import pytest
 
-from adapters.sqlite.database import Database, LogDamaged, examine
+from adapters.sqlite.database import Database
+from adapters.sqlite.files import LogDamaged, examine
 from adapters.sqlite.log import SqliteLog
 from adapters.sqlite.sessions import SqliteSessions
 from domain.errors import IdempotencyMismatch
 from domain.events import decode
 from domain.feed import Cursor
 from domain.identity import Identity
-from domain.ports.log import History
 from domain.ports.sessions import Session
 from domain.rehydrate import generation_of, request_of
 from support.builders import NOON, CountedEntropy, EventRecorder, SteppableClock, WholeLog, fold
@@ -80,8 +80,12 @@ def rows(path: Path, query: str) -> list[Any]:
 
 async def shown(life: EventRecorder, user: str) -> list[tuple[str, int]]:
     """The user's generations, each of which has to be readable."""
-    found: Sequence[History] = await life.log.generations(user, limit=100)
-    for history in found:
+    found = []
+    for summary in await life.log.generations(user, limit=100):
+        history = await life.log.generation(summary.generation_id)
+        assert history is not None
+        found.append(history)
+        assert generation_of(summary).snapshot() == generation_of(history).snapshot()
         every = [decode(entry.event) for entry in history.events if entry.event is not None]
         whole = fold(history.generation_id, history.kind, user, request_of(history), every)
         assert whole.snapshot() == generation_of(history).snapshot()

@@ -11,8 +11,9 @@ from typing import Final
 import pytest
 
 from adapters.sqlite.batch_thread import BatchThread
-from adapters.sqlite.database import SCHEMA, Database
+from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
+from adapters.sqlite.schema import SCHEMA
 from domain.errors import LogUnavailable
 from domain.identity import Identity
 from domain.ports.sessions import Session
@@ -187,7 +188,9 @@ async def check(log: SqliteLog, acknowledged: list[tuple[str, int, int]]) -> Non
         mine = {position: event_id for owner, position, event_id in acknowledged if owner == user_id}
         assert {position: ids.get(position) for position in mine} == mine
         histories = await log.generations(user_id, limit=100_000)
-        for history in histories:
+        for summary in histories:
+            history = await log.generation(summary.generation_id)
+            assert history is not None
             assert [entry.sequence for entry in history.events] == list(range(1, len(history.events) + 1))
         failed = sum(statuses(history)[-1] == "failed" for history in histories)
         assert await log.credit(user_id) == 100_000 - len(histories) + failed

@@ -212,6 +212,8 @@ async def test_no_query_scans_a_whole_table(path: Path) -> None:
                 await log.generations("ada", active=active, before=7, limit=5)
             await image(log, "ada")
             await log.delivered(generation.generation_id)
+            await log.summary(generation.generation_id)
+            await log.images(generation.generation_id)
             await log.remove(generation.generation_id, retention=retention)
             session = Session(Identity("ada", None, service=False), Cursor(0, 0, 0), 0, None)
             await here.sessions.save("pid", session, at=NOON)

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import pytest
 
-from adapters.sqlite.database import SCHEMA, examine
+from adapters.sqlite.files import examine
+from adapters.sqlite.schema import SCHEMA
 from domain.events import decode
 from support.builders import images_of
 from support.harness import Running, running

@@ -5,7 +5,7 @@ And the time of the event loop, which passes when a test says so: `advance_time`
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -283,6 +283,10 @@ class ForwardingLog:
         await self.forward()
         return await self.inner.generation(generation_id)
 
+    async def summary(self, generation_id: str) -> History | None:
+        await self.forward()
+        return await self.inner.summary(generation_id)
+
     async def generations(
         self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
     ) -> Sequence[History]:
@@ -292,6 +296,10 @@ class ForwardingLog:
     async def unfinished(self) -> Sequence[History]:
         await self.forward()
         return await self.inner.unfinished()
+
+    async def images(self, generation_id: str) -> Collection[str]:
+        await self.forward()
+        return await self.inner.images(generation_id)
 
     async def set_aside(self, generation_id: str) -> bool:
         await self.forward()
@@ -375,6 +383,12 @@ class FlakyLog(ForwardingLog):
             self.reads -= 1
             raise LogUnavailable
         return await self.inner.generation(generation_id)
+
+    async def summary(self, generation_id: str) -> History | None:
+        if self.reads:
+            self.reads -= 1
+            raise LogUnavailable
+        return await self.inner.summary(generation_id)
 
 
 class Wish(NamedTuple):
@@ -530,7 +544,9 @@ class InMemoryBackend:
         named: set[str] = set()
         for user_id in users or ("ada",):
             credit = self.credits
-            for history in await self.memory.generations(user_id, limit=1_000):
+            for summary in await self.memory.generations(user_id, limit=1_000):
+                history = await self.memory.generation(summary.generation_id)
+                assert history is not None
                 told = bodies(history)
                 assert [event["sequence"] for event in told] == list(range(1, len(told) + 1))
                 ends = [event["status"] in ("completed", "failed") for event in told]

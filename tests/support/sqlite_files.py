@@ -10,8 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from adapters.sqlite.database import SCHEMA, Database
+from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
+from adapters.sqlite.schema import SCHEMA
 from adapters.sqlite.sessions import SqliteSessions
 from support.builders import NOON, EventRecorder, SteppableClock
 

@@ -5,57 +5,39 @@ positions, ids), and a user's feed is a list of generations by position: about 7
 """
 
 import bisect
-import logging
 from array import array
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
-from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from domain.append_rules import Known, decide
 from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
 from domain.events import CONTINUE, NAMES
 from domain.feed import Cursor, Feed, Logged, zero_id
+from domain.followers import Followers
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Start
 from domain.ports.system import Clock
 
-logger = logging.getLogger(__name__)
 
-_NO_IMAGES: Final[Mapping[str, str]] = MappingProxyType({})
-
-
+@dataclass(slots=True, eq=False)
 class _Record:
     """One generation."""
 
-    __slots__ = (
-        "end_name",
-        "ended_at",
-        "events",
-        "free",
-        "generation_id",
-        "ids",
-        "images",
-        "positions",
-        "start",
-        "user",
-    )
-
-    def __init__(self, user: "_User", generation_id: str, start: Start) -> None:
-        self.user = user
-        self.generation_id = generation_id
-        self.start = start
-        self.events: list[bytes] = []
-        #: By index of the event; only of events with images.
-        self.images: dict[int, Mapping[str, str]] = {}
-        self.positions = array("Q")
-        self.ids = array("Q")
-        self.ended_at: datetime | None = None
-        self.end_name = ""
-        self.free = False
+    user: "_User"
+    generation_id: str
+    start: Start
+    events: list[bytes] = field(default_factory=list)
+    #: By index of the event; only of events with images.
+    images: dict[int, Mapping[str, str]] = field(default_factory=dict)
+    positions: "array[int]" = field(default_factory=lambda: array("Q"))
+    ids: "array[int]" = field(default_factory=lambda: array("Q"))
+    ended_at: datetime | None = None
+    end_name: str = ""
+    free: bool = False
 
     @property
     def deleted(self) -> bool:
@@ -78,43 +60,43 @@ class _Record:
             self.events[index] if self.events else None,
             self.positions[0],
             self.end,
-            self.images.get(index, _NO_IMAGES),
+            self.images.get(index) or {},
         )
 
     def at(self, position: int) -> Logged:
         return self.entry(bisect.bisect_left(self.positions, position))
 
-    def history(self) -> History:
+    def history(self, *, summary: bool = True) -> History:
+        count = len(self.events)
+        indexes = sorted({0, max(count - 2, 0), count - 1}) if summary else range(count)
         return History(
             self.user.user_id,
             self.generation_id,
             self.start.kind,
             self.start.order,
-            [self.entry(index) for index in range(len(self.events))],
+            [self.entry(index) for index in indexes],
             self.free,
         )
 
 
+@dataclass(slots=True, eq=False)
 class _User:
     """One user: feed, balance, idempotency keys."""
 
-    __slots__ = ("active", "base", "credit", "deleted", "feed", "floor", "floor_id", "generations", "keys", "user_id")
-
-    def __init__(self, user_id: str, zero_id: int, credit: int) -> None:
-        self.user_id = user_id
-        self.credit = credit
-        #: The generation at each position from `base` + 1 on; ``None`` if retention has purged it.
-        self.feed: list[_Record | None] = []
-        self.base = 0
-        self.floor = 0
-        self.floor_id = zero_id
-        #: In order of their first positions.
-        self.generations: dict[str, _Record] = {}
-        self.active: dict[str, _Record] = {}
-        #: Deleted generations with tombstones above the floor.
-        self.deleted: list[_Record] = []
-        #: Never has `None`.
-        self.keys: dict[str | None, str] = {}
+    user_id: str
+    floor_id: int
+    credit: int
+    floor: int = 0
+    #: The generation at each position from `base` + 1 on; ``None`` if retention has purged it.
+    feed: list[_Record | None] = field(default_factory=list)
+    base: int = 0
+    #: In order of their first positions.
+    generations: dict[str, _Record] = field(default_factory=dict)
+    active: dict[str, _Record] = field(default_factory=dict)
+    #: Deleted generations with tombstones above the floor.
+    deleted: list[_Record] = field(default_factory=list)
+    #: No key is ``None``.
+    keys: dict[str | None, str] = field(default_factory=dict)
 
     @property
     def head(self) -> int:
@@ -169,7 +151,7 @@ class MemoryLog:
         self._grants: dict[tuple[str, str], _Grant] = {}
         self._outbox = outbox
         self._undelivered: dict[str, _Record] = {}
-        self._followers: list[Deliver] = []
+        self._followers = Followers()
 
     async def append(self, entry: Append) -> Logged:
         user = self._users.get(entry.user_id) or self._new_user(entry.user_id)
@@ -181,13 +163,12 @@ class MemoryLog:
         user.credit = accepted.credit or 0
         if record is None:
             assert entry.start is not None
-            start = entry.start
-            record = _Record(user, entry.generation_id, start)
+            record = _Record(user, entry.generation_id, entry.start)
             self._users[user.user_id] = user
             self._records[entry.generation_id] = user.generations[entry.generation_id] = record
             self._unfinished[entry.generation_id] = user.active[entry.generation_id] = record
-            if start.key is not None:
-                user.keys[start.key] = entry.generation_id
+            if entry.start.key is not None:
+                user.keys[entry.start.key] = entry.generation_id
         user.feed.append(record)
         if entry.images:
             record.images[len(record.events)] = entry.images
@@ -202,7 +183,7 @@ class MemoryLog:
             if self._outbox:
                 self._undelivered[entry.generation_id] = record
         logged = record.entry(entry.sequence - 1)
-        self._deliver(logged)
+        self._followers.deliver(logged)
         return logged
 
     async def mark_paid(self, generation_id: str) -> None:
@@ -217,6 +198,10 @@ class MemoryLog:
         return IdempotencyRecord(generation_id, self._records[generation_id].start.fingerprint)
 
     async def generation(self, generation_id: str) -> History | None:
+        record = self._records.get(generation_id)
+        return record.history(summary=False) if record else None
+
+    async def summary(self, generation_id: str) -> History | None:
         record = self._records.get(generation_id)
         return record.history() if record else None
 
@@ -236,6 +221,10 @@ class MemoryLog:
 
     async def unfinished(self) -> Sequence[History]:
         return [record.history() for record in self._unfinished.values()]
+
+    async def images(self, generation_id: str) -> Collection[str]:
+        record = self._records.get(generation_id)
+        return {name for images in record.images.values() for name in images.values()} if record else ()
 
     async def set_aside(self, generation_id: str) -> bool:
         return False
@@ -271,21 +260,17 @@ class MemoryLog:
         deleted_spans = [first for first, last in spans if first <= anchor < last]
         return Feed(entries, position, user.head, user.floor, user.id_at(anchor), deleted_spans)
 
-    @asynccontextmanager
-    async def follow(self, deliver: Deliver) -> AsyncIterator[None]:
-        self._followers.append(deliver)
-        try:
-            yield
-        finally:
-            self._followers.remove(deliver)
+    def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
+        return self._followers.follow(deliver)
 
     async def credit(self, user_id: str) -> int | None:
-        user = self._users.get(user_id)
-        return user.credit if user and self._credits is not None else self._credits
+        return (await self.standing(user_id)).credit
 
     async def standing(self, user_id: str) -> Standing:
         user = self._users.get(user_id)
-        return Standing(await self.credit(user_id), len(user.active) if user else 0)
+        if user is None or self._credits is None:
+            return Standing(self._credits, len(user.active) if user else 0)
+        return Standing(user.credit, len(user.active))
 
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         if self._credits is None:
@@ -348,13 +333,6 @@ class MemoryLog:
             credit=user.credit if self._credits is not None else None,
             reserved=self._credits is not None,
         )
-
-    def _deliver(self, logged: Logged) -> None:
-        for deliver in self._followers:
-            try:
-                deliver(logged)
-            except Exception as error:
-                logger.error("a follower of the log failed: %s", type(error).__name__)
 
     def _new_user(self, user_id: str) -> _User:
         return _User(user_id, zero_id(self.epoch, user_id), self._credits or 0)

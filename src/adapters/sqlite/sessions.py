@@ -6,7 +6,8 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Final
 
-from adapters.sqlite.database import Database, is_text, microseconds, moment
+from adapters.sqlite.database import Database
+from adapters.sqlite.schema import is_text, microseconds, moment
 from domain.feed import Cursor
 from domain.identity import Identity
 from domain.ports.sessions import Session

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from adapters.memory.leases import MemoryLeases
-from adapters.sqlite import database
+from adapters.sqlite import files
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from adapters.sqlite.sessions import SqliteSessions
@@ -29,7 +29,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
 
 def examine(url: str) -> Examined:
     """Look for damage without changing anything; a service may have the file open. Raises `StorageRefused`."""
-    return database.examine(_path(url))
+    return files.examine(_path(url))
 
 
 def _path(url: str) -> Path:

@@ -14,7 +14,7 @@ class Picture(NamedTuple):
 
 
 class ImageStore(Protocol):
-    """Keeps pictures. A name tells which generation its picture belongs to, and cannot be guessed."""
+    """Stores pictures. A name begins with the id of its generation, and cannot be guessed."""
 
     async def save(self, generation_id: str, picture: Picture) -> str:
         """Store the picture whole or not at all, and return its name: the id, ``-``, 128 random bits, a suffix.
@@ -43,7 +43,7 @@ class ImageStore(Protocol):
         """
 
     async def close(self) -> None:
-        """Let go of what it holds. Nothing is asked of it any more."""
+        """Release everything. Nothing may be called afterwards."""
 
     async def probe(self) -> None:
         """Store 4 kB and remove them again, to find out whether a picture can be stored.
@@ -53,20 +53,20 @@ class ImageStore(Protocol):
         """
 
 
-#: What a stranger sent, or what reads it as often as asked.
+#: Untrusted bytes, or a function that reads them, any number of times.
 Content = bytes | Callable[[], Awaitable[bytes]]
 
 
 async def read(content: Content) -> bytes:
-    """What the stranger sent."""
+    """The untrusted bytes."""
     return content if isinstance(content, bytes) else await content()
 
 
 class ImageIntake(Protocol):
-    """Turns what a stranger sent into a picture of ours."""
+    """Turns untrusted bytes into a picture that is safe to keep."""
 
     async def admit(self, content: Content) -> Picture:
-        """Decode within limits, turn by EXIF, and encode again without anything else that came along.
+        """Decode within limits, apply the EXIF orientation, and encode again without metadata.
 
         Raises:
             UnsupportedImageType, ImageTooLarge, InvalidImage
@@ -84,7 +84,7 @@ class ImageFetcher(Protocol):
         """
 
 
-#: Loads one stored picture, as often as asked.
+#: Loads one stored picture, any number of times.
 Load = Callable[[], Awaitable[Picture]]
 
 

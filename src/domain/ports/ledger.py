@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 
 class Standing(NamedTuple):
-    """What a user has left for starts."""
+    """What limits a user's next start."""
 
     #: ``None`` where the log keeps no balances.
     credit: int | None
@@ -28,9 +28,9 @@ class Ledger(Protocol):
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         """Change the user's balance by `amount`, to 0 at the least, and return it.
 
-        A key used again by this user before `until` returns the balance that it had brought then.
+        A key that this user sends again before `until` returns the balance of the first time.
 
         Raises:
-            IdempotencyMismatch: it was used with another amount.
+            IdempotencyMismatch: the key was sent with another amount.
             CreditsOff: this log keeps no balances.
         """

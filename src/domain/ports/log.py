@@ -52,17 +52,18 @@ class Append:
 
 
 class Gap(NamedTuple):
-    """The follower missed entries: whoever follows must read the log again."""
+    """The follower missed entries and must read the log again."""
 
 
 class History(NamedTuple):
-    """One generation as the log has it: one atomic read."""
+    """One generation: one atomic read."""
 
     user_id: str
     generation_id: str
     kind: Kind
     #: JSON of `domain.requests.GenerationRequest`.
     order: bytes
+    #: In order of sequence: all; in a summary the first and the last two, from which its state can be told.
     events: Sequence[Logged]
     #: `Append.free` of the last event, unless `mark_paid` has withdrawn it.
     free: bool
@@ -79,7 +80,7 @@ Deliver = Callable[[Logged | Gap], None]
 
 
 class EventLog(Protocol):
-    """The one place where a generation moves.
+    """A generation changes only here.
 
     Every method may raise `LogUnavailable`. `append` is one atomic step over everything it checks and
     changes: it happens whole or not at all.
@@ -87,21 +88,21 @@ class EventLog(Protocol):
 
     @property
     def epoch(self) -> str:
-        """Names this log's past, in ``[a-z0-9]``: it changes when the log has lost what it held."""
+        """Identifies this log's history, in ``[a-z0-9]``. A log that has lost its history gets another."""
 
     @property
     def durable(self) -> bool:
-        """Whether what was appended is still there after this process."""
+        """Whether entries outlive this process."""
 
     async def append(self, entry: Append) -> Logged:
         """Add the event, move the balance, and note the idempotency key.
 
-        An append whose own event id already stands at its sequence has succeeded before: it returns
-        that entry and changes nothing. Checked in this order:
+        If its event id is already stored at its sequence, the append has succeeded before: it returns that entry and
+        changes nothing.
 
-        Raises:
-            LogUnavailable: also where it is later than `entry.not_after`.
-            AlreadyStarted, IdempotencyMismatch: the key has begun a generation before.
+        Raises in the order of `domain.append_rules.decide`:
+            LogUnavailable: also if it is later than `entry.not_after`.
+            IdempotencyMismatch, AlreadyStarted: the key belongs to another request, or to this one.
             Conflict: `entry.sequence` is not the next one, or the generation has ended.
             TooManyGenerations: the user already has `max_unfinished`.
             InsufficientCredit: the balance would fall below zero.
@@ -111,25 +112,28 @@ class EventLog(Protocol):
         """From now on the present stage of this generation may cost money: withdraw `Append.free` of its last event."""
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
-        """What this user began with this idempotency key."""
+        """The generation that this user started with this key."""
 
     async def generation(self, generation_id: str) -> History | None:
-        """All events of one generation, in order of sequence."""
+        """One generation with all its events."""
+
+    async def summary(self, generation_id: str) -> History | None:
+        """One generation as a summary."""
 
     async def generations(
         self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
     ) -> Sequence[History]:
-        """This user's generations, newest first.
+        """Summaries of this user's generations, newest first.
 
         `active` keeps only unfinished (True) or finished (False) ones; `before`, only those whose first
         event lies before that position.
         """
 
     async def unfinished(self) -> Sequence[History]:
-        """Every unfinished generation of every user, oldest first."""
+        """Summaries of all unfinished generations of all users, oldest first."""
 
     async def head_cursor(self, user_id: str) -> Cursor:
-        """The cursor at the feed's head: after it come the events so far of unfinished generations, and new events."""
+        """The cursor at the feed's head, after which come the past events of unfinished generations, and new events."""
 
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
         """At most `limit` entries with a position above `after`, and what a cursor at `anchor` is compared with."""

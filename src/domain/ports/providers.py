@@ -6,7 +6,7 @@ from typing import Protocol
 from domain.ports.images import Picture
 from domain.requests import Options
 
-#: How a provider tells where it stands: the fraction of its work done, a message, and a preview if it has one.
+#: Reports progress: the fraction of the work that is done (0 to 1), a message, and a preview if there is one.
 Report = Callable[[float, str, Picture | None], Awaitable[None]]
 
 

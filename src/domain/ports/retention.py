@@ -1,6 +1,6 @@
 """Removal of what has expired, or was deleted."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Protocol
 
@@ -20,6 +20,9 @@ class Retention(Protocol):
         Raises:
             NotFinished: it still runs.
         """
+
+    async def images(self, generation_id: str) -> Collection[str]:
+        """The names of all stored pictures that events of this generation bring."""
 
     async def set_aside(self, generation_id: str) -> bool:
         """Whether it counts as deleted because it cannot be read. Its pictures are kept until retention ends."""

@@ -1,4 +1,4 @@
-"""Sessions: what a socket that comes back is restored to."""
+"""Sessions, from which reconnecting sockets are restored."""
 
 from collections.abc import Collection
 from datetime import datetime
@@ -9,14 +9,14 @@ from domain.identity import Identity
 
 
 class Session(NamedTuple):
-    """What a socket that comes back is restored to."""
+    """The state from which a reconnecting socket is restored."""
 
     identity: Identity
-    #: Where the session began: what a client that has seen no event yet goes on from.
+    #: Where the session began, and where a client continues that has received no event yet.
     base: Cursor
     #: The newest position of the feed when it began.
     head: int
-    #: Marks the cursors up to there that it was sent, where its client may remember others.
+    #: Marks the cursors up to `head` that this session sends, if its client may remember others.
     tag: str | None
 
 
@@ -24,13 +24,13 @@ class Sessions(Protocol):
     """Sessions by their ``pid``, kept as long as retention after they were last touched, where the log is kept."""
 
     async def save(self, pid: str, session: Session, *, at: datetime) -> None:
-        """Keep the session, in place of an earlier one."""
+        """Store the session, in place of an earlier one with this pid."""
 
     async def load(self, pid: str, *, at: datetime) -> Session | None:
-        """The session of this pid, if it is still there."""
+        """The session with this pid; ``None`` if there is none, or it has expired."""
 
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
-        """These are in use."""
+        """Extend the sessions with these pids."""
 
     async def end(self, pid: str) -> None:
-        """Forget the session."""
+        """Remove the session."""

@@ -1,0 +1,174 @@
+"""The file of the durable log: locked, opened, migrated, and examined."""
+
+import contextlib
+import fcntl
+import os
+import re
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from adapters.sqlite import damage as sqlite_damage
+from adapters.sqlite.schema import SCHEMA
+from domain.ports.storage import Examined, StorageRefused
+
+#: Distinguishes our files from other SQLite files: "Stag".
+_APPLICATION_ID: Final = 0x53746167
+
+#: Seconds that a write waits for another process, such as SQLite's shell, that writes to the file.
+BUSY_TIMEOUT: Final = 1.0
+
+MALFORMED: Final = (
+    "The log {} is damaged: its pages do not fit together. Restore it from a backup, or recover it with SQLite's shell."
+)
+
+
+class LogDamaged(StorageRefused):
+    """The file is damaged beyond single rows."""
+
+
+def examine(path: Path) -> Examined:
+    """Look for damage in the log without changing it; a service may have it open.
+
+    Raises:
+        StorageRefused: the file is not a log, has a newer version, or cannot be opened.
+    """
+    try:
+        path = path.resolve()
+        path.stat()
+        wal = Path(f"{path}-wal")
+        while True:
+            # While no process has the file open there is no WAL, and SQLite must not create one.
+            untouched = not wal.exists()
+            name = f"{path.as_uri()}?mode=ro{'&immutable=1' if untouched else ''}"
+            with contextlib.closing(connect(name, uri=True)) as connection:
+                examined = _examine(path, connection)
+            if not untouched or not wal.exists():
+                return examined
+    except FileNotFoundError:
+        return Examined()
+    except LogDamaged as damaged:
+        return Examined([str(damaged)])
+    except (OSError, RuntimeError, sqlite3.Error) as error:
+        if isinstance(refusal := refused(path, error), LogDamaged):
+            return Examined([str(refusal)])
+        raise refusal from None
+
+
+def _examine(path: Path, connection: sqlite3.Connection) -> Examined:
+    connection.execute("BEGIN")
+    version = _check_version(path, connection, len(SCHEMA))
+    epoch = epoch_of(path, connection)
+    if epoch is None:
+        return Examined()
+    if version == len(SCHEMA):
+        return Examined(sqlite_damage.report(connection, epoch), epoch)
+    with contextlib.closing(connect("")) as copy:  # A temporary file, which is removed when it is closed.
+        connection.backup(copy)
+        _migrate(copy, version)
+        return Examined(sqlite_damage.report(copy, epoch), epoch)
+
+
+def connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
+    """A connection for one thread at a time, not always the one that created it."""
+    return sqlite3.connect(name, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, uri=uri)
+
+
+def lock(path: Path) -> sqlite3.Connection:
+    """Lock out other processes until the connection is closed or the process ends.
+
+    The lock is a transaction on a separate file: SQLite's locks work on every platform, and SQLite's shell can still
+    read the log.
+    """
+    lock = connect(f"{path}-lock")
+    try:
+        lock.execute("PRAGMA busy_timeout = 0")
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        lock.close()
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise StorageRefused(f"The log {path} is in use by another process.") from None
+        raise
+    return lock
+
+
+def lock_file(path: Path) -> int:
+    """Lock the file itself too: two hard links to it would each have their own ``-lock`` file.
+
+    Child processes do not inherit the descriptor. flock does not interfere with SQLite's own locks.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise StorageRefused(f"The log {path} is in use by another process, by this or another name.") from None
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_version(path: Path, connection: sqlite3.Connection, known: int) -> int:
+    """Check that it is an intact log of a known version, and return the version."""
+    try:
+        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            raise StorageRefused(f"{path} is not a log of Stagecast.") from None
+        raise
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application_id != _APPLICATION_ID and (application_id or version or objects):
+        raise StorageRefused(f"{path} is not a log of Stagecast.")
+    if version > known:
+        raise StorageRefused(
+            f"The log {path} was written by a newer Stagecast (schema {version}; this one knows {known})."
+        )
+    if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+        raise LogDamaged(MALFORMED.format(path))
+    return int(version)
+
+
+def prepare(path: Path, connection: sqlite3.Connection, schema: Sequence[str]) -> None:
+    """Check the log, and migrate it to the current schema. A refused file is not changed."""
+    version = _check_version(path, connection, len(schema))
+    if connection.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+        raise StorageRefused(f"The log {path} cannot be opened: its file system has no write-ahead logging.")
+    _migrate(connection, version, schema)
+    for pragma in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON", "wal_autocheckpoint = 0"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _migrate(connection: sqlite3.Connection, version: int, schema: Sequence[str] = SCHEMA) -> None:
+    for step, script in enumerate(schema[version:], version + 1):
+        with connection:  # Rolls back what fails.
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {_APPLICATION_ID};"
+                f" PRAGMA user_version = {step}; COMMIT;"
+            )
+
+
+def epoch_of(path: Path, connection: sqlite3.Connection) -> str | None:
+    """The epoch of the log; ``None`` if it has none yet."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone():
+        return None
+    row = connection.execute("SELECT CAST(epoch AS BLOB) FROM log").fetchone()
+    if row and not re.fullmatch(rb"[a-z0-9]{1,64}", row[0]):
+        raise LogDamaged(f"The log {path} is damaged: its epoch cannot be read.")
+    return row and str(row[0], "ascii")
+
+
+def refused(path: Path, error: Exception) -> StorageRefused:
+    """What to raise when SQLite or the file system does not let the log be opened."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:
+        return LogDamaged(MALFORMED.format(path))
+    return StorageRefused(f"The log {path} cannot be opened: {reason_of(error)}.")
+
+
+def reason_of(error: Exception) -> str:
+    """A reason that quotes no data."""
+    if isinstance(error, sqlite3.Error) and not hasattr(error, "sqlite_errorcode"):
+        return type(error).__name__
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
