@@ -4,11 +4,15 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapters.memory.leases import MemoryLeases
 from domain.ports.leases import Leases
+from support.builders import PROPERTY
+from support.nodes import Cluster, NodeLeases
 
-LEASES: dict[str, Callable[[], Leases]] = {"memory": MemoryLeases}
+LEASES: dict[str, Callable[[], Leases]] = {"memory": MemoryLeases, "several nodes": lambda: NodeLeases(Cluster())}
 
 
 @pytest.fixture(params=list(LEASES))
@@ -133,36 +137,124 @@ async def test_a_job_that_does_not_wait_cannot_be_withdrawn(leases: Leases) -> N
     assert (await leases.count()).held == 1
 
 
-async def test_withdrawing_the_last_job_settles_the_queue(leases: Leases) -> None:
-    await leases.offer("ada", "a1")
-    settled = asyncio.create_task(leases.drain())
-    await turns()
-    assert not settled.done()
-    assert await leases.withdraw("a1")
-    async with asyncio.timeout(20):
-        await settled
+async def test_a_job_that_waits_or_is_claimed_cannot_be_offered_again(leases: Leases) -> None:
+    assert await leases.offer("ada", "a1") is True
+    assert await leases.offer("ada", "a1") is False
+    assert await leases.offer("ada", "a1", fetching=True) is False
+    assert await claim(leases) == "a1"
+    assert await leases.offer("ada", "a1") is False
+    assert await leases.count() == (0, 1)
+    await leases.release("a1")
+    assert await leases.offer("ada", "a1") is True
 
 
-async def test_settled_waits_for_waiting_and_claimed_jobs(leases: Leases) -> None:
-    async with asyncio.timeout(20):
-        await leases.drain()
+async def test_a_drain_waits_for_claimed_jobs_and_for_waiting_ones_that_no_other_node_does(leases: Leases) -> None:
     await leases.offer("ada", "a1")
     await leases.offer("bob", "b1")
-    settled = asyncio.create_task(leases.drain())
+    one = await claim(leases)
+    drained = asyncio.create_task(leases.drain())
     await turns()
-    assert not settled.done()
-    one, two = await claim(leases), await claim(leases)
-    await turns()
-    assert not settled.done()
+    assert not drained.done()
+    if not leases.shared:
+        await leases.release(await claim(leases))
+        await turns()
+        assert not drained.done()
     await leases.release(one)
-    await turns()
-    assert not settled.done()
-    await leases.release(two)
     async with asyncio.timeout(20):
-        await settled
+        await drained
+        await leases.drain()
 
 
-async def test_a_queue_forgets_users_who_wait_for_nothing(leases: Leases) -> None:
+async def test_withdrawing_the_last_job_ends_the_drain(leases: Leases) -> None:
+    await leases.offer("ada", "a1")
+    drained = asyncio.create_task(leases.drain())
+    await turns()
+    assert drained.done() is leases.shared
+    assert await leases.withdraw("a1")
+    async with asyncio.timeout(20):
+        await drained
+
+
+async def test_a_node_that_drains_claims_nothing_that_others_can_do() -> None:
+    cluster = Cluster()
+    leaving, staying = NodeLeases(cluster), NodeLeases(cluster)
+    waiting = asyncio.create_task(leaving.claim())
+    await turns()
+    await leaving.drain()
+    await staying.offer("ada", "a1")
+    assert await claim(staying) == "a1"
+    assert not waiting.done()
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+
+async def test_a_chore_is_done_by_one_node_until_it_dies(leases: Leases) -> None:
+    assert await leases.claim_chore("sweep", 10)
+    assert await leases.claim_chore("sweep", 10)
+    if isinstance(leases, NodeLeases):
+        other = NodeLeases(leases.cluster)
+        assert not await other.claim_chore("sweep", 10)
+        assert await other.claim_chore("retention", 10)
+        await leases.die()
+        assert await other.claim_chore("sweep", 10)
+
+
+@PROPERTY
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["offer", "fetch", "claim", "claim fetch", "withdraw", "release"]), st.integers(0, 7))
+    )
+)
+@pytest.mark.parametrize("name", list(LEASES))
+def test_a_job_is_in_one_place_whatever_is_done(name: str, steps: list[tuple[str, int]]) -> None:
+    async def run() -> None:
+        leases, work, fetches = LEASES[name](), set[str](), set[str]()
+        held, fetching = set[str](), set[str]()
+        for step, number in steps:
+            job, user = f"g{number}", f"user{number % 3}"
+            match step:
+                case "offer":
+                    free = job not in work | fetches | held
+                    assert await leases.offer(user, job) is free
+                    work |= {job} if free else set()
+                case "fetch":
+                    free = job not in work | fetches | held | fetching
+                    assert await leases.offer(user, job, fetching=True) is free
+                    fetches |= {job} if free else set()
+                case "claim" if work:
+                    claimed = await claim(leases)
+                    work.remove(claimed)
+                    fetching.discard(claimed)
+                    held.add(claimed)
+                case "claim fetch" if any(_user_of(each) not in _busy(fetching) for each in fetches):
+                    claimed = await claim_fetch(leases)
+                    assert _user_of(claimed) not in _busy(fetching)
+                    fetches.remove(claimed)
+                    fetching.add(claimed)
+                case "withdraw":
+                    assert await leases.withdraw(job) is (job in work | fetches)
+                    work.discard(job)
+                    fetches.discard(job)
+                case "release":
+                    await leases.release(job)
+                    held.discard(job)
+                    fetching.discard(job)
+            assert await leases.count() == (len(work) + len(fetches), len(held) + len(fetching))
+            assert not await leases.renew([*held, *fetching])
+
+    asyncio.run(run())
+
+
+def _user_of(job: str) -> int:
+    return int(job[1:]) % 3
+
+
+def _busy(fetching: set[str]) -> set[int]:
+    users = [_user_of(each) for each in fetching]
+    return {user for user in users if users.count(user) >= 2}
+
+
+async def test_leases_forget_users_who_wait_for_nothing(leases: Leases) -> None:
     for number in range(100):
         await leases.offer(f"user{number}", f"g{number}")
     for _ in range(100):
@@ -179,7 +271,7 @@ async def claim_fetch(leases: Leases) -> str:
         return await leases.claim(fetching=True)
 
 
-async def test_fetching_and_work_have_separate_queues(leases: Leases) -> None:
+async def test_fetching_and_work_have_separate_lines(leases: Leases) -> None:
     await leases.offer("ada", "f1", fetching=True)
     await leases.offer("ada", "w1")
     assert await leases.count() == (2, 0)

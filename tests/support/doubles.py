@@ -19,6 +19,7 @@ from domain.external import ExternalWork
 from domain.feed import Cursor, Feed, Logged
 from domain.generation import Snapshot
 from domain.ports.images import Content, Load, Picture, read
+from domain.ports.leases import Leases
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord
 from domain.ports.providers import Report
@@ -444,11 +445,14 @@ class InMemoryBackend:
     editor: ScriptedEditor = field(default_factory=ScriptedEditor)
     face_swapper: ScriptedFaceSwapper = field(default_factory=ScriptedFaceSwapper)
     fetcher: ScriptedFetcher = field(default_factory=ScriptedFetcher)
+    #: Those of several backends, if there are several.
+    shared_log: MemoryLog | None = None
+    shared_leases: Leases | None = None
 
     def __post_init__(self) -> None:
-        self.memory = MemoryLog(epoch="e1", credits=self.credits, clock=self.clock)
+        self.memory = self.shared_log or MemoryLog(epoch="e1", credits=self.credits, clock=self.clock)
         self.log = self.line(self.memory)
-        self.leases = MemoryLeases()
+        self.leases = self.shared_leases or MemoryLeases()
         self.recorder = Recorder(self.log, self.clock, self.entropy, image_url, patience=self.patience)
         self.supervisor = Supervisor()
         self.quarantine = Quarantine(self.recorder)
