@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -43,6 +44,7 @@ _RENEW: Final = 2.0
 _FETCHING: Final = 4
 
 
+@dataclass(kw_only=True, eq=False)
 class Runner:
     """Works on at most `max_running` generations at once, each for at most `deadline` seconds.
 
@@ -50,35 +52,25 @@ class Runner:
     own, and wait for a worker once their pictures are there.
     """
 
-    def __init__(
-        self,
-        *,
-        log: EventLog,
-        recorder: Recorder,
-        leases: Leases,
-        images: StoredImages,
-        composer: Composer,
-        editor: ImageEditor,
-        face_swapper: FaceSwapper,
-        fetcher: ImageFetcher,
-        supervisor: Supervisor,
-        quarantine: Quarantine,
-        max_running: int,
-        deadline: float,
-    ) -> None:
-        self.log = log
-        self.recorder = recorder
-        self.leases = leases
-        self.images = images
-        self.composer = composer
-        self.editor = editor
-        self.face_swapper = face_swapper
-        self.providers: Mapping[Provider, ImageEditor | FaceSwapper] = {"editor": editor, "face_swapper": face_swapper}
-        self.fetcher = fetcher
-        self._supervisor = supervisor
-        self._quarantine = quarantine
-        self._max_running = max_running
-        self._deadline = deadline
+    log: EventLog
+    recorder: Recorder
+    leases: Leases
+    images: StoredImages
+    composer: Composer
+    editor: ImageEditor
+    face_swapper: FaceSwapper
+    fetcher: ImageFetcher
+    supervisor: Supervisor
+    quarantine: Quarantine
+    max_running: int
+    #: Seconds.
+    deadline: float
+
+    def __post_init__(self) -> None:
+        self.providers: Mapping[Provider, ImageEditor | FaceSwapper] = {
+            "editor": self.editor,
+            "face_swapper": self.face_swapper,
+        }
         self._jobs: dict[str, tuple[_Job, asyncio.Task[None]]] = {}
         #: Interrupted generations that this node has offered, until they have ended.
         self._interrupted: set[str] = set()
@@ -93,9 +85,9 @@ class Runner:
 
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
-        workers = [partial(self._worker, fetching=False)] * self._max_running
-        fetchers = [partial(self._worker, fetching=True)] * (_FETCHING * self._max_running)
-        await self._supervisor.keep(RUNNER, self._follow, self._hold, *workers, *fetchers)
+        workers = [partial(self._worker, fetching=False)] * self.max_running
+        fetchers = [partial(self._worker, fetching=True)] * (_FETCHING * self.max_running)
+        await self.supervisor.keep(RUNNER, self._follow, self._hold, *workers, *fetchers)
 
     async def resumed(self) -> None:
         """Wait until the interrupted generations that `resume` has offered have ended, or the log does not answer."""
@@ -159,7 +151,7 @@ class Runner:
             except (Exception, asyncio.CancelledError) as error:
                 if being_cancelled():
                     raise
-                await self._quarantine.end(generation_id, RUNNER, error)
+                await self.quarantine.end(generation_id, RUNNER, error)
             finally:
                 if not handed_over:
                     await self.leases.release(generation_id)
@@ -168,7 +160,7 @@ class Runner:
         """Work on a generation to its end, or while it fetches. Return whether a worker has taken it over then."""
         job, task = self._jobs.get(generation_id, (None, None))
         if job is None or task is None:
-            history = await self._history(generation_id)
+            history = await self.patiently(lambda: self.log.generation(generation_id))
             if history is None:
                 return False
             job = _Job(self, history, fetching=fetching)
@@ -191,9 +183,6 @@ class Runner:
                 await job.clean_up()
         return fetching and job.claimed.done()
 
-    async def _history(self, generation_id: str) -> History | None:
-        return await self.patiently(lambda: self.log.generation(generation_id))
-
     async def patiently(self, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         """The log's answer, asked for again until there is one."""
         while True:
@@ -211,14 +200,14 @@ class Runner:
                 await job.move(*job.generation.ending(failure))
         except Conflict:
             # Somebody else has moved it: that event stands, and ours was never made.
-            history = await self._history(job.generation.generation_id)
+            history = await self.patiently(lambda: self.log.generation(job.generation.generation_id))
             job.over = history is None or generation_of(history).finished
         except LogUnavailable:
             what = "generation %s: the log does not answer"
             logger.error(what, job.generation.generation_id, extra={"repeat_key": what})
 
     async def _attempt(self, job: "_Job") -> Failure | None:
-        job.scope = scope = asyncio.timeout(self._deadline - job.worked)
+        job.scope = scope = asyncio.timeout(self.deadline - job.worked)
         try:
             async with scope:
                 await job.run()

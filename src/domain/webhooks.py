@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from pydantic_core import to_json
@@ -69,32 +70,23 @@ class _Failed(NamedTuple):
     due: float
 
 
+@dataclass(eq=False)
 class Webhooks:
     """Posts every terminal event until the receiver accepts it: the oldest first, a few at once.
 
     This process does not call a receiver again that is gone. The log keeps what it was not sent.
     """
 
-    def __init__(
-        self,
-        log: EventLog,
-        outbox: WebhookOutbox,
-        poster: Poster,
-        chance: Callable[[], float],
-        *,
-        backoff: float = 1,
-        longest: float = 300,
-    ) -> None:
-        """`backoff`: seconds after the first attempt, doubled after each further one up to `longest`.
+    log: EventLog
+    outbox: WebhookOutbox
+    poster: Poster
+    #: Random numbers from 0 to 1: a random part of a pause, up to a half, is left out.
+    chance: Callable[[], float]
+    #: Seconds after the first attempt, doubled after each further one up to `longest`.
+    backoff: float = 1
+    longest: float = 300
 
-        A random part of a pause, up to a half, is left out. `chance`: random numbers from 0 to 1.
-        """
-        self._log = log
-        self._outbox = outbox
-        self._poster = poster
-        self._chance = chance
-        self._backoff = backoff
-        self._longest = longest
+    def __post_init__(self) -> None:
         self._gone = False
         self._failed: dict[str, _Failed] = {}
         #: By generation id: whether it has failed before.
@@ -104,7 +96,7 @@ class Webhooks:
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        async with self._log.follow(self._notice), asyncio.TaskGroup() as posts:
+        async with self.log.follow(self._notice), asyncio.TaskGroup() as posts:
             while True:
                 self._woken.clear()
                 due = await self._begin(posts)
@@ -131,7 +123,7 @@ class Webhooks:
         # The log may still return what is accepted while it is read.
         under_way = set(self._under_way)
         try:
-            entries = await self._outbox.claim_undelivered(min(len(self._failed), _MOST_FAILED) + 2 * _PARALLEL)
+            entries = await self.outbox.claim_undelivered(min(len(self._failed), _MOST_FAILED) + 2 * _PARALLEL)
         except LogUnavailable:
             return clock() + _AGAIN
         known = {entry.generation_id for entry in entries}
@@ -164,7 +156,7 @@ class Webhooks:
     async def _deliver(self, entry: Logged, attempt: int) -> None:
         try:
             if (message := self._encoded(entry)) is not None:
-                await self._poster.post(*message)
+                await self.poster.post(*message)
             await self._mark(entry.generation_id)
         except NotDelivered as failure:
             if not failure.gone:
@@ -192,12 +184,12 @@ class Webhooks:
     async def _mark(self, generation_id: str) -> None:
         while True:
             try:
-                return await self._outbox.delivered(generation_id)
+                return await self.outbox.delivered(generation_id)
             except LogUnavailable:
                 await asyncio.sleep(_AGAIN)
 
     def _put_off(self, entry: Logged, attempt: int, reason: str, asked: float) -> None:
-        pause = min(self._longest, self._backoff * 2 ** min(attempt - 1, 30)) * (1 - self._chance() / 2)
+        pause = min(self.longest, self.backoff * 2 ** min(attempt - 1, 30)) * (1 - self.chance() / 2)
         pause += min(asked, _MOST_ASKED)
         self._failed[entry.generation_id] = _Failed(attempt, asyncio.get_running_loop().time() + pause)
         if attempt.bit_count() == 1:  # Attempts 1, 2, 4, 8 …: there may be many.
