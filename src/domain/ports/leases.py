@@ -30,7 +30,8 @@ class Leases(Protocol):
     async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
         """Put a generation in a line. False: it waits or is held already, and nothing has changed.
 
-        One that is held for fetching may be offered for work. Claimed there, it is held for work.
+        One that is held for fetching may be offered for work. Claimed there, it is held for work. The node that has
+        fetched for it should get it: another one has to fetch again.
         """
 
     async def withdraw(self, generation_id: str) -> bool:
