@@ -108,6 +108,8 @@ async def test_two_nodes_do_each_work_once() -> None:
         await all_nodes.all_ended()
         assert len(one.editor.calls) + len(two.editor.calls) == len(begun)
         assert {(await one.statuses(each))[-1] for each in begun} == {"completed"}
+        async with asyncio.timeout(20):
+            await all_nodes.cluster.lines.drain()
         assert all_nodes.cluster.holders == {}
 
 
