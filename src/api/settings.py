@@ -159,7 +159,7 @@ class Settings(_Sources):
     """How many connections a client address may have; behind `STAGECAST_TRUSTED_PROXIES` the forwarded address counts.
     Connections beyond it are closed."""
     max_sockets_per_user: types.CountOrOff = None
-    """How many authenticated sockets a user may have. Sockets beyond it are closed."""
+    """How many authenticated sockets and event streams a user may have. Those beyond it are closed."""
 
     webhook_url: types.Url = None
     """Where the end of every generation is reported, by the Standard Webhooks scheme."""
