@@ -66,7 +66,9 @@ async def test_every_user_route_requires_a_bearer_token(service: Running) -> Non
         assert answer.headers["www-authenticate"] == "Bearer", (method, path)
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/stages", "/health/live", "/health/ready"])
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/openapi.json", "/stages", "/version", "/health/live", "/health/ready"]
+)
 async def test_routes_without_a_user_need_no_token(service: Running, path: str) -> None:
     for bearer in (None, "nonsense", EXPIRED):
         assert (await ask(service, bearer, path)).status_code == 200

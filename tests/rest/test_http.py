@@ -448,6 +448,7 @@ async def test_the_openapi_description_is_complete(shared_api: Api) -> None:
         ("/users/{user_id}/credit", "post"),
         ("/stages", "get"),
         ("/images/{name}", "get"),
+        ("/version", "get"),
         ("/health/live", "get"),
         ("/health/ready", "get"),
     }

@@ -71,6 +71,7 @@ ROUTES: Final[dict[tuple[str, str], One | str]] = {
     ("POST", "/users/{user_id:path}/credit"): SERVICES,
     ("GET", "/images/{name}"): PUBLIC,
     ("GET", "/stages"): PUBLIC,
+    ("GET", "/version"): PUBLIC,
     ("GET", "/health/live"): PUBLIC,
     ("GET", "/health/ready"): PUBLIC,
     ("GET", "/"): PUBLIC,

@@ -7,6 +7,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +46,7 @@ OPERATIONS: Final = (
     "POST /users/{user_id}/credit",
     "GET /stages",
     "GET /images/{name}",
+    "GET /version",
     "GET /health/live",
     "GET /health/ready",
 )
@@ -69,6 +71,12 @@ def schema(description: JSON) -> OpenApiSchema:
 
 async def test_every_operation_is_tested(schema: OpenApiSchema) -> None:
     assert {f"{method.upper()} {path}" for path in schema for method in schema[path]} == set(OPERATIONS)
+
+
+async def test_the_version_is_that_of_the_package(service: Running, description: JSON) -> None:
+    version = metadata.version("stagecast")
+    assert await service.get("/version") == {"version": version}
+    assert description["info"]["version"] == version
 
 
 def make_it_count(case: schemathesis.Case[Any], known: dict[str, str]) -> None:

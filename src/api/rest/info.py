@@ -1,4 +1,4 @@
-"""HTTP: the routes that need no caller: stages, images, health."""
+"""HTTP: the routes that need no caller: stages, images, version, health."""
 
 import re
 from typing import Final
@@ -6,7 +6,7 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 
 from api.rest.problems import documented, problem
-from api.rest.schemas import STAGES, Health, Stages, json_response
+from api.rest.schemas import STAGES, Health, Stages, Version, json_response
 from api.rest.state import Images
 from domain.errors import Draining, LogUnavailable, NotFound
 
@@ -64,6 +64,12 @@ async def get_image(name: str, images: Images) -> Response:
 
 class NoSuchImage(NotFound):
     """There is no such image."""
+
+
+@router.get("/version", tags=["health"], response_model=Version, responses=documented())
+async def get_version(request: Request) -> Response:
+    """The version of the running service."""
+    return json_response(Version(version=request.app.version))
 
 
 @router.get("/health/live", tags=["health"], response_model=Health, responses=documented())

@@ -87,6 +87,12 @@ class Stages(RootModel[dict[Kind, list[StageView]]]):
     """The declared sequences, by kind."""
 
 
+class Version(Wire):
+    """The version of the running service."""
+
+    version: Annotated[str, Field(examples=["1.0.0"])]
+
+
 class Health(Wire):
     """The service answers."""
 
