@@ -4,12 +4,16 @@ The hub decides nothing and stores nothing. Whatever it loses, the devices read 
 """
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
+from pydantic_core import to_json
+
 from domain.device import Device, EncodedEntry, Encoder, F, GenerationDevice, SendBuffer
-from domain.feed import Cursor, Logged
+from domain.events import GENERATION_REMOVED
+from domain.feed import Cursor
 from domain.feed_sessions import StartPosition
-from domain.ports.log import EventLog, Gap
+from domain.ports.log import EventLog, Gap, Notice, Removed
 from domain.quarantine import Quarantine
 
 
@@ -44,11 +48,23 @@ class Hub:
         """How many devices this user has."""
         return len(self.rooms.get(user_id, ()))
 
-    def deliver(self, entry: Logged | Gap) -> None:
+    def announce(self, user_id: str, name: str, data: Mapping[str, Any]) -> None:
+        """Send an event that is not in the log to the user's devices on this node.
+
+        It has no cursor and is not replayed. A device whose buffer is full does not get it.
+        """
+        if room := self.rooms.get(user_id):
+            text = to_json(data)
+            for device in room:
+                device.announce(name, text)
+
+    def deliver(self, entry: Notice) -> None:
         """Hand one entry of the log to the devices of its user, in one pass."""
         if isinstance(entry, Gap):
             for device in self._devices():
                 device.read_again()
+        elif isinstance(entry, Removed):
+            self.announce(entry.user_id, GENERATION_REMOVED, {"generationId": entry.generation_id})
         elif room := self.rooms.get(entry.user_id):
             feed = next(iter(room)).feed
             cursor = Cursor(entry.position, entry.event_id, entry.position).text(feed)

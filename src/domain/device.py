@@ -31,6 +31,9 @@ PAGE: Final = 64
 #: Replay requests that one device may have open.
 MAX_REPLAYS: Final = 1_000
 
+#: Announcements that wait while a device reads the log.
+_MAX_ANNOUNCEMENTS: Final = 256
+
 #: Seconds before a log that did not answer, or does not show an announced entry yet, is read again.
 _RETRY_DELAY: Final = 0.1
 
@@ -67,6 +70,9 @@ class Encoder(Protocol[_FrameOut]):
 
     def event(self, entry: Logged, cursor: str) -> _FrameOut:
         """The frame of this entry, which has an event; `cursor` is the text of the cursor after it."""
+
+    def announcement(self, name: str, data: bytes) -> _FrameOut:
+        """The frame of an event that is not in the log and has no cursor; `data` is JSON on one line."""
 
 
 class EncodedEntry:
@@ -123,6 +129,9 @@ class Device(Generic[F]):
         #: The log has to be read even if nothing beyond the cursor is known.
         self._must_read = True
         self._pulling = True
+        #: What has been read from the log may still have to be put. Announcements are put after it.
+        self._reading = True
+        self._announcements: deque[tuple[str, bytes]] = deque(maxlen=_MAX_ANNOUNCEMENTS)
         self._replays: deque[tuple[str, int | None]] = deque()
         self._replayed: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -163,6 +172,12 @@ class Device(Generic[F]):
         else:
             self._start_pull()
 
+    def announce(self, name: str, data: bytes) -> None:
+        """Send an event that is not in the log, after the events before it. It is dropped if there is no room."""
+        self._announcements.append((name, data))
+        if not self._reading:
+            self._put_announcements()
+
     def read_again(self) -> None:
         """Read the log: the follower may have missed entries."""
         self._must_read = True
@@ -188,6 +203,7 @@ class Device(Generic[F]):
             while self._must_read or self._cursor.seen < self._head or self._replays:
                 if not await self._buffer.drained():
                     return
+                self._reading = True
                 if self._must_read or self._cursor.seen < self._head:
                     await self._read_page()
                 else:
@@ -196,6 +212,8 @@ class Device(Generic[F]):
                     await asyncio.sleep(0)  # Let other clients run between two replays of this one.
                 if self._closed:
                     return
+                self._reading = False
+                self._put_announcements()
             self._pulling = False  # No await since the loop's condition, so nothing can have come in between.
         except LogUnavailable:
             await asyncio.sleep(_RETRY_DELAY)
@@ -257,6 +275,12 @@ class Device(Generic[F]):
             self._buffer.put(frame)
         return True
 
+    def _put_announcements(self) -> None:
+        while self._announcements:
+            frame = self._encoder.announcement(*self._announcements.popleft())
+            if self._buffer.has_room(frame):
+                self._buffer.put(frame)
+
 
 class GenerationDevice(Device[F]):
     """A client of one generation: its cursor moves along the sequence of this generation instead of the feed.
@@ -284,6 +308,9 @@ class GenerationDevice(Device[F]):
         if encoded.entry.generation_id == self._generation_id:
             super().offer(encoded)
             self._finish_after(encoded.entry)
+
+    def announce(self, name: str, data: bytes) -> None:
+        """Nothing is announced to a client of one generation."""
 
     def _index(self, entry: Logged) -> int:
         return entry.sequence

@@ -17,6 +17,9 @@ from domain.stages import Kind
 NAMES: Final = {"started": "generation_started", "completed": "generation_completed", "failed": "generation_failed"}
 CONTINUE: Final = "continue"
 
+#: The event that tells the owner's devices that a generation was removed. It is not in the log.
+GENERATION_REMOVED: Final = "generation_removed"
+
 
 class Wire(BaseModel):
     """Base of the models that clients see: camelCase keys, and no undeclared ones."""

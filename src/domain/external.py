@@ -15,7 +15,7 @@ from domain.errors import Conflict, Failure, LogUnavailable, NotExternal
 from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports.leases import Leases
-from domain.ports.log import EventLog, Gap, History
+from domain.ports.log import EventLog, Gap, History, Notice
 from domain.ports.system import Clock
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
@@ -61,10 +61,10 @@ class ExternalWork:
                     for generation_id in [each for each, due in self._due.items() if due <= self.clock()]:
                         await self._check(generation_id)
 
-    def _notice(self, entry: Logged | Gap) -> None:
+    def _notice(self, entry: Notice) -> None:
         if isinstance(entry, Gap):
             self._missed_entries = True
-        elif entry.end is None:
+        elif isinstance(entry, Logged) and entry.end is None:
             self._due[entry.generation_id] = self.clock() + timedelta(seconds=self.deadline)
         else:
             self._due.pop(entry.generation_id, None)

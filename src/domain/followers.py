@@ -4,8 +4,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from domain.feed import Logged
-from domain.ports.log import Deliver, Gap
+from domain.ports.log import Deliver, Notice
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +24,10 @@ class Followers:
         finally:
             self._all.remove(deliver)
 
-    def deliver(self, entry: Logged | Gap) -> None:
+    def deliver(self, notice: Notice) -> None:
         """Call every follower. What one raises is logged."""
         for deliver in self._all:
             try:
-                deliver(entry)
+                deliver(notice)
             except Exception as error:
                 logger.error("a follower of the log failed: %s", type(error).__name__)

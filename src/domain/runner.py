@@ -20,7 +20,7 @@ from domain.feed import Logged
 from domain.identity import WORKING_FOR
 from domain.ports.images import Composer, ImageFetcher, Picture
 from domain.ports.leases import Leases
-from domain.ports.log import EventLog, Gap, History
+from domain.ports.log import EventLog, History, Notice
 from domain.ports.providers import FaceSwapper, ImageEditor
 from domain.quarantine import Quarantine
 from domain.readiness import RUNNER
@@ -117,8 +117,8 @@ class Runner:
         async with self.log.follow(self._notice):
             await asyncio.get_running_loop().create_future()
 
-    def _notice(self, entry: Logged | Gap) -> None:
-        if isinstance(entry, Gap) or entry.end != entry.position:
+    def _notice(self, entry: Notice) -> None:
+        if not isinstance(entry, Logged) or entry.end != entry.position:
             return
         self._interrupted.discard(entry.generation_id)
         if not self._interrupted:

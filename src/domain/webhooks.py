@@ -17,7 +17,7 @@ from pydantic_core import to_json
 from domain.errors import LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
-from domain.ports.log import EventLog, Gap
+from domain.ports.log import EventLog, Gap, Notice
 from domain.ports.webhook_outbox import CLAIM, WebhookOutbox
 from domain.rehydrate import UNREADABLE
 from domain.supervisor import being_cancelled
@@ -109,8 +109,8 @@ class Webhooks:
         """Wait until every event that this node may post has been posted once, accepted or not."""
         await self._flushed.wait()
 
-    def _notice(self, entry: Logged | Gap) -> None:
-        if isinstance(entry, Gap) or entry.end == entry.position:
+    def _notice(self, entry: Notice) -> None:
+        if isinstance(entry, Gap) or (isinstance(entry, Logged) and entry.end == entry.position):
             self._flushed.clear()
             self._woken.set()
 

@@ -7,7 +7,7 @@ import pytest
 
 from domain.errors import Conflict
 from domain.feed import Logged
-from domain.ports.log import Gap, History
+from domain.ports.log import History, Notice
 from domain.rehydrate import generation_of
 from support.builders import EventRecorder, RecordingFollower, WholeLog, from_another_writer, statuses
 from support.event_log import LogOpener, event_keys, full_feed, pull, usable
@@ -113,9 +113,9 @@ async def test_a_follower_that_raises_affects_neither_append_nor_other_followers
     recorder: EventRecorder, log: WholeLog, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, after = RecordingFollower(), RecordingFollower()
-    tries: list[Logged | Gap] = []
+    tries: list[Notice] = []
 
-    def broken(entry: Logged | Gap) -> None:
+    def broken(entry: Notice) -> None:
         tries.append(entry)
         raise RuntimeError("a secret")
 

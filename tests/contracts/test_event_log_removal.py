@@ -10,7 +10,8 @@ import pytest
 
 from domain.errors import Conflict, NotFinished
 from domain.feed import Cursor
-from support.builders import EventRecorder, WholeLog, statuses
+from domain.ports.log import Removed
+from support.builders import EventRecorder, RecordingFollower, WholeLog, statuses
 from support.event_log import event_keys, full_feed, image, pull, usable
 
 # --- removal ---------------------------------------------------------------------------------------------
@@ -68,6 +69,23 @@ async def test_a_running_generation_cannot_be_removed(recorder: EventRecorder, l
     with pytest.raises(NotFinished):
         await log.remove(running.generation_id, retention=retention)
     assert await image(log, "ada", running.generation_id) == before
+
+
+@retentions
+async def test_followers_are_notified_of_a_removal_once_and_after_the_events(
+    recorder: EventRecorder, log: WholeLog, retention: bool
+) -> None:
+    follower = RecordingFollower()
+    async with log.follow(follower):
+        ended, other = await recorder.run_to_end(), await recorder.start()
+        for _ in range(2):
+            await log.remove(ended.generation_id, retention=retention)
+        await log.remove(ended.generation_id, retention=True)
+        await log.remove("edit_1_unknown", retention=retention)
+        with pytest.raises(NotFinished):
+            await log.remove(other.generation_id, retention=retention)
+        await follower.until(lambda entries: len(entries) == 7 and bool(follower.removed))
+    assert follower.removed == [Removed("ada", ended.generation_id)]
 
 
 async def test_retention_raises_the_floor_to_the_last_purged_position(recorder: EventRecorder, log: WholeLog) -> None:

@@ -23,7 +23,7 @@ from domain.delivery import Hub
 from domain.device import Device
 from domain.feed import Cursor, Feed, Logged, feed_name
 from domain.feed_sessions import StartPosition
-from domain.ports.log import Append, Deliver, Gap, History, Start
+from domain.ports.log import Append, Deliver, Gap, History, Notice, Start
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
 from support.builders import image_url
@@ -39,7 +39,7 @@ class LaggingLog(MemoryLog):
     def __init__(self, chance: random.Random) -> None:
         super().__init__(epoch="e", credits=None, clock=lambda: NOW)
         self.chance = chance
-        self.announced: asyncio.Queue[Logged | Gap] = asyncio.Queue()
+        self.announced: asyncio.Queue[Notice] = asyncio.Queue()
 
     async def lag(self) -> None:
         for _ in range(self.chance.randrange(4)):
@@ -101,6 +101,9 @@ class Plain:
         if entry.position == self.fails_at:
             raise ValueError
         return Frame(entry, cursor)
+
+    def announcement(self, name: str, data: bytes) -> Frame:
+        raise NotImplementedError
 
 
 PLAIN = Plain()

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from domain.feed import Logged
-from domain.ports.log import Gap
+from domain.ports.log import Notice
 from support.guarded import SERVICE, guarded, token
 from support.harness import JSON, Running, running
 from support.node import ROOT, needs_node
@@ -156,7 +156,7 @@ async def test_a_pipeline_stops_when_the_user_cancels(service: Running, tmp_path
     user = f"{language} who changes their mind"
     cancels: list[asyncio.Task[str]] = []
 
-    def cancel_half_way(entry: Logged | Gap) -> None:
+    def cancel_half_way(entry: Notice) -> None:
         if isinstance(entry, Logged) and entry.user_id == user and entry.sequence == 5:
             cancels.append(asyncio.create_task(service.service.workflow.cancel(user, entry.generation_id)))
 

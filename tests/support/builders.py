@@ -26,7 +26,7 @@ from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
-from domain.ports.log import Append, EventLog, Gap, History, Start
+from domain.ports.log import Append, EventLog, History, Notice, Removed, Start
 from domain.ports.retention import Retention
 from domain.ports.storage import Storage
 from domain.ports.system import Clock
@@ -304,11 +304,15 @@ class RecordingFollower:
 
     def __init__(self) -> None:
         self.entries: list[Logged] = []
+        self.removed: list[Removed] = []
         self._news = asyncio.Event()
 
-    def __call__(self, entry: Logged | Gap) -> None:
-        assert isinstance(entry, Logged), "the follower missed entries"
-        self.entries.append(entry)
+    def __call__(self, entry: Notice) -> None:
+        if isinstance(entry, Removed):
+            self.removed.append(entry)
+        else:
+            assert isinstance(entry, Logged), "the follower missed entries"
+            self.entries.append(entry)
         self._news.set()
 
     def of(self, generation_id: str) -> list[Logged]:

@@ -38,7 +38,7 @@ class Stream:
 
     def _take(self, block: httpx2.ServerSentEvent) -> None:
         self.blocks.append(block)
-        if block.event == "continue" or block.event.startswith("generation_"):
+        if block.event == "continue" or (block.event.startswith("generation_") and block.event != "generation_removed"):
             self.events.append((block.event, json.loads(block.data)))
 
     async def named(self, name: str) -> JSON:

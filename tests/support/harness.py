@@ -52,7 +52,7 @@ class Phone:
 
     async def take(self, name: str, *arguments: Any) -> None:
         async with self._changed:
-            if name in ("authenticated", "authentication_required"):
+            if name in ("authenticated", "authentication_required", "generation_removed"):
                 self.notices.append((name, arguments[0]))
             else:
                 data = dict(arguments[0])

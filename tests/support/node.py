@@ -104,7 +104,8 @@ class Browser:
     def on_line(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         if line["on"] == "event":
-            if line["name"] == "continue" or line["name"].startswith("generation_"):
+            name = line["name"]
+            if name == "continue" or (name.startswith("generation_") and name != "generation_removed"):
                 self.events.append((line["name"], line["args"][0]))
                 self.further.append(line["args"][1:])
             else:

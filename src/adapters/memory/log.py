@@ -19,7 +19,7 @@ from domain.events import CONTINUE, NAMES
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.followers import Followers
 from domain.ports.ledger import Standing
-from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Start
+from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed, Start
 from domain.ports.system import Clock
 
 
@@ -305,6 +305,7 @@ class MemoryLog:
             record.images.clear()
             record.start = replace(record.start, order=b"")
             user.deleted.append(record)
+            self._followers.deliver(Removed(user.user_id, generation_id))
         if retention and record.positions[-1] > user.floor:
             user.floor, user.floor_id = record.positions[-1], record.ids[-1]
         for passed in user.forget_below_floor():

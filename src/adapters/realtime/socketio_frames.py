@@ -8,14 +8,19 @@ from socketio import packet as wire
 from domain.feed import Logged
 
 
-class _CursorAsArgument:
+class _Announcements:
+    def announcement(self, name: str, data: bytes) -> Packet:
+        return Packet(MESSAGE, data=f'2["{name}",{data.decode()}]')
+
+
+class _CursorAsArgument(_Announcements):
     """The cursor is a last argument of the event: clients that recover remember it."""
 
     def event(self, entry: Logged, cursor: str) -> Packet:
         return Packet(MESSAGE, data=f'2["{entry.name}",{_json(entry)},"{cursor}"]')
 
 
-class _CursorAsKey:
+class _CursorAsKey(_Announcements):
     """The cursor is a key of the event: for handlers that take exactly one argument."""
 
     def event(self, entry: Logged, cursor: str) -> Packet:

@@ -23,7 +23,7 @@ from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.followers import Followers
 from domain.ports.ledger import Standing
-from domain.ports.log import Append, Deliver, History, IdempotencyRecord
+from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed
 from domain.ports.system import Clock
 
 #: A position beyond every other.
@@ -174,7 +174,10 @@ class SqliteLog:
         if not is_text(generation_id):
             return False
         await self._read(lambda _: None, queries.NAMED, (generation_id,))
-        return await self._database.write(lambda connection: _remove(connection, generation_id, retention))
+        removed = await self._database.write(
+            lambda connection: _remove(connection, generation_id, retention), self._deliver_removed
+        )
+        return removed is not None
 
     async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         if not self._outbox:
@@ -291,6 +294,10 @@ class SqliteLog:
         if new:
             self._followers.deliver(entry)
 
+    def _deliver_removed(self, removed: Sequence[Removed] | None) -> None:
+        for notice in removed or ():
+            self._followers.deliver(notice)
+
 
 def _logged(row: Sequence[Any]) -> Logged:
     return Logged._make((*row[:-1], json.loads(row[-1]) if row[-1] else {}))
@@ -316,19 +323,20 @@ def _begun(connection: sqlite3.Connection, user_id: str, key: str) -> Idempotenc
     return row and IdempotencyRecord(*row)
 
 
-def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool) -> bool:
+def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool) -> Sequence[Removed] | None:
+    """The generation, unless it had been deleted before. ``None``: nothing was removed."""
     row = connection.execute(
-        "SELECT generations.id, owner, end_position, deleted, floor"
+        "SELECT generations.id, owner, user_id, end_position, deleted, floor"
         " FROM generations JOIN users ON users.id = owner WHERE generation_id = ?",
         (generation_id,),
     ).fetchone()
     if row is None:
-        return False
-    generation, user, end, deleted, floor = row
+        return None
+    generation, user, user_id, end, deleted, floor = row
     if end is None:
         raise NotFinished
     if deleted and not retention:
-        return False
+        return None
     if retention and end > floor:
         floor = end
         connection.execute(
@@ -344,4 +352,4 @@ def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool)
     )
     # Deletes their events too (ON DELETE CASCADE).
     connection.execute("DELETE FROM generations WHERE owner = ? AND deleted = 1 AND end_position <= ?", (user, floor))
-    return True
+    return () if deleted else (Removed(user_id, generation_id),)

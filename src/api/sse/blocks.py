@@ -16,7 +16,12 @@ def block(name: str, data: bytes, event_id: str | None = None) -> bytes:
     return b"event: %b\n%bdata: %b\n\n" % (name.encode(), lines, data)
 
 
-class _CursorAsId:
+class _Announcements:
+    def announcement(self, name: str, data: bytes) -> bytes:
+        return block(name, data)
+
+
+class _CursorAsId(_Announcements):
     """For the feed: a client that reconnects sends the cursor as ``Last-Event-ID``."""
 
     def event(self, entry: Logged, cursor: str) -> bytes:
@@ -24,7 +29,7 @@ class _CursorAsId:
         return block(entry.name, entry.event, cursor)
 
 
-class _SequenceAsId:
+class _SequenceAsId(_Announcements):
     """For one generation."""
 
     def event(self, entry: Logged, cursor: str) -> bytes:

@@ -55,6 +55,13 @@ class Gap(NamedTuple):
     """The follower missed entries and must read the log again."""
 
 
+class Removed(NamedTuple):
+    """A generation was removed whole. This is not stored."""
+
+    user_id: str
+    generation_id: str
+
+
 class History(NamedTuple):
     """One generation: one atomic read."""
 
@@ -76,7 +83,8 @@ class IdempotencyRecord(NamedTuple):
     fingerprint: str
 
 
-Deliver = Callable[[Logged | Gap], None]
+Notice = Logged | Removed | Gap
+Deliver = Callable[[Notice], None]
 
 
 class EventLog(Protocol):
@@ -140,6 +148,9 @@ class EventLog(Protocol):
 
     def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
         """Deliver every entry appended from now on, in order of position per user, or `Gap`.
+
+        Also delivers `Removed`, after the generation's entries, for every generation that is removed and had not been
+        deleted before. Removals on other nodes arrive within 3 seconds, if nothing fails meanwhile.
 
         `deliver` must not block. What it raises is logged and undoes nothing.
         """
