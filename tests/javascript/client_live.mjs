@@ -29,6 +29,29 @@ describe("the client", { concurrency: true }, () => {
     assert.deepEqual(await phone.client.me(), { userId, credit: 99 });
   });
 
+  test("drops a generation that was removed on another device, also while it was offline", async () => {
+    const userId = newUser();
+    const [phone, laptop] = [observe({ url: openUrl, userId }), observe({ url: openUrl, userId })];
+    await Promise.all([untilLive(phone), untilLive(laptop)]);
+    const started = [];
+    for (let count = 0; count < 3; count++) started.push(await phone.client.start("generate", requestFields()));
+    const [first, second, third] = started.map(({ generationId }) => generationId);
+    await Promise.all([first, second, third].flatMap((id) => [untilFinished(phone, id), untilFinished(laptop, id)]));
+    await phone.client.remove(first);
+    await waitFor(laptop, () => laptop.removed.length === 1);
+    assert.deepEqual([phone.removed, laptop.removed], [[first], [first]]);
+    laptop.client.cut();
+    await phone.client.remove(second);
+    laptop.client.restore();
+    await waitFor(laptop, () => laptop.removed.length === 2);
+    for (const { client, removed } of [phone, laptop]) {
+      assert.deepEqual(removed, [first, second]);
+      assert.deepEqual(client.generations.map(({ generationId }) => generationId), [third]);
+    }
+    await untilLive(laptop);
+    assert.equal(laptop.events.length, 3 * laptop.of(third).length);
+  });
+
   test("that connects late shows the current state at once, and gets the past events", async () => {
     const userId = newUser();
     const early = observe({ url: openUrl, userId });

@@ -118,6 +118,13 @@ test("a snapshot of the same sequence adds the fields that events do not have", 
   assert.equal(reduce(snapshot, generation), snapshot);
 });
 
+test("a generation that was removed is undefined, and stays so for late events", () => {
+  const events = history(() => 0.9);
+  const removed = reduce(reduceAll(events), { generationId: "edit_1_a" });
+  assert.equal(removed, undefined);
+  assert.equal(reduce(removed, events.at(-1)), undefined);
+});
+
 test("completed and failed are terminal", () => {
   const ends = ["completed", "failed"];
   for (const status of new Set([...Object.values(FLOWS).flat(), "failed"])) {

@@ -23,10 +23,11 @@ export const newUser = () => `user-${process.pid}-${++users}`;
 export function observe(options) {
   const socket = { reconnectionDelay: 20, reconnectionDelayMax: 50 };
   const client = connect({ io, socket, pollEvery: 50, ...options });
-  const record = { events: [], states: [client.state], caughtUp: [], changes: 0 };
+  const record = { events: [], states: [client.state], caughtUp: [], removed: [], changes: 0 };
   client.on("event", (event) => record.events.push(event));
   client.on("state", (state) => record.states.push(state));
   client.on("caughtUp", (result) => record.caughtUp.push(result));
+  client.on("removed", (id) => record.removed.push(id));
   client.on("change", () => record.changes++);
   toClose.push(client);
   return Object.assign(record, { client, of: (id) => record.events.filter(({ generationId }) => generationId === id) });
@@ -37,7 +38,7 @@ export async function waitFor({ client, events, states }, condition) {
   if (condition()) return;
   await new Promise((resolve, reject) => {
     const listener = () => condition() && finish(resolve);
-    const removers = ["change", "event", "state", "caughtUp"].map((name) => client.on(name, listener));
+    const removers = ["change", "event", "removed", "state", "caughtUp"].map((name) => client.on(name, listener));
     const error = () => new Error(`never true: ${condition}\n${states} ${events.map(({ status }) => status)}`);
     const timer = setTimeout(() => finish(() => reject(error())), 30_000);
     function finish(settle) {

@@ -233,7 +233,7 @@ def check(browser: Browser) -> None:
     """Each event has a cursor that never goes back; nothing else ends in a string; no client was sent a DISCONNECT."""
     assert "io server disconnect" not in [line["reason"] for line in browser.on("disconnect")]
     for name, *rest in browser.notices:
-        assert name in ("authenticated", "authentication_required", "authentication_expired")
+        assert name in ("authenticated", "authentication_required", "authentication_expired", "generation_removed")
         assert len(rest) == 1
         assert isinstance(rest[0], dict)
     newest = "", (0, 0)
@@ -241,7 +241,7 @@ def check(browser: Browser) -> None:
         anew = line["ack"].get("recovered") is not None if line["on"] == "ack" else not line.get("recovered", True)
         if anew:
             newest = "", (0, 0)
-        if line["on"] == "event" and line["name"].startswith(("continue", "generation_")):
+        if line["on"] == "event" and len(line["args"]) == 2:
             _, cursor = line["args"]
             feed, live, _, seen = cursor.split(".")[:4]
             place = int(live), int(seen)

@@ -146,16 +146,20 @@ async def test_a_cancellation_shows_in_both_tabs_and_refunds_the_credit(browser:
             await expect(tab["#credit"]).to_have_text("100 credits")
 
 
-async def test_deleting_needs_a_confirmation_and_removes_the_generation(browser: Browser, service: Running) -> None:
-    async with tabs(browser, service.url, user="gus") as [tab]:
+async def test_deleting_needs_a_confirmation_and_removes_the_generation_in_both_tabs(
+    browser: Browser, service: Running
+) -> None:
+    async with tabs(browser, service.url, 2, user="gus") as [tab, other]:
         for prompt in ("an old hat", "a new hat"):
             await tab.start(prompt)
-            await tab.shows("completed", prompt)
+            for each in (tab, other):
+                await each.shows("completed", prompt)
         await tab["#delete"].click()
         await expect(tab["#delete"]).to_have_text("Really delete?")
         await tab["#delete"].click()
-        await tab.shows("completed", "an old hat")
-        await expect(tab["#history .tile"]).to_have_count(1)
+        for each in (tab, other):
+            await each.shows("completed", "an old hat")
+            await expect(each["#history .tile"]).to_have_count(1)
         assert len((await service.get("/generations", "gus"))["generations"]) == 1
 
 

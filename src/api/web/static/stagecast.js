@@ -29,6 +29,7 @@
  *     "event"       (event, generation)    each event once, in the order of `sequence`, beginning with the past events
  *                                          of running generations. If `event.sequence` is below
  *                                          `generation.sequence`, a snapshot with a newer state came first
+ *     "removed"     (generationId)         deleted, here or on another device, or by the end of retention
  *     "state"       (state, reason)
  *     "caughtUp"    ({missed, recovered})  connected again after being offline: the number of events that came late.
  *                                          `recovered: false`: the history is gone (a restart, retention), and
@@ -87,6 +88,8 @@
  */
 
 const EVENTS = ["generation_started", "continue", "generation_completed", "generation_failed"];
+/** How many finished generations a snapshot of the service contains: the newest ones. */
+const RECENT = 20;
 /** Error codes for which a new token is requested, once. */
 const TOKEN_ERRORS = ["unauthenticated", "invalid_token", "token_expired"];
 /** Statuses that a gateway sends when it gets no response from the service. */
@@ -117,13 +120,14 @@ export const isFinished = ({ status }) => status === "completed" || status === "
 
 /**
  * The generation after an event or a snapshot. An event that is old or arrives too early (`isGap`), and a snapshot that
- * is old, change nothing: the result is then `generation` itself.
+ * is old, change nothing: the result is then `generation` itself. After `generation_removed` it is undefined.
  *
  * @param {Generation | undefined} generation as far as it is known
- * @param {StagecastEvent | Generation} update
+ * @param {StagecastEvent | Generation | {generationId: string}} update
  * @returns {Generation | undefined}
  */
 export function reduce(generation, update) {
+  if (!("sequence" in update)) return undefined;
   if ("updatedAt" in update) {
     if (generation && update.sequence < generation.sequence) return generation;
     if (generation?.sequence !== update.sequence) return update;
@@ -357,6 +361,8 @@ function openSession(options, emit) {
   const http = api(options);
   const { tokens } = http;
   /** @type {Map<string, Entry>} */ const entries = new Map();
+  /** Removed generations: responses to earlier requests may still contain them. @type {Set<string>} */
+  const removed = new Set();
   /** By generation, the sequence to receive before catching up is done. @type {Map<string, number>} */
   const pending = new Map();
   /** @type {any} */ let socket;
@@ -407,15 +413,20 @@ function openSession(options, emit) {
   /** Stores snapshots that are newer than what is known. @param {...Generation} snapshots */
   function mergeSnapshots(...snapshots) {
     for (const snapshot of snapshots) {
+      if (removed.has(snapshot.generationId)) continue;
       const entry = getEntry(snapshot.generationId);
       entry.generation = reduce(entry.generation, snapshot);
     }
     notifyChange();
   }
 
-  /** Drops a deleted generation. @param {string} id */
+  /** Drops a removed generation. @param {string} id */
   function forget(id) {
-    if (entries.delete(id)) notifyChange();
+    removed.add(id);
+    if (entries.delete(id)) {
+      notify("removed", id);
+      notifyChange();
+    }
     markReceived(id, Infinity);
   }
 
@@ -493,6 +504,8 @@ function openSession(options, emit) {
     if (!snapshot.recovered) {
       const ids = new Set(generations.map(({ generationId }) => generationId));
       for (const id of entries.keys()) if (!ids.has(id)) entries.delete(id);
+    } else if (synced) {
+      for (const id of missingFrom(generations)) forget(id);
     }
     recovered &&= snapshot.recovered;
     cursor = snapshot.cursor;
@@ -511,6 +524,16 @@ function openSession(options, emit) {
     mergeSnapshots(...generations);
     refreshCredit();
     return expected;
+  }
+
+  /** The finished generations that the service would list if it still had them. @param {Generation[]} listed */
+  function missingFrom(listed) {
+    const ids = new Set(listed.map(({ generationId }) => generationId));
+    const finished = listed.filter(isFinished).map(({ createdAt }) => createdAt).sort();
+    const oldest = finished.length < RECENT ? "" : finished[0];
+    return [...entries.values()].flatMap(({ generation }) =>
+      generation && isFinished(generation) && generation.createdAt > oldest && !ids.has(generation.generationId)
+        ? generation.generationId : []);
   }
 
   /** Notes that events up to this sequence were received. @param {string} id @param {number} sequence */
@@ -572,6 +595,7 @@ function openSession(options, emit) {
     });
     // `authentication_expired` needs no listener: the service closes the transport, and `connect` authenticates again.
     for (const name of EVENTS) socket.on(name, onEvent);
+    socket.on("generation_removed", ({ generationId }) => closed || forget(generationId));
   }
 
   /**
@@ -822,7 +846,8 @@ export function connect(options = {}) {
 
     /** @type {{(name: "change", listener: () => void): () => void;
      *   (name: "event", listener: (event: StagecastEvent, generation: Generation) => void): () => void;
-     *   (name: "state", listener: (state: State, reason?: string) => void): () => void;
+     *   (name: "removed", listener: (generationId: string) => void): () => void;
+   *   (name: "state", listener: (state: State, reason?: string) => void): () => void;
      *   (name: "caughtUp", listener: (result: CaughtUp) => void): () => void}} */
     on(/** @type {string} */ name, /** @type {Function} */ listener) {
       listeners.set(name, (listeners.get(name) ?? new Set()).add(listener));
