@@ -1,5 +1,6 @@
 # make run: set everything up and serve on http://localhost:3000.   make test: set everything up, check and test.
 # make test-long: the tests that take longer, the reliability cases in their long form among them.
+# make bench: the benchmarks, in less than 45 minutes; writes docs/performance.md.   make bench-quick: fewer repetitions.
 # make newest: the tests on the newest versions of all dependencies.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +8,7 @@ NPM := npm install --silent --no-audit --no-fund --no-package-lock --ignore-scri
 NEWEST := .venv-newest
 CLIENT := src/api/web/static/vendor/socket.io.min.js
 
-.PHONY: run test test-long newest check style types arrows documents collection docs clean
+.PHONY: run test test-long bench bench-quick newest check style types arrows documents collection docs clean
 
 # Two checks at a time. Bytecode is kept, so that the second run is fast.
 MAKEFLAGS += --jobs=2
@@ -25,6 +26,12 @@ test: check
 
 test-long: check
 	$(BIN)/pytest -m long --numprocesses 1
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks --write
+
+bench-quick: .venv/installed
+	$(BIN)/python -m benchmarks --quick
 
 # The names of all dependencies, without their version bounds.
 define REQUIREMENTS
@@ -70,7 +77,7 @@ docs: .venv/installed-dev
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv $(NEWEST) node_modules var $(dir $(CLIENT))
+	rm -rf .venv $(NEWEST) .benchmarks node_modules var $(dir $(CLIENT))
 
 .venv/bin/python:
 	$(PYTHON) -m venv --upgrade-deps .venv
