@@ -17,6 +17,7 @@ from domain.external import ExternalWork
 from domain.feed_sessions import FeedSessions
 from domain.housekeeping import Housekeeping
 from domain.quarantine import Quarantine
+from domain.queue_positions import QueuePositions
 from domain.readiness import FOLLOWER, IMAGES, LOG, Readiness, why_not_ready
 from domain.recorder import Recorder
 from domain.runner import Runner
@@ -86,6 +87,7 @@ class Service:
             deadline=settings.deadline,
         )
         self.hub = Hub(self.log, self._quarantine)
+        self._queue_positions = QueuePositions(self.log, self.leases, self.hub)
         self.authenticator = Authenticator(parts.tokens, self.clock)
         self.feed_sessions = FeedSessions(self.log, self.sessions, self.clock, new_tag=lambda: entropy.token()[:8])
         sockets = Sockets(
@@ -129,6 +131,7 @@ class Service:
         pause = min(max(self.settings.retention / 10, 0.1), 60)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(keep(FOLLOWER, self.hub.run))
+            tasks.create_task(keep("positions", self._queue_positions.run))
             tasks.create_task(keep("quarantine", self._quarantine.run))
             tasks.create_task(keep("external", self.external.run))
             tasks.create_task(keep("examination", self.storage.examine))

@@ -48,15 +48,16 @@ class Hub:
         """How many devices this user has."""
         return len(self.rooms.get(user_id, ()))
 
-    def announce(self, user_id: str, name: str, data: Mapping[str, Any]) -> None:
+    def announce(self, user_id: str, name: str, data: Mapping[str, Any], *, waits: str | None = None) -> None:
         """Send an event that is not in the log to the user's devices on this node.
 
-        It has no cursor and is not replayed. A device whose buffer is full does not get it.
+        It has no cursor and is not replayed. A device whose buffer is full does not get it. `waits`: see
+        `Device.announce`.
         """
         if room := self.rooms.get(user_id):
             text = to_json(data)
             for device in room:
-                device.announce(name, text)
+                device.announce(name, text, waits)
 
     def deliver(self, entry: Notice) -> None:
         """Hand one entry of the log to the devices of its user, in one pass."""

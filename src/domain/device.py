@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from domain.errors import LogUnavailable
 from domain.feed import Cursor, Logged, feed_name
@@ -99,6 +99,14 @@ class EncodedEntry:
         return result
 
 
+class _Announcement(NamedTuple):
+    """See `Device.announce`."""
+
+    name: str
+    data: bytes
+    waits: str | None
+
+
 class Device(Generic[F]):
     """One client of one user. Made by `domain.delivery.Hub.join`."""
 
@@ -131,7 +139,7 @@ class Device(Generic[F]):
         self._pulling = True
         #: What has been read from the log may still have to be put. Announcements are put after it.
         self._reading = True
-        self._announcements: deque[tuple[str, bytes]] = deque(maxlen=_MAX_ANNOUNCEMENTS)
+        self._announcements: deque[_Announcement] = deque(maxlen=_MAX_ANNOUNCEMENTS)
         self._replays: deque[tuple[str, int | None]] = deque()
         self._replayed: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -172,9 +180,12 @@ class Device(Generic[F]):
         else:
             self._start_pull()
 
-    def announce(self, name: str, data: bytes) -> None:
-        """Send an event that is not in the log, after the events before it. It is dropped if there is no room."""
-        self._announcements.append((name, data))
+    def announce(self, name: str, data: bytes, waits: str | None) -> None:
+        """Send an event that is not in the log, after the events before it. It is dropped if there is no room.
+
+        `waits`: it is only true, and only sent, while this generation has not left its first stage.
+        """
+        self._announcements.append(_Announcement(name, data, waits))
         if not self._reading:
             self._put_announcements()
 
@@ -273,11 +284,15 @@ class Device(Generic[F]):
             if not self._buffer.has_room(frame):
                 return False
             self._buffer.put(frame)
+        if self._announcements and encoded.entry.sequence > 1:
+            waiting = (each for each in self._announcements if each.waits != encoded.entry.generation_id)
+            self._announcements = deque(waiting, _MAX_ANNOUNCEMENTS)
         return True
 
     def _put_announcements(self) -> None:
         while self._announcements:
-            frame = self._encoder.announcement(*self._announcements.popleft())
+            name, data, _ = self._announcements.popleft()
+            frame = self._encoder.announcement(name, data)
             if self._buffer.has_room(frame):
                 self._buffer.put(frame)
 
@@ -309,7 +324,7 @@ class GenerationDevice(Device[F]):
             super().offer(encoded)
             self._finish_after(encoded.entry)
 
-    def announce(self, name: str, data: bytes) -> None:
+    def announce(self, name: str, data: bytes, waits: str | None) -> None:
         """Nothing is announced to a client of one generation."""
 
     def _index(self, entry: Logged) -> int:

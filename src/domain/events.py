@@ -20,6 +20,9 @@ CONTINUE: Final = "continue"
 #: The event that tells the owner's devices that a generation was removed. It is not in the log.
 GENERATION_REMOVED: Final = "generation_removed"
 
+#: The event that tells the owner's devices the place in line of a generation. It is not in the log.
+QUEUE_POSITION: Final = "queue_position"
+
 
 class Wire(BaseModel):
     """Base of the models that clients see: camelCase keys, and no undeclared ones."""

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Annotated, Any, Final, cast
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 from transitions import Machine, Transition
 
 from domain.errors import Failure, IllegalTransition, InvalidEventField
@@ -59,6 +59,9 @@ class _Header(Wire):
     created_at: str
     updated_at: str
     expires_at: str | None = None
+    queue_position: Annotated[
+        int | None, Field(ge=1, description="while it waits for a worker: its place in line over all users; 1 is next")
+    ] = None
     metadata: dict[str, JsonValue] | None = None
 
 
@@ -89,6 +92,11 @@ class Generation:
     def needs_fetching(self) -> bool:
         """Whether its next step fetches image URLs."""
         return bool(self.request.image_urls) and "composition_url" not in self.outcome
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it has only been started, and may wait for a worker."""
+        return self.sequence == 1 and not self.request.external
 
     @property
     def finished(self) -> bool:
@@ -169,7 +177,7 @@ class Generation:
         self.outcome = {**self.outcome, **found} if found else self.outcome
         self.images = {**self.images, **images} if images else self.images
 
-    def snapshot(self, expires_at: str | None = None) -> Snapshot:
+    def snapshot(self, expires_at: str | None = None, queue_position: int | None = None) -> Snapshot:
         """What clients get. `expires_at`: when a finished generation is removed."""
         return Snapshot(
             generation_id=self.generation_id,
@@ -182,6 +190,7 @@ class Generation:
             created_at=self.created_at,
             updated_at=self.updated_at,
             expires_at=expires_at,
+            queue_position=queue_position,
             metadata=self.request.metadata,
             **self.outcome,
         )

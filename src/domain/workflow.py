@@ -6,7 +6,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -217,7 +217,7 @@ class Workflow:
             await self._offer(generation)
         except Exception:  # It is in the log, and so accepted.
             self._reconcile(generation_id)
-        return self._show(generation)
+        return await self._show(generation)
 
     async def _offer(self, generation: Generation) -> None:
         if not generation.request.external:
@@ -288,21 +288,21 @@ class Workflow:
 
     async def snapshot(self, user_id: str, generation_id: str) -> Snapshot:
         """The generation as it is now. Raises `NotFound`."""
-        return self._show(generation_of(await self._summary(user_id, generation_id)))
+        return await self._show(generation_of(await self._summary(user_id, generation_id)))
 
     async def page(self, user_id: str, *, active: bool | None, before: int | None, limit: int) -> Page:
         """At most `limit` of this user's generations, newest first, that started before this feed position."""
         found = await self.log.generations(user_id, active=active, before=before, limit=limit + 1)
         shown = found[:limit]
         following = shown[-1].events[0].position if len(found) > limit else None
-        return Page([self._show(generation_of(history)) for history in shown], following)
+        return Page(await self._show_all([*map(generation_of, shown)]), following)
 
     async def recent(self, user_id: str) -> Sequence[Snapshot]:
         """All active generations and the last finished ones, newest first."""
         active = await self.log.generations(user_id, active=True, limit=1_000)
         finished = await self.log.generations(user_id, active=False, limit=RECENT)
         histories = sorted([*active, *finished], key=lambda history: -history.events[0].position)
-        return [self._show(generation_of(history)) for history in histories]
+        return await self._show_all([*map(generation_of, histories)])
 
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` if no balances are kept."""
@@ -326,10 +326,23 @@ class Workflow:
                 digest.update((await asyncio.to_thread(hashlib.sha256, data)).digest())
         return digest.hexdigest()
 
-    def _show(self, generation: Generation) -> Snapshot:
+    async def _show(self, generation: Generation) -> Snapshot:
+        return (await self._show_all([generation]))[0]
+
+    async def _show_all(self, generations: Sequence[Generation]) -> Sequence[Snapshot]:
+        positions: Mapping[str, int] = {}
+        if any(each.untouched for each in generations):
+            with suppress(LogUnavailable):  # All else is known.
+                positions = await self.leases.positions()
+        return [
+            each.snapshot(self._expiry(each), positions.get(each.generation_id) if each.untouched else None)
+            for each in generations
+        ]
+
+    def _expiry(self, generation: Generation) -> str | None:
         if not generation.finished:
-            return generation.snapshot()
-        return generation.snapshot(timestamp(datetime.fromisoformat(generation.updated_at) + self.limits.retention))
+            return None
+        return timestamp(datetime.fromisoformat(generation.updated_at) + self.limits.retention)
 
 
 def _owned(history: History | None, user_id: str) -> History:

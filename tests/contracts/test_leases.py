@@ -240,6 +240,10 @@ def test_a_job_is_in_one_place_whatever_is_done(name: str, steps: list[tuple[str
                     held.discard(job)
                     fetching.discard(job)
             assert await leases.count() == (len(work) + len(fetches), len(held) + len(fetching))
+            ranks = await leases.positions()
+            for line in (work, fetches):
+                assert sorted(ranks[each] for each in line) == [*range(1, len(line) + 1)]
+            assert len(ranks) == len(work) + len(fetches)
             assert not await leases.renew([*held, *fetching])
 
     asyncio.run(run())
@@ -252,6 +256,29 @@ def _user_of(job: str) -> int:
 def _busy(fetching: set[str]) -> set[int]:
     users = [_user_of(each) for each in fetching]
     return {user for user in users if users.count(user) >= 2}
+
+
+@PROPERTY
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["offer", "offer", "offer", "claim", "withdraw"]))))
+@pytest.mark.parametrize("name", list(LEASES))
+def test_positions_are_the_order_in_which_jobs_are_claimed(name: str, steps: list[tuple[int, str]]) -> None:
+    async def run() -> None:
+        leases = LEASES[name]()
+        for number, (user, step) in enumerate(steps):
+            ranks = await leases.positions()
+            match step:
+                case "offer":
+                    await leases.offer(f"user{user}", f"g{number}")
+                case "claim" if ranks:
+                    assert ranks[await claim(leases)] == 1
+                case "withdraw" if ranks:
+                    await leases.withdraw(list(ranks)[user % len(ranks)])
+        ranks = await leases.positions()
+        order = [await claim(leases) for _ in range((await leases.count()).waiting)]
+        assert order == sorted(ranks, key=ranks.__getitem__)
+        assert not await leases.positions()
+
+    asyncio.run(run())
 
 
 async def test_leases_forget_users_who_wait_for_nothing(leases: Leases) -> None:
@@ -308,6 +335,23 @@ async def test_a_fetched_job_frees_its_fetch_slot_once_it_is_claimed_for_work(le
     assert await leases.count() == (0, 3)
     await leases.release(first)
     assert (await leases.count()).held == 2
+
+
+async def test_the_positions_of_each_line_are_its_own(leases: Leases) -> None:
+    for name in ("a1", "a2", "a3", "a4"):
+        await leases.offer("ada", name, fetching=True)
+    await leases.offer("bob", "w1")
+    await leases.offer("bob", "b1", fetching=True)
+    assert await leases.positions() == {"w1": 1, "a1": 1, "b1": 2, "a2": 3, "a3": 4, "a4": 5}
+    assert [await claim_fetch(leases) for _ in range(3)] == ["a1", "b1", "a2"]
+    assert await leases.positions() == {"w1": 1, "a3": 1, "a4": 2}
+    # Ada has as many fetched for as allowed: others are claimed before her.
+    await leases.offer("cy", "c1", fetching=True)
+    assert await leases.positions() == {"w1": 1, "c1": 1, "a3": 2, "a4": 3}
+    await leases.release("a1")
+    assert await leases.positions() == {"w1": 1, "a3": 1, "c1": 2, "a4": 3}
+    await leases.offer("ada", "a2")
+    assert await leases.positions() == {"w1": 1, "a2": 2, "a3": 1, "c1": 2, "a4": 3}
 
 
 async def test_a_job_that_waits_to_fetch_can_be_withdrawn(leases: Leases) -> None:

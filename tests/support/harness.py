@@ -52,7 +52,7 @@ class Phone:
 
     async def take(self, name: str, *arguments: Any) -> None:
         async with self._changed:
-            if name in ("authenticated", "authentication_required", "generation_removed"):
+            if name in ("authenticated", "authentication_required", "generation_removed", "queue_position"):
                 self.notices.append((name, arguments[0]))
             else:
                 data = dict(arguments[0])
@@ -221,7 +221,8 @@ class Running(Reader):
                 every = [decode(entry.event) for entry in history.events if entry.event is not None]
                 whole = fold(generation_id, history.kind, user, request_of(history), every)
                 folded = whole.snapshot().model_dump(by_alias=True, exclude_none=True)
-                snapshot.pop("expiresAt", None)
+                for key in ("expiresAt", "queuePosition"):
+                    snapshot.pop(key, None)
                 assert folded == snapshot, "I3"
                 spent += events[-1]["status"] != "failed"
             if generations and self.service.settings.credits is not None:

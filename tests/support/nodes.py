@@ -1,7 +1,7 @@
 """Several nodes in one process: what they share, and what each of them claims of it."""
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from adapters.memory.leases import MemoryLeases
 from domain.feed import Logged
@@ -56,6 +56,9 @@ class NodeLeases:
 
     async def count(self) -> Counts:
         return await self.cluster.lines.count()
+
+    async def positions(self) -> Mapping[str, int]:
+        return await self.cluster.lines.positions()
 
     async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
         self.cluster.abandoned.discard(generation_id)

@@ -233,7 +233,13 @@ def check(browser: Browser) -> None:
     """Each event has a cursor that never goes back; nothing else ends in a string; no client was sent a DISCONNECT."""
     assert "io server disconnect" not in [line["reason"] for line in browser.on("disconnect")]
     for name, *rest in browser.notices:
-        assert name in ("authenticated", "authentication_required", "authentication_expired", "generation_removed")
+        assert name in (
+            "authenticated",
+            "authentication_required",
+            "authentication_expired",
+            "generation_removed",
+            "queue_position",
+        )
         assert len(rest) == 1
         assert isinstance(rest[0], dict)
     newest = "", (0, 0)

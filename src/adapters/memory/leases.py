@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from operator import itemgetter
 from typing import Final
 
 from domain.ports.leases import Counts
@@ -23,6 +24,16 @@ class _Line:
         self.users[user_id].remove(generation_id)
         if not self.users[user_id]:
             del self.users[user_id]
+
+    def order(self, busy: Mapping[str, int]) -> list[str]:
+        """Everything that waits, next first, if nothing joins; `busy`: how many of each user are fetched for now."""
+        turns = list[tuple[int, str]]()
+        for user_id, waiting in self.users.items():
+            ahead = busy.get(user_id, 0)
+            free = _FETCHING_PER_USER - ahead
+            turns += [(turn if turn < free else turn + ahead, each) for turn, each in enumerate(waiting)]
+        turns.sort(key=itemgetter(0))  # Stable: in one round, users stay in their order.
+        return [each for _, each in turns]
 
     def take(self, user_id: str) -> str:
         waiting = self.users.pop(user_id)
@@ -45,17 +56,27 @@ class MemoryLeases:
         self._held: set[str] = set()
         #: The user of each generation that is held for fetching.
         self._fetching: dict[str, str] = {}
+        #: See `positions`, until something changes.
+        self._positions: Mapping[str, int] | None = None
         #: Notified when a generation was withdrawn or released.
         self._removed = asyncio.Condition(self._lock)
 
     async def count(self) -> Counts:
         return Counts(len(self._waiting), len(self._held) + len(self._fetching))
 
+    async def positions(self) -> Mapping[str, int]:
+        if self._positions is None:
+            busy = Counter(self._fetching.values())
+            lines = self._work.order(Counter()), self._fetches.order(busy)
+            self._positions = {each: rank for line in lines for rank, each in enumerate(line, 1)}
+        return self._positions
+
     async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
         async with self._lock:
             known = generation_id in self._waiting or generation_id in self._held
             if known or (fetching and generation_id in self._fetching):
                 return False
+            self._positions = None
             line = self._fetches if fetching else self._work
             line.users.setdefault(user_id, deque()).append(generation_id)
             self._waiting[generation_id] = line, user_id
@@ -64,6 +85,7 @@ class MemoryLeases:
 
     async def withdraw(self, generation_id: str) -> bool:
         async with self._lock:
+            self._positions = None
             self._removed.notify_all()
             line, user_id = self._waiting.pop(generation_id, (None, ""))
             if line is not None:
@@ -75,6 +97,7 @@ class MemoryLeases:
             line = self._fetches if fetching else self._work
             while (user_id := self._next_user(fetching)) is None:
                 await line.changed.wait()
+            self._positions = None
             generation_id = line.take(user_id)
             del self._waiting[generation_id]
             if fetching:
@@ -99,6 +122,7 @@ class MemoryLeases:
 
     async def release(self, generation_id: str) -> None:
         async with self._lock:
+            self._positions = None
             self._held.discard(generation_id)
             self._release_fetch(generation_id)
             self._removed.notify_all()

@@ -1,6 +1,6 @@
 """Leases: which node works on which generation, and which node does which chore."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple, Protocol
 
 
@@ -26,6 +26,13 @@ class Leases(Protocol):
 
     async def count(self) -> Counts:
         """How many generations wait, and how many are held."""
+
+    async def positions(self) -> Mapping[str, int]:
+        """The rank of each waiting generation in its line: 1 is claimed next, by whichever node.
+
+        While a user fetches for as many as allowed, those that this user has waiting to be fetched for rank after
+        everybody else's. Where nodes share the leases, ranks may be off by what a node claims at once.
+        """
 
     async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
         """Put a generation in a line. False: it waits or is held already, and nothing has changed.
