@@ -50,7 +50,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     )
     http.state.workflow = service.workflow
     http.state.feed_sessions = service.feed_sessions
-    http.state.images = service.images.store
+    http.state.images = service.thumbnails
     http.state.streams = service.streams
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator

@@ -23,6 +23,7 @@ from domain.recorder import Recorder
 from domain.runner import Runner
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
+from domain.thumbnails import Thumbnails
 from domain.workflow import Workflow
 
 #: Seconds at shutdown for sockets and the webhook to receive the last events.
@@ -43,6 +44,7 @@ class Service:
         self.storage = storage = parts.storage
         self.log, self.sessions, self.leases = storage.log, storage.sessions, storage.leases
         self.images = StoredImages(parts.images)
+        self.thumbnails = Thumbnails(self.images, parts.intake)
         self.webhooks = parts.webhooks
         self._threads = parts.threads
         self._lag = parts.lag

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from domain.errors import LogUnavailable
+from domain.ports.images import original_name
 from domain.ports.log import EventLog
 from domain.ports.retention import Retention
 from domain.stored_images import StoredImages
@@ -88,7 +89,7 @@ class Housekeeping:
         if history.events[-1].end is None:
             return ()  # A node may be about to append an event that names them.
         named = set(await self._retention.images(generation_id))
-        unneeded = [name for name in names if name not in named]
+        unneeded = [name for name in names if original_name(name) not in named]
         for name in unneeded:
             await self._images.discard(name)
         return unneeded

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from domain.ports.images import ImageStore, Picture
+from domain.ports.images import WIDTHS, ImageStore, Picture, thumbnail_name
 
 
 class StoredImages:
@@ -16,6 +16,11 @@ class StoredImages:
         self._sizes: defaultdict[str, int] = defaultdict(int)
         self._stored: defaultdict[str, int] = defaultdict(int)
         self._discarding: set[str] = set()
+        self._removing: set[str] = set()
+
+    def owner(self, generation_id: str) -> str | None:
+        """The user for whom the images of this generation are counted."""
+        return self._owners.get(generation_id)
 
     def stored(self, user_id: str) -> int:
         """The bytes of this user's images."""
@@ -46,8 +51,22 @@ class StoredImages:
         self._add(generation_id, len(picture.data))
         return name
 
+    async def save_thumbnail(self, name: str, width: int, picture: Picture) -> None:
+        """Store a thumbnail of this picture, unless the picture is removed meanwhile. Raises `Failure`."""
+        generation_id, thumbnail = name.rpartition("-")[0], thumbnail_name(name, width)
+        await self.store.save(generation_id, picture, thumbnail)
+        self._add(generation_id, len(picture.data))
+        if generation_id in self._removing or not await self.store.size(name):
+            await self._discard(thumbnail)
+
     async def discard(self, name: str) -> None:
-        """Remove one picture."""
+        """Remove one picture, and then its thumbnails."""
+        await self._discard(name)
+        for thumbnail in (thumbnail_name(name, width) for width in WIDTHS):
+            if await self.store.size(thumbnail):
+                await self._discard(thumbnail)
+
+    async def _discard(self, name: str) -> None:
         if name not in self._discarding:
             self._discarding.add(name)
             try:
@@ -59,7 +78,11 @@ class StoredImages:
 
     async def remove(self, generation_id: str) -> None:
         """Remove all pictures of one generation."""
-        await self.store.remove(generation_id)
+        self._removing.add(generation_id)
+        try:
+            await self.store.remove(generation_id)
+        finally:
+            self._removing.discard(generation_id)
         self._add(generation_id, -self._sizes.get(generation_id, 0))
         self._sizes.pop(generation_id, None)
         self._owners.pop(generation_id, None)

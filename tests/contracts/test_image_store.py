@@ -13,7 +13,7 @@ import pytest
 from adapters.images.folder import ImageFolder
 from adapters.system import now
 from domain.errors import Failure
-from domain.ports.images import ImageStore, Picture
+from domain.ports.images import ImageStore, Picture, original_name, thumbnail_name
 
 PNG = Picture(b"the bytes of a PNG", "image/png")
 ID, OTHER_ID = "edit_1763829000123_k3v9x2ab4c6d8e0f", "gen_1763829000124_0000000000000000"
@@ -57,6 +57,23 @@ async def test_a_stored_picture_has_a_size_until_it_is_removed(store: ImageStore
     assert await store.size(name) == len(PNG.data)
     await store.discard(name)
     assert [await store.size(each) for each in (name, "", "../secret.png")] == [0, 0, 0]
+
+
+async def test_a_thumbnail_is_stored_under_its_own_name_as_often_as_asked(store: ImageStore) -> None:
+    original = await store.save(ID, PNG)
+    name = thumbnail_name(original, 320)
+    small = Picture(b"a WebP", "image/webp")
+    assert await asyncio.gather(*(store.save(ID, small, name) for _ in range(5))) == [name] * 5
+    assert await store.load(name) == small
+    assert (await store.load(original), await store.size(name)) == (PNG, 6)
+    assert {key: sorted(names) for key, names in (await store.names(older_than=soon())).items()} == {
+        ID: [original, name]
+    }
+    assert original_name(name) == original_name(original) == original
+    await store.discard(original)
+    assert await store.load(name) == small
+    await store.remove(ID)
+    assert await store.load(name) is None
 
 
 async def test_an_unknown_name_loads_nothing(store: ImageStore) -> None:

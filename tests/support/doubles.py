@@ -180,6 +180,9 @@ class TrustingIntake:
             raise InvalidImage
         return Picture(data, "image/png")
 
+    async def thumbnail(self, content: Content, width: int) -> Picture:
+        return Picture((await self.admit(content)).data, "image/webp")
+
 
 class InMemoryImages:
     """`domain.ports.images.ImageStore` without a disk. Pictures whose bytes are in `refused` cannot be stored."""
@@ -191,10 +194,10 @@ class InMemoryImages:
         #: Raised, once each, by the next calls of `discard`.
         self.discard_errors: list[Exception] = []
 
-    async def save(self, generation_id: str, picture: Picture) -> str:
+    async def save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
         if picture.data in self.refused:
             raise Failure("storage_failed")
-        name = f"{generation_id}-{len(self.saved):032x}.png"
+        name = name or f"{generation_id}-{len(self.saved):032x}.png"
         self.kept[name] = picture
         self.saved.append(name)
         return name

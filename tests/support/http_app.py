@@ -31,6 +31,7 @@ from domain.quarantine import Quarantine
 from domain.recorder import Recorder
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
+from domain.thumbnails import Thumbnails
 from domain.workflow import Workflow
 from support.builders import image_url
 
@@ -52,6 +53,9 @@ class FakeIntake:
             raise ImageTooLarge
         return Picture(data, "image/png")
 
+    async def thumbnail(self, content: Content, width: int) -> Picture:
+        return Picture(f"{width} wide: ".encode() + (await self.admit(content)).data, "image/webp")
+
 
 class FakeImages:
     """`domain.ports.images.ImageStore` in a dict."""
@@ -60,10 +64,10 @@ class FakeImages:
         self.kept: dict[str, Picture] = {}
         self.full = False
 
-    async def save(self, generation_id: str, picture: Picture) -> str:
+    async def save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
         if self.full:
             raise Failure("storage_failed")
-        name = f"{generation_id}-{secrets.token_hex(16)}.png"
+        name = name or f"{generation_id}-{secrets.token_hex(16)}.png"
         self.kept[name] = picture
         return name
 
@@ -176,7 +180,7 @@ async def serve_api(
     app.include_router(info.router)
     app.state.workflow = workflow
     app.state.authenticator = Authenticator(None, now)
-    app.state.images = images
+    app.state.images = Thumbnails(stored, FakeIntake())
     app.state.readiness = readiness
     config = uvicorn.Config(
         OriginGuard(app, open_mode=True, origins=origins, hosts=hosts),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import AsyncIterator
 from typing import Final
@@ -67,6 +68,7 @@ async def test_pictures_and_menus_work_without_newer_browser_apis(browser: Brows
         await tab.shows("completed")
         await expect(tab["#after"]).to_have_js_property("naturalWidth", 200)
         await expect(tab["#history .tile img"]).to_be_visible()
+        await expect(tab["#history .tile img"]).to_have_attribute("src", re.compile(r"\?width=320$"))
         await expect(tab["#pictures a"]).not_to_have_count(0)
         await tab.page.reload()
         await tab.shows("completed")

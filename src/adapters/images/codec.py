@@ -125,6 +125,14 @@ def encode(image: Image.Image, *, quality: int = 90, fine: bool = False, lossles
         return Picture(file.read(), media_type)
 
 
+def encode_webp(image: Image.Image, *, quality: int) -> Picture:
+    """Encode as WebP, without metadata."""
+    image.info.clear()
+    file = BytesIO()
+    image.save(file, "WEBP", quality=quality)
+    return Picture(file.getvalue(), "image/webp")
+
+
 def scratch() -> IO[bytes]:
     """A temporary file without a name; on Linux in memory."""
     if sys.platform == "linux":

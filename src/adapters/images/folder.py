@@ -26,11 +26,12 @@ _MEDIA_TYPES: Final = {suffix: media_type for media_type, suffix in _SUFFIXES.it
 
 # Bounded by the file system's limit for names.
 _ID: Final = re.compile(r"[a-z]{1,16}_[0-9]{1,20}_[a-z0-9]{1,64}")
-_NAME: Final = re.compile(rf"({_ID.pattern})-[0-9a-f]{{32}}\.({'|'.join(_MEDIA_TYPES)})")
+#: The name of a picture; with a width, that of its thumbnail.
+_NAME: Final = re.compile(rf"({_ID.pattern})-[0-9a-f]{{32}}\.({'|'.join(_MEDIA_TYPES)})(\.[0-9]{{1,4}}\.webp)?")
 #: What `probe` writes.
 _PROBE: Final = re.compile(r"\.probe-[0-9a-f]{16}")
 #: A picture that is being written.
-_PART: Final = re.compile(rf"\.{_NAME.pattern}\.part")
+_PART: Final = re.compile(rf"\.{_NAME.pattern}\.([0-9a-f]{{8}}\.)?part")
 #: The mark: a file with a line of JSON that names the log of these pictures. It is locked while the folder is in use.
 _MARK: Final = ".stagecast"
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -100,10 +101,10 @@ class ImageFolder:
         os.close(self._lock)
         self._lock = -1
 
-    async def save(self, generation_id: str, picture: Picture) -> str:
+    async def save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
         if not _ID.fullmatch(generation_id):
             raise ValueError(f"{generation_id!r} cannot name a folder")
-        name = f"{generation_id}-{secrets.token_hex(16)}.{_SUFFIXES[picture.media_type]}"
+        name = name or f"{generation_id}-{secrets.token_hex(16)}.{_SUFFIXES[picture.media_type]}"
         try:
             await asyncio.to_thread(self._write, generation_id, name, picture.data)
         except OSError as error:
@@ -173,7 +174,8 @@ class ImageFolder:
 
     def _write(self, generation_id: str, name: str, data: bytes) -> None:
         self._check_held()
-        part = self._root / generation_id / f".{name}.part"
+        # The random part is for thumbnails, which two processes may store at the same time.
+        part = self._root / generation_id / f".{name}.{secrets.token_hex(4)}.part"
         file = _create(part)
         try:
             _write_synced(file, data)

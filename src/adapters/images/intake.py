@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from itertools import chain, product
@@ -12,7 +13,18 @@ from typing import Final
 
 from PIL import Image, ImageChops, ImageCms
 
-from adapters.images.codec import MAX_PIXELS, Unreadable, blank, encode, load, opened, plain, reading, scratch
+from adapters.images.codec import (
+    MAX_PIXELS,
+    Unreadable,
+    blank,
+    encode,
+    encode_webp,
+    load,
+    opened,
+    plain,
+    reading,
+    scratch,
+)
 from adapters.images.colour_profiles import SRGB
 from adapters.images.file_structure import PictureFile, orientation, read_jpeg, read_png
 from adapters.images.threads import GLANCE, ImageThreads
@@ -40,6 +52,12 @@ _TRANSPOSE: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
+#: Those that swap width and height.
+_TURNED: Final = range(5, 9)
+
+#: The longest side of a WebP, in pixels.
+_WEBP_SIDE: Final = 16_383
+
 #: Run in a separate Python process: reads WebP from stdin, and writes the raw pixels of the first frame to stdout.
 _DECODE_WEBP: Final = """
 import sys
@@ -62,11 +80,17 @@ class PillowIntake:
         self._threads = threads
 
     async def admit(self, content: Content) -> Picture:
+        return await self._work(_admit, content)
+
+    async def thumbnail(self, content: Content, width: int) -> Picture:
+        return await self._work(partial(_thumbnail, width=width), content)
+
+    async def _work(self, work: Callable[[bytes], Picture], content: Content) -> Picture:
         # Read twice, so that the data is not in memory while this waits for a thread.
         async with self._threads.turn(GLANCE) as run:
             cost = await run(_cost, await read(content))
         async with self._threads.turn(cost) as run:
-            picture: Picture = await run(_admit, await read(content))
+            picture: Picture = await run(work, await read(content))
             return picture
 
 
@@ -93,32 +117,56 @@ def _opened(data: bytes) -> tuple[PictureFile, Image.Image]:
         raise ImageTooLarge
     if file.scans * pixels > _MAX_SCANNED:
         raise InvalidImage
+    if kind == "WEBP":
+        file.exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        file.icc_profile = image.info.get("icc_profile", b"")
     return file, image
 
 
 def _admit(data: bytes) -> Picture:
     file, image = _opened(data)
-    kind = image.format
     try:
         with reading():
-            if kind == "WEBP":
-                still = _webp(image, file.data)
-                file.exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
-                file.icc_profile = image.info.get("icc_profile", b"")
-            else:
-                load(still := image)
-                if file.padded and not _is_complete(image, file.padded):
-                    raise Unreadable
-            method = _TRANSPOSE.get(orientation(file.exif))
-            still = _in_srgb(still, file)
-            return encode(still if method is None else still.transpose(method), quality=97, fine=True)
+            return encode(_still(file, image, image.size), quality=97, fine=True)
     except Unreadable:
         raise InvalidImage from None
 
 
-def _is_complete(image: Image.Image, padded: bytes) -> bool:
+def _thumbnail(data: bytes, width: int) -> Picture:
+    file, image = _opened(data)
+    try:
+        with reading():
+            turned = orientation(file.exif) in _TURNED
+            upright = image.size[::-1] if turned else image.size
+            scale = min(1, width / upright[0], _WEBP_SIDE / upright[1])
+            size = max(1, round(upright[0] * scale)), max(1, round(upright[1] * scale))
+            still = _still(file, image, size[::-1] if turned else size).resize(
+                size, Image.Resampling.LANCZOS, reducing_gap=2.0
+            )
+            return encode_webp(still, quality=80)
+    except Unreadable:
+        raise InvalidImage from None
+
+
+def _still(file: PictureFile, image: Image.Image, near: tuple[int, int]) -> Image.Image:
+    """The first frame, upright and in sRGB; of a JPEG, at a size that may be reduced to not below `near`."""
+    if image.format == "WEBP":
+        still = _webp(image, file.data)
+    else:
+        image.draft("RGB", near)
+        load(still := image)
+        if file.padded and not _is_complete(image, file.padded, near):
+            raise Unreadable
+    still = _in_srgb(still, file)
+    method = _TRANSPOSE.get(orientation(file.exif))
+    return still if method is None else still.transpose(method)
+
+
+def _is_complete(image: Image.Image, padded: bytes, near: tuple[int, int]) -> bool:
     """Whether the image has all its pixels, so that padding does not change them."""
-    load(other := opened(padded, ("JPEG",)))
+    other = opened(padded, ("JPEG",))
+    other.draft("RGB", near)
+    load(other)
     # `ImageChops` would hold the GIL for 100 ms.
     return image.histogram() == other.histogram()
 

@@ -1,9 +1,9 @@
 """HTTP: the routes that need no caller: stages, images, version, health."""
 
 import re
-from typing import Final
+from typing import Annotated, Final, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from api.rest.problems import documented, problem
 from api.rest.schemas import STAGES, Health, Stages, Version, json_response
@@ -43,12 +43,19 @@ async def get_stages() -> Response:
                 for media_type in ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
             },
         },
-        **documented("not_found"),
+        **documented("not_found", "invalid_request", "storage_failed"),
     },
 )
-async def get_image(name: str, images: Images) -> Response:
+async def get_image(
+    name: str,
+    images: Images,
+    width: Annotated[
+        Literal["320", "640"] | None,
+        Query(description="a WebP of at most this width; a smaller image keeps its size"),
+    ] = None,
+) -> Response:
     """A stored image. Anybody who knows its name may load it."""
-    picture = await images.load(name) if _NAME.fullmatch(name) else None
+    picture = await images.load(name, width and int(width)) if _NAME.fullmatch(name) else None
     if picture is None:
         raise NoSuchImage
     return Response(

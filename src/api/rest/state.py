@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from domain.feed_sessions import FeedSessions
-from domain.ports.images import ImageStore
+from domain.thumbnails import Thumbnails
 from domain.workflow import Workflow
 
 
@@ -18,4 +18,4 @@ def _state(name: str) -> Any:
 
 UseCases = Annotated[Workflow, _state("workflow")]
 Feeds = Annotated[FeedSessions, _state("feed_sessions")]
-Images = Annotated[ImageStore, _state("images")]
+Images = Annotated[Thumbnails, _state("images")]

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 
 class Picture(NamedTuple):
@@ -13,11 +13,27 @@ class Picture(NamedTuple):
     media_type: str
 
 
+#: The widths of thumbnails in pixels.
+WIDTHS: Final = (320, 640)
+
+
+def thumbnail_name(name: str, width: int) -> str:
+    """The name under which the thumbnail of a stored picture is stored."""
+    return f"{name}.{width}.webp"
+
+
+def original_name(name: str) -> str:
+    """The name of the picture of this thumbnail; the name itself if it is not a thumbnail's."""
+    return ".".join(name.split(".")[:2])
+
+
 class ImageStore(Protocol):
     """Stores pictures. A name begins with the id of its generation, and cannot be guessed."""
 
-    async def save(self, generation_id: str, picture: Picture) -> str:
+    async def save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
         """Store the picture whole or not at all, and return its name: the id, ``-``, 128 random bits, a suffix.
+
+        `name`: that of a thumbnail, which may be stored already.
 
         Raises:
             Failure: ``storage_failed``.
@@ -71,6 +87,9 @@ class ImageIntake(Protocol):
         Raises:
             UnsupportedImageType, ImageTooLarge, InvalidImage
         """
+
+    async def thumbnail(self, content: Content, width: int) -> Picture:
+        """A WebP of the first frame, upright, and at most so many pixels wide. Raises as `admit`."""
 
 
 class ImageFetcher(Protocol):

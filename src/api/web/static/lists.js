@@ -39,8 +39,10 @@ function renderView(stagecast, generation, force = false) {
   root.dataset.state = finished ? status : "active";
   const title = titleOf(generation);
   part(".title").textContent = title;
-  setImage(part("img"), latestOf(generation));
-  part("img").classList.toggle("sheet", latestOf(generation) === sheetOf(generation));
+  const picture = latestOf(generation);
+  // Not while it runs: a thumbnail of each preview would be stored.
+  setImage(part("img"), picture && finished ? `${picture}?width=320` : picture);
+  part("img").classList.toggle("sheet", picture === sheetOf(generation));
   if (finished) {
     const date = formatDate(generation.createdAt);
     setText(part(".meta"), status === "completed" ? date : `${statusName(generation)} · ${date}`);
