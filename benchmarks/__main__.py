@@ -9,22 +9,12 @@ import time
 from importlib import import_module
 from typing import Final
 
-from benchmarks import peers
-from benchmarks.measuring import FULL, QUICK, ROOT, SMOKE, BenchmarkError, Row, table
+from benchmarks import peers, report
+from benchmarks.measuring import FULL, QUICK, ROOT, SMOKE, BenchmarkError, Row
 
 #: In the order in which they are run; each is a module with a function `run`.
-NAMES: Final = ("fanout", "requests")
+NAMES: Final = ("fanout", "connections", "requests", "composing", "storage", "overload")
 DOCUMENT: Final = ROOT / "docs" / "performance.md"
-_BEGIN: Final = "<!-- written by `make bench` -->\n"
-_END: Final = "<!-- end -->\n"
-
-
-def write(rows: list[Row], command: str) -> None:
-    """Replace the table in the document."""
-    before, _, rest = DOCUMENT.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    made = f"Made by `{command}` on {time.strftime('%Y-%m-%d')}."
-    DOCUMENT.write_text(f"{before}{_BEGIN}\n{made}\n\n{table(rows)}\n\n{_END}{after}")
 
 
 def main() -> int:
@@ -52,9 +42,11 @@ def main() -> int:
             outcome, failed = f"not done. {error}", True
         print(f"{name}: {outcome} ({time.monotonic() - began:,.0f} s)", flush=True)
     if rows:
-        print(table(rows))
+        print(report.table(rows), report.sizing(rows), sep="\n\n")
     if given.write and not failed:
-        write(rows, "make bench")
+        command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+        document = DOCUMENT.read_text()
+        DOCUMENT.write_text(report.written(document, rows, f"Made by `{command}` on {time.strftime('%Y-%m-%d')}."))
     goals = [row.met for row in rows if row.met is not None]
     print(f"{sum(goals)} of {len(goals)} goals are met.")
     return 1 if failed else 0

@@ -83,43 +83,6 @@ class Row:
         median = statistics.median(self.judged)
         return (self.at_most is None or median <= self.at_most) and (self.at_least is None or median >= self.at_least)
 
-    def cells(self) -> Sequence[str]:
-        """The cells of its line in the table."""
-        goal = ""
-        if self.at_most is not None:
-            goal = f"≤ {self.at_most:g}"
-        elif self.at_least is not None:
-            goal = f"≥ {self.at_least:g}"
-        if not self.judged:
-            ours = f"{_number(self.values)} {self.unit}" if self.values else ""
-            return self.figure, ours, self.peer, "", goal, "not measured"
-        peer = f"{self.peer}: {_number(self.peer_values)}" if self.peer else ""
-        ratio = f"**{_number(self.judged)}** ({_span(self.judged)})" if self.peer else f"({_span(self.values)})"
-        met = {True: "met", False: "**not met**", None: ""}[self.met]
-        return self.figure, f"{_number(self.values)} {self.unit}", peer, ratio, goal, met
-
-
-def _number(values: Sequence[float]) -> str:
-    return _format(statistics.median(values))
-
-
-def _span(values: Sequence[float]) -> str:
-    return f"{_format(min(values))}–{_format(max(values))}"
-
-
-def _format(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def table(rows: Iterable[Row]) -> str:
-    """The rows as a Markdown table with aligned columns."""
-    lines = [("figure", "Stagecast", "beside", "ratio (from–to)", "goal", ""), *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    ruled = [lines[0], tuple("-" * max(width, 3) for width in widths), *lines[1:]]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in ruled
-    )
-
 
 def alternating(names: Sequence[str], size: Size) -> Iterator[tuple[int, Sequence[str]]]:
     """Each repetition with the order in which its peers take turns: forwards, then backwards."""

@@ -1,7 +1,8 @@
 """Lets a benchmark control a Python server by lines on its stdin; each answer is one line of JSON on its stdout.
 
-``flood MODE SECONDS`` emits as fast as possible, ``rate MODE PER_SECOND SECONDS`` at a fixed rate with a time stamp in
-each event. Both go round the users and answer how many events they emitted. The process ends with its stdin.
+``flood MODE SECONDS`` emits as fast as possible, ``rate MODE PER_SECOND SECONDS`` at a fixed rate with the time in each
+event, ``paced`` the same with the time when the event was due. All go round the users and answer how many events they
+emitted. The process ends with its stdin.
 """
 
 import asyncio
@@ -32,11 +33,6 @@ def data(message: str | None) -> dict[str, Any]:
     }
 
 
-def stamp() -> str:
-    """The message of an event that tells when it was made, in ns of the machine's monotonic clock."""
-    return f"@{time.monotonic_ns()}"
-
-
 async def flood(emit: Emit, users: int, mode: str, seconds: str) -> None:
     """Emit as fast as possible."""
     sent, end = 0, time.monotonic() + float(seconds)
@@ -47,13 +43,15 @@ async def flood(emit: Emit, users: int, mode: str, seconds: str) -> None:
     say(sent=sent)
 
 
-async def rate(emit: Emit, users: int, mode: str, per_second: str, seconds: str) -> None:
-    """Emit at a fixed rate."""
-    sent, begin, total = 0, time.monotonic(), int(float(per_second) * float(seconds))
+async def rate(emit: Emit, users: int, mode: str, per_second: str, seconds: str, *, paced: bool) -> None:
+    """Emit at a fixed rate. The message is a time in ns: of the emit, or with `paced` when that was due."""
+    sent, begin, total = 0, time.monotonic_ns(), int(float(per_second) * float(seconds))
+    pause = 1e9 / float(per_second)
     while sent < total:
-        due = min(int((time.monotonic() - begin) * float(per_second)), total)
+        due = min(int((time.monotonic_ns() - begin) / pause), total)
         while sent < due:
-            await emit(mode, sent % users, stamp())
+            at = begin + int((sent + 1) * pause) if paced else time.monotonic_ns()
+            await emit(mode, sent % users, f"@{at}")
             sent += 1
         await asyncio.sleep(0.001)
     say(sent=sent)
@@ -65,7 +63,10 @@ def obey(users: int, emit: Emit) -> None:
 
     async def run(command: str, arguments: list[str]) -> None:
         try:
-            await (rate if command == "rate" else flood)(emit, users, *arguments)
+            if command == "flood":
+                await flood(emit, users, *arguments)
+            else:
+                await rate(emit, users, *arguments, paced=command == "paced")
         except Exception as error:
             say(error=repr(error))
 

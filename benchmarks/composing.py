@@ -1,0 +1,148 @@
+"""Composing: its time beside sharp, and how late the events of other users are meanwhile."""
+
+import sys
+import tempfile
+import threading
+import time
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Final
+
+from PIL import Image, ImageChops
+
+from benchmarks import peers
+from benchmarks.fanout import STAGECAST, clients
+from benchmarks.measuring import SERVERS, BenchmarkError, Process, Row, Size, alternating, attempt, cores
+
+SHARP: Final = "Node sharp"
+#: Of the events of the other user.
+PER_SECOND: Final = 200
+_BOUNDARY: Final = "boundary"
+
+
+def photographs(folder: Path) -> list[Path]:
+    """Three 12-megapixel JPEGs of about the size that a phone makes."""
+    noise = Image.effect_noise((500, 375), 90).resize((4000, 3000), Image.Resampling.BICUBIC)
+    grain = Image.effect_noise((4000, 3000), 18)
+    paths = []
+    for number in range(3):
+        ramp = Image.linear_gradient("L").rotate(90 * number).resize((4000, 3000))
+        channels = [ImageChops.add(noise, grain, 2), ImageChops.add(ramp, grain, 2), ImageChops.add(noise, ramp, 2)]
+        paths.append(folder / f"{number}.jpg")
+        Image.merge("RGB", channels).save(paths[-1], quality=90)
+    return paths
+
+
+def compose(name: str, pictures: list[Path]) -> float:
+    """The seconds of CPU of one compose on one core. Raises `BenchmarkError`."""
+    if name == STAGECAST:
+        command: list[str | Path] = [sys.executable, "-m", "benchmarks.servers.compose"]
+    else:
+        command = ["node", SERVERS / "compose_peer.cjs", peers.node_modules()]
+    with Process([*command, *pictures], [cores()[0]], env={"VIPS_CONCURRENCY": "1"}) as process:
+        seconds: float = process.answer(60)["seconds"]
+        return seconds
+
+
+class Edits:
+    """A user whose edits of these pictures are done one after the other, until `stop`."""
+
+    def __init__(self, port: int, pictures: list[Path]) -> None:
+        self._http = HTTPConnection("127.0.0.1", port, timeout=60)
+        head = 'Content-Disposition: form-data; name="'
+        parts = [f'{head}prompt"\r\n\r\nx'.encode()]
+        parts += [
+            f'{head}images"; filename="{path.name}"\r\nContent-Type: image/jpeg\r\n\r\n'.encode() + path.read_bytes()
+            for path in pictures
+        ]
+        mark = f"--{_BOUNDARY}".encode()
+        self._form = b"".join(b"%b\r\n%b\r\n" % (mark, part) for part in parts) + mark + b"--\r\n"
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.error = ""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Begin no other edit, and wait for the last one. Raises `BenchmarkError` if one has failed."""
+        self._stopped.set()
+        self._thread.join(60)
+        if self.error:
+            raise BenchmarkError(f"An edit failed: {self.error}")
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                self._edit()
+        except (OSError, HTTPException, BenchmarkError) as error:
+            self.error = repr(error)
+
+    def _edit(self) -> None:
+        kind = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}", "X-User-Id": "editor"}
+        self._http.request("POST", "/generations/edit", self._form, kind)
+        answer = self._http.getresponse()
+        if answer.read() and answer.status != 202:
+            raise BenchmarkError(f"it was answered with {answer.status}")
+        location, composed = answer.headers["Location"], False
+        while not composed:
+            time.sleep(0.05)
+            self._http.request("GET", location, headers={"X-User-Id": "editor"})
+            text = self._http.getresponse().read()
+            composed = b'"completed"' in text or b'"failed"' in text
+
+
+def lateness(size: Size, pictures: list[Path]) -> tuple[float, float]:
+    """The p99 latency in ms of another user's events: alone, and while pictures are composed. Server on both cores."""
+    seconds = size.seconds(3)
+    env = {"STAGECAST_LOCAL_SECONDS": "0"}
+    with Process([sys.executable, "-m", "benchmarks.servers.product", "1"], cores(), env=env) as server:
+        port = server.answer(60)["port"]
+        with clients(STAGECAST, port, 1, 1) as load:
+            load.answer(60)
+
+            def p99() -> float:
+                load.ask("arm", 60)
+                sent = server.ask(f"rate append {PER_SECOND} {seconds}", 10 * seconds + 30)["sent"]
+                told = load.ask(f"until {sent} 30", 40)
+                if told["count"] != sent:
+                    raise load.failed(f"{sent} events were emitted, {told}")
+                return float(told["p99"]) / 1e3
+
+            alone = p99()
+            edits = Edits(port, pictures)
+            time.sleep(0.5)
+            try:
+                meanwhile = p99()
+            finally:
+                edits.stop()
+            return alone, meanwhile
+
+
+def run(size: Size) -> list[Row]:
+    """All rows. Raises `BenchmarkError`."""
+    names = (STAGECAST,) if peers.without_node() else (STAGECAST, SHARP)
+    seconds: dict[str, list[float]] = {}
+    late: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = photographs(Path(folder))
+        for _, turns in alternating(names, size):
+            for name in turns:
+                seconds.setdefault(name, []).append(attempt(lambda name=name: compose(name, pictures)))  # type: ignore[misc]
+            late.append(attempt(lambda: lateness(size, pictures)))
+    return [
+        Row(
+            figure="compose three 12-megapixel JPEGs to a JPEG",
+            unit="s CPU",
+            values=seconds[STAGECAST],
+            peer=SHARP,
+            peer_values=seconds.get(SHARP, ()),
+            at_most=0.5,
+        ),
+        Row(
+            figure="p99 of other users' events while three 12-megapixel JPEGs are composed",
+            unit="ms",
+            values=[meanwhile for _, meanwhile in late],
+            peer="alone",
+            peer_values=[alone for alone, _ in late],
+            at_most=2.0,
+        ),
+    ]
