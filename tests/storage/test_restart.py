@@ -284,6 +284,9 @@ async def test_a_restart_on_a_full_disk_ends_unfinished_work_once_there_is_room(
     async with deployment.serving() as life, RetryingClient.open(deployment.url) as caller:
         refused = await caller.once("POST", "/generations/edit?runner=external", f"{USER}", files=parts("x"))
         assert (refused.status_code, refused.json()["code"]) == (503, "log_unavailable")
+        # A checkpoint stops half-way, too.
+        while not any("cannot be written back" in line for line in life.lines):
+            await asyncio.sleep(0.01)
         resource.prlimit(life.pid.result(), resource.RLIMIT_FSIZE, (-1, -1))
         while (ended := await caller.get(f"/generations/{left}", f"{USER}"))["status"] != "failed":
             await asyncio.sleep(0.01)

@@ -81,6 +81,9 @@ class Database:
         self._path, self._wal, self._shm = path, Path(f"{path}-wal"), Path(f"{path}-shm")
         self._files = {name: name.stat() for name in (path, self._wal, self._shm)}
         self._wal_size, self._wal_limit, self._lost = 0, _WAL_LIMIT, False
+        #: Bytes of the main file after the last checkpoint. One that was cut short by a kill or a full disk leaves it
+        #: shorter than its header says, and the rest in the WAL.
+        self._size = _size(path)
         self._writing: BatchThread[Operation[Any]] = BatchThread(
             "log-writer", self._write, most=_WRITES, afterwards=self._write_back
         )
@@ -169,6 +172,7 @@ class Database:
             try:
                 self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             finally:
+                self._size = _size(self._path)
                 self._writer.execute(f"PRAGMA busy_timeout = {files.BUSY_TIMEOUT * 1000:.0f}")
             # Not empty if another process still reads it; then it may grow further.
             self._wal_size = _size(self._wal)
@@ -201,7 +205,8 @@ class Database:
     def _whole(self) -> bool:
         header = os.pread(self._file, 32, 0)
         pages, page_size = int.from_bytes(header[28:32]), int.from_bytes(header[16:18])
-        return header.startswith(b"SQLite format 3\0") and os.fstat(self._file).st_size >= pages * page_size
+        size = min(pages * page_size, self._size)
+        return header.startswith(b"SQLite format 3\0") and os.fstat(self._file).st_size >= size
 
     def _wal_whole(self) -> bool:
         if (size := _size(self._wal)) < self._wal_size:
