@@ -13,7 +13,7 @@ import pytest
 
 from support.harness import JSON, PHOTO
 from support.pictures import RED, solid
-from support.processes import until_handled
+from support.processes import until_decoding, until_handled
 from support.serve_process import TIMEOUT, Process, last_of, patient, serving, stagecast, talk, watching
 
 WHO: Final = {"X-User-Id": "ada"}
@@ -86,12 +86,20 @@ async def test_a_request_that_comes_while_the_service_drains_is_refused_before_i
         assert await service.ended() == (0, "")
 
 
-async def signalled(service: Process, *signals: signal.Signals, after: float) -> tuple[httpx2.Response, list[JSON]]:
-    """Send the signals while a large picture is decoded. Return the answer, and what its owner heard."""
+async def signalled(
+    service: Process, *signals: signal.Signals, after: float | None = None
+) -> tuple[httpx2.Response, list[JSON]]:
+    """Send the signals while a large picture is decoded, or after so many seconds.
+
+    Return the answer, and the events that its owner received.
+    """
     async with patient() as http, watching(service.url) as events:
         files: dict[str, Any] = {"images": ("a.jpg", LARGE), "prompt": (None, "a red hat"), "faceSwap": (None, "false")}
         starting = asyncio.create_task(http.post(f"{service.url}/generations/edit", files=files, headers=WHO))
-        await asyncio.sleep(after)
+        if after is None:
+            await until_decoding(service.process.pid)
+        else:
+            await asyncio.sleep(after)
         for each in signals:
             service.process.send_signal(each)
             await asyncio.sleep(0.1)
@@ -105,7 +113,7 @@ async def signalled(service: Process, *signals: signal.Signals, after: float) ->
 async def test_a_start_that_is_decoded_at_sigterm_is_accepted_and_finished(tmp_path: Path, log: str) -> None:
     address = f"sqlite:///{tmp_path}/log.db" if log == "sqlite" else log
     async with serving(tmp_path, "--log", address, "--local-seconds", "0") as service:
-        answer, events = await signalled(service, signal.SIGTERM, after=0.3)
+        answer, events = await signalled(service, signal.SIGTERM)
         assert await service.ended() == (0, "")
         assert answer.status_code == 202, answer.text
         assert events[-1]["status"] == "completed"
@@ -116,7 +124,7 @@ async def test_a_start_decoded_after_the_drain_is_refused_and_leaves_nothing(
     tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
     async with serving(tmp_path, "--local-seconds", "0") as service:
-        answer, events = await signalled(service, *signals, after=0.3)
+        answer, events = await signalled(service, *signals)
         assert await service.ended() == (0, "")
         if answer.status_code == 202:  # It was decoded before the signal.
             assert events[-1]["status"] in ("completed", "failed")

@@ -1,6 +1,7 @@
 """The limits of this machine, signals of processes, and many things at a time."""
 
 import asyncio
+import os
 import re
 import resource
 import signal
@@ -29,6 +30,13 @@ async def until_handled(pid: int, number: signal.Signals) -> None:
     """Wait until this process handles this signal. (By Linux's /proc.)"""
     async with asyncio.timeout(60):
         while not _handled(pid) >> (number - 1) & 1:
+            await asyncio.sleep(0.005)
+
+
+async def until_decoding(pid: int) -> None:
+    """Wait until this process has begun to decode an image, on a thread of low priority. (By Linux's /proc.)"""
+    async with asyncio.timeout(60):
+        while not any(os.getpriority(os.PRIO_PROCESS, int(each)) == 10 for each in os.listdir(f"/proc/{pid}/task")):
             await asyncio.sleep(0.005)
 
 
