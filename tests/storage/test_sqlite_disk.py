@@ -79,19 +79,19 @@ async def test_a_log_whose_checkpoint_was_cut_short_is_opened_and_completed(path
     """A process that dies while it writes the WAL back leaves the file shorter than its header says."""
     wal, left = path.with_name(f"{path.name}-wal"), path.with_name("left.db")
     async with opened(path) as here:
-        short = path.stat().st_size
+        short = len(content(path))
         generations = [await here.recorder.start(prompt="x" * 4_000) for _ in range(9)]
-        unwritten = wal.read_bytes()
+        unwritten = content(wal)
         with closing(sqlite3.connect(path)) as other:
             other.execute("PRAGMA wal_checkpoint")
-        whole = path.read_bytes()
+        whole = content(path)
     assert len(whole) > short
     left.write_bytes(whole[:short])
     left.with_name("left.db-wal").write_bytes(unwritten)
     async with opened(left) as again:
         for generation in generations:
             await again.recorder.move(generation, "composition")
-    assert left.stat().st_size >= len(whole)
+    assert len(content(left)) >= len(whole)
 
 
 async def test_an_append_is_refused_after_waiting_for_another_writers_lock(path: Path) -> None:

@@ -34,6 +34,7 @@ async def test_a_log_of_an_earlier_version_is_served_unchanged(name: str, tmp_pa
     stored = json.loads((FOLDER / "served.json").read_text())
 
     settings: JSON = {"log": f"sqlite:///{file}", "retention": RETENTION, "public_url": "http://localhost:3000"}
+    settings["deadline"] = RETENTION  # Its pipelines are not late, either.
     async with running(tmp_path / "images", **settings) as service:
         for user, expected in stored["users"].items():
             await are_served(service, user, expected, stored["unfinished"].values())

@@ -36,8 +36,12 @@ async def until_handled(pid: int, number: signal.Signals) -> None:
 async def until_decoding(pid: int) -> None:
     """Wait until this process has begun to decode an image, on a thread of low priority. (By Linux's /proc.)"""
     async with asyncio.timeout(60):
-        while not any(os.getpriority(os.PRIO_PROCESS, int(each)) == 10 for each in os.listdir(f"/proc/{pid}/task")):
+        while 10 not in _nicenesses(pid):
             await asyncio.sleep(0.005)
+
+
+def _nicenesses(pid: int) -> list[int]:
+    return [os.getpriority(os.PRIO_PROCESS, int(each.name)) for each in Path(f"/proc/{pid}/task").iterdir()]
 
 
 def _handled(pid: int) -> int:
