@@ -244,6 +244,8 @@ class _Job:
         #: Whether the present stage may be repeated for free, or may not be repeated.
         self._recorded_free, self._interrupted = history.free, _interrupted(history)
         self._request = self.generation.request
+        named = (name for entry in history.events for name in entry.images.values())
+        self._known_names = (*self._request.images, *named)
         self._sheet: Picture | None = None
         #: The pictures behind the image URLs, stored as long as this job.
         self._fetched: list[str] = []
@@ -266,7 +268,7 @@ class _Job:
         runner, generation_id = self._runner, self.generation.generation_id
         if self._interrupted:
             raise Failure("interrupted")
-        runner.images.assign(generation_id, self.generation.user_id)
+        await runner.images.count(generation_id, self.generation.user_id, self._known_names)
         if self._recorded_free and not self._free(self._stage):
             # The stage was entered with a free provider, and is repeated with one that is not: only once.
             await runner.patiently(lambda: runner.log.mark_paid(generation_id))

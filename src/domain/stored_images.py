@@ -34,12 +34,14 @@ class StoredImages:
         """Count images that another process has stored, unless the generation is counted here already."""
         if generation_id not in self._owners:
             sizes = [await self.store.size(name) for name in names]
-            self.assign(generation_id, user_id)
-            self._add(generation_id, sum(sizes))
+            if generation_id not in self._owners:
+                self.assign(generation_id, user_id)
+                self._add(generation_id, sum(sizes))
 
     def _add(self, generation_id: str, size: int) -> None:
         user_id = self._owners.get(generation_id)
         if user_id is not None:
+            size = max(size, -self._sizes[generation_id])  # What a killed process left unnamed was never counted.
             self._sizes[generation_id] += size
             self._stored[user_id] += size
             if not self._stored[user_id]:

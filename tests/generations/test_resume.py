@@ -11,6 +11,7 @@ from domain import runner
 from domain.errors import LogUnavailable
 from domain.generation import Generation
 from domain.rehydrate import generation_of
+from domain.stored_images import StoredImages
 from support.builders import EDIT_WITH_SWAP, EventRecorder, bodies
 from support.doubles import (
     BASE,
@@ -225,3 +226,17 @@ async def test_work_taken_over_by_another_process_is_dropped_silently(monkeypatc
         await backend.settled()
         assert pause.aborted.is_set()
     assert (await backend.statuses(begun))[-1] == "openai_editing"
+
+
+async def test_the_pictures_of_a_resumed_generation_count_for_its_user() -> None:
+    backend = InMemoryBackend()
+    left = await leave(backend, *before("composition_completed"))
+    backend.runner.images = stored = StoredImages(backend.images)
+    await go_on(backend, left)
+    assert stored.stored("ada") == sum(len(picture.data) for picture in backend.images.kept.values()) > 0
+    await backend.images.save(left.generation_id, png("of an event that was lost"))  # Never counted.
+    for name in list(backend.images.kept):
+        await stored.discard(name)
+        assert stored.stored("ada") >= 0
+    await stored.remove(left.generation_id)
+    assert stored.stored("ada") == 0
