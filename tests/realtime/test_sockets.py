@@ -458,8 +458,9 @@ async def test_a_handshake_while_the_log_is_unavailable_closes_the_transport(tmp
 FLOOD = 1_000
 
 
-async def test_a_stalled_reader_is_bounded_and_closed_and_slows_no_others(
-    own_service: Running, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("letter", "filler", "count"), [("x", 1_900, FLOOD), ("🎩", 4_000, 200)])
+async def test_a_stalled_reader_is_bounded_in_bytes_and_closed_and_slows_no_others(
+    own_service: Running, monkeypatch: pytest.MonkeyPatch, letter: str, filler: int, count: int
 ) -> None:
     service = own_service
     monkeypatch.setattr(
@@ -468,11 +469,14 @@ async def test_a_stalled_reader_is_bounded_and_closed_and_slows_no_others(
     stalled = await stalled_device(service)
     [waiting] = service.service.sockets.eio.sockets.values()
     async with service.phone("ada") as neighbour:
-        async for _ in flood(service.service.log, "ada", "edit_1_0000000000000000", FLOOD):
+        async for _ in flood(
+            service.service.log, "ada", "edit_1_0000000000000000", count, filler=filler, letter=letter
+        ):
             assert len(waiting.buffer) <= send_buffer.MAX_EVENTS + 2
             assert waiting.buffer.bytes <= send_buffer.MAX_BYTES + 1000
+        assert waiting.buffer.bytes == sum(len(str(packet.data).encode()) for packet in waiting.buffer._frames)
         await neighbour.until_over("edit_1_0000000000000000")
-        assert neighbour.sequences("edit_1_0000000000000000") == list(range(1, FLOOD + 1))
+        assert neighbour.sequences("edit_1_0000000000000000") == list(range(1, count + 1))
         monkeypatch.setattr(send_buffer, "STALL_TIMEOUT", 0.3)
         await service.until(lambda: waiting.gone)
     stalled.transport.abort()

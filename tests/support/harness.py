@@ -267,9 +267,13 @@ async def running(images: Path, *, overrides: JSON | None = None, **settings: An
             await serving
 
 
-async def flood(log: EventLog, user: str, generation_id: str, count: int, *, filler: int = 1900) -> AsyncIterator[None]:
-    """A generation of so many events, each a little larger than `filler`; after each, others get their turn."""
-    order, entropy = GenerationRequest(prompt="x", metadata={"filler": "x" * filler}), SystemEntropy()
+async def flood(
+    log: EventLog, user: str, generation_id: str, count: int, *, filler: int = 1900, letter: str = "x"
+) -> AsyncIterator[None]:
+    """A generation of so many events, each with that many letters and a little more; after each, others get their
+    turn.
+    """
+    order, entropy = GenerationRequest(prompt="x", metadata={"filler": letter * filler}), SystemEntropy()
     for sequence in range(1, count + 1):
         end = sequence == count
         status = "started" if sequence == 1 else "completed" if end else "openai_editing"

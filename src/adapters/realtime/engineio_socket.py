@@ -203,7 +203,8 @@ class EngineSocket:
 
 
 def _size(packet: Packet) -> int:
-    return len(packet.data) if isinstance(packet.data, str | bytes) else 0
+    data = packet.data if isinstance(packet.data, str | bytes) else b""
+    return len(data) if data.isascii() or isinstance(data, bytes) else len(data.encode())
 
 
 def _abort(transport: asyncio.WriteTransport | None) -> None:
