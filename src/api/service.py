@@ -55,7 +55,9 @@ class Service:
             settings.starts_per_minute,
             settings.max_stored_per_user,
         )
-        recorder = Recorder(self.log, self.clock, entropy, lambda name: f"{settings.public_url}/images/{name}")
+        recorder = Recorder(
+            self.log, self.clock, entropy, self.images, lambda name: f"{settings.public_url}/images/{name}"
+        )
         self.supervisor = Supervisor()
         self._quarantine = Quarantine(recorder)
         self.external = ExternalWork(self.log, self.leases, recorder, self._quarantine, self.clock, settings.deadline)

@@ -168,8 +168,12 @@ class LogUnavailable(Refusal, code="log_unavailable"):
 class ImageRefusal(Refusal):
     """The image was refused."""
 
-    #: Which of several images it was, from 0.
-    index: int = 0
+    #: The field of the request, and which of its images it was, from 0.
+    field: ClassVar[str] = "images"
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self.index = index
 
 
 class InvalidImage(ImageRefusal, code="invalid_image"):
@@ -182,3 +186,9 @@ class UnsupportedImageType(ImageRefusal, code="unsupported_image_type"):
 
 class ImageTooLarge(ImageRefusal, code="image_too_large"):
     """The image has too many pixels: 25 megapixels at most."""
+
+
+class UnknownImage(ImageRefusal, code="unknown_image"):
+    """There is no such image among those of your generations."""
+
+    field = "imageNames"

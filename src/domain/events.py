@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
 from domain.errors import FailureCode
+from domain.requests import AspectRatio, Background, InputFidelity, Quality
 from domain.stages import Kind
 
 #: The Socket.IO event that carries a status; every other status is carried by `CONTINUE`.
@@ -37,6 +38,25 @@ class FaceSwapError(Wire):
 
     code: FailureCode
     message: Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class Input(Wire):
+    """What a generation was asked for."""
+
+    prompt: str
+    images: Annotated[
+        list[str],
+        Field(description="URLs of the stored input images, in order; a generation that ends as `started` loses them"),
+    ]
+    image_urls: Annotated[list[str], Field(description="as given; they come after `images`")]
+    quality: Quality
+    background: Background
+    aspect_ratio: AspectRatio
+    input_fidelity: InputFidelity | None = None
+    face_swap: Annotated[bool | None, Field(description="of an edit")] = None
+    face: Annotated[
+        int | None, Field(description="with a face swap: the index of the face among `images` and `imageUrls`")
+    ] = None
 
 
 class _Header(Wire):
@@ -77,6 +97,7 @@ class Outcome(Images):
 class Event(Outcome, _Header):  # The fields of the last base come first in the JSON, and ``credit`` last.
     """One transition of a generation. Absent values are omitted, never null."""
 
+    input: Annotated[Input | None, Field(description="of `generation_started`")] = None
     credit: Annotated[int | None, Field(description="the owner's balance after this event")] = None
 
 

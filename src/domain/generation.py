@@ -10,9 +10,9 @@ from pydantic import Field, JsonValue
 from transitions import Machine, Transition
 
 from domain.errors import Failure, IllegalTransition, InvalidEventField
-from domain.events import Event, FaceSwapError, Outcome, Wire, timestamp
+from domain.events import Event, FaceSwapError, Input, Outcome, Wire, timestamp
 from domain.requests import GenerationRequest
-from domain.stages import BEGIN, FAILED, FLOWS, GUARDS, Kind, Via, ceiling, moves
+from domain.stages import BEGIN, FAILED, FLOWS, GUARDS, STARTED, Kind, Via, ceiling, moves
 
 
 class _Transition(Transition):
@@ -68,6 +68,11 @@ class _Header(Wire):
 class Snapshot(Outcome, _Header):
     """A generation as it is now: the fold of its events."""
 
+    input: Annotated[
+        Input | None,
+        Field(description="absent in the feed, in acks, and for generations of earlier versions"),
+    ] = None
+
 
 @dataclass(slots=True, eq=False)
 class Generation:
@@ -87,6 +92,13 @@ class Generation:
     outcome: Mapping[str, Any] = field(default_factory=dict)
     #: The names of its stored pictures, by the field that has the picture's URL.
     images: Mapping[str, str] = field(default_factory=dict)
+    #: As its first event has it.
+    input: Input | None = None
+
+    @property
+    def input_images(self) -> tuple[str, ...]:
+        """The names of its stored input images. One that ended while it waited has lost them."""
+        return () if self.outcome.get("failed_stage") == STARTED else self.request.images
 
     @property
     def needs_fetching(self) -> bool:
@@ -172,6 +184,7 @@ class Generation:
         self.updated_at = event.occurred_at
         self.status, self.progress, self.message = event.status, event.progress, event.message
         self.sequence = event.sequence
+        self.input = event.input or self.input
         found = {name: value for name in Outcome.model_fields if (value := getattr(event, name)) is not None}
         # Shared between copies, so replaced rather than changed.
         self.outcome = {**self.outcome, **found} if found else self.outcome
@@ -192,6 +205,7 @@ class Generation:
             expires_at=expires_at,
             queue_position=queue_position,
             metadata=self.request.metadata,
+            input=self.input.model_copy(update={"images": []}) if self.input and not self.input_images else self.input,
             **self.outcome,
         )
 

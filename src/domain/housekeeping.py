@@ -10,6 +10,7 @@ from domain.errors import LogUnavailable
 from domain.ports.images import original_name
 from domain.ports.log import EventLog
 from domain.ports.retention import Retention
+from domain.rehydrate import readable_part_of
 from domain.stored_images import StoredImages
 from domain.supervisor import reason_of
 
@@ -49,7 +50,8 @@ class Housekeeping:
     async def sweep(self, *, now: datetime) -> int:
         """Remove the pictures that nothing needs, if they are older than `GRACE`. Return how many.
 
-        Those that an event names are needed, those of unfinished generations, and those of what was set aside.
+        Those that an event or the request names are needed, those of unfinished generations, and those of what was set
+        aside.
         """
         names, swept = await self._images.store.names(older_than=now - GRACE), list[str]()
 
@@ -88,8 +90,7 @@ class Housekeeping:
         await self._images.count(generation_id, history.user_id, names)
         if history.events[-1].end is None:
             return ()  # A node may be about to append an event that names them.
-        named = set(await self._retention.images(generation_id))
+        named = {*await self._retention.images(generation_id), *readable_part_of(history).input_images}
         unneeded = [name for name in names if original_name(name) not in named]
-        for name in unneeded:
-            await self._images.discard(name)
+        await self._images.discard(*unneeded)
         return unneeded

@@ -7,13 +7,14 @@ from datetime import timedelta
 from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
-from domain.events import URL_FIELDS, encode, event_name
+from domain.events import URL_FIELDS, Input, encode, event_name
 from domain.feed import Logged
 from domain.generation import NONE, Generation
 from domain.ports.log import Append, EventLog, Start
 from domain.ports.system import Clock, Entropy
 from domain.rehydrate import UNREADABLE, generation_of, readable_part_of
-from domain.stages import FLOWS
+from domain.stages import FLOWS, STARTED
+from domain.stored_images import StoredImages
 
 #: Seconds after which one append counts as unanswered.
 _TIMEOUT: Final = 2.0
@@ -25,13 +26,17 @@ ATTENTION: Final = 2.0
 
 
 class Recorder:
-    """The only writer of events. It tries an unanswered append again as the same event."""
+    """The only writer of events. It tries an unanswered append again as the same event.
+
+    A generation that ends as `started` loses its input images.
+    """
 
     def __init__(
         self,
         log: EventLog,
         clock: Clock,
         entropy: Entropy,
+        images: StoredImages,
         image_url: Callable[[str], str],
         *,
         patience: float = math.inf,
@@ -43,6 +48,7 @@ class Recorder:
         self._log = log
         self._clock = clock
         self._entropy = entropy
+        self._images = images
         self._image_url = image_url
         self._patience = patience
 
@@ -52,9 +58,9 @@ class Recorder:
         After `LogUnavailable` the log may have the event, but it does not take it any more.
         """
         urls = generation.request.image_urls
-        fields = {"input_image": urls[0]} if urls else {}
+        fields = {"input": self._input(generation), **({"input_image": urls[0]} if urls else {})}
         not_after = self._clock() + timedelta(seconds=ATTENTION)
-        _, after = await self._append(generation, "started", fields, ATTENTION, start=start, not_after=not_after)
+        _, after = await self._append(generation, STARTED, fields, ATTENTION, start=start, not_after=not_after)
         return after
 
     async def move(
@@ -101,6 +107,17 @@ class Recorder:
             return True
         return False
 
+    def _input(self, generation: Generation) -> Input:
+        request = generation.request
+        return Input(
+            prompt=request.prompt,
+            images=[self._image_url(name) for name in request.images],
+            image_urls=list(request.image_urls),
+            face_swap=request.face_swap if generation.kind == "edit" else None,
+            face=request.face_index if request.face_swap else None,
+            **request.options.model_dump(),
+        )
+
     async def _append(
         self,
         generation: Generation,
@@ -131,10 +148,14 @@ class Recorder:
         while True:
             try:
                 async with asyncio.timeout(_TIMEOUT):
-                    return await self._log.append(append), after
+                    logged = await self._log.append(append)
+                break
             except (LogUnavailable, TimeoutError):
                 pause = _PAUSES[min(attempts, len(_PAUSES) - 1)]
                 if loop.time() + pause > give_up:
                     raise LogUnavailable from None
             await asyncio.sleep(pause)
             attempts += 1
+        if after.finished and generation.status == STARTED:
+            await self._images.discard(*generation.request.images)
+        return logged, after

@@ -25,22 +25,29 @@ class Options(BaseModel):
 class GenerationRequest(BaseModel):
     """One user's request for one generation, stored with its first event.
 
-    Stored requests stay readable: this is only extended, by optional fields. Uploads travel beside it; once they are
-    stored, `images` names them.
+    Stored requests stay readable: this is only extended, by optional fields. Uploads travel beside it until they are
+    stored.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     prompt: Prompt
     options: Options = Options()
-    #: Names of the stored uploads, in order.
+    #: Names of stored images, in order. Before the start: those to copy. Afterwards: its own, first the uploads.
     images: tuple[str, ...] = ()
-    #: Fetched in ``composition`` and placed on the sheet after `images`. The first one is the face.
+    #: Fetched in ``composition`` and placed on the sheet after `images`.
     image_urls: tuple[str, ...] = ()
     face_swap: bool = False
+    #: The index of the face among all images; ``None``: the first image URL.
+    face: int | None = None
     metadata: dict[str, JsonValue] | None = None
     #: The owner's own pipeline does the work and reports it.
     external: bool = False
+
+    @property
+    def face_index(self) -> int:
+        """The index of the face among all images, if a face swap is requested."""
+        return len(self.images) if self.face is None else self.face
 
     @classmethod
     def decode(cls, stored: bytes) -> Self:

@@ -305,12 +305,8 @@ class _Job:
             self._recording.cancel()
 
     async def clean_up(self) -> None:
-        """Remove what no event names, and the uploads once nobody needs them."""
-        for name in [*self._unnamed, *self._fetched, *(self._request.images if self.over else ())]:
-            try:
-                await self._runner.images.discard(name)
-            except Exception as error:
-                logger.error("a picture could not be discarded: %s", type(error).__name__)
+        """Remove what no event names."""
+        await self._runner.images.discard(*self._unnamed, *self._fetched)
 
     async def compose(self) -> dict[str, Any]:
         for url in self._request.image_urls:
@@ -345,9 +341,14 @@ class _Job:
         return {"generated_image_url": await self._keep(self._result)}
 
     async def swap_face(self) -> dict[str, Any]:
-        if not self._fetched:
-            await self._fetch(self._request.image_urls[0])
-        face = await self._stored(self._fetched[0])
+        stored, index = self._request.images, self._request.face_index
+        if index < len(stored):
+            name = stored[index]
+        elif self._fetched:
+            name = self._fetched[index - len(stored)]
+        else:
+            name = await self._fetch(self._request.image_urls[index - len(stored)])
+        face = await self._stored(name)
         picture = self._result or await self._known("edited_image_url")
         swapped = await self._runner.face_swapper.swap(picture, face, self._report)
         return {"face_swap_url": await self._keep(swapped)}
@@ -380,9 +381,11 @@ class _Job:
             raise Failure("storage_failed")
         return picture
 
-    async def _fetch(self, url: str) -> None:
+    async def _fetch(self, url: str) -> str:
         picture = await self._runner.fetcher.fetch(url)
-        self._fetched.append(await self._runner.images.save(self.generation.generation_id, picture))
+        name = await self._runner.images.save(self.generation.generation_id, picture)
+        self._fetched.append(name)
+        return name
 
 
 def _interrupted(history: History) -> bool:

@@ -22,6 +22,7 @@ Kind = Literal["edit", "generate"]
 Provider = Literal["editor", "face_swapper"]
 
 BEGIN: Final = "begin"
+STARTED: Final = "started"
 FAILED: Final = "failed"
 
 

@@ -1,9 +1,12 @@
 """The image store, and the bytes that each user has in it."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 
 from domain.ports.images import WIDTHS, ImageStore, Picture, thumbnail_name
+
+logger = logging.getLogger(__name__)
 
 
 class StoredImages:
@@ -53,6 +56,11 @@ class StoredImages:
         self._add(generation_id, len(picture.data))
         return name
 
+    async def copy(self, name: str, generation_id: str) -> str | None:
+        """Store the picture of this name once more, for this generation. ``None`` where there is none."""
+        picture = await self.store.load(name)
+        return None if picture is None else await self.save(generation_id, picture)
+
     async def save_thumbnail(self, name: str, width: int, picture: Picture) -> None:
         """Store a thumbnail of this picture, unless the picture is removed meanwhile. Raises `Failure`."""
         generation_id, thumbnail = name.rpartition("-")[0], thumbnail_name(name, width)
@@ -61,12 +69,16 @@ class StoredImages:
         if generation_id in self._removing or not await self.store.size(name):
             await self._discard(thumbnail)
 
-    async def discard(self, name: str) -> None:
-        """Remove one picture, and then its thumbnails."""
-        await self._discard(name)
-        for thumbnail in (thumbnail_name(name, width) for width in WIDTHS):
-            if await self.store.size(thumbnail):
-                await self._discard(thumbnail)
+    async def discard(self, *names: str) -> None:
+        """Remove these pictures, each before its thumbnails. Logs the failure of any."""
+        for name in names:
+            try:
+                await self._discard(name)
+                for thumbnail in (thumbnail_name(name, width) for width in WIDTHS):
+                    if await self.store.size(thumbnail):
+                        await self._discard(thumbnail)
+            except Exception as error:
+                logger.error("a picture could not be discarded: %s", type(error).__name__)
 
     async def _discard(self, name: str) -> None:
         if name not in self._discarding:

@@ -23,6 +23,7 @@ from domain.errors import (
     ImageRefusal,
     LogUnavailable,
     NotFound,
+    UnknownImage,
 )
 from domain.events import timestamp
 from domain.external import ExternalWork
@@ -36,7 +37,7 @@ from domain.ports.log import EventLog, History, Start
 from domain.ports.retention import Retention
 from domain.ports.system import Clock, Entropy
 from domain.recorder import Recorder
-from domain.rehydrate import generation_of, readable_part_of, request_of
+from domain.rehydrate import generation_of, readable_part_of
 from domain.requests import GenerationRequest
 from domain.stages import Kind
 from domain.stored_images import StoredImages
@@ -91,8 +92,8 @@ class Workflow:
         #: The tasks that start a generation, and those with an idempotency key by user and key.
         self._starting: set[asyncio.Task[Any]] = set()
         self._keys: dict[tuple[str, str], asyncio.Task[Any]] = {}
-        #: Limits the files that are in memory for a fingerprint.
-        self._hashing = asyncio.Semaphore(2)
+        #: Limits the files that are in memory for a fingerprint or a copy.
+        self._in_memory = asyncio.Semaphore(2)
         #: Requests that are being received, which `drain` ends, and images being decoded, which `close` ends.
         self._arriving: set[asyncio.Timeout] = set()
         self._admitting: set[asyncio.Timeout] = set()
@@ -110,7 +111,8 @@ class Workflow:
     ) -> Snapshot:
         """Start a generation: its first event is in the log once this returns, also if the caller is cancelled.
 
-        An idempotency key that was used before returns the generation that it started.
+        The request's images are copied: those of the user's own generations, finished or not. An idempotency key that
+        was used before returns the generation that it started.
 
         Raises:
             IdempotencyMismatch, Draining, ImageRefusal, LogUnavailable, and as `Admission.reserve`.
@@ -186,10 +188,10 @@ class Workflow:
         self, user_id: str, kind: Kind, request: GenerationRequest, uploads: Sequence[Upload], key: str | None
     ) -> Snapshot:
         WORKING_FOR.set(user_id)
-        size = sum(upload.size for upload in uploads)
         async with AsyncExitStack() as stack:
             async with _ends_with(self._arriving):
-                reserved = self.admission.reserve(user_id, size=size, external=request.external)
+                sizes = [*(upload.size for upload in uploads), *await self._sizes(user_id, request.images)]
+                reserved = self.admission.reserve(user_id, size=sum(sizes), external=request.external)
                 await stack.enter_async_context(reserved)
             return await self._accept(user_id, kind, request, uploads, key)
 
@@ -202,6 +204,7 @@ class Workflow:
             async with _ends_with(self._admitting):
                 fingerprint = "" if key is None else await self._fingerprint(kind, request, uploads)
                 names = [await self._admit(generation_id, *each) for each in enumerate(uploads)]
+                names += [await self._copy(generation_id, *each) for each in enumerate(request.images)]
             if self._closed:
                 raise Draining
             request = request.model_copy(update={"images": tuple(names)})
@@ -249,14 +252,30 @@ class Workflow:
             raise
         return await self.images.save(generation_id, picture)
 
+    async def _sizes(self, user_id: str, names: Sequence[str]) -> Sequence[int]:
+        """The sizes of these images. Raises `UnknownImage`: one does not exist, or is not this user's."""
+        sizes = []
+        for index, name in enumerate(names):
+            history = await self.log.summary(name.rpartition("-")[0])
+            size = await self.images.store.size(name)
+            if history is None or history.user_id != user_id or not size:
+                raise UnknownImage(index)
+            sizes.append(size)
+        return sizes
+
+    async def _copy(self, generation_id: str, index: int, name: str) -> str:
+        async with self._in_memory:
+            copy = await self.images.copy(name, generation_id)
+        if copy is None:  # Removed in the meantime.
+            raise UnknownImage(index)
+        return copy
+
     async def cancel(self, user_id: str, generation_id: str) -> Literal["cancelled", "already_finished"]:
         """End a generation unless it has ended, whoever works on it. Raises `NotFound`."""
-        history = await self._summary(user_id, generation_id)
+        await self._summary(user_id, generation_id)
         if not await self.recorder.end(generation_id, Failure("cancelled")):
             return "already_finished"
-        if await self.leases.withdraw(generation_id):
-            for name in request_of(history).images:
-                await self.images.discard(name)
+        await self.leases.withdraw(generation_id)
         return "cancelled"
 
     async def report(
@@ -298,11 +317,12 @@ class Workflow:
         return Page(await self._show_all([*map(generation_of, shown)]), following)
 
     async def recent(self, user_id: str) -> Sequence[Snapshot]:
-        """All active generations and the last finished ones, newest first."""
+        """All active generations and the last finished ones, newest first, without `input`."""
         active = await self.log.generations(user_id, active=True, limit=1_000)
         finished = await self.log.generations(user_id, active=False, limit=RECENT)
         histories = sorted([*active, *finished], key=lambda history: -history.events[0].position)
-        return await self._show_all([*map(generation_of, histories)])
+        shown = await self._show_all([*map(generation_of, histories)])
+        return [snapshot.model_copy(update={"input": None}) for snapshot in shown]
 
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` if no balances are kept."""
@@ -318,10 +338,11 @@ class Workflow:
 
         It is compared with stored ones, so what is digested never changes. A new optional field is appended if given.
         """
-        fields = (kind, request.prompt, request.options, (), request.image_urls)
-        digest = hashlib.sha256(to_json((*fields, request.face_swap, request.metadata, request.external)))
+        fields = (kind, request.prompt, request.options, request.images, request.image_urls)
+        optional = () if request.face is None else (request.face,)
+        digest = hashlib.sha256(to_json((*fields, request.face_swap, request.metadata, request.external, *optional)))
         for upload in uploads:
-            async with self._hashing:
+            async with self._in_memory:
                 data = await upload.read()
                 digest.update((await asyncio.to_thread(hashlib.sha256, data)).digest())
         return digest.hexdigest()

@@ -22,7 +22,9 @@ from domain.feed_sessions import StartPosition
 from domain.ports.log import Append, History, Start
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
+from domain.stored_images import StoredImages
 from support.builders import image_url
+from support.doubles import InMemoryImages
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 ID = "edit_1_0"
@@ -90,7 +92,7 @@ class Client:
 
 @asynccontextmanager
 async def serving(log: SlowLog) -> AsyncIterator[Hub]:
-    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), image_url)))
+    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url)))
     follower = asyncio.create_task(hub.run())
     await asyncio.sleep(0)
     yield hub

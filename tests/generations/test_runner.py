@@ -107,14 +107,17 @@ async def test_the_provider_gets_the_sheet_the_prompt_and_the_options_once() -> 
 
 
 @pytest.mark.parametrize(("kind", "face_swap"), [("edit", False), ("edit", True), ("generate", False)])
-async def test_uploads_are_removed_at_the_end_and_named_pictures_kept(kind: Kind, face_swap: bool) -> None:
+async def test_uploads_and_named_pictures_are_kept_and_fetched_ones_removed(kind: Kind, face_swap: bool) -> None:
     backend = InMemoryBackend()
     async with backend.open():
         done = await backend.make(wanted(kind, face_swap))
     last = (await backend.events(done))[-1]
     named = {str(url).removeprefix(BASE) for key, url in last.items() if key.endswith("Url")}
-    assert set(backend.images.kept) == named
     assert len(named) == (3 if face_swap else 2)
+    assert done.input is not None
+    uploads = {url.removeprefix(BASE) for url in done.input.images}
+    assert len(uploads) == (1 if face_swap else 2)
+    assert set(backend.images.kept) == named | uploads
 
 
 async def test_a_provider_report_repeats_its_stage_with_rising_progress() -> None:
@@ -297,9 +300,8 @@ async def test_a_missing_upload_ends_in_storage_failed() -> None:
     backend.images.kept.clear()
     async with backend.open():
         await backend.settled()
-    await assert_failed_and_refunded(
-        backend, await backend.workflow.snapshot("ada", begun.generation_id), "composition", "storage_failed"
-    )
+    failed = (await backend.events(begun))[-1]
+    assert (failed["failedStage"], failed["code"], failed["credit"]) == ("composition", "storage_failed", 10)
 
 
 async def test_a_failing_generation_does_not_affect_others() -> None:

@@ -26,6 +26,7 @@ from domain.recorder import Recorder
 from domain.rehydrate import generation_of
 from domain.requests import GenerationRequest
 from domain.stages import FLOWS
+from domain.stored_images import StoredImages
 from reliability.cases import Trial, case
 from support.builders import (
     EDIT,
@@ -40,7 +41,7 @@ from support.builders import (
     statuses,
 )
 from support.deployment import ENDS, Deployment, ReconnectingDevice, RequestedGeneration, RetryingClient, task_group
-from support.doubles import ForwardingLog
+from support.doubles import ForwardingLog, InMemoryImages
 from support.node import Browser, Browsers, browsers
 from support.openai_server import KEY, OpenAIServer, completed, openai_server, partial, stream
 from support.openai_server import picture as drawing
@@ -109,8 +110,8 @@ async def lost_replies(trial: Trial, generations: int) -> None:
     for name, open_log in LOGS.items():
         follower = RecordingFollower()
         async with open_log(clock=now, credits=generations) as log, log.follow(follower):
-            line = LosingReplies(log, Recorder(log, now, SystemEntropy(), image_url))
-            recorder = Recorder(line, now, SystemEntropy(), image_url, patience=60)
+            line = LosingReplies(log, Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url))
+            recorder = Recorder(line, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url, patience=60)
             conflicts = await together(functools.partial(_write, recorder, line), generations)
             for number in range(generations):
                 assert statuses(await log.generation(_id(number))) == list(EDIT), "not each event once"

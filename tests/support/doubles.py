@@ -456,11 +456,11 @@ class InMemoryBackend:
         self.memory = self.shared_log or MemoryLog(epoch="e1", credits=self.credits, clock=self.clock)
         self.log = self.line(self.memory)
         self.leases = self.shared_leases or MemoryLeases()
-        self.recorder = Recorder(self.log, self.clock, self.entropy, image_url, patience=self.patience)
+        self.stored = stored = StoredImages(self.images)
+        self.recorder = Recorder(self.log, self.clock, self.entropy, stored, image_url, patience=self.patience)
         self.supervisor = Supervisor()
         self.quarantine = Quarantine(self.recorder)
         self.external = ExternalWork(self.log, self.leases, self.recorder, self.quarantine, self.clock, self.deadline)
-        self.stored = stored = StoredImages(self.images)
         limits = Limits(self.max_waiting, self.max_per_user, timedelta(days=1))
         self.workflow = Workflow(
             log=self.log,
@@ -547,8 +547,10 @@ class InMemoryBackend:
         return [str(event["status"]) for event in await self.events(snapshot)]
 
     async def check(self, *users: str) -> None:
-        """What holds whenever nothing runs: I1, I2, I3, I6, and that no picture is left that no event names."""
-        named: set[str] = set()
+        """What holds whenever nothing runs: I1, I2, I3, I6, and that the input images are kept, and no other picture
+        is left that no event names.
+        """
+        named, inputs = set[str](), set[str]()
         for user_id in users or ("ada",):
             credit = self.credits
             for summary in await self.memory.generations(user_id, limit=1_000):
@@ -562,12 +564,14 @@ class InMemoryBackend:
                 assert progress == sorted(progress)
                 shown = await self.workflow.snapshot(user_id, history.generation_id)
                 assert generation_of(history).snapshot(shown.expires_at) == shown
+                inputs |= {url.removeprefix(BASE) for url in (shown.input.images if shown.input else ())}
                 if credit is not None:
                     credit -= told[-1]["status"] == "completed"
                 for event in told:
                     named |= {str(url).removeprefix(BASE) for key, url in event.items() if key.endswith("Url")}
             assert await self.memory.credit(user_id) == credit
-        assert set(self.images.kept) <= named, "pictures are left that no event names"
+        assert inputs <= set(self.images.kept), "input images are lost"
+        assert set(self.images.kept) <= named | inputs, "pictures are left that no event names"
         assert await self.leases.count() == (0, 0)
 
 

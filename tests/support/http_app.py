@@ -151,9 +151,10 @@ async def serve_api(
     hosts: tuple[str, ...] | None = (),
 ) -> AsyncIterator[Api]:
     log = MemoryLog(epoch="e1", credits=credits, clock=now)
-    recorder = Recorder(log, now, SystemEntropy(), image_url)
     images, leases = FakeImages(), MemoryLeases()
-    stored, limits = StoredImages(images), Limits(max_waiting, max_per_user, timedelta(days=1), starts_per_minute)
+    stored = StoredImages(images)
+    recorder = Recorder(log, now, SystemEntropy(), stored, image_url)
+    limits = Limits(max_waiting, max_per_user, timedelta(days=1), starts_per_minute)
     workflow = Workflow(
         log=log,
         ledger=log,

@@ -188,7 +188,7 @@ class Sockets:
         if device is None:
             raise NotAuthenticated
         snapshot = await self.workflow.snapshot(device.user_id, fields.generation_id)
-        ack = {"ok": True, **snapshot.model_dump(by_alias=True, exclude_none=True)}
+        ack = {"ok": True, **snapshot.model_dump(by_alias=True, exclude_none=True, exclude={"input"})}
         return ack, lambda: device.replay(fields.generation_id, fields.after)
 
 
