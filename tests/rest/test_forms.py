@@ -311,7 +311,7 @@ async def test_an_unknown_field_is_answered_with_all_field_names(api: Api) -> No
     problem = assert_problem(answer, 422, "invalid_request")
     [error] = problem["errors"]
     assert error["field"] == "xyz"
-    assert "prompt, images, imageUrls, metadata" in error["message"]
+    assert "prompt, images, imageNames, imageUrls, metadata" in error["message"]
     assert "faceSwap" not in error["message"]
 
 

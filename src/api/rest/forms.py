@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final
+from urllib.parse import unquote
 
 from fastapi import Request
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
@@ -31,6 +32,8 @@ MAX_METADATA: Final = 2 * 1024
 _MAX_METADATA_DEPTH: Final = 32
 #: Invalid fields in one answer, so that it is not much longer than the request.
 _MAX_ERRORS: Final = 20
+#: The letters that names of stored images have.
+_IMAGE_NAME: Final = re.compile(r"[a-z0-9_-]+\.[a-z]+")
 _HTTP_URL: Final = re.compile(r"https?://[^\x00-\x20\x7f/?#]+[^\x00-\x20\x7f]*", re.IGNORECASE)
 
 
@@ -82,6 +85,18 @@ def _http_url(value: str) -> str:
     return value
 
 
+def _image_name(value: str) -> str:
+    """The name in an image URL: its last path segment. ``""``, which no image has, if that cannot be a name."""
+    name = unquote(re.split("[?#]", value)[0].rpartition("/")[2])
+    return name if _IMAGE_NAME.fullmatch(name) else ""
+
+
+def _integer(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch("[0-9]{1,3}", value):
+        raise PydanticCustomError("integer", "This must be an integer, from 0")
+    return value
+
+
 def _metadata(value: object) -> object:
     try:
         parsed = from_json(value, allow_inf_nan=False) if isinstance(value, str) else None
@@ -121,7 +136,17 @@ class GenerateForm(Options):
         Field(
             default_factory=list,
             json_schema_extra={"maxItems": MAX_IMAGES},
-            description="PNG, JPEG or WebP, each at most 10 MB and 25 megapixels; with `imageUrls` 1 to 5 in all",
+            description="PNG, JPEG or WebP, each at most 10 MB and 25 megapixels; with the two below 1 to 5 in all",
+        ),
+    ]
+    image_names: Annotated[
+        list[Annotated[str, AfterValidator(_image_name)]],
+        BeforeValidator(_list),
+        Field(
+            default_factory=list,
+            json_schema_extra={"maxItems": MAX_IMAGES},
+            description="stored images of your own generations, which are copied: each the name or the URL of one;"
+            " the field repeated, or once with a JSON array",
         ),
     ]
     image_urls: Annotated[
@@ -146,10 +171,20 @@ class EditForm(GenerateForm):
 
     face_swap: Annotated[
         bool | None,
-        Field(description="the first image URL is the face; default: true when there is an image URL"),
+        Field(description="default: true when there is an image URL, of which the first is the face, or a `face`"),
+    ] = None
+    face: Annotated[
+        int | None,
+        BeforeValidator(_integer),
+        Field(
+            json_schema_extra={"minimum": 0, "maximum": MAX_IMAGES - 1},
+            description="the index of the face among all images: first files, then `imageNames`, then `imageUrls`",
+        ),
     ] = None
 
 
+#: Fields with any number of values.
+_LISTS: Final = ("images", "imageNames", "imageUrls")
 _FORMS: Final[dict[Kind, type[GenerateForm]]] = {"edit": EditForm, "generate": GenerateForm}
 
 
@@ -161,7 +196,9 @@ def form_body(kind: Kind) -> dict[str, Any]:
         if "anyOf" in field:  # A form has no null: an absent field is left out.
             field |= next(each for each in field.pop("anyOf") if each != {"type": "null"})
             del field["default"]
-    encoding = {"imageUrls": {"style": "form", "explode": True}, "metadata": {"contentType": "application/json"}}
+    repeated = {"style": "form", "explode": True}
+    metadata = {"contentType": "application/json"}
+    encoding = {"imageNames": repeated, "imageUrls": repeated, "metadata": metadata}
     content = {"multipart/form-data": {"schema": schema, "encoding": encoding}}
     return {"requestBody": {"required": True, "content": content}}
 
@@ -187,7 +224,7 @@ async def read_form(
             optional = name in known and name != "prompt"
             values = [value for value in parts.getlist(name) if not (optional and is_empty(value))]
             if values:
-                fields[name] = values if name in ("images", "imageUrls") or len(values) != 1 else values[0]
+                fields[name] = values if name in _LISTS or len(values) != 1 else values[0]
         try:
             form = _FORMS[kind].model_validate(fields)
         except ValidationError as error:
@@ -203,7 +240,7 @@ def _explained(error: Mapping[str, Any], names: Collection[str]) -> Mapping[str,
     """The error with a message for a repeated field, or for an unknown one, with the name that was probably meant."""
     value = error["input"]
     if error["type"] != "extra_forbidden":
-        repeated = isinstance(value, list) and error["loc"] not in (("images",), ("imageUrls",))
+        repeated = isinstance(value, list) and error["loc"] not in {(name,) for name in _LISTS}
         return {**error, "msg": "This field must not be repeated"} if repeated else error
     if is_file(value[0] if isinstance(value, list) else value):
         similar = ["images"]
@@ -221,21 +258,27 @@ def _letters(name: str) -> str:
 
 def _request(form: GenerateForm, external: bool) -> GenerationRequest:
     least = 0 if external else 1
-    if not least <= len(form.images) + len(form.image_urls) <= MAX_IMAGES:
-        message = f"There must be {least} to {MAX_IMAGES} images in all, files and URLs"
+    count = len(form.images) + len(form.image_names) + len(form.image_urls)
+    if not least <= count <= MAX_IMAGES:
+        message = f"There must be {least} to {MAX_IMAGES} images in all: files, names and URLs"
         raise Invalid(InvalidField(field="images", message=message))
     for index, upload in enumerate(form.images):
         if upload.size > MAX_FILE:
             raise HTTPException(413, f"images.{index}: A file may have 10 MB at most.")
-    face_swap = form.face_swap if isinstance(form, EditForm) else False
-    if face_swap and not form.image_urls:
-        message = "A face swap needs an image URL: the first one is the face"
+    face_swap, face = (form.face_swap, form.face) if isinstance(form, EditForm) else (False, None)
+    if face is not None and (face >= count or face_swap is False):
+        message = "There is no face without a face swap" if face < count else f"There are only {count} images"
+        raise Invalid(InvalidField(field="face", message=message))
+    if face_swap and face is None and not form.image_urls:
+        message = "A face swap needs a face: an image URL, of which the first is the face, or `face`"
         raise Invalid(InvalidField(field="faceSwap", message=message))
     return GenerationRequest(
         prompt=form.prompt,
         options=Options(**form.model_dump(include=set(Options.model_fields))),
+        images=tuple(form.image_names),
         image_urls=tuple(form.image_urls),
-        face_swap=bool(form.image_urls) if face_swap is None else face_swap,
+        face_swap=face is not None or bool(form.image_urls) if face_swap is None else face_swap,
+        face=face,
         metadata=form.metadata,
         external=external,
     )

@@ -65,6 +65,7 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
         "invalid_request",
         "invalid_image",
         "image_too_large",
+        "unknown_image",
         "idempotency_mismatch",
         "too_many_generations",
         "too_many_starts",

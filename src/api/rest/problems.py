@@ -42,7 +42,14 @@ _STATUS: Final = {
         409: ("conflict", "credits_off", "illegal_transition", "not_external", "not_finished"),
         413: ("content_too_large",),
         415: ("unsupported_image_type", "unsupported_media_type"),
-        422: ("idempotency_mismatch", "image_too_large", "invalid_image", "invalid_request", "invalid_user_id"),
+        422: (
+            "idempotency_mismatch",
+            "image_too_large",
+            "invalid_image",
+            "invalid_request",
+            "invalid_user_id",
+            "unknown_image",
+        ),
         429: ("storage_limit", "too_many_generations", "too_many_starts"),
         500: ("internal",),
         503: ("draining", "log_unavailable", "overloaded", "queue_full", "storage_failed", "unavailable"),
@@ -141,7 +148,7 @@ def install(app: FastAPI) -> None:
 async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     if isinstance(error, ImageRefusal):
-        field = InvalidField(field=f"images.{error.index}", message=str(error))
+        field = InvalidField(field=f"{error.field}.{error.index}", message=str(error))
         return problem(error.code, f"{field.field}: {field.message}", errors=[field.model_dump()])
     if isinstance(error, InvalidEventField):
         return await _invalid(request, Invalid(InvalidField(field=to_camel(error.field), message=error.reason)))
