@@ -28,7 +28,7 @@ function history(random, generationId = "edit_1_a") {
   return [...statuses.slice(0, count), ...failed].map((status, index) => ({
     generationId, kind, sequence: index + 1, status, message: `${status}!`, progress: index * 10,
     occurredAt: new Date(1_763_829_000_000 + index).toISOString(),
-    ...(index === 0 && { inputImage: "https://example.org/a.png", credit: 9 }),
+    ...(index === 0 && { inputImage: "https://example.org/a.png", input: { prompt: "a hat" }, credit: 9 }),
     ...(index === 2 && { compositionUrl: "http://localhost/images/sheet" }),
     ...(status === "failed" && { error: "No.", code: "internal", retryable: false, credit: 10 }),
   }));
@@ -103,7 +103,8 @@ test("snapshots and events may arrive in any order: the newest state wins", () =
     const random = seededRandom(seed);
     const events = history(random);
     const at = 1 + Math.floor(random() * events.length);
-    const snapshot = { ...reduceAll(events.slice(0, at)), userId: "ada" };
+    const { input, ...shown } = reduceAll(events.slice(0, at)); // Acks omit the input.
+    const snapshot = { ...shown, ...(random() < 0.5 && { input }), userId: "ada" };
     const when = Math.floor(random() * (events.length + 1));
     const known = [...events.slice(0, when), snapshot, ...events.slice(when)].reduce(reduce, undefined);
     const { userId, ...rest } = known;

@@ -315,7 +315,26 @@ async def test_switching_users_shows_the_other_users_generations(browser: Browse
         await tab.page.reload()
         await tab.shows("completed", "a tree")
         await tab.switch_user("leo")
-        await tab.shows("completed", "Untitled")
+        await tab.shows("completed", "a red hat")
+
+
+async def test_a_generation_that_curl_started_has_its_prompt_as_title_live_and_after_a_reload(
+    browser: Browser, service: Running
+) -> None:
+    pause = EDITOR.pause("a hat from curl")
+    async with tabs(browser, service.url, user="curl") as [tab]:
+        await tab.shows("empty")
+        first = await service.start("curl", prompt="the first hat")
+        await tab.shows("completed", "the first hat")
+        await service.start("curl", prompt="a hat from curl")
+        await tab.shows("active", "a hat from curl")
+        await tab.page.reload()
+        await tab.shows("active", "a hat from curl")
+        pause.released.set()
+        await tab.shows("completed", "a hat from curl")
+        await tab.page.reload()
+        await tab.shows("completed", "a hat from curl")
+        await expect(tab.page.locator(f'#history a[href="#{first}"] .title')).to_have_text("the first hat")
 
 
 async def test_the_page_is_turkish_by_preference_and_can_be_switched_to_english(

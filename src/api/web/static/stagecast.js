@@ -79,7 +79,7 @@
  *   is a service token, and acts for `userId`.
  * @typedef {{io?: any, socket?: Record<string, any>, pollEvery?: number}} LiveOptions
  *   `io`: by default the global `io`; null: poll. `socket`: further options for `io`. `pollEvery`: milliseconds.
- * @typedef {{prompt?: string, images?: Blob[], imageUrls?: string[], faceSwap?: boolean,
+ * @typedef {{prompt?: string, images?: Blob[], imageNames?: string[], imageUrls?: string[], faceSwap?: boolean, face?: number,
  *   metadata?: Record<string, any>, quality?: string, background?: string, aspectRatio?: string,
  *   inputFidelity?: string}} GenerationRequest
  * @typedef {{idempotencyKey?: string, attempts?: number, runner?: "external"}} StartOptions
@@ -130,10 +130,13 @@ export function reduce(generation, update) {
   if (!("sequence" in update)) return undefined;
   if ("updatedAt" in update) {
     if (generation && update.sequence < generation.sequence) return generation;
-    if (generation?.sequence !== update.sequence) return update;
+    // Acks and the feed omit the input.
+    if (generation?.sequence !== update.sequence) return { ...generation?.input && { input: generation.input }, ...update };
     return Object.keys(update).every((key) => key in generation) ? generation : { ...generation, ...update };
   }
-  if (generation && update.sequence <= generation.sequence) return generation;
+  if (generation && update.sequence <= generation.sequence) {
+    return generation.input || !update.input ? generation : { ...generation, input: update.input };
+  }
   if (isGap(generation, update)) return generation;
   const { occurredAt, credit, ...fields } = update;
   return { ...generation, ...fields, createdAt: generation?.createdAt ?? occurredAt, updatedAt: occurredAt };
