@@ -21,6 +21,7 @@ from domain.generation import Generation
 from domain.ports.log import Append, EventLog, Start
 from domain.recorder import Recorder
 from domain.requests import GenerationRequest
+from domain.stored_images import StoredImages
 
 REQUEST: Final = GenerationRequest(prompt="a red hat", external=True)
 START: Final = Start("edit", REQUEST.model_dump_json().encode(), None, "", 1_000_000)
@@ -40,10 +41,10 @@ EVENTS: Final = 30
 class Source:
     """Makes events. Each user has at most one generation per mode that goes on; a finished one is replaced."""
 
-    def __init__(self, log: EventLog, images: str) -> None:
+    def __init__(self, log: EventLog, images: StoredImages, url: str) -> None:
         self._log = log
         self._entropy = SystemEntropy()
-        self._recorder = Recorder(log, now, self._entropy, lambda name: f"{images}/{name}")
+        self._recorder = Recorder(log, now, self._entropy, images, lambda name: f"{url}/{name}")
         self._decided: dict[int, Generation] = {}
         #: The id and the sequence.
         self._appended: dict[int, tuple[str, int]] = {}
@@ -111,7 +112,7 @@ async def main(users: int, live: int = 0) -> None:
         port = listener.getsockname()[1]
         settings = load_settings({"port": port, "credits": None, "editor": "local", "face_swap": "local"})
         parts = await wire(settings)
-        source = Source(parts.storage.log, f"{settings.public_url}/images")
+        source = Source(parts.storage.log, StoredImages(parts.images), f"{settings.public_url}/images")
         for number in range(live):
             await source.start(number % users)
         server = create_server(parts, lambda: control.say(port=port))

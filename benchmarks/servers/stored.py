@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from adapters.images.folder import ImageFolder
 from adapters.memory.log import MemoryLog
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
@@ -28,6 +29,7 @@ from domain.events import Event, encode, event_name, timestamp
 from domain.generation import Generation
 from domain.ports.log import Append
 from domain.recorder import Recorder
+from domain.stored_images import StoredImages
 
 WRITERS: Final = 128
 ENTROPY: Final = SystemEntropy()
@@ -45,7 +47,8 @@ STEPS: Final[Sequence[tuple[str, dict[str, Any]]]] = (
 async def memory(events: int) -> None:
     """Append this many events through the recorder, and tell what the process has grown by."""
     log = MemoryLog(epoch="benchmark", credits=None, clock=now)
-    recorder = Recorder(log, now, ENTROPY, lambda name: f"http://localhost:3000/images/{name}")
+    images = StoredImages(ImageFolder(Path("images"), log="memory", epoch="benchmark"))
+    recorder = Recorder(log, now, ENTROPY, images, lambda name: f"http://localhost:3000/images/{name}")
 
     async def edit(user: int) -> None:
         generation = Generation(f"edit_1763829000123_{ENTROPY.token()}", "edit", f"u{user}", REQUEST)
