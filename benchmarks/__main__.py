@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Final
 
 from benchmarks import peers, report
-from benchmarks.measuring import FULL, QUICK, ROOT, SMOKE, BenchmarkError, Row
+from benchmarks.measuring import FULL, QUICK, ROOT, SMOKE, BenchmarkError, Row, cores
 
 #: In the order in which they are run; each is a module with a function `run`.
 NAMES: Final = ("fanout", "connections", "requests", "composing", "storage", "overload")
@@ -29,8 +29,16 @@ def main() -> int:
     unknown = set(given.names) - set(NAMES)
     if unknown:
         parser.error(f"there are {', '.join(NAMES)}")
+    if given.write and given.names:
+        parser.error("--write needs all benchmarks")
     rows: list[Row] = []
     failed = False
+    try:
+        cores()
+        peers.python()
+    except BenchmarkError as error:
+        print(error)
+        return 1
     if peers.without_node():
         print(f"Without what runs on Node: {peers.without_node()}.")
     for name in given.names or NAMES:

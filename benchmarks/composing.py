@@ -126,8 +126,8 @@ def run(size: Size) -> list[Row]:
         pictures = photographs(Path(folder))
         for _, turns in alternating(names, size):
             for name in turns:
-                seconds.setdefault(name, []).append(attempt(lambda name=name: compose(name, pictures)))  # type: ignore[misc]
-            late.append(attempt(lambda: lateness(size, pictures)))
+                seconds.setdefault(name, []).append(attempt(compose, name, pictures))
+            late.append(attempt(lateness, size, pictures))
     return [
         Row(
             figure="compose three 12-megapixel JPEGs to a JPEG",

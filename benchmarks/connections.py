@@ -42,7 +42,7 @@ def run(size: Size) -> list[Row]:
     names = (STAGECAST, PYTHON) if peers.without_node() else (STAGECAST, NODE, PYTHON)
     for _, turns in alternating(names, size):
         for name in turns:
-            values.setdefault(name, []).append(attempt(lambda name=name: measure(name, sockets)))  # type: ignore[misc]
+            values.setdefault(name, []).append(attempt(measure, name, sockets))
 
     def row(figure: str, unit: str, index: int, peer: str, goal: float | None) -> Row:
         return Row(

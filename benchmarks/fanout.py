@@ -116,10 +116,10 @@ def run(size: Size) -> list[Row]:
     for _, turns in alternating(names, size):
         for shape in SHAPES:
             for name in turns:
-                for key, value in attempt(lambda name=name, shape=shape: measure(name, shape)).items():  # type: ignore[misc]
+                for key, value in attempt(measure, name, shape).items():
                     note(key, value)
         for live in (1_000, 100_000):
-            for key, value in attempt(lambda live=live: measure(STAGECAST, SHAPES[0], size.many(live))).items():  # type: ignore[misc]
+            for key, value in attempt(measure, STAGECAST, SHAPES[0], size.many(live)).items():
                 note(key, value)
     return _rows(values, size)
 

@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, TypeVarTuple
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 SERVERS: Final = ROOT / "benchmarks" / "servers"
 
+_Arguments = TypeVarTuple("_Arguments")
 _Result = TypeVar("_Result")
 
 
@@ -189,9 +190,9 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("STAGECAST_")}
 
 
-def attempt(run: Callable[[], _Result]) -> _Result:
-    """Run one measurement, a second time if the first one fails. Raises `BenchmarkError`."""
+def attempt(measure: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
+    """Make one measurement, a second time if the first one fails. Raises `BenchmarkError`."""
     try:
-        return run()
+        return measure(*arguments)
     except BenchmarkError:
-        return run()
+        return measure(*arguments)

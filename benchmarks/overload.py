@@ -1,8 +1,9 @@
 """Overload: starts come twice as fast as they can be accepted, while connected devices are told about other work."""
 
 import sys
-import threading
-from typing import Any, Final
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Final
 
 from benchmarks.fanout import STAGECAST, clients
 from benchmarks.measuring import Process, Row, Size, attempt, cores
@@ -19,27 +20,21 @@ def measure(size: Size) -> dict[str, float]:
     """The figures of one repetition. Raises `BenchmarkError`."""
     users, seconds = size.many(USERS), size.seconds(4)
     server_core, client_core = cores()
-    python = [sys.executable, "-m"]
-    with (
-        Process([*python, "benchmarks.servers.product", str(users)], [server_core], env=_LIMITS) as server,
-        Process(
-            [*python, "benchmarks.servers.starts", str(port := server.answer(60)["port"])], [client_core]
-        ) as starts,
-        clients(STAGECAST, port, users, 1) as load,
-    ):
+    product = [sys.executable, "-m", "benchmarks.servers.product", str(users)]
+    with ExitStack() as stack:
+        server = stack.enter_context(Process(product, [server_core], env=_LIMITS))
+        port = server.answer(60)["port"]
+        driver = [sys.executable, "-m", "benchmarks.servers.starts", str(port)]
+        starts = stack.enter_context(Process(driver, [client_core]))
+        load = stack.enter_context(clients(STAGECAST, port, users, 1))
         load.answer(60)
         starts.ask(f"closed {CONNECTIONS} {seconds / 4}", 60)
         rate = starts.ask(f"closed {CONNECTIONS} {seconds}", 60)["202"] / seconds
-        answers: dict[str, Any] = {}
-        flood = threading.Thread(
-            target=lambda: answers.update(starts.ask(f"open {2 * rate} {2.5 * seconds}", 20 * seconds + 60))
-        )
         load.ask("arm", 30)
-        flood.start()
-        try:
+        with ThreadPoolExecutor(1) as threads:
+            flood = threads.submit(starts.ask, f"open {2 * rate} {2.5 * seconds}", 20 * seconds + 60)
             late = [_p99(command, server, load, seconds) for command in ("rate", "paced")]
-        finally:
-            flood.join(20 * seconds + 60)
+            answers = flood.result()
         total = sum(answers.values())
         return {
             "rate": rate,
@@ -62,7 +57,7 @@ def _p99(command: str, server: Process, load: Process, seconds: float) -> float:
 
 def run(size: Size) -> list[Row]:
     """All rows. Raises `BenchmarkError`."""
-    found = [attempt(lambda: measure(size)) for _ in range(size.repetitions)]
+    found = [attempt(measure, size) for _ in range(size.repetitions)]
 
     def row(key: str, figure: str, unit: str, at_most: float | None = None, at_least: float | None = None) -> Row:
         values = [each[key] for each in found]

@@ -125,7 +125,7 @@ def run(size: Size) -> list[Row]:
     values: dict[tuple[str, str], list[float]] = {}
     for _, names in alternating((STAGECAST, BARE), size):
         for name in names:
-            for route, value in attempt(lambda name=name: measure(name, size)).items():  # type: ignore[misc]
+            for route, value in attempt(measure, name, size).items():
                 values.setdefault((name, route), []).append(value)
     return [
         Row(

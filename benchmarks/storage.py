@@ -21,9 +21,9 @@ def run(size: Size) -> list[Row]:
     memory: list[dict[str, float]] = []
     per_second: dict[str, list[float]] = {"sqlite": [], "rows": []}
     for _, turns in alternating(tuple(per_second), size):
-        memory.append(attempt(lambda: stored("memory", size.count(EVENTS))))
+        memory.append(attempt(stored, "memory", size.count(EVENTS)))
         for what in turns:
-            found = attempt(lambda what=what: stored(what, size.seconds(SECONDS)))  # type: ignore[misc]
+            found = attempt(stored, what, size.seconds(SECONDS))
             per_second[what].append(found["per_second"])
     return [
         Row(
