@@ -49,6 +49,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         generate_unique_id_function=lambda route: to_camel(route.name),
     )
     http.state.workflow = service.workflow
+    http.state.user_removal = service.user_removal
     http.state.feed_sessions = service.feed_sessions
     http.state.images = service.thumbnails
     http.state.streams = service.streams

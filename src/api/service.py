@@ -24,6 +24,7 @@ from domain.runner import Runner
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.thumbnails import Thumbnails
+from domain.user_removal import UserRemoval
 from domain.workflow import Workflow
 
 #: Seconds at shutdown for sockets and the webhook to receive the last events.
@@ -76,6 +77,7 @@ class Service:
             limits=limits,
             supervisor=self.supervisor,
         )
+        self.user_removal = UserRemoval(workflow=self.workflow, sessions=self.sessions)
         self.runner = Runner(
             supervisor=self.supervisor,
             quarantine=self._quarantine,

@@ -91,6 +91,10 @@ class Admission:
         if not accepted:
             raise TooManyStarts(math.ceil(starts[0] + _MINUTE - now))
 
+    def forget(self, user_id: str) -> None:
+        """Forget the user's starts of the last minute."""
+        self._starts.pop(user_id, None)
+
     @asynccontextmanager
     async def reserve(self, user_id: str, *, size: int, external: bool) -> AsyncIterator[None]:
         """Reserve a credit, a place and `size` bytes for a start, until the log has it or it is refused.

@@ -13,7 +13,7 @@ from domain.device import Device, EncodedEntry, Encoder, F, GenerationDevice, Se
 from domain.events import GENERATION_REMOVED
 from domain.feed import Cursor
 from domain.feed_sessions import StartPosition
-from domain.ports.log import EventLog, Gap, Notice, Removed
+from domain.ports.log import EventLog, Gap, Notice, Removed, UserRemoved
 from domain.quarantine import Quarantine
 
 
@@ -66,6 +66,9 @@ class Hub:
                 device.read_again()
         elif isinstance(entry, Removed):
             self.announce(entry.user_id, GENERATION_REMOVED, {"generationId": entry.generation_id})
+        elif isinstance(entry, UserRemoved):
+            for device in list(self.rooms.get(entry.user_id, ())):  # A device may leave the room at once.
+                device.finish()
         elif room := self.rooms.get(entry.user_id):
             feed = next(iter(room)).feed
             cursor = Cursor(entry.position, entry.event_id, entry.position).text(feed)

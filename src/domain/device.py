@@ -58,8 +58,8 @@ class SendBuffer(Protocol[_FrameIn]):
     async def flushed(self) -> None:
         """Wait until the client has taken everything, or the connection has ended."""
 
-    def close(self) -> None:
-        """Accept no more frames, and end the connection once the client has taken what waits."""
+    def finish(self) -> None:
+        """End the connection once the client has taken what waits. Nothing is put any more."""
 
     def abort(self) -> None:
         """End the connection without sending what waits. Returns before anybody is notified of the end."""
@@ -160,6 +160,13 @@ class Device(Generic[F]):
         self._on_close(self)
         if self._task is not None:
             self._task.cancel()
+
+    def finish(self) -> None:
+        """The feed has ended: send what waits, then end the connection, so that the client starts anew."""
+        self._closed = self._pulling = self._reading = True
+        if self._task is not None:
+            self._task.cancel()
+        self._buffer.finish()
 
     def replay(self, generation_id: str, after: int | None) -> None:
         """Send this generation's events with a sequence above `after` again; ``None``: those never sent here."""
@@ -355,4 +362,4 @@ class GenerationDevice(Device[F]):
 
     def _finish(self) -> None:
         self._closed = True
-        self._buffer.close()
+        self._buffer.finish()

@@ -15,7 +15,7 @@ from domain.errors import Conflict, Failure, LogUnavailable, NotExternal
 from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports.leases import Leases
-from domain.ports.log import EventLog, Gap, History, Notice
+from domain.ports.log import EventLog, Gap, History, Notice, Removed
 from domain.ports.system import Clock
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
@@ -66,7 +66,7 @@ class ExternalWork:
             self._missed_entries = True
         elif isinstance(entry, Logged) and entry.end is None:
             self._due[entry.generation_id] = self.clock() + timedelta(seconds=self.deadline)
-        else:
+        elif isinstance(entry, Logged | Removed):
             self._due.pop(entry.generation_id, None)
 
     async def idle(self) -> None:

@@ -1,8 +1,10 @@
 """The image store, and the bytes that each user has in it."""
 
+import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 
 from domain.ports.images import WIDTHS, ImageStore, Picture, thumbnail_name
 
@@ -19,6 +21,8 @@ class StoredImages:
         self._sizes: defaultdict[str, int] = defaultdict(int)
         self._stored: defaultdict[str, int] = defaultdict(int)
         self._discarding: set[str] = set()
+        #: The pictures that are being stored, and the generations that are being removed.
+        self._saving: defaultdict[str, set[asyncio.Task[str]]] = defaultdict(set)
         self._removing: set[str] = set()
 
     def owner(self, generation_id: str) -> str | None:
@@ -52,9 +56,21 @@ class StoredImages:
 
     async def save(self, generation_id: str, picture: Picture) -> str:
         """Store a picture and return its name. Raises `Failure`."""
-        name = await self.store.save(generation_id, picture)
-        self._add(generation_id, len(picture.data))
-        return name
+        return await self._save(generation_id, picture)
+
+    async def _save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
+        saving = asyncio.create_task(self.store.save(generation_id, picture, name))
+        self._saving[generation_id].add(saving)
+        saving.add_done_callback(partial(self._saved, generation_id, len(picture.data)))
+        # A thread that writes cannot be cancelled.
+        return await asyncio.shield(saving)
+
+    def _saved(self, generation_id: str, size: int, saving: asyncio.Task[str]) -> None:
+        self._saving[generation_id].discard(saving)
+        if not self._saving[generation_id]:
+            del self._saving[generation_id]
+        if not saving.cancelled() and saving.exception() is None:
+            self._add(generation_id, size)
 
     async def copy(self, name: str, generation_id: str) -> str | None:
         """Store the picture of this name once more, for this generation. ``None`` where there is none."""
@@ -64,8 +80,7 @@ class StoredImages:
     async def save_thumbnail(self, name: str, width: int, picture: Picture) -> None:
         """Store a thumbnail of this picture, unless the picture is removed meanwhile. Raises `Failure`."""
         generation_id, thumbnail = name.rpartition("-")[0], thumbnail_name(name, width)
-        await self.store.save(generation_id, picture, thumbnail)
-        self._add(generation_id, len(picture.data))
+        await self._save(generation_id, picture, thumbnail)
         if generation_id in self._removing or not await self.store.size(name):
             await self._discard(thumbnail)
 
@@ -91,9 +106,11 @@ class StoredImages:
                 self._discarding.discard(name)
 
     async def remove(self, generation_id: str) -> None:
-        """Remove all pictures of one generation."""
+        """Remove all pictures of one generation, also those that are being stored for work that was cancelled."""
         self._removing.add(generation_id)
         try:
+            while saving := self._saving.get(generation_id):
+                await asyncio.wait(saving)
             await self.store.remove(generation_id)
         finally:
             self._removing.discard(generation_id)

@@ -89,8 +89,8 @@ class Workflow:
 
     def __post_init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
-        #: The tasks that start a generation, and those with an idempotency key by user and key.
-        self._starting: set[asyncio.Task[Any]] = set()
+        #: The tasks that start a generation, with their users, and those with an idempotency key by user and key.
+        self._starting: dict[asyncio.Task[Any], str] = {}
         self._keys: dict[tuple[str, str], asyncio.Task[Any]] = {}
         #: Limits the files that are in memory for a fingerprint or a copy.
         self._in_memory = asyncio.Semaphore(2)
@@ -129,7 +129,7 @@ class Workflow:
         if self.draining:
             raise Draining
         starting = self._spawn(self._start(user_id, kind, request, uploads, key))
-        self._starting.add(starting)
+        self._starting[starting] = user_id
         if key is not None:
             self._keys[user_id, key] = starting
         starting.add_done_callback(partial(self._started, user_id, key))
@@ -163,10 +163,10 @@ class Workflow:
         self.draining = True
         _end(self._arriving)
 
-    async def started(self) -> None:
-        """Wait until every start is in the log and in the queue, or was refused."""
-        while self._starting:
-            await asyncio.wait(self._starting)
+    async def started(self, user_id: str | None = None) -> None:
+        """Wait until every start, of this user if one is given, is in the log and in the queue, or was refused."""
+        while starting := [task for task, user in self._starting.items() if user_id in (None, user)]:
+            await asyncio.wait(starting)
 
     async def close(self) -> None:
         """Refuse every start that is not being appended yet, and wait for the others."""
@@ -178,7 +178,7 @@ class Workflow:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _started(self, user_id: str, key: str | None, starting: asyncio.Task[Snapshot]) -> None:
-        self._starting.discard(starting)
+        del self._starting[starting]
         if key is not None:
             del self._keys[user_id, key]
         if not starting.cancelled():

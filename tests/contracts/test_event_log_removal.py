@@ -403,3 +403,83 @@ async def test_appends_sent_by_many_writers_leave_a_consistent_log(recorder: Eve
     for generation in running:
         assert statuses(await log.generation(generation.generation_id)) == ["started", *steps]
     assert await log.credit("ada") == 97
+
+
+# --- users -----------------------------------------------------------------------------------------------
+
+
+async def test_a_removed_user_leaves_nothing_and_others_are_unchanged(recorder: EventRecorder, log: WholeLog) -> None:
+    now = recorder.clock()
+    for user in ("ada", "bob"):
+        await log.grant(user, 7, key="g", at=now, until=now + timedelta(days=1))
+    deleted, ended = await recorder.run_to_end(key="one"), await recorder.run_to_end(key="two")
+    await recorder.start_and_fail("bob", key="one")
+    running = await recorder.start("bob", key="two")
+    await log.remove(deleted.generation_id, retention=False)
+    before = await image(log, "bob", running.generation_id)
+    follower = RecordingFollower()
+    async with log.follow(follower):
+        removed = await log.remove_user("ada")
+        assert [list(await log.remove_user(user)) for user in ("ada", "nobody")] == [[], []]
+        await recorder.finish(running)
+        await follower.until(lambda entries: len(entries) == 5)
+    assert sorted(removed) == sorted([deleted.generation_id, ended.generation_id])
+    assert follower.removed == [Removed("ada", ended.generation_id)]
+    assert follower.removed_users == ["ada"]
+    assert before != await image(log, "bob", running.generation_id)
+    assert await log.generation(ended.generation_id) is None
+    assert list(await log.generations("ada", limit=10)) == []
+    assert await log.find_by_idempotency_key("ada", "two") is None
+    assert await log.credit("ada") == 100
+    assert await log.grant("ada", 7, key="g", at=now, until=now + timedelta(days=1)) == 107
+    assert await log.find_by_idempotency_key("bob", "one") is not None
+    assert list(await log.finished_before(recorder.clock.step(), 10)) == [
+        history.generation_id for history in reversed(await log.generations("bob", limit=10))
+    ]
+
+
+async def test_a_user_with_running_work_is_not_removed(recorder: EventRecorder, log: WholeLog) -> None:
+    await recorder.run_to_end()
+    running = await recorder.start()
+    before = await image(log, "ada", running.generation_id)
+    with pytest.raises(NotFinished):
+        await log.remove_user("ada")
+    assert await image(log, "ada", running.generation_id) == before
+
+
+async def test_the_cursors_of_a_removed_user_are_unusable_and_new_ones_are_not(
+    recorder: EventRecorder, log: WholeLog
+) -> None:
+    first = await log.head_cursor("ada")
+    await recorder.run_to_end()
+    old = [await log.head_cursor("ada")]
+    await recorder.run_to_end()
+    old.append(await log.head_cursor("ada"))
+    await log.remove_user("ada")
+    assert [await usable(log, "ada", cursor) for cursor in (first, *old)] == [True, False, False]
+    assert await log.head_cursor("ada") == first
+    for _ in range(3):
+        await recorder.run_to_end()
+    assert [await usable(log, "ada", cursor) for cursor in (first, *old)] == [True, False, False]
+    feed = await full_feed(log)
+    assert [entry.position for entry in feed.entries] == list(range(1, 19))
+    assert (feed.floor, feed.head) == (0, 18)
+
+
+async def test_a_removed_users_undelivered_webhooks_are_forgotten(recorder: EventRecorder, log: WholeLog) -> None:
+    await recorder.run_to_end()
+    await log.remove_user("ada")
+    assert list(await log.claim_undelivered(10)) == []
+
+
+async def test_a_start_and_a_removal_at_once_leave_the_generation_whole_or_not_at_all(
+    recorder: EventRecorder, log: WholeLog
+) -> None:
+    for _ in range(10):
+        await recorder.run_to_end()
+        start, removal = await asyncio.gather(recorder.start(), log.remove_user("ada"), return_exceptions=True)
+        assert not isinstance(start, BaseException)
+        assert await log.generation(start.generation_id) is not None
+        if isinstance(removal, BaseException):
+            assert isinstance(removal, NotFinished)
+        await recorder.finish(start)

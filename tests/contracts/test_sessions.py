@@ -205,3 +205,15 @@ class TestMemorySessions:
         sessions, users = self.left(store)
         assert users == 1
         assert sessions <= 1_000
+
+
+async def test_all_sessions_of_a_user_end_at_once(store: Sessions, clock: SteppableClock) -> None:
+    for pid, user in (("one", "ada"), ("two", "ada"), ("three", "bob")):
+        await store.save(pid, session(user), at=clock())
+    await store.end_all("ada")
+    await store.end_all("nobody")
+    await store.touch(["one", "two"], at=clock())
+    assert [await store.load(pid, at=clock()) for pid in ("one", "two")] == [None, None]
+    assert await store.load("three", at=clock()) == session("bob")
+    await store.save("one", session("ada"), at=clock())
+    assert await store.load("one", at=clock()) == session("ada")

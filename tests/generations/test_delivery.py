@@ -143,7 +143,7 @@ class Reader:
             self.moved.clear()
             await self.moved.wait()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self.closed = True
 
     def abort(self) -> None:

@@ -446,6 +446,7 @@ async def test_the_openapi_description_is_complete(shared_api: Api) -> None:
         ("/generations/{generation_id}/cancel", "post"),
         ("/me", "get"),
         ("/users/{user_id}/credit", "post"),
+        ("/users/{user_id}", "delete"),
         ("/stages", "get"),
         ("/images/{name}", "get"),
         ("/version", "get"),

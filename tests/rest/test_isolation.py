@@ -69,6 +69,7 @@ ROUTES: Final[dict[tuple[str, str], One | str]] = {
     ("POST", "/generations/edit"): STARTS,
     ("POST", "/generations/generate"): STARTS,
     ("POST", "/users/{user_id:path}/credit"): SERVICES,
+    ("DELETE", "/users/{user_id:path}"): SERVICES,
     ("GET", "/images/{name}"): PUBLIC,
     ("GET", "/stages"): PUBLIC,
     ("GET", "/version"): PUBLIC,

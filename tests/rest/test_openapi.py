@@ -44,6 +44,7 @@ OPERATIONS: Final = (
     "GET /events",
     "GET /me",
     "POST /users/{user_id}/credit",
+    "DELETE /users/{user_id}",
     "GET /stages",
     "GET /images/{name}",
     "GET /version",

@@ -26,7 +26,7 @@ from domain.feed import Logged
 from domain.generation import Generation
 from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
-from domain.ports.log import Append, EventLog, History, Notice, Removed, Start
+from domain.ports.log import Append, EventLog, History, Notice, Removed, Start, UserRemoved
 from domain.ports.retention import Retention
 from domain.ports.storage import Storage
 from domain.ports.system import Clock
@@ -305,11 +305,14 @@ class RecordingFollower:
     def __init__(self) -> None:
         self.entries: list[Logged] = []
         self.removed: list[Removed] = []
+        self.removed_users: list[str] = []
         self._news = asyncio.Event()
 
     def __call__(self, entry: Notice) -> None:
         if isinstance(entry, Removed):
             self.removed.append(entry)
+        elif isinstance(entry, UserRemoved):
+            self.removed_users.append(entry.user_id)
         else:
             assert isinstance(entry, Logged), "the follower missed entries"
             self.entries.append(entry)

@@ -336,6 +336,10 @@ class ForwardingLog:
         await self.forward()
         return await self.inner.grant(user_id, amount, key=key, at=at, until=until)
 
+    async def remove_user(self, user_id: str) -> Sequence[str]:
+        await self.forward()
+        return await self.inner.remove_user(user_id)
+
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
         await self.forward()
         return await self.inner.remove(generation_id, retention=retention)

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
+from adapters.memory.sessions import MemorySessions
 from adapters.system import SystemEntropy, now
 from api.auth import Authenticator
 from api.rest import accounts, generations, info, problems
@@ -32,6 +33,7 @@ from domain.recorder import Recorder
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.thumbnails import Thumbnails
+from domain.user_removal import UserRemoval
 from domain.workflow import Workflow
 from support.builders import image_url
 
@@ -180,6 +182,7 @@ async def serve_api(
     app.include_router(accounts.router)
     app.include_router(info.router)
     app.state.workflow = workflow
+    app.state.user_removal = UserRemoval(workflow=workflow, sessions=MemorySessions(timedelta(days=1)))
     app.state.authenticator = Authenticator(None, now)
     app.state.images = Thumbnails(stored, FakeIntake())
     app.state.readiness = readiness

@@ -19,7 +19,7 @@ from domain.events import CONTINUE, NAMES
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.followers import Followers
 from domain.ports.ledger import Standing
-from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed, Start
+from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed, Start, UserRemoved
 from domain.ports.system import Clock
 
 
@@ -311,6 +311,23 @@ class MemoryLog:
         for passed in user.forget_below_floor():
             del self._finished[passed.generation_id]
         return True
+
+    async def remove_user(self, user_id: str) -> Sequence[str]:
+        user = self._users.get(user_id)
+        if user is None:
+            return []
+        if user.active:
+            raise NotFinished
+        kept, deleted = list(user.generations), [record.generation_id for record in user.deleted]
+        for generation_id in (*kept, *deleted):
+            for records in (self._records, self._finished, self._undelivered):
+                records.pop(generation_id, None)
+        self._grants = {known: grant for known, grant in self._grants.items() if known[0] != user_id}
+        del self._users[user_id]
+        for generation_id in kept:
+            self._followers.deliver(Removed(user_id, generation_id))
+        self._followers.deliver(UserRemoved(user_id))
+        return [*kept, *deleted]
 
     async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         return [record.entry(len(record.events) - 1) for record in islice(self._undelivered.values(), limit)]

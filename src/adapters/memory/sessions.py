@@ -46,6 +46,10 @@ class MemorySessions:
     async def end(self, pid: str) -> None:
         self._forget(pid)
 
+    async def end_all(self, user_id: str) -> None:
+        for pid in list(self._pids.get(user_id, ())):
+            self._forget(pid)
+
     def _expire(self, at: datetime) -> None:
         while self._sessions:
             pid, (_, touched) = next(iter(self._sessions.items()))

@@ -34,7 +34,7 @@ class EngineSocket:
     def __init__(self, server: engineio.AsyncServer, sid: str) -> None:
         """`server` has the table of sessions, the ping times and the handlers."""
         self.sid = sid
-        self.buffer = BoundedSendBuffer[Packet](_size, self.abort)
+        self.buffer = BoundedSendBuffer[Packet](_size, self.abort, self.finish)
         #: A request has opened the session.
         self.connected = False
         #: A WebSocket is about to take over from polling; or is the transport.

@@ -29,10 +29,16 @@ class BoundedSendBuffer(Generic[F]):
     client that keeps asking and does not read the answers is disconnected.
     """
 
-    def __init__(self, size: Callable[[F], int], abort: Callable[[], None]) -> None:
-        """`size` is a frame's size in bytes; `abort` ends the transport, after this call has returned."""
+    def __init__(
+        self, size: Callable[[F], int], abort: Callable[[], None], finish: Callable[[], None] | None = None
+    ) -> None:
+        """`size` is a frame's size in bytes; `abort` ends the transport, after this call has returned.
+
+        `finish` ends the transport once the buffer is empty. ``None``: it ends when `take` returns nothing.
+        """
         self._size = size
         self.abort = abort
+        self.finish = finish or self.close
         self._frames: deque[F] = deque()
         self._filled = asyncio.Event()
         self._moved = asyncio.Event()

@@ -23,7 +23,7 @@ from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.followers import Followers
 from domain.ports.ledger import Standing
-from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed
+from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed, UserRemoved
 from domain.ports.system import Clock
 
 #: A position beyond every other.
@@ -179,6 +179,14 @@ class SqliteLog:
         )
         return removed is not None
 
+    async def remove_user(self, user_id: str) -> Sequence[str]:
+        generations = "SELECT generations.id FROM generations JOIN users ON users.id = owner WHERE user_id = ?"
+        await self._read(lambda _: None, generations, (user_id,))
+        removed, _ = await self._database.write(
+            lambda connection: _remove_user(connection, user_id), lambda outcome: self._deliver_removed(outcome[1])
+        )
+        return removed
+
     async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         if not self._outbox:
             return []
@@ -294,7 +302,7 @@ class SqliteLog:
         if new:
             self._followers.deliver(entry)
 
-    def _deliver_removed(self, removed: Sequence[Removed] | None) -> None:
+    def _deliver_removed(self, removed: Sequence[Removed | UserRemoved] | None) -> None:
         for notice in removed or ():
             self._followers.deliver(notice)
 
@@ -353,3 +361,20 @@ def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool)
     # Deletes their events too (ON DELETE CASCADE).
     connection.execute("DELETE FROM generations WHERE owner = ? AND deleted = 1 AND end_position <= ?", (user, floor))
     return () if deleted else (Removed(user_id, generation_id),)
+
+
+def _remove_user(connection: sqlite3.Connection, user_id: str) -> tuple[Sequence[str], Sequence[Removed | UserRemoved]]:
+    """The ids of the removed generations, and what followers are notified of."""
+    row = connection.execute("SELECT id FROM users WHERE user_id = ?", (user_id,)).fetchone()
+    if row is None:
+        return (), ()
+    query = "SELECT generation_id, deleted, end_position FROM generations WHERE owner = ?"
+    generations = connection.execute(query, row).fetchall()
+    if any(end is None for _, _, end in generations):
+        raise NotFinished
+    # Deletes their events too, and what was set aside of them (ON DELETE CASCADE).
+    connection.execute("DELETE FROM generations WHERE owner = ?", row)
+    connection.execute("DELETE FROM grants WHERE owner = ?", row)
+    connection.execute("DELETE FROM users WHERE id = ?", row)
+    notices = [Removed(user_id, generation_id) for generation_id, deleted, _ in generations if not deleted]
+    return [generation_id for generation_id, _, _ in generations], [*notices, UserRemoved(user_id)]

@@ -89,6 +89,11 @@ class SqliteSessions:
                 lambda connection: connection.execute("DELETE FROM sessions WHERE pid = ?", (pid,))
             )
 
+    async def end_all(self, user_id: str) -> None:
+        await self._database.write(
+            lambda connection: connection.execute("DELETE FROM sessions WHERE user_id = ?", (user_id,))
+        )
+
     def _expired(self, at: datetime) -> int:
         """Sessions touched at or before this time (microseconds since 1970) have expired."""
         return microseconds(at - self._retention)

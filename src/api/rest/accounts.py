@@ -1,4 +1,4 @@
-"""HTTP: the balances of users."""
+"""HTTP: users: their balances, and their removal."""
 
 from typing import Final
 
@@ -9,7 +9,7 @@ from api.rest.bodies import json_body, read_json
 from api.rest.generations import IdempotencyKey
 from api.rest.problems import documented
 from api.rest.schemas import Account, Grant, json_response
-from api.rest.state import UseCases
+from api.rest.state import Removals, UseCases
 from domain.identity import user_id as valid_user_id
 
 router: Final = APIRouter(tags=["accounts"])
@@ -40,3 +40,19 @@ async def grant_credit(request: Request, user_id: str, workflow: UseCases, key: 
     """Grant credit to a user, or take it back, but never below 0. For services."""
     user, grant = valid_user_id(user_id), await read_json(request, Grant)
     return json_response(Account(user_id=user, credit=await workflow.grant(user, grant.amount, key)))
+
+
+@router.delete(
+    "/users/{user_id:path}",
+    status_code=204,
+    response_class=Response,
+    responses=documented(*PROBLEMS),
+    dependencies=[service_only],
+)
+async def delete_user(user_id: str, removals: Removals) -> Response:
+    """Remove a user: generations, images, sessions, idempotency keys and the balance. For services.
+
+    Unfinished work is cancelled first. An unknown user is removed already.
+    """
+    await removals.remove(valid_user_id(user_id))
+    return Response(status_code=204)

@@ -6,6 +6,7 @@ from fastapi import Depends, Request
 
 from domain.feed_sessions import FeedSessions
 from domain.thumbnails import Thumbnails
+from domain.user_removal import UserRemoval
 from domain.workflow import Workflow
 
 
@@ -16,6 +17,7 @@ def _state(name: str) -> Any:
     return Depends(get)
 
 
+Removals = Annotated[UserRemoval, _state("user_removal")]
 UseCases = Annotated[Workflow, _state("workflow")]
 Feeds = Annotated[FeedSessions, _state("feed_sessions")]
 Images = Annotated[Thumbnails, _state("images")]

@@ -62,6 +62,12 @@ class Removed(NamedTuple):
     generation_id: str
 
 
+class UserRemoved(NamedTuple):
+    """A user was removed with all generations, and the positions of the feed begin again. This is not stored."""
+
+    user_id: str
+
+
 class History(NamedTuple):
     """One generation: one atomic read."""
 
@@ -83,7 +89,7 @@ class IdempotencyRecord(NamedTuple):
     fingerprint: str
 
 
-Notice = Logged | Removed | Gap
+Notice = Logged | Removed | UserRemoved | Gap
 Deliver = Callable[[Notice], None]
 
 
@@ -150,7 +156,8 @@ class EventLog(Protocol):
         """Deliver every entry appended from now on, in order of position per user, or `Gap`.
 
         Also delivers `Removed`, after the generation's entries, for every generation that is removed and had not been
-        deleted before. Removals on other nodes arrive within 3 seconds, if nothing fails meanwhile.
+        deleted before, and `UserRemoved` after those of the user's generations. Removals on other nodes arrive within 3
+        seconds, if nothing fails meanwhile.
 
         `deliver` must not block. What it raises is logged and undoes nothing.
         """

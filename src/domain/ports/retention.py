@@ -21,6 +21,16 @@ class Retention(Protocol):
             NotFinished: it still runs.
         """
 
+    async def remove_user(self, user_id: str) -> Sequence[str]:
+        """Remove all that is stored of a user: generations, tombstones, feed, balance, and what `grant` has recorded.
+
+        Return the ids of the removed generations, deleted ones included. The user's next start is that of a new user,
+        and every cursor except one before the first event is unusable.
+
+        Raises:
+            NotFinished: a generation still runs; nothing was removed.
+        """
+
     async def images(self, generation_id: str) -> Collection[str]:
         """The names of all stored pictures that events of this generation bring."""
 

@@ -32,5 +32,8 @@ class Sessions(Protocol):
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
         """Extend the sessions with these pids."""
 
+    async def end_all(self, user_id: str) -> None:
+        """Remove all sessions of this user."""
+
     async def end(self, pid: str) -> None:
         """Remove the session."""
