@@ -53,6 +53,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.feed_sessions = service.feed_sessions
     http.state.images = service.thumbnails
     http.state.streams = service.streams
+    http.state.stage_times = service.stage_times
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
     problems.install(http)

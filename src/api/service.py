@@ -21,6 +21,7 @@ from domain.queue_positions import QueuePositions
 from domain.readiness import FOLLOWER, IMAGES, LOG, Readiness, why_not_ready
 from domain.recorder import Recorder
 from domain.runner import Runner
+from domain.stage_times import StageTimes
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.thumbnails import Thumbnails
@@ -78,6 +79,7 @@ class Service:
             supervisor=self.supervisor,
         )
         self.user_removal = UserRemoval(workflow=self.workflow, sessions=self.sessions)
+        self.stage_times = StageTimes()
         self.runner = Runner(
             supervisor=self.supervisor,
             quarantine=self._quarantine,
@@ -89,6 +91,7 @@ class Service:
             editor=parts.editor,
             face_swapper=parts.face_swapper,
             fetcher=parts.fetcher,
+            stage_times=self.stage_times,
             max_running=settings.max_running,
             deadline=settings.deadline,
         )

@@ -26,7 +26,8 @@ from domain.quarantine import Quarantine
 from domain.readiness import RUNNER
 from domain.recorder import ATTENTION, Recorder
 from domain.rehydrate import UNREADABLE, generation_of, is_external, request_of
-from domain.stages import FLOWS, Provider, Stage, ceiling
+from domain.stage_times import Entered, StageTimes
+from domain.stages import FAILED, FLOWS, Provider, Stage, ceiling
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor, being_cancelled, reason_of
 
@@ -62,6 +63,7 @@ class Runner:
     fetcher: ImageFetcher
     supervisor: Supervisor
     quarantine: Quarantine
+    stage_times: StageTimes
     max_running: int
     #: Seconds.
     deadline: float
@@ -239,6 +241,8 @@ class _Job:
         #: Ends the work at the deadline.
         self.scope = asyncio.timeout(None)
         self.generation = generation_of(history)
+        #: The stages that it has entered since this node took it up; for a new one, from the first.
+        self._entered = [self._entry] if self.generation.sequence == 1 else []
         #: Seconds for which somebody has worked on it before.
         self.worked = _worked(history)
         #: Whether the present stage may be repeated for free, or may not be repeated.
@@ -294,9 +298,18 @@ class _Job:
         return stage.provider is not None and self._runner.providers[stage.provider].free
 
     async def _record(self, status: str, fields: Mapping[str, Any], *, free: bool) -> None:
+        before = self.generation.status
         self.generation = await self._runner.recorder.move(self.generation, status, fields, free=free)
         self._unnamed.clear()
         self.over = self.generation.finished
+        if status != before:
+            self._entered.append(self._entry)
+        if self.over and status != FAILED:
+            self._runner.stage_times.add(self.generation.kind, self._entered)
+
+    @property
+    def _entry(self) -> Entered:
+        return Entered(self.generation.status, datetime.fromisoformat(self.generation.updated_at))
 
     def abandon(self) -> None:
         """Stop here, and wait for nothing."""

@@ -30,6 +30,7 @@ from domain.external import ExternalWork
 from domain.ports.images import Content, Picture, read
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
+from domain.stage_times import StageTimes
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.thumbnails import Thumbnails
@@ -185,6 +186,7 @@ async def serve_api(
     app.state.user_removal = UserRemoval(workflow=workflow, sessions=MemorySessions(timedelta(days=1)))
     app.state.authenticator = Authenticator(None, now)
     app.state.images = Thumbnails(stored, FakeIntake())
+    app.state.stage_times = StageTimes()
     app.state.readiness = readiness
     config = uvicorn.Config(
         OriginGuard(app, open_mode=True, origins=origins, hosts=hosts),

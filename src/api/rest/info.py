@@ -6,8 +6,8 @@ from typing import Annotated, Final, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 from api.rest.problems import documented, problem
-from api.rest.schemas import STAGES, Health, Stages, Version, json_response
-from api.rest.state import Images
+from api.rest.schemas import Health, Stages, Version, json_response, stages
+from api.rest.state import Images, Times
 from domain.errors import Draining, LogUnavailable, NotFound
 
 router: Final = APIRouter()
@@ -25,9 +25,9 @@ _NOT_READY: Final = {
 
 
 @router.get("/stages", tags=["generations"], response_model=Stages, responses=documented())
-async def get_stages() -> Response:
-    """The declared sequences of stages."""
-    return json_response(STAGES)
+async def get_stages(times: Times) -> Response:
+    """The declared sequences of stages, and how long they typically take."""
+    return json_response(stages(times))
 
 
 @router.get(

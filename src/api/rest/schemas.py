@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, RootModel, StrictInt
 from domain.events import CONTINUE, Event, Wire, event_name
 from domain.feed import Logged
 from domain.generation import Snapshot
+from domain.stage_times import StageTimes
 from domain.stages import FLOWS, GUARDS, Kind, moves
 
 
@@ -81,6 +82,10 @@ class StageView(Wire):
     ] = None
     repeats: Annotated[bool, Field(description="whether it may follow itself with higher progress")]
     terminal: Annotated[bool, Field(description="whether no stage may follow")]
+    typical_seconds: Annotated[
+        float | None,
+        Field(description="the median on this node since its start; absent if it has run less than five times"),
+    ] = None
 
 
 class Stages(RootModel[dict[Kind, list[StageView]]]):
@@ -119,7 +124,17 @@ def _stage_view(kind: Kind, status: str) -> StageView:
     )
 
 
-STAGES: Final = Stages({kind: [_stage_view(kind, status) for status in flow] for kind, flow in FLOWS.items()})
+_STAGES: Final = {kind: [_stage_view(kind, status) for status in flow] for kind, flow in FLOWS.items()}
+
+
+def stages(times: StageTimes) -> Stages:
+    """The declared sequences, and how long their stages take."""
+    return Stages(
+        {
+            kind: [each.model_copy(update={"typical_seconds": times.typical(kind, each.status)}) for each in flow]
+            for kind, flow in _STAGES.items()
+        }
+    )
 
 
 #: What OpenAPI says of a route that also answers with an event stream: its content, and the header of a reconnect.

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from domain.feed_sessions import FeedSessions
+from domain.stage_times import StageTimes
 from domain.thumbnails import Thumbnails
 from domain.user_removal import UserRemoval
 from domain.workflow import Workflow
@@ -18,6 +19,7 @@ def _state(name: str) -> Any:
 
 
 Removals = Annotated[UserRemoval, _state("user_removal")]
+Times = Annotated[StageTimes, _state("stage_times")]
 UseCases = Annotated[Workflow, _state("workflow")]
 Feeds = Annotated[FeedSessions, _state("feed_sessions")]
 Images = Annotated[Thumbnails, _state("images")]
