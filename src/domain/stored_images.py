@@ -62,8 +62,14 @@ class StoredImages:
         saving = asyncio.create_task(self.store.save(generation_id, picture, name))
         self._saving[generation_id].add(saving)
         saving.add_done_callback(partial(self._saved, generation_id, len(picture.data)))
-        # A thread that writes cannot be cancelled.
-        return await asyncio.shield(saving)
+        try:
+            return await asyncio.shield(saving)
+        except asyncio.CancelledError:
+            # A thread that writes cannot be cancelled, and nobody knows the name of its picture.
+            await asyncio.wait([saving])
+            if not saving.cancelled() and saving.exception() is None:
+                await self._discard(saving.result())
+            raise
 
     def _saved(self, generation_id: str, size: int, saving: asyncio.Task[str]) -> None:
         self._saving[generation_id].discard(saving)
