@@ -15,6 +15,7 @@ from adapters.system import now
 from support.builders import EventWriter, SteppableClock
 from support.command_line import STAGECAST, environment, run_main
 from support.harness import TIMEOUT, Running, running
+from support.page import PromptedEditor, QuickComposer
 from support.proxy import Fault, Proxy
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -99,3 +100,36 @@ async def test_all_generations_of_a_user_are_live_bars_in_a_terminal(
     child.send_signal(2)
     assert await asyncio.wait_for(child.wait(), TIMEOUT) == 130
     os.close(ours)
+
+
+async def test_the_place_in_line_is_shown_until_the_work_begins(tmp_path: Path) -> None:
+    editor = PromptedEditor()
+    pause = editor.pause("busy")
+    overrides = {"editor": editor, "composer": QuickComposer()}
+    async with running(tmp_path, overrides=overrides, max_running=1) as busy:
+        await busy.start(prompt="busy")
+        await pause.reached.wait()
+        before = await busy.start()
+        command = [*STAGECAST, "watch", "--url", busy.url, "--user", "ada"]
+        child = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.PIPE, env=environment({}), cwd="/"
+        )
+        assert child.stdout is not None
+
+        async def line_with(*parts: str) -> None:
+            assert child.stdout is not None
+            async with asyncio.timeout(TIMEOUT):
+                while line := (await child.stdout.readline()).decode():
+                    if all(part in line for part in parts):
+                        return
+            raise AssertionError(parts)
+
+        await line_with(before, "started", "Waiting: next in line")
+        after = await busy.start()
+        await line_with(after, "Waiting: number 2 in line")
+        assert (await busy.http.post(f"/generations/{before}/cancel", headers={"X-User-Id": "ada"})).is_success
+        await line_with(after, "Waiting: next in line")
+        pause.released.set()
+        await line_with(after, "100 %")
+        child.send_signal(2)
+        assert await asyncio.wait_for(child.wait(), TIMEOUT) == 130

@@ -126,6 +126,29 @@ test("a generation that was removed is undefined, and stays so for late events",
   assert.equal(reduce(removed, events.at(-1)), undefined);
 });
 
+test("the place in line is that of a generation that has only been started", () => {
+  const [started, second] = history(() => 0.9);
+  const position = (queuePosition) => ({ generationId: "edit_1_a", queuePosition });
+  assert.equal(reduce(undefined, position(3)), undefined);
+  const generation = reduce(undefined, started);
+  const waiting = reduce(generation, position(3));
+  assert.deepEqual(waiting, { ...generation, queuePosition: 3 });
+  assert.equal(reduce(waiting, position(3)), waiting);
+  assert.equal(reduce(waiting, position(2)).queuePosition, 2);
+  const begun = reduce(waiting, second);
+  assert.deepEqual(begun, reduceAll([started, second]));
+  assert.equal(reduce(begun, position(1)), begun);
+});
+
+test("the newest snapshot of a generation that has only been started has its place in line, or none", () => {
+  const [started] = history(() => 0.9);
+  const generation = reduce(undefined, started);
+  const waiting = reduce(generation, { ...generation, queuePosition: 2 });
+  assert.equal(waiting.queuePosition, 2);
+  assert.equal(reduce(waiting, { ...generation, queuePosition: 1 }).queuePosition, 1);
+  assert.deepEqual(reduce(waiting, generation), generation);
+});
+
 test("completed and failed are terminal", () => {
   const ends = ["completed", "failed"];
   for (const status of new Set([...Object.values(FLOWS).flat(), "failed"])) {

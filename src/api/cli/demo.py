@@ -144,7 +144,7 @@ async def _run_edit(settings: Settings, folder: Path) -> None:
         asyncio.timeout(settings.deadline + 60),
     ):
         device = socketio.AsyncClient(reconnection=False, handle_sigint=False, http_session=session)
-        device.on("*", lambda _, event: events.put_nowait(event))
+        device.on("*", lambda _, event: events.put_nowait(event) if "sequence" in event else None)
         device.on("disconnect", lambda *_: events.put_nowait(None))
         try:
             # The client's handlers take one argument.

@@ -30,8 +30,7 @@ _JSON = Mapping[str, Any]
 
 def event_line(event: _JSON, label: str = "") -> str:
     """One event, or the snapshot of a generation, as plain text after `label`; an error is a second line."""
-    message = _printable(event["message"])
-    line = f"{label}{event['progress']:3} %  {event['status']:<26} {message}"
+    line = f"{label}{event['progress']:3} %  {event['status']:<26} {_place(event) or _printable(event['message'])}"
     if "error" in event:
         line += f"\n{'':{len(label) + 8}}{_printable(event['error'])} ({event['code']})"
     return line
@@ -53,6 +52,10 @@ class Display:
     def show(self, event: _JSON) -> None:
         """Show the progress that an event, or the snapshot of a generation, reports."""
         print(event_line(event, "" if self.detailed else f"{event['generationId']}  "), flush=True)
+
+    def show_position(self, generation_id: str, position: int) -> None:
+        """Show the place in line of a generation that has only been started."""
+        self.show({"generationId": generation_id, "status": "started", "progress": 0, "queuePosition": position})
 
     def remove(self, generation_id: str) -> None:
         """Show a generation no longer."""
@@ -108,6 +111,11 @@ class _LiveDisplay(Display):
                 return
             del self._generations[event["generationId"]]
         self._console.print(generation.line())
+
+    def show_position(self, generation_id: str, position: int) -> None:
+        with self._lock:
+            if generation := self._generations.get(generation_id):
+                generation.event = {**generation.event, "queuePosition": position}
 
     def remove(self, generation_id: str) -> None:
         with self._lock:
@@ -196,7 +204,13 @@ class _Generation:
         return ProgressBar(completed=shown, complete_style="cyan", finished_style="green"), f"{shown:.0f} %"
 
     def _message(self) -> str:
-        return _printable(self.event.get("error") or self.event["message"])
+        return _place(self.event) or _printable(self.event.get("error") or self.event["message"])
+
+
+def _place(event: _JSON) -> str:
+    """The place in line in words; empty if it does not wait."""
+    position = event.get("queuePosition")
+    return f"Waiting: {'next' if position == 1 else f'number {position}'} in line" if position else ""
 
 
 def _half_blocks(image: Image.Image) -> Iterator[Segment]:

@@ -51,6 +51,8 @@ def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JS
             for snapshot in data["generations"]:
                 if snapshot["status"] not in _TERMINAL:
                     display.show(snapshot)
+        elif name == "queue_position":
+            display.show_position(data["generationId"], data["queuePosition"])
         elif name == "generation_removed":
             display.remove(data["generationId"])
         elif "progress" in data:

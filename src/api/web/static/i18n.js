@@ -57,9 +57,14 @@ function translatePage() {
 export const stageName = (/** @type {string} */ status) =>
   t("stages")[status] ?? (status[0].toUpperCase() + status.slice(1).replaceAll("_", " "));
 
-/** The name of a generation's status. A cancelled generation has the status `failed` and the code `cancelled`. */
-export const statusName = (/** @type {{status: string, code?: string}} */ { status, code }) =>
-  stageName(code === "cancelled" ? code : status);
+/**
+ * The name of a generation's status, or its place in line. A cancelled generation has the status `failed` and the code
+ * `cancelled`.
+ *
+ * @param {{status: string, code?: string, queuePosition?: number}} generation or an event
+ */
+export const statusName = ({ status, code, queuePosition }) =>
+  (queuePosition ? t("inLine")(queuePosition) : stageName(code === "cancelled" ? code : status));
 
 /**
  * A message of the service, translated by its code or its English text if a translation exists.

@@ -67,8 +67,10 @@
  *   input?: {prompt: string, [field: string]: any},
  *   retryable?: boolean}} CommonFields The fields that events and generations share.
  * @typedef {CommonFields & {occurredAt: string, credit?: number}} StagecastEvent One event of the log.
- * @typedef {CommonFields & {createdAt: string, updatedAt: string, expiresAt?: string, userId?: string}} Generation
- *   The state after its events. `userId` and `expiresAt` are only in snapshots from the service.
+ * @typedef {CommonFields & {createdAt: string, updatedAt: string, expiresAt?: string, userId?: string,
+ *   queuePosition?: number}} Generation
+ *   The state after its events. `userId` and `expiresAt` are only in snapshots from the service. `queuePosition` is its
+ *   place in line while it waits for a worker: 1 is next.
  *
  * @typedef {"connecting" | "live" | "catching up" | "polling" | "offline" | "refused" | "closed"} State
  * @typedef {string | (() => string | Promise<string>)} Token A function is called whenever a new token is needed.
@@ -100,6 +102,8 @@ const FAILURES_BEFORE_POLLING = 3;
 const MAX_ATTEMPTS = 6;
 /** Events per page while polling. */
 const PAGE_SIZE = 200;
+/** Generations per page of the list. */
+const MAX_LISTED = 100;
 // Milliseconds from here on.
 const RETRY_DELAY = 2_000;
 const ACK_TIMEOUT = 10_000;
@@ -120,26 +124,33 @@ export const isFinished = ({ status }) => status === "completed" || status === "
 
 /**
  * The generation after an event or a snapshot. An event that is old or arrives too early (`isGap`), and a snapshot that
- * is old, change nothing: the result is then `generation` itself. After `generation_removed` it is undefined.
+ * is old, change nothing: the result is then `generation` itself. After `generation_removed` it is undefined, and
+ * `queue_position` changes only a generation that has not left its first stage.
  *
  * @param {Generation | undefined} generation as far as it is known
- * @param {StagecastEvent | Generation | {generationId: string}} update
+ * @param {StagecastEvent | Generation | {generationId: string, queuePosition?: number}} update
  * @returns {Generation | undefined}
  */
 export function reduce(generation, update) {
-  if (!("sequence" in update)) return undefined;
+  const { queuePosition, ...known } = generation ?? {};
+  if (!("sequence" in update)) {
+    if (update.queuePosition === undefined) return undefined;
+    const moved = generation?.sequence === 1 && update.queuePosition !== queuePosition;
+    return moved ? { ...generation, queuePosition: update.queuePosition } : generation;
+  }
   if ("updatedAt" in update) {
     if (generation && update.sequence < generation.sequence) return generation;
     // Acks and the feed omit the input.
     if (generation?.sequence !== update.sequence) return { ...generation?.input && { input: generation.input }, ...update };
-    return Object.keys(update).every((key) => key in generation) ? generation : { ...generation, ...update };
+    const same = update.queuePosition === queuePosition && Object.keys(update).every((key) => key in generation);
+    return same ? generation : { ...known, ...update };
   }
   if (generation && update.sequence <= generation.sequence) {
     return generation.input || !update.input ? generation : { ...generation, input: update.input };
   }
   if (isGap(generation, update)) return generation;
   const { occurredAt, credit, ...fields } = update;
-  return { ...generation, ...fields, createdAt: generation?.createdAt ?? occurredAt, updatedAt: occurredAt };
+  return { ...known, ...fields, createdAt: generation?.createdAt ?? occurredAt, updatedAt: occurredAt };
 }
 
 /**
@@ -433,6 +444,15 @@ function openSession(options, emit) {
     markReceived(id, Infinity);
   }
 
+  /** Handles `queue_position`. @param {{generationId: string, queuePosition: number}} update */
+  function onPosition(update) {
+    const entry = entries.get(update.generationId);
+    const before = entry?.generation;
+    if (closed || !entry || !before) return;
+    entry.generation = reduce(before, update);
+    if (entry.generation !== before) notifyChange();
+  }
+
   /** Handles a live or replayed event. @param {StagecastEvent} event @param {unknown} [newCursor] */
   function onEvent(event, newCursor) {
     if (closed) return;
@@ -598,6 +618,7 @@ function openSession(options, emit) {
     });
     // `authentication_expired` needs no listener: the service closes the transport, and `connect` authenticates again.
     for (const name of EVENTS) socket.on(name, onEvent);
+    socket.on("queue_position", onPosition);
     socket.on("generation_removed", ({ generationId }) => closed || forget(generationId));
   }
 
@@ -676,6 +697,11 @@ function openSession(options, emit) {
       for (const { data } of page.events ?? []) onEvent(data);
       if (cancelled()) return;
       cursor = page.cursor;
+      if ([...entries.values()].some(({ generation }) => generation?.sequence === 1)) {
+        const { generations: active } = await http.list({ status: "active", limit: MAX_LISTED });
+        if (cancelled()) return;
+        mergeSnapshots(...active); // The feed has no places in line.
+      }
       if (page.events?.length === PAGE_SIZE) delay = 0;
       else setUpToDate("polling");
     } catch (error) {
