@@ -1,9 +1,8 @@
 """Leases in memory, for one process: users take turns (round robin)."""
 
 import asyncio
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection, Mapping
-from operator import itemgetter
 from typing import Final
 
 from domain.ports.leases import Counts
@@ -27,13 +26,12 @@ class _Line:
 
     def order(self, busy: Mapping[str, int]) -> list[str]:
         """Everything that waits, next first, if nothing joins; `busy`: how many of each user are fetched for now."""
-        turns = list[tuple[int, str]]()
+        rounds = defaultdict[int, list[str]](list)
         for user_id, waiting in self.users.items():
             ahead = busy.get(user_id, 0)
-            free = _FETCHING_PER_USER - ahead
-            turns += [(turn if turn < free else turn + ahead, each) for turn, each in enumerate(waiting)]
-        turns.sort(key=itemgetter(0))  # Stable: in one round, users stay in their order.
-        return [each for _, each in turns]
+            for turn, generation_id in enumerate(waiting):
+                rounds[turn if turn + ahead < _FETCHING_PER_USER else turn + ahead].append(generation_id)
+        return [each for turn in sorted(rounds) for each in rounds[turn]]
 
     def take(self, user_id: str) -> str:
         waiting = self.users.pop(user_id)
