@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
+from domain.events import CONTINUE, NAMES
 from support.proxy import reset
 
 JSON = dict[str, Any]
@@ -16,7 +17,7 @@ JSON = dict[str, Any]
 #: A frame's mask, which changes nothing.
 _MASK: Final = bytes(4)
 _TEXT, _BINARY, _CLOSE = 1, 2, 8
-_EVENTS: Final = (b'42["continue",', b'42["generation_')
+_EVENTS: Final = tuple(f'42["{name}",'.encode() for name in (CONTINUE, *NAMES.values()))
 
 
 class Refused(Exception):
