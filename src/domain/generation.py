@@ -98,7 +98,11 @@ class Generation:
     @property
     def input_images(self) -> tuple[str, ...]:
         """The names of its stored input images. One that ended while it waited has lost them."""
-        return () if self.outcome.get("failed_stage") == STARTED else self.request.images
+        return () if self._ended_waiting else self.request.images
+
+    @property
+    def _ended_waiting(self) -> bool:
+        return self.outcome.get("failed_stage") == STARTED
 
     @property
     def needs_fetching(self) -> bool:
@@ -205,7 +209,7 @@ class Generation:
             expires_at=expires_at,
             queue_position=queue_position,
             metadata=self.request.metadata,
-            input=self.input.model_copy(update={"images": []}) if self.input and not self.input_images else self.input,
+            input=self.input.model_copy(update={"images": []}) if self.input and self._ended_waiting else self.input,
             **self.outcome,
         )
 

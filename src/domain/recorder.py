@@ -99,6 +99,7 @@ class Recorder:
             except UNREADABLE:
                 generation = readable_part_of(history)
             if generation.finished:
+                await self._drop_lost_images(generation)  # The append may have been made without an answer.
                 return False
             try:
                 await self._append(generation, *generation.ending(failure), ATTENTION)
@@ -156,6 +157,9 @@ class Recorder:
                     raise LogUnavailable from None
             await asyncio.sleep(pause)
             attempts += 1
-        if after.finished and generation.status == STARTED:
-            await self._images.discard(*generation.request.images)
+        await self._drop_lost_images(after)
         return logged, after
+
+    async def _drop_lost_images(self, generation: Generation) -> None:
+        if not generation.input_images:
+            await self._images.discard(*generation.request.images)

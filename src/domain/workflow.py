@@ -321,8 +321,10 @@ class Workflow:
         active = await self.log.generations(user_id, active=True, limit=1_000)
         finished = await self.log.generations(user_id, active=False, limit=RECENT)
         histories = sorted([*active, *finished], key=lambda history: -history.events[0].position)
-        shown = await self._show_all([*map(generation_of, histories)])
-        return [snapshot.model_copy(update={"input": None}) for snapshot in shown]
+        generations = [*map(generation_of, histories)]
+        for generation in generations:
+            generation.input = None
+        return await self._show_all(generations)
 
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` if no balances are kept."""

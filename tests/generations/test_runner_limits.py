@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domain import recorder
+from domain.errors import LogUnavailable
 from domain.generation import Snapshot
 from domain.ports.images import Picture
 from domain.ports.providers import Report
@@ -341,6 +342,20 @@ async def test_a_failure_whose_reply_was_lost_refunds_once(trouble: str) -> None
     async with backend.open():
         done = await backend.make()
     await assert_failed_and_refunded(backend, done, "openai_editing", "provider_rejected")
+
+
+async def test_a_repeated_cancel_removes_the_uploads_that_a_lost_reply_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("domain.recorder.ATTENTION", 0.0)
+    backend = InMemoryBackend(line=lambda log: FlakyLog(log, ["-", "after"]))
+    begun = await backend.start()
+    with pytest.raises(LogUnavailable):
+        await backend.cancel(begun)
+    assert len(backend.images.kept) == 2
+    assert await backend.cancel(begun) == "already_finished"
+    assert backend.images.kept == {}
+    await backend.check()
 
 
 async def test_a_generation_whose_log_stays_unavailable_is_given_up_and_others_continue() -> None:

@@ -29,6 +29,7 @@ from support.deployment import (
     RequestedGeneration,
     RetryingClient,
     parts,
+    pictures_of,
     task_group,
 )
 from support.doubles import Pause, ScriptedEditor
@@ -215,7 +216,7 @@ async def _all_is_well(
     await hang_up([phone.wire])
     life.send(signal.SIGTERM)
     assert await life.ended() == 0  # Until then pictures that are not needed any more are being removed.
-    names = {value.rpartition("/")[2] for event in feed for key, value in event.items() if key.endswith("Url")}
+    names = pictures_of(feed, f"http://localhost:{deployment.port}/images/")
     assert deployment.pictures == names, "stray images"
     assert not any(word in line for line in life.logged for word in ("Traceback", str(deployment.folder)))
 

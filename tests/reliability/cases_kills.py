@@ -40,7 +40,15 @@ from support.builders import (
     stage_fields,
     statuses,
 )
-from support.deployment import ENDS, Deployment, ReconnectingDevice, RequestedGeneration, RetryingClient, task_group
+from support.deployment import (
+    ENDS,
+    Deployment,
+    ReconnectingDevice,
+    RequestedGeneration,
+    RetryingClient,
+    pictures_of,
+    task_group,
+)
 from support.doubles import ForwardingLog, InMemoryImages
 from support.node import Browser, Browsers, browsers
 from support.openai_server import KEY, OpenAIServer, completed, openai_server, partial, stream
@@ -618,12 +626,10 @@ async def _check_cursors(owner: Owner, caller: RetryingClient) -> None:
 
 
 async def _check_pictures(deployment: Deployment, owners: Sequence[Owner], caller: RetryingClient) -> None:
-    """Every picture that an event names is there, and no other."""
+    """Every picture that an event names is there, apart from lost inputs, and no other."""
     own, named = f"http://localhost:{deployment.port}/images/", set[str]()
     for owner in owners:
-        for event in await caller.feed(owner.name, owner.phone.beginning):
-            urls = [value for key, value in event.items() if key.endswith("Url")]
-            named |= {url.removeprefix(own) for url in urls if url.startswith(own)}
+        named |= pictures_of(await caller.feed(owner.name, owner.phone.beginning), own)
     for name in named:
         assert (await caller.ask("GET", f"/images/{name}", "demo")).status_code == 200
     assert deployment.pictures == named, "stray images"

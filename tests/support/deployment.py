@@ -286,6 +286,18 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
         raise errors.exceptions[0] from errors
 
 
+def pictures_of(events: Sequence[JSON], base: str) -> set[str]:
+    """The names of the pictures that are stored after these events: those that they show, and the inputs of generations
+    that did not end while they waited. `base`: how the URLs of stored pictures begin.
+    """
+    lost = {event["generationId"] for event in events if event.get("failedStage") == "started"}
+    urls = [value for event in events for key, value in event.items() if key.endswith("Url")]
+    for event in events:
+        if event["generationId"] not in lost:
+            urls += event.get("input", {}).get("images", [])
+    return {url.removeprefix(base) for url in urls if url.startswith(base)}
+
+
 def parts(prompt: str, *images: bytes, **fields: object) -> list[tuple[str, Any]]:
     """A form."""
     files: list[tuple[str, Any]] = [("images", (f"{n}.jpg", data, "image/jpeg")) for n, data in enumerate(images)]
