@@ -71,10 +71,10 @@ class Hub:
                 device.finish()
         elif room := self.rooms.get(entry.user_id):
             feed = next(iter(room)).feed
-            cursor = Cursor(entry.position, entry.event_id, entry.position).text(feed)
-            encoded = EncodedEntry(entry, cursor, self._quarantine)
+            after = Cursor(entry.position, entry.event_id, entry.position)
+            encoded = EncodedEntry(entry, after.text(feed), self._quarantine)
             for device in room:
-                device.offer(encoded)
+                device.offer(encoded, after)
 
     async def flushed(self) -> None:
         """Wait until every device has been sent everything known, and its client has taken it."""

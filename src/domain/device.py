@@ -12,7 +12,6 @@ How an event looks on the wire is up to an `Encoder`; where it waits for the cli
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
@@ -46,11 +45,11 @@ _FrameOut = TypeVar("_FrameOut", covariant=True)
 class SendBuffer(Protocol[_FrameIn]):
     """Frames that wait for one client, within limits."""
 
-    def has_room(self, frame: _FrameIn) -> bool:
-        """Whether this frame fits within the limits."""
+    def offer(self, frame: _FrameIn) -> bool:
+        """Send or queue a frame, without waiting. False: it does not fit within the limits.
 
-    def put(self, frame: _FrameIn) -> None:
-        """Queue a frame, without waiting. Does nothing once the connection has ended."""
+        Does nothing once the connection has ended.
+        """
 
     async def drained(self) -> bool:
         """Wait until the client has taken enough for more to be read. False: the connection has ended."""
@@ -89,14 +88,13 @@ class EncodedEntry:
     def frame(self, encoder: Encoder[F]) -> F | None:
         """The entry in the encoder's form. ``None``: it cannot be encoded, and its generation is ended."""
         if encoder not in self._frames:
-            frame: F | None = None
+            self._frames[encoder] = None
             try:
-                frame = encoder.event(self.entry, self._cursor)
+                self._frames[encoder] = encoder.event(self.entry, self._cursor)
             except Exception as error:
                 self._quarantine.put(self.entry.generation_id, FOLLOWER, error)
-            self._frames[encoder] = frame
-        result: F | None = self._frames[encoder]
-        return result
+        frame: F | None = self._frames[encoder]
+        return frame
 
 
 class _Announcement(NamedTuple):
@@ -109,6 +107,11 @@ class _Announcement(NamedTuple):
 
 class Device(Generic[F]):
     """One client of one user. Made by `domain.delivery.Hub.join`."""
+
+    __slots__ = (
+        "_announcements", "_buffer", "_closed", "_cursor", "_encoder", "_head", "_log", "_must_read", "_on_close",
+        "_pulling", "_quarantine", "_reading", "_replayed", "_replays", "_start", "_task", "feed", "resumed", "user_id",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -139,8 +142,8 @@ class Device(Generic[F]):
         self._pulling = True
         #: What has been read from the log may still have to be put. Announcements are put after it.
         self._reading = True
-        self._announcements: deque[_Announcement] = deque(maxlen=_MAX_ANNOUNCEMENTS)
-        self._replays: deque[tuple[str, int | None]] = deque()
+        self._announcements: list[_Announcement] = []
+        self._replays: list[tuple[str, int | None]] = []
         self._replayed: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -176,14 +179,18 @@ class Device(Generic[F]):
             self._replays.append((generation_id, after))
             self._start_pull()
 
-    def offer(self, encoded: EncodedEntry) -> None:
-        """Take a live entry: put it if it is the next one and fits, otherwise read it from the log."""
-        index = self._index(encoded.entry)
-        self._head = max(self._head, index)
-        if self._pulling or index <= self._cursor.seen:
+    def offer(self, encoded: EncodedEntry, after: Cursor) -> None:
+        """Take a live entry: put it if it is the next one and fits, otherwise read it from the log.
+
+        `after` is the cursor after it.
+        """
+        position, seen = after.seen, self._cursor.seen
+        if position > self._head:
+            self._head = position
+        if self._pulling or position <= seen:
             return
-        if index == self._cursor.seen + 1 and self._put(encoded):
-            self._cursor = Cursor(index, encoded.entry.event_id, index)
+        if position == seen + 1 and self._put(encoded):
+            self._cursor = after
         else:
             self._start_pull()
 
@@ -193,6 +200,7 @@ class Device(Generic[F]):
         `waits`: it is only true, and only sent, while this generation has not left its first stage.
         """
         self._announcements.append(_Announcement(name, data, waits))
+        del self._announcements[:-_MAX_ANNOUNCEMENTS]
         if not self._reading:
             self._put_announcements()
 
@@ -206,10 +214,6 @@ class Device(Generic[F]):
         while self._task is not None and not self._task.done():
             await asyncio.wait([self._task])
         await self._buffer.flushed()
-
-    def _index(self, entry: Logged) -> int:
-        """The entry's position on the line along which the cursor moves."""
-        return entry.position
 
     def _start_pull(self) -> None:
         if not self._pulling and not self._closed:
@@ -226,7 +230,7 @@ class Device(Generic[F]):
                     await self._read_page()
                 else:
                     await self._replay(*self._replays[0])
-                    self._replays.popleft()
+                    del self._replays[0]
                     await asyncio.sleep(0)  # Let other clients run between two replays of this one.
                 if self._closed:
                     return
@@ -287,21 +291,17 @@ class Device(Generic[F]):
     def _put(self, encoded: EncodedEntry) -> bool:
         """False: there is no room. An entry that cannot be encoded is skipped."""
         frame = encoded.frame(self._encoder)
-        if frame is not None:
-            if not self._buffer.has_room(frame):
-                return False
-            self._buffer.put(frame)
+        if frame is not None and not self._buffer.offer(frame):
+            return False
         if self._announcements and encoded.entry.sequence > 1:
-            waiting = (each for each in self._announcements if each.waits != encoded.entry.generation_id)
-            self._announcements = deque(waiting, _MAX_ANNOUNCEMENTS)
+            left = encoded.entry.generation_id
+            self._announcements = [each for each in self._announcements if each.waits != left]
         return True
 
     def _put_announcements(self) -> None:
-        while self._announcements:
-            name, data, _ = self._announcements.popleft()
-            frame = self._encoder.announcement(name, data)
-            if self._buffer.has_room(frame):
-                self._buffer.put(frame)
+        for name, data, _ in self._announcements:
+            self._buffer.offer(self._encoder.announcement(name, data))
+        self._announcements.clear()
 
 
 class GenerationDevice(Device[F]):
@@ -309,6 +309,8 @@ class GenerationDevice(Device[F]):
 
     The connection ends after the terminal event, or when the generation is removed.
     """
+
+    __slots__ = ("_generation_id",)
 
     def __init__(
         self,
@@ -325,17 +327,14 @@ class GenerationDevice(Device[F]):
         super().__init__(log, quarantine, user_id, buffer, encoder, start, on_close)
         self._generation_id = generation_id
 
-    def offer(self, encoded: EncodedEntry) -> None:
+    def offer(self, encoded: EncodedEntry, after: Cursor) -> None:
         """As `Device.offer`; entries of other generations are skipped."""
         if encoded.entry.generation_id == self._generation_id:
-            super().offer(encoded)
+            super().offer(encoded, _cursor_after(encoded.entry))
             self._finish_after(encoded.entry)
 
     def announce(self, name: str, data: bytes, waits: str | None) -> None:
         """Nothing is announced to a client of one generation."""
-
-    def _index(self, entry: Logged) -> int:
-        return entry.sequence
 
     async def _read_page(self) -> None:
         history = await self._log.generation(self._generation_id)
@@ -350,7 +349,7 @@ class GenerationDevice(Device[F]):
         for entry in history.events[self._cursor.seen :]:
             if not self._put(EncodedEntry(entry, "", self._quarantine)):
                 return
-            self._cursor = Cursor(entry.sequence, entry.event_id, entry.sequence)
+            self._cursor = _cursor_after(entry)
         self._finish_after(last)
         if last.sequence <= self._cursor.seen < self._head:
             await asyncio.sleep(_RETRY_DELAY)  # Announced, but not readable yet.
@@ -363,3 +362,8 @@ class GenerationDevice(Device[F]):
     def _finish(self) -> None:
         self._closed = True
         self._buffer.finish()
+
+
+def _cursor_after(entry: Logged) -> Cursor:
+    """Along the sequence of the entry's generation."""
+    return Cursor(entry.sequence, entry.event_id, entry.sequence)

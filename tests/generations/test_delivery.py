@@ -124,12 +124,11 @@ class Reader:
     closed: bool = False
     aborted: bool = False
 
-    def has_room(self, frame: Frame) -> bool:
-        return len(self.waiting) < self.room
-
-    def put(self, frame: Frame) -> None:
-        assert len(self.waiting) < self.room, "more was put than there is room for"
+    def offer(self, frame: Frame) -> bool:
+        if len(self.waiting) >= self.room:
+            return False
         self.waiting.append(frame)
+        return True
 
     async def drained(self) -> bool:
         await self.at_most(1)

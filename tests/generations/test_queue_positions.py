@@ -224,8 +224,8 @@ async def test_a_device_with_a_full_buffer_gets_no_position_and_others_do() -> N
         first = (await line.backend.start(wish(), "ada")).generation_id
         second = (await line.backend.start(wish(), "ada")).generation_id
         await line.told()
-        while slow.buffer.has_room(b"x"):
-            slow.buffer.put(b'event: x\ndata: {"generationId":"x","sequence":1}\n\n')
+        while slow.buffer.offer(b'event: x\ndata: {"generationId":"x","sequence":1}\n\n'):
+            pass
         assert len(slow.buffer) == MAX_EVENTS
         await other.read()
         assert await line.claim() == first

@@ -27,8 +27,8 @@ def transport() -> Transport:
 @pytest.mark.parametrize(("size", "fits"), [(1, MAX_EVENTS), (MAX_BYTES // 4, 4), (MAX_BYTES, 1), (MAX_BYTES + 1, 0)])
 def test_a_buffer_has_room_up_to_both_limits(transport: Transport, size: int, fits: int) -> None:
     buffer, frame = transport.buffer, b"x" * size
-    while buffer.has_room(frame):
-        buffer.put(frame)
+    while buffer.offer(frame):
+        pass
     assert (len(buffer), buffer.bytes) == (fits, fits * size)
 
 
@@ -68,8 +68,8 @@ async def test_close_wakes_all_waiters(transport: Transport) -> None:
     buffer.close()
     assert await asyncio.gather(*takers) == [[], []]
     full = Transport().buffer
-    while full.has_room(b"x"):
-        full.put(b"x")
+    while full.offer(b"x"):
+        pass
     drained, flushed = asyncio.create_task(full.drained()), asyncio.create_task(full.flushed())
     await asyncio.sleep(0)
     full.close()
@@ -79,8 +79,8 @@ async def test_close_wakes_all_waiters(transport: Transport) -> None:
 
 async def test_drained_waits_for_half_of_the_frames_and_flushed_for_all(transport: Transport) -> None:
     buffer = transport.buffer
-    while buffer.has_room(b"x"):
-        buffer.put(b"x")
+    while buffer.offer(b"x"):
+        pass
     drained, flushed = asyncio.create_task(buffer.drained()), asyncio.create_task(buffer.flushed())
     for left in range(MAX_EVENTS - 1, -1, -1):
         await buffer.take(1)
@@ -98,8 +98,8 @@ def checks(transport: Transport, unsent: int = 0, *, paused: bool = False) -> No
 
 
 async def test_a_client_with_a_backlog_that_takes_nothing_is_aborted(transport: Transport) -> None:
-    while transport.buffer.has_room(b"x"):
-        transport.buffer.put(b"x")
+    while transport.buffer.offer(b"x"):
+        pass
     for _ in range(2):
         await transport.buffer.take(1)
         checks(transport)
@@ -117,7 +117,7 @@ def test_bytes_not_accepted_by_the_kernel_are_a_backlog(transport: Transport) ->
 def test_a_client_without_a_backlog_or_that_cannot_read_now_is_kept(transport: Transport) -> None:
     for _ in range(3):
         checks(transport)
-    while transport.buffer.has_room(b"x"):
-        transport.buffer.put(b"x")
+    while transport.buffer.offer(b"x"):
+        pass
     for _ in range(3):
         checks(transport, paused=True)

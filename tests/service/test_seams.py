@@ -120,6 +120,7 @@ USED = {
         "handshake_initiated",
         "scope",
         "transport",
+        "writable",
     },
     "api.rest.multipart._Parser": {"_charset", "_current_part", "items"},
 }

@@ -4,12 +4,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engineio.packet import Packet
 from socketio import packet as wire
 
 from adapters.realtime.engineio_socket import EngineSocket
+from adapters.realtime.frames import CURSOR_AS_ARGUMENT, CURSOR_AS_KEY, message
 from adapters.realtime.send_buffer import BoundedSendBuffer
-from adapters.realtime.socketio_frames import CURSOR_AS_ARGUMENT, CURSOR_AS_KEY, frame
 from domain.device import Device, Encoder
 from domain.identity import Identity
 
@@ -20,26 +19,26 @@ class Connection:
 
     sid: str
     socket: EngineSocket
-    device: Device[Packet] | None = None
+    device: Device[bytes] | None = None
     identity: Identity | None = None
     recovery: bool = True
     pid: str | None = None
     offset: object = None
 
     @property
-    def buffer(self) -> BoundedSendBuffer[Packet]:
+    def buffer(self) -> BoundedSendBuffer[bytes]:
         return self.socket.buffer
 
     @property
     def gone(self) -> bool:
         return self.socket.gone
 
-    def encoder(self, *, recovery: bool) -> Encoder[Packet]:
+    def encoder(self, *, recovery: bool) -> Encoder[bytes]:
         return CURSOR_AS_ARGUMENT if recovery else CURSOR_AS_KEY
 
     def emit(self, name: str, data: Mapping[str, Any]) -> None:
         """Send one event to this client alone."""
-        self.buffer.put(frame(wire.Packet(wire.EVENT, data=[name, dict(data)])))
+        self.buffer.put(message(wire.Packet(wire.EVENT, data=[name, dict(data)])))
 
 
 #: The ack, and what is done once it is queued.

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from adapters.realtime.engineio_socket import SEPARATOR, EngineSocket
+from adapters.realtime.frames import frame, packet_in
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +84,10 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             except Exception:
                 socket.close()
                 raise
-            return _plain("ok")
+            return _plain(b"ok")
         socket.connected = True
-        packets = await socket.answer_poll()
-        return _plain(SEPARATOR.join(packet.encode(b64=True) for packet in packets)) if packets else _refusal()
+        frames = await socket.answer_poll()
+        return _plain(SEPARATOR.encode().join(map(packet_in, frames))) if frames else _refusal()
 
     def _open(self, *, upgrades: bool) -> EngineSocket:
         socket = EngineSocket(self, self.generate_id())
@@ -98,13 +99,13 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             "pingInterval": int(self.ping_interval * 1000),
             "maxPayload": self.max_http_buffer_size,
         }
-        socket.buffer.put(Packet(OPEN, opening))
+        socket.buffer.put(frame(Packet(OPEN, opening).encode()))
         self.handlers["connect"](socket)
         socket.schedule_ping()
         return socket
 
 
-def _plain(text: str) -> Response:
+def _plain(text: bytes) -> Response:
     return Response(text, headers={"Cache-Control": "no-store"}, media_type="text/plain")
 
 

@@ -2,17 +2,18 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
 import engineio
 from engineio import exceptions
-from engineio.packet import CLOSE, MESSAGE, NOOP, PING, PONG, UPGRADE, Packet
+from engineio.packet import CLOSE, MESSAGE, PING, PONG, UPGRADE, Packet
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from adapters import TRANSPORT
+from adapters import TRANSPORT, WRITE_FRAME
+from adapters.realtime import frames
 from adapters.realtime.send_buffer import BoundedSendBuffer
 
 #: Seconds in which an upgrade must complete: nothing is sent to the client meanwhile.
@@ -31,16 +32,26 @@ SEPARATOR: Final = "\x1e"
 class EngineSocket:
     """One session: its heartbeat, its transports, and the buffer of what waits for its client."""
 
+    __slots__ = (
+        "_finishing", "_heartbeat", "_lock", "_polling", "_send", "_server", "_transport", "_write_frame", "_writer",
+        "buffer", "connected", "sid", "upgraded", "upgrading",
+    )  # fmt: skip
+
     def __init__(self, server: engineio.AsyncServer, sid: str) -> None:
         """`server` has the table of sessions, the ping times and the handlers."""
         self.sid = sid
-        self.buffer = BoundedSendBuffer[Packet](_size, self.abort, self.finish)
+        self.buffer = BoundedSendBuffer[bytes](len, self.abort, self.finish)
         #: A request has opened the session.
         self.connected = False
         #: A WebSocket is about to take over from polling; or is the transport.
         self.upgrading = self.upgraded = False
         self._server = server
         self._transport: asyncio.WriteTransport | None = None
+        #: Sends an ASGI message on the WebSocket; writes a frame to it at once, unless it has to wait.
+        self._send: Send | None = None
+        self._write_frame: Callable[[bytes], bool] = _never
+        #: Sends the waiting frames while there are any.
+        self._writer: asyncio.Task[None] | None = None
         #: Until the next ping, or until the last one must be answered.
         self._heartbeat: asyncio.TimerHandle | None = None
         self._polling = False
@@ -58,7 +69,7 @@ class EngineSocket:
         self._set_heartbeat(self._server.ping_interval, self._ping)
 
     def _ping(self) -> None:
-        self.buffer.put(Packet(PING))
+        self.buffer.put(frames.PING)
         self._set_heartbeat(self._server.ping_timeout, self.close)
 
     def _set_heartbeat(self, seconds: float, then: Callable[[], None]) -> None:
@@ -89,7 +100,9 @@ class EngineSocket:
     def close(self, *, abort: bool = False) -> None:
         """Close without waiting for the client. `abort`: send nothing that still waits."""
         if not self.gone:
-            self.buffer.close(None if abort else Packet(CLOSE))
+            self.buffer.close(None if abort else frames.CLOSE)
+            if self.upgraded:
+                self._start_writer()
             if self._heartbeat is not None:
                 self._heartbeat.cancel()
             self._server.sockets.pop(self.sid, None)
@@ -98,10 +111,10 @@ class EngineSocket:
         if abort:
             self.buffer.clear()
 
-    async def answer_poll(self) -> list[Packet]:
+    async def answer_poll(self) -> Sequence[bytes]:
         """The packets that answer a polling request; none: it is refused, because another one is waiting."""
         if self.upgrading:
-            return [Packet(NOOP)]
+            return [frames.NOOP]
         if self._polling:
             self.close()
             return []
@@ -109,7 +122,7 @@ class EngineSocket:
             self.close()
         self._polling = True
         try:
-            return await self.buffer.take(MAX_BATCH) or [Packet(NOOP)]
+            return await self.buffer.take(MAX_BATCH) or [frames.NOOP]
         finally:
             self._polling = False
 
@@ -129,7 +142,8 @@ class EngineSocket:
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run a WebSocket until it ends: of a new session, or one that takes over from polling."""
-        transport = scope.get("extensions", {}).get(TRANSPORT)
+        extensions = scope.get("extensions", {})
+        transport = extensions.get(TRANSPORT)
         # Clients that offer subprotocols fail unless one is accepted.
         await send({"type": "websocket.accept", "subprotocol": next(iter(scope.get("subprotocols", ())), None)})
         if self.upgrading or self.upgraded:
@@ -141,7 +155,8 @@ class EngineSocket:
             self._transport = None  # Polling continues.
             return
         self.connected = self.upgraded = True
-        writer = asyncio.create_task(self._write(send))
+        self._send, self._write_frame = send, extensions.get(WRITE_FRAME, _never)
+        self._start_writer()
         # Until the WebSocket ends, a frame is malformed, or the server shuts down.
         with contextlib.suppress(Exception, asyncio.CancelledError):
             while True:
@@ -149,7 +164,8 @@ class EngineSocket:
                     await self._handle(self._parse(await receive()))
                 await asyncio.sleep(0)  # As in `handle_post`.
         self.close(abort=True)
-        await writer
+        if self._writer is not None:
+            await self._writer
 
     async def _upgrade(self, receive: Receive, send: Send) -> bool:
         """Take over from polling, within `UPGRADE_TIMEOUT`."""
@@ -161,7 +177,7 @@ class EngineSocket:
                 return False
             await send({"type": "websocket.send", "text": Packet(PONG, data="probe").encode()})
             if self._polling:
-                self.buffer.put(Packet(NOOP))
+                self.buffer.put(frames.NOOP)
             self.upgraded = self._parse(await receive()).packet_type == UPGRADE and not self.gone
         except Exception:
             return False
@@ -180,7 +196,7 @@ class EngineSocket:
                 if not self.gone:
                     await self._server.handlers["message"](self, received.data)
         elif kind == UPGRADE:
-            self.buffer.put(Packet(NOOP))
+            self.buffer.put(frames.NOOP)
         elif kind == CLOSE:
             self.close(abort=True)
         else:
@@ -193,18 +209,34 @@ class EngineSocket:
             raise ConnectionError
         return Packet(encoded_packet=frame)
 
-    async def _write(self, send: Send) -> None:
-        with contextlib.suppress(Exception):
-            while packets := await self.buffer.take(MAX_BATCH):
-                for each in packets:
-                    frame = each.encode()
-                    await send({"type": "websocket.send", "text" if isinstance(frame, str) else "bytes": frame})
-            await send({"type": "websocket.close"})
+    def _write_now(self, frame: bytes) -> bool:
+        """Write a frame to the WebSocket. If it has to wait, it and those after it go through the buffer."""
+        if self._write_frame(frame):
+            return True
+        self._start_writer()
+        return False
+
+    def _start_writer(self) -> None:
+        if self._writer is None:
+            self.buffer.write = None
+            self._writer = asyncio.create_task(self._write_waiting())
+
+    async def _write_waiting(self) -> None:
+        assert self._send is not None
+        with contextlib.suppress(Exception):  # The WebSocket has ended: reading from it ends, too.
+            while len(self.buffer):
+                for frame in await self.buffer.take(MAX_BATCH):
+                    packet = frames.packet_in(frame).decode()
+                    await self._send({"type": "websocket.send", "text": packet})
+            if self.gone:
+                await self._send({"type": "websocket.close"})
+            else:
+                self._writer = None
+                self.buffer.write = self._write_now
 
 
-def _size(packet: Packet) -> int:
-    data = packet.data if isinstance(packet.data, str | bytes) else b""
-    return len(data) if data.isascii() or isinstance(data, bytes) else len(data.encode())
+def _never(frame: bytes) -> bool:
+    return False
 
 
 def _abort(transport: asyncio.WriteTransport | None) -> None:

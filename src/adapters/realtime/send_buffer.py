@@ -1,7 +1,6 @@
 """The frames that wait to be sent to one client, within limits, over whatever transport takes them."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
@@ -25,9 +24,14 @@ STALL_TIMEOUT = 5.0
 class BoundedSendBuffer(Generic[F]):
     """`domain.device.SendBuffer`; the transport takes from the other end.
 
-    A device asks `has_room` first and never fills the buffer up. Answers to a client (acks) are put without asking: a
-    client that keeps asking and does not read the answers is disconnected.
+    Events are offered, and never fill the buffer up. Answers to a client (acks) are put without asking: a client that
+    keeps asking and does not read the answers is disconnected.
     """
+
+    __slots__ = (
+        "_changed", "_frames", "_progress", "_size", "_stalled_for", "_taken",
+        "abort", "bytes", "closed", "finish", "write",
+    )  # fmt: skip
 
     def __init__(
         self, size: Callable[[F], int], abort: Callable[[], None], finish: Callable[[], None] | None = None
@@ -39,9 +43,12 @@ class BoundedSendBuffer(Generic[F]):
         self._size = size
         self.abort = abort
         self.finish = finish or self.close
-        self._frames: deque[F] = deque()
-        self._filled = asyncio.Event()
-        self._moved = asyncio.Event()
+        self._frames: list[F] = []
+        #: Set when a frame is added or taken, and at the end.
+        self._changed = asyncio.Event()
+        #: Passes a frame by the buffer to the transport. False: it has to wait, and so must those after it until this
+        #: is set again. ``None``: all frames wait.
+        self.write: Callable[[F], bool] | None = None
         #: The size of all waiting frames.
         self.bytes = 0
         #: The connection has ended: nothing more can be put.
@@ -55,14 +62,25 @@ class BoundedSendBuffer(Generic[F]):
         """How many frames wait."""
         return len(self._frames)
 
-    def has_room(self, frame: F) -> bool:
-        return len(self) < MAX_EVENTS and self.bytes + self._size(frame) <= MAX_BYTES
+    def offer(self, frame: F) -> bool:
+        if self.write is not None and self.write(frame):
+            self._taken += 1
+        elif self.closed:
+            pass
+        elif len(self._frames) >= MAX_EVENTS or self.bytes + self._size(frame) > MAX_BYTES:
+            return False
+        else:
+            self._append(frame)
+        return True
 
     def put(self, frame: F) -> None:
+        """Send or queue a frame, without waiting. Does nothing once the connection has ended."""
         if self.closed:
             return
         if len(self) >= 2 * MAX_EVENTS or self.bytes > 4 * MAX_BYTES:
             self.abort()
+        elif self.write is not None and self.write(frame):
+            self._taken += 1
         else:
             self._append(frame)
 
@@ -76,21 +94,20 @@ class BoundedSendBuffer(Generic[F]):
     async def take(self, limit: int) -> list[F]:
         """Wait for frames and take at most `limit` of them; none once the buffer is closed and empty."""
         while not self._frames and not self.closed:
-            self._filled.clear()
-            await self._filled.wait()
-        frames = [self._frames.popleft() for _ in range(min(limit, len(self)))]
+            await self._change()
+        frames = self._frames[:limit]
+        del self._frames[:limit]
         self.bytes -= sum(map(self._size, frames))
         self._taken += len(frames)
-        self._moved.set()
+        self._changed.set()
         return frames
 
     def close(self, last: F | None = None) -> None:
         """Accept no more frames. `last` is sent after those that wait."""
-        self.closed = True
+        self.closed, self.write = True, None
         if last is not None:
             self._append(last)
-        self._filled.set()
-        self._moved.set()
+        self._changed.set()
 
     def clear(self) -> None:
         """Drop the waiting frames."""
@@ -119,9 +136,12 @@ class BoundedSendBuffer(Generic[F]):
     def _append(self, frame: F) -> None:
         self._frames.append(frame)
         self.bytes += self._size(frame)
-        self._filled.set()
+        self._changed.set()
 
     async def _at_most(self, events: int, size: int) -> None:
         while not self.closed and (len(self) > events or self.bytes > size):
-            self._moved.clear()
-            await self._moved.wait()
+            await self._change()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from adapters.realtime.connection import Answer, Connection, Handler
 from adapters.realtime.engineio_server import EngineServer
 from adapters.realtime.engineio_socket import EngineSocket
-from adapters.realtime.socketio_frames import frame, parse
+from adapters.realtime.frames import message, parse
 from domain.errors import LogUnavailable, Refusal
 from domain.identity import KeysUnavailable
 from domain.ports.system import Clock
@@ -48,7 +48,7 @@ class _Session:
     deadline: asyncio.TimerHandle | None = None
 
     def send(self, packet: wire.Packet) -> None:
-        self.socket.buffer.put(frame(packet))
+        self.socket.buffer.put(message(packet))
 
 
 class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socketio has no types

@@ -1,0 +1,79 @@
+"""Frames: what a client is sent, as the bytes of a finished WebSocket frame, made once for all its receivers.
+
+Such a frame is the same for every WebSocket because compression is never negotiated. A polling answer takes the
+Engine.IO packet out of it.
+"""
+
+from typing import Final
+
+from engineio import packet as engine
+from socketio import packet as wire
+
+from domain.feed import Logged
+
+_FINAL_TEXT: Final = 0x81
+
+
+def frame(packet: str) -> bytes:
+    """The frame with this Engine.IO packet (RFC 6455, section 5.2: final, text, not masked)."""
+    payload = packet.encode()
+    size = len(payload)
+    if size < 126:
+        return b"%c%c%b" % (_FINAL_TEXT, size, payload)
+    if size < 1 << 16:
+        return b"%c\x7e%b%b" % (_FINAL_TEXT, size.to_bytes(2), payload)
+    return b"%c\x7f%b%b" % (_FINAL_TEXT, size.to_bytes(8), payload)
+
+
+def packet_in(frame: bytes) -> bytes:
+    """The Engine.IO packet in a frame."""
+    return frame[{126: 4, 127: 10}.get(frame[1], 2) :]
+
+
+def _control(kind: int) -> bytes:
+    return frame(engine.Packet(kind).encode())
+
+
+CLOSE: Final = _control(engine.CLOSE)
+PING: Final = _control(engine.PING)
+NOOP: Final = _control(engine.NOOP)
+
+
+class _Announcements:
+    def announcement(self, name: str, data: bytes) -> bytes:
+        return frame(f'42["{name}",{data.decode()}]')
+
+
+class _CursorAsArgument(_Announcements):
+    """The cursor is a last argument of the event: clients that recover remember it."""
+
+    def event(self, entry: Logged, cursor: str) -> bytes:
+        return frame(f'42["{entry.name}",{_json(entry)},"{cursor}"]')
+
+
+class _CursorAsKey(_Announcements):
+    """The cursor is a key of the event: for handlers that take exactly one argument."""
+
+    def event(self, entry: Logged, cursor: str) -> bytes:
+        return frame(f'42["{entry.name}",{_json(entry)[:-1]},"cursor":"{cursor}"}}]')
+
+
+CURSOR_AS_ARGUMENT: Final = _CursorAsArgument()
+CURSOR_AS_KEY: Final = _CursorAsKey()
+
+
+def message(packet: wire.Packet) -> bytes:
+    """The frame with this Socket.IO packet."""
+    return frame(engine.Packet(engine.MESSAGE, packet.encode()).encode())
+
+
+def parse(data: object) -> wire.Packet:
+    """The Socket.IO packet that a client sent. Raises (mostly ValueError) if it is malformed."""
+    if not isinstance(data, str) or not data:
+        raise ValueError
+    return wire.Packet(encoded_packet=data)
+
+
+def _json(entry: Logged) -> str:
+    assert entry.event is not None
+    return entry.event.decode()
