@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from types import MappingProxyType
+from functools import cache
+from types import MappingProxyType, SimpleNamespace
 from typing import Annotated, Any, Final, cast
 
 from pydantic import Field, JsonValue
@@ -46,6 +47,24 @@ def _machine(kind: Kind) -> Machine:
 NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 _MACHINES: Final[Mapping[Kind, Machine]] = {kind: _machine(kind) for kind in FLOWS}
+
+#: The fields of an event that `Generation.outcome` keeps.
+_OUTCOME: Final = frozenset(Outcome.model_fields)
+
+
+@cache
+def _via(kind: Kind, source: str, status: str) -> Via | None:
+    """How the machine reaches one status from another. ``None``: it has no such move."""
+    event = _MACHINES[kind].events.get(status)
+    found = event and event.transitions.get(source)
+    return cast(_Transition, found[0]).via if found else None
+
+
+@cache
+def _allows(kind: Kind, source: str, status: str, guards: bool) -> bool:
+    """Whether the machine makes this move if its guards hold, or do not. It remembers nothing, so it is asked once."""
+    model = SimpleNamespace(status=source, **{guard: lambda: guards for guard in GUARDS})
+    return bool(_MACHINES[kind].events[status].trigger(model))
 
 
 class _Header(Wire):
@@ -122,12 +141,12 @@ class Generation:
     @property
     def allowed(self) -> tuple[str, ...]:
         """The statuses that may follow, in the order of the table."""
-        return tuple(status for status in FLOWS[self.kind] if self._via(status) and self._after(status, None))
+        return tuple(status for status in FLOWS[self.kind] if self._allows(status, None))
 
     def check_fields(self, status: str, names: Iterable[str]) -> None:
         """Refuse fields that the table does not declare for an event of this status. Raises as `propose`."""
         via = self._via(status)
-        if via is None or self._after(status, None) is None:
+        if via is None or not self._allows(status, None):
             raise IllegalTransition(self.status, status, self.allowed)
         declared = {"message", "progress", *FLOWS[self.kind][status].fields, *via.fields}
         for name in names:
@@ -140,7 +159,7 @@ class Generation:
             via = self._via(status)
             if via is None or status in (self.status, FAILED):
                 continue
-            if self._after(status, self._draft(status, via, "", fields)):
+            if self._allows(status, self._draft(status, via, "", fields)):
                 return status
         raise IllegalTransition(self.status, "", self.allowed)
 
@@ -162,12 +181,12 @@ class Generation:
         if "progress" in fields and status != self.status:
             self._check_progress(status, fields["progress"])
         event = self._draft(status, via, timestamp(at), fields)
-        after = self._after(status, event)
-        if after is None:
+        if not self._allows(status, event):
             guard = GUARDS[via.guard] if via.guard else None
             if guard and guard.field:
                 raise InvalidEventField(self.status, status, self.allowed, guard.field, guard.requirement)
             raise IllegalTransition(self.status, status, self.allowed)
+        after = replace(self)
         after.apply(event, images)
         return event, after
 
@@ -189,7 +208,8 @@ class Generation:
         self.status, self.progress, self.message = event.status, event.progress, event.message
         self.sequence = event.sequence
         self.input = event.input or self.input
-        found = {name: value for name in Outcome.model_fields if (value := getattr(event, name)) is not None}
+        given = _OUTCOME & event.model_fields_set
+        found = {name: value for name in given if (value := getattr(event, name)) is not None}
         # Shared between copies, so replaced rather than changed.
         self.outcome = {**self.outcome, **found} if found else self.outcome
         self.images = {**self.images, **images} if images else self.images
@@ -213,8 +233,7 @@ class Generation:
             **self.outcome,
         )
 
-    # The guards of the table. The machine calls them with the proposed event, or with None to ask whether any event
-    # would do.
+    # The guards of the table: called with the proposed event, or with None to ask whether any event would do.
 
     def face_swap_asked(self, event: Event | None) -> bool:
         """A face swap was asked for."""
@@ -239,14 +258,15 @@ class Generation:
 
     def _via(self, status: str) -> Via | None:
         """How this status is reached from the present one. ``None``: there is no such move."""
-        event = _MACHINES[self.kind].events.get(status)
-        found = event and event.transitions.get(self.status)
-        return cast(_Transition, found[0]).via if found else None
+        return _via(self.kind, self.status, status) if status in FLOWS[self.kind] else None
 
-    def _after(self, status: str, event: Event | None) -> "Generation | None":
-        """A copy that the machine has moved to this status. ``None``: the guard does not hold."""
-        after = replace(self)
-        return after if _MACHINES[self.kind].events[status].trigger(after, event) else None
+    def _allows(self, status: str, event: Event | None) -> bool:
+        """Whether the machine makes this move with this event."""
+        via = self._via(status)
+        if via is None:
+            return False
+        guards = via.guard is None or getattr(self, via.guard)(event)
+        return _allows(self.kind, self.status, status, guards)
 
     def _check_progress(self, status: str, progress: int) -> None:
         """The percentage on entering a stage has to lie within it. (A repeat has its guard.)"""
@@ -260,18 +280,18 @@ class Generation:
     def _draft(self, status: str, via: Via, occurred_at: str, fields: Mapping[str, Any]) -> Event:
         stage = FLOWS[self.kind][status]
         known = {name: self.outcome[name] for name in stage.fields + via.fields if name in self.outcome}
-        return Event(
-            **{
+        return Event.model_validate(
+            {
                 "progress": self.progress if stage.progress is None else stage.progress,
                 "message": via.message or stage.message,
                 **known,
                 **fields,
-            },
-            generation_id=self.generation_id,
-            kind=self.kind,
-            sequence=self.sequence + 1,
-            status=status,
-            occurred_at=occurred_at,
-            metadata=self.request.metadata,
-            failed_stage=self.status if status == FAILED else None,
+                "generation_id": self.generation_id,
+                "kind": self.kind,
+                "sequence": self.sequence + 1,
+                "status": status,
+                "occurred_at": occurred_at,
+                "metadata": self.request.metadata,
+                "failed_stage": self.status if status == FAILED else None,
+            }
         )

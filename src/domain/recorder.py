@@ -130,8 +130,9 @@ class Recorder:
     ) -> tuple[Logged, Generation]:
         """Append the next event; `rest` are further fields of `Append`. Return it, and the generation after it."""
         at = self._clock()
-        urls = {field: self._image_url(name) for field, name in images.items()}
-        event, after = generation.propose(status, at, images, **{**fields, **urls})
+        if images:
+            fields = {**fields, **{field: self._image_url(name) for field, name in images.items()}}
+        event, after = generation.propose(status, at, images, **fields)
         append = Append(
             user_id=generation.user_id,
             generation_id=generation.generation_id,

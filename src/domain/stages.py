@@ -15,6 +15,7 @@ The `transitions` machines, ``GET /stages`` and the diagrams in ``docs/state-dia
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final, Literal, NamedTuple
 
 Kind = Literal["edit", "generate"]
@@ -173,6 +174,7 @@ def moves(kind: Kind) -> Iterator[Move]:
             yield Move(source, FAILED, Via())
 
 
+@cache
 def ceiling(kind: Kind, status: str) -> int:
     """The percentage below which a repeat of this stage must stay."""
     flow = FLOWS[kind]

@@ -7,18 +7,20 @@ import sys
 import tracemalloc
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise, product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transitions import MachineError
 
 from domain import generation as generation_module
 from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition, InvalidEventField
 from domain.events import Event, decode, encode, event_name, timestamp, with_credit
 from domain.generation import Generation
-from domain.stages import BEGIN, FLOWS, Kind, moves
+from domain.stages import BEGIN, FLOWS, GUARDS, Kind, moves
 from support.builders import NOON, PROPERTY, fold, make_generation, make_order, moved_to, path_of, stage_fields
 
 SHEET = "http://test/images/sheet.png"
@@ -481,6 +483,23 @@ def test_every_status_is_carried_by_its_socket_event() -> None:
 
 
 # --- the shared machines ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+@pytest.mark.parametrize("guards", [False, True])
+def test_the_remembered_answers_are_those_of_the_machine(kind: Kind, guards: bool) -> None:
+    machine = generation_module._MACHINES[kind]
+    for source, status in product([BEGIN, *FLOWS[kind]], FLOWS[kind]):
+        via = generation_module._via(kind, source, status)
+        model = SimpleNamespace(status=source, **{guard: lambda: guards for guard in GUARDS})
+        if via is None:
+            with pytest.raises(MachineError):
+                machine.events[status].trigger(model)
+        else:
+            for _ in range(2):  # The second one is remembered.
+                assert generation_module._allows(kind, source, status, guards) is (guards or via.guard is None)
+            assert machine.events[status].trigger(model) is (guards or via.guard is None)
+            assert model.status == (status if guards or via.guard is None else source)
 
 
 def test_the_shared_machines_keep_no_generation() -> None:
