@@ -6,15 +6,15 @@ Mode ``decision`` is one `Recorder.move`: the machine decides, the event is made
 Mode ``append`` gives the log a finished event. `LIVE` generations are unfinished from the beginning. Users are ``u0``…
 """
 
-import asyncio
 import socket
 import sys
+from functools import partial
 from typing import Any, Final
 
 from adapters.system import SystemEntropy, now
 from api.app import create_server
 from api.settings import load_settings
-from api.wiring import wire
+from api.wiring import collect_less, run, wire
 from benchmarks.servers import control
 from domain.events import Event, encode, timestamp
 from domain.generation import Generation
@@ -115,10 +115,15 @@ async def main(users: int, live: int = 0) -> None:
         source = Source(parts.storage.log, StoredImages(parts.images), f"{settings.public_url}/images")
         for number in range(live):
             await source.start(number % users)
-        server = create_server(parts, lambda: control.say(port=port))
+
+        def ready() -> None:
+            collect_less()
+            control.say(port=port)
+
+        server = create_server(parts, ready)
         control.obey(users, source.emit)
         await server.serve([listener])
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*map(int, sys.argv[1:])))
+    run(partial(main, *map(int, sys.argv[1:])))

@@ -18,7 +18,11 @@ class SystemEntropy:
     """`domain.ports.system.Entropy` from the operating system."""
 
     def token(self) -> str:
-        return "".join(secrets.choice(_ALPHABET) for _ in range(16))
+        number, token = secrets.randbelow(len(_ALPHABET) ** 16), ""
+        for _ in range(16):
+            number, digit = divmod(number, len(_ALPHABET))
+            token += _ALPHABET[digit]
+        return token
 
     def event_id(self) -> int:
         return secrets.randbits(63)

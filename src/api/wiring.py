@@ -32,6 +32,8 @@ from adapters.realtime.send_buffer import BoundedSendBuffer as BoundedSendBuffer
 from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
 from adapters.serving.connection_table import ClientLimit as ClientLimit
 from adapters.serving.connection_table import ConnectionTable
+from adapters.serving.event_loop import collect_less as collect_less
+from adapters.serving.event_loop import run as run
 from adapters.serving.loop_lag import LoopLag
 from adapters.serving.uvicorn_server import Server as Server
 from adapters.sqlite import storage as sqlite_storage

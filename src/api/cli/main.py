@@ -1,7 +1,6 @@
 """The commands of ``stagecast``, and their arguments."""
 
 import argparse
-import asyncio
 import contextlib
 import errno
 import os
@@ -74,15 +73,18 @@ def serve(**overrides: Any) -> None:
         settings = load_settings({**overrides, "port": listener.getsockname()[1]})
     # These imports take a second: --help and errors in settings do not wait for them.
     from api.app import create_server
-    from api.wiring import wire
+    from api.wiring import collect_less, run, wire
 
     logs.configure()
 
-    async def run() -> None:
-        server = create_server(await wire(settings), ready=lambda: _announce(settings))
-        await server.serve(sockets=[listener])
+    def ready() -> None:
+        collect_less()
+        _announce(settings)
 
-    asyncio.run(run())
+    async def serve() -> None:
+        await create_server(await wire(settings), ready).serve(sockets=[listener])
+
+    run(serve)
 
 
 def demo(folder: Path, **overrides: Any) -> None:
