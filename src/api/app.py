@@ -7,7 +7,6 @@ from importlib import metadata
 
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
-from pydantic.alias_generators import to_camel
 from starlette.types import ASGIApp
 
 from api.rest import accounts, feed, generations, info, problems, transitions
@@ -46,7 +45,18 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         summary=metadata.metadata("stagecast")["Summary"],
         lifespan=lifespan,
         redirect_slashes=False,
-        generate_unique_id_function=lambda route: to_camel(route.name),
+        routes=[
+            route
+            for router in (
+                sse.router,
+                generations.router,
+                transitions.router,
+                feed.router,
+                accounts.router,
+                info.router,
+            )
+            for route in router.routes
+        ],
     )
     http.state.workflow = service.workflow
     http.state.user_removal = service.user_removal
@@ -56,9 +66,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.stage_times = service.stage_times
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
-    problems.install(http)
-    for router in (sse.router, generations.router, transitions.router, feed.router, accounts.router, info.router):
-        http.include_router(router)
+    routes = problems.Problems(http)
     page.install(http, settings.public_url)
     hosts = None if settings.allow_open else settings.allowed_hosts
     prefix = settings.path_prefix
@@ -67,7 +75,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         raise SettingsError(
             "STAGECAST_PUBLIC_URL must not have a path that begins like one of the service, such as /images."
         )
-    everything = service.sockets.app(HeadAsGet(http), f"{prefix}/socket.io")
+    everything = service.sockets.app(HeadAsGet(routes), f"{prefix}/socket.io")
     guard = OriginGuard(
         PathPrefix(BodyTimeout(everything), prefix),
         open_mode=settings.open_mode,

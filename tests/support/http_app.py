@@ -177,11 +177,8 @@ async def serve_api(
     async def readiness() -> tuple[str | None, dict[str, str]]:
         return ("draining" if workflow.draining else None), {"log": "ok"}
 
-    app = FastAPI(title="Stagecast", redirect_slashes=False)
-    problems.install(app)
-    app.include_router(generations.router)
-    app.include_router(accounts.router)
-    app.include_router(info.router)
+    routes = [route for part in (generations, accounts, info) for route in part.router.routes]
+    app = FastAPI(title="Stagecast", redirect_slashes=False, routes=routes)
     app.state.workflow = workflow
     app.state.user_removal = UserRemoval(workflow=workflow, sessions=MemorySessions(timedelta(days=1)))
     app.state.authenticator = Authenticator(None, now)
@@ -189,7 +186,7 @@ async def serve_api(
     app.state.stage_times = StageTimes()
     app.state.readiness = readiness
     config = uvicorn.Config(
-        OriginGuard(app, open_mode=True, origins=origins, hosts=hosts),
+        OriginGuard(problems.Problems(app), open_mode=True, origins=origins, hosts=hosts),
         lifespan="off",
         log_level="warning",
         timeout_graceful_shutdown=1,

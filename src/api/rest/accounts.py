@@ -2,9 +2,10 @@
 
 from typing import Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from api.auth import PROBLEMS, Caller, service_only
+from api.rest import routes
 from api.rest.bodies import json_body, read_json
 from api.rest.generations import IdempotencyKey
 from api.rest.problems import documented
@@ -12,7 +13,7 @@ from api.rest.schemas import Account, Grant, json_response
 from api.rest.state import Removals, UseCases
 from domain.identity import user_id as valid_user_id
 
-router: Final = APIRouter(tags=["accounts"])
+router: Final = routes.router("accounts")
 
 
 @router.get("/me", response_model=Account, responses=documented(*PROBLEMS))

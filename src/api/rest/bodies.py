@@ -18,6 +18,8 @@ _MAX_JSON: Final = 64 * 1024
 _MIN_RATE: Final = 1_000
 BODY_WINDOW = 20.0
 BODY_TIMEOUT = 900.0
+#: A request has a body only if it has one of these.
+_BODY_HEADERS: Final = (b"content-length", b"transfer-encoding")
 
 
 def limited(request: Request, size: int, sentence: str) -> Request:
@@ -72,7 +74,7 @@ class BodyTimeout:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request or connection."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or not any(name in _BODY_HEADERS for name, _ in scope["headers"]):
             await self._app(scope, receive, send)
             return
         body = _Body(receive)

@@ -2,15 +2,16 @@
 
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from pydantic_core import to_json
 
 from api.auth import PROBLEMS, StreamIdentity
+from api.rest import routes
 from api.rest.problems import documented
 from api.rest.schemas import LAST_EVENT_ID, STREAM, VARY, FeedPage, json_response, named
 from api.rest.state import Feeds, UseCases
 
-router: Final = APIRouter(tags=["generations"])
+router: Final = routes.router("generations")
 
 
 @router.get(

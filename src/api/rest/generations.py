@@ -4,23 +4,24 @@ import re
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import Header, Path, Query, Request, Response
 from pydantic import AfterValidator
 from pydantic_core import to_json
 
 from api.auth import PROBLEMS, Caller, Identified, StreamIdentity, require_service
+from api.rest import routes
 from api.rest.forms import form_body, read_form
 from api.rest.problems import documented
 from api.rest.schemas import LAST_EVENT_ID, STREAM, VARY, CancelOutcome, EventPage, GenerationPage, json_response, named
 from api.rest.state import UseCases
 from domain.errors import NotFound
+from domain.events import decode
 from domain.generation import Snapshot
 from domain.identity import Identity
-from domain.rehydrate import generation_of
 from domain.stages import Kind
 from domain.workflow import Workflow
 
-router: Final = APIRouter(tags=["generations"])
+router: Final = routes.router("generations")
 
 _ID: Final = re.compile(r"(edit|gen)_[0-9]{1,15}_[a-z0-9]{16,64}")
 _MAX_INT: Final = 2**63 - 1
@@ -166,7 +167,7 @@ async def get_events(
     With `Accept: text/event-stream`: a stream of these events and of those to come, which ends after the terminal one.
     """
     history = await workflow.history(identity.user_id, generation_id)
-    status = generation_of(history).status
+    status = decode(history.events[-1].event or b"").status
     body = b'{"generationId":%b,"status":%b,"events":[%b]}' % (
         to_json(generation_id),
         to_json(status),

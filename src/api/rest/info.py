@@ -3,14 +3,15 @@
 import re
 from typing import Annotated, Final, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 
+from api.rest import routes
 from api.rest.problems import documented, problem
 from api.rest.schemas import Health, Stages, Version, json_response, stages
 from api.rest.state import Images, Times
 from domain.errors import Draining, LogUnavailable, NotFound
 
-router: Final = APIRouter()
+router: Final = routes.router()
 
 #: As `domain.ports.images.ImageStore.save` names images: the generation's id, 128 random bits, a suffix.
 _NAME: Final = re.compile(r"[a-z0-9_]+-[A-Za-z0-9_-]+\.[a-z]+")

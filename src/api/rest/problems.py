@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from pydantic.alias_generators import to_camel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from domain.errors import Failure, IllegalTransition, ImageRefusal, InvalidEventField, Refusal
 
@@ -126,80 +126,31 @@ def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
     return {**responses, "default": {"description": "any other problem", "content": content}}
 
 
-def install(app: FastAPI) -> None:
-    """Make the application answer every error with a problem, and add its schema to OpenAPI."""
-    app.add_exception_handler(Refusal, _refusal)
-    app.add_exception_handler(Failure, _failure)
-    app.add_exception_handler(Invalid, _invalid)
-    app.add_exception_handler(RequestValidationError, _validation)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_middleware(_Unexpected)
-    document = app.openapi
+class Problems:
+    """Runs the routes of an application, and answers every exception with a problem.
 
-    def openapi() -> dict[str, Any]:
-        schema = document()
-        own = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-        schema["components"]["schemas"] |= {**own.pop("$defs"), "Problem": own}
-        return schema
+    It takes the place of the layers that FastAPI puts around its routes, which take as long as a route.
+    """
 
-    app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI's own docs extend it
+    def __init__(self, http: FastAPI) -> None:
+        """Also adds the schema of problems to the application's OpenAPI."""
+        self._app = http
+        document = http.openapi
 
+        def openapi() -> dict[str, Any]:
+            schema = document()
+            own = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            schema["components"]["schemas"] |= {**own.pop("$defs"), "Problem": own}
+            return schema
 
-async def _refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    if isinstance(error, ImageRefusal):
-        field = InvalidField(field=f"{error.field}.{error.index}", message=str(error))
-        return problem(error.code, f"{field.field}: {field.message}", errors=[field.model_dump()])
-    if isinstance(error, InvalidEventField):
-        return await _invalid(request, Invalid(InvalidField(field=to_camel(error.field), message=error.reason)))
-    if isinstance(error, IllegalTransition):
-        return problem(error.code, str(error), allowed=error.allowed)
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return problem(error.code, str(error), headers=headers)
-
-
-async def _failure(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Failure)
-    return problem(error.code, error.sentence)
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Invalid)
-    first = error.errors[0]
-    detail = f"{first.field}: {first.message}" if first.field else first.message
-    return problem("invalid_request", detail, errors=[field.model_dump() for field in error.errors])
-
-
-async def _validation(request: Request, error: Exception) -> Response:
-    """FastAPI's own checks, whose locations begin with path, query or header."""
-    assert isinstance(error, RequestValidationError)
-    return await _invalid(request, Invalid(*invalid_fields(error.errors(), skip=1)))
-
-
-async def _http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code, sentence = _HTTP[error.status_code]
-    detail = sentence if error.detail == HTTPStatus(error.status_code).phrase else error.detail
-    headers = dict(error.headers or {})
-    if error.status_code == 405:
-        # Starlette names only the methods of the first route with this path, and none for static files.
-        route = request.scope.get("route")
-        operations = route and request.app.openapi()["paths"].get(route.path)
-        allowed = {"Allow": ", ".join(operations).upper().replace("GET", "GET, HEAD")} if operations else {}
-        headers = {"Allow": "GET, HEAD"} | headers | allowed
-    return problem(code, detail, headers=headers)
-
-
-class _Unexpected:
-    """Answers 500 to unexpected exceptions. Starlette's own layer would also raise them again."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+        http.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI's own docs extend it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await self._app(scope, receive, send)
             return
+        scope["app"] = self._app
         started = False
 
         async def watch(message: Message) -> None:
@@ -208,12 +159,58 @@ class _Unexpected:
             await send(message)
 
         try:
-            await self.app(scope, receive, watch)
+            await self._app.router(scope, receive, watch)
         except ClientDisconnect:
             return
         except Exception as error:
+            response = None if started else _response(scope, error)
+            if response is None:
+                logger.error("%s: %s", scope["method"], type(error).__name__)
+                response = problem("internal", "Something went wrong on our side. Please try again.")
             # A response that has started cannot be replaced: the server sees it unfinished and closes the connection.
-            logger.error("%s: %s", scope["method"], type(error).__name__)
             if not started:
-                detail = "Something went wrong on our side. Please try again."
-                await problem("internal", detail)(scope, receive, send)
+                await response(scope, receive, send)
+
+
+def _response(scope: Scope, error: Exception) -> Response | None:
+    """The problem that an exception stands for; ``None`` if it is unexpected."""
+    match error:
+        case ImageRefusal():
+            field = InvalidField(field=f"{error.field}.{error.index}", message=str(error))
+            return problem(error.code, f"{field.field}: {field.message}", errors=[field.model_dump()])
+        case InvalidEventField():
+            return _invalid(InvalidField(field=to_camel(error.field), message=error.reason))
+        case IllegalTransition():
+            return problem(error.code, str(error), allowed=error.allowed)
+        case Refusal():
+            headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+            return problem(error.code, str(error), headers=headers)
+        case Failure():
+            return problem(error.code, error.sentence)
+        case Invalid():
+            return _invalid(*error.errors)
+        case RequestValidationError():  # Its locations begin with path, query or header.
+            return _invalid(*invalid_fields(error.errors(), skip=1))
+        case HTTPException():
+            return _http_problem(scope, error)
+        case _:
+            return None
+
+
+def _invalid(*errors: InvalidField) -> Response:
+    first = errors[0]
+    detail = f"{first.field}: {first.message}" if first.field else first.message
+    return problem("invalid_request", detail, errors=[field.model_dump() for field in errors])
+
+
+def _http_problem(scope: Scope, error: HTTPException) -> Response:
+    code, sentence = _HTTP[error.status_code]
+    detail = sentence if error.detail == HTTPStatus(error.status_code).phrase else error.detail
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        # Starlette names only the methods of the first route with this path, and none for static files.
+        route = scope.get("route")
+        operations = route and scope["app"].openapi()["paths"].get(route.path)
+        allowed = {"Allow": ", ".join(operations).upper().replace("GET", "GET, HEAD")} if operations else {}
+        headers = {"Allow": "GET, HEAD"} | headers | allowed
+    return problem(code, detail, headers=headers)

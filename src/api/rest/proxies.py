@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final
 
@@ -28,16 +29,22 @@ class ForwardedHeaders:
         """`trusted`: networks of proxies that set or remove each of these headers."""
         self._app = app
         self._trusted = trusted
+        self._peer = lru_cache(maxsize=4096)(self._resolve)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request or connection."""
         host, port = scope.get("client") or ("", 0)  # None for a Unix socket.
-        peer = _address(host)
-        if peer is not None:
-            scope["client"] = (str(peer), port)
-            if self._trusts(peer):
+        peer, trusted = self._peer(host)
+        if peer:
+            scope["client"] = (peer, port)
+            if trusted:
                 self._apply(scope)
         await self._app(scope, receive, send)
+
+    def _resolve(self, host: str) -> tuple[str, bool]:
+        """The canonical form of a peer's address, empty if it is none, and whether it is a trusted proxy's."""
+        address = _address(host)
+        return ("", False) if address is None else (str(address), self._trusts(address))
 
     def _trusts(self, address: IPv4Address | IPv6Address) -> bool:
         return any(address in network for network in self._trusted)

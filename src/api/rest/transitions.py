@@ -2,10 +2,11 @@
 
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import Field, JsonValue, StrictInt, StringConstraints
 
 from api.auth import PROBLEMS, Caller, service_only
+from api.rest import routes
 from api.rest.bodies import json_body, read_json
 from api.rest.forms import HttpUrl
 from api.rest.generations import GenerationId
@@ -15,7 +16,7 @@ from domain.errors import FailureCode
 from domain.events import Event, FaceSwapError, Wire
 from domain.stages import FLOWS
 
-router: Final = APIRouter(tags=["generations"])
+router: Final = routes.router("generations")
 
 _STATUSES: Final[list[JsonValue]] = list(dict.fromkeys(status for flow in FLOWS.values() for status in flow))
 _Sentence = Annotated[str, StringConstraints(min_length=1, max_length=500)]

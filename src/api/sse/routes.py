@@ -1,11 +1,9 @@
 """``GET /events`` and ``GET /generations/<id>/events`` as event streams, for requests that accept one."""
 
 import re
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.routing import APIRoute
+from fastapi import Depends, Header, Query, Request, Response
 from pydantic_core import to_json
 from starlette.datastructures import Headers
 from starlette.routing import Match
@@ -13,6 +11,7 @@ from starlette.types import Scope
 
 from api.auth import StreamIdentity
 from api.realtime.sockets import welcome_of
+from api.rest import routes
 from api.rest.generations import After, GenerationId
 from api.rest.problems import is_temporary
 from api.rest.state import Feeds, UseCases
@@ -34,26 +33,22 @@ def accepts_stream(headers: Headers) -> bool:
     return False
 
 
-class _StreamRoute(APIRoute):
+class _StreamRoute(routes.Route):
     """Matches only requests that accept an event stream; the others go to the route of the same path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Called by the router."""
-        return super().matches(scope) if accepts_stream(Headers(scope=scope)) else (Match.NONE, {})
+        match, child = super().matches(scope)
+        return (match, child) if match != Match.NONE and accepts_stream(Headers(scope=scope)) else (Match.NONE, {})
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Called by FastAPI."""
-        handler = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except Refusal as refusal:
-                if not is_temporary(refusal.code):
-                    raise
-                return try_again()
-
-        return answer
+    async def answer(self, request: Request) -> Response:
+        """The stream; an empty one, after which the client tries again, if the service refuses for a while."""
+        try:
+            return await super().answer(request)
+        except Refusal as refusal:
+            if not is_temporary(refusal.code):
+                raise
+            return try_again()
 
 
 async def _streams(request: Request) -> EventStreams:
@@ -64,7 +59,7 @@ async def _streams(request: Request) -> EventStreams:
 Streams = Annotated[EventStreams, Depends(_streams)]
 LastEventId = Annotated[str | None, Header()]
 
-router: Final = APIRouter(route_class=_StreamRoute, include_in_schema=False)
+router: Final = routes.router(route_class=_StreamRoute, include_in_schema=False)
 
 
 @router.get("/events")
