@@ -1,7 +1,7 @@
 """The event log in memory. It is lost with the process, and each process has an epoch of its own.
 
-No method yields to the event loop, so each is atomic. A generation's events are three parallel columns (JSON,
-positions, ids), and a user's feed is a list of generations by position: about 70 bytes per event beyond its JSON.
+No method yields to the event loop, so each is atomic. A generation's events are kept in columns, and a user's feed is a
+list of generations by position. Once a generation has ended, an event takes less than 1.5 times its JSON.
 """
 
 import bisect
@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import islice
-from typing import NamedTuple
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from domain.append_rules import Known, decide
 from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
@@ -30,11 +30,12 @@ class _Record:
     user: "_User"
     generation_id: str
     start: Start
-    events: list[bytes] = field(default_factory=list)
-    #: By index of the event; only of events with images.
-    images: dict[int, Mapping[str, str]] = field(default_factory=dict)
-    positions: "array[int]" = field(default_factory=lambda: array("Q"))
-    ids: "array[int]" = field(default_factory=lambda: array("Q"))
+    #: The JSON of each event; once the generation has ended, all in one object, a line each.
+    events: list[bytes] | bytes = field(default_factory=list)
+    #: Each change of the events' images: from which index on, and the fields and names in turn. A dict would be larger.
+    images: tuple[tuple[Any, ...], ...] = ()
+    #: The position and the id of each event, in turn.
+    places: "array[int]" = field(default_factory=lambda: array("Q"))
     ended_at: datetime | None = None
     end_name: str = ""
     free: bool = False
@@ -45,36 +46,53 @@ class _Record:
         return not self.events
 
     @property
-    def end(self) -> int | None:
-        return None if self.ended_at is None else self.positions[-1]
+    def first(self) -> int:
+        return self.places[0]
 
-    def entry(self, index: int) -> Logged:
-        last = self.ended_at is not None and index == len(self.positions) - 1
+    @property
+    def last(self) -> int:
+        return self.places[-2]
+
+    @property
+    def end(self) -> int | None:
+        return None if self.ended_at is None else self.last
+
+    def json(self) -> list[bytes]:
+        return self.events.split(b"\n") if isinstance(self.events, bytes) else self.events
+
+    def entry(self, index: int, event: bytes | None) -> Logged:
+        position, event_id = self.places[2 * index : 2 * index + 2]
         return Logged(
             self.user.user_id,
-            self.positions[index],
-            self.ids[index],
+            position,
+            event_id,
             self.generation_id,
             index + 1,
-            self.end_name if last else NAMES["started"] if index == 0 else CONTINUE,
-            self.events[index] if self.events else None,
-            self.positions[0],
+            self.end_name if position == self.end else NAMES["started"] if index == 0 else CONTINUE,
+            event,
+            self.first,
             self.end,
-            self.images.get(index) or {},
+            self.images_at(index),
         )
 
+    def images_at(self, index: int) -> Mapping[str, str]:
+        flat = next((change for change in reversed(self.images) if change[0] <= index), (0,))
+        return dict(zip(flat[1::2], flat[2::2], strict=True))
+
     def at(self, position: int) -> Logged:
-        return self.entry(bisect.bisect_left(self.positions, position))
+        index = bisect.bisect_left(self.places[::2], position)
+        return self.entry(index, None if self.deleted else self.json()[index])
 
     def history(self, *, summary: bool = True) -> History:
-        count = len(self.events)
+        events = self.json()
+        count = len(events)
         indexes = sorted({0, max(count - 2, 0), count - 1}) if summary else range(count)
         return History(
             self.user.user_id,
             self.generation_id,
             self.start.kind,
             self.start.order,
-            [self.entry(index) for index in indexes],
+            [self.entry(index, events[index]) for index in indexes],
             self.free,
         )
 
@@ -91,7 +109,7 @@ class _User:
     feed: list[_Record | None] = field(default_factory=list)
     base: int = 0
     #: In order of their first positions.
-    generations: dict[str, _Record] = field(default_factory=dict)
+    generations: list[_Record] = field(default_factory=list)
     active: dict[str, _Record] = field(default_factory=dict)
     #: Deleted generations with tombstones above the floor.
     deleted: list[_Record] = field(default_factory=list)
@@ -112,10 +130,10 @@ class _User:
 
     def forget_below_floor(self) -> list[_Record]:
         """Drop and return the deleted generations below the floor, and trim the empty start of the feed."""
-        passed = [record for record in self.deleted if record.positions[-1] <= self.floor]
+        passed = [record for record in self.deleted if record.last <= self.floor]
         for record in passed:
             self.deleted.remove(record)
-            for position in record.positions:
+            for position in record.places[::2]:
                 if position > self.base:
                     self.feed[position - self.base - 1] = None
         empty = next((i for i, kept in enumerate(self.feed) if kept is not None), len(self.feed))
@@ -159,30 +177,32 @@ class MemoryLog:
         accepted = decide(entry, self._known(entry, user, record), credits=self._credits, now=self._clock())
         if accepted is None:
             assert record is not None
-            return record.entry(entry.sequence - 1)
+            return record.entry(entry.sequence - 1, record.json()[entry.sequence - 1])
         user.credit = accepted.credit or 0
         if record is None:
             assert entry.start is not None
             record = _Record(user, entry.generation_id, entry.start)
             self._users[user.user_id] = user
-            self._records[entry.generation_id] = user.generations[entry.generation_id] = record
+            self._records[entry.generation_id] = record
+            user.generations.append(record)
             self._unfinished[entry.generation_id] = user.active[entry.generation_id] = record
             if entry.start.key is not None:
                 user.keys[entry.start.key] = entry.generation_id
         user.feed.append(record)
-        if entry.images:
-            record.images[len(record.events)] = entry.images
-        record.events.append(accepted.event)
-        record.positions.append(user.head)
-        record.ids.append(entry.event_id)
+        index = entry.sequence - 1
+        if entry.images != record.images_at(index):
+            record.images += ((index, *chain(*entry.images.items())),)
+        record.events = [*record.json(), accepted.event]
+        record.places.extend((user.head, entry.event_id))
         record.free = entry.free
         if entry.terminal:
             record.ended_at, record.end_name = entry.at, entry.name
+            record.events = b"\n".join(record.events)
             del self._unfinished[entry.generation_id], user.active[entry.generation_id]
             self._finished[entry.generation_id] = record
             if self._outbox:
                 self._undelivered[entry.generation_id] = record
-        logged = record.entry(entry.sequence - 1)
+        logged = record.entry(index, accepted.event)
         self._followers.deliver(logged)
         return logged
 
@@ -211,11 +231,11 @@ class MemoryLog:
         user = self._users.get(user_id)
         if user is None:
             return []
-        records = reversed((user.active if active else user.generations).values())
+        records = reversed(user.active.values() if active else user.generations)
         wanted = (
             record
             for record in records
-            if (before is None or record.positions[0] < before) and not (active is False and record.ended_at is None)
+            if (before is None or record.first < before) and not (active is False and record.ended_at is None)
         )
         return [record.history() for record in islice(wanted, limit)]
 
@@ -224,7 +244,7 @@ class MemoryLog:
 
     async def images(self, generation_id: str) -> Collection[str]:
         record = self._records.get(generation_id)
-        return {name for images in record.images.values() for name in images.values()} if record else ()
+        return {name for change in record.images for name in change[2::2]} if record else ()
 
     async def set_aside(self, generation_id: str) -> bool:
         return False
@@ -243,7 +263,7 @@ class MemoryLog:
         anchor_id = user.id_at(user.head)
         assert anchor_id is not None
         oldest = next(iter(user.active.values()), None)
-        return Cursor(user.head, anchor_id, oldest.positions[0] - 1 if oldest else user.head)
+        return Cursor(user.head, anchor_id, oldest.first - 1 if oldest else user.head)
 
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
         user = self._users.get(user_id)
@@ -256,7 +276,7 @@ class MemoryLog:
             record = user.feed[position - user.base - 1]
             if record is not None:
                 entries.append(record.at(position))
-        spans = [(record.positions[0], record.positions[-1]) for record in user.deleted]
+        spans = [(record.first, record.last) for record in user.deleted]
         deleted_spans = [first for first, last in spans if first <= anchor < last]
         return Feed(entries, position, user.head, user.floor, user.id_at(anchor), deleted_spans)
 
@@ -297,17 +317,18 @@ class MemoryLog:
             return False
         user = record.user
         if not record.deleted:
-            del self._records[generation_id], user.generations[generation_id]
+            del self._records[generation_id]
+            user.generations.remove(record)
             if record.start.key is not None:
                 del user.keys[record.start.key]
             self._undelivered.pop(generation_id, None)
-            record.events.clear()
-            record.images.clear()
+            record.events = b""
+            record.images = ()
             record.start = replace(record.start, order=b"")
             user.deleted.append(record)
             self._followers.deliver(Removed(user.user_id, generation_id))
-        if retention and record.positions[-1] > user.floor:
-            user.floor, user.floor_id = record.positions[-1], record.ids[-1]
+        if retention and record.last > user.floor:
+            user.floor, user.floor_id = record.last, record.places[-1]
         for passed in user.forget_below_floor():
             del self._finished[passed.generation_id]
         return True
@@ -330,7 +351,7 @@ class MemoryLog:
         return [*kept, *deleted]
 
     async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
-        return [record.entry(len(record.events) - 1) for record in islice(self._undelivered.values(), limit)]
+        return [record.at(record.last) for record in islice(self._undelivered.values(), limit)]
 
     async def delivered(self, generation_id: str) -> None:
         self._undelivered.pop(generation_id, None)
@@ -344,8 +365,8 @@ class MemoryLog:
         return Known(
             exists=known is not None,
             ended=known is not None and known.ended_at is not None,
-            sequence=0 if record is None else len(record.events),
-            event_id=next(iter(record.ids[entry.sequence - 1 : entry.sequence]), None) if record else None,
+            sequence=0 if record is None else len(record.places) // 2,
+            event_id=next(iter(record.places[2 * entry.sequence - 1 : 2 * entry.sequence]), None) if record else None,
             begun=IdempotencyRecord(begun, self._records[begun].start.fingerprint) if begun else None,
             unfinished=len(user.active),
             credit=user.credit if self._credits is not None else None,
