@@ -336,7 +336,7 @@ async def test_after_a_restart_with_a_memory_log_nothing_is_recovered_and_events
 ) -> None:
     line = await shared_harness.line()
     async with other_service(shared_harness, tmp_path / "one") as harness:
-        line.port = harness.service.port
+        line.target = harness.service.port
         client = harness.open(None, way, line=line, always={"userId": "eve"})
         await client.ack("always")
         await harness.recorder.run_to_end("eve")
@@ -350,7 +350,7 @@ async def test_after_a_restart_with_a_memory_log_nothing_is_recovered_and_events
         harness.browsers.open_browsers[client.id] = client
         await harness.recorder.start("eve")
         count = len(client.on("connect"))
-        line.port, line.down = harness.service.port, False
+        line.target, line.down = harness.service.port, False
         again = await client.connected(count + 1)
         assert again["recovered"] is False
         assert again["pid"] != pid

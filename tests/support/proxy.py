@@ -9,13 +9,17 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Self
 
 #: ``reset``: RST to both ends. ``close``: both ends are closed in order. ``half_open``: nothing passes any more, and
-#: neither end is notified. ``stall``: the proxy stops reading, so that sent data piles up.
-Kind = Literal["reset", "close", "half_open", "stall"]
+#: neither end is notified. ``stall``: the proxy stops reading, so that sent data piles up. ``cut``: the client's end is
+#: closed, and the server's is reset. ``vanish``: the client's end is closed, and the server is not notified.
+Kind = Literal["reset", "close", "half_open", "stall", "cut", "vanish"]
 #: Towards the server, or towards the client.
 Way = Literal["up", "down"]
+
+#: How the frames of events begin.
+_EVENT: Final = (b'42["continue",', b'42["generation_')
 
 #: Gets the head of a request. Returns what the server gets, or None where the proxy refuses.
 Rewrite = Callable[[str], str | None]
@@ -60,6 +64,11 @@ class _Line:
                 self.deaf = True
             case "stall":
                 self.flows.clear()
+            case "cut" | "vanish":
+                self.deaf = True
+                self.ends[0].close()
+                if kind == "cut":
+                    self.ends[1].transport.abort()
 
 
 class Proxy:
@@ -72,7 +81,8 @@ class Proxy:
     port: int
 
     def __init__(self, target: int, rewrite: Rewrite | None = None) -> None:
-        self._target = target
+        #: The port of the server.
+        self.target = target
         self._rewrite = rewrite
         self._lines: set[_Line] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,12 +92,16 @@ class Proxy:
         self.jitter = 0.0
         #: How many lines were struck so far.
         self.struck = 0
+        #: Whether connections are refused.
+        self.down = False
+        #: Bytes of the receive buffer towards the server; ``None``: the system's default.
+        self.receive_buffer: int | None = None
 
     @classmethod
     @asynccontextmanager
     async def open(
         cls, target: int, *, listener: socket.socket | None = None, rewrite: Rewrite | None = None
-    ) -> AsyncIterator["Proxy"]:
+    ) -> AsyncIterator[Self]:
         """A proxy on this listener, or on a free port."""
         proxy = cls(target, rewrite)
         listener = listener or socket.create_server(("127.0.0.1", 0))
@@ -97,11 +111,16 @@ class Proxy:
             yield proxy
         finally:
             server.close()
-            for task in proxy._tasks:
-                task.cancel()
-            await asyncio.gather(*proxy._tasks, return_exceptions=True)
-            for line in proxy._lines:
-                line.strike("reset")
+            await proxy.end()
+
+    async def end(self) -> None:
+        """End all connections, and refuse those that come while the listener closes."""
+        self.down = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for line in self._lines:
+            line.strike("reset")
 
     @property
     def url(self) -> str:
@@ -127,10 +146,13 @@ class Proxy:
         self._tasks.add(accepting)
         fault = self.plan.popleft() if self.plan else None
         try:
+            if self.down:
+                reset(client.transport)
+                return
             head = b"" if self._rewrite is None else await self._head(from_client, client)
             if head is None:
                 return
-            from_server, server = await asyncio.open_connection("127.0.0.1", self._target)
+            from_server, server = await asyncio.open_connection(sock=await self._connect())
             line = _Line(client, server, fault)
             self._lines.add(line)
             server.write(head)
@@ -147,6 +169,18 @@ class Proxy:
             reset(client.transport)
         finally:
             self._tasks.discard(accepting)
+
+    async def _connect(self) -> socket.socket:
+        connection = socket.socket()
+        connection.setblocking(False)
+        if self.receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", self.target))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     async def _head(self, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> bytes | None:
         """The head to send to the server, or None after the request was refused or broke off."""
@@ -182,6 +216,73 @@ class Proxy:
                     self._strike(line, fault.kind)
         if not line.deaf:
             target.close()
+
+
+class EventProxy(Proxy):
+    """Breaks the connections at a given event.
+
+    `falls`: after how many events, counted afresh each time; or ``"connect"``, when the server has answered the
+    handshake and the client has not received the answer. With `silently`, the server is not notified.
+    """
+
+    def __init__(self, target: int, rewrite: Rewrite | None = None) -> None:
+        super().__init__(target, rewrite)
+        self.receive_buffer = 32 * 1024
+        self.falls: deque[int | Literal["connect"]] = deque()
+        self.fallen = 0
+        self.silently = False
+        #: Bytes per second towards the client.
+        self.pace: float | None = None
+        self._passed = 0
+
+    def fall(self) -> None:
+        """Break all connections: the client gets what has passed."""
+        self.fallen += 1
+        self.strike("vanish" if self.silently else "cut")
+
+    async def _pump(self, line: _Line, way: Way, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        if way == "up":
+            await super()._pump(line, way, source, target)
+            return
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            head = await source.readuntil(b"\r\n\r\n")
+            framed = b" 101 " in head.split(b"\r\n", 1)[0]
+            target.write(head)
+            sent = 0
+            while part := await (_frame(source) if framed else source.read(65_536)):
+                if line.deaf or not self._passes(part):
+                    continue
+                target.write(part)
+                await target.drain()
+                sent += len(part)
+                if self.pace is not None and sent > 32 * 1024:
+                    await asyncio.sleep(sent / self.pace)
+                    sent = 0
+        if not line.deaf:
+            target.close()
+
+    def _passes(self, part: bytes) -> bool:
+        if not self.falls:
+            return True
+        if self.falls[0] == "connect":
+            falls = b'40{"sid"' in part
+        else:
+            self._passed += sum(part.count(mark) for mark in _EVENT)
+            falls = self._passed > self.falls[0]
+        if falls:
+            self.falls.popleft()
+            self._passed = 0
+            self.fall()
+        return not falls
+
+
+async def _frame(reader: asyncio.StreamReader) -> bytes:
+    """One WebSocket frame of a server."""
+    head = await reader.readexactly(2)
+    if head[1] in (126, 127):
+        head += await reader.readexactly(2 if head[1] == 126 else 8)
+    size = int.from_bytes(head[2:]) if len(head) > 2 else head[1]
+    return head + await reader.readexactly(size)
 
 
 def forward(*, path: str = "", strip: bool = False, headers: Mapping[str, str] | None = None) -> Rewrite:

@@ -1,11 +1,8 @@
 """Official and bare clients on connections that break where a test says, and what each must have been sent."""
 
 import asyncio
-import contextlib
 import json
-import socket
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +17,7 @@ from domain.generation import Generation
 from support.builders import EventWriter, SteppableClock, body
 from support.harness import TIMEOUT, Running, flood, running
 from support.node import Browser, Browsers
+from support.proxy import EventProxy
 
 WAYS: Final = {"polling": ["polling"], "websocket": ["websocket"], "upgrade": ["polling", "websocket"]}
 
@@ -36,129 +34,7 @@ WAITS: Final[dict[str, Any]] = {"reconnection": False}
 
 SECRET: Final = "a secret that is long enough for HS256"
 
-_EVENT: Final = (b'42["continue",', b'42["generation_')
-
-
 ReceivedEvents = list[tuple[str, dict[str, Any]]]
-
-_Pump = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-class Line:
-    """A TCP proxy that breaks the connection at a given event.
-
-    `falls`: after how many events, counted afresh each time; or ``"connect"``, when the server has answered the
-    handshake and the client does not get to know. While it is `down`, nobody gets through. Where it falls
-    `silently`, the server is not notified.
-    """
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.falls: deque[int | Literal["connect"]] = deque()
-        self.fallen = 0
-        self.down = False
-        self.silently = False
-        #: Bytes per second towards the client.
-        self.pace: float | None = None
-        self._passed = 0
-        self._pipes: dict[asyncio.StreamWriter, asyncio.StreamWriter] = {}
-        self._ends: list[asyncio.StreamWriter] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator["Line"]:
-        async with await asyncio.start_server(self._accept, "127.0.0.1", 0) as server:
-            self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            yield self
-
-    async def end(self) -> None:
-        """Nobody uses it any more. It still listens: somebody who comes while a listener closes would be left over."""
-        self.down = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for end in self._ends:
-            end.transport.abort()
-
-    def fall(self) -> None:
-        """All connections end: the client gets what has passed, the server notices or does not."""
-        self.fallen += 1
-        for client, server in self._pipes.items():
-            client.close()
-            if not self.silently:
-                server.transport.abort()
-        self._pipes.clear()
-
-    async def _accept(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        self._keep(asyncio.current_task())
-        self._ends.append(client)
-        if self.down:
-            client.transport.abort()
-            return
-        line = socket.socket()
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
-        line.connect(("127.0.0.1", self.port))
-        answers, server = await asyncio.open_connection(sock=line)
-        self._pipes[client] = server
-        self._ends.append(server)
-        for pump, source, target in ((self._up, reader, server), (self._down, answers, client)):
-            self._keep(asyncio.create_task(self._pump(pump, source, target, client)))
-
-    def _keep(self, task: asyncio.Task[None] | None) -> None:
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _pump(self, pump: _Pump, source: asyncio.StreamReader, target: asyncio.StreamWriter, client: Any) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            await pump(source, target)
-        server = self._pipes.pop(client, None)
-        if server is not None:
-            client.close()
-            server.close()
-
-    async def _up(self, reader: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            server.write(data)
-            await server.drain()
-
-    async def _down(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        framed = b" 101 " in head.split(b"\r\n", 1)[0]
-        client.write(head)
-        owed = 0
-        while part := await (_frame(reader) if framed else reader.read(65536)):
-            if client not in self._pipes or not self._passes(part):
-                return
-            client.write(part)
-            await client.drain()
-            owed += len(part)
-            if self.pace is not None and owed > 32 * 1024:
-                await asyncio.sleep(owed / self.pace)
-                owed = 0
-
-    def _passes(self, part: bytes) -> bool:
-        if not self.falls:
-            return True
-        if self.falls[0] == "connect":
-            falls = b'40{"sid"' in part
-        else:
-            self._passed += sum(part.count(mark) for mark in _EVENT)
-            falls = self._passed > self.falls[0]
-        if falls:
-            self.falls.popleft()
-            self._passed = 0
-            self.fall()
-        return not falls
-
-
-async def _frame(reader: asyncio.StreamReader) -> bytes:
-    """One WebSocket frame of a server."""
-    head = await reader.readexactly(2)
-    if head[1] in (126, 127):
-        head += await reader.readexactly(2 if head[1] == 126 else 8)
-    size = int.from_bytes(head[2:]) if len(head) > 2 else head[1]
-    return head + await reader.readexactly(size)
 
 
 @dataclass
@@ -169,7 +45,7 @@ class RecoveryHarness:
     browsers: Browsers
     recorder: EventWriter
     listening: AsyncExitStack
-    _lines: list[Line] = field(default_factory=list)
+    _lines: list[EventProxy] = field(default_factory=list)
     _users: int = 0
 
     def user(self) -> str:
@@ -177,14 +53,14 @@ class RecoveryHarness:
         self._users += 1
         return f"user-{self._users}"
 
-    def open(self, user: str | None, way: str = "websocket", *, line: Line | None = None, **rest: Any) -> Browser:
+    def open(self, user: str | None, way: str = "websocket", *, line: EventProxy | None = None, **rest: Any) -> Browser:
         """A client like the seed's: it authenticates once, and not in its `connect` handler."""
         first = {"first": {"userId": user}} if user is not None else {}
         url = line.url if line is not None else self.service.url
         return self.browsers.open(url, transports=WAYS[way], **{**first, **rest})
 
-    async def line(self, *falls: int | Literal["connect"]) -> Line:
-        line = await self.listening.enter_async_context(Line(self.service.port).open())
+    async def line(self, *falls: int | Literal["connect"]) -> EventProxy:
+        line = await self.listening.enter_async_context(EventProxy.open(self.service.port))
         self._lines.append(line)
         line.falls.extend(falls)
         return line
