@@ -14,7 +14,7 @@ from typing import Final
 
 from api.settings import Setting, describe_settings
 from domain.events import event_name
-from domain.stages import BEGIN, FLOWS, GUARDS, Kind, Move, Stage, ceiling, moves
+from domain.stages import FLOWS, GUARDS, INITIAL, Kind, Move, Stage, ceiling, moves
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def state_diagram(kind: Kind) -> str:
 
 
 def _arrow(move: Move) -> str:
-    source = "[*]" if move.source == BEGIN else move.source
+    source = "[*]" if move.source == INITIAL else move.source
     label = f": {GUARDS[move.via.guard].condition}" if move.via.guard else ""
     return f"{source} --> {move.status}{label}"
 

@@ -19,7 +19,7 @@ REPEAT_INTERVAL = 10.0
 
 
 class OneLine(logging.Formatter):
-    """Escapes control characters, so that nobody can forge a line, and names only the type of an exception."""
+    """Escapes control characters, so that no line can be forged, and names only the type of an exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""

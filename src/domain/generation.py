@@ -13,7 +13,7 @@ from transitions import Machine, Transition
 from domain.errors import Failure, IllegalTransition, InvalidEventField
 from domain.events import Event, FaceSwapError, Input, Outcome, Wire, timestamp
 from domain.requests import GenerationRequest
-from domain.stages import BEGIN, FAILED, FLOWS, GUARDS, STARTED, Kind, Via, ceiling, moves
+from domain.stages import FAILED, FLOWS, GUARDS, INITIAL, STARTED, Kind, Via, ceiling, moves
 
 
 class _Transition(Transition):
@@ -32,8 +32,8 @@ def _machine(kind: Kind) -> Machine:
     """The rules for one kind, shared by all its generations. A move's trigger is the status it leads to."""
     return _Machine(
         model=None,
-        states=[BEGIN, *FLOWS[kind]],
-        initial=BEGIN,
+        states=[INITIAL, *FLOWS[kind]],
+        initial=INITIAL,
         transitions=[
             {"trigger": to, "source": source, "dest": to, "conditions": via.guard, "via": via}
             for source, to, via in moves(kind)
@@ -101,7 +101,7 @@ class Generation:
     kind: Kind
     user_id: str
     request: GenerationRequest
-    status: str = BEGIN
+    status: str = INITIAL
     progress: int = 0
     sequence: int = 0
     message: str = ""
@@ -136,7 +136,7 @@ class Generation:
     @property
     def finished(self) -> bool:
         """Whether no event may follow."""
-        return self.status != BEGIN and FLOWS[self.kind][self.status].terminal
+        return self.status != INITIAL and FLOWS[self.kind][self.status].terminal
 
     @property
     def allowed(self) -> tuple[str, ...]:
@@ -235,11 +235,11 @@ class Generation:
 
     # The guards of the table: called with the proposed event, or with None to ask whether any event would do.
 
-    def face_swap_asked(self, event: Event | None) -> bool:
+    def face_swap_requested(self, event: Event | None) -> bool:
         """A face swap was asked for."""
         return self.request.face_swap
 
-    def face_swap_not_asked(self, event: Event | None) -> bool:
+    def face_swap_not_requested(self, event: Event | None) -> bool:
         """No face swap was asked for."""
         return not self.request.face_swap
 

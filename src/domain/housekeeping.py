@@ -1,4 +1,4 @@
-"""What is removed without anybody asking: finished generations past retention, and pictures that no event names."""
+"""Scheduled removal: finished generations past retention, and pictures that nothing needs."""
 
 import asyncio
 import logging

@@ -19,7 +19,7 @@ _EVERY: Final = 1.0
 
 
 class _Check:
-    """Something that is tried when somebody asks, at most once a second, and once for all who ask meanwhile."""
+    """A check that runs on request, at most once a second, and once for all callers that wait for it."""
 
     def __init__(self, check: Callable[[], Awaitable[object]], late: Refusal | Failure) -> None:
         self.check = check

@@ -1,12 +1,14 @@
 """From the log's records to the domain's objects."""
 
 import contextlib
+from datetime import datetime
 from typing import Final
 
 from domain.events import decode
 from domain.generation import Generation
 from domain.ports.log import History
 from domain.requests import GenerationRequest
+from domain.stages import FLOWS
 
 #: What is raised if a stored request or event cannot be read.
 UNREADABLE: Final = (ValueError, LookupError, TypeError)
@@ -47,6 +49,29 @@ def generation_of(history: History) -> Generation:
     for entry in entries:
         generation.apply(decode(entry.event or b""), entry.images)
     return generation
+
+
+def was_interrupted(history: History) -> bool:
+    """Whether the work of its present stage may have been paid for before, so that it is not repeated."""
+    try:
+        generation = generation_of(history)
+    except UNREADABLE:
+        return False
+    return FLOWS[generation.kind][generation.status].provider is not None and not history.free
+
+
+def seconds_worked(history: History) -> float:
+    """Seconds of work in the log: from leaving ``started`` to the last event.
+
+    Without ``composition`` if it fetches URLs, as the log does not show how long it then waited for a worker.
+    """
+    first = 2 if request_of(history).image_urls else 1
+    times = [
+        datetime.fromisoformat(decode(entry.event).occurred_at)
+        for entry in (*history.events[first : first + 1], history.events[-1])
+        if entry.event is not None
+    ]
+    return (times[1] - times[0]).total_seconds() if len(times) == 2 else 0.0
 
 
 def _before(history: History, request: GenerationRequest) -> Generation:

@@ -1,8 +1,8 @@
 """Takes generations from ``started`` to their end.
 
 The machine says which stage comes next; the table says which step does the work of a stage. A step returns the fields
-it has found for the next event, and these choose the next stage. A generation that somebody else ends (a cancel, from
-any device) is noticed by following the log: its work is aborted, and a late result is dropped.
+it has found for the next event, and these choose the next stage. The runner follows the log, so it notices if another
+caller ends a generation (a cancel, from any device): the work is aborted, and a late result is dropped.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from domain.errors import Conflict, Failure, LogUnavailable
-from domain.events import decode
 from domain.feed import Logged
 from domain.identity import WORKING_FOR
 from domain.ports.images import Composer, ImageFetcher, Picture
@@ -25,7 +24,7 @@ from domain.ports.providers import FaceSwapper, ImageEditor
 from domain.quarantine import Quarantine
 from domain.readiness import RUNNER
 from domain.recorder import ATTENTION, Recorder
-from domain.rehydrate import UNREADABLE, generation_of, is_external, request_of
+from domain.rehydrate import UNREADABLE, generation_of, is_external, seconds_worked, was_interrupted
 from domain.stage_times import Entered, StageTimes
 from domain.stages import FAILED, FLOWS, Provider, Stage, ceiling
 from domain.stored_images import StoredImages
@@ -49,8 +48,8 @@ _FETCHING: Final = 4
 class Runner:
     """Works on at most `max_running` generations at once, each for at most `deadline` seconds.
 
-    Those that fetch image URLs do not count, so that slow sites delay nobody else. They have a line and limits of their
-    own, and wait for a worker once their pictures are there.
+    Those that fetch image URLs do not count, so that slow sites delay no other work. They have a queue and limits of
+    their own, and wait for a worker once their pictures are there.
     """
 
     log: EventLog
@@ -73,14 +72,14 @@ class Runner:
             "editor": self.editor,
             "face_swapper": self.face_swapper,
         }
-        self._jobs: dict[str, tuple[_Job, asyncio.Task[None]]] = {}
+        self._jobs: dict[str, _Job] = {}
         #: Interrupted generations that this node has offered, until they have ended.
         self._interrupted: set[str] = set()
         self._resumed = asyncio.Event()
 
     async def resume(self) -> None:
         """Offer all unfinished generations to all nodes, first those that were interrupted in a paid stage."""
-        for history in sorted(await self.log.unfinished(), key=_interrupted, reverse=True):
+        for history in sorted(await self.log.unfinished(), key=was_interrupted, reverse=True):
             await self._offer(history)
         if not self._interrupted:
             self._resumed.set()
@@ -109,7 +108,7 @@ class Runner:
         """Offer an unfinished generation, unless it is external."""
         if is_external(history):
             return
-        fetching = interrupted = _interrupted(history)
+        fetching = interrupted = was_interrupted(history)
         with contextlib.suppress(*UNREADABLE):  # Whoever works on it sets it aside.
             fetching = interrupted or generation_of(history).needs_fetching
         if await self.leases.offer(history.user_id, history.generation_id, fetching=fetching) and interrupted:
@@ -125,10 +124,10 @@ class Runner:
         self._interrupted.discard(entry.generation_id)
         if not self._interrupted:
             self._resumed.set()
-        job, task = self._jobs.get(entry.generation_id, (None, None))
-        if job is not None and task is not None and not job.ending:
+        job = self._jobs.get(entry.generation_id)
+        if job is not None and not job.ending:
             job.over = True
-            task.cancel()
+            job.task.cancel()
 
     async def _hold(self) -> None:
         """Renew the leases. Stop working on what this node has lost, and offer what another node has abandoned."""
@@ -136,9 +135,7 @@ class Runner:
             await asyncio.sleep(_RENEW)
             for generation_id in await self.leases.renew(list(self._jobs)):
                 if generation_id in self._jobs:
-                    job, task = self._jobs[generation_id]
-                    job.abandon()
-                    task.cancel()
+                    self._jobs[generation_id].abandon()
             for generation_id in await self.leases.abandoned():
                 history = await self.log.summary(generation_id)
                 if history is not None and history.events[-1].end is None:
@@ -160,28 +157,25 @@ class Runner:
 
     async def _work(self, generation_id: str, *, fetching: bool) -> bool:
         """Work on a generation to its end, or while it fetches. Return whether a worker has taken it over then."""
-        job, task = self._jobs.get(generation_id, (None, None))
-        if job is None or task is None:
+        if (job := self._jobs.get(generation_id)) is None:
             history = await self.patiently(lambda: self.log.generation(generation_id))
             if history is None:
                 return False
-            job = _Job(self, history, fetching=fetching)
+            self._jobs[generation_id] = job = _Job(self, history, fetching=fetching)
             # A task of its own, so that ending the generation aborts this job and not the worker.
-            task = asyncio.create_task(self._finish(job))
-            self._jobs[generation_id] = job, task
+            job.task = asyncio.create_task(self._finish(job))
         else:
             job.claimed.set_result(None)
-        waits = [task, job.claimed] if fetching else [task]
+        waits = [job.task, job.claimed] if fetching else [job.task]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if task.done() and not (task.cancelled() and (job.over or job.abandoned)):
-                task.result()
+            if job.task.done() and not (job.task.cancelled() and (job.over or job.abandoned)):
+                job.task.result()
         finally:
             if not (fetching and job.claimed.done()):
                 del self._jobs[generation_id]
                 job.abandon()
-                task.cancel()
-                await asyncio.wait([task])
+                await asyncio.wait([job.task])
                 await job.clean_up()
         return fetching and job.claimed.done()
 
@@ -201,7 +195,7 @@ class Runner:
             if failure is not None:
                 await job.move(*job.generation.ending(failure))
         except Conflict:
-            # Somebody else has moved it: that event stands, and ours was never made.
+            # Another caller has moved it: that event stands, and ours was not appended.
             history = await self.patiently(lambda: self.log.generation(job.generation.generation_id))
             job.over = history is None or generation_of(history).finished
         except LogUnavailable:
@@ -233,6 +227,8 @@ class Runner:
 class _Job:
     """One generation being worked on."""
 
+    task: asyncio.Task[None]
+
     def __init__(self, runner: Runner, history: History, *, fetching: bool) -> None:
         self._runner = runner
         self._fetching = fetching
@@ -243,15 +239,15 @@ class _Job:
         self.generation = generation_of(history)
         #: The stages that it has entered since this node took it up; for a new one, from the first.
         self._entered = [self._entry] if self.generation.sequence == 1 else []
-        #: Seconds for which somebody has worked on it before.
-        self.worked = _worked(history)
+        #: Seconds of work before this job.
+        self.worked = seconds_worked(history)
         #: Whether the present stage may be repeated for free, or may not be repeated.
-        self._recorded_free, self._interrupted = history.free, _interrupted(history)
+        self._recorded_free, self._interrupted = history.free, was_interrupted(history)
         self._request = self.generation.request
         named = (name for entry in history.events for name in entry.images.values())
         self._known_names = (*self._request.images, *named)
         self._sheet: Picture | None = None
-        #: The pictures behind the image URLs, stored as long as this job.
+        #: The pictures of the image URLs, stored as long as this job.
         self._fetched: list[str] = []
         self._result: Picture | None = None
         #: Pictures stored for an event that the log does not have yet.
@@ -316,6 +312,7 @@ class _Job:
         self.abandoned = True
         if self._recording is not None:
             self._recording.cancel()
+        self.task.cancel()
 
     async def clean_up(self) -> None:
         """Remove what no event names."""
@@ -399,26 +396,3 @@ class _Job:
         name = await self._runner.images.save(self.generation.generation_id, picture)
         self._fetched.append(name)
         return name
-
-
-def _interrupted(history: History) -> bool:
-    """Whether whoever worked on it before may have been charged for its present stage. It is not repeated then."""
-    try:
-        generation = generation_of(history)
-    except UNREADABLE:
-        return False
-    return FLOWS[generation.kind][generation.status].provider is not None and not history.free
-
-
-def _worked(history: History) -> float:
-    """Seconds of work that the log tells of: from leaving ``started`` to the last event.
-
-    Without ``composition`` where it fetches URLs: nobody knows how long it waited for a worker then.
-    """
-    first = 2 if request_of(history).image_urls else 1
-    times = [
-        datetime.fromisoformat(decode(entry.event).occurred_at)
-        for entry in (*history.events[first : first + 1], history.events[-1])
-        if entry.event is not None
-    ]
-    return (times[1] - times[0]).total_seconds() if len(times) == 2 else 0.0

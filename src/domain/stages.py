@@ -4,7 +4,7 @@ A generation is in one stage, whose name is its ``status``. A row of `FLOWS` has
 entered, what may follow, the fields of its events, its effect on the credit, and who does its work. Four rules of
 `moves` complete the rows:
 
-1. A generation starts in the pseudo-stage `BEGIN`, from which only the first row can be reached.
+1. A generation starts in the pseudo-stage `INITIAL`, from which only the first row can be reached.
 2. ``failed`` may follow every row that is not terminal.
 3. A row with a ``provider`` may follow itself with a higher percentage, below that of every stage that may follow.
 4. A guard must hold. `GUARDS` describes the guards; they are methods of `domain.generation.Generation`.
@@ -22,7 +22,7 @@ Kind = Literal["edit", "generate"]
 #: Who does the work of a stage: `domain.ports.providers.ImageEditor` or `domain.ports.providers.FaceSwapper`.
 Provider = Literal["editor", "face_swapper"]
 
-BEGIN: Final = "begin"
+INITIAL: Final = "begin"
 STARTED: Final = "started"
 FAILED: Final = "failed"
 
@@ -36,8 +36,8 @@ class Guard(NamedTuple):
 
 
 GUARDS: Final[Mapping[str, Guard]] = {
-    "face_swap_asked": Guard("a face swap was asked for"),
-    "face_swap_not_asked": Guard("no face swap was asked for"),
+    "face_swap_requested": Guard("a face swap was asked for"),
+    "face_swap_not_requested": Guard("no face swap was asked for"),
     "face_swap_made": Guard("the face swap succeeded"),
     "face_swap_failed": Guard(
         "the face swap failed, the edit is kept", "face_swap_error", "This says why there is no picture with the face"
@@ -116,7 +116,7 @@ FLOWS: Final[Mapping[Kind, Flow]] = {
         "openai_editing_completed": Stage(
             80,
             "OpenAI image editing completed successfully!",
-            {"face_swap": Via("face_swap_asked"), "completed": Via("face_swap_not_asked")},
+            {"face_swap": Via("face_swap_requested"), "completed": Via("face_swap_not_requested")},
             _EDIT,
         ),
         "face_swap": Stage(
@@ -164,7 +164,7 @@ class Move(NamedTuple):
 def moves(kind: Kind) -> Iterator[Move]:
     """Every legal move of a flow, in the order of the table."""
     flow = FLOWS[kind]
-    yield Move(BEGIN, next(iter(flow)), Via())
+    yield Move(INITIAL, next(iter(flow)), Via())
     for source, stage in flow.items():
         if stage.repeats:
             yield Move(source, source, Via("progress_rises"))

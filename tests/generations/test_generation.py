@@ -20,7 +20,7 @@ from domain import generation as generation_module
 from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition, InvalidEventField
 from domain.events import Event, decode, encode, event_name, timestamp, with_credit
 from domain.generation import Generation
-from domain.stages import BEGIN, FLOWS, GUARDS, Kind, moves
+from domain.stages import FLOWS, GUARDS, INITIAL, Kind, moves
 from support.builders import NOON, PROPERTY, fold, make_generation, make_order, moved_to, path_of, stage_fields
 
 SHEET = "http://test/images/sheet.png"
@@ -54,7 +54,7 @@ def wire(event: Event) -> dict[str, Any]:
 def reach(kind: Kind, face_swap: bool, status: str) -> Generation:
     """A generation that has just entered this status."""
     generation = make_generation(kind, face_swap=face_swap)
-    if status == BEGIN:
+    if status == INITIAL:
         return generation
     path = path_of(kind, face_swap=face_swap)
     if status == "failed":
@@ -64,7 +64,7 @@ def reach(kind: Kind, face_swap: bool, status: str) -> Generation:
 
 def stages_of(kind: Kind, face_swap: bool) -> list[str]:
     """Every status that this kind of generation can be in."""
-    return [BEGIN, *path_of(kind, face_swap=face_swap), "failed"]
+    return [INITIAL, *path_of(kind, face_swap=face_swap), "failed"]
 
 
 # --- the happy paths -------------------------------------------------------------------------------------
@@ -171,13 +171,13 @@ def test_a_cancelled_face_swap_fails_as_any_other_stage() -> None:
 def legal(kind: Kind, face_swap: bool) -> set[tuple[str, str]]:
     """Which status may follow which when every fact is there, written out beside the machine."""
     path = path_of(kind, face_swap=face_swap)
-    pairs = {(BEGIN, "started"), *pairwise(path)}
+    pairs = {(INITIAL, "started"), *pairwise(path)}
     return pairs | {(status, "failed") for status in path[:-1]}
 
 
 @variants
 def test_every_illegal_move_raises_and_changes_nothing(kind: Kind, face_swap: bool) -> None:
-    every = {BEGIN, "nonsense", "", *FLOWS["edit"], *FLOWS["generate"]}
+    every = {INITIAL, "nonsense", "", *FLOWS["edit"], *FLOWS["generate"]}
     refused = 0
     for source, target in product(stages_of(kind, face_swap), sorted(every)):
         given_ = reach(kind, face_swap, source)
@@ -215,7 +215,7 @@ def test_only_listed_moves_are_accepted_and_progress_never_falls(
     listed = {(move.source, move.status) for move in moves(kind)}
     events: list[Event] = []
     for _ in range(data.draw(st.integers(1, 25))):
-        target = data.draw(st.sampled_from([BEGIN, *FLOWS[kind]]))
+        target = data.draw(st.sampled_from([INITIAL, *FLOWS[kind]]))
         fields = stage_fields(kind, target)
         if target == generation.status:
             fields["progress"] = data.draw(st.integers(0, 100))
@@ -329,7 +329,7 @@ def test_a_preview_is_shown_until_the_end_but_not_in_the_terminal_event() -> Non
 @pytest.mark.parametrize(
     ("kind", "face_swap", "status", "allowed"),
     [
-        ("edit", False, BEGIN, ("started",)),
+        ("edit", False, INITIAL, ("started",)),
         ("edit", False, "started", ("composition", "failed")),
         ("edit", False, "openai_editing", ("openai_editing", "openai_editing_completed", "failed")),
         ("edit", False, "openai_editing_completed", ("completed", "failed")),
@@ -489,7 +489,7 @@ def test_every_status_is_carried_by_its_socket_event() -> None:
 @pytest.mark.parametrize("guards", [False, True])
 def test_the_remembered_answers_are_those_of_the_machine(kind: Kind, guards: bool) -> None:
     machine = generation_module._MACHINES[kind]
-    for source, status in product([BEGIN, *FLOWS[kind]], FLOWS[kind]):
+    for source, status in product([INITIAL, *FLOWS[kind]], FLOWS[kind]):
         via = generation_module._via(kind, source, status)
         model = SimpleNamespace(status=source, **{guard: lambda: guards for guard in GUARDS})
         if via is None:

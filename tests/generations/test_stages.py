@@ -7,7 +7,7 @@ import pytest
 
 from domain.events import Event
 from domain.runner import _Job
-from domain.stages import BEGIN, FLOWS, GUARDS, Kind, ceiling, moves
+from domain.stages import FLOWS, GUARDS, INITIAL, Kind, ceiling, moves
 
 Row = tuple[str, int | None, str, set[str]]
 
@@ -78,8 +78,8 @@ def test_a_failed_face_swap_has_its_own_closing_message() -> None:
 
 @kinds
 def test_a_generation_begins_with_the_first_row_only(kind: Kind) -> None:
-    assert [move.status for move in moves(kind) if move.source == BEGIN] == ["started"]
-    assert not [move for move in moves(kind) if move.status in (BEGIN, "started") and move.source != BEGIN]
+    assert [move.status for move in moves(kind) if move.source == INITIAL] == ["started"]
+    assert not [move for move in moves(kind) if move.status in (INITIAL, "started") and move.source != INITIAL]
 
 
 @kinds
@@ -97,7 +97,7 @@ def test_nothing_follows_a_terminal_stage(kind: Kind, status: str) -> None:
 
 @kinds
 def test_the_moves_are_exactly_rows_failures_and_repeats(kind: Kind) -> None:
-    expected = {(BEGIN, "started")}
+    expected = {(INITIAL, "started")}
     for status, _, _, following in CONTRACT[kind]:
         expected |= {(status, after) for after in following}
         if following:
@@ -122,7 +122,7 @@ def test_a_repeat_stays_below_whatever_may_follow(kind: Kind) -> None:
 @kinds
 def test_progress_rises_along_every_move(kind: Kind) -> None:
     for move in moves(kind):
-        if move.source in (BEGIN, move.status) or move.status == "failed":
+        if move.source in (INITIAL, move.status) or move.status == "failed":
             continue
         before, after = FLOWS[kind][move.source].progress, FLOWS[kind][move.status].progress
         assert before is not None
@@ -132,7 +132,7 @@ def test_progress_rises_along_every_move(kind: Kind) -> None:
 
 def test_a_face_swap_that_was_asked_for_and_one_that_was_not_exclude_each_other() -> None:
     guards = {move.status: move.via.guard for move in moves("edit") if move.source == "openai_editing_completed"}
-    assert guards == {"face_swap": "face_swap_asked", "completed": "face_swap_not_asked", "failed": None}
+    assert guards == {"face_swap": "face_swap_requested", "completed": "face_swap_not_requested", "failed": None}
 
 
 @kinds
@@ -181,4 +181,4 @@ def test_a_start_reserves_a_credit_and_only_a_failure_refunds_it(kind: Kind) -> 
 )
 def test_the_declared_sequences_are_legal_from_end_to_end(kind: Kind, path: str) -> None:
     legal = {(move.source, move.status) for move in moves(kind)}
-    assert set(pairwise([BEGIN, *path.split()])) <= legal
+    assert set(pairwise([INITIAL, *path.split()])) <= legal

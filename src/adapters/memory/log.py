@@ -339,7 +339,7 @@ class MemoryLog:
             return []
         if user.active:
             raise NotFinished
-        kept, deleted = list(user.generations), [record.generation_id for record in user.deleted]
+        kept, deleted = ([record.generation_id for record in records] for records in (user.generations, user.deleted))
         for generation_id in (*kept, *deleted):
             for records in (self._records, self._finished, self._undelivered):
                 records.pop(generation_id, None)

@@ -160,8 +160,8 @@ def _reason(generation: Generation, events: Sequence[Event], users: Users) -> st
     if generation.deleted:
         emptied = all(event.event is None and _is_text(event.name) for event in events)
         return None if ended and emptied and generation.order_json == b"" else "its tombstone cannot be read"
-    if not _is_order(generation):
-        return "its order cannot be read"
+    if not _is_request(generation):
+        return "its request cannot be read"
     if not all(_is_event(event, generation) for event in events):
         return "an event cannot be read"
     names = [event.name for event in events]
@@ -181,7 +181,7 @@ def _is_emptied(generation: Generation) -> bool:
     return generation.deleted == 1 and ended
 
 
-def _is_order(generation: Generation) -> bool:
+def _is_request(generation: Generation) -> bool:
     flags = generation.reserved in (0, 1) and generation.undelivered in (0, 1)
     texts = _is_text(generation.fingerprint) and (
         generation.idempotency_key is None or _is_text(generation.idempotency_key)

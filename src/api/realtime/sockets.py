@@ -193,7 +193,7 @@ class Sockets:
 
 
 def welcome_of(device: Device[Any], identity: Identity, generations: Sequence[Snapshot]) -> dict[str, Any]:
-    """What a client is told before its events: the answer to `authenticate`, and the first event of a feed stream."""
+    """What a client is sent before its events: the answer to `authenticate`, and the first event of a feed stream."""
     until = {} if identity.expires_at is None else {"expiresAt": timestamp(identity.expires_at)}
     return {
         "ok": True,

@@ -27,7 +27,7 @@ _MAX_CONTENT_TYPE: Final = 1_000
 _TOO_LARGE: Final = ("Too many", "Part exceeded")
 #: The accepted charsets, by Python's names. Others are rare, slow or not for texts.
 _CHARSETS: Final = re.compile(r"utf-8|iso8859-[0-9]+|cp125[0-9]")
-#: Bytes that tell PNG, JPEG and WebP from text: one of them is NUL or not UTF-8.
+#: Bytes that distinguish PNG, JPEG and WebP from text: one of them is NUL or not UTF-8.
 _HEAD: Final = 8
 #: Bytes of one form's files that are kept in memory. Beyond that, all are on disk.
 _IN_MEMORY: Final = 256 * 1024

@@ -96,7 +96,7 @@ class ImageFetcher(Protocol):
     """Fetches a user's image URL."""
 
     async def fetch(self, url: str) -> Picture:
-        """The picture behind the URL, admitted by the intake.
+        """The picture at the URL, admitted by the intake.
 
         Raises:
             Failure: ``image_fetch_failed``.

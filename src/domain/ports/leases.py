@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 class Counts(NamedTuple):
     """Generations on all nodes; a moment old where several nodes share the leases."""
 
-    #: Nobody works on them yet.
+    #: Not claimed yet.
     waiting: int
     held: int
 

@@ -76,7 +76,7 @@ class History(NamedTuple):
     kind: Kind
     #: JSON of `domain.requests.GenerationRequest`.
     order: bytes
-    #: In order of sequence: all; in a summary the first and the last two, from which its state can be told.
+    #: In order of sequence: all; in a summary the first and the last two, which suffice to derive its state.
     events: Sequence[Logged]
     #: `Append.free` of the last event, unless `mark_paid` has withdrawn it.
     free: bool

@@ -15,7 +15,7 @@ class WebhookOutbox(Protocol):
     async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         """Claim undelivered terminal events that no other node has claimed, and return them, oldest first.
 
-        Those that this node has claimed before are claimed anew. A claim lasts `CLAIM` seconds. There are none where
+        Those that this node has claimed before are claimed again. A claim lasts `CLAIM` seconds. There are none where
         the log was opened without an outbox. A removed generation's event is not delivered any more.
         """
 
