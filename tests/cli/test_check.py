@@ -62,14 +62,14 @@ async def test_check_prints_the_settings_in_effect_without_their_secrets(tmp_pat
     }
     done = await run_main("check", "--port", "4000", STAGECAST_CREDITS="off", **secrets, **stores(tmp_path))
     assert done.code == 0, done.errors
-    told = dict(line.split(maxsplit=1) for line in done.output.splitlines() if "_" in line.partition(" ")[0])
-    assert (told["STAGECAST_PORT"], told["STAGECAST_CREDITS"], told["STAGECAST_DRAIN"]) == ("4000", "off", "25")
-    assert told["STAGECAST_OPENAI_MODEL"] == "gpt-image-2.5-flare"
-    assert (told["STAGECAST_JWKS_URL"], told["STAGECAST_MAX_SOCKETS_PER_USER"]) == ("none", "off")
-    assert told["STAGECAST_PUBLIC_URL"] == "http://localhost:4000"
-    assert told["STAGECAST_WEBHOOK_URL"] == "https://hook:********@example.com/x?token=********&a=1"
+    sent = dict(line.split(maxsplit=1) for line in done.output.splitlines() if "_" in line.partition(" ")[0])
+    assert (sent["STAGECAST_PORT"], sent["STAGECAST_CREDITS"], sent["STAGECAST_DRAIN"]) == ("4000", "off", "25")
+    assert sent["STAGECAST_OPENAI_MODEL"] == "gpt-image-2.5-flare"
+    assert (sent["STAGECAST_JWKS_URL"], sent["STAGECAST_MAX_SOCKETS_PER_USER"]) == ("none", "off")
+    assert sent["STAGECAST_PUBLIC_URL"] == "http://localhost:4000"
+    assert sent["STAGECAST_WEBHOOK_URL"] == "https://hook:********@example.com/x?token=********&a=1"
     for name in ("STAGECAST_JWT_SECRET", "STAGECAST_WEBHOOK_SECRET", "OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
-        assert told[name] == "********"
+        assert sent[name] == "********"
     for secret in (SECRET, "s3cr", "t0k3n", "AAAA", "very-secret"):
         assert secret not in done.output + done.errors
 

@@ -149,10 +149,10 @@ async def test_wrong_arguments_end_with_2_and_the_usage(arguments: tuple[str, ..
         (("credit", "ada", "1", "--tok=hunter2"), "unrecognized arguments: --tok\n"),
     ],
 )
-async def test_an_invalid_argument_is_not_printed(arguments: tuple[str, ...], told: str) -> None:
+async def test_an_invalid_argument_is_not_printed(arguments: tuple[str, ...], sent: str) -> None:
     done = await run_main(*arguments)
     assert done.code == 2
-    assert told in done.errors
+    assert sent in done.errors
     assert "hunter2" not in done.errors
 
 

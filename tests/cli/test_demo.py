@@ -192,8 +192,8 @@ async def test_a_failure_exits_with_1_and_one_sentence_that_respects_no_color(
     assert "✘" in shown.written
     assert "▀" not in shown.written
     assert not re.search(r"\x1b\[[\d;]*\b[34]\d\b[\d;]*m", shown.written)
-    told = shown.written[shown.written.rfind("\x1b[?25h") :].removeprefix("\x1b[?25h")
-    assert told == "stagecast: The generation took too long and was stopped. Please try again.\r\n"
+    sent = shown.written[shown.written.rfind("\x1b[?25h") :].removeprefix("\x1b[?25h")
+    assert sent == "stagecast: The generation took too long and was stopped. Please try again.\r\n"
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

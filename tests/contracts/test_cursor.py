@@ -213,7 +213,7 @@ def test_advancing_returns_each_wanted_event_with_the_cursor_after_it() -> None:
     cursor = Cursor(5, 50, 2)
     read = feed(entry(3), entry(4, end=4), entry(5, end=7), entry(6, gone=True), entry(7, end=7), upto=7, anchor_id=50)
     wanted, behind = cursor.advance(read)
-    assert [(told.position, after) for told, after in wanted] == [
+    assert [(sent.position, after) for sent, after in wanted] == [
         (3, Cursor(5, 50, 3)),
         (5, Cursor(5, 50, 5)),
         (7, Cursor(7, 70, 7)),
@@ -345,15 +345,15 @@ class World:
             self.refused += 1
             return None
         assert not self.may_be_refused(holder)
-        told, behind = cursor.advance(read)
-        positions = [logged.position for logged, _ in told]
+        sent, behind = cursor.advance(read)
+        positions = [logged.position for logged, _ in sent]
         expected = [position for position in self.wanted(holder) if position <= read.upto]
         assert positions == expected
-        assert [logged.generation_id for logged, _ in told] == [self.ids[position - 1] for position in positions]
+        assert [logged.generation_id for logged, _ in sent] == [self.ids[position - 1] for position in positions]
         assert read.upto > cursor.seen or read.upto == read.head
-        self.delivered += len(told)
+        self.delivered += len(sent)
         after = holder
-        for logged, handed in told:
+        for logged, handed in sent:
             after = after._replace(cursor=handed, position=logged.position, received=(*after.received, logged.position))
             self.handed_out.append(after)
         after = after._replace(cursor=behind, position=read.upto)

@@ -185,9 +185,9 @@ async def test_a_racing_cancel_and_completion_make_one_end(recorder: EventRecord
     racers = [recorder.prepare(generation, status)[0] for status in ("completed", "failed")]
     won, refused = await race(*map(log.append, racers))
     assert (len(won), len(refused)) == (1, 1)
-    told = statuses(await log.generation(generation.generation_id))
-    assert [status for status in told if status in ("completed", "failed")] == told[-1:]
-    assert await log.credit("ada") == (100 if told[-1] == "failed" else 99)
+    sent = statuses(await log.generation(generation.generation_id))
+    assert [status for status in sent if status in ("completed", "failed")] == sent[-1:]
+    assert await log.credit("ada") == (100 if sent[-1] == "failed" else 99)
 
 
 # --- a reply that was lost -------------------------------------------------------------------------------
@@ -371,17 +371,17 @@ async def test_a_start_reserves_a_credit_and_a_completion_spends_it(recorder: Ev
     assert await log.credit("ada") == 99
     await recorder.finish(generation)
     assert await log.credit("ada") == 99
-    told = bodies(await log.generation(generation.generation_id))
-    assert [event.get("credit") for event in told] == [99, None, None, None, None, 99]
+    sent = bodies(await log.generation(generation.generation_id))
+    assert [event.get("credit") for event in sent] == [99, None, None, None, None, 99]
 
 
 async def test_a_failure_refunds_the_credit(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     await recorder.move(generation, "composition", "failed")
     assert await log.credit("ada") == 100
-    told = bodies(await log.generation(generation.generation_id))
-    assert [event.get("credit") for event in told] == [99, None, 100]
-    assert list(told[-1])[-1] == "credit"
+    sent = bodies(await log.generation(generation.generation_id))
+    assert [event.get("credit") for event in sent] == [99, None, 100]
+    assert list(sent[-1])[-1] == "credit"
 
 
 async def test_without_credit_nothing_starts_and_nothing_changes(opener: LogOpener) -> None:

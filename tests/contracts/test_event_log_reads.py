@@ -69,11 +69,11 @@ async def test_a_follower_gets_every_entry_once_in_order_during_appends(recorder
         await asyncio.gather(*(live(user_id) for user_id in ("ada", "ada", "bob")))
         await entries_of(follower, 180)
     for user_id, count in (("ada", 120), ("bob", 60)):
-        told = [entry for entry in follower.entries if entry.user_id == user_id]
-        assert [entry.position for entry in told] == list(range(1, count + 1))
+        sent = [entry for entry in follower.entries if entry.user_id == user_id]
+        assert [entry.position for entry in sent] == list(range(1, count + 1))
         kept = (await full_feed(log, user_id)).entries
-        assert [entry.event for entry in told] == [entry.event for entry in kept]
-        assert [entry.event_id for entry in told] == [entry.event_id for entry in kept]
+        assert [entry.event for entry in sent] == [entry.event for entry in kept]
+        assert [entry.event_id for entry in sent] == [entry.event_id for entry in kept]
 
 
 async def test_a_follower_gets_the_entry_as_it_was_appended(recorder: EventRecorder, log: WholeLog) -> None:
@@ -168,18 +168,18 @@ async def test_pages_of_any_size_return_the_whole_feed_once_in_order(recorder: E
     every = list((await full_feed(log)).entries)
     assert len(every) == 18
     for limit in (1, 2, 5, 17, 18, 19, 1_000):
-        told: list[Logged] = []
+        sent: list[Logged] = []
         after = 0
         while True:
             feed = await log.feed("ada", after=after, anchor=0, limit=limit)
             assert len(feed.entries) <= limit
             assert feed.head == 18
-            told += feed.entries
+            sent += feed.entries
             if feed.upto == feed.head:
                 break
             assert feed.upto > after
             after = feed.upto
-        assert told == every
+        assert sent == every
 
 
 async def test_a_read_with_limit_zero_returns_only_bounds_and_anchor(recorder: EventRecorder, log: WholeLog) -> None:
@@ -222,8 +222,8 @@ async def test_the_head_cursor_of_a_new_user_is_before_the_first_event(recorder:
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (0, 0)
     generation = await recorder.start()
-    told, _ = await pull(log, "ada", cursor)
-    assert event_keys(told) == [(generation.generation_id, 1)]
+    sent, _ = await pull(log, "ada", cursor)
+    assert event_keys(sent) == [(generation.generation_id, 1)]
 
 
 async def test_the_head_cursor_covers_running_generations_and_no_ended_ones(
@@ -234,8 +234,8 @@ async def test_the_head_cursor_covers_running_generations_and_no_ended_ones(
     await recorder.run_to_end()
     cursor = await log.head_cursor("ada")
     assert (cursor.live, cursor.seen) == (14, 6)
-    told, behind = await pull(log, "ada", cursor)
-    assert event_keys(told) == [(running.generation_id, 1), (running.generation_id, 2)]
+    sent, behind = await pull(log, "ada", cursor)
+    assert event_keys(sent) == [(running.generation_id, 1), (running.generation_id, 2)]
     assert (behind.live, behind.seen) == (14, 14)
 
 

@@ -154,15 +154,15 @@ async def test_removing_any_generation_leaves_other_and_later_ones_whole(
     assert kept == [entry for entry in every if entry.generation_id in left]
     assert (feed.head, feed.upto) == (6, 6)
     assert feed.floor == (max(2 * index + 2 for index in which) if retention else 0)
-    # Whoever attaches anew, and whoever was at the head, goes on without a hole.
+    # A new client, and one at the head, continue without a gap.
     at_head = Cursor(6, every[-1].event_id, 6)
     attached = await log.head_cursor("ada")
     assert attached == at_head
     following = await recorder.run_to_end()
     for cursor in (at_head, attached):
         for limit in (1, 2, 100):
-            told, _ = await pull(log, "ada", cursor, limit)
-            assert [(entry.generation_id, entry.position) for entry in told] == [
+            sent, _ = await pull(log, "ada", cursor, limit)
+            assert [(entry.generation_id, entry.position) for entry in sent] == [
                 (following.generation_id, position) for position in range(7, 13)
             ]
 
@@ -245,8 +245,8 @@ async def test_a_generation_deleted_before_it_was_seen_is_skipped(recorder: Even
     kept = await recorder.start_and_fail()
     assert await log.remove(gone.generation_id, retention=False)
     for limit in (2, 3, 100):
-        told, behind = await pull(log, "ada", cursor, limit)
-        assert event_keys(told) == [(kept.generation_id, 1), (kept.generation_id, 2)]
+        sent, behind = await pull(log, "ada", cursor, limit)
+        assert event_keys(sent) == [(kept.generation_id, 1), (kept.generation_id, 2)]
         assert behind.live == behind.seen == 4
 
 

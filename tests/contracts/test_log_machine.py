@@ -133,12 +133,12 @@ class LogMachine(RuleBasedStateMachine):
         assert logged.position == self.head[user_id]
         assert (logged.event_id, logged.sequence) == (append.event_id, len(known.statuses))
         assert (logged.generation_id, logged.user_id) == (after.generation_id, user_id)
-        told = body(logged)
-        assert told["status"] == status
+        sent = body(logged)
+        assert sent["status"] == status
         if status in ("started", *TERMINAL):
-            assert told["credit"] == self.balance[user_id]
+            assert sent["credit"] == self.balance[user_id]
         else:
-            assert "credit" not in told
+            assert "credit" not in sent
         self.appended.append(logged)
 
     def running(self, index: int) -> Known | None:
@@ -304,12 +304,12 @@ class LogMachine(RuleBasedStateMachine):
         if not cursor.usable(feed):
             note(f"{cursor} is lost")
             return None
-        told, behind = cursor.advance(feed)
+        sent, behind = cursor.advance(feed)
         expected = [wanted for wanted in self.wanted(user_id, place) if wanted[0] <= feed.upto]
-        assert [(entry.position, entry.generation_id, entry.sequence) for entry, _ in told] == expected
+        assert [(entry.position, entry.generation_id, entry.sequence) for entry, _ in sent] == expected
         assert feed.upto > cursor.seen or feed.upto == feed.head
         handed = place
-        for entry, after in told:
+        for entry, after in sent:
             handed = Place(after, place.attached_at, entry.position, (*handed.received, entry.position))
             self.places[user_id].append(handed)
         handed = handed._replace(cursor=behind, upto=feed.upto)
@@ -340,9 +340,9 @@ class LogMachine(RuleBasedStateMachine):
                 assert history is None
                 continue
             assert history is not None
-            told = [body(entry) for entry in history.events]
-            assert [event["sequence"] for event in told] == list(range(1, len(known.statuses) + 1))  # I1
-            assert [event["status"] for event in told] == known.statuses
+            sent = [body(entry) for entry in history.events]
+            assert [event["sequence"] for event in sent] == list(range(1, len(known.statuses) + 1))  # I1
+            assert [event["status"] for event in sent] == known.statuses
             assert not [status for status in known.statuses[:-1] if status in TERMINAL]  # I2
             assert [entry.position for entry in history.events] == known.positions
             folded, moved = generation_of(history), known.generation

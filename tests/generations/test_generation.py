@@ -122,16 +122,16 @@ def test_a_failed_face_swap_keeps_the_edit_and_has_the_error() -> None:
     given_ = reach("edit", True, "face_swap")
     status, fields = given_.ending(Failure("provider_timeout"))
     event, after = given_.propose(status, NOON, **fields)
-    told = wire(event)
-    assert told["status"] == "completed"
-    assert told["progress"] == 100
-    assert told["message"] == "Image editing completed, but the face swap failed."
-    assert told["faceSwapError"] == {
+    sent = wire(event)
+    assert sent["status"] == "completed"
+    assert sent["progress"] == 100
+    assert sent["message"] == "Image editing completed, but the face swap failed."
+    assert sent["faceSwapError"] == {
         "code": "provider_timeout",
         "message": "The image service took too long to answer. Please try again.",
     }
-    assert told["editedImageUrl"] == EDITED
-    assert not {"faceSwapUrl", "error", "code", "failedStage", "retryable"} & set(told)
+    assert sent["editedImageUrl"] == EDITED
+    assert not {"faceSwapUrl", "error", "code", "failedStage", "retryable"} & set(sent)
     assert after.finished
     shown = after.snapshot()
     assert shown.face_swap_error is not None
@@ -150,12 +150,12 @@ def test_a_failure_ends_every_other_stage_in_failed_with_its_code_and_sentence(
         ending, fields = given_.ending(Failure(code, "Said plainly.", retryable=True))
         assert ending == "failed"
         event, after = given_.propose(ending, NOON, **fields)
-        told = wire(event)
-        assert told["failedStage"] == status
-        assert (told["code"], told["error"], told["retryable"]) == (code, "Said plainly.", True)
-        assert told["progress"] == given_.progress
-        assert told["message"] == FLOWS[kind]["failed"].message
-        assert not [key for key in told if key.endswith("Url")]
+        sent = wire(event)
+        assert sent["failedStage"] == status
+        assert (sent["code"], sent["error"], sent["retryable"]) == (code, "Said plainly.", True)
+        assert sent["progress"] == given_.progress
+        assert sent["message"] == FLOWS[kind]["failed"].message
+        assert not [key for key in sent if key.endswith("Url")]
         assert after.finished
         assert after.snapshot().failed_stage == status
 
@@ -427,18 +427,18 @@ def test_an_event_is_camel_case_json_without_absent_values() -> None:
 @variants
 def test_no_event_of_any_path_holds_a_null_or_a_key_in_snake_case(kind: Kind, face_swap: bool) -> None:
     for event in story(make_generation(kind, face_swap=face_swap), *path_of(kind, face_swap=face_swap))[0]:
-        told = wire(event)
-        assert None not in told.values()
-        assert not [key for key in told if "_" in key]
+        sent = wire(event)
+        assert None not in sent.values()
+        assert not [key for key in sent if "_" in key]
 
 
 def test_credit_is_the_last_key_and_the_rest_of_the_bytes_stay() -> None:
     event, _ = make_generation("edit", metadata={"credit": 5}).propose("started", NOON)
     plain = encode(event)
-    told = with_credit(plain, 42)
-    assert told == plain[:-1] + b',"credit":42}'
-    assert list(json.loads(told))[-1] == "credit"
-    assert decode(told) == event.model_copy(update={"credit": 42})
+    sent = with_credit(plain, 42)
+    assert sent == plain[:-1] + b',"credit":42}'
+    assert list(json.loads(sent))[-1] == "credit"
+    assert decode(sent) == event.model_copy(update={"credit": 42})
 
 
 @PROPERTY

@@ -87,7 +87,7 @@ class Line:
         await self.backend.recorder.move(generation_of(history), "composition", {}, free=False)
         return generation_id
 
-    async def told(self) -> dict[str, int]:
+    async def received(self) -> dict[str, int]:
         """Wait for the next announcement; the places that the devices know."""
         await advance_time(queue_positions._PAUSE)
         known = dict[str, int]()
@@ -157,18 +157,18 @@ def test_the_positions_that_devices_are_told_are_the_order_of_the_claims(
 async def test_a_position_is_sent_only_when_it_changes_and_at_most_once_a_second() -> None:
     async with Line().open() as line:
         ids = [(await line.backend.start(wish(), "ada")).generation_id for _ in range(3)]
-        assert await line.told() == {ids[0]: 1, ids[1]: 2, ids[2]: 3}
+        assert await line.received() == {ids[0]: 1, ids[1]: 2, ids[2]: 3}
         ada = line.watchers[0]
         assert len(ada.sent) == 3
-        await line.told()
-        await line.told()
+        await line.received()
+        await line.received()
         assert len(ada.sent) == 3
         assert [await line.claim(), await line.claim()] == ids[:2]
         for _ in range(20):
             await asyncio.sleep(0)
         await ada.read()
         assert len(ada.sent) == 3
-        assert await line.told() == {ids[2]: 1}
+        assert await line.received() == {ids[2]: 1}
         assert ada.sent[3:] == [(ids[2], 1)]
         assert queue_positions._PAUSE > 1
 
@@ -178,42 +178,42 @@ async def test_external_generations_have_no_position() -> None:
         begun = await line.backend.start(wish(external=True))
         assert begun.queue_position is None
         assert (await line.backend.workflow.snapshot("ada", begun.generation_id)).queue_position is None
-        assert await line.told() == {}
+        assert await line.received() == {}
 
 
 async def test_what_is_fetched_for_has_no_position_but_keeps_its_place_before_the_others() -> None:
     async with Line().open() as line:
         backend, leases = line.backend, line.backend.leases
         fetched = (await backend.start(wish(image_urls=(FACE_URL,)), "ada")).generation_id
-        assert await line.told() == {fetched: 1}
+        assert await line.received() == {fetched: 1}
         assert await leases.claim(fetching=True) == fetched
         history = await backend.log.generation(fetched)
         assert history is not None
         await backend.recorder.move(generation_of(history), "composition", {}, free=False)
         await leases.offer("ada", fetched)
         waits = (await backend.start(wish(), "bob")).generation_id
-        assert await line.told() == {waits: 2}
+        assert await line.received() == {waits: 2}
         assert (await backend.workflow.snapshot("ada", fetched)).queue_position is None
         assert await leases.claim() == fetched
-        assert await line.told() == {waits: 1}
+        assert await line.received() == {waits: 1}
 
 
 async def test_positions_are_known_again_after_entries_were_missed() -> None:
     async with Line().open() as line:
         ids = [(await line.backend.start(wish(), "ada")).generation_id for _ in range(3)]
-        before = await line.told()
+        before = await line.received()
         line.positions._notice(Gap())
-        assert await line.told() == before
+        assert await line.received() == before
         assert len(line.watchers[0].sent) == 3
         await line.claim()
-        assert await line.told() == {ids[1]: 1, ids[2]: 2}
+        assert await line.received() == {ids[1]: 1, ids[2]: 2}
 
 
 async def test_what_waited_before_the_service_started_has_its_position_announced() -> None:
     line = Line()
     begun = await line.backend.start(wish(), "ada")
     async with line.open():
-        await line.told()
+        await line.received()
         assert line.watchers[0].sent == [(begun.generation_id, 1)]
 
 
@@ -223,7 +223,7 @@ async def test_a_device_with_a_full_buffer_gets_no_position_and_others_do() -> N
         await other.join(line.backend, line.hub)
         first = (await line.backend.start(wish(), "ada")).generation_id
         second = (await line.backend.start(wish(), "ada")).generation_id
-        await line.told()
+        await line.received()
         while slow.buffer.offer(b'event: x\ndata: {"generationId":"x","sequence":1}\n\n'):
             pass
         assert len(slow.buffer) == MAX_EVENTS
@@ -234,7 +234,7 @@ async def test_a_device_with_a_full_buffer_gets_no_position_and_others_do() -> N
         assert (second, 1) in other.sent
         assert len(slow.buffer) == MAX_EVENTS
         await slow.read()
-        await line.told()  # Once it has read, its device continues from the log.
+        await line.received()  # Once it has read, its device continues from the log.
         assert slow.known == {second: 2}
 
 
@@ -260,9 +260,9 @@ async def test_no_position_follows_the_event_with_which_a_generation_leaves_the_
         ids = [(await line.backend.start(wish(), "ada")).generation_id for _ in range(2)]
         log.open.clear()
         ada.device.read_again()
-        await line.told()
+        await line.received()
         assert ada.sent == []
         await line.claim()
         log.open.set()
-        assert await line.told() == {ids[1]: 1}
+        assert await line.received() == {ids[1]: 1}
         assert ids[0] not in dict(ada.sent)

@@ -72,7 +72,7 @@ def before(status: str) -> list[dict[str, Any]]:
 async def test_a_stage_is_repeated_unless_it_may_have_been_paid_for(status: str) -> None:
     backend = InMemoryBackend()
     events = await go_on(backend, await leave(backend, *before(status)))
-    told = events[-1]
+    sent = events[-1]
     edits, swaps = len(backend.editor.calls), len(backend.face_swapper.calls)
     assert (edits, swaps) == {
         "started": (1, 1),
@@ -85,16 +85,16 @@ async def test_a_stage_is_repeated_unless_it_may_have_been_paid_for(status: str)
     }[status]
     match status:
         case "openai_editing":
-            assert (told["status"], told["code"], told["failedStage"]) == ("failed", "interrupted", status)
-            assert told["credit"] == 10
+            assert (sent["status"], sent["code"], sent["failedStage"]) == ("failed", "interrupted", status)
+            assert sent["credit"] == 10
         case "face_swap":  # The edit that was paid for is kept.
-            assert told["status"] == "completed"
-            error = told["faceSwapError"]
+            assert sent["status"] == "completed"
+            error = sent["faceSwapError"]
             assert isinstance(error, dict)
             assert error["code"] == "interrupted"
         case _:
-            assert told["status"] == "completed"
-            assert "faceSwapError" not in told
+            assert sent["status"] == "completed"
+            assert "faceSwapError" not in sent
 
 
 @pytest.mark.parametrize("status", ["openai_editing", "face_swap"])
@@ -111,10 +111,10 @@ async def test_a_stage_that_was_entered_with_a_free_provider_is_repeated_without
     if reached is not None:
         halfway = low + int(reached * (high - low))
         events.append({"status": status, "free": True, "progress": halfway, "message": "Halfway"})
-    told = await go_on(backend, await leave(backend, *events))
-    assert told[-1]["status"] == "completed"
-    assert "faceSwapError" not in told[-1]
-    of_stage = [(event["progress"], event["message"]) for event in told if event["status"] == status]
+    sent = await go_on(backend, await leave(backend, *events))
+    assert sent[-1]["status"] == "completed"
+    assert "faceSwapError" not in sent[-1]
+    of_stage = [(event["progress"], event["message"]) for event in sent if event["status"] == status]
     expected = [0.2, 0.5, 0.8] if reached is None else [0.8]
     assert of_stage[len(events) - len(before(status)) + 1 :] == [
         (low + int(fraction * (high - low)), f"at {fraction}") for fraction in expected

@@ -37,16 +37,16 @@ async def test_an_edit_passes_its_stages_and_each_event_has_the_known_results() 
     backend = InMemoryBackend()
     async with backend.open():
         done = await backend.make(wish(shop="izmir"))
-    told = await backend.events(done)
-    assert tuple(event["status"] for event in told) == EDIT
-    assert [event["sequence"] for event in told] == [1, 2, 3, 4, 5, 6]
-    assert all(event["metadata"] == {"shop": "izmir"} for event in told)
-    assert ["compositionUrl" in event for event in told] == [False, False, True, True, True, True]
-    assert ["editedImageUrl" in event for event in told] == [False, False, False, False, True, True]
-    assert picture_of(backend, told[-1]["compositionUrl"]) == b"one+two"
-    assert picture_of(backend, told[-1]["editedImageUrl"]) == b"edited"
-    assert (told[-1]["progress"], told[-1]["credit"]) == (100, 9)
-    assert not [key for event in told for key in event if key.startswith("faceSwap")]
+    sent = await backend.events(done)
+    assert tuple(event["status"] for event in sent) == EDIT
+    assert [event["sequence"] for event in sent] == [1, 2, 3, 4, 5, 6]
+    assert all(event["metadata"] == {"shop": "izmir"} for event in sent)
+    assert ["compositionUrl" in event for event in sent] == [False, False, True, True, True, True]
+    assert ["editedImageUrl" in event for event in sent] == [False, False, False, False, True, True]
+    assert picture_of(backend, sent[-1]["compositionUrl"]) == b"one+two"
+    assert picture_of(backend, sent[-1]["editedImageUrl"]) == b"edited"
+    assert (sent[-1]["progress"], sent[-1]["credit"]) == (100, 9)
+    assert not [key for event in sent for key in event if key.startswith("faceSwap")]
     await backend.check()
 
 
@@ -67,11 +67,11 @@ async def test_a_generation_from_scratch_ends_with_its_picture() -> None:
     backend = InMemoryBackend()
     async with backend.open():
         done = await backend.make(wish("generate"))
-    told = await backend.events(done)
-    assert tuple(event["status"] for event in told) == GENERATE
-    assert picture_of(backend, told[-1]["generatedImageUrl"]) == b"edited"
-    assert done.generated_image_url == told[-1]["generatedImageUrl"]
-    assert "editedImageUrl" not in told[-1]
+    sent = await backend.events(done)
+    assert tuple(event["status"] for event in sent) == GENERATE
+    assert picture_of(backend, sent[-1]["generatedImageUrl"]) == b"edited"
+    assert done.generated_image_url == sent[-1]["generatedImageUrl"]
+    assert "editedImageUrl" not in sent[-1]
     await backend.check()
 
 
@@ -80,10 +80,10 @@ async def test_a_face_swap_puts_the_first_url_into_the_edited_picture() -> None:
     other = "http://pictures.test/2.png"
     async with backend.open():
         done = await backend.make(wish(image_urls=(FACE_URL, other), face_swap=True))
-    told = await backend.events(done)
-    assert tuple(event["status"] for event in told) == EDIT_WITH_SWAP
-    assert picture_of(backend, told[-1]["faceSwapUrl"]) == b"swapped"
-    assert told[0]["inputImage"] == FACE_URL
+    sent = await backend.events(done)
+    assert tuple(event["status"] for event in sent) == EDIT_WITH_SWAP
+    assert picture_of(backend, sent[-1]["faceSwapUrl"]) == b"swapped"
+    assert sent[0]["inputImage"] == FACE_URL
     assert backend.fetcher.calls == [FACE_URL, other]
     assert backend.face_swapper.calls == [(png("edited"), png(f"<{FACE_URL}>"))]
     await backend.check()
@@ -250,12 +250,12 @@ async def test_a_face_swap_that_fails_keeps_the_edit_that_was_paid_for(code: Fai
     at_swap(backend, Failure(code, "Not this face."))
     async with backend.open():
         done = await backend.make(swap_wish())
-    told = (await backend.events(done))[-1]
-    assert (told["status"], told["progress"], told["credit"]) == ("completed", 100, 9)
-    assert told["message"] == "Image editing completed, but the face swap failed."
-    assert told["faceSwapError"] == {"code": code, "message": "Not this face."}
-    assert picture_of(backend, told["editedImageUrl"]) == b"edited"
-    assert not {"faceSwapUrl", "error", "code", "failedStage"} & set(told)
+    sent = (await backend.events(done))[-1]
+    assert (sent["status"], sent["progress"], sent["credit"]) == ("completed", 100, 9)
+    assert sent["message"] == "Image editing completed, but the face swap failed."
+    assert sent["faceSwapError"] == {"code": code, "message": "Not this face."}
+    assert picture_of(backend, sent["editedImageUrl"]) == b"edited"
+    assert not {"faceSwapUrl", "error", "code", "failedStage"} & set(sent)
     assert len(backend.face_swapper.calls) == 1
     await backend.check()
 
@@ -265,10 +265,10 @@ async def test_a_face_swap_that_breaks_keeps_the_edit_too() -> None:
     at_swap(backend, RuntimeError("secret"))
     async with backend.open():
         done = await backend.make(swap_wish())
-    told = (await backend.events(done))[-1]
-    assert told["status"] == "completed"
-    assert isinstance(told["faceSwapError"], dict)
-    assert told["faceSwapError"]["code"] == "internal"
+    sent = (await backend.events(done))[-1]
+    assert sent["status"] == "completed"
+    assert isinstance(sent["faceSwapError"], dict)
+    assert sent["faceSwapError"]["code"] == "internal"
     await backend.check()
 
 

@@ -104,11 +104,11 @@ async def test_a_deadline_that_falls_on_an_append_in_flight_ends_it_once(
         await advance_time(60)
         await advance_time(60)
         await backend.settled()
-    told = await backend.events(begun)
+    sent = await backend.events(begun)
     end = ["failed"] if event < len(EDIT) else []
-    assert [each["status"] for each in told] == [*EDIT[:event], *end]
+    assert [each["status"] for each in sent] == [*EDIT[:event], *end]
     await backend.check()
-    for each in told:
+    for each in sent:
         for key, url in each.items():
             if key.endswith("Url"):
                 assert picture_of(backend, url)
@@ -140,9 +140,9 @@ async def test_a_cancel_aborts_the_work_and_a_late_result_is_dropped(stage: str,
         assert await backend.cancel(begun) == "already_finished"
         await pause.aborted.wait()
         await backend.settled()
-    told = (await backend.events(begun))[-1]
-    assert (told["status"], told["code"], told["failedStage"]) == ("failed", "cancelled", stage)
-    assert told["credit"] == 10
+    sent = (await backend.events(begun))[-1]
+    assert (sent["status"], sent["code"], sent["failedStage"]) == ("failed", "cancelled", stage)
+    assert sent["credit"] == 10
     assert await backend.cancel(begun) == "already_finished"
     await backend.check()
 
@@ -417,8 +417,8 @@ async def test_interrupt_ends_everything_that_is_unfinished_refunded() -> None:
         await pause.reached.wait()
     await backend.runner.interrupt()
     for left, stage in ((working, "openai_editing"), (waiting, "started")):
-        told = (await backend.events(left))[-1]
-        assert (told["status"], told["code"], told["failedStage"]) == ("failed", "interrupted", stage)
+        sent = (await backend.events(left))[-1]
+        assert (sent["status"], sent["code"], sent["failedStage"]) == ("failed", "interrupted", stage)
     assert (await backend.statuses(done))[-1] == "completed"
     assert await backend.memory.unfinished() == []
     assert [await backend.workflow.credit(user_id) for user_id in ("ada", "bob")] == [9, 10]
@@ -470,9 +470,9 @@ VARIANTS: list[tuple[Kind, bool]] = [("edit", False), ("edit", True), ("generate
 LIMITS = {"openai_editing": (60, 80), "face_swap": (85, 95), "ai_generation": (60, 100)}
 
 
-def rose_within_its_stage(told: list[dict[str, object]]) -> None:
-    assert told[-1]["status"] == "completed", told[-1]
-    for before, after in pairwise(told):
+def rose_within_its_stage(sent: list[dict[str, object]]) -> None:
+    assert sent[-1]["status"] == "completed", sent[-1]
+    for before, after in pairwise(sent):
         assert isinstance(before["progress"], int)
         assert isinstance(after["progress"], int)
         assert after["progress"] > before["progress"]
@@ -489,8 +489,8 @@ def rose_within_its_stage(told: list[dict[str, object]]) -> None:
 def test_whatever_fraction_is_reported_progress_rises_within_the_stage(
     variant: tuple[Kind, bool], fractions: list[float]
 ) -> None:
-    _, told = asyncio.run(run_reporting(*variant, fractions))
-    rose_within_its_stage(told)
+    _, sent = asyncio.run(run_reporting(*variant, fractions))
+    rose_within_its_stage(sent)
 
 
 @pytest.mark.parametrize("fraction", [math.nan, math.inf, -math.inf, 1.7e308])
@@ -498,9 +498,9 @@ def test_whatever_fraction_is_reported_progress_rises_within_the_stage(
 async def test_a_fraction_that_is_no_number_does_not_fail_the_stage(
     kind: Kind, face_swap: bool, fraction: float
 ) -> None:
-    _, told = await run_reporting(kind, face_swap, [0.2, fraction, 0.4])
-    rose_within_its_stage(told)
-    assert not [event for event in told if "faceSwapError" in event]
+    _, sent = await run_reporting(kind, face_swap, [0.2, fraction, 0.4])
+    rose_within_its_stage(sent)
+    assert not [event for event in sent if "faceSwapError" in event]
 
 
 async def test_many_generations_leave_nothing_behind_in_the_runner() -> None:

@@ -372,16 +372,16 @@ async def test_pages_lead_from_the_newest_to_the_oldest() -> None:
     await backend.cancel(begun[2])
     newest_first = [snapshot.generation_id for snapshot in reversed(begun)]
     for limit in (1, 2, 4, 5, 6):
-        told: list[str] = []
+        sent: list[str] = []
         before: int | None = None
         while True:
             page = await backend.workflow.page("ada", active=None, before=before, limit=limit)
             assert 1 <= len(page.generations) <= limit
-            told += [snapshot.generation_id for snapshot in page.generations]
+            sent += [snapshot.generation_id for snapshot in page.generations]
             before = page.next
             if before is None:
                 break
-        assert told == newest_first
+        assert sent == newest_first
     finished = await backend.workflow.page("ada", active=False, before=None, limit=10)
     assert [snapshot.generation_id for snapshot in finished.generations] == [begun[2].generation_id]
     active = await backend.workflow.page("ada", active=True, before=None, limit=10)

@@ -326,8 +326,8 @@ async def test_documented_receiver_accepts_only_signed_messages_once(
         async with working(webhooks_for(memory, WebhookSender(address, SECRET, clock=now, trust=NO_TRUSTED_CAS))):
             completed, failed = await recorder.run_to_end("ada"), await recorder.start_and_fail("bob")
             await until_all_delivered(memory)
-        told = sorted([await receiver.stdout.readline() for _ in range(2)])
-        assert told == [
+        sent = sorted([await receiver.stdout.readline() for _ in range(2)])
+        assert sent == [
             f"generation_completed ada {completed.generation_id}\n".encode(),
             f"generation_failed bob {failed.generation_id}\n".encode(),
         ]

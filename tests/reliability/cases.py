@@ -67,7 +67,7 @@ class Trial:
 
     process: HostProcess
     folder: Path
-    #: Whether times are judged, or only told.
+    #: Whether times are judged, or only reported.
     timed: bool
     figures: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -138,9 +138,8 @@ async def seconds_of(doing: Awaitable[Any]) -> float:
 async def check(served: ServedService, wires: Iterable[Wire]) -> None:
     """The invariants. These sockets are aborted on the way; no others may be left.
 
-    I4 and I5, of each socket whose user had generations: it is told the last event there is; of every generation
-    that it was told of, it was told what the log has, in order, without a gap, nothing twice, and to the end. Then,
-    inside, I1 to I3, I6 and I8.
+    I4 and I5, for each socket whose user had generations: it was sent the last event there is, and of each generation
+    the events that the log has, in order, without gaps and duplicates, up to the end. Then I1 to I3, I6 and I8.
     """
     wires = list(wires)
     last = {user: generation_id for generation_id, user in served.owners.items()}
@@ -148,7 +147,7 @@ async def check(served: ServedService, wires: Iterable[Wire]) -> None:
     for wire in wires:
         assert not wire.disconnected_by_server, "a DISCONNECT was sent"
         if wire.user not in last:
-            assert wire.received == [], "was told of somebody else"
+            assert wire.received == [], "was sent what belongs to another user"
             continue
         await wire.until_end_of(last[wire.user])
         events = dict[str, list[JSON]]()
@@ -156,15 +155,15 @@ async def check(served: ServedService, wires: Iterable[Wire]) -> None:
             events.setdefault(event["generationId"], []).append(event)
         for generation_id, got in events.items():
             if generation_id not in histories:
-                assert served.owners[generation_id] == wire.user, "was told of somebody else"
+                assert served.owners[generation_id] == wire.user, "was sent what belongs to another user"
                 histories[generation_id] = await served.events(generation_id, wire.user)
-            assert got == histories[generation_id][got[0]["sequence"] - 1 :], "was told another history"
+            assert got == histories[generation_id][got[0]["sequence"] - 1 :], "was sent another history"
     await hang_up(wires)
     await served.check(*last)
 
 
 async def caught_up(wires: Iterable[Wire], count: int) -> None:
-    """Wait until each of them was told so many events."""
+    """Wait until each of them was sent so many events."""
     for wire in wires:
         await wire.until_received(count)
 

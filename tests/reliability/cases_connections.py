@@ -96,12 +96,12 @@ async def _cut(proxy: Proxy, clients: Sequence[Browser], cuts: int) -> None:
 
 
 async def _half_open(served: ServedService, proxy: Proxy, count: int, interval: float) -> float:
-    """Let nothing pass any more on the lines of so many sockets, and nobody know.
+    """Let nothing pass any more on the lines of so many sockets, and notify neither end.
 
     After how many seconds the server has noticed all.
     """
     wires, there = list[Wire](), set[str]()
-    # Whoever did not answer a ping in time, since this process was not given any, is gone already.
+    # Those that did not answer a ping in time, as this process got no CPU time, are gone already.
     while not there:
         for number in range(count):
             # One after the other, so that at any time some have just answered a ping.
@@ -120,7 +120,7 @@ async def _half_open(served: ServedService, proxy: Proxy, count: int, interval: 
 
 
 async def _knows_all(served: ServedService, wire: Wire) -> Wire:
-    """The device, once it was told everything. It comes back where it did not answer a ping in time."""
+    """The device, once it was sent everything. It comes back where it did not answer a ping in time."""
     last = [generation_id for generation_id, user in served.owners.items() if user == wire.user][-1]
     while True:
         try:
@@ -210,9 +210,9 @@ async def _p99(served: ServedService, crowd: Sequence[Wire], others: Sequence[st
     began, latencies = dict(floods), list[float]()
     for wire, count in zip(crowd, before, strict=True):
         await wire.until_received(count + (hogs if wire.user == "hog" else each))
-        for told in wire.received[count:]:
-            event = parse(told.text)[1]
-            latencies.append((told.at - began[event["generationId"]][event["sequence"] - 1]) / 1e6)
+        for sent in wire.received[count:]:
+            event = parse(sent.text)[1]
+            latencies.append((sent.at - began[event["generationId"]][event["sequence"] - 1]) / 1e6)
     return statistics.quantiles(latencies, n=100)[98]
 
 

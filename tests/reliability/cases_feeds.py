@@ -67,8 +67,8 @@ async def frames_that_make_no_sense(trial: Trial, frames: int, large: int, flood
         nacks = 0
         for wire in thrown:
             assert not wire.disconnected_by_server
-            told = repr((wire.acks, wire.refused, wire.notices))
-            assert not any(word in told for word in ("Traceback", str(trial.folder), "/src/")), told
+            sent = repr((wire.acks, wire.refused, wire.notices))
+            assert not any(word in sent for word in ("Traceback", str(trial.folder), "/src/")), sent
             for ack in wire.acks.values():
                 nacks += ack["ok"] is not True
                 assert ack["ok"] is True or (set(ack) == {"ok", "code", "message"} and ack["code"] in _CODES), ack
@@ -295,7 +295,7 @@ async def slow_reader(trial: Trial, events: int, pace: float, stall: float) -> N
 
 
 async def _sip(served: ServedService, wire: Wire, pace: float, count: int, stall: float) -> Wire:
-    """Read so many kB a second, a little at a time, until it was told so many events: this socket, or its successor.
+    """Read so many kB a second, a little at a time, until it was sent so many events: this socket, or its successor.
 
     One that is gone comes back. While it reads, only that nothing was read for long, since this process was not given
     any time, is an excuse for cutting it.

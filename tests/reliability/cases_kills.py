@@ -62,7 +62,7 @@ from support.wire import JSON, Wire, hang_up, parse
 
 
 class LosingReplies(ForwardingLog):
-    """A line to the log on which half of all replies are lost, and then often somebody appends the next."""
+    """A line to the log on which half of all replies are lost, and then often another caller appends the next."""
 
     def __init__(self, log: WholeLog, recorder: Recorder) -> None:
         super().__init__(log)
@@ -76,7 +76,7 @@ class LosingReplies(ForwardingLog):
         first = self._first.get(entry.event_id)
         if first is None:
             self._first[entry.event_id] = first = asyncio.create_task(self._append(entry))
-            return await asyncio.shield(first)  # It arrives, also where nobody waits any more.
+            return await asyncio.shield(first)  # It arrives, even if its caller has stopped waiting.
         await asyncio.wait([first])
         logged = await self.inner.append(entry)
         # The end of the generation may be known only by now.
@@ -109,7 +109,7 @@ async def _move_on(recorder: Recorder, generation: Generation) -> Generation:
 @case(
     3,
     "{generations} generations on each log over a line that loses half of the replies; each such append is tried "
-    "again, often after somebody appended the next",
+    "again, often after another caller appended the next",
     "one entry, success, the next append works; each user is charged once",
     quick={"generations": 40},
     long={"generations": 2_000},
@@ -127,7 +127,7 @@ async def lost_replies(trial: Trial, generations: int) -> None:
             ids = [entry.event_id for entry in follower.entries]
             assert len(ids) == len(set(ids)) == (await log.feed("ada", after=0, anchor=0, limit=0)).head
             # Who was overtaken finds out with the next append, and only then.
-            assert sum(conflicts) == line.overtaken, "an append that was made was taken for somebody else's"
+            assert sum(conflicts) == line.overtaken, "an append that was made was taken for another caller's"
             assert line.overtaken > generations / 4
             trial.report(f"{name}: replies lost", f"{line.lost} of {line.appends}, {line.overtaken} overtaken")
             trial.report(f"{name}: entries", len(ids))
@@ -245,7 +245,7 @@ class Owner:
 
     @property
     def received(self) -> list[JSON]:
-        """What the official client was told."""
+        """What the official client was sent."""
         return [event for _, event in self.browser.events]
 
     async def live(self, pause: float) -> None:
@@ -380,7 +380,7 @@ class Coroner:
             assert credit == _CREDITS + granted - reserved + refunded, f"the balance of {user}"
 
     def _check_promises(self, log: sqlite3.Connection, owner: Owner) -> None:
-        """What was answered, and what a device was told, is there, byte for byte."""
+        """What was answered, and what a device was sent, is there, byte for byte."""
         rows = log.execute(_EVENTS, (owner.name,)).fetchall()
         events = {(generation_id, sequence): event for generation_id, sequence, event in rows}
         for generation_id in owner.started - set(owner.deleted):
@@ -388,13 +388,13 @@ class Coroner:
         for event in owner.acknowledged:
             kept = events.get((event["generationId"], event["sequence"]))
             assert json.loads(kept or "null") == event or event["generationId"] in owner.deleted, "a report was lost"
-        told = owner.phone.wire.received[self._looked_at[owner.name] :]
-        self._looked_at[owner.name] += len(told)
-        for each in told:
+        sent = owner.phone.wire.received[self._looked_at[owner.name] :]
+        self._looked_at[owner.name] += len(sent)
+        for each in sent:
             event = parse(each.text)[1]
             kept = events.get((event["generationId"], event["sequence"]))
             same = kept is not None and kept in each.text
-            assert same or event["generationId"] in owner.deleted, "a device was told what is not in the log"
+            assert same or event["generationId"] in owner.deleted, "a device was sent what is not in the log"
 
     def _check_resumed(self, log: sqlite3.Connection) -> None:
         """What may have been paid for was ended at once (I7) and refunded; nothing else was interrupted."""
@@ -445,7 +445,7 @@ _NEVER: Final = (
     4,
     "{kills} times kill -9 of the service at random moments, one in {fresh} started by the command line, while {users} "
     "users with two devices each start, report, cancel, delete and are granted credit",
-    "after each: every 202 and every event told is in the log, balances hold, what was left is resumed or interrupted; "
+    "after each: every 202 and every event sent is in the log, balances hold, what was left is resumed or interrupted; "
     "in the end: devices equal the log, one call per paid stage, no stray image",
     quick={"kills": 12, "fresh": 12, "users": 3, "alive": 0.5},
     long={"kills": 500, "fresh": 10, "users": 5, "alive": 1.0},
@@ -519,14 +519,14 @@ async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, ali
     trial.report("in stages when killed", ", ".join(f"{name} {count}" for name, count in coroner.found.most_common()))
     trial.report("interrupted, and refunded", coroner.interrupted)
     trial.report("free face swaps made again", coroner.repeated)
-    trial.report("events told to the devices", sum(len(owner.received) + len(owner.phone.events) for owner in owners))
+    trial.report("events sent to the devices", sum(len(owner.received) + len(owner.phone.events) for owner in owners))
     trial.report("returns, all recovered", sum(owner.phone.returns + len(_returns(owner.browser)) for owner in owners))
     trial.report("calls without an answer, made again", caller.unanswered)
     trial.report("provider calls, at most one each", provider.calls.total())
 
 
 def _face() -> Origin:
-    """Gives a face to whoever asks, not at once."""
+    """Serves a face, after a delay."""
     data, chance = solid(GREEN).data, random.Random(4)
 
     async def pause(_: asyncio.StreamWriter) -> None:
@@ -544,11 +544,11 @@ async def _owner(name: str, deployment: Deployment, caller: RetryingClient, ever
 
 
 async def _told(owners: Sequence[Owner], stages: Collection[str], seconds: float) -> None:
-    """Wait until somebody is told that one of these stages has begun, or for so long."""
+    """Wait until a device was sent one of these stages, or for so long."""
     lists = [(owner.phone.wire.received, len(owner.phone.wire.received)) for owner in owners]
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while not any(parse(each.text)[1]["status"] in stages for told, seen in lists for each in told[seen:]):
+            while not any(parse(each.text)[1]["status"] in stages for sent, seen in lists for each in sent[seen:]):
                 await asyncio.sleep(0.01)
 
 
@@ -564,14 +564,14 @@ def _check_words(lines: Sequence[str], deployment: Deployment) -> None:
 
 
 async def _check_owner(owner: Owner, caller: RetryingClient, calls: Mapping[str, int], deployment: Deployment) -> None:
-    """I1 to I7 for a user, by HTTP and by what the devices were told."""
+    """I1 to I7 for a user, by HTTP and by what the devices were sent."""
     name, gone = owner.name, set(owner.deleted)
     feed = await caller.feed(name, owner.phone.beginning)
     # Of what is deleted both knew the end before.
     await owner.phone.until(lambda: len(_but(owner.phone.events, gone)) >= len(feed))
     await owner.browser.until(lambda: len(_but(owner.received, gone)) >= len(feed))
     assert all(_returns(owner.browser)), "the official client was not recovered"
-    assert _but(owner.phone.events, gone) == feed, "a device was told otherwise"
+    assert _but(owner.phone.events, gone) == feed, "a device was sent something else"
     assert owner.received == owner.phone.events
     snapshots = {each["generationId"]: each for each in await caller.generations(name)}
     assert set(snapshots) == owner.started - gone, "not what was answered with 202"

@@ -217,7 +217,7 @@ async def _stop_starts(
                 assert (outcome.status_code, outcome.json()["code"]) == (503, "draining"), outcome.text
     heard = {each["generationId"] for each in wire.events if each["status"] in ("completed", "failed")}
     left = set(accepted) - heard
-    assert not left or deployment.durable, "somebody was told 202, and nothing more"
+    assert not left or deployment.durable, "a request got 202, and nothing more"
     if left:
         async with deployment.serving(), RetryingClient.open(deployment.url) as caller:
             for each in left:

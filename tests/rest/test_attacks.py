@@ -172,14 +172,14 @@ async def test_json_in_fields_is_bounded(attacked: AttackedService) -> None:
 
 async def test_unusual_valid_texts_are_returned_unchanged(attacked: AttackedService) -> None:
     odd: JSON = {"a\0b": "\0\x1b[2J\u202e\U0001f600", "huge": int("9" * 1_900), "": [[[]]], "__proto__": {"x": 1}}
-    for prompt, metadata, told in (
+    for prompt, metadata, received in (
         ("\U0001f600" * 4_000, json.dumps(odd), odd),
         ("".join(map(chr, range(1, 32))) + "\x7f\x85\u2028\ufeff\ufffe", '{"a": 1, "a": 2}', {"a": 2}),
         ("{{7*7}}${jndi:ldap://a}' OR 1=1--<script>", '{"a": -0.0, "b": 1e308}', {"a": -0.0, "b": 1e308}),
     ):
         answer = await attacked.send(form(part("prompt", prompt.encode()), FILE, part("metadata", metadata.encode())))
         assert answer.status_code == 202, answer.text
-        assert answer.json()["metadata"] == told
+        assert answer.json()["metadata"] == received
         assert len(await served(attacked, answer.json()["generationId"])) >= 2
     for prompt in ("\U0001f600" * 4_001, "x" * 1_000_000, "\0", "a\0b"):
         assert await attacked.outcome(form(part("prompt", prompt.encode()), FILE)) == "422 invalid_request"

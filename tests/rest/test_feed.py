@@ -112,7 +112,7 @@ async def test_an_unusable_cursor_is_reported_with_a_usable_one(service: Running
 async def test_a_reader_that_never_saw_a_deleted_generation_reads_past_it(
     service: Running, recorder: EventWriter, limit: int
 ) -> None:
-    """Wherever a page ends; over Socket.IO as well. Who was told that it began has to look anew."""
+    """Wherever a page ends; over Socket.IO as well. A client that was sent its beginning must read again."""
     empty = (await service.get("/events"))["cursor"]
     gone, kept = await recorder.start(), await recorder.start()
     knowing = (await poll(service, empty, 1))["cursor"]

@@ -317,9 +317,9 @@ async def test_no_route_shows_data_of_another_user(world: World) -> None:
         for path in paths:
             for query in ("", "?limit=100", "?status=active", "?status=finished", "?before=999999", f"?after={cursor}"):
                 answer = await world.call(me, path + query)
-                told = answer.text + str(answer.headers)
+                sent = answer.text + str(answer.headers)
                 # A cursor that is not one's own shows nothing either, and is not sent back.
-                assert not [word for word in (*hidden, cursor) if word in told], path + query
+                assert not [word for word in (*hidden, cursor) if word in sent], path + query
         assert world.running[me] in (await world.call(me, "/generations")).text
 
 
@@ -374,15 +374,15 @@ async def test_over_sockets_another_users_generation_is_acknowledged_like_a_miss
 
 
 async def test_another_users_cursor_in_the_handshake_is_ignored(world: World) -> None:
-    told = []
+    sent = []
     for cursor in (BROKEN, "", world.cursors["bob"]):
         async with wire(world.service, {**world.auth("ada"), "cursor": cursor}) as bare:
             while not bare.events():
                 await bare.next()
-            told.append(bare.events()[0][:2])
+            sent.append(bare.events()[0][:2])
             nothing_of(bare, world, "bob")
-    assert told == [told[0]] * 3
-    assert told[0][1]["recovered"] is False
+    assert sent == [sent[0]] * 3
+    assert sent[0][1]["recovered"] is False
 
 
 def nothing_of(bare: FrameClient, world: World, user: str) -> None:

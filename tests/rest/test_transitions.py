@@ -143,9 +143,9 @@ async def test_reported_stages_reach_the_device_and_the_log_unchanged(service: R
     answer = await service.http.get(
         f"/generations/{pipeline.generation_id}/events?after=1", headers={"X-User-Id": user}
     )
-    for told in answers:
-        assert told.headers["content-type"] == "application/json"
-        assert b'"data":' + told.content + b"}" in answer.content
+    for sent in answers:
+        assert sent.headers["content-type"] == "application/json"
+        assert b'"data":' + sent.content + b"}" in answer.content
     snapshot = await service.get(f"/generations/{pipeline.generation_id}", user)
     assert snapshot.items() >= {**known, "status": "completed", "progress": 100}.items()
 
@@ -262,11 +262,11 @@ async def test_a_repeated_report_is_answered_with_the_same_event_byte_for_byte(s
     _, _, rows = FLOWS["edit with face swap"]
     repeats = {"openai_editing": {"progress": 70, "message": "Half-way…"}}
     for status, fields, _, _ in rows:
-        for told in [fields, *([repeats[status]] if status in repeats else [])]:
-            first = await pipeline.report(status, **told)
+        for sent in [fields, *([repeats[status]] if status in repeats else [])]:
+            first = await pipeline.report(status, **sent)
             count = len(await pipeline.events())
-            same = await pipeline.report(status, **told)
-            other = await pipeline.post(json.dumps({"sequence": None, **told, "status": status}, indent=2))
+            same = await pipeline.report(status, **sent)
+            other = await pipeline.post(json.dumps({"sequence": None, **sent, "status": status}, indent=2))
             assert (first.status_code, same.status_code, other.status_code) == (200, 200, 200)
             assert first.content == same.content == other.content
             assert len(await pipeline.events()) == count

@@ -1,4 +1,4 @@
-"""A service with a durable log is started again: what was promised is there, and the work goes on."""
+"""A service with a durable log is started again: everything acknowledged is there, and the work continues."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ async def attach(service: Running, user: str = "ada", **auth: str) -> Wire:
 
 
 async def come_back(service: Running, wire: Wire) -> Wire:
-    """As the official client does: with its session, and where it had come to."""
+    """Reconnect as the official client does: with its session and its last cursor."""
     other = await Wire.open(service.port, received=wire.received)
     await other.connect(**wire.offset)
     assert other.pid == wire.pid, "not recovered"
@@ -44,7 +44,7 @@ async def come_back(service: Running, wire: Wire) -> Wire:
 
 
 async def ended(wire: Wire, generation_id: str) -> JSON:
-    """Its last event, once the device was told."""
+    """Its last event, once the device was sent it."""
 
     def ends() -> list[JSON]:
         return [each for each in wire.events if each["generationId"] == generation_id and each["status"] in TERMINAL]
@@ -256,7 +256,7 @@ async def test_an_upload_on_a_full_disk_is_refused(tmp_path: Path) -> None:
 
 
 def paid(deployment: Deployment, server: OpenAIServer) -> Deployment:
-    """The same one, where OpenAI can be had."""
+    """The same deployment, with OpenAI as a provider."""
     deployment.environment = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.base_url}
     return deployment
 
@@ -270,7 +270,7 @@ async def test_a_restart_on_a_full_disk_ends_unfinished_work_once_there_is_room(
     ):
         server.answer(hang)
         with contextlib.closing(sqlite3.connect(f"{deployment.log.as_uri()}?mode=ro", uri=True)) as stranger:
-            # Somebody who reads keeps the write-ahead log from being emptied, however long this takes.
+            # A reader keeps the write-ahead log from being truncated, however long this takes.
             stranger.execute("BEGIN")
             stranger.execute("SELECT count(*) FROM events").fetchall()
             left = await start(caller)

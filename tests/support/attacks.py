@@ -114,12 +114,12 @@ class AttackedService:
         assert len(generations) == accepted
         assert account["credit"] == 100 - sum(each["status"] == "completed" for each in generations)
         log = self.service.service.log
-        told = b""
+        sent = b""
         for user in ("mallory", "bob"):
             feed = await log.feed(user, after=0, anchor=0, limit=100_000)
-            told += b"".join(entry.event or b"" for entry in feed.entries)
+            sent += b"".join(entry.event or b"" for entry in feed.entries)
         files = [path for path in self.images.rglob("*/*") if path.is_file()]
-        assert [path for path in files if path.name.encode() not in told] == []
+        assert [path for path in files if path.name.encode() not in sent] == []
         await self.service.until(lambda: [*self.temp.iterdir(), *self._open()] == [])
 
     def _open(self) -> list[str]:

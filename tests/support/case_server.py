@@ -140,7 +140,7 @@ class HostProcess:
             answer = json.loads(line)
             future = self._answers.pop(answer.pop("ref"))
             if future.done():
-                continue  # Nobody waits any more.
+                continue  # Its caller has stopped waiting.
             if "failed" in answer:
                 future.set_exception(AssertionError(answer["failed"]))
             else:
@@ -199,8 +199,8 @@ class ServedService(Reader):
         """
         generation_id = f"edit_1_{len(self.owners):016d}"
         self.owners[generation_id] = user
-        told = {"user": user, "generation": generation_id, "count": count, "filler": filler, "rate": rate}
-        return generation_id, (await self.process.ask("flood", **told))["began"]
+        sent = {"user": user, "generation": generation_id, "count": count, "filler": filler, "rate": rate}
+        return generation_id, (await self.process.ask("flood", **sent))["began"]
 
     async def start(self, user: str, kind: str = "edit") -> str:
         """Start a real generation over HTTP."""

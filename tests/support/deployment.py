@@ -1,4 +1,4 @@
-"""`stagecast serve` in processes that are killed and started again, and who calls them.
+"""`stagecast serve` in processes that are killed and started again, and their callers.
 
 Each life is a process of its own, which is started by the command line, or forked, which costs a tenth, from one that
 has already imported the program.
@@ -309,7 +309,7 @@ ENDS: Final = ("completed", "failed")
 
 @dataclass
 class RequestedGeneration:
-    """A generation that somebody wants, and asks for until it is there."""
+    """A generation whose start is retried until it is accepted."""
 
     key: str
     kind: str
@@ -359,7 +359,7 @@ class ReconnectingDevice:
             await self.back(port)
 
     async def back(self, port: int) -> None:
-        """Come back, once there is somebody, and go on from where it was."""
+        """Reconnect, once a server listens, and continue from its cursor."""
         while True:
             try:
                 wire = await Wire.open(port, received=self.wire.received)

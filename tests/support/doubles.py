@@ -46,7 +46,7 @@ async def advance_time(seconds: float) -> None:
     """Let so much time pass on the event loop's clock, in next to none of the world's.
 
     So a test need not be short of time for something to come too late. It passes in steps, in each of which what is
-    on its way arrives, and who waits for the next piece of something waits anew.
+    on its way arrives, and waits for the next part of something begin again.
     """
     for _ in range(4):
         _advance_clock(seconds / 4)
@@ -238,7 +238,7 @@ class InMemoryUpload:
         self._data = data
         self.size = len(data)
         self._gate = gate
-        #: Somebody waits for the gate.
+        #: Set while a caller waits for the gate.
         self.awaited = asyncio.Event()
 
     async def read(self) -> bytes:

@@ -57,14 +57,14 @@ def event_keys(entries: Iterable[Logged]) -> list[tuple[str, int]]:
 
 async def pull(log: WholeLog, user_id: str, cursor: Cursor, limit: int = 1_000) -> tuple[list[Logged], Cursor]:
     """Everything wanted behind a cursor that has to be usable."""
-    told: list[Logged] = []
+    sent: list[Logged] = []
     while True:
         feed = await log.feed(user_id, after=cursor.seen, anchor=cursor.live, limit=limit)
         assert cursor.usable(feed)
         wanted, cursor = cursor.advance(feed)
-        told += [entry for entry, _ in wanted]
+        sent += [entry for entry, _ in wanted]
         if feed.upto >= feed.head:
-            return told, cursor
+            return sent, cursor
 
 
 async def usable(log: WholeLog, user_id: str, cursor: Cursor) -> bool:

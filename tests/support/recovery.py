@@ -49,7 +49,7 @@ class RecoveryHarness:
     _users: int = 0
 
     def user(self) -> str:
-        """Somebody new."""
+        """The id of a new user."""
         self._users += 1
         return f"user-{self._users}"
 
@@ -71,15 +71,15 @@ class RecoveryHarness:
         return [(entry.name, body(entry)) for entry in feed.entries if entry.event is not None]
 
     async def cursor(self, user: str, position: int) -> str:
-        """The cursor behind the event at this position."""
+        """The cursor after the event at this position."""
         log = self.service.service.log
         entry = (await log.feed(user, after=position - 1, anchor=0, limit=1)).entries[0]
         return Cursor(position, entry.event_id, position).text(feed_name(log.epoch, user))
 
     async def complete(self, user: str, *clients: Browser, after: int = 0, skip: int = 0) -> None:
-        """Wait for one more event; then each has been sent the feed behind position `after`, once and in order.
+        """Wait for one more event; then each has been sent the feed after position `after`, once and in order.
 
-        `skip`: so many events that it was sent are not meant.
+        `skip`: how many of the client's first events are not compared.
         """
         last = await self.recorder.start_and_fail(user)
         for client in clients:
@@ -94,12 +94,12 @@ class RecoveryHarness:
             pass
 
     async def close(self) -> None:
-        """Everybody goes, nothing is left, and what was sent is as it has to be everywhere."""
+        """Disconnect all clients, wait until nothing is left, and check what each was sent."""
         everybody = await self.browsers.forget_all()
         while self._lines:
             await self._lines.pop().end()
         for left in list(self.service.service.sockets.eio.sockets.values()):
-            left.abort()  # Those whose clients have gone without a word.
+            left.abort()  # Those whose clients have vanished.
         await self.service.until_all_disconnected()
         for browser in everybody:
             check(browser)
@@ -120,8 +120,8 @@ def check(browser: Browser) -> None:
         assert isinstance(rest[0], dict)
     newest = "", (0, 0)
     for line in browser.lines:
-        anew = line["ack"].get("recovered") is not None if line["on"] == "ack" else not line.get("recovered", True)
-        if anew:
+        is_new = line["ack"].get("recovered") is not None if line["on"] == "ack" else not line.get("recovered", True)
+        if is_new:
             newest = "", (0, 0)
         if line["on"] == "event" and len(line["args"]) == 2:
             _, cursor = line["args"]
@@ -156,10 +156,10 @@ async def other_service(
 
 @dataclass
 class RawClient:
-    """A bare WebSocket: what no official client would say can be said by it."""
+    """A bare WebSocket, which can send what no official client sends."""
 
     connection: websockets.ClientConnection
-    #: What the service said to CONNECT.
+    #: The service's answer to CONNECT.
     hello: dict[str, Any]
 
     @property
@@ -171,7 +171,7 @@ class RawClient:
         return dict((await self.next("430"))[0])
 
     async def next(self, prefix: str = "42") -> Any:
-        """The next frame that begins like this, without it. Others are not looked at."""
+        """The next frame that begins like this, without it. Others are skipped."""
         async with asyncio.timeout(TIMEOUT):
             while True:
                 frame = str(await self.connection.recv())
@@ -179,7 +179,7 @@ class RawClient:
                     return json.loads(frame[len(prefix) :])
 
     async def events(self, count: int) -> list[tuple[str, dict[str, Any]]]:
-        """So many events, which are the next."""
+        """The next `count` events."""
         return [(name, data) for name, data, _ in [await self.next() for _ in range(count)]]
 
 

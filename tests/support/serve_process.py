@@ -1,4 +1,4 @@
-"""``stagecast serve`` in a process of its own, and who talks to it."""
+"""``stagecast serve`` in a process of its own, and its clients."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ import socketio
 from support.harness import JSON
 from support.pictures import RED, solid
 
-#: Seconds after which something hangs, and is not slow.
+#: Seconds after which something counts as hanging.
 TIMEOUT: Final = 60
 
 
@@ -39,7 +39,7 @@ class Process:
         return self.process.returncode, errors.decode()
 
     async def draining(self, http: httpx2.AsyncClient) -> httpx2.Response:
-        """What it answers who asks whether it is ready, once it is not."""
+        """The answer of ``/health/ready`` once the service is not ready."""
         async with asyncio.timeout(TIMEOUT):
             while (ready := await http.get(f"{self.url}/health/ready")).status_code == 200:
                 await asyncio.sleep(0.01)
