@@ -148,7 +148,7 @@ async def rows(seconds: float) -> None:
                 connection.execute(
                     "INSERT INTO generations (id, generation_id, owner, kind, order_json, fingerprint, reserved,"
                     " first_position) VALUES (?, ?, ?, ?, ?, ?, 1, ?)",
-                    (numbers, entry.generation_id, user + 1, start.kind, start.order, start.fingerprint, position),
+                    (numbers, entry.generation_id, user + 1, start.kind, start.request, start.fingerprint, position),
                 )
             inserted = connection.execute(
                 "INSERT INTO events (owner, position, generation, sequence, event_id, name, event)"

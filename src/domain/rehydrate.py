@@ -16,7 +16,7 @@ UNREADABLE: Final = (ValueError, LookupError, TypeError)
 
 def request_of(history: History) -> GenerationRequest:
     """The generation's request. Raises `UNREADABLE`."""
-    return GenerationRequest.decode(history.order)
+    return GenerationRequest.decode(history.request)
 
 
 def is_external(history: History) -> bool:

@@ -76,7 +76,7 @@ async def test_a_generation_reads_back_as_it_was_written(recorder: EventRecorder
     history = await log.generation(generation.generation_id)
     assert history is not None
     assert (history.user_id, history.generation_id, history.kind) == ("ada", generation.generation_id, "edit")
-    assert b'"face_swap":true' in history.order
+    assert b'"face_swap":true' in history.request
     assert [event["sequence"] for event in bodies(history)] == list(range(1, 9))
     assert [entry.sequence for entry in history.events] == list(range(1, 9))
     assert [entry.name for entry in history.events] == [

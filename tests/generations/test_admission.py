@@ -25,19 +25,19 @@ from support.doubles import (
     Pause,
     ScriptedEditor,
     ScriptedFetcher,
-    Wish,
+    StartArguments,
     advance_time,
-    swap_wish,
-    wish,
+    start_arguments,
+    swap_arguments,
 )
 from support.harness import running
 from support.http_app import assert_problem, serve_api
 
 
-def held(gate: asyncio.Event, data: bytes = b"one") -> tuple[Wish, InMemoryUpload]:
-    """A wish whose upload cannot be read before the gate opens."""
+def held(gate: asyncio.Event, data: bytes = b"one") -> tuple[StartArguments, InMemoryUpload]:
+    """A start whose upload cannot be read before the gate opens."""
     file = InMemoryUpload(data, gate)
-    return wish(uploads=[file]), file
+    return start_arguments(uploads=[file]), file
 
 
 # --- reservations -----------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ async def test_a_repeat_waits_for_the_first_request_and_not_for_reservations() -
     first = asyncio.create_task(backend.start(slow, key="k"))
     await file.awaited.wait()
     repeats = [asyncio.create_task(backend.start(held(gate)[0], key="k")) for _ in range(3)]
-    other = asyncio.create_task(backend.start(wish(uploads=[InMemoryUpload(b"other")]), key="k"))
+    other = asyncio.create_task(backend.start(start_arguments(uploads=[InMemoryUpload(b"other")]), key="k"))
     gate.set()
     begun = await first
     assert {(await each).generation_id for each in repeats} == {begun.generation_id}
@@ -220,11 +220,11 @@ def kept(backend: InMemoryBackend) -> int:
 async def test_stored_bytes_are_counted_as_images_come_and_go() -> None:
     backend, stored = InMemoryBackend(), 0
     async with backend.open():
-        whole = await backend.make(swap_wish())
+        whole = await backend.make(swap_arguments())
         assert backend.stored.stored("ada") == kept(backend) > 0
         pause = Pause()
         backend.fetcher.acts = [pause]
-        cancelled = await backend.start(swap_wish())
+        cancelled = await backend.start(swap_arguments())
         await pause.reached.wait()
         await backend.cancel(cancelled)
         await backend.settled()
@@ -235,7 +235,7 @@ async def test_stored_bytes_are_counted_as_images_come_and_go() -> None:
         await backend.make()
         assert backend.stored.stored("ada") == kept(backend)
         with pytest.raises(InvalidImage):
-            await backend.start(wish(uploads=[InMemoryUpload(b"good"), InMemoryUpload(b"bad")]))
+            await backend.start(start_arguments(uploads=[InMemoryUpload(b"good"), InMemoryUpload(b"bad")]))
         stored = kept(backend)
         assert backend.stored.stored("ada") == stored
         await backend.workflow.delete("ada", whole.generation_id)
@@ -277,7 +277,7 @@ async def test_fetching_blocks_no_worker_and_waiting_for_a_worker_does_not_count
     fetching, editing = Pause(), Pause()
     backend = InMemoryBackend(max_running=1, fetcher=ScriptedFetcher(fetching))
     async with backend.open():
-        stuck = [await backend.start(swap_wish()) for _ in range(5)]
+        stuck = [await backend.start(swap_arguments()) for _ in range(5)]
         await fetching.reached.wait()
         quick = await backend.start(user_id="bob")
         await backend.reached(quick.generation_id, "completed")
@@ -306,7 +306,7 @@ async def test_waiting_for_a_worker_after_fetching_does_not_count_as_work() -> N
         overdue = await backend.start(user_id="bob")
         await pause.reached.wait()
         pause.reached.clear()
-        patient = await backend.start(wish(image_urls=(FACE_URL,)))
+        patient = await backend.start(start_arguments(image_urls=(FACE_URL,)))
         await backend.reached(patient.generation_id, "composition")
         while not (await backend.leases.count()).waiting:
             await asyncio.sleep(0)
@@ -327,7 +327,7 @@ async def test_a_failed_fetch_frees_its_slot() -> None:
 
     backend.fetcher.acts = [fail]
     async with backend.open():
-        begun = [await backend.start(wish(image_urls=(FACE_URL,))) for _ in range(6)]
+        begun = [await backend.start(start_arguments(image_urls=(FACE_URL,))) for _ in range(6)]
         await backend.settled()
         assert {(await backend.statuses(each))[-1] for each in begun} == {"failed"}
         await backend.check()

@@ -6,14 +6,23 @@ import pytest
 
 from domain.rehydrate import generation_of
 from domain.requests import GenerationRequest
-from support.doubles import BASE, FACE_URL, InMemoryBackend, InMemoryUpload, Pause, ScriptedFaceSwapper, Wish, png
+from support.doubles import (
+    BASE,
+    FACE_URL,
+    InMemoryBackend,
+    InMemoryUpload,
+    Pause,
+    ScriptedFaceSwapper,
+    StartArguments,
+    png,
+)
 
 OTHER_URL = "http://pictures.test/other.png"
 
 
-async def swap_of(backend: InMemoryBackend, face: int | None, **request: Any) -> Wish:
+async def swap_of(backend: InMemoryBackend, face: int | None, **request: Any) -> StartArguments:
     """An edit of an upload, a stored image and two URLs."""
-    source = await backend.make(Wish("edit", GenerationRequest(prompt="x"), [InMemoryUpload(b"stored")]))
+    source = await backend.make(StartArguments("edit", GenerationRequest(prompt="x"), [InMemoryUpload(b"stored")]))
     assert source.input is not None
     wanted = GenerationRequest(
         prompt="a red hat",
@@ -23,7 +32,7 @@ async def swap_of(backend: InMemoryBackend, face: int | None, **request: Any) ->
         face=face,
         **request,
     )
-    return Wish("edit", wanted, [InMemoryUpload(b"upload")])
+    return StartArguments("edit", wanted, [InMemoryUpload(b"upload")])
 
 
 @pytest.mark.parametrize(

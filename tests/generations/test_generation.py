@@ -21,7 +21,7 @@ from domain.errors import FAILURE_CODES, Failure, FailureCode, IllegalTransition
 from domain.events import Event, decode, encode, event_name, timestamp, with_credit
 from domain.generation import Generation
 from domain.stages import FLOWS, GUARDS, INITIAL, Kind, moves
-from support.builders import NOON, PROPERTY, fold, make_generation, make_order, moved_to, path_of, stage_fields
+from support.builders import NOON, PROPERTY, fold, make_generation, make_request, moved_to, path_of, stage_fields
 
 SHEET = "http://test/images/sheet.png"
 EDITED = "http://test/images/edited.png"
@@ -234,7 +234,7 @@ def test_only_listed_moves_are_accepted_and_progress_never_falls(
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     terminal = [FLOWS[kind][event.status].terminal for event in events]
     assert not any(terminal[:-1])
-    order = make_order(face_swap=face_swap)
+    order = make_request(face_swap=face_swap)
     folded = fold(generation.generation_id, kind, generation.user_id, order, events)
     assert state(folded) == state(generation)
 
@@ -378,7 +378,7 @@ def test_a_face_swap_is_skipped_only_with_a_reason_and_complete_only_without_one
 @variants
 def test_folding_the_bytes_of_the_log_gives_the_moved_generation(kind: Kind, face_swap: bool) -> None:
     metadata: dict[str, Any] = {"order": 7, "tags": ["a", None], "nested": {"x": 1.5}}
-    order = make_order(face_swap=face_swap, metadata=metadata)
+    order = make_request(face_swap=face_swap, metadata=metadata)
     events, moved = story(
         make_generation(kind, face_swap=face_swap, metadata=metadata), *path_of(kind, face_swap=face_swap)
     )

@@ -22,7 +22,7 @@ from domain.ports.log import Gap
 from domain.queue_positions import QueuePositions
 from domain.rehydrate import generation_of
 from support.builders import PROPERTY, WholeLog
-from support.doubles import FACE_URL, ForwardingLog, InMemoryBackend, advance_time, wish
+from support.doubles import FACE_URL, ForwardingLog, InMemoryBackend, advance_time, start_arguments
 from support.nodes import Cluster, NodeLeases
 
 USERS = ("ada", "bob", "cy")
@@ -133,7 +133,7 @@ def test_the_positions_that_devices_are_told_are_the_order_of_the_claims(
                 places = await known()
                 match step:
                     case "start":
-                        begun = await line.backend.start(wish(), USERS[number % 3])
+                        begun = await line.backend.start(start_arguments(), USERS[number % 3])
                         waiting[begun.generation_id] = begun
                     case "claim" if waiting:
                         claimed = await line.claim()
@@ -156,7 +156,7 @@ def test_the_positions_that_devices_are_told_are_the_order_of_the_claims(
 
 async def test_a_position_is_sent_only_when_it_changes_and_at_most_once_a_second() -> None:
     async with Line().open() as line:
-        ids = [(await line.backend.start(wish(), "ada")).generation_id for _ in range(3)]
+        ids = [(await line.backend.start(start_arguments(), "ada")).generation_id for _ in range(3)]
         assert await line.received() == {ids[0]: 1, ids[1]: 2, ids[2]: 3}
         ada = line.watchers[0]
         assert len(ada.sent) == 3
@@ -175,7 +175,7 @@ async def test_a_position_is_sent_only_when_it_changes_and_at_most_once_a_second
 
 async def test_external_generations_have_no_position() -> None:
     async with Line().open() as line:
-        begun = await line.backend.start(wish(external=True))
+        begun = await line.backend.start(start_arguments(external=True))
         assert begun.queue_position is None
         assert (await line.backend.workflow.snapshot("ada", begun.generation_id)).queue_position is None
         assert await line.received() == {}
@@ -184,14 +184,14 @@ async def test_external_generations_have_no_position() -> None:
 async def test_what_is_fetched_for_has_no_position_but_keeps_its_place_before_the_others() -> None:
     async with Line().open() as line:
         backend, leases = line.backend, line.backend.leases
-        fetched = (await backend.start(wish(image_urls=(FACE_URL,)), "ada")).generation_id
+        fetched = (await backend.start(start_arguments(image_urls=(FACE_URL,)), "ada")).generation_id
         assert await line.received() == {fetched: 1}
         assert await leases.claim(fetching=True) == fetched
         history = await backend.log.generation(fetched)
         assert history is not None
         await backend.recorder.move(generation_of(history), "composition", {}, free=False)
         await leases.offer("ada", fetched)
-        waits = (await backend.start(wish(), "bob")).generation_id
+        waits = (await backend.start(start_arguments(), "bob")).generation_id
         assert await line.received() == {waits: 2}
         assert (await backend.workflow.snapshot("ada", fetched)).queue_position is None
         assert await leases.claim() == fetched
@@ -200,7 +200,7 @@ async def test_what_is_fetched_for_has_no_position_but_keeps_its_place_before_th
 
 async def test_positions_are_known_again_after_entries_were_missed() -> None:
     async with Line().open() as line:
-        ids = [(await line.backend.start(wish(), "ada")).generation_id for _ in range(3)]
+        ids = [(await line.backend.start(start_arguments(), "ada")).generation_id for _ in range(3)]
         before = await line.received()
         line.positions._notice(Gap())
         assert await line.received() == before
@@ -211,7 +211,7 @@ async def test_positions_are_known_again_after_entries_were_missed() -> None:
 
 async def test_what_waited_before_the_service_started_has_its_position_announced() -> None:
     line = Line()
-    begun = await line.backend.start(wish(), "ada")
+    begun = await line.backend.start(start_arguments(), "ada")
     async with line.open():
         await line.received()
         assert line.watchers[0].sent == [(begun.generation_id, 1)]
@@ -221,8 +221,8 @@ async def test_a_device_with_a_full_buffer_gets_no_position_and_others_do() -> N
     async with Line().open() as line:
         slow, other = line.watchers[0], Watcher("ada")
         await other.join(line.backend, line.hub)
-        first = (await line.backend.start(wish(), "ada")).generation_id
-        second = (await line.backend.start(wish(), "ada")).generation_id
+        first = (await line.backend.start(start_arguments(), "ada")).generation_id
+        second = (await line.backend.start(start_arguments(), "ada")).generation_id
         await line.received()
         while slow.buffer.offer(b'event: x\ndata: {"generationId":"x","sequence":1}\n\n'):
             pass
@@ -257,7 +257,7 @@ async def test_no_position_follows_the_event_with_which_a_generation_leaves_the_
         ada, log = line.watchers[0], line.backend.log
         assert ada.device is not None
         assert isinstance(log, HeldReads)
-        ids = [(await line.backend.start(wish(), "ada")).generation_id for _ in range(2)]
+        ids = [(await line.backend.start(start_arguments(), "ada")).generation_id for _ in range(2)]
         log.open.clear()
         ada.device.read_again()
         await line.received()

@@ -22,8 +22,8 @@ from support.doubles import (
     ScriptedFaceSwapper,
     png,
     reports,
-    swap_wish,
-    wish,
+    start_arguments,
+    swap_arguments,
 )
 
 FREE_EDITING = {"status": "openai_editing", "free": True}
@@ -31,7 +31,7 @@ FREE_EDITING = {"status": "openai_editing", "free": True}
 
 async def leave(backend: InMemoryBackend, *events: dict[str, Any]) -> Generation:
     """An edit with a face swap that another process has left after these events."""
-    begun = await backend.start(swap_wish())
+    begun = await backend.start(swap_arguments())
     await backend.leases.withdraw(begun.generation_id)
     history = await backend.memory.generation(begun.generation_id)
     assert history is not None
@@ -199,7 +199,7 @@ async def test_the_deadline_counts_the_work_that_was_done_before_and_not_the_tim
 
 async def test_external_generations_are_left_to_their_pipeline() -> None:
     backend = InMemoryBackend()
-    begun = await backend.start(wish(external=True))
+    begun = await backend.start(start_arguments(external=True))
     await backend.runner.resume()
     assert (await backend.leases.count()).waiting == 0
     assert await backend.statuses(begun) == ["started"]

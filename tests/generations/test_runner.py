@@ -25,9 +25,9 @@ from support.doubles import (
     png,
     raises,
     reports,
-    swap_wish,
+    start_arguments,
+    swap_arguments,
     wanted,
-    wish,
 )
 
 # --- when nothing fails ----------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ from support.doubles import (
 async def test_an_edit_passes_its_stages_and_each_event_has_the_known_results() -> None:
     backend = InMemoryBackend()
     async with backend.open():
-        done = await backend.make(wish(shop="izmir"))
+        done = await backend.make(start_arguments(shop="izmir"))
     sent = await backend.events(done)
     assert tuple(event["status"] for event in sent) == EDIT
     assert [event["sequence"] for event in sent] == [1, 2, 3, 4, 5, 6]
@@ -52,7 +52,7 @@ async def test_an_edit_passes_its_stages_and_each_event_has_the_known_results() 
 
 async def test_the_log_has_the_names_of_the_pictures_beside_each_event_that_shows_them() -> None:
     async with InMemoryBackend().open() as backend:
-        done = await backend.make(swap_wish())
+        done = await backend.make(swap_arguments())
     history = await backend.memory.generation(done.generation_id)
     assert history is not None
     for entry in history.events:
@@ -66,7 +66,7 @@ async def test_the_log_has_the_names_of_the_pictures_beside_each_event_that_show
 async def test_a_generation_from_scratch_ends_with_its_picture() -> None:
     backend = InMemoryBackend()
     async with backend.open():
-        done = await backend.make(wish("generate"))
+        done = await backend.make(start_arguments("generate"))
     sent = await backend.events(done)
     assert tuple(event["status"] for event in sent) == GENERATE
     assert picture_of(backend, sent[-1]["generatedImageUrl"]) == b"edited"
@@ -79,7 +79,7 @@ async def test_a_face_swap_puts_the_first_url_into_the_edited_picture() -> None:
     backend = InMemoryBackend()
     other = "http://pictures.test/2.png"
     async with backend.open():
-        done = await backend.make(wish(image_urls=(FACE_URL, other), face_swap=True))
+        done = await backend.make(start_arguments(image_urls=(FACE_URL, other), face_swap=True))
     sent = await backend.events(done)
     assert tuple(event["status"] for event in sent) == EDIT_WITH_SWAP
     assert picture_of(backend, sent[-1]["faceSwapUrl"]) == b"swapped"
@@ -92,7 +92,7 @@ async def test_a_face_swap_puts_the_first_url_into_the_edited_picture() -> None:
 async def test_the_sheet_shows_files_then_urls_in_the_order_given() -> None:
     backend = InMemoryBackend()
     async with backend.open():
-        await backend.make(wish(image_urls=("http://b.test", "http://a.test")))
+        await backend.make(start_arguments(image_urls=("http://b.test", "http://a.test")))
     [pictures] = backend.composer.calls
     assert [picture.data for picture in pictures] == [b"one", b"two", b"<http://b.test>", b"<http://a.test>"]
 
@@ -100,7 +100,7 @@ async def test_the_sheet_shows_files_then_urls_in_the_order_given() -> None:
 async def test_the_provider_gets_the_sheet_the_prompt_and_the_options_once() -> None:
     backend = InMemoryBackend()
     async with backend.open():
-        await backend.make(wish(prompt="a green hat"))
+        await backend.make(start_arguments(prompt="a green hat"))
     [(kind, sheet, prompt, options)] = backend.editor.calls
     assert (kind, sheet.data, prompt) == ("edit", b"one+two", "a green hat")
     assert options.aspect_ratio == "2:3"
@@ -194,7 +194,7 @@ async def test_a_composition_that_fails_ends_in_failed_refunded(point: Point, co
     backend = InMemoryBackend()
     point.break_it(backend, Failure(code))
     async with backend.open():
-        done = await backend.make(swap_wish())
+        done = await backend.make(swap_arguments())
     await assert_failed_and_refunded(backend, done, point.stage, code)
     assert backend.editor.calls == []
 
@@ -222,7 +222,7 @@ async def test_an_unexpected_exception_ends_in_internal_without_its_message(
     backend = InMemoryBackend()
     break_it(backend, error)
     async with backend.open():
-        done = await backend.make(swap_wish())
+        done = await backend.make(swap_arguments())
     await assert_failed_and_refunded(
         backend, done, "openai_editing" if break_it is at_edit else "composition", "internal"
     )
@@ -239,7 +239,7 @@ async def test_a_provider_that_was_cancelled_inside_ends_its_stage(
     backend = InMemoryBackend()
     break_it(backend, asyncio.CancelledError())
     async with backend.open():
-        done = await backend.make(swap_wish())
+        done = await backend.make(swap_arguments())
     assert done.status in ("failed", "completed")
     await backend.check()
 
@@ -249,7 +249,7 @@ async def test_a_face_swap_that_fails_keeps_the_edit_that_was_paid_for(code: Fai
     backend = InMemoryBackend()
     at_swap(backend, Failure(code, "Not this face."))
     async with backend.open():
-        done = await backend.make(swap_wish())
+        done = await backend.make(swap_arguments())
     sent = (await backend.events(done))[-1]
     assert (sent["status"], sent["progress"], sent["credit"]) == ("completed", 100, 9)
     assert sent["message"] == "Image editing completed, but the face swap failed."
@@ -264,7 +264,7 @@ async def test_a_face_swap_that_breaks_keeps_the_edit_too() -> None:
     backend = InMemoryBackend()
     at_swap(backend, RuntimeError("secret"))
     async with backend.open():
-        done = await backend.make(swap_wish())
+        done = await backend.make(swap_arguments())
     sent = (await backend.events(done))[-1]
     assert sent["status"] == "completed"
     assert isinstance(sent["faceSwapError"], dict)
@@ -280,7 +280,7 @@ async def test_a_picture_that_cannot_be_stored_ends_it_in_storage_failed(unstora
     backend = InMemoryBackend()
     backend.images.refused = {unstorable}
     async with backend.open():
-        done = await backend.make(swap_wish())
+        done = await backend.make(swap_arguments())
     await assert_failed_and_refunded(backend, done, stage, "storage_failed")
 
 
@@ -288,7 +288,7 @@ async def test_a_swapped_picture_that_cannot_be_stored_keeps_the_edit() -> None:
     backend = InMemoryBackend()
     backend.images.refused = {b"swapped"}
     async with backend.open():
-        done = await backend.make(swap_wish())
+        done = await backend.make(swap_arguments())
     assert done.face_swap_error is not None
     assert (done.status, done.face_swap_error.code) == ("completed", "storage_failed")
     await backend.check()
@@ -311,7 +311,7 @@ async def test_a_failing_generation_does_not_affect_others() -> None:
         fine = await backend.start()
         await pause.reached.wait()
         backend.runner.fetcher = ScriptedFetcher(fails("image_fetch_failed"))
-        broken = await backend.start(wish(uploads=[], image_urls=("http://x.test",)))
+        broken = await backend.start(start_arguments(uploads=[], image_urls=("http://x.test",)))
         await backend.reached(broken.generation_id, "failed")
         assert (await backend.statuses(fine))[-1] == "openai_editing"
         pause.released.set()

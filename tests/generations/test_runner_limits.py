@@ -34,9 +34,9 @@ from support.doubles import (
     picture_of,
     png,
     reports,
-    swap_wish,
+    start_arguments,
+    swap_arguments,
     wanted,
-    wish,
 )
 
 # --- the deadline ----------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ from support.doubles import (
 
 async def overdue(backend: InMemoryBackend, pause: Pause) -> Snapshot:
     """Start one that asks for a face swap, let its time be over where it is held, and wait for its end."""
-    begun = await backend.start(swap_wish())
+    begun = await backend.start(swap_arguments())
     await pause.reached.wait()
     await advance_time(backend.deadline)
     await backend.settled()
@@ -134,7 +134,7 @@ async def test_a_cancel_aborts_the_work_and_a_late_result_is_dropped(stage: str,
     pause = Pause(stubborn=stubborn)
     backend = backend_held_in(stage, pause)
     async with backend.open():
-        begun = await backend.start(swap_wish())
+        begun = await backend.start(swap_arguments())
         await pause.reached.wait()
         assert await backend.cancel(begun) == "cancelled"
         assert await backend.cancel(begun) == "already_finished"
@@ -159,7 +159,7 @@ async def test_a_cancel_at_any_event_leaves_one_end_and_one_refund(
     backend = InMemoryBackend() if log is None else InMemoryBackend(line=log)
     async with backend.open():
         begun = await backend.start(wanted("edit", face_swap))
-        neighbour = await backend.start(wish("generate"), "bob")
+        neighbour = await backend.start(start_arguments("generate"), "bob")
         await backend.reached(begun.generation_id, path[boundary - 1])
         outcomes = await asyncio.gather(backend.cancel(begun), backend.cancel(begun))
         await backend.settled()
@@ -291,8 +291,8 @@ async def test_many_generations_of_one_user_do_not_delay_the_first_of_another() 
     busy.released.set()
     backend = InMemoryBackend(max_running=1, editor=busy)
     for number in range(4):
-        await backend.start(wish(prompt=f"ada {number}"))
-    await backend.start(wish(prompt="bob 0"), "bob")
+        await backend.start(start_arguments(prompt=f"ada {number}"))
+    await backend.start(start_arguments(prompt="bob 0"), "bob")
     async with backend.open():
         await backend.settled()
     assert busy.order == ["ada 0", "bob 0", "ada 1", "ada 2", "ada 3"]
@@ -407,7 +407,7 @@ async def test_interrupt_ends_everything_that_is_unfinished_refunded() -> None:
     pause = Pause()
     backend = InMemoryBackend(max_running=1, editor=ScriptedEditor(pause))
     async with backend.open():
-        done = await backend.start(wish("generate"))
+        done = await backend.start(start_arguments("generate"))
         await pause.reached.wait()
         pause.released.set()
         await backend.settled()
@@ -507,7 +507,7 @@ async def test_many_generations_leave_nothing_behind_in_the_runner() -> None:
     backend = InMemoryBackend(credits=None, max_per_user=1_000, max_running=4)
     async with backend.open():
         for _ in range(50):
-            await backend.start(wish(uploads=[InMemoryUpload(b"one")]))
+            await backend.start(start_arguments(uploads=[InMemoryUpload(b"one")]))
         await backend.settled()
         assert backend.runner._jobs == {}
     await backend.check()

@@ -29,7 +29,7 @@ from support.doubles import (
     ScriptedFetcher,
     advance_time,
     png,
-    wish,
+    start_arguments,
 )
 from support.harness import Running, running
 from support.nodes import Cluster, NodeLeases, NodeOutbox
@@ -133,7 +133,7 @@ async def test_a_node_that_starts_disturbs_no_work_of_another() -> None:
     paid, fetching = Pause(), Pause()
     async with nodes() as all_nodes:
         one = await all_nodes.add(ScriptedEditor(paid), fetcher=ScriptedFetcher(fetching), max_running=1)
-        edit, fetch = await one.start(), await one.start(wish(image_urls=(FACE_URL,)), "bob")
+        edit, fetch = await one.start(), await one.start(start_arguments(image_urls=(FACE_URL,)), "bob")
         await paid.reached.wait()
         await fetching.reached.wait()
         two = await all_nodes.add(ScriptedEditor())
@@ -186,7 +186,7 @@ async def test_the_deadline_of_external_work_is_kept_by_another_node_when_one_di
         one, two = all_nodes.make(ScriptedEditor()), all_nodes.make(ScriptedEditor())
         keeping = [asyncio.create_task(each.external.run()) for each in (one, two)]
         await asyncio.sleep(0)
-        begun = await one.start(wish(external=True))
+        begun = await one.start(start_arguments(external=True))
         assert await one.leases.claim_chore("external", 10)
         keeping[0].cancel()
         assert isinstance(one.leases, NodeLeases)

@@ -33,10 +33,10 @@ from support.doubles import (
     InMemoryUpload,
     Pause,
     ScriptedEditor,
-    Wish,
+    StartArguments,
     fails,
-    swap_wish,
-    wish,
+    start_arguments,
+    swap_arguments,
 )
 
 # --- starting --------------------------------------------------------------------------------------------
@@ -54,14 +54,14 @@ async def test_an_accepted_start_is_in_the_log_and_in_the_queue() -> None:
 @pytest.mark.parametrize(("kind", "prefix"), [("edit", "edit"), ("generate", "gen")])
 async def test_an_id_tells_kind_and_time_and_cannot_be_guessed(kind: Kind, prefix: str) -> None:
     backend = InMemoryBackend()
-    begun = await backend.start(wish(kind))
+    begun = await backend.start(start_arguments(kind))
     milliseconds = int(NOON.timestamp() * 1000)
     assert re.fullmatch(rf"{prefix}_{milliseconds}_[a-z0-9]{{16}}", begun.generation_id)
 
 
 async def test_the_first_event_shows_the_image_url_the_metadata_and_the_balance() -> None:
     backend = InMemoryBackend()
-    begun = await backend.start(wish(image_urls=(FACE_URL, "http://pictures.test/2.png"), shop="izmir"))
+    begun = await backend.start(start_arguments(image_urls=(FACE_URL, "http://pictures.test/2.png"), shop="izmir"))
     [event] = await backend.events(begun)
     assert event["inputImage"] == FACE_URL
     assert event["metadata"] == {"shop": "izmir"}
@@ -72,7 +72,9 @@ async def test_the_first_event_shows_the_image_url_the_metadata_and_the_balance(
 async def test_a_refused_image_says_which_and_nothing_is_left() -> None:
     backend = InMemoryBackend()
     with pytest.raises(InvalidImage) as refusal:
-        await backend.start(wish(uploads=[InMemoryUpload(b"one"), InMemoryUpload(b"bad"), InMemoryUpload(b"two")]))
+        await backend.start(
+            start_arguments(uploads=[InMemoryUpload(b"one"), InMemoryUpload(b"bad"), InMemoryUpload(b"two")])
+        )
     assert refusal.value.index == 1
     assert backend.images.kept == {}
     assert await backend.memory.generations("ada", limit=1) == []
@@ -108,7 +110,7 @@ async def test_a_full_queue_refuses_starts_once_those_that_are_about_to_join_hav
     backend = InMemoryBackend(max_waiting=3, line=ForwardingLog)
     gate = asyncio.Event()
     files = [InMemoryUpload(b"x", gate) for _ in range(3)]
-    starting = [asyncio.create_task(backend.start(wish(uploads=[file]))) for file in files]
+    starting = [asyncio.create_task(backend.start(start_arguments(uploads=[file]))) for file in files]
     for file in files:
         await file.awaited.wait()
     fourth = asyncio.create_task(backend.start())
@@ -158,16 +160,16 @@ async def test_a_key_used_again_returns_the_generation_as_it_is_now() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param(wish(prompt="a blue hat"), id="prompt"),
-        pytest.param(wish("generate"), id="kind"),
-        pytest.param(wish(uploads=[InMemoryUpload(b"two"), InMemoryUpload(b"one")]), id="order of files"),
-        pytest.param(wish(uploads=[InMemoryUpload(b"onetwo")]), id="boundaries of files"),
-        pytest.param(wish(uploads=[InMemoryUpload(b"one"), InMemoryUpload(b"tw0")]), id="content of a file"),
-        pytest.param(wish(image_urls=(FACE_URL,)), id="urls"),
-        pytest.param(wish(note="x"), id="metadata"),
+        pytest.param(start_arguments(prompt="a blue hat"), id="prompt"),
+        pytest.param(start_arguments("generate"), id="kind"),
+        pytest.param(start_arguments(uploads=[InMemoryUpload(b"two"), InMemoryUpload(b"one")]), id="order of files"),
+        pytest.param(start_arguments(uploads=[InMemoryUpload(b"onetwo")]), id="boundaries of files"),
+        pytest.param(start_arguments(uploads=[InMemoryUpload(b"one"), InMemoryUpload(b"tw0")]), id="content of a file"),
+        pytest.param(start_arguments(image_urls=(FACE_URL,)), id="urls"),
+        pytest.param(start_arguments(note="x"), id="metadata"),
     ],
 )
-async def test_a_key_used_for_another_request_is_a_mismatch(other: Wish) -> None:
+async def test_a_key_used_for_another_request_is_a_mismatch(other: StartArguments) -> None:
     backend = InMemoryBackend()
     await backend.start(key="k")
     kept = dict(backend.images.kept)
@@ -179,7 +181,7 @@ async def test_a_key_used_for_another_request_is_a_mismatch(other: Wish) -> None
 
 async def test_a_key_used_with_an_earlier_version_is_still_recognised() -> None:
     backend = InMemoryBackend()
-    wanted = wish(uploads=[InMemoryUpload(b"one")], image_urls=(FACE_URL,), face_swap=True, shop="izmir")
+    wanted = start_arguments(uploads=[InMemoryUpload(b"one")], image_urls=(FACE_URL,), face_swap=True, shop="izmir")
     begun = await backend.start(wanted, key="k")
     known = await backend.memory.find_by_idempotency_key("ada", "k")
     assert known is not None
@@ -209,7 +211,7 @@ async def test_racing_starts_with_one_key_and_the_last_credit_are_one_generation
     async def late(turns: int) -> Snapshot:
         for _ in range(turns):
             await asyncio.sleep(0)
-        return await backend.start(wish(uploads=[]), key="k")
+        return await backend.start(start_arguments(uploads=[]), key="k")
 
     begun = await asyncio.gather(*map(late, range(20)))
     assert len({snapshot.generation_id for snapshot in begun}) == 1
@@ -218,7 +220,9 @@ async def test_racing_starts_with_one_key_and_the_last_credit_are_one_generation
 async def test_racing_starts_with_one_key_and_two_requests_are_one_generation_and_a_mismatch() -> None:
     backend = InMemoryBackend(line=ForwardingLog)
     results = await asyncio.gather(
-        backend.start(wish(prompt="one"), key="k"), backend.start(wish(prompt="two"), key="k"), return_exceptions=True
+        backend.start(start_arguments(prompt="one"), key="k"),
+        backend.start(start_arguments(prompt="two"), key="k"),
+        return_exceptions=True,
     )
     assert {type(result) for result in results} == {Snapshot, IdempotencyMismatch}
     assert len(backend.images.kept) == 2
@@ -232,7 +236,7 @@ async def test_a_start_survives_the_disconnect_of_its_caller() -> None:
     gate = asyncio.Event()
     async with backend.open():
         file = InMemoryUpload(b"one", gate)
-        call = asyncio.create_task(backend.start(wish(uploads=[file])))
+        call = asyncio.create_task(backend.start(start_arguments(uploads=[file])))
         await file.awaited.wait()
         call.cancel()
         await asyncio.wait([call])
@@ -421,7 +425,7 @@ async def test_a_cancelled_generation_in_the_queue_blocks_no_other() -> None:
     async with backend.open():
         first = await backend.start()
         await pause.reached.wait()
-        second, third = await backend.start(), await backend.start(swap_wish())
+        second, third = await backend.start(), await backend.start(swap_arguments())
         assert await backend.cancel(second) == "cancelled"
         pause.released.set()
         await backend.settled()

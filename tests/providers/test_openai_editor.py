@@ -19,7 +19,7 @@ from adapters.providers.openai import DEFAULT_MODEL, OpenAIEditor
 from domain.ports.images import Picture
 from domain.requests import AspectRatio, Background, InputFidelity, Options, Quality
 from providers import openai_description
-from support.doubles import InMemoryBackend, wish
+from support.doubles import InMemoryBackend, start_arguments
 from support.openai_editor import (
     DEADLINE,
     FETCHER,
@@ -346,7 +346,7 @@ async def test_generation_shows_each_preview_with_rising_progress(server: OpenAI
     backend = InMemoryBackend()
     backend.runner.editor = editor_at(server.base_url)
     async with backend.open():
-        made = await backend.make(wish())
+        made = await backend.make(start_arguments())
     shown = [event for event in await backend.events(made) if event["status"] == "openai_editing"]
     assert [event["progress"] for event in shown] == [60, 70, 75]
     assert [("previewUrl" in event) for event in shown] == [False, True, True]

@@ -265,11 +265,11 @@ async def test_a_client_that_requests_endless_replays_is_disconnected(service: R
     over = await service.start("ada")
     connection = await service.raw()
     await connection.send('40{"userId":"ada"}')
-    wish = f'42["subscribe_to_generation",{{"generationId":"{over}","after":99}}]'
+    subscribe = f'42["subscribe_to_generation",{{"generationId":"{over}","after":99}}]'
     async with service.phone("ada") as neighbour:
         with contextlib.suppress(websockets.ConnectionClosed):
             for _ in range(4_000):
-                await connection.send(wish)
+                await connection.send(subscribe)
         generation_id = await service.start("ada")
         await neighbour.until_over(generation_id)
     connection.transport.abort()

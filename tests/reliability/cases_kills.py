@@ -36,7 +36,7 @@ from support.builders import (
     fold,
     image_url,
     make_generation,
-    make_order,
+    make_request,
     stage_fields,
     statuses,
 )
@@ -135,7 +135,7 @@ async def lost_replies(trial: Trial, generations: int) -> None:
 
 async def _write(recorder: Recorder, line: LosingReplies, number: int) -> int:
     """Write a generation to its end, going on from where others bring it. How often they were faster."""
-    start = Start("edit", make_order().model_dump_json().encode(), f"key {number}", "same", 10**6)
+    start = Start("edit", make_request().model_dump_json().encode(), f"key {number}", "same", 10**6)
     generation, conflicts = make_generation(generation_id=_id(number)), 0
     while not generation.finished:
         try:

@@ -52,7 +52,7 @@ async def order(api: Api, answer: httpx2.Response) -> GenerationRequest:
     assert answer.status_code == 202, answer.text
     history = await api.log.generation(answer.json()["generationId"])
     assert history is not None
-    return GenerationRequest.decode(history.order)
+    return GenerationRequest.decode(history.request)
 
 
 # --- files -------------------------------------------------------------------------------------------------

@@ -104,9 +104,9 @@ async def test_image_urls_ask_for_a_face_swap_unless_told_otherwise(api_app: Api
         fields = {"imageUrls": urls} | ({} if face_swap is None else {"faceSwap": face_swap})
         history = await api_app.log.generation(await api_app.started(files=0, fields=fields))
         assert history is not None
-        order = json.loads(history.order)
-        assert order["image_urls"] == ["https://example.com/a.png"]
-        assert order["face_swap"] is wanted
+        request = json.loads(history.request)
+        assert request["image_urls"] == ["https://example.com/a.png"]
+        assert request["face_swap"] is wanted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What tests start from: orders, generations, appends, a log with a past, and time and chance that obey."""
+"""What tests start from: requests, generations, appends, a log with events, and controlled time and randomness."""
 
 import asyncio
 import json
@@ -94,7 +94,7 @@ class CountedEntropy:
         return self._random.getrandbits(63)
 
 
-def make_order(
+def make_request(
     *,
     prompt: str = "a red hat",
     face_swap: bool = False,
@@ -108,11 +108,11 @@ def make_order(
 
 
 def make_generation(
-    kind: Kind = "edit", *, user_id: str = "ada", generation_id: str | None = None, **order: Any
+    kind: Kind = "edit", *, user_id: str = "ada", generation_id: str | None = None, **request: Any
 ) -> Generation:
     """One that has not begun."""
     prefix = "edit" if kind == "edit" else "gen"
-    return Generation(generation_id or f"{prefix}_1_0000000000000000", kind, user_id, make_order(**order))
+    return Generation(generation_id or f"{prefix}_1_0000000000000000", kind, user_id, make_request(**request))
 
 
 def fold(
@@ -209,13 +209,13 @@ class EventWriter:
         fingerprint: str = "same",
         max_unfinished: int = 1_000,
         not_after: datetime | None = None,
-        **order: Any,
+        **request: Any,
     ) -> tuple[Append, Generation]:
         self.count += 1
         prefix = "edit" if kind == "edit" else "gen"
         generation_id = generation_id or f"{prefix}_1_{self.count:016d}"
-        generation = make_generation(kind, user_id=user_id, generation_id=generation_id, **order)
-        start = Start(kind, to_json(make_order(**order)), key, fingerprint, max_unfinished)
+        generation = make_generation(kind, user_id=user_id, generation_id=generation_id, **request)
+        start = Start(kind, to_json(make_request(**request)), key, fingerprint, max_unfinished)
         return self.prepare(generation, "started", start=start, not_after=not_after)
 
     async def start(self, user_id: str = "ada", kind: Kind = "edit", **rest: Any) -> Generation:

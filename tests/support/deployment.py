@@ -46,20 +46,20 @@ def free_port() -> int:
 _FORK_SERVER: Final = """
 import importlib, json, os, signal, socket, sys
 
-def live(wish, output):
+def live(command, output):
     for number in (1, 2):
         os.dup2(output, number)
     os.close(output)
     os.write(1, b"pid %d\\n" % os.getpid())
-    os.chdir(wish["folder"])
-    os.environ.update(wish["environment"])
-    if wish["fresh"]:
-        os.execv(sys.executable, [sys.executable, "-m", "api", *wish["arguments"]])
-    exec(wish["prelude"], {})
-    sys.exit(importlib.import_module("api.__main__").main(wish["arguments"]))
+    os.chdir(command["folder"])
+    os.environ.update(command["environment"])
+    if command["fresh"]:
+        os.execv(sys.executable, [sys.executable, "-m", "api", *command["arguments"]])
+    exec(command["prelude"], {})
+    sys.exit(importlib.import_module("api.__main__").main(command["arguments"]))
 
 def bring():
-    for module in ("api.app", *wish["imports"]):
+    for module in ("api.app", *command["imports"]):
         importlib.import_module(module)
 
 door = socket.socket(fileno=int(sys.argv[1]))
@@ -68,15 +68,15 @@ while True:
     text, outputs, _, _ = socket.recv_fds(door, 65536, 1)
     if not text:
         os.killpg(0, signal.SIGKILL)
-    wish = json.loads(text)
-    if not wish["fresh"]:
+    command = json.loads(text)
+    if not command["fresh"]:
         bring()
     if os.fork() == 0:
         door.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         pid = os.fork()
         if pid == 0:
-            live(wish, outputs[0])
+            live(command, outputs[0])
         _, status = os.waitpid(pid, 0)
         os.write(outputs[0], b"\\nexit %d\\n" % os.waitstatus_to_exitcode(status))
         os._exit(0)
@@ -198,7 +198,7 @@ class Deployment:
         log = f"sqlite:///{self.log}" if self.durable else "memory://"
         chosen = {"log": log, "local_seconds": 0, **own, **self.flags, **flags}
         arguments = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        wish = {
+        command = {
             "folder": str(self.folder),
             "environment": dict(self.environment),
             "imports": list(self.imports),
@@ -208,7 +208,7 @@ class Deployment:
         }
         life, reader = Life(), asyncio.StreamReader()
         output, theirs = os.pipe()
-        socket.send_fds(_fork_server(), [json.dumps(wish).encode()], [theirs])
+        socket.send_fds(_fork_server(), [json.dumps(command).encode()], [theirs])
         os.close(theirs)
         file = os.fdopen(output, "rb", 0)
         loop = asyncio.get_running_loop()

@@ -400,7 +400,7 @@ class FlakyLog(ForwardingLog):
         return await self.inner.summary(generation_id)
 
 
-class Wish(NamedTuple):
+class StartArguments(NamedTuple):
     """What `Workflow.start` gets."""
 
     kind: Kind
@@ -408,7 +408,7 @@ class Wish(NamedTuple):
     uploads: Sequence[InMemoryUpload]
 
 
-def wish(
+def start_arguments(
     kind: Kind = "edit",
     *,
     prompt: str = "a red hat",
@@ -417,7 +417,7 @@ def wish(
     face_swap: bool = False,
     external: bool = False,
     **rest: str,
-) -> Wish:
+) -> StartArguments:
     files = [InMemoryUpload(b"one"), InMemoryUpload(b"two")] if uploads is None else uploads
     request = GenerationRequest(
         prompt=prompt,
@@ -426,12 +426,12 @@ def wish(
         metadata={**rest} if rest else None,
         external=external,
     )
-    return Wish(kind, request, files)
+    return StartArguments(kind, request, files)
 
 
-def swap_wish() -> Wish:
+def swap_arguments() -> StartArguments:
     """An edit that asks for a face swap."""
-    return wish(uploads=[InMemoryUpload(b"one")], image_urls=(FACE_URL,), face_swap=True)
+    return start_arguments(uploads=[InMemoryUpload(b"one")], image_urls=(FACE_URL,), face_swap=True)
 
 
 @dataclass
@@ -514,10 +514,12 @@ class InMemoryBackend:
                     self._running.result()
                 assert set(self.supervisor.parts.values()) <= {OK}, "the runner has failed"
 
-    async def start(self, wanted: Wish | None = None, user_id: str = "ada", key: str | None = None) -> Snapshot:
-        return await self.workflow.start(user_id, *(wanted or wish()), key)
+    async def start(
+        self, wanted: StartArguments | None = None, user_id: str = "ada", key: str | None = None
+    ) -> Snapshot:
+        return await self.workflow.start(user_id, *(wanted or start_arguments()), key)
 
-    async def make(self, wanted: Wish | None = None, user_id: str = "ada") -> Snapshot:
+    async def make(self, wanted: StartArguments | None = None, user_id: str = "ada") -> Snapshot:
         """Start one, and wait until nothing is left to do."""
         begun = await self.start(wanted, user_id)
         await self.settled()
@@ -581,8 +583,8 @@ class InMemoryBackend:
         assert await self.leases.count() == (0, 0)
 
 
-def wanted(kind: Kind, face_swap: bool) -> Wish:
-    return swap_wish() if face_swap else wish(kind)
+def wanted(kind: Kind, face_swap: bool) -> StartArguments:
+    return swap_arguments() if face_swap else start_arguments(kind)
 
 
 def picture_of(backend: InMemoryBackend, url: object) -> bytes:

@@ -91,7 +91,7 @@ class _Record:
             self.user.user_id,
             self.generation_id,
             self.start.kind,
-            self.start.order,
+            self.start.request,
             [self.entry(index, events[index]) for index in indexes],
             self.free,
         )
@@ -324,7 +324,7 @@ class MemoryLog:
             self._undelivered.pop(generation_id, None)
             record.events = b""
             record.images = ()
-            record.start = replace(record.start, order=b"")
+            record.start = replace(record.start, request=b"")
             user.deleted.append(record)
             self._followers.deliver(Removed(user.user_id, generation_id))
         if retention and record.last > user.floor:

@@ -270,7 +270,7 @@ class SqliteLog:
             generation = connection.execute(
                 "INSERT INTO generations (generation_id, owner, kind, order_json, idempotency_key, fingerprint,"
                 " reserved, first_position) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (entry.generation_id, user, start.kind, start.order, start.key, start.fingerprint, reserved, first),
+                (entry.generation_id, user, start.kind, start.request, start.key, start.fingerprint, reserved, first),
             ).lastrowid
         images = json.dumps(dict(entry.images)) if entry.images else None
         inserted = connection.execute(
@@ -321,8 +321,8 @@ def _histories(
     for entry in map(_logged, connection.execute(query, (json.dumps([key for key, *_ in rows]),)) if rows else ()):
         found[entry.generation_id].append(entry)
     return [
-        History(user_id, generation_id, kind, order, found[generation_id], free == 1)
-        for _, user_id, generation_id, kind, order, free in rows
+        History(user_id, generation_id, kind, request, found[generation_id], free == 1)
+        for _, user_id, generation_id, kind, request, free in rows
     ]
 
 

@@ -16,7 +16,7 @@ class Start:
 
     kind: Kind
     #: JSON of `domain.requests.GenerationRequest`.
-    order: bytes
+    request: bytes
     #: The caller's Idempotency-Key and the fingerprint of the whole request.
     key: str | None
     fingerprint: str
@@ -75,7 +75,7 @@ class History(NamedTuple):
     generation_id: str
     kind: Kind
     #: JSON of `domain.requests.GenerationRequest`.
-    order: bytes
+    request: bytes
     #: In order of sequence: all; in a summary the first and the last two, which suffice to derive its state.
     events: Sequence[Logged]
     #: `Append.free` of the last event, unless `mark_paid` has withdrawn it.

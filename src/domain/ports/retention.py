@@ -12,7 +12,7 @@ class Retention(Protocol):
         """Ids of generations that ended before `moment`, oldest end first. Includes tombstones."""
 
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
-        """Remove a finished generation whole: history, order, idempotency key. Return whether it was there.
+        """Remove a finished generation whole: history, request, idempotency key. Return whether it was there.
 
         `retention` raises the feed's floor to its last position, and removes its tombstones too. Otherwise its
         tombstones are kept until the floor passes them.
