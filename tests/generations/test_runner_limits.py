@@ -355,6 +355,8 @@ async def test_a_repeated_cancel_removes_the_uploads_that_a_lost_reply_has_left(
     assert len(backend.images.kept) == 2
     assert await backend.cancel(begun) == "already_finished"
     assert backend.images.kept == {}
+    async with backend.open():
+        await backend.settled()  # A worker finds that it has ended.
     await backend.check()
 
 
