@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Annotated, Any, Final
 from urllib.parse import unquote
 
@@ -232,6 +233,7 @@ async def read_form(
         yield _request(form, external), form.images
 
 
+@cache
 def _names(model: type[GenerateForm]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
@@ -274,7 +276,7 @@ def _request(form: GenerateForm, external: bool) -> GenerationRequest:
         raise Invalid(InvalidField(field="faceSwap", message=message))
     return GenerationRequest(
         prompt=form.prompt,
-        options=Options(**form.model_dump(include=set(Options.model_fields))),
+        options=Options(**{name: getattr(form, name) for name in Options.model_fields}),
         images=tuple(form.image_names),
         image_urls=tuple(form.image_urls),
         face_swap=face is not None or bool(form.image_urls) if face_swap is None else face_swap,

@@ -71,6 +71,8 @@ class _Call:
 
     def __init__(self, dependant: Dependant) -> None:
         assert dependant.call is not None
+        assert not dependant.body_params
+        assert not dependant.cookie_params
         self._function = dependant.call
         self._dependencies = [(each.name, _Call(each)) for each in dependant.dependencies]
         fields = [*dependant.path_params, *dependant.query_params, *dependant.header_params]
