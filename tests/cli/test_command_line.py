@@ -138,7 +138,7 @@ async def test_wrong_arguments_end_with_2_and_the_usage(arguments: tuple[str, ..
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "sent"),
     [
         (("hunter2",), "argument command: invalid choice (choose from"),
         (("--token", "hunter2", "credit", "ada", "1"), "argument command: invalid choice (choose from"),
