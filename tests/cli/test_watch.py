@@ -12,8 +12,10 @@ import pytest
 import pytest_asyncio
 
 from adapters.system import now
+from api.cli import watch
 from support.builders import EventWriter, SteppableClock
 from support.command_line import STAGECAST, environment, run_main
+from support.doubles import Pause, ScriptedEditor
 from support.harness import TIMEOUT, Running, running
 from support.page import PromptedEditor, QuickComposer
 from support.proxy import Fault, Proxy
@@ -71,6 +73,75 @@ async def test_a_connection_that_breaks_loses_nothing(service: Running, writer: 
         result = await watching
     assert result.code == 0
     assert [int(line.split()[0]) for line in result.output.splitlines()] == [0, 20, 40, 60, 80, 100]
+
+
+async def watched(url: str, user: str, *until: str) -> list[str]:
+    """The lines that `stagecast watch` prints into a pipe, up to one with each of these texts, in order."""
+    command = [*STAGECAST, "watch", "--url", url, "--user", user]
+    child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment({}))
+    assert child.stdout is not None
+    lines = list[str]()
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            for text in until:
+                while not lines or text not in lines[-1]:
+                    line = await child.stdout.readline()
+                    assert line, lines
+                    lines.append(line.decode())
+    finally:
+        child.send_signal(2)
+        assert await asyncio.wait_for(child.wait(), TIMEOUT) == 130
+    return lines
+
+
+async def test_a_generation_in_the_queue_is_shown_with_its_place(tmp_path: Path) -> None:
+    pause = Pause()
+    async with running(tmp_path, overrides={"editor": ScriptedEditor(pause)}, max_running=1) as service:
+        first = await service.start("eve")
+        await pause.reached.wait()
+        await service.start("ada")
+        waiting = await service.start("eve")
+        watching = asyncio.create_task(watched(service.url, "eve", "number 2 in line", "number 1 in line"))
+        await service.until(lambda: bool(service.service.streams.open))
+        await service.http.post(f"/generations/{first}/cancel", headers={"X-User-Id": "eve"})
+        assert waiting in (await watching)[-1]
+        pause.released.set()
+
+
+async def test_a_quiet_stream_that_breaks_is_given_the_full_time_to_come_back(
+    service: Running, writer: EventWriter, eve: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_GIVE_UP", 0.01)
+    generation = await writer.start(eve)
+    async with Proxy.open(service.port) as proxy:
+        watching = asyncio.create_task(run_main("watch", generation.generation_id, "--url", proxy.url, "--user", eve))
+        await service.until(lambda: bool(service.service.streams.open))
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr(watch, "_GIVE_UP", 10.0)
+        proxy.strike("reset")
+        await writer.finish(generation)
+        result = await watching
+    assert (result.code, result.errors) == (0, "")
+
+
+async def test_a_generation_whose_end_was_missed_is_shown_as_ended(
+    service: Running, writer: EventWriter, eve: str
+) -> None:
+    """The position is lost: the end is not among the events that follow, only among the snapshots."""
+    lost = await writer.start(eve)
+    generation = await writer.start(eve, "generate")
+    lost = await writer.move(lost, "composition")
+    async with Proxy.open(service.port) as proxy:
+        watching = asyncio.create_task(watched(proxy.url, eve, "20 %", "100 %"))
+        await service.until(lambda: bool(service.service.streams.open))
+        await service.until(lambda: not any(len(each.buffer) for each in service.service.streams.open))
+        proxy.strike("reset")
+        await writer.finish(lost)
+        await service.service.storage.retention.remove(lost.generation_id, retention=False)
+        await writer.finish(generation)
+        lines = await watching
+    assert [int(line.split()[1]) for line in lines] == [0, 0, 20, 100], "each event is shown once"
+    assert generation.generation_id in lines[-1]
 
 
 async def test_all_generations_of_a_user_are_live_bars_in_a_terminal(

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from math import inf
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -17,7 +18,9 @@ from api.cli.display import Display, create_display
 _SILENCE: Final = 40.0
 #: Seconds between two attempts to connect, and how long they are made without success.
 _RETRY: Final = 1.0
-_GIVE_UP: Final = 60.0
+_GIVE_UP = 60.0
+#: What a proxy answers while the service restarts.
+_RESTARTING: Final = (502, 503, 504)
 #: The images of a generation, oldest first.
 _PICTURES: Final = ("compositionUrl", "previewUrl", "editedImageUrl", "generatedImageUrl", "faceSwapUrl")
 _TERMINAL: Final = ("completed", "failed")
@@ -45,26 +48,40 @@ def run(url: str, token: str | None, *, user: str | None, path: str | None) -> N
 
 def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JSON:
     """Show the events, and return the terminal one of the generation with this path, unless it was removed."""
-    shown = ""
+    picture = ""
+    unfinished: set[str] = set()
     for name, data in _events(http, url, path):
         if name == "authenticated":
-            for snapshot in data["generations"]:
+            listed = {each["generationId"]: each for each in data["generations"]}
+            if not data["recovered"]:  # The events of those that have ended or were removed meanwhile do not follow.
+                for generation_id in unfinished:
+                    snapshot = listed.get(generation_id)
+                    if snapshot is None:
+                        display.remove(generation_id)
+                    elif snapshot["status"] in _TERMINAL:
+                        display.show(snapshot)
+                unfinished.clear()
+            for snapshot in listed.values():
                 if snapshot["status"] not in _TERMINAL:
+                    unfinished.add(snapshot["generationId"])
                     display.show(snapshot)
         elif name == "queue_position":
             display.show_position(data["generationId"], data["queuePosition"])
         elif name == "generation_removed":
             display.remove(data["generationId"])
         elif "progress" in data:
+            unfinished.add(data["generationId"])
             display.show(data)
-            picture = next((data[key].rpartition("/")[2] for key in reversed(_PICTURES) if key in data), shown)
-            if path and picture != shown:
-                shown = picture
+            latest = next((data[key] for key in reversed(_PICTURES) if key in data), "")
+            if path and picture != latest:
+                picture = latest
                 with suppress(httpx2.HTTPError, OSError):  # The bar moves without it.
-                    response = http.get(f"{url}/images/{quote(picture)}", timeout=5)
+                    response = http.get(f"{url}/images/{quote(picture.rpartition('/')[2])}", timeout=5)
                     display.show_picture(response.raise_for_status().content)
-            if path and data["status"] in _TERMINAL:
-                return data
+            if data["status"] in _TERMINAL:
+                unfinished.remove(data["generationId"])
+                if path:
+                    return data
     return {}
 
 
@@ -75,20 +92,20 @@ def _events(http: httpx2.Client, url: str, path: str) -> Iterator[tuple[str, _JS
         Unavailable, Refused: as `client.request`.
     """
     position: dict[str, str] = {}
-    give_up_at = time.monotonic() + _GIVE_UP
-    while True:
+    give_up_at = inf
+    while time.monotonic() < give_up_at:
         with suppress(httpx2.HTTPError), http.sse(f"{url}{path}/events", headers=position) as source:
             if source.response.status_code == 204:
                 return
-            if source.response.status_code != 200:
+            if source.response.status_code not in (200, *_RESTARTING):
                 source.response.read()
                 client.content_of(source.response, url)
             for event in source:
-                give_up_at = time.monotonic() + _GIVE_UP
+                give_up_at = inf
                 if event.id:
                     position = {"Last-Event-ID": event.id}
                 if event.data:
                     yield event.event, json.loads(event.data)
-        if time.monotonic() > give_up_at:
-            raise client.not_stagecast(url)
+        give_up_at = min(give_up_at, time.monotonic() + _GIVE_UP)
         time.sleep(_RETRY)
+    raise client.not_stagecast(url)
