@@ -17,6 +17,7 @@ from api.rest.proxies import ForwardedHeaders, PathPrefix
 from api.service import Service
 from api.settings import SettingsError
 from api.sse import routes as sse
+from api.sse.streams import StreamLayer
 from api.web import page
 from api.wiring import ClientLimit, Parts, Server, connection_table
 
@@ -75,7 +76,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         raise SettingsError(
             "STAGECAST_PUBLIC_URL must not have a path that begins like one of the service, such as /images."
         )
-    everything = service.sockets.app(HeadAsGet(routes), f"{prefix}/socket.io")
+    everything = service.sockets.app(HeadAsGet(StreamLayer(routes)), f"{prefix}/socket.io")
     guard = OriginGuard(
         PathPrefix(BodyTimeout(everything), prefix),
         open_mode=settings.open_mode,

@@ -1,5 +1,6 @@
 """The blocks of an event stream, by the specification of Server-Sent Events, and the encoders that make them."""
 
+from collections.abc import Callable
 from typing import Final
 
 from domain.feed import Logged
@@ -16,26 +17,20 @@ def block(name: str, data: bytes, event_id: str | None = None) -> bytes:
     return b"event: %b\n%bdata: %b\n\n" % (name.encode(), lines, data)
 
 
-class _Announcements:
+class _Encoder:
+    """`domain.device.Encoder`."""
+
+    def __init__(self, event_id: Callable[[Logged, str], str]) -> None:
+        self._event_id = event_id
+
+    def event(self, entry: Logged, cursor: str) -> bytes:
+        assert entry.event is not None
+        return block(entry.name, entry.event, self._event_id(entry, cursor))
+
     def announcement(self, name: str, data: bytes) -> bytes:
         return block(name, data)
 
 
-class _CursorAsId(_Announcements):
-    """For the feed: a client that reconnects sends the cursor as ``Last-Event-ID``."""
-
-    def event(self, entry: Logged, cursor: str) -> bytes:
-        assert entry.event is not None
-        return block(entry.name, entry.event, cursor)
-
-
-class _SequenceAsId(_Announcements):
-    """For one generation."""
-
-    def event(self, entry: Logged, cursor: str) -> bytes:
-        assert entry.event is not None
-        return block(entry.name, entry.event, str(entry.sequence))
-
-
-CURSOR_AS_ID: Final = _CursorAsId()
-SEQUENCE_AS_ID: Final = _SequenceAsId()
+#: A client that reconnects sends the id as ``Last-Event-ID``: for the feed the cursor, for one generation the sequence.
+CURSOR_AS_ID: Final = _Encoder(lambda _, cursor: cursor)
+SEQUENCE_AS_ID: Final = _Encoder(lambda entry, _: str(entry.sequence))

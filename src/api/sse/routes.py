@@ -21,16 +21,14 @@ from api.wiring import BoundedSendBuffer
 from domain.device import Device
 from domain.errors import Refusal
 
+#: An element of ``Accept`` that names the media type of event streams, without q=0.
+_STREAM: Final = re.compile(r"\s*text/event-stream\s*(;(?!\s*q\s*=\s*0(\.0*)?\s*(;|$))[^;]*)*", re.IGNORECASE)
 _SEQUENCE: Final = re.compile("[0-9]{1,18}")
 
 
 def accepts_stream(headers: Headers) -> bool:
-    """Whether ``Accept`` names the media type of event streams, and not with q=0."""
-    for part in ",".join(headers.getlist("accept")).lower().split(","):
-        media_type, *parameters = (text.strip() for text in part.split(";"))
-        if media_type == "text/event-stream":
-            return not any(re.fullmatch(r"q\s*=\s*0(\.0*)?", parameter) for parameter in parameters)
-    return False
+    """Whether ``Accept`` names the media type of event streams, with q > 0."""
+    return any(map(_STREAM.fullmatch, ",".join(headers.getlist("accept")).split(",")))
 
 
 class _StreamRoute(routes.Route):
