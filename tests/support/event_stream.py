@@ -61,12 +61,14 @@ async def open_stream(
     user: str | None = "ada",
     *,
     last: str | bytes | None = None,
+    http: Any = None,
     **headers: Any,
 ) -> AsyncIterator[Stream]:
+    """`http`: the client of a proxy in front of the service."""
     sent: JSON = (
         ({} if user is None else {"X-User-Id": user}) | ({} if last is None else {"Last-Event-ID": last}) | headers
     )
-    async with service.http.sse(path, headers=sent) as source:
+    async with (http or service.http).sse(path, headers=sent) as source:
         assert source.response.status_code == 200, (await source.response.aread()).decode()
         yield Stream(source.response, aiter(source))
 
