@@ -1,13 +1,13 @@
 """The AI stage without an AI: pictures that are drawn locally, and labelled as such."""
 
 from functools import partial
+from random import Random
 from typing import Final
 
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 from adapters.images.codec import decoded, encode, opened
-from adapters.offline.art import Box, Chance, Colour, Palette, disc, faded, inset, mesh, rounded, shadow, tint
-from adapters.offline.lettering import letters, write
+from adapters.offline.lettering import write
 from adapters.offline.stage import OfflineStage
 from domain.ports.images import Picture
 from domain.ports.providers import Report
@@ -16,10 +16,13 @@ from domain.requests import Options
 SIZES: Final = {"2:3": (1024, 1536), "1:1": (1024, 1024), "3:2": (1536, 1024)}
 
 LABEL: Final = "Offline preview · no AI was called"
-_NO_LETTERS: Final = "Your prompt is written in letters that this preview cannot draw."
 
 _EDITING: Final = ("Looking at the sheet...", "Mixing the colours...", "Painting...", "Adding the last touches...")
 _GENERATING: Final = ("Sketching...", "Laying out the shapes...", "Painting...", "Adding the last touches...")
+
+#: In pixels: the distance from the edges, and the height of the text below the picture.
+_MARGIN: Final = 84
+_TEXT: Final = 240
 
 
 class LocalEditor(OfflineStage):
@@ -33,64 +36,50 @@ class LocalEditor(OfflineStage):
 
 
 def _edited(sheet: Picture, prompt: str, options: Options) -> Picture:
-    """The sheet in colours derived from the prompt, on a panel with a caption."""
+    """The sheet in colours derived from the prompt, on light paper."""
     size = SIZES[options.aspect_ratio]
-    palette = Palette(Chance(prompt))
-    panel = inset((0, 0, *size), 60)
-    left, top, right, bottom = inset(panel, 48)
-    if size[0] > size[1]:
-        art, caption = (left, top, left + 800, bottom), (left + 848, top, right, bottom)
-    else:
-        art, caption = (left, top, right, bottom - 244), (left, bottom - 196, right, bottom)
-
-    page = Image.new("RGBA", size) if options.background == "transparent" else _backdrop(size, palette)
-    shape = rounded(size, panel, 40)
-    tint(page, palette.ink, shadow(shape, softness=30, opacity=0.5, down=16))
-    tint(page, palette.paper, shape)
-    picture = _graded(_fitted(sheet, art), palette)
-    page.paste(picture, _centred(picture, art))
-    _caption(page, prompt, caption, palette.accent, palette.deep, palette.ink)
-    return encode(page, fine=True)
+    hue = _seeded(prompt).randrange(360)
+    dark, middle, paper = _hsl(hue, 20), _hsl(hue, 55), _hsl(hue + 150, 95)
+    page = _gradient(size, _hsl(hue + 40, 75), _hsl(hue, 40))
+    inner = (_MARGIN // 2, _MARGIN // 2, size[0] - _MARGIN // 2, size[1] - _MARGIN // 2)
+    ImageDraw.Draw(page).rounded_rectangle(inner, 36, fill=paper)
+    picture = _content(sheet, size)
+    toned = ImageOps.colorize(picture.convert("L"), black=dark, mid=middle, white=paper)
+    return _finished(page, Image.blend(toned, picture, 0.4), prompt, dark, options)
 
 
 def _generated(sheet: Picture, prompt: str, options: Options) -> Picture:
-    """A poster of shapes derived from the prompt, with the sheet on it as a card."""
+    """A poster of discs derived from the prompt, with the sheet on it as a tilted card."""
     size = SIZES[options.aspect_ratio]
-    chance = Chance(prompt)
-    palette = Palette(chance)
-    wide = size[0] > size[1]
-    page = _backdrop(size, palette)
-    for colour in (palette.accent, palette.deep, palette.glow, palette.soft):
-        centre = chance.between(0, size[0]), chance.between(0, size[1])
-        disc(page, colour, centre, chance.between(0.12, 0.42) * min(size), chance.between(0.45, 0.9))
-    # Darken the background of the text.
-    gradient = Image.linear_gradient("L")
-    tint(page, palette.ink, faded((gradient.rotate(90) if wide else gradient).resize(size), 0.85))
-
-    art = (80, 80, 840, size[1] - 80) if wide else (120, 110, size[0] - 120, round(size[1] * 0.66))
-    card = _card(_fitted(sheet, inset(art, 60)), chance.between(2, 6) * (1 if chance.between(-1, 1) > 0 else -1))
-    place = _centred(card, art)
-    shape = Image.new("L", size)
-    shape.paste(card.getchannel("A"), place)
-    tint(page, palette.ink, shadow(shape, softness=36, opacity=0.7, down=22))
-    page.paste(card, place, card)
-    left, top, right, bottom = inset((0, 0, *size), 84)
-    caption = (900, top, right, bottom) if wide else (left, size[1] * 0.74, right, bottom)
-    _caption(page, prompt, caption, palette.accent, palette.glow, palette.paper)
-    if options.background == "transparent":
-        page.putalpha(rounded(size, inset((0, 0, *size), 36), 56))
-    return encode(page, fine=True)
+    chance = _seeded(prompt)
+    hue = chance.randrange(360)
+    page = _gradient(size, _hsl(hue + 150, 65), _hsl(hue, 12))
+    draw = ImageDraw.Draw(page, "RGBA")
+    for turn in (0, 40, 150, 180):
+        x, y, radius = chance.randrange(size[0]), chance.randrange(size[1] - _TEXT), chance.randrange(120, 400)
+        draw.circle((x, y), radius, fill=f"{_hsl(hue + turn, 60)}b0")
+    card = ImageOps.expand(_content(sheet, size), 26, "white").convert("RGBA")
+    tilted = card.rotate(chance.choice((-4, -3, 3, 4)), Image.Resampling.BILINEAR, expand=True)
+    return _finished(page, tilted, prompt, "white", options)
 
 
-def _backdrop(size: tuple[int, int], palette: Palette) -> Image.Image:
-    p = palette
-    return mesh(size, [p.soft, p.middle, p.deep, p.glow, p.soft, p.middle, p.accent, p.glow, p.soft])
+def _seeded(prompt: str) -> Random:
+    return Random(prompt.encode("utf-8", "surrogatepass"))  # noqa: S311 (no secret)
 
 
-def _fitted(sheet: Picture, box: Box) -> Image.Image:
-    """The content of the sheet without its white margin, scaled to fit the box."""
-    room = round(box[2] - box[0]), round(box[3] - box[1])
-    image = decoded(opened(sheet.data), near=(room[0], room[1]))
+def _hsl(hue: int, lightness: int) -> str:
+    """A colour of this hue (degrees) and lightness (percent), as ``#rrggbb``."""
+    return "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(f"hsl({hue % 360}, 55%, {lightness}%)"))
+
+
+def _gradient(size: tuple[int, int], top: str, bottom: str) -> Image.Image:
+    return ImageOps.colorize(Image.linear_gradient("L"), black=top, white=bottom).resize(size)
+
+
+def _content(sheet: Picture, size: tuple[int, int]) -> Image.Image:
+    """The sheet without its white margin, scaled to fit above the text of a page of this size."""
+    room = size[0] - 3 * _MARGIN, size[1] - _TEXT - 3 * _MARGIN
+    image = decoded(opened(sheet.data), near=(min(room), min(room)))
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=image if image.mode == "RGBA" else None)
     # On a small copy, which is faster.
@@ -102,28 +91,16 @@ def _fitted(sheet: Picture, box: Box) -> Image.Image:
     return ImageOps.contain(page, room, Image.Resampling.BICUBIC)
 
 
-def _graded(image: Image.Image, palette: Palette) -> Image.Image:
-    """The image toned in the palette's colours, blended with its own colours; white becomes the palette's paper."""
-    black, mid, white = palette.ink, palette.middle, palette.paper
-    toned = ImageOps.colorize(image.convert("L"), black=black, mid=mid, white=white, midpoint=118)
-    return Image.blend(toned, ImageChops.multiply(image, Image.new("RGB", image.size, white)), 0.38)
-
-
-def _card(image: Image.Image, degrees: float) -> Image.Image:
-    """The image with a white border, rotated."""
-    card = ImageOps.expand(image, 26, "white").convert("RGBA")
-    return ImageOps.expand(card, 2, (0, 0, 0, 0)).rotate(degrees, Image.Resampling.BILINEAR, expand=True)
-
-
-def _caption(page: Image.Image, prompt: str, box: Box, dot: Colour, label: Colour, text: Colour) -> None:
-    """Write the prompt at the bottom of the box, and `LABEL` above it."""
-    left, top, right, bottom = box
-    words = letters(prompt) or _NO_LETTERS
-    top = write(page, words, (left, top + 54, right, bottom), text, (64, 54, 46, 38, 32, 27)) - 22
-    write(page, LABEL, (left + 32, top - 32, right, top), label, (24,))
-    disc(page, dot, (left + 9, top - 17), 9)
-
-
-def _centred(image: Image.Image, box: Box) -> tuple[int, int]:
-    """The upper left corner of the image, centred in the box."""
-    return round((box[0] + box[2] - image.width) / 2), round((box[1] + box[3] - image.height) / 2)
+def _finished(page: Image.Image, picture: Image.Image, prompt: str, text: str, options: Options) -> Picture:
+    """The page with the picture in its upper part, and the prompt below it."""
+    left, right, bottom = _MARGIN, page.width - _MARGIN, page.height - _MARGIN
+    room = bottom - _TEXT
+    place = (page.width - picture.width) // 2, (room + _MARGIN - picture.height) // 2
+    page.paste(picture, place, picture if picture.mode == "RGBA" else None)
+    top = write(page, prompt, (left, right, bottom), 42, text, most=3)
+    write(page, LABEL, (left, right, top - 12), 24, text)
+    if options.background == "transparent":
+        shape = Image.new("L", page.size)
+        ImageDraw.Draw(shape).rounded_rectangle((8, 8, page.width - 9, page.height - 9), 56, fill=255)
+        page.putalpha(shape)
+    return encode(page, fine=True)

@@ -3,22 +3,20 @@
 from functools import partial
 from typing import Final
 
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from adapters.images.codec import decoded, encode, opened
-from adapters.offline.art import faded, inset, oval, rounded
+from adapters.offline.lettering import font
 from adapters.offline.stage import OfflineStage
 from domain.ports.images import Picture
 from domain.ports.providers import Report
 
 LABEL: Final = "offline preview"
 
-#: As fractions of the picture's shorter side: the inset's width, and its distance from the upper right corner.
-WIDTH: Final = 0.3
-MARGIN: Final = 0.045
-#: As fractions of the inset's width: its height, and the softness of its edge.
-_HEIGHT: Final = 1.3
-_FEATHER: Final = 0.05
+#: As fractions of the picture's shorter side: the inset's width and height, and its distance from the corner.
+_WIDTH: Final = 0.3
+_HEIGHT: Final = 0.39
+_MARGIN: Final = 0.045
 
 _MESSAGES: Final = ("Looking at the face...", "Cutting it out...", "Softening the edges...", "Putting it in...")
 
@@ -33,31 +31,19 @@ class LocalFaceSwap(OfflineStage):
 def _swapped(picture: Picture, face: Picture) -> Picture:
     image = decoded(opened(picture.data))
     side = min(image.size)
-    size = max(1, round(WIDTH * side)), max(1, min(round(WIDTH * _HEIGHT * side), image.height))
-    corner = max(0, image.width - size[0] - round(MARGIN * side)), min(round(MARGIN * side), image.height - size[1])
+    width, height, margin = max(1, round(_WIDTH * side)), max(1, round(_HEIGHT * side)), round(_MARGIN * side)
+    left, top = max(0, image.width - width - margin), margin
+    portrait = decoded(opened(face.data), near=(width, height)).convert("RGBA")
+    portrait = ImageOps.fit(portrait, (width, height), Image.Resampling.BICUBIC, centering=(0.5, 0.35))
+    oval = Image.new("L", (width, height))
+    ImageDraw.Draw(oval).ellipse((width * 0.07, height * 0.05, width * 0.93, height * 0.95), fill=255)
+    inset = Image.new("RGB", (width, height), "white")
+    inset.paste(portrait, mask=portrait)
+    image.paste(inset, (left, top), oval.filter(ImageFilter.GaussianBlur(width * 0.025)))
 
-    feather = _FEATHER * size[0]
-    soft = oval(size, inset((0, 0, *size), 2 * feather)).filter(ImageFilter.GaussianBlur(feather / 2))
-    halo = oval(size, inset((0, 0, *size), feather)).filter(ImageFilter.GaussianBlur(feather / 2))
-    image.paste("white", (*corner, corner[0] + size[0], corner[1] + size[1]), faded(halo, 0.75))
-    image.paste(_portrait(face, size), corner, soft)
-    _label(image, corner, size)
+    middle, bottom = left + width / 2, top + height
+    draw = ImageDraw.Draw(image)
+    pill = (middle - 0.37 * width, bottom - 0.125 * width, middle + 0.37 * width, bottom)
+    draw.rounded_rectangle(pill, 0.06 * width, fill=(24, 24, 28))
+    draw.text((middle, bottom - 0.0625 * width), LABEL, fill="white", font=font(max(1, 0.08 * width)), anchor="mm")
     return encode(image, fine=True)
-
-
-def _portrait(face: Picture, size: tuple[int, int]) -> Image.Image:
-    """The face on white, cropped to size, more at the bottom than at the top."""
-    image = decoded(opened(face.data), near=size)
-    portrait = Image.new("RGB", image.size, "white")
-    portrait.paste(image, mask=image if image.mode == "RGBA" else None)
-    return ImageOps.fit(portrait, size, Image.Resampling.BICUBIC, centering=(0.5, 0.35))
-
-
-def _label(image: Image.Image, corner: tuple[int, int], size: tuple[int, int]) -> None:
-    """Write `LABEL` on a dark pill at the bottom of the inset."""
-    width, height = max(1, round(0.74 * size[0])), max(1, round(0.125 * size[0]))
-    left, top = corner[0] + (size[0] - width) // 2, corner[1] + size[1] - height
-    pill = rounded((width, height), (0, 0, width - 1, height - 1), height / 2)
-    image.paste((24, 24, 28), (left, top, left + width, top + height), faded(pill, 0.85))
-    font = ImageFont.load_default(max(1, 0.088 * size[0]))
-    ImageDraw.Draw(image).text((left + width / 2, top + height / 2), LABEL, fill="white", font=font, anchor="mm")

@@ -1,91 +1,73 @@
-"""Text on the offline pictures, in Pillow's font, or in a system font for characters that it lacks."""
+"""Text on the offline pictures."""
 
 import unicodedata
-from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from textwrap import wrap
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from adapters.offline.art import Box, Colour
-
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-#: The characters of Pillow's font beside ASCII. It has no accented letters.
-_SIGNS: Final = "«»‘’“”…‹›·°±©™"
-#: Replacements for characters that Unicode does not decompose.
-_SPELLINGS: Final = str.maketrans({
-    "ı": "i", "ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d",
-    "Đ": "D", "þ": "th", "Þ": "Th", "ð": "d", "–": "-", "—": "-", "‑": "-", "−": "-", "€": "EUR", "„": "“", "•": "·",
-})  # fmt: skip
-
-#: Common system fonts. Each covers at least Latin, Greek and Cyrillic: the letters below this code point.
+#: System fonts with Latin, Greek and Cyrillic letters. Of these, Pillow's own font has ASCII.
 _SYSTEM_FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
-_SYSTEM_LETTERS: Final = 0x530
+_SYSTEM_LETTERS: Final = {*range(0x530), *range(0x2010, 0x2027), ord("€")}
+_PILLOW_LETTERS: Final = {*range(0x80), ord("·"), ord("…")}
+#: Replacements for letters that Unicode does not decompose.
+_SPELLINGS: Final = str.maketrans({"ı": "i", "ß": "ss", "æ": "ae", "ø": "o", "ł": "l", "đ": "d", "–": "-", "—": "-"})
 
-#: The distance between lines, as a multiple of the font size.
-_LEADING: Final = 1.32
+_NO_LETTERS: Final = "Your prompt is written in letters that this preview cannot draw."
 
-
-def letters(text: str) -> str:
-    """The text in characters that can be drawn, without other accents and letters."""
-    drawn = "".join(map(_drawable, unicodedata.normalize("NFC", text)))
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in drawn).split())
+_LINE_HEIGHT: Final = 1.3
 
 
-def write(image: Image.Image, text: str, box: Box, colour: Colour, sizes: Sequence[int]) -> float:
-    """Write the text at the bottom of the box, in the first font size (pixels) that fits, and return its top.
+def font(size: float) -> _Font:
+    """A system font, or Pillow's own if there is none; the size is in pixels."""
+    path = _system_font()
+    layout = ImageFont.Layout.BASIC  # The other one is slow, and may not be installed.
+    return ImageFont.truetype(path, size, layout_engine=layout) if path else ImageFont.load_default(size)
 
-    If not even the last size fits, the text is truncated.
+
+def write(image: Image.Image, text: str, box: tuple[int, int, int], size: int, colour: str, most: int = 1) -> int:
+    """Write the text in at most `most` lines, and return its top.
+
+    Text that is too long is truncated; characters that cannot be drawn are spelled in others, or omitted.
+
+    Args:
+        box: left, right and bottom.
     """
-    for size in sizes:
-        font, most = _font(text, size), max(1, int((box[3] - box[1]) / (size * _LEADING)))
-        lines = _wrapped(text, font, box[2] - box[0], most + 1)
-        if len(lines) <= most:
-            break
-    else:
-        lines = _wrapped(text, font, box[2] - box[0], most)
-    draw = ImageDraw.Draw(image)
-    top = box[3] - len(lines) * size * _LEADING
-    for index, line in enumerate(lines):
-        draw.text((box[0], top + index * size * _LEADING), line, fill=colour, font=font)
+    left, right, bottom = box
+    face = font(size)
+    lines = _wrapped(_drawable(text) or _NO_LETTERS, face, right - left, most)
+    top = bottom - round(len(lines) * size * _LINE_HEIGHT)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(image).text((left, top + number * size * _LINE_HEIGHT), line, fill=colour, font=face)
     return top
 
 
-def _wrapped(text: str, font: _Font, width: float, most: int) -> list[str]:
-    """The text in lines of at most this width; only the first `most` lines, the last of which then ends in "…"."""
-    columns = max(1, int(len(text) * width / font.getlength(text) * 1.2))
+def _drawable(text: str) -> str:
+    letters = _SYSTEM_LETTERS if _system_font() else _PILLOW_LETTERS
+    composed = unicodedata.normalize("NFC", text)
+    spelled = (
+        sign if ord(sign) in letters else unicodedata.normalize("NFKD", sign.translate(_SPELLINGS)) for sign in composed
+    )
+    drawn = (sign if sign.isprintable() else " " for sign in "".join(spelled) if ord(sign) in letters)
+    return " ".join("".join(drawn).split())
+
+
+def _wrapped(text: str, face: _Font, width: int, most: int) -> list[str]:
+    columns = max(1, int(len(text) * width / max(1, face.getlength(text)) * 1.2))
     while True:
         lines = wrap(text, columns, max_lines=most, placeholder="…")
-        if columns == 1 or all(font.getlength(line) <= width for line in lines):
+        if columns == 1 or all(face.getlength(line) <= width for line in lines):
             return lines
         columns -= 1
-
-
-def _drawable(sign: str) -> str:
-    if sign.isascii() or sign in _SIGNS:
-        return sign
-    if ord(sign) < _SYSTEM_LETTERS and sign.isalpha() and _system_font():
-        return sign
-    if sign.isspace():
-        return " "
-    spelled = unicodedata.normalize("NFKD", sign.translate(_SPELLINGS))
-    return "".join(part for part in spelled if part.isascii() or part in _SIGNS)
-
-
-def _font(text: str, size: int) -> _Font:
-    path = _system_font()
-    if path is None or all(sign.isascii() or sign in _SIGNS for sign in text):
-        return ImageFont.load_default(size)
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache
 def _system_font() -> str | None:
     for name in _SYSTEM_FONTS:
-        try:
+        with suppress(OSError):
             return str(ImageFont.truetype(name).path)
-        except OSError:
-            continue
     return None
