@@ -101,7 +101,7 @@ async def test_a_generation_in_the_queue_is_shown_with_its_place(tmp_path: Path)
         await pause.reached.wait()
         await service.start("ada")
         waiting = await service.start("eve")
-        watching = asyncio.create_task(watched(service.url, "eve", "number 2 in line", "number 1 in line"))
+        watching = asyncio.create_task(watched(service.url, "eve", "number 2 in line", "next in line"))
         await service.until(lambda: bool(service.service.streams.open))
         await service.http.post(f"/generations/{first}/cancel", headers={"X-User-Id": "eve"})
         assert waiting in (await watching)[-1]

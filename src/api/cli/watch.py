@@ -50,10 +50,11 @@ def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JS
     """Show the events, and return the terminal one of the generation with this path, unless it was removed."""
     picture = ""
     unfinished: set[str] = set()
+    positions: dict[str, int] = {}
     for name, data in _events(http, url, path):
         if name == "authenticated":
             listed = {each["generationId"]: each for each in data["generations"]}
-            if not data["recovered"]:  # The events of those that have ended or were removed meanwhile do not follow.
+            if not data["recovered"]:  # All events of unfinished generations follow. The others are only listed.
                 for generation_id in unfinished:
                     snapshot = listed.get(generation_id)
                     if snapshot is None:
@@ -61,17 +62,17 @@ def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JS
                     elif snapshot["status"] in _TERMINAL:
                         display.show(snapshot)
                 unfinished.clear()
-            for snapshot in listed.values():
-                if snapshot["status"] not in _TERMINAL:
-                    unfinished.add(snapshot["generationId"])
-                    display.show(snapshot)
+            positions |= {key: each["queuePosition"] for key, each in listed.items() if "queuePosition" in each}
         elif name == "queue_position":
-            display.show_position(data["generationId"], data["queuePosition"])
+            positions[data["generationId"]] = data["queuePosition"]
+            if data["generationId"] in unfinished:
+                display.show_position(data["generationId"], data["queuePosition"])
         elif name == "generation_removed":
             display.remove(data["generationId"])
         elif "progress" in data:
             unfinished.add(data["generationId"])
-            display.show(data)
+            waiting = data["status"] == "started" and data["generationId"] in positions
+            display.show({**data, "queuePosition": positions[data["generationId"]]} if waiting else data)
             latest = next((data[key] for key in reversed(_PICTURES) if key in data), "")
             if path and picture != latest:
                 picture = latest
