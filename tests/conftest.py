@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser
 
+from support import postgres
 from support.browser import chromium
 from support.builders import IN_MEMORY
 from support.http_app import Api, serve_api
@@ -33,6 +34,13 @@ _FIRST: Final = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in _FIRST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _postgres() -> Iterator[None]:
+    """Stops the server of this test run, which is started by the first test that opens a log in it."""
+    yield
+    postgres.shared.release()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -144,6 +144,8 @@ class Service:
             tasks.create_task(keep("quarantine", self._quarantine.run))
             tasks.create_task(keep("external", self.external.run))
             tasks.create_task(keep("examination", self.storage.examine))
+            for name, work in self.storage.background.items():
+                tasks.create_task(keep(name, work))
             tasks.create_task(self._chore(pause, "retention", self._purge))
             tasks.create_task(self._chore(_SWEEP_EVERY, "sweep", self._sweep, after=0))
             tasks.create_task(every(pause, "sessions", self._touch))

@@ -16,6 +16,7 @@ from pydantic_settings import NoDecode
 #: File descriptors of the process that are kept for everything except clients' connections.
 OTHER_DESCRIPTORS: Final = 64
 _SQLITE: Final = "sqlite:///"
+_POSTGRES: Final = "postgresql://"
 #: ``*`` stands for one label of a host name or a part of it; the last two labels have none.
 _ORIGIN: Final = (
     r"null|file://|"
@@ -74,7 +75,11 @@ def _no_url(value: object) -> object:
 
 
 def _is_log(value: str) -> bool:
-    return value == "memory://" or (value.startswith(_SQLITE) and value != _SQLITE)
+    return value == "memory://" or (value.startswith(_SQLITE) and value != _SQLITE) or _is_postgres(value)
+
+
+def _is_postgres(value: str) -> bool:
+    return value.startswith(_POSTGRES)
 
 
 def _is_jwt_secret(value: SecretStr) -> bool:
@@ -137,7 +142,12 @@ Name = Annotated[str | None, Field(min_length=1), Allowed("a name, or unset", "N
 Secret = SecretStr | None
 JwtSecret = Annotated[Secret, _valid(_is_jwt_secret), Allowed("a secret of at least 32 bytes", "SECRET")]
 WebhookSecret = Annotated[Secret, _valid(_is_webhook_secret), Allowed("whsec_ and 24 to 64 bytes in base64", "SECRET")]
-Log = Annotated[str, _valid(_is_log), Allowed('"memory://" or "sqlite:///" and the path of a file', "URL")]
+Log = Annotated[
+    str,
+    _valid(_is_log),
+    Allowed('"memory://", "sqlite:///" and the path of a file, or "postgresql://" and a database', "URL"),
+]
+Postgres = Annotated[str | None, _valid(_is_postgres), Allowed('"postgresql://" and a database', "URL")]
 Folder = Annotated[Path, BeforeValidator(_no_url), Allowed("the path of a folder", "PATH")]
 
 Url = Annotated[str | None, _valid(_is_url), Allowed("an http or https URL", "URL")]

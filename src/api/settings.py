@@ -74,7 +74,10 @@ class Settings(_Sources):
     """Seconds for which an idle HTTP connection is kept. Set it higher than the value of the proxy in front."""
 
     log: types.Log = "memory://"
-    """Where the event log is stored: in memory, or durably in a file, sqlite:///path."""
+    """Where the event log is stored: in memory, or durably in a file, sqlite:///path, or for any number of nodes in
+    PostgreSQL, postgresql://user@host/database. Passwords: PGPASSWORD or ~/.pgpass keep them out of the arguments."""
+    log_direct: types.Postgres = None
+    """Another URL of the PostgreSQL of the log, past a pooler, at which this node listens for the events of others."""
     images: types.Folder = Path("./var/images")
     """The folder in which images are stored."""
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 from typing import Final, NamedTuple
 
 from adapters import TRANSPORT as TRANSPORT
@@ -141,10 +142,20 @@ class _Technology(NamedTuple):
     examine: Callable[[str], Examined] = lambda url: Examined()
 
 
+def _postgres() -> ModuleType:
+    """The storage in PostgreSQL, imported when it is used: its driver is an extra. Raises `Unavailable`."""
+    try:
+        from adapters.postgres import storage
+    except ModuleNotFoundError:
+        raise Unavailable("a log in PostgreSQL needs an extra: pip install 'stagecast[postgres]'.") from None
+    return storage
+
+
 #: By the scheme of ``STAGECAST_LOG``.
-_TECHNOLOGIES: Final[Mapping[str, _Technology]] = {
-    "memory": _Technology(memory_storage.open_storage),
-    "sqlite": _Technology(sqlite_storage.open_storage, sqlite_storage.examine),
+_TECHNOLOGIES: Final[Mapping[str, Callable[[], _Technology]]] = {
+    "memory": lambda: _Technology(memory_storage.open_storage),
+    "sqlite": lambda: _Technology(sqlite_storage.open_storage, sqlite_storage.examine),
+    "postgresql": lambda: _Technology(_postgres().open_storage, _postgres().examine),
 }
 
 
@@ -160,9 +171,10 @@ async def _open_storage(settings: Settings, clock: Clock) -> Storage:
         clock=clock,
         retention=timedelta(seconds=settings.retention),
         outbox=settings.webhook_url is not None,
+        direct=settings.log_direct,
     )
     try:
-        return await _TECHNOLOGIES[_scheme(settings)].open(settings.log, options)
+        return await _TECHNOLOGIES[_scheme(settings)]().open(settings.log, options)
     except StorageRefused as refused:
         raise Unavailable(str(refused)) from None
 
@@ -281,12 +293,24 @@ def examine_stores(settings: Settings) -> Sequence[str]:
     finally:
         threads.close()
     try:
-        examined = _TECHNOLOGIES[_scheme(settings)].examine(settings.log)
+        examined = _TECHNOLOGIES[_scheme(settings)]().examine(settings.log)
         if not examined.damage or examined.epoch is not None:
             ImageFolder.examine(settings.images, log=_scheme(settings), epoch=examined.epoch)
     except (FolderRefused, StorageRefused) as refused:
         raise Unavailable(str(refused)) from None
     return examined.damage
+
+
+def migrate(settings: Settings, *, only_print: bool) -> str:
+    """Bring the schema of the log in PostgreSQL to the present version, or only return the SQL that does.
+
+    Raises:
+        Unavailable: the log cannot be opened.
+    """
+    try:
+        return str(_postgres().migrate(settings.log, secrets.token_hex(8), only_print=only_print))
+    except StorageRefused as refused:
+        raise Unavailable(str(refused)) from None
 
 
 def connection_table(settings: Settings) -> ConnectionTable:

@@ -208,7 +208,7 @@ class Workflow:
             if self._closed:
                 raise Draining
             request = request.model_copy(update={"images": tuple(names)})
-            start = Start(kind, to_json(request), key, fingerprint, self.limits.max_per_user)
+            start = Start(kind, to_json(request), key, fingerprint, self.limits.max_per_user, request.external)
             generation = await self.recorder.start(Generation(generation_id, kind, user_id, request), start)
         except LogUnavailable:
             self._reconcile(generation_id)

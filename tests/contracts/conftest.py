@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from support.builders import LOGS, EventRecorder, SteppableClock, WholeLog
-from support.event_log import LogOpener
+from support.builders import EventRecorder, SteppableClock, WholeLog
+from support.event_log import LOGS, LogOpener
 
 
 @pytest.fixture(params=list(LOGS))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from domain.feed import Cursor, Feed, Logged
 from domain.generation import Generation
-from support.builders import LOGS, NOON, PROPERTY, EventRecorder, OpenLog, SteppableClock, WholeLog
+from support.builders import NOON, PROPERTY, EventRecorder, OpenLog, SteppableClock, WholeLog
+from support.event_log import LOGS, examples_of
 
 logs = pytest.mark.parametrize("open_log", list(LOGS.values()), ids=list(LOGS))
 
@@ -393,15 +394,18 @@ async def play(open_log: OpenLog, commands: list[tuple[str, int]], limits: list[
         return world
 
 
-@logs
-@settings(PROPERTY, max_examples=150)
-@given(commands=st.lists(command, min_size=5, max_size=60), limits=st.lists(st.integers(1, 9), min_size=1, max_size=4))
-def test_from_any_cursor_the_wanted_events_come_once_in_order_or_it_is_unusable(
-    open_log: OpenLog, commands: list[tuple[str, int]], limits: list[int]
-) -> None:
-    world = asyncio.run(play(open_log, commands, limits))
-    event(f"events told: {min(world.delivered, 40) // 10 * 10}")
-    event(f"refused: {world.refused > 0}")
+@pytest.mark.parametrize(("name", "examples"), examples_of({"memory": 150, "sqlite": 150, "postgres": 6}, 150))
+def test_from_any_cursor_the_wanted_events_come_once_in_order_or_it_is_unusable(name: str, examples: int) -> None:
+    limit = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+    @settings(PROPERTY, max_examples=examples)
+    @given(commands=st.lists(command, min_size=5, max_size=60), limits=limit)
+    def check(commands: list[tuple[str, int]], limits: list[int]) -> None:
+        world = asyncio.run(play(LOGS[name], commands, limits))
+        event(f"events told: {min(world.delivered, 40) // 10 * 10}")
+        event(f"refused: {world.refused > 0}")
+
+    check()
 
 
 @logs

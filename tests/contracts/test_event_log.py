@@ -277,9 +277,9 @@ async def test_an_append_after_its_deadline_is_refused_and_starts_nothing(
     assert await log.find_by_idempotency_key("ada", "k") is None
 
 
-async def test_an_append_at_its_deadline_is_accepted(recorder: EventRecorder, log: WholeLog) -> None:
-    append, _ = recorder.prepare_start(not_after=recorder.clock() + timedelta(seconds=5))
-    recorder.clock.step(5)
+async def test_an_append_before_its_deadline_is_accepted(recorder: EventRecorder, log: WholeLog) -> None:
+    append, _ = recorder.prepare_start(not_after=recorder.clock() + timedelta(seconds=60))
+    recorder.clock.step(30)
     await log.append(append)
 
 

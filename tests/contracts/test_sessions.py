@@ -4,15 +4,18 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from typing import Final
+from unittest.mock import patch
 
 import pytest
 
 from adapters.memory.sessions import MemorySessions
+from adapters.postgres import sessions as postgres_sessions
 from adapters.sqlite.sessions import SqliteSessions
 from domain.feed import Cursor
 from domain.identity import Identity
 from domain.ports.sessions import Session, Sessions
 from support.builders import NOON, SteppableClock, temporary_database
+from support.postgres import fresh_database, open_node
 
 RETENTION: Final = timedelta(hours=1)
 A_MOMENT: Final = 0.001
@@ -29,9 +32,20 @@ async def open_sqlite_sessions(retention: timedelta) -> AsyncIterator[Sessions]:
         yield SqliteSessions(database, retention)
 
 
+@asynccontextmanager
+async def open_postgres_sessions(retention: timedelta) -> AsyncIterator[Sessions]:
+    with patch.object(postgres_sessions, "_PER_USER", 100):  # It costs some milliseconds to save one.
+        async with fresh_database() as url, open_node(url, retention=retention) as storage:
+            yield storage.sessions
+
+
 OpenSessions = Callable[[timedelta], AbstractAsyncContextManager[Sessions]]
 #: Every adapter of the port, by name.
-STORES: Final[Mapping[str, OpenSessions]] = {"memory": open_memory_sessions, "sqlite": open_sqlite_sessions}
+STORES: Final[Mapping[str, OpenSessions]] = {
+    "memory": open_memory_sessions,
+    "sqlite": open_sqlite_sessions,
+    "postgres": open_postgres_sessions,
+}
 
 
 def session(user: str = "ada", place: int = 7) -> Session:

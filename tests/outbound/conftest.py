@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from adapters.outbound.url_fetcher import UrlFetcher
-from support.builders import LOGS, SteppableClock, WholeLog
+from support.builders import SteppableClock, WholeLog
+from support.event_log import LOGS
 from support.provider_faults import closed_port
 from support.provider_faults import listening as origin_listening
 from support.sites import PNG, SITE, Canary, FakeResolver, Site, fetcher_with, listening, page
@@ -85,9 +86,11 @@ def dialled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     addresses: list[Any] = []
 
     def guarded(self: socket.socket, address: Any) -> None:
+        if self.family == socket.AF_UNIX:
+            return connect(self, address)
         addresses.append(address)
         assert ip_address(address[0]).is_loopback, f"{address} is outside"
-        connect(self, address)
+        return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
     return addresses

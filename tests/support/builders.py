@@ -295,7 +295,7 @@ async def open_sqlite_log(
         yield SqliteLog(database, credits=credits, clock=clock, outbox=outbox)
 
 
-#: Every adapter of the ports of `WholeLog`, by name. A new one is tried by all suites once it is here.
+#: The adapters of the ports of `WholeLog` for one process, by name; `support.event_log` has them all.
 LOGS: Final[Mapping[str, OpenLog]] = {"memory": open_memory_log, "sqlite": open_sqlite_log}
 
 

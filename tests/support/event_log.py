@@ -1,12 +1,25 @@
 """Opens logs of the adapter under test, and reads them whole."""
 
 import asyncio
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Iterable, Mapping
 from contextlib import AsyncExitStack
+from typing import Final
+
+import pytest
 
 from domain.errors import Refusal
 from domain.feed import Cursor, Feed, Logged
+from support import builders
 from support.builders import EventRecorder, OpenLog, SteppableClock, WholeLog
+from support.postgres import open_postgres_log
+
+#: Every adapter of the ports of `WholeLog`, by name. A new one is tried by all suites once it is here.
+LOGS: Final[Mapping[str, OpenLog]] = {**builders.LOGS, "postgres": open_postgres_log}
+
+
+def examples_of(quick: Mapping[str, int], long: int) -> list[object]:
+    """Parameters: the name of a log and how many examples to try on it, and more of them on a server in a long run."""
+    return [*quick.items(), pytest.param("postgres", long, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
 
 
 class LogOpener:

@@ -104,6 +104,16 @@ def check(**overrides: Any) -> None:
     run(settings)
 
 
+def migrate(print_only: bool, **overrides: Any) -> None:
+    """``stagecast migrate``: bring the schema of the log in PostgreSQL to the present version."""
+    settings = load_settings(overrides)
+    if not settings.log.startswith("postgresql://"):
+        raise SettingsError("STAGECAST_LOG must be a postgresql:// URL: other logs are migrated when they are opened.")
+    from api.wiring import migrate
+
+    print(migrate(settings, only_print=print_only), end="" if print_only else "\n")
+
+
 def _raise_descriptor_limit() -> None:
     """Raise the soft limit of open files and connections to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -258,6 +268,15 @@ def _parser() -> argparse.ArgumentParser:
         "setting is not valid; 3: a store cannot be opened."
     )
     _add_settings(add("check", check, "validate the settings and the stores", description), settings)
+
+    description = (
+        "Bring the schema of the log in PostgreSQL to the version of this Stagecast. The service does so itself when "
+        "it starts, unless its role may not."
+    )
+    command = add("migrate", migrate, "migrate the schema of the log in PostgreSQL", description)
+    text = "print the SQL that does it, for another role to run, and change nothing"
+    command.add_argument("--print", action="store_true", dest="print_only", help=text)
+    _add_settings(command, (setting for setting in settings if setting.variable == "STAGECAST_LOG"))
 
     description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
     command = add("token", token, "make a token for a user", description)

@@ -22,6 +22,8 @@ class Start:
     fingerprint: str
     #: How many unfinished generations this user may have, this one included.
     max_unfinished: int
+    #: The owner's own pipeline does the work.
+    external: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The storage of one technology: its implementations of the ports that share data, opened and closed together."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ class StorageOptions(NamedTuple):
     retention: timedelta
     #: Record terminal events as undelivered webhooks.
     outbox: bool = False
+    #: Another URL of the same database, past a pooler.
+    direct: str | None = None
 
 
 async def _nothing() -> None:
@@ -44,6 +46,8 @@ class Storage:
     leases: Leases
     #: Checks, in the background, all that was stored before. What is damaged then counts as deleted.
     examine: Callable[[], Awaitable[None]] = _nothing
+    #: What has to run as long as the storage is open, by name.
+    background: Mapping[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
     #: Finishes pending operations and releases everything. Nothing may be called afterwards.
     close: Callable[[], Awaitable[None]] = _nothing
 

@@ -1,0 +1,160 @@
+"""Appends of one node in batches: what has come while the calls before were under way goes in one call."""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from adapters.postgres.database import Database
+from domain.errors import (
+    AlreadyStarted,
+    Conflict,
+    IdempotencyMismatch,
+    InsufficientCredit,
+    LogUnavailable,
+    Refusal,
+    TooManyGenerations,
+)
+from domain.feed import Logged, zero_id
+from domain.ports.log import Append
+from domain.ports.system import Clock
+
+#: Appends in one call, and calls at once.
+_BATCH: Final = 64
+_CALLS: Final = 2
+
+_APPEND: Final = f"SELECT * FROM stagecast.append_v1({', '.join(f'${number}' for number in range(1, 23))})"
+
+_Request = tuple[Append, "asyncio.Future[Logged]"]
+
+
+class Appends:
+    """Appends for one event loop. A user is in one call at a time, so that calls do not wait for each other's locks."""
+
+    def __init__(
+        self, database: Database, *, credits: int | None, clock: Clock, outbox: bool, appended: Callable[[], None]
+    ) -> None:
+        """`appended` is called after each call that has appended something."""
+        self._database = database
+        self._credits = credits
+        self._clock = clock
+        self._outbox = outbox
+        self._appended = appended
+        self._waiting: list[_Request] = []
+        self._users: set[str] = set()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._scheduled = False
+
+    async def append(self, entry: Append) -> Logged:
+        """As `domain.ports.log.EventLog.append`."""
+        future: asyncio.Future[Logged] = asyncio.get_running_loop().create_future()
+        self._waiting.append((entry, future))
+        self._schedule()
+        return await future
+
+    def _schedule(self) -> None:
+        """Call once everybody who can append now has done so."""
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._begin)
+
+    def _begin(self) -> None:
+        self._scheduled = False
+        while self._waiting and len(self._calls) < _CALLS and (batch := self._next_batch()):
+            self._start(batch, wait=False)
+
+    def _start(self, batch: Sequence[_Request], *, wait: bool) -> None:
+        users = {entry.user_id for entry, _ in batch}
+        self._users |= users
+        task = asyncio.create_task(self._call(batch, users, wait=wait))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(lambda _: self._schedule())
+
+    def _next_batch(self) -> list[_Request]:
+        batch: list[_Request] = []
+        kept: list[_Request] = []
+        for request in self._waiting:
+            entry, future = request
+            if not future.done():  # Its caller has not been cancelled.
+                fits = len(batch) < _BATCH and entry.user_id not in self._users
+                (batch if fits else kept).append(request)
+        self._waiting = kept
+        batch.sort(key=lambda request: request[0].user_id)
+        return batch
+
+    async def _call(self, batch: Sequence[_Request], users: set[str], *, wait: bool) -> None:
+        try:
+            rows = await self._database.fetch(_APPEND, *self._arguments(batch, wait=wait or len(batch) == 1))
+        except Exception as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(LogUnavailable() if isinstance(error, LogUnavailable) else error)
+            return
+        finally:
+            self._users -= users
+        if any(row["r_outcome"] == "accepted" for row in rows):
+            self._appended()
+        for request, row in zip(batch, rows, strict=True):
+            entry, future = request
+            if row["r_outcome"] == "busy":
+                # Another node has locked the user's row. Only this user's appends wait for it.
+                self._start([request], wait=True)
+                continue
+            outcome = _outcome(entry, row)
+            if future.done():
+                continue
+            if isinstance(outcome, Refusal):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+    def _arguments(self, batch: Sequence[_Request], *, wait: bool) -> Sequence[Any]:
+        columns: Sequence[Sequence[Any]] = list(zip(*(self._row(entry) for entry, _ in batch), strict=True))
+        return *columns, self._credits, self._outbox, wait
+
+    def _row(self, entry: Append) -> tuple[Any, ...]:
+        start, late = entry.start, entry.not_after
+        return (
+            entry.user_id,
+            zero_id(self._database.epoch, entry.user_id),
+            entry.generation_id,
+            entry.sequence,
+            entry.event_id,
+            entry.event,
+            entry.name,
+            json.dumps(dict(entry.images)) if entry.images else None,
+            entry.at,
+            entry.credit,
+            entry.terminal,
+            entry.free,
+            # By the server's clock: a statement that is stuck on its way is late, too.
+            late and self._database.now + (late - self._clock()),
+            *(
+                (start.kind, start.request, start.key, start.fingerprint, start.max_unfinished, start.external)
+                if start
+                else (None,) * 6
+            ),
+        )
+
+
+def _outcome(entry: Append, row: Any) -> Logged | Refusal:
+    match row["r_outcome"]:
+        case "accepted" | "again":
+            images = json.loads(row["r_images"]) if row["r_images"] else entry.images
+            place = entry.user_id, row["r_position"], entry.event_id, entry.generation_id, entry.sequence
+            return Logged(*place, entry.name, row["r_event"], row["r_first"], row["r_end"], images)
+        case "late":
+            return LogUnavailable()
+        case "mismatch":
+            return IdempotencyMismatch()
+        case "started":
+            return AlreadyStarted(row["r_begun"])
+        case "conflict":
+            return Conflict(entry.sequence, row["r_last"])
+        case "too_many":
+            return TooManyGenerations()
+        case "no_credit":
+            return InsufficientCredit()
+        case other:
+            raise AssertionError(other)

@@ -1,0 +1,185 @@
+"""Leases over all nodes: which generation waits in which line, and which node holds it."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from adapters.postgres.database import Database
+from adapters.postgres.nodes import Nodes
+from adapters.postgres.tail import CHANNEL, Tail
+from domain.errors import LogUnavailable
+from domain.ports.leases import Counts
+
+#: How many generations of a user may fetch images at once.
+_FETCHING_PER_USER: Final = 2
+#: Seconds between two claims, if nothing is heard of a line, and after a database that did not answer.
+_CLAIM_EVERY: Final = 0.5
+_AGAIN: Final = 0.2
+#: Seconds for which counts and positions are good enough.
+_SEEN_FOR: Final = 1.0
+
+#: All leases. Those of users who fetch for as many as allowed rank last.
+_LOOK: Final = """
+    SELECT leases.generation_id, waiting, holder,
+        row_number() OVER (
+            PARTITION BY waiting, fetching ORDER BY fetching AND busy.many IS NOT NULL, turn, ticket
+        ) AS rank
+    FROM stagecast.leases LEFT JOIN (
+        SELECT user_id, true AS many FROM stagecast.leases WHERE holder IS NOT NULL AND (fetching OR waiting)
+        GROUP BY user_id HAVING count(*) >= $1
+    ) AS busy USING (user_id)
+"""
+
+
+class _Line:
+    """The claims of this node that wait in one line."""
+
+    def __init__(self) -> None:
+        self.claims: deque[asyncio.Future[str]] = deque()
+        self.changed = asyncio.Event()
+
+
+class PostgresLeases:
+    """`domain.ports.leases.Leases` in PostgreSQL. A lease lasts as long as its node lives."""
+
+    shared = True
+
+    def __init__(self, database: Database, nodes: Nodes, tail: Tail) -> None:
+        self._database = database
+        self._nodes = nodes
+        self._work, self._fetches = _Line(), _Line()
+        tail.on_work.append(self._wake)
+        self._draining = False
+        #: Held by this node.
+        self._held: set[str] = set()
+        self._released = asyncio.Event()
+        #: Not held any more, but the database did not answer.
+        self._to_release: set[str] = set()
+        self._seen: tuple[Counts, Mapping[str, int]] | None = None
+        self._seen_at = 0.0
+
+    async def run(self) -> None:
+        """Claim what the claims of this node wait for, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._serve(self._work, fetching=False))
+            tasks.create_task(self._serve(self._fetches, fetching=True))
+
+    async def count(self) -> Counts:
+        counts, _ = await self._look()
+        return counts
+
+    async def positions(self) -> Mapping[str, int]:
+        _, positions = await self._look()
+        return positions
+
+    async def _look(self) -> tuple[Counts, Mapping[str, int]]:
+        """The counts and the positions: at most a second old, and not older than what this node did last."""
+        loop = asyncio.get_running_loop()
+        if self._seen is None or loop.time() > self._seen_at + _SEEN_FOR:
+            self._seen_at = began = loop.time()
+            rows = await self._database.fetch(_LOOK, _FETCHING_PER_USER)
+            waiting = [row for row in rows if row["waiting"]]
+            counts = Counts(len(waiting), sum(row["holder"] is not None for row in rows))
+            seen = counts, {row["generation_id"]: row["rank"] for row in waiting}
+            if self._seen_at != began:
+                return seen
+            self._seen = seen
+        return self._seen
+
+    async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
+        query = "SELECT stagecast.offer_v1($1, $2, $3, $4)"
+        offered = await self._database.fetchval(query, self._nodes.id, user_id, generation_id, fetching)
+        if offered:
+            self._wake()
+            self._database.notify(f"{CHANNEL}_work")
+        return bool(offered)
+
+    async def withdraw(self, generation_id: str) -> bool:
+        withdrawn = await self._database.fetchval("SELECT stagecast.withdraw_v1($1)", generation_id)
+        self._changed()
+        return bool(withdrawn)
+
+    async def claim(self, *, fetching: bool = False) -> str:
+        line = self._fetches if fetching else self._work
+        claim: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        line.claims.append(claim)
+        line.changed.set()
+        try:
+            return await claim
+        except asyncio.CancelledError:
+            if claim.done() and not claim.cancelled():
+                self._hand_out(line, claim.result())
+            raise
+
+    async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
+        for generation_id in self._to_release - set(generation_ids):
+            await self.release(generation_id)
+        query = "SELECT generation_id FROM stagecast.leases WHERE holder = $1 AND generation_id = ANY ($2)"
+        rows = await self._database.fetch(query, self._nodes.id, list(generation_ids)) if generation_ids else ()
+        held = {row["generation_id"] for row in rows}
+        return [generation_id for generation_id in generation_ids if generation_id not in held]
+
+    async def release(self, generation_id: str) -> None:
+        self._held.discard(generation_id)
+        self._released.set()
+        self._to_release.add(generation_id)
+        # If the database does not answer: before the next renewal, or with the end of this node.
+        with contextlib.suppress(LogUnavailable):
+            await self._database.fetch("SELECT stagecast.release_v1($1, $2)", self._nodes.id, generation_id)
+            self._to_release.discard(generation_id)
+        self._wake()
+
+    async def abandoned(self) -> Collection[str]:
+        rows = await self._database.fetch("SELECT * FROM stagecast.abandoned_v1($1) AS id", self._nodes.dead)
+        return [row["id"] for row in rows]
+
+    async def claim_chore(self, name: str, seconds: float) -> bool:
+        query = "SELECT stagecast.claim_chore_v1($1, $2, $3, $4)"
+        return bool(await self._database.fetchval(query, self._nodes.id, name, seconds, self._nodes.dead))
+
+    async def drain(self) -> None:
+        self._draining = True
+        while self._held:
+            self._released.clear()
+            await self._released.wait()
+
+    def _changed(self) -> None:
+        self._seen, self._seen_at = None, 0.0
+
+    def _wake(self) -> None:
+        self._changed()
+        for line in (self._work, self._fetches):
+            line.changed.set()
+
+    async def _serve(self, line: _Line, *, fetching: bool) -> None:
+        query = "SELECT * FROM stagecast.claim_v1($1, $2, $3, $4) AS id"
+        while True:
+            line.changed.clear()
+            line.claims = deque(claim for claim in line.claims if not claim.done())
+            if (wanted := len(line.claims)) and not self._draining:
+                try:
+                    rows = await self._database.fetch(query, self._nodes.id, fetching, wanted, _FETCHING_PER_USER)
+                except LogUnavailable:
+                    await asyncio.sleep(_AGAIN)
+                    continue
+                for row in rows:
+                    self._hand_out(line, row["id"])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLAIM_EVERY if line.claims else None):
+                    await line.changed.wait()
+
+    def _hand_out(self, line: _Line, generation_id: str) -> None:
+        """Give a generation that this node holds to the next claim."""
+        self._changed()
+        self._held.add(generation_id)
+        while line.claims:
+            claim = line.claims.popleft()
+            if not claim.done():
+                claim.set_result(generation_id)
+                return
+        # Everybody who waited for it has gone: it goes back into its place in the line.
+        self._held.discard(generation_id)
+        query = "UPDATE stagecast.leases SET waiting = true, holder = NULL WHERE generation_id = $1 AND holder = $2"
+        self._database.start(query, generation_id, self._nodes.id)

@@ -1,0 +1,277 @@
+"""The event log in PostgreSQL."""
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any, Final
+
+from adapters.postgres.appends import Appends
+from adapters.postgres.database import Database, is_text
+from adapters.postgres.nodes import Nodes
+from adapters.postgres.tail import CHANNEL, ENTRY, Tail, logged
+from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
+from domain.feed import Cursor, Feed, Logged, zero_id
+from domain.ports.ledger import Standing
+from domain.ports.log import Append, Deliver, History, IdempotencyRecord
+from domain.ports.system import Clock
+from domain.ports.webhook_outbox import CLAIM
+
+#: A position beyond every other.
+_BEYOND: Final = 2**63 - 1
+
+#: The generations that a condition selects, in an order, with their events. One statement, and so one snapshot.
+_HISTORIES: Final = f"""
+    WITH chosen AS MATERIALIZED (
+        SELECT generations.*, row_number() OVER (ORDER BY {{order}}) AS rank
+        FROM stagecast.generations WHERE NOT deleted AND {{condition}} ORDER BY {{order}} LIMIT {{limit}}
+    )
+    SELECT chosen.kind, chosen.request_json, chosen.free, chosen.end_position,
+        {ENTRY.replace("generations.", "chosen.")}
+    FROM chosen
+    JOIN stagecast.users ON users.id = chosen.owner
+    JOIN stagecast.events ON events.generation = chosen.id {{events}}
+    ORDER BY chosen.rank, events.sequence
+"""
+_SUMMARY: Final = "AND events.sequence IN (1, chosen.last - 1, chosen.last)"
+_WHOLE_ONE, _SUMMARY_OF_ONE = (
+    _HISTORIES.format(condition="generation_id = $1", order="id", limit=1, events=events) for events in ("", _SUMMARY)
+)
+_UNFINISHED: Final = _HISTORIES.format(condition="end_position IS NULL", order="id", limit="ALL", events=_SUMMARY)
+_LISTS: Final = {
+    active: _HISTORIES.format(
+        condition=f"owner = (SELECT id FROM stagecast.users WHERE user_id = $1) AND first_position < $2 {condition}",
+        order="first_position DESC",
+        limit="$3",
+        events=_SUMMARY,
+    )
+    for active, condition in {
+        None: "",
+        True: "AND end_position IS NULL",
+        False: "AND end_position IS NOT NULL",
+    }.items()
+}
+
+#: A user's feed after $2, with the event id and the open tombstones at the anchor $3.
+_FEED: Final = f"""
+    SELECT reader.head, reader.floor, reader.floor_id, reader.event_there, reader.deleted_spans, entry.*
+    FROM (
+        SELECT users.*,
+            (SELECT event_id FROM stagecast.events WHERE owner = users.id AND position = $3) AS event_there,
+            ARRAY(
+                SELECT first_position FROM stagecast.generations
+                WHERE owner = users.id AND deleted AND end_position > $3 AND first_position <= $3
+            ) AS deleted_spans
+        FROM stagecast.users WHERE user_id = $1
+        OFFSET 0  -- so that this is computed once
+    ) AS reader
+    LEFT JOIN LATERAL (
+        SELECT {ENTRY.replace("users.", "reader.")}, generations.end_position
+        FROM stagecast.events JOIN stagecast.generations ON generations.id = events.generation
+        WHERE events.owner = reader.id AND events.position > $2
+        ORDER BY events.position LIMIT $4
+    ) AS entry ON true
+    ORDER BY entry.position
+"""
+
+_HEAD: Final = """
+    SELECT head, floor, floor_id,
+        (SELECT event_id FROM stagecast.events WHERE owner = users.id AND position = head) AS head_id,
+        (
+            SELECT min(first_position) FROM stagecast.generations WHERE owner = users.id AND end_position IS NULL
+        ) AS oldest
+    FROM stagecast.users WHERE user_id = $1
+"""
+
+#: Claims the oldest undelivered ends for node $1 that no live node has claimed.
+_UNDELIVERED: Final = f"""
+    WITH claimed AS (
+        UPDATE stagecast.generations SET claimed_by = $1, claimed_until = clock_timestamp() + make_interval(secs => $2)
+        WHERE id IN (
+            SELECT id FROM stagecast.generations
+            WHERE undelivered AND (
+                claimed_by IS NULL OR claimed_by = $1 OR claimed_until < clock_timestamp()
+                OR claimed_by NOT IN (SELECT id FROM stagecast.nodes)
+            )
+            ORDER BY end_event LIMIT $3 FOR UPDATE SKIP LOCKED
+        )
+        RETURNING *
+    )
+    SELECT {ENTRY.replace("generations.", "claimed.")}, claimed.end_position
+    FROM claimed
+    JOIN stagecast.users ON users.id = claimed.owner
+    JOIN stagecast.events ON events.id = claimed.end_event
+    ORDER BY events.id
+"""
+
+
+class PostgresLog:
+    """The ports `EventLog`, `Ledger`, `Retention` and `WebhookOutbox` in PostgreSQL."""
+
+    durable = True
+
+    def __init__(
+        self, database: Database, tail: Tail, nodes: Nodes, *, credits: int | None, clock: Clock, outbox: bool = False
+    ) -> None:
+        """`credits`: a new user's balance; ``None``: no balances. `outbox`: record ends as undelivered webhooks."""
+        self.epoch = database.epoch
+        self._database = database
+        self._tail = tail
+        self._nodes = nodes
+        self._credits = credits
+        self._outbox = outbox
+        self._appends = Appends(database, credits=credits, clock=clock, outbox=outbox, appended=self._appended)
+
+    async def append(self, entry: Append) -> Logged:
+        return await self._appends.append(entry)
+
+    def _appended(self) -> None:
+        self._tail.wake()
+        if not self._nodes.alone:
+            self._database.notify(CHANNEL)
+
+    async def mark_paid(self, generation_id: str) -> None:
+        await self._database.fetch(
+            "UPDATE stagecast.generations SET free = false WHERE generation_id = $1", generation_id
+        )
+
+    async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
+        if not is_text(key):
+            return None
+        row = await self._database.fetchrow(
+            "SELECT generation_id, fingerprint FROM stagecast.generations"
+            " WHERE owner = (SELECT id FROM stagecast.users WHERE user_id = $1) AND idempotency_key = $2",
+            user_id,
+            key,
+        )
+        return row and IdempotencyRecord(*row)
+
+    async def generation(self, generation_id: str) -> History | None:
+        return await self._generation(_WHOLE_ONE, generation_id)
+
+    async def summary(self, generation_id: str) -> History | None:
+        return await self._generation(_SUMMARY_OF_ONE, generation_id)
+
+    async def _generation(self, query: str, generation_id: str) -> History | None:
+        if not is_text(generation_id):
+            return None
+        return next(iter(_histories(await self._database.fetch(query, generation_id))), None)
+
+    async def generations(
+        self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
+    ) -> Sequence[History]:
+        before = _BEYOND if before is None else min(before, _BEYOND)
+        return _histories(await self._database.fetch(_LISTS[active], user_id, before, limit))
+
+    async def unfinished(self) -> Sequence[History]:
+        return _histories(await self._database.fetch(_UNFINISHED))
+
+    async def head_cursor(self, user_id: str) -> Cursor:
+        row = await self._database.fetchrow(_HEAD, user_id)
+        if row is None:
+            return Cursor(0, zero_id(self.epoch, user_id), 0)
+        head, floor, floor_id, head_id, oldest = row
+        return Cursor(head, floor_id if head == floor else head_id, head if oldest is None else oldest - 1)
+
+    async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
+        rows = await self._database.fetch(_FEED, user_id, after, anchor, limit)
+        if not rows:
+            return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, ())
+        head, floor, floor_id, id_there, deleted_spans, *_ = rows[0]
+        entries = [logged(row, end=row["end_position"]) for row in rows if row["position"] is not None]
+        upto = max(after, head) if len(entries) < limit else entries[-1].position if entries else after
+        anchor_id = floor_id if anchor == floor else id_there if anchor > floor else None
+        return Feed(entries, upto, head, floor, anchor_id, tuple(deleted_spans))
+
+    @asynccontextmanager
+    async def follow(self, deliver: Deliver) -> AsyncIterator[None]:
+        await self._tail.caught_up()
+        async with self._tail.followers.follow(deliver):
+            yield
+
+    async def probe(self) -> None:
+        self._nodes.check()
+        self._tail.check()
+
+    async def credit(self, user_id: str) -> int | None:
+        return (await self.standing(user_id)).credit
+
+    async def standing(self, user_id: str) -> Standing:
+        row = await self._database.fetchrow("SELECT credit, active FROM stagecast.users WHERE user_id = $1", user_id)
+        credit, active = row or (None, 0)
+        return Standing(self._credits if credit is None or self._credits is None else credit, active)
+
+    async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
+        if self._credits is None:
+            raise CreditsOff
+        row = await self._database.fetchrow(
+            "SELECT * FROM stagecast.grant_v1($1, $2, $3, $4, $5, $6, $7)",
+            *(user_id, zero_id(self.epoch, user_id), amount, key, at, until, self._credits),
+        )
+        assert row is not None
+        if row["r_outcome"] == "mismatch":
+            raise IdempotencyMismatch
+        return int(row["r_credit"])
+
+    async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
+        rows = await self._database.fetch(
+            "SELECT generation_id FROM stagecast.generations WHERE ended_at < $1 ORDER BY ended_at, end_event LIMIT $2",
+            moment,
+            limit,
+        )
+        return [row["generation_id"] for row in rows]
+
+    async def remove(self, generation_id: str, *, retention: bool) -> bool:
+        if not is_text(generation_id):
+            return False
+        outcome = await self._database.fetchval("SELECT stagecast.remove_v1($1, $2)", generation_id, retention)
+        if outcome == "unfinished":
+            raise NotFinished
+        self._tail.wake(removals=True)
+        return bool(outcome == "removed")
+
+    async def images(self, generation_id: str) -> Collection[str]:
+        if not is_text(generation_id):
+            return ()
+        rows = await self._database.fetch(
+            "SELECT DISTINCT named.value FROM stagecast.generations"
+            " JOIN stagecast.events ON events.generation = generations.id, jsonb_each_text(events.images) AS named"
+            " WHERE generation_id = $1",
+            generation_id,
+        )
+        return [row["value"] for row in rows]
+
+    async def remove_user(self, user_id: str) -> Sequence[str]:
+        removed: Sequence[str] | None = await self._database.fetchval("SELECT stagecast.remove_user_v1($1)", user_id)
+        if removed is None:
+            raise NotFinished
+        self._tail.wake(removals=True)
+        return removed
+
+    async def set_aside(self, generation_id: str) -> bool:
+        return False
+
+    async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
+        if not self._outbox:
+            return []
+        rows = await self._database.fetch(_UNDELIVERED, self._nodes.id, CLAIM, limit)
+        return [logged(row, end=row["end_position"]) for row in rows]
+
+    async def delivered(self, generation_id: str) -> None:
+        await self._database.fetch(
+            "UPDATE stagecast.generations SET undelivered = false WHERE generation_id = $1 AND undelivered",
+            generation_id,
+        )
+
+
+def _histories(rows: Sequence[Any]) -> list[History]:
+    """The generations of a `_HISTORIES` query, whose events are next to each other."""
+    histories: list[History] = []
+    events: list[Logged] = []
+    for row in rows:
+        entry = logged(row, end=row["end_position"])
+        if not histories or histories[-1].generation_id != entry.generation_id:
+            events = []
+            place = entry.user_id, entry.generation_id
+            histories.append(History(*place, row["kind"], row["request_json"], events, row["free"]))
+        events.append(entry)
+    return histories

@@ -1,0 +1,75 @@
+"""The nodes that share the database, and which of them are dead."""
+
+import asyncio
+from datetime import datetime
+from typing import Final
+
+from adapters.postgres.database import Database
+from domain.errors import LogUnavailable
+
+#: Seconds between two heartbeats.
+BEAT: Final = 1.0
+#: Seconds without a heartbeat after which a node is dead.
+LEASE: Final = 10.0
+#: Seconds after which the heartbeat of this node has failed (H19).
+_STALE: Final = 5.0
+
+
+class Nodes:
+    """This node's heartbeat, and what it has seen of the others'.
+
+    A node is dead if its heartbeat has not changed for `LEASE` seconds while this node has read it without a break. So
+    an outage of the database kills nobody, and no clock is compared with another one.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.id = database.node
+        self._database = database
+        #: The last heartbeat of each node, and since when this node sees it.
+        self._seen: dict[str, tuple[datetime, float]] = {}
+        self._beat_at = float("-inf")
+
+    def check(self) -> None:
+        """Raise `LogUnavailable` if the last heartbeat that was committed is some seconds old."""
+        if asyncio.get_running_loop().time() - self._beat_at > _STALE:
+            raise LogUnavailable
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other node has been seen."""
+        return self._seen.keys() == {self.id}
+
+    @property
+    def dead(self) -> list[str]:
+        """The nodes that are dead, as far as this node knows."""
+        now = asyncio.get_running_loop().time()
+        if now - self._beat_at > 2 * BEAT:
+            return []
+        return [node for node, (_, since) in self._seen.items() if now - since > LEASE and node != self.id]
+
+    async def run(self) -> None:
+        """Send heartbeats until cancelled."""
+        while True:
+            try:
+                await self.beat()
+            except LogUnavailable:
+                self._seen.clear()
+            await asyncio.sleep(BEAT)
+
+    async def beat(self) -> None:
+        """Send one heartbeat, and see those of the others. Raises `LogUnavailable`."""
+        loop = asyncio.get_running_loop()
+        rows = await self._database.fetch("SELECT * FROM stagecast.beat_v1($1)", self.id)
+        now = loop.time()
+        if now - self._beat_at > 3 * BEAT:  # This node was paused, or the database was away.
+            self._seen.clear()
+        self._beat_at = now
+        self._database.set_clock(rows[0]["r_now"])
+        known, self._seen = self._seen, {}
+        for row in rows:
+            before = known.get(row["r_id"])
+            self._seen[row["r_id"]] = before if before and before[0] == row["r_seen"] else (row["r_seen"], now)
+
+    async def leave(self) -> None:
+        """Tell the others that this node has ended. Raises `LogUnavailable`."""
+        await self._database.fetch("DELETE FROM stagecast.nodes WHERE id = $1", self.id)

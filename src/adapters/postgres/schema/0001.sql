@@ -1,0 +1,498 @@
+-- The tables of the log, and the functions that nodes call. A released step is never changed: a function that has to
+-- change gets a new version in its name, so that nodes of two adjacent versions can run together.
+
+CREATE TABLE stagecast.users (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    user_id text COLLATE "C" NOT NULL UNIQUE,
+    credit bigint,                          -- NULL: no balance has been kept
+    active integer NOT NULL DEFAULT 0,      -- unfinished generations
+    head bigint NOT NULL DEFAULT 0,
+    floor bigint NOT NULL DEFAULT 0,
+    floor_id bigint NOT NULL,
+    CHECK (credit >= 0)
+) WITH (fillfactor = 70);
+
+CREATE TABLE stagecast.generations (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    generation_id text COLLATE "C" NOT NULL UNIQUE,
+    owner bigint NOT NULL,
+    kind text NOT NULL,
+    request_json bytea NOT NULL,
+    idempotency_key text COLLATE "C",
+    fingerprint text NOT NULL,
+    external boolean NOT NULL,              -- the owner's own pipeline does the work
+    reserved boolean NOT NULL,              -- whether its start took a credit, which a failure gives back
+    free boolean NOT NULL,                  -- the work of its present stage costs nothing
+    last integer NOT NULL,                  -- the sequence of its last event
+    first_position bigint NOT NULL,
+    end_position bigint,                    -- this and the next two: NULL while it runs
+    ended_at timestamptz,
+    end_event bigint,                       -- events.id
+    deleted boolean NOT NULL DEFAULT false, -- only its tombstones are left
+    undelivered boolean NOT NULL DEFAULT false,
+    claimed_by text,                        -- the node that delivers its end, and until when no other one does
+    claimed_until timestamptz
+) WITH (fillfactor = 70);
+CREATE UNIQUE INDEX generation_of_key ON stagecast.generations (owner, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
+CREATE INDEX listed_generations ON stagecast.generations (owner, first_position) WHERE NOT deleted;
+CREATE INDEX active_generations ON stagecast.generations (owner, first_position) WHERE end_position IS NULL;
+CREATE INDEX deleted_generations ON stagecast.generations (owner, end_position) WHERE deleted;
+CREATE INDEX ended_generations ON stagecast.generations (ended_at, end_event) WHERE ended_at IS NOT NULL;
+CREATE INDEX undelivered_generations ON stagecast.generations (end_event) WHERE undelivered;
+
+CREATE TABLE stagecast.events (
+    -- Drawn in the order of the appends of one user; the transactions of several users may commit in another order.
+    id bigint GENERATED ALWAYS AS IDENTITY (CACHE 1) PRIMARY KEY,
+    owner bigint NOT NULL,
+    position bigint NOT NULL,
+    generation bigint NOT NULL,
+    sequence integer NOT NULL,
+    event_id bigint NOT NULL,
+    name text NOT NULL,
+    event bytea,                            -- NULL: a tombstone
+    images jsonb                            -- the names of its pictures by field; NULL: it has none
+) WITH (autovacuum_vacuum_scale_factor = 0.02);
+CREATE UNIQUE INDEX event_at_position ON stagecast.events (owner, position);
+CREATE UNIQUE INDEX event_of_sequence ON stagecast.events (generation, sequence);
+
+CREATE TABLE stagecast.grants (
+    owner bigint NOT NULL,
+    idempotency_key text COLLATE "C" NOT NULL,
+    amount bigint NOT NULL,
+    credit bigint NOT NULL,
+    until timestamptz NOT NULL,
+    PRIMARY KEY (owner, idempotency_key)
+);
+CREATE INDEX expiring_grants ON stagecast.grants (until);
+
+CREATE TABLE stagecast.sessions (
+    pid text COLLATE "C" PRIMARY KEY,
+    id bigint GENERATED ALWAYS AS IDENTITY, -- in order of their first save
+    user_id text COLLATE "C" NOT NULL,
+    expires_at timestamptz,
+    service boolean NOT NULL,
+    live bigint NOT NULL,
+    event_id bigint NOT NULL,
+    seen bigint NOT NULL,
+    open_tombstones bigint[] NOT NULL,
+    head bigint NOT NULL,
+    tag text,
+    touched_at timestamptz NOT NULL
+);
+CREATE INDEX sessions_of_user ON stagecast.sessions (user_id, touched_at, id);
+CREATE INDEX expiring_sessions ON stagecast.sessions (touched_at);
+
+-- What was removed in the last minute, for the followers of all nodes.
+CREATE TABLE stagecast.removals (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    user_id text NOT NULL,
+    generation_id text,                     -- NULL: all that was stored of the user
+    at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX removals_by_time ON stagecast.removals (at);
+
+CREATE TABLE stagecast.nodes (
+    id text PRIMARY KEY,
+    seen timestamptz NOT NULL
+);
+
+-- Waiting in the line of work or of fetches, or held by a node. One that is held for fetching may wait for work on the
+-- same node: then it has a holder, and waits. An unfinished generation without a row is external or abandoned.
+CREATE TABLE stagecast.leases (
+    generation_id text COLLATE "C" PRIMARY KEY,
+    user_id text COLLATE "C" NOT NULL,
+    fetching boolean NOT NULL,
+    waiting boolean NOT NULL,
+    turn bigint NOT NULL,                   -- the round in which its user is served
+    ticket bigint GENERATED ALWAYS AS IDENTITY,
+    holder text
+);
+CREATE INDEX waiting_leases ON stagecast.leases (turn, ticket) WHERE waiting;
+CREATE INDEX leases_of_user ON stagecast.leases (user_id);
+
+CREATE TABLE stagecast.chores (
+    name text PRIMARY KEY,
+    holder text NOT NULL,
+    until timestamptz NOT NULL
+);
+
+
+-- `domain.append_rules.decide` in SQL: its order of checks, and what an accepted append stores.
+CREATE FUNCTION stagecast.decide_v1(
+    known boolean, ended boolean, last integer, event_there bigint, begun text, begun_fingerprint text,
+    unfinished integer, kept bigint, kept_reserved boolean,
+    sequence integer, event_id bigint, begins boolean, fingerprint text, most_unfinished integer, change integer,
+    late boolean, credits bigint
+) RETURNS TABLE (outcome text, credit bigint, reserved boolean, shows_credit boolean) LANGUAGE sql IMMUTABLE AS $$
+    SELECT
+        CASE
+            WHEN event_there = $11 THEN 'again'
+            WHEN late THEN 'late'
+            WHEN begins AND begun IS NOT NULL AND begun_fingerprint <> fingerprint THEN 'mismatch'
+            WHEN begins AND begun IS NOT NULL THEN 'started'
+            WHEN sequence <> last + 1 OR known = begins OR ended THEN 'conflict'
+            WHEN begins AND unfinished >= most_unfinished THEN 'too_many'
+            WHEN after.credit < 0 THEN 'no_credit'
+            ELSE 'accepted'
+        END,
+        after.credit, after.reserved, change IS NOT NULL AND credits IS NOT NULL
+    FROM (
+        SELECT counted.reserved,
+            coalesce(kept, credits) + CASE WHEN counted.reserved THEN coalesce(change, 0) ELSE 0 END AS credit
+        FROM (SELECT CASE WHEN begins THEN credits IS NOT NULL ELSE kept_reserved END AS reserved) AS counted
+    ) AS after
+$$;
+
+
+-- Appends in the order of the arrays, which has to be that of the users: locks are always taken in this order. The lock
+-- on the user's row is the order of the feed. It is also taken before a look for the append's own event, so that a
+-- retry has a commit of its own that waits for the standby. Nothing is raised for a refusal, so no id is wasted.
+-- Without `wait`, an append whose user is locked by another node is 'busy'.
+CREATE FUNCTION stagecast.append_v1(
+    user_ids text[], zero_ids bigint[], generation_ids text[], sequences integer[], event_ids bigint[],
+    contents bytea[], names text[], pictures text[], times timestamptz[], changes integer[], ends boolean[],
+    frees boolean[], deadlines timestamptz[], kinds text[], orders bytea[], keys text[], fingerprints text[],
+    limits integer[], externals boolean[], credits bigint, outbox boolean, wait boolean
+) RETURNS TABLE (
+    r_outcome text, r_position bigint, r_first bigint, r_end bigint, r_event bytea, r_images text, r_begun text,
+    r_last integer
+) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    e record;
+    u record;
+    g record;
+    begun record;
+    decided record;
+    event_there bigint;
+    generation_row bigint;
+    event_row bigint;
+    begins boolean;
+BEGIN
+    FOR e IN
+        SELECT * FROM unnest(
+            user_ids, zero_ids, generation_ids, sequences, event_ids, contents, names, pictures, times, changes, ends,
+            frees, deadlines, kinds, orders, keys, fingerprints, limits,
+            externals
+        ) AS entry (
+            user_id, zero_id, generation_id, sequence, event_id, content, name, pictures, at, change, terminal,
+            free, deadline, kind, request_json, key, fingerprint, most_unfinished,
+            external
+        )
+    LOOP
+        begins := e.kind IS NOT NULL;
+        r_position := NULL; r_first := NULL; r_end := NULL; r_event := NULL; r_images := NULL; r_begun := NULL;
+        IF wait THEN
+            SELECT users.* INTO u FROM stagecast.users WHERE user_id = e.user_id FOR NO KEY UPDATE;
+        ELSE
+            SELECT users.* INTO u FROM stagecast.users WHERE user_id = e.user_id FOR NO KEY UPDATE SKIP LOCKED;
+        END IF;
+        IF NOT FOUND AND begins THEN
+            INSERT INTO stagecast.users AS users (user_id, floor_id) VALUES (e.user_id, e.zero_id)
+                ON CONFLICT DO NOTHING RETURNING users.* INTO u;
+            IF NOT FOUND AND wait THEN
+                SELECT users.* INTO u FROM stagecast.users WHERE user_id = e.user_id FOR NO KEY UPDATE;
+            END IF;
+        END IF;
+        IF u.id IS NULL AND NOT wait THEN
+            r_outcome := 'busy';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+        SELECT generations.* INTO g FROM stagecast.generations
+            WHERE generation_id = e.generation_id AND (begins OR owner = u.id);
+        event_there := NULL;
+        IF g.last >= e.sequence THEN
+            SELECT events.event_id INTO event_there FROM stagecast.events
+                WHERE generation = g.id AND sequence = e.sequence AND event IS NOT NULL;
+        END IF;
+        SELECT NULL::text AS generation_id, NULL::text AS fingerprint INTO begun;
+        IF e.key IS NOT NULL THEN
+            SELECT generations.generation_id, generations.fingerprint INTO begun FROM stagecast.generations
+                WHERE owner = u.id AND idempotency_key = e.key;
+        END IF;
+        r_last := CASE WHEN g.id IS NULL OR g.deleted THEN 0 ELSE g.last END;
+        SELECT * INTO decided FROM stagecast.decide_v1(
+            g.id IS NOT NULL, g.end_position IS NOT NULL, r_last, event_there, begun.generation_id, begun.fingerprint,
+            coalesce(u.active, 0), u.credit, coalesce(g.reserved, false),
+            e.sequence, e.event_id, begins, e.fingerprint, e.most_unfinished, e.change,
+            clock_timestamp() > e.deadline, credits
+        );
+        r_outcome := decided.outcome;
+        r_begun := begun.generation_id;
+        IF r_outcome = 'again' THEN
+            SELECT events.position, events.event, events.images::text INTO r_position, r_event, r_images
+                FROM stagecast.events WHERE generation = g.id AND sequence = e.sequence;
+            r_first := g.first_position;
+            r_end := g.end_position;
+        ELSIF r_outcome = 'accepted' THEN
+            r_position := u.head + 1;
+            r_first := coalesce(g.first_position, r_position);
+            r_end := CASE WHEN e.terminal THEN r_position END;
+            r_event := e.content;
+            IF decided.shows_credit THEN
+                r_event := substring(e.content FROM 1 FOR length(e.content) - 1)
+                    || convert_to(',"credit":' || decided.credit || '}', 'UTF8');
+            END IF;
+            generation_row := g.id;
+            IF begins THEN
+                INSERT INTO stagecast.generations AS generations (
+                    generation_id, owner, kind, request_json, idempotency_key, fingerprint, external, reserved, free,
+                    last, first_position
+                ) VALUES (
+                    e.generation_id, u.id, e.kind, e.request_json, e.key, e.fingerprint, e.external, decided.reserved,
+                    e.free, e.sequence, r_position
+                ) RETURNING generations.id INTO generation_row;
+            END IF;
+            INSERT INTO stagecast.events AS events (
+                owner, position, generation, sequence, event_id, name, event, images
+            ) VALUES (
+                u.id, r_position, generation_row, e.sequence, e.event_id, e.name, r_event, e.pictures::jsonb
+            ) RETURNING events.id INTO event_row;
+            IF e.terminal THEN
+                UPDATE stagecast.generations SET last = e.sequence, free = e.free, end_position = r_position,
+                    ended_at = e.at, end_event = event_row, undelivered = outbox WHERE id = generation_row;
+            ELSIF NOT begins THEN
+                UPDATE stagecast.generations SET last = e.sequence, free = e.free WHERE id = generation_row;
+            END IF;
+            UPDATE stagecast.users SET head = r_position, credit = decided.credit,
+                active = active + begins::integer - e.terminal::integer WHERE id = u.id;
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+
+CREATE FUNCTION stagecast.grant_v1(
+    the_user text, zero_id bigint, change bigint, key text, at timestamptz, key_until timestamptz, credits bigint
+) RETURNS TABLE (r_outcome text, r_credit bigint) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    u record;
+    earlier record;
+BEGIN
+    INSERT INTO stagecast.users (user_id, floor_id) VALUES (the_user, zero_id) ON CONFLICT DO NOTHING;
+    SELECT users.* INTO u FROM stagecast.users WHERE user_id = the_user FOR NO KEY UPDATE;
+    DELETE FROM stagecast.grants WHERE (owner, idempotency_key) IN (
+        SELECT owner, idempotency_key FROM stagecast.grants WHERE until <= at LIMIT 100 FOR UPDATE SKIP LOCKED
+    );
+    SELECT grants.* INTO earlier FROM stagecast.grants
+        WHERE owner = u.id AND idempotency_key = key AND until > at;
+    IF FOUND THEN
+        RETURN QUERY SELECT CASE WHEN earlier.amount = change THEN 'again' ELSE 'mismatch' END, earlier.credit;
+        RETURN;
+    END IF;
+    r_outcome := 'granted';
+    r_credit := greatest(0, coalesce(u.credit, credits) + change);
+    UPDATE stagecast.users SET credit = r_credit WHERE id = u.id;
+    IF key IS NOT NULL THEN
+        INSERT INTO stagecast.grants (owner, idempotency_key, amount, credit, until)
+            VALUES (u.id, key, change, r_credit, key_until)
+            ON CONFLICT (owner, idempotency_key)
+            DO UPDATE SET amount = excluded.amount, credit = excluded.credit, until = excluded.until;
+    END IF;
+    RETURN NEXT;
+END $$;
+
+
+-- Notes removals for the followers, and forgets some that all followers have read.
+CREATE FUNCTION stagecast.note_removals_v1(the_user text, generation_ids text[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO stagecast.removals (user_id, generation_id) SELECT the_user, unnest(generation_ids);
+    DELETE FROM stagecast.removals WHERE id IN (
+        SELECT id FROM stagecast.removals WHERE at < clock_timestamp() - interval '1 minute'
+            LIMIT 2 * cardinality(generation_ids) FOR UPDATE SKIP LOCKED
+    );
+END $$;
+
+
+-- Removes a finished generation: 'removed', 'unfinished', or 'unknown'.
+CREATE FUNCTION stagecast.remove_v1(the_generation text, retention boolean) RETURNS text
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    u record;
+    g record;
+    new_floor bigint;
+    gone bigint[];
+BEGIN
+    SELECT users.* INTO u FROM stagecast.users
+        WHERE id = (SELECT owner FROM stagecast.generations WHERE generation_id = the_generation) FOR NO KEY UPDATE;
+    SELECT generations.* INTO g FROM stagecast.generations WHERE generation_id = the_generation;
+    IF g.id IS NULL OR (g.deleted AND NOT retention) THEN
+        RETURN 'unknown';
+    ELSIF g.end_position IS NULL THEN
+        RETURN 'unfinished';
+    END IF;
+    new_floor := u.floor;
+    IF retention AND g.end_position > u.floor THEN
+        new_floor := g.end_position;
+        UPDATE stagecast.users SET floor = new_floor,
+            floor_id = (SELECT event_id FROM stagecast.events WHERE owner = u.id AND position = new_floor)
+            WHERE id = u.id;
+    END IF;
+    IF NOT g.deleted THEN
+        PERFORM stagecast.note_removals_v1(u.user_id, ARRAY[the_generation]);
+    END IF;
+    UPDATE stagecast.generations SET deleted = true, request_json = '', idempotency_key = NULL, fingerprint = '',
+        undelivered = false WHERE id = g.id;
+    IF g.end_position > new_floor THEN
+        UPDATE stagecast.events SET event = NULL, images = NULL WHERE generation = g.id;
+    END IF;
+    SELECT coalesce(array_agg(id), '{}') INTO gone FROM stagecast.generations
+        WHERE owner = u.id AND deleted AND end_position <= new_floor;
+    DELETE FROM stagecast.events WHERE generation = ANY (gone);
+    DELETE FROM stagecast.generations WHERE id = ANY (gone);
+    RETURN 'removed';
+END $$;
+
+
+-- Removes all that is stored of a user, and returns the ids of the generations; NULL: one is unfinished.
+CREATE FUNCTION stagecast.remove_user_v1(the_user text) RETURNS text[]
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    u record;
+    removed text[];
+BEGIN
+    SELECT users.* INTO u FROM stagecast.users WHERE user_id = the_user FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN '{}';
+    ELSIF u.active > 0 THEN
+        RETURN NULL;
+    END IF;
+    SELECT coalesce(array_agg(generation_id), '{}') INTO removed FROM stagecast.generations WHERE owner = u.id;
+    PERFORM stagecast.note_removals_v1(
+        the_user,
+        ARRAY(SELECT generation_id FROM stagecast.generations WHERE owner = u.id AND NOT deleted ORDER BY id)
+            || NULL::text
+    );
+    DELETE FROM stagecast.events WHERE owner = u.id;
+    DELETE FROM stagecast.generations WHERE owner = u.id;
+    DELETE FROM stagecast.grants WHERE owner = u.id;
+    DELETE FROM stagecast.users WHERE id = u.id;
+    RETURN removed;
+END $$;
+
+
+-- Saves a session, removes some that have expired, and beyond `most` of the user the least recently used ones.
+CREATE FUNCTION stagecast.save_session_v1(
+    the_pid text, the_user text, expires timestamptz, for_service boolean, live bigint, event bigint, seen bigint,
+    tombstones bigint[], head bigint, tag text, at timestamptz, expired timestamptz, most integer
+) RETURNS void LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    DELETE FROM stagecast.sessions WHERE sessions.pid IN (
+        SELECT sessions.pid FROM stagecast.sessions WHERE touched_at <= expired LIMIT 100 FOR UPDATE SKIP LOCKED
+    );
+    INSERT INTO stagecast.sessions
+        (pid, user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag, touched_at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+        ON CONFLICT (pid) DO UPDATE SET user_id = $2, expires_at = $3, service = $4, live = $5, event_id = $6,
+            seen = $7, open_tombstones = $8, head = $9, tag = $10, touched_at = $11;
+    DELETE FROM stagecast.sessions WHERE sessions.pid IN (
+        SELECT sessions.pid FROM stagecast.sessions WHERE user_id = the_user
+            ORDER BY touched_at DESC, id DESC OFFSET most
+    );
+END $$;
+
+
+-- Notes that the node lives, and returns what each node has noted last. By the clock of this server only.
+CREATE FUNCTION stagecast.beat_v1(node text) RETURNS TABLE (r_id text, r_seen timestamptz, r_now timestamptz)
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    INSERT INTO stagecast.nodes (id, seen) VALUES (node, clock_timestamp())
+        ON CONFLICT (id) DO UPDATE SET seen = excluded.seen;
+    RETURN QUERY SELECT id, seen, clock_timestamp() FROM stagecast.nodes;
+END $$;
+
+
+CREATE FUNCTION stagecast.offer_v1(node text, the_user text, the_generation text, for_fetching boolean)
+RETURNS boolean LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    next_turn bigint := greatest(
+        (SELECT max(turn) + 1 FROM stagecast.leases WHERE user_id = the_user AND fetching = for_fetching AND waiting),
+        (SELECT min(turn) FROM stagecast.leases WHERE fetching = for_fetching AND waiting),
+        0
+    );
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    INSERT INTO stagecast.leases AS held (generation_id, user_id, fetching, waiting, turn)
+        VALUES (the_generation, the_user, for_fetching, true, next_turn)
+        ON CONFLICT (generation_id)
+        DO UPDATE SET fetching = false, waiting = true, turn = excluded.turn, ticket = DEFAULT
+            WHERE NOT for_fetching AND held.fetching AND held.holder = node AND NOT held.waiting;
+    RETURN FOUND;
+END $$;
+
+
+CREATE FUNCTION stagecast.withdraw_v1(the_generation text) RETURNS boolean
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    DELETE FROM stagecast.leases WHERE generation_id = the_generation AND waiting AND holder IS NULL;
+    IF FOUND THEN
+        RETURN true;
+    END IF;
+    UPDATE stagecast.leases SET waiting = false, fetching = true WHERE generation_id = the_generation AND waiting;
+    RETURN FOUND;
+END $$;
+
+
+-- At most `most` generations of a line, in its order. A claim need not outlive a crash of the server: the append that
+-- comes before any paid work is flushed after it.
+CREATE FUNCTION stagecast.claim_v1(node text, for_fetching boolean, most integer, most_fetching integer)
+RETURNS SETOF text LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    found_id text;
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    PERFORM pg_advisory_xact_lock(hashtext('stagecast.claim'));
+    FOR round IN 1..most LOOP
+        UPDATE stagecast.leases SET waiting = false, holder = node WHERE generation_id = (
+            SELECT generation_id FROM stagecast.leases AS line
+            WHERE waiting AND fetching = for_fetching AND (holder IS NULL OR holder = node) AND (
+                NOT for_fetching OR most_fetching > (
+                    SELECT count(*) FROM stagecast.leases AS held
+                    WHERE held.user_id = line.user_id AND held.holder IS NOT NULL AND (held.fetching OR held.waiting)
+                )
+            )
+            ORDER BY turn, ticket LIMIT 1 FOR UPDATE SKIP LOCKED
+        ) RETURNING generation_id INTO found_id;
+        EXIT WHEN NOT FOUND;
+        RETURN NEXT found_id;
+    END LOOP;
+END $$;
+
+
+CREATE FUNCTION stagecast.release_v1(node text, the_generation text) RETURNS void
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    UPDATE stagecast.leases SET holder = NULL WHERE generation_id = the_generation AND holder = node AND waiting;
+    DELETE FROM stagecast.leases WHERE generation_id = the_generation AND holder = node AND NOT waiting;
+END $$;
+
+
+-- Ends the leases of dead nodes. Returns the unfinished generations that nobody holds and that are in no line, apart
+-- from external ones.
+CREATE FUNCTION stagecast.abandoned_v1(dead text[]) RETURNS SETOF text
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    DELETE FROM stagecast.nodes WHERE id = ANY (dead);
+    DELETE FROM stagecast.leases WHERE holder IS NOT NULL AND holder NOT IN (SELECT id FROM stagecast.nodes);
+    RETURN QUERY SELECT generation_id FROM stagecast.generations
+        WHERE end_position IS NULL AND NOT external AND NOT EXISTS (
+            SELECT FROM stagecast.leases WHERE leases.generation_id = generations.generation_id
+        )
+        ORDER BY id;
+END $$;
+
+
+CREATE FUNCTION stagecast.claim_chore_v1(node text, chore text, seconds double precision, dead text[])
+RETURNS boolean LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    INSERT INTO stagecast.chores AS chores (name, holder, until)
+        VALUES (chore, node, clock_timestamp() + make_interval(secs => seconds))
+        ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
+            WHERE chores.holder = node OR chores.until < clock_timestamp() OR chores.holder = ANY (dead)
+                OR chores.holder NOT IN (SELECT id FROM stagecast.nodes);
+    RETURN FOUND;
+END $$;

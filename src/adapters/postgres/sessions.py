@@ -1,0 +1,61 @@
+"""Sessions in PostgreSQL."""
+
+from collections.abc import Collection
+from datetime import datetime, timedelta
+from typing import Final
+
+from adapters.postgres.database import Database, is_text
+from domain.feed import Cursor
+from domain.identity import Identity
+from domain.ports.sessions import Session
+
+#: Sessions of one user; beyond them, the least recently used are removed.
+_PER_USER: Final = 1_000
+
+
+class PostgresSessions:
+    """`domain.ports.sessions.Sessions` in PostgreSQL."""
+
+    def __init__(self, database: Database, retention: timedelta) -> None:
+        self._database = database
+        self._retention = retention
+
+    async def save(self, pid: str, session: Session, *, at: datetime) -> None:
+        user_id, expires_at, service = session.identity
+        live, event_id, seen, tombstones = session.base
+        await self._database.fetch(
+            "SELECT stagecast.save_session_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+            *(pid, user_id, expires_at, service, live, event_id, seen, tombstones, session.head, session.tag, at),
+            *(at - self._retention, _PER_USER),
+        )
+
+    async def load(self, pid: str, *, at: datetime) -> Session | None:
+        if not is_text(pid):
+            return None
+        row = await self._database.fetchrow(
+            "SELECT user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag"
+            " FROM stagecast.sessions WHERE pid = $1 AND touched_at > $2",
+            pid,
+            at - self._retention,
+        )
+        if row is None:
+            return None
+        user_id, expires_at, service, live, event_id, seen, tombstones, head, tag = row
+        identity = Identity(user_id, expires_at, service=service)
+        return Session(identity, Cursor(live, event_id, seen, tuple(tombstones)), head, tag)
+
+    async def touch(self, pids: Collection[str], *, at: datetime) -> None:
+        touched = list(filter(is_text, pids))
+        if touched:
+            await self._database.fetch(
+                "WITH quickly AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))"
+                " UPDATE stagecast.sessions SET touched_at = $1 FROM quickly WHERE pid = ANY ($2) AND touched_at > $3",
+                *(at, touched, at - self._retention),
+            )
+
+    async def end(self, pid: str) -> None:
+        if is_text(pid):
+            await self._database.fetch("DELETE FROM stagecast.sessions WHERE pid = $1", pid)
+
+    async def end_all(self, user_id: str) -> None:
+        await self._database.fetch("DELETE FROM stagecast.sessions WHERE user_id = $1", user_id)

@@ -1,0 +1,301 @@
+"""Follows the log of all nodes, by reading the table of events again and again.
+
+Ids are drawn in order, but their transactions commit in another one. So ids that are skipped below the newest one read
+are kept as gaps, and asked for again in every read. A gap is given up once every transaction that had begun when it was
+found is over, because then its own was rolled back. Nothing waits for a slow transaction, and nothing is missed.
+
+Of one user, ids are in the order of the feed: the lock on the user's row is held until the commit.
+
+A notification only shortens the wait for the next read. Through a pooler in transaction mode none arrives.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any, Final
+
+from adapters.postgres.database import FAILURES, TIMEOUT, Connection, Database, reason_of, transaction
+from domain.errors import LogUnavailable
+from domain.feed import Logged
+from domain.followers import Followers
+from domain.ports.log import Gap, Removed, UserRemoved
+
+logger = logging.getLogger(__name__)
+
+#: Notified after appends.
+CHANNEL: Final = "stagecast"
+
+#: For `logged`; from the tables events, generations and users.
+ENTRY: Final = """users.user_id, events.position, events.event_id, generations.generation_id, events.sequence,
+    events.name, events.event, generations.first_position, events.images"""
+
+_READ: Final = f"""
+    SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS oldest, entry.*
+    FROM (SELECT) AS once LEFT JOIN (
+        SELECT events.id, {ENTRY}, generations.end_position
+        FROM (
+            (SELECT id FROM stagecast.events WHERE id > $1 ORDER BY id LIMIT $3)
+            UNION ALL SELECT id FROM stagecast.events WHERE id = ANY ($2::bigint[])
+        ) AS wanted
+        JOIN stagecast.events ON events.id = wanted.id
+        JOIN stagecast.generations ON generations.id = events.generation
+        JOIN stagecast.users ON users.id = events.owner
+    ) AS entry ON true
+    ORDER BY entry.id
+"""
+
+#: The last id drawn, and the ids below it that are not there, or not yet.
+_START: Final = """
+    SELECT last.id, ARRAY(
+        SELECT generate_series(greatest(1, last.id - $1 + 1), last.id)
+        EXCEPT SELECT id FROM stagecast.events WHERE id > last.id - $1
+    ) AS missing
+    FROM (SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS id FROM stagecast.events_id_seq) AS last
+"""
+
+#: Removals are read again for a while, as they do not commit in the order of their ids either.
+_REMOVALS: Final = """
+    SELECT id, user_id, generation_id FROM stagecast.removals WHERE at > clock_timestamp() - interval '10 seconds'
+    ORDER BY id
+"""
+
+#: Entries in one read.
+_PAGE: Final = 500
+#: Beyond so many unread entries, followers read the log again instead.
+_MOST_BEHIND: Final = 5_000
+#: How many of the last ids may still be open when the tail begins.
+_LOOK_BACK: Final = 5_000
+
+#: Seconds between two reads: with notifications or when it is quiet; while entries come and no notifications do.
+_POLL: Final = 0.25
+_POLL_QUICKLY: Final = 0.02
+#: Seconds for which a log is busy after an entry.
+_BUSY: Final = 1.0
+
+#: Seconds between two reads of removals.
+_REMOVALS_EVERY: Final = 1.0
+
+#: Seconds between two looks for gaps that will not be filled.
+_GIVE_UP_EVERY: Final = 1.0
+
+#: Seconds after which a tail that could not read has failed (H19).
+_STALE: Final = 5.0
+_BACKOFF: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Tail:
+    """Reads the log on a connection of its own, and delivers every entry to all followers."""
+
+    def __init__(self, listener: Database, node: str) -> None:
+        """`listener`: the database, past a pooler if there is one. `node`: this one, which wakes itself."""
+        self.followers = Followers()
+        #: Called when another node has put work in a line.
+        self.on_work: list[Any] = []
+        self._listener = listener
+        self._node = node
+        self._wake = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._last: int | None = None
+        #: The event id there: another one, or none, shows that the log has lost its end.
+        self._last_event: int | None = None
+        #: Ids below the last one, each with the transaction id that all that might fill it are below, once known.
+        self._gaps: dict[int, int | None] = {}
+        self._next_barrier = 0.0
+        #: The ids of the removals that were read last.
+        self._removals: set[int] | None = None
+        self._next_removals = 0.0
+        self._busy_until = 0.0
+        self._read_at = asyncio.get_running_loop().time()
+        #: Connections in a row that did not read anything.
+        self._failures = 0
+
+    def wake(self, *, removals: bool = False) -> None:
+        """Read now: entries, or removals too."""
+        if removals:
+            self._next_removals = 0.0
+        self._wake.set()
+
+    def check(self) -> None:
+        """Raise `LogUnavailable` if the log could not be read for some seconds."""
+        if asyncio.get_running_loop().time() - self._read_at > _STALE:
+            raise LogUnavailable
+
+    async def caught_up(self) -> None:
+        """Wait until everything that has been committed by now was delivered. Raises `LogUnavailable`."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._wake.set()
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                await waiter
+        except TimeoutError:
+            raise LogUnavailable from None
+
+    async def run(self) -> None:
+        """Read until cancelled."""
+        reason = ""
+        while True:
+            try:
+                connection = await self._listener.connect()
+                session = asyncio.create_task(self._follow(connection))
+                try:
+                    # Not cancelled: asyncpg would have the server cancel its statement, on another connection.
+                    await asyncio.shield(session)
+                finally:
+                    connection.terminate()
+                    self._wake.set()
+                    await asyncio.wait([session])
+                    session.exception()
+            except FAILURES as error:
+                if (new := reason_of(error)) != reason or not self._failures:
+                    reason = new
+                    logger.error("the follower of the log has no connection: %s", reason)
+            pause = _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
+            self._failures += 1
+            await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311
+
+    async def _begin(self, connection: Connection) -> None:
+        if not self._listener.pooled:
+            await connection.add_listener(CHANNEL, self._on_notification)
+            await connection.add_listener(f"{CHANNEL}_work", self._on_notification)
+        if self._last is None:
+            await self._restart(connection)
+            return
+        query = "SELECT event_id FROM stagecast.events WHERE id = $1"
+        row = await self._ask(connection, query, self._last)
+        if not row or row[0]["event_id"] != self._last_event:
+            await self._restart(connection)
+            self.followers.deliver(Gap())
+
+    async def _restart(self, connection: Connection) -> None:
+        """Begin at the newest entry."""
+        [(self._last, missing)] = await self._ask(connection, _START, _LOOK_BACK)
+        self._last_event = None
+        self._gaps = dict.fromkeys(missing)
+
+    def _on_notification(self, connection: Any, pid: int, channel: str, sender: object) -> None:
+        if sender == self._node:
+            return
+        if channel == CHANNEL:
+            self._wake.set()
+        else:
+            for wake in self.on_work:
+                wake()
+
+    async def _follow(self, connection: Connection) -> None:
+        loop = asyncio.get_running_loop()
+        await self._begin(connection)
+        self._failures = 0
+        while True:
+            self._wake.clear()
+            waiters, self._waiters = self._waiters, []
+            try:
+                removed = await self._read_removals(connection, now=bool(waiters))
+                full = await self._read(connection)
+            except BaseException:
+                self._waiters += waiters
+                raise
+            for removal in removed:  # After its entries, which were committed before it.
+                self.followers.deliver(removal)
+            self._read_at = loop.time()
+            if full:
+                self._waiters += waiters
+                continue
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+            quick = self._listener.pooled and loop.time() < self._busy_until
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_QUICKLY if quick else _POLL):
+                    await self._wake.wait()
+
+    async def _read(self, connection: Connection) -> bool:
+        """Read and deliver once. Return whether there may be more already."""
+        assert self._last is not None
+        rows = await self._ask(connection, _READ, self._last, list(self._gaps), _PAGE)
+        oldest = rows[0]["oldest"]
+        entries = [row for row in rows if row["id"] is not None]
+        new = [row["id"] for row in entries if row["id"] > self._last]
+        if new and (new[-1] - self._last > _MOST_BEHIND or (len(new) == _PAGE and await self._is_behind(connection))):
+            await self._restart(connection)
+            self.followers.deliver(Gap())
+            return True
+        if new:
+            self._gaps |= dict.fromkeys(sorted({*range(self._last + 1, new[-1])}.difference(new)))
+            self._last, self._last_event = new[-1], entries[-1]["event_id"]
+        for row in entries:
+            self._gaps.pop(row["id"], None)
+        # This read has seen all that was committed before `oldest`.
+        over = [gap for gap, barrier in self._gaps.items() if barrier is not None and barrier <= oldest]
+        for gap in over:
+            del self._gaps[gap]
+        for row in entries:
+            self._deliver_row(row)
+        await self._set_barrier(connection)
+        return len(new) == _PAGE
+
+    async def _read_removals(self, connection: Connection, *, now: bool) -> Sequence[Removed | UserRemoved]:
+        """The new removals, if it is time to look for them."""
+        present = asyncio.get_running_loop().time()
+        if not now and present < self._next_removals:
+            return ()
+        self._next_removals = present + _REMOVALS_EVERY
+        rows = await self._ask(connection, _REMOVALS)
+        known, self._removals = self._removals, {row["id"] for row in rows}
+        if known is None:
+            return ()
+        return [
+            UserRemoved(user_id) if generation_id is None else Removed(user_id, generation_id)
+            for number, user_id, generation_id in rows
+            if number not in known
+        ]
+
+    async def _is_behind(self, connection: Connection) -> bool:
+        assert self._last is not None
+        [(newest,)] = await self._ask(connection, "SELECT max(id) FROM stagecast.events")
+        return (newest or 0) - self._last > _MOST_BEHIND
+
+    async def _set_barrier(self, connection: Connection) -> None:
+        """Note for new gaps which transactions may fill them: those that have begun by now."""
+        now = asyncio.get_running_loop().time()
+        if now < self._next_barrier or None not in self._gaps.values():
+            return
+        self._next_barrier = now + _GIVE_UP_EVERY
+        [(barrier,)] = await self._ask(connection, "SELECT pg_current_xact_id()::text::bigint")
+        self._gaps = {gap: barrier if known is None else known for gap, known in self._gaps.items()}
+
+    async def _ask(self, connection: Connection, query: str, *arguments: object) -> Sequence[Any]:
+        watchdog = asyncio.get_running_loop().call_later(TIMEOUT, connection.terminate)
+        try:
+            async with transaction(connection, needed=self._listener.pooled):
+                return await connection.fetch(query, *arguments)  # type: ignore[no-any-return]
+        finally:
+            watchdog.cancel()
+
+    def _deliver_row(self, row: Any) -> None:
+        self._busy_until = asyncio.get_running_loop().time() + _BUSY
+        if row["event"] is None:  # It was removed before it was read.
+            self.followers.deliver(Gap())
+        else:
+            # As it was when it was appended.
+            ended = row["end_position"] == row["position"]
+            self.followers.deliver(logged(row, end=row["position"] if ended else None))
+
+
+def logged(row: Any, *, end: int | None) -> Logged:
+    """The entry of a row that has the columns `ENTRY`."""
+    return Logged(
+        row["user_id"],
+        row["position"],
+        row["event_id"],
+        row["generation_id"],
+        row["sequence"],
+        row["name"],
+        row["event"],
+        row["first_position"],
+        end,
+        json.loads(row["images"]) if row["images"] else {},
+    )
