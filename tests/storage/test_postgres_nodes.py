@@ -1,0 +1,219 @@
+"""Nodes over one PostgreSQL: work, chores and webhooks are done by one of them, and taken over from a dead one."""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import asyncpg
+import pytest
+
+from adapters.postgres import nodes as postgres_nodes
+from domain.errors import LogUnavailable
+from domain.ports.storage import Storage
+from support.builders import EventRecorder, SteppableClock
+from support.postgres import fresh_database, open_node
+
+
+@pytest.fixture
+def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres_nodes, "LEASE", 0.6)
+    monkeypatch.setattr(postgres_nodes, "BEAT", 0.1)
+
+
+@pytest.fixture
+async def url() -> AsyncIterator[str]:
+    async with fresh_database() as url:
+        yield url
+
+
+def recorder(storage: Storage) -> EventRecorder:
+    log: Any = storage.log
+    return EventRecorder(log, SteppableClock())
+
+
+class Mortal:
+    """A node that can be killed: nothing of it is released."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._opened = asyncio.Event()
+        self._task = asyncio.create_task(self._live())
+        self.storage: Storage
+
+    async def _live(self) -> None:
+        async with open_node(self._url, outbox=True) as self.storage:
+            self._opened.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                # Whatever it says at its end does not reach the database.
+                log: Any = self.storage.log
+                log._database._closed = True
+
+    async def opened(self) -> Storage:
+        await self._opened.wait()
+        return self.storage
+
+    async def kill(self) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+
+@asynccontextmanager
+async def mortal(url: str) -> AsyncIterator[Mortal]:
+    node = Mortal(url)
+    await node.opened()
+    try:
+        yield node
+    finally:
+        await node.kill()
+
+
+async def abandoned(storage: Storage, count: int) -> Collection[str]:
+    async with asyncio.timeout(20):
+        while len(found := await storage.leases.abandoned()) != count:
+            await asyncio.sleep(0.05)
+    return found
+
+
+async def test_each_generation_is_claimed_by_one_node(url: str) -> None:
+    async with open_node(url) as one, open_node(url) as two:
+        claims = [asyncio.create_task(node.leases.claim()) for node in (one, two) for _ in range(10)]
+        for number in range(20):
+            await one.leases.offer(f"user{number % 3}", f"g{number}")
+        async with asyncio.timeout(20):
+            assert sorted(await asyncio.gather(*claims)) == sorted(f"g{number}" for number in range(20))
+        assert await two.leases.count() == (0, 20)
+
+
+async def test_what_was_fetched_for_is_worked_on_where_it_was_fetched(url: str) -> None:
+    async with open_node(url) as one, open_node(url) as two:
+        await one.leases.offer("ada", "a1", fetching=True)
+        assert await one.leases.claim(fetching=True) == "a1"
+        elsewhere = asyncio.create_task(two.leases.claim())
+        assert await two.leases.offer("ada", "a1") is False
+        assert await one.leases.offer("ada", "a1") is True
+        async with asyncio.timeout(20):
+            assert await one.leases.claim() == "a1"
+        assert not elsewhere.done()
+        elsewhere.cancel()
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_the_work_of_a_dead_node_is_abandoned_after_the_lease_and_that_of_others_is_not(url: str) -> None:
+    async with open_node(url) as here, mortal(url) as node:
+        there = await node.opened()
+        running = [(await recorder(there).start("ada")).generation_id]
+        mine = (await EventRecorder(here.log, SteppableClock(), count=50).start("bob")).generation_id  # type: ignore[arg-type]
+        await there.leases.offer("ada", running[0])
+        await here.leases.offer("bob", mine)
+        assert await there.leases.claim() == running[0]
+        assert await here.leases.claim() == mine
+        await asyncio.sleep(1)
+        assert await here.leases.abandoned() == []
+        await node.kill()
+        assert await abandoned(here, 1) == running
+        assert await here.leases.offer("ada", running[0])
+        assert await here.leases.claim() == running[0]
+        assert await here.leases.renew([running[0], mine]) == []
+
+
+async def test_what_a_node_releases_or_leaves_at_its_end_is_abandoned_at_once(url: str) -> None:
+    async with open_node(url) as here:
+        async with open_node(url) as there:
+            one, two = [await recorder(there).start("ada")], None
+            two = await EventRecorder(there.log, SteppableClock(), count=9).start("ada")  # type: ignore[arg-type]
+            for generation in (*one, two):
+                await there.leases.offer("ada", generation.generation_id)
+                await there.leases.claim()
+            await there.leases.release(two.generation_id)
+            assert await here.leases.abandoned() == [two.generation_id]
+        assert len(await here.leases.abandoned()) == 2
+
+
+async def test_external_generations_are_not_abandoned(url: str) -> None:
+    async with open_node(url) as here:
+        append, _ = recorder(here).prepare_start()
+        assert append.start is not None
+        object.__setattr__(append.start, "external", True)
+        await here.log.append(append)
+        assert await here.leases.abandoned() == []
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_chores_and_webhooks_of_a_dead_node_are_taken_over(url: str) -> None:
+    async with open_node(url, outbox=True) as here, mortal(url) as node:
+        there = await node.opened()
+        await recorder(there).start_and_fail()
+        assert len(await there.outbox.claim_undelivered(9)) == 1
+        assert len(await there.outbox.claim_undelivered(9)) == 1
+        assert await there.leases.claim_chore("sweep", 60)
+        assert await there.leases.claim_chore("sweep", 60)
+        assert not await here.leases.claim_chore("sweep", 60)
+        assert await here.leases.claim_chore("retention", 60)
+        assert await here.outbox.claim_undelivered(9) == []
+        await node.kill()
+        async with asyncio.timeout(20):
+            while not await here.leases.claim_chore("sweep", 60):
+                await asyncio.sleep(0.05)
+            await here.leases.abandoned()
+            while not await here.outbox.claim_undelivered(9):
+                await asyncio.sleep(0.05)
+
+
+async def test_a_chore_that_is_over_is_for_anybody(url: str) -> None:
+    async with open_node(url) as here, open_node(url) as there:
+        assert await here.leases.claim_chore("sweep", 0.2)
+        assert not await there.leases.claim_chore("sweep", 0.2)
+        async with asyncio.timeout(20):
+            while not await there.leases.claim_chore("sweep", 60):
+                await asyncio.sleep(0.02)
+        assert not await here.leases.claim_chore("sweep", 60)
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_node_that_could_not_read_without_a_break_calls_nobody_dead(url: str) -> None:
+    async with open_node(url) as here:
+        log: Any = here.log
+        admin = await asyncpg.connect(url)
+        await admin.execute("INSERT INTO stagecast.nodes VALUES ('ghost', now() - interval '1 hour')")
+        async with asyncio.timeout(20):
+            while log._nodes.dead != ["ghost"]:
+                await asyncio.sleep(0.02)
+            log._nodes._beat_at -= 1  # As after a pause of the process.
+            assert log._nodes.dead == []
+            await log._nodes.beat()
+            assert log._nodes.dead == []
+            while log._nodes.dead != ["ghost"]:
+                await asyncio.sleep(0.02)
+        await admin.close()
+
+
+async def test_a_draining_node_claims_nothing_and_waits_for_what_it_holds(url: str) -> None:
+    async with open_node(url) as here, open_node(url) as there:
+        await here.leases.offer("ada", "a1")
+        assert await here.leases.claim() == "a1"
+        drained = asyncio.create_task(here.leases.drain())
+        waiting = asyncio.create_task(here.leases.claim())
+        await asyncio.sleep(0)
+        await here.leases.offer("ada", "a2")
+        async with asyncio.timeout(20):
+            assert await there.leases.claim() == "a2"
+            assert not drained.done()
+            await here.leases.release("a1")
+            await drained
+        assert not waiting.done()
+        waiting.cancel()
+
+
+async def test_a_stale_heartbeat_or_tail_fails_the_probe(url: str) -> None:
+    async with open_node(url) as here:
+        log: Any = here.log
+        await here.log.probe()
+        for part, attribute in ((log._nodes, "_beat_at"), (log._tail, "_read_at")):
+            setattr(part, attribute, getattr(part, attribute) - 6)
+            with pytest.raises(LogUnavailable):
+                await here.log.probe()
+            setattr(part, attribute, getattr(part, attribute) + 6)
