@@ -216,6 +216,10 @@ def _segment(text: str) -> str:
 class _Parser(argparse.ArgumentParser):
     """Never repeats a value in an error: it may be a secret in the wrong place."""
 
+    def print_help(self, file: Any = None) -> None:
+        """Unlike argparse's, fails if the output cannot be written, however long the help is."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         known, _, unknown = message.partition(": ")
         if known == "unrecognized arguments":
