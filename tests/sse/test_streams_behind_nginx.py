@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import socket
 from collections.abc import AsyncIterator
@@ -14,8 +15,9 @@ import pytest
 
 from adapters.system import now
 from support.builders import EventWriter, SteppableClock
-from support.event_stream import of_generation, open_stream
-from support.harness import TIMEOUT, Running, running
+from support.event_stream import ACCEPT, of_generation, open_stream
+from support.harness import TIMEOUT, running
+from support.node import ROOT
 
 #: Debian has it where a user's PATH does not lead.
 _NGINX: Final = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -30,20 +32,20 @@ http {{
     uwsgi_temp_path {folder}; scgi_temp_path {folder}; gzip on; gzip_types text/event-stream;
     server {{
         listen 127.0.0.1:{port};
-        location / {{ proxy_pass http://127.0.0.1:{service}; {extra} }}
+        {locations}
     }}
 }}
 """
 
 
 @asynccontextmanager
-async def behind_nginx(folder: Path, service: Running, extra: str = "") -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of nginx in front of the service."""
+async def behind_nginx(folder: Path, locations: str) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of nginx with these locations."""
     assert _NGINX is not None, "nginx is not installed"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     configuration = folder / "nginx.conf"
-    configuration.write_text(_CONFIGURATION.format(folder=folder, port=port, service=service.port, extra=extra))
+    configuration.write_text(_CONFIGURATION.format(folder=folder, port=port, locations=locations))
     process = await asyncio.create_subprocess_exec(_NGINX, "-p", folder, "-c", configuration, "-e", "stderr")
     try:
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT, trust_env=False) as http:
@@ -58,15 +60,19 @@ async def behind_nginx(folder: Path, service: Running, extra: str = "") -> Async
 
 async def _answers(http: httpx2.AsyncClient) -> bool:
     try:
-        return (await http.get("/health/live")).is_success
+        await http.get("/health/live")
     except httpx2.TransportError:
         return False
+    return True
 
 
 @needs_nginx
 @pytest.mark.parametrize("extra", ["", "proxy_http_version 1.1;"], ids=["defaults", "http-1.1"])
 async def test_nginx_passes_each_event_on_at_once(tmp_path: Path, extra: str) -> None:
-    async with running(tmp_path / "images") as service, behind_nginx(tmp_path, service, extra) as http:
+    async with (
+        running(tmp_path / "images") as service,
+        behind_nginx(tmp_path, f"location / {{ proxy_pass {service.url}; {extra} }}") as http,
+    ):
         writer = EventWriter(service.service.log, SteppableClock(now()))
         generation = await writer.start()
         async with (
@@ -87,3 +93,18 @@ async def test_nginx_passes_each_event_on_at_once(tmp_path: Path, extra: str) ->
             await again.rest()
             assert again.events == one.events[3:]
         await service.until_all_disconnected()
+
+
+@needs_nginx
+async def test_the_configuration_of_the_docs_lets_an_event_source_come_back(tmp_path: Path) -> None:
+    [locations] = re.findall(r"```nginx\n(.*?)```", (ROOT / "docs" / "sse.md").read_text(), re.DOTALL)
+    async with running(tmp_path / "images") as service:
+        locations = locations.replace("http://127.0.0.1:3000", service.url)
+        async with behind_nginx(tmp_path, locations) as http, open_stream(service, http=http) as stream:
+            await stream.named("authenticated")
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        away = locations.replace(service.url, f"http://127.0.0.1:{nobody.getsockname()[1]}")
+    async with behind_nginx(tmp_path, away) as http:
+        answer = await http.get("/generations/edit_1/events", headers=ACCEPT)
+    assert (answer.status_code, answer.text) == (200, "retry: 1000\n\n")
+    assert answer.headers["content-type"] == "text/event-stream"

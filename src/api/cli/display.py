@@ -132,7 +132,8 @@ class _LiveDisplay(Display):
     def _render(self) -> RenderableType:
         with self._lock:
             if not self.detailed:
-                return Group(*(generation.line() for generation in self._generations.values()))
+                lines = [generation.line() for generation in self._generations.values()]
+                return Group(*lines) if lines else Text("Waiting for a generation to start…", "dim")
             details = Group(*(each.details(self._stages[each.event["kind"]]) for each in self._generations.values()))
         if not self._has_pictures:
             return details
