@@ -9,6 +9,7 @@ from reliability import (
     cases_limits,
     cases_stops,
     cases_storage,
+    cases_streams,
     cases_supervision,
 )
 from reliability.cases import CASES
@@ -23,5 +24,6 @@ __all__ = [
     "cases_limits",
     "cases_stops",
     "cases_storage",
+    "cases_streams",
     "cases_supervision",
 ]
