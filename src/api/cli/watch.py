@@ -49,11 +49,12 @@ def run(url: str, token: str | None, *, user: str | None, path: str | None) -> N
 def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JSON:
     """Show the events, and return the terminal one of the generation with this path, unless it was removed."""
     picture = ""
-    unfinished: set[str] = set()
     positions: dict[str, int] = {}
+    unfinished: set[str] = set()
     for name, data in _events(http, url, path):
         if name == "authenticated":
             listed = {each["generationId"]: each for each in data["generations"]}
+            positions = {key: each["queuePosition"] for key, each in listed.items() if "queuePosition" in each}
             if not data["recovered"]:  # All events of unfinished generations follow. The others are only listed.
                 for generation_id in unfinished:
                     snapshot = listed.get(generation_id)
@@ -62,17 +63,17 @@ def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JS
                     elif snapshot["status"] in _TERMINAL:
                         display.show(snapshot)
                 unfinished.clear()
-            positions |= {key: each["queuePosition"] for key, each in listed.items() if "queuePosition" in each}
+            for generation_id in unfinished & positions.keys():
+                display.show_position(generation_id, positions[generation_id])
         elif name == "queue_position":
             positions[data["generationId"]] = data["queuePosition"]
-            if data["generationId"] in unfinished:
-                display.show_position(data["generationId"], data["queuePosition"])
+            display.show_position(data["generationId"], data["queuePosition"])
         elif name == "generation_removed":
             display.remove(data["generationId"])
         elif "progress" in data:
             unfinished.add(data["generationId"])
-            waiting = data["status"] == "started" and data["generationId"] in positions
-            display.show({**data, "queuePosition": positions[data["generationId"]]} if waiting else data)
+            position = positions.get(data["generationId"]) if data["status"] == "started" else None
+            display.show(data if position is None else {**data, "queuePosition": position})
             latest = next((data[key] for key in reversed(_PICTURES) if key in data), "")
             if path and picture != latest:
                 picture = latest
