@@ -123,6 +123,7 @@ USED = {
         "writable",
     },
     "api.rest.multipart._Parser": {"_charset", "_current_part", "items"},
+    "api.rest.routes.Route": {"app"},
 }
 
 #: Private names of libraries that are imported, or used on an object other than ``self``.
