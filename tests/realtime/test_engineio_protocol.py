@@ -101,7 +101,7 @@ async def test_a_second_poll_at_once_closes_the_session(service: Running) -> Non
     async with session(service) as path:
         first = await waiting(service, path)
         assert (await service.http.get(path)).status_code == 400
-        assert (await first).text == "1"
+        assert (await first).text == "6"
         assert (await service.http.get(path)).status_code == 400
 
 
@@ -168,7 +168,7 @@ async def test_a_session_ends_when_a_ping_is_not_answered_in_time(
             for _ in range(2):
                 assert await connection.recv() == "2"
                 await connection.send("3")
-            assert [await connection.recv(), await connection.recv()] == ["2", "1"]
+            assert await connection.recv() == "2"
             await connection.wait_closed()
         return
     async with session(service) as path:
@@ -176,7 +176,7 @@ async def test_a_session_ends_when_a_ping_is_not_answered_in_time(
             assert (await service.http.get(path)).text == "2"
             assert (await service.http.post(path, content="3")).text == "ok"
         assert (await service.http.get(path)).text == "2"
-        assert (await service.http.get(path)).text == "1"
+        assert (await service.http.get(path)).text == "6"
         assert (await service.http.get(path)).status_code == 400
 
 

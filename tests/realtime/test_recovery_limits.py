@@ -262,7 +262,7 @@ async def test_a_socket_closed_when_its_token_expires_is_notified_and_continues_
         await harness.recorder.start("eve")
         client = harness.open(None, way, first={"token": token(clock, "eve", 1 / 60)}, **WAITS)
         await client.ack()
-        assert await client.disconnected() == "transport close"
+        assert await client.disconnected() == {"polling": "transport error", "websocket": "transport close"}[way]
         assert client.notices == [["authentication_expired", {"code": "token_expired"}]]
         clock.step(1)
         await harness.recorder.run_to_end("eve")

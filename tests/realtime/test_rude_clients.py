@@ -314,7 +314,7 @@ async def test_a_waiting_poll_ends_at_shutdown(tmp_path: Path) -> None:
         poll = asyncio.create_task(service.http.get(f"/socket.io/?EIO=4&transport=polling&sid={sid}"))
         await service.until(lambda: service.service.sockets.eio.sockets[sid]._polling)
         service.server.begin_shutdown(now=True)
-        assert (await poll).text == "1"
+        assert (await poll).text == "6"
         await service.until(lambda: service.server.should_exit)
 
 

@@ -93,14 +93,16 @@ class EngineSocket:
         if self.upgraded or not len(self.buffer):
             self.close()
         else:
-            # The JavaScript client reads a CLOSE before the other packets of the same answer, and loses those.
             self._finishing = True
             asyncio.get_running_loop().call_later(CLOSE_GRACE, self.close)
 
     def close(self, *, abort: bool = False) -> None:
-        """Close without waiting for the client. `abort`: send nothing that still waits."""
+        """Close without waiting for the client. `abort`: send nothing that still waits.
+
+        Sends no CLOSE packet, after which python-socketio's client does not reconnect: the next poll is refused.
+        """
         if not self.gone:
-            self.buffer.close(None if abort else frames.CLOSE)
+            self.buffer.close()
             if self.upgraded:
                 self._start_writer()
             if self._heartbeat is not None:

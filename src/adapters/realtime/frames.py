@@ -34,7 +34,6 @@ def _control(kind: int) -> bytes:
     return frame(engine.Packet(kind).encode())
 
 
-CLOSE: Final = _control(engine.CLOSE)
 PING: Final = _control(engine.PING)
 NOOP: Final = _control(engine.NOOP)
 
