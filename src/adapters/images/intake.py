@@ -11,7 +11,7 @@ from io import BytesIO
 from itertools import chain, product
 from typing import Final
 
-from PIL import Image, ImageChops, ImageCms
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
 from adapters.images.codec import (
     MAX_PIXELS,
@@ -41,18 +41,7 @@ _MAGIC: Final = {
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 }
 
-#: By EXIF orientation.
-_TRANSPOSE: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-#: Those that swap width and height.
+#: The EXIF orientations that swap width and height.
 _TURNED: Final = range(5, 9)
 
 #: The longest side of a WebP, in pixels.
@@ -158,8 +147,9 @@ def _still(file: PictureFile, image: Image.Image, near: tuple[int, int]) -> Imag
         if file.padded and not _is_complete(image, file.padded, near):
             raise Unreadable
     still = _in_srgb(still, file)
-    method = _TRANSPOSE.get(orientation(file.exif))
-    return still if method is None else still.transpose(method)
+    still.getexif()[ExifTags.Base.Orientation] = orientation(file.exif)
+    ImageOps.exif_transpose(still, in_place=True)
+    return still
 
 
 def _is_complete(image: Image.Image, padded: bytes, near: tuple[int, int]) -> bool:
