@@ -27,7 +27,7 @@ from socketio.exceptions import SocketIOError
 from api import logs
 from api.app import create_server
 from api.auth import DEFAULT_USER
-from api.cli.client import Refused, Unavailable
+from api.cli.client import Refused, Unavailable, content_of
 from api.cli.display import Display, create_display
 from api.settings import Settings, SettingsError, load_settings
 from api.wiring import issue_token, wire
@@ -152,13 +152,14 @@ async def _run_edit(settings: Settings, folder: Path) -> None:
             ack = await device.call("authenticate", {"userId": DEFAULT_USER, "token": token}, timeout=10)
             if not ack["ok"]:
                 raise Refused(ack["message"])
-            with create_display(_body(await http.get("/stages")), detailed=True) as display:
+            with create_display(content_of(await http.get("/stages"), url), detailed=True) as display:
                 display.show_picture((_SAMPLES / _PHOTOGRAPHS[0]).read_bytes())
                 started = time.monotonic()
-                generation = _body(await http.post("/generations/edit", files=_form(url)))
+                generation = content_of(await http.post("/generations/edit", files=_form(url)), url)
                 received, result = await _follow(events, http, folder, display)
                 seconds = time.monotonic() - started
-            logged = _body(await http.get(f"/generations/{generation['generationId']}/events"))["events"]
+            path = f"/generations/{generation['generationId']}/events"
+            logged = content_of(await http.get(path), url)["events"]
         finally:
             await device.disconnect()
     if [item["data"] for item in logged] != received:
@@ -173,14 +174,6 @@ def _form(url: str) -> list[tuple[str, Any]]:
     fields = {"prompt": PROMPT, "imageUrls": f"{url}{_FACE}", "faceSwap": "true", "quality": "low"}
     files = [("images", (name, (_SAMPLES / name).read_bytes(), "image/webp")) for name in _PHOTOGRAPHS]
     return [*files, *((name, (None, value.encode())) for name, value in fields.items())]
-
-
-def _body(response: httpx2.Response) -> _JSON:
-    if not response.is_success:
-        raise Refused(f"the demo's service answered with status {response.status_code}.")
-    content = response.json()
-    assert isinstance(content, dict)
-    return content
 
 
 async def _follow(

@@ -64,7 +64,7 @@ def _discard_output() -> None:
 
 
 def serve(**overrides: Any) -> None:
-    """``stagecast serve``: run the service until a signal stops it."""
+    """Run the service until SIGTERM (running work is finished first) or SIGINT (immediately)."""
     settings = load_settings(overrides)
     _raise_descriptor_limit()
     _make_folder(settings)
@@ -88,7 +88,10 @@ def serve(**overrides: Any) -> None:
 
 
 def demo(folder: Path, **overrides: Any) -> None:
-    """``stagecast demo``: watch one edit, from the first event to the picture."""
+    """Run one edit of sample pictures on a service of its own, and store the result in a folder.
+
+    The client uses HTTP and Socket.IO. Nothing leaves this machine unless another editor or face swap is chosen.
+    """
     from api.cli.demo import demo_settings, run
 
     settings = demo_settings(overrides)
@@ -97,7 +100,11 @@ def demo(folder: Path, **overrides: Any) -> None:
 
 
 def check(**overrides: Any) -> None:
-    """``stagecast check``: validate the settings and the stores, and change nothing."""
+    """Validate the settings and every store, print the settings in effect, and list what is damaged.
+
+    Secrets are masked. Nothing is changed; a service may be running. Exit code 0: no damage; 1: damage was found; 2: a
+    setting is not valid; 3: a store cannot be opened.
+    """
     settings = load_settings(overrides)
     from api.cli.check import run
 
@@ -105,7 +112,10 @@ def check(**overrides: Any) -> None:
 
 
 def migrate(print_only: bool, **overrides: Any) -> None:
-    """``stagecast migrate``: bring the schema of the log in PostgreSQL to the present version."""
+    """Bring the schema of the log in PostgreSQL to the version of this Stagecast.
+
+    The service does so itself when it starts, unless its role may not.
+    """
     settings = load_settings(overrides)
     if not settings.log.startswith("postgresql://"):
         raise SettingsError("STAGECAST_LOG must be a postgresql:// URL: other logs are migrated when they are opened.")
@@ -156,7 +166,7 @@ def welcome(settings: Settings) -> str:
 
 
 def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # noqa: N803 (as --help shows it)
-    """``stagecast token``: print a token that the service accepts."""
+    """Print a JWT for a user, signed with STAGECAST_JWT_SECRET."""
     settings = load_settings(overrides)
     if settings.jwt_secret is None:
         raise SettingsError("STAGECAST_JWT_SECRET must be set: tokens are made with it.")
@@ -171,7 +181,7 @@ def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # 
 
 
 def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
-    """``stagecast credit``: change a user's balance on a running service, and print it."""
+    """Change a user's balance on a running service and print it. It does not fall below 0."""
     try:
         user = user_id(userId)
     except InvalidUserId as error:
@@ -186,7 +196,7 @@ def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
 
 
 def replay(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803
-    """``stagecast replay``: print the events of a generation on a running service."""
+    """Print the events of a generation from a running service."""
     from api.cli.display import event_line
 
     service = load_remote(remote)
@@ -200,7 +210,10 @@ def replay(generationId: str, user: str | None, **remote: Any) -> None:  # noqa:
 
 
 def watch(generationId: str | None, user: str | None, **remote: Any) -> None:  # noqa: N803
-    """``stagecast watch``: show the progress of generations on a running service."""
+    """Show the progress of a generation on a running service until it has ended.
+
+    Without an id, show that of all of a user's generations, until interrupted. Exit code 1: the generation failed.
+    """
     from api.cli.watch import run
 
     service = load_remote(remote)
@@ -239,15 +252,15 @@ def _parser() -> argparse.ArgumentParser:
     settings = list(describe_settings())
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def add(name: str, run: Callable[..., None], text: str, description: str) -> argparse.ArgumentParser:
+    def add(run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+        """Add a command, described by the docstring of its function."""
         command: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=description, allow_abbrev=False, formatter_class=_formatter
+            run.__name__, help=text, description=run.__doc__, allow_abbrev=False, formatter_class=_formatter
         )
         command.set_defaults(run=run)
         return command
 
-    description = "Run the service until SIGTERM (running work is finished first) or SIGINT (immediately)."
-    command = add("serve", serve, "run the service", description)
+    command = add(serve, "run the service")
     command.epilog = (
         "Each setting is also an environment variable or a line in .env: --local-seconds is STAGECAST_LOCAL_SECONDS. "
         "Flags come before variables, variables before .env. An empty value counts as not set. These have no flag: "
@@ -255,35 +268,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_settings(command, settings)
 
-    description = (
-        "Run one edit of sample pictures on a service of its own, over HTTP and Socket.IO, and store the result in a "
-        "folder. Nothing leaves this machine unless another editor or face swap is chosen."
-    )
-    command = add("demo", demo, "run one edit and watch it", description)
+    command = add(demo, "run one edit and watch it")
     text = "where the pictures are stored (var/demo)"
     command.add_argument("--folder", type=Path, default=Path("var/demo"), metavar="PATH", help=text)
     own = {"--port": "any free one", "--editor": "local", "--face-swap": "local"}
     shown = [setting for setting in settings if setting.flag in {*own, "--local-seconds"}]
     _add_settings(command, (each._replace(default=own.get(each.flag or "", each.default)) for each in shown))
 
-    description = (
-        "Validate the settings and every store, print the settings in effect without their secrets, and list what is "
-        "damaged. Nothing is changed; a service may be running. Exit code 0: no damage; 1: damage was found; 2: a "
-        "setting is not valid; 3: a store cannot be opened."
-    )
-    _add_settings(add("check", check, "validate the settings and the stores", description), settings)
+    _add_settings(add(check, "validate the settings and the stores"), settings)
 
-    description = (
-        "Bring the schema of the log in PostgreSQL to the version of this Stagecast. The service does so itself when "
-        "it starts, unless its role may not."
-    )
-    command = add("migrate", migrate, "migrate the schema of the log in PostgreSQL", description)
+    command = add(migrate, "migrate the schema of the log in PostgreSQL")
     text = "print the SQL that does it, for another role to run, and change nothing"
     command.add_argument("--print", action="store_true", dest="print_only", help=text)
     _add_settings(command, (setting for setting in settings if setting.variable == "STAGECAST_LOG"))
 
-    description = "Print a JWT for a user, signed with STAGECAST_JWT_SECRET."
-    command = add("token", token, "make a token for a user", description)
+    command = add(token, "make a token for a user")
     command.add_argument("userId", help="the user that the token is for")
     text = "the token may act for any user (scope stagecast:service)"
     command.add_argument("--service", action="store_true", help=text)
@@ -291,28 +290,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--ttl", type=float, default=3600, metavar="SECONDS", help=text)
     _add_settings(command, (setting for setting in settings if setting.variable.startswith("STAGECAST_JWT_")))
 
-    description = "Change a user's balance on a running service and print it. It does not fall below 0."
-    command = add("credit", credit, "change a user's balance", description)
+    command = add(credit, "change a user's balance")
     command.add_argument("userId", help="the user")
     command.add_argument("amount", type=int, help="the credits to add; a negative number takes them away")
-    _add_remote(command, "a service token; not needed in open mode")
+    _add_remote(command)
 
-    description = "Print the events of a generation from a running service."
-    command = add("replay", replay, "print the events of a generation", description)
+    command = add(replay, "print the events of a generation")
     command.add_argument("generationId", help="the generation")
-    text = "its owner: in open mode (default: demo), or with a service token"
-    command.add_argument("--user", metavar="ID", help=text)
-    _add_remote(command, "a token of its owner, or a service token; not needed in open mode")
+    _add_remote(command, of_owner=True)
 
-    description = (
-        "Show the progress of a generation on a running service until it has ended; without an id, that of all of a "
-        "user's generations, until interrupted. Exit code 1: the generation failed."
-    )
-    command = add("watch", watch, "show live progress", description)
+    command = add(watch, "show live progress")
     command.add_argument("generationId", nargs="?", help="the generation; default: all")
-    text = "the owner: in open mode (default: demo), or with a service token"
-    command.add_argument("--user", metavar="ID", help=text)
-    _add_remote(command, "a token of the owner, or a service token; not needed in open mode")
+    _add_remote(command, of_owner=True)
     return parser
 
 
@@ -332,9 +321,14 @@ def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting])
             arguments.add_argument(setting.flag, **value, default=argparse.SUPPRESS, help=text)
 
 
-def _add_remote(command: argparse.ArgumentParser, text: str) -> None:
+def _add_remote(command: argparse.ArgumentParser, *, of_owner: bool = False) -> None:
+    """Add the options of a command that calls a service; `of_owner`: it may be called with a token of the owner."""
+    if of_owner:
+        text = "the owner: in open mode (default: demo), or with a service token"
+        command.add_argument("--user", metavar="ID", help=text)
     arguments = command.add_argument_group("Service")
     where = "the address of the service; default: STAGECAST_URL, else http://localhost and STAGECAST_PORT"
     arguments.add_argument("--url", metavar="URL", default=argparse.SUPPRESS, help=where)
-    text = f"{text}; default: STAGECAST_TOKEN"
+    token = "a token of the owner, or a service token" if of_owner else "a service token"
+    text = f"{token}; not needed in open mode; default: STAGECAST_TOKEN"
     arguments.add_argument("--token", metavar="JWT", default=argparse.SUPPRESS, help=text)
