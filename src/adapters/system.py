@@ -1,12 +1,10 @@
 """The clock, randomness and limits of the operating system."""
 
+import base64
 import resource
 import secrets
-import string
 import sys
 from datetime import UTC, datetime
-
-_ALPHABET = string.ascii_lowercase + string.digits
 
 
 def now() -> datetime:
@@ -18,11 +16,7 @@ class SystemEntropy:
     """`domain.ports.system.Entropy` from the operating system."""
 
     def token(self) -> str:
-        number, token = secrets.randbelow(len(_ALPHABET) ** 16), ""
-        for _ in range(16):
-            number, digit = divmod(number, len(_ALPHABET))
-            token += _ALPHABET[digit]
-        return token
+        return base64.b32encode(secrets.token_bytes(10)).decode().lower()
 
     def event_id(self) -> int:
         return secrets.randbits(63)

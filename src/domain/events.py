@@ -124,4 +124,4 @@ def decode(encoded: bytes) -> Event:
 def timestamp(moment: datetime) -> str:
     """RFC 3339 in UTC, to the millisecond: ``2026-11-22T17:30:00.123Z``."""
     utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
-    return utc.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+    return utc.isoformat("T", "milliseconds")[:23] + "Z"

@@ -27,6 +27,9 @@ _TEXT: Final = re.compile(
     rf"([a-z0-9]{{1,32}})\.{_POSITION}\.(0|[1-9a-f][0-9a-f]{{0,15}})\.{_POSITION}{_TOMBSTONES}(?:\.([a-z0-9]{{1,32}}))?"
 )
 
+#: The pictures of an event without any.
+NO_IMAGES: Final[Mapping[str, str]] = MappingProxyType({})
+
 
 class Logged(NamedTuple):
     """One event in the log, at its position in its user's feed."""
@@ -43,7 +46,7 @@ class Logged(NamedTuple):
     first: int
     end: int | None
     #: The names of the stored pictures whose URLs are in the event, by its field.
-    images: Mapping[str, str] = MappingProxyType({})
+    images: Mapping[str, str] = NO_IMAGES
 
 
 class Feed(NamedTuple):
@@ -100,7 +103,9 @@ class Cursor(NamedTuple):
 
     def text(self, feed: str, tag: str | None = None) -> str:
         """The text for clients, to whom it is opaque."""
-        text = "-".join((f"{feed}.{self.live}.{self.event_id:x}.{self.seen}", *map(str, self.open_tombstones)))
+        text = f"{feed}.{self.live}.{self.event_id:x}.{self.seen}"
+        if self.open_tombstones:
+            text = "-".join((text, *map(str, self.open_tombstones)))
         return text if tag is None else f"{text}.{tag}"
 
     def usable(self, feed: Feed) -> bool:

@@ -1,7 +1,7 @@
 """One generation: the fold of its events. The `transitions` machine of its flow decides which event may follow."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from types import MappingProxyType, SimpleNamespace
@@ -95,7 +95,7 @@ class Snapshot(Outcome, _Header):
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """The state of one generation. Only `apply` changes it, and only `propose` makes its events."""
+    """The state of one generation. Only `propose` makes its events, and `after` its next states."""
 
     generation_id: str
     kind: Kind
@@ -186,9 +186,7 @@ class Generation:
             if guard and guard.field:
                 raise InvalidEventField(self.status, status, self.allowed, guard.field, guard.requirement)
             raise IllegalTransition(self.status, status, self.allowed)
-        after = replace(self)
-        after.apply(event, images)
-        return event, after
+        return event, self.after(event, images)
 
     def ending(self, failure: Failure) -> tuple[str, dict[str, Any]]:
         """The status in which the generation ends if its present stage fails, and the fields of that event.
@@ -201,18 +199,25 @@ class Generation:
                 return status, {"face_swap_error": FaceSwapError(code=failure.code, message=failure.sentence)}
         return FAILED, failure.fields
 
-    def apply(self, event: Event, images: Mapping[str, str] = NONE) -> None:
-        """Take the next event in the log, and the names of the pictures that it brings. Does not check either."""
-        self.created_at = self.created_at or event.occurred_at
-        self.updated_at = event.occurred_at
-        self.status, self.progress, self.message = event.status, event.progress, event.message
-        self.sequence = event.sequence
-        self.input = event.input or self.input
+    def after(self, event: Event, images: Mapping[str, str] = NONE) -> "Generation":
+        """As it is after its next event, with the names of the pictures that this brings. Does not check either."""
         given = _OUTCOME & event.model_fields_set
         found = {name: value for name in given if (value := getattr(event, name)) is not None}
-        # Shared between copies, so replaced rather than changed.
-        self.outcome = {**self.outcome, **found} if found else self.outcome
-        self.images = {**self.images, **images} if images else self.images
+        return Generation(
+            self.generation_id,
+            self.kind,
+            self.user_id,
+            self.request,
+            event.status,
+            event.progress,
+            event.sequence,
+            event.message,
+            self.created_at or event.occurred_at,
+            event.occurred_at,
+            {**self.outcome, **found} if found else self.outcome,
+            {**self.images, **images} if images else self.images,
+            event.input or self.input,
+        )
 
     def snapshot(self, expires_at: str | None = None, queue_position: int | None = None) -> Snapshot:
         """What clients get. `expires_at`: when a finished generation is removed."""

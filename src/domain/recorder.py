@@ -2,9 +2,11 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from datetime import timedelta
-from typing import Any, Final
+from functools import partial
+from types import coroutine
+from typing import Any, Final, TypeVar, cast
 
 from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import URL_FIELDS, Input, encode, event_name
@@ -15,6 +17,8 @@ from domain.ports.system import Clock, Entropy
 from domain.rehydrate import UNREADABLE, generation_of, readable_part_of
 from domain.stages import FLOWS, STARTED
 from domain.stored_images import StoredImages
+
+T = TypeVar("T")
 
 #: Seconds after which one append counts as unanswered.
 _TIMEOUT: Final = 2.0
@@ -126,6 +130,7 @@ class Recorder:
         fields: Mapping[str, Any],
         patience: float,
         images: Mapping[str, str] = NONE,
+        event_id: int | None = None,
         **rest: Any,
     ) -> tuple[Logged, Generation]:
         """Append the next event; `rest` are further fields of `Append`. Return it, and the generation after it."""
@@ -137,20 +142,20 @@ class Recorder:
             user_id=generation.user_id,
             generation_id=generation.generation_id,
             sequence=event.sequence,
+            event_id=self._entropy.event_id() if event_id is None else event_id,
             event=encode(event),
             name=event_name(status),
             at=at,
             credit=FLOWS[generation.kind][status].credit,
             terminal=after.finished,
             images={field: name for field, name in after.images.items() if getattr(event, field) is not None},
-            **{"event_id": self._entropy.event_id(), **rest},
+            **rest,
         )
         loop = asyncio.get_running_loop()
         give_up, attempts = loop.time() + patience, 0
         while True:
             try:
-                async with asyncio.timeout(_TIMEOUT):
-                    logged = await self._log.append(append)
+                logged = await _within(_TIMEOUT, self._log.append(append))
                 break
             except (LogUnavailable, TimeoutError):
                 pause = _PAUSES[min(attempts, len(_PAUSES) - 1)]
@@ -158,9 +163,38 @@ class Recorder:
                     raise LogUnavailable from None
             await asyncio.sleep(pause)
             attempts += 1
-        await self._drop_lost_images(after)
+        if append.terminal:
+            await self._drop_lost_images(after)
         return logged, after
 
     async def _drop_lost_images(self, generation: Generation) -> None:
         if not generation.input_images:
             await self._images.discard(*generation.request.images)
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, and cancel it after these seconds.
+
+    If it does not wait at all, no timer is set: that would cost as much as an append in memory.
+    """
+    try:
+        awaited = work.send(None)
+    except StopIteration as done:
+        return cast(T, done.value)
+    async with asyncio.timeout(seconds):
+        return await _resume(work, awaited)
+
+
+@coroutine
+def _resume(work: Coroutine[Any, Any, T], awaited: object) -> Generator[object, None, T]:
+    """Go on with `work`, which waits for `awaited`."""
+    while True:
+        step = partial(work.send, None)
+        try:
+            yield awaited
+        except BaseException as error:
+            step = partial(work.throw, error)
+        try:
+            awaited = step()
+        except StopIteration as done:
+            return cast(T, done.value)

@@ -34,7 +34,7 @@ def readable_part_of(history: History) -> Generation:
         generation.request = request_of(history)
     for entry in history.events:
         with contextlib.suppress(*UNREADABLE):
-            generation.apply(decode(entry.event or b""), entry.images)
+            generation = generation.after(decode(entry.event or b""), entry.images)
         generation.sequence = entry.sequence
     return generation
 
@@ -47,7 +47,7 @@ def generation_of(history: History) -> Generation:
     entries = history.events if len(history.events) <= 3 else [history.events[0], *history.events[-2:]]
     generation = _before(history, request_of(history))
     for entry in entries:
-        generation.apply(decode(entry.event or b""), entry.images)
+        generation = generation.after(decode(entry.event or b""), entry.images)
     return generation
 
 

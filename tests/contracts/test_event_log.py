@@ -116,7 +116,7 @@ async def test_only_the_next_sequence_is_accepted(recorder: EventRecorder, log: 
     before = await image(log, "ada", generation.generation_id)
     for sequence in (0, 1, 3, 4, 100):
         with pytest.raises(Conflict) as refusal:
-            await log.append(replace(append, sequence=sequence))
+            await log.append(append._replace(sequence=sequence))
         assert (refusal.value.proposed, refusal.value.actual) == (sequence, 1)
     assert await image(log, "ada", generation.generation_id) == before
     await log.append(append)
@@ -129,7 +129,7 @@ async def test_nothing_follows_the_terminal_event(recorder: EventRecorder, log: 
     before = await image(log, "ada", running.generation_id)
     for sequence in (2, 3):
         with pytest.raises(Conflict) as refusal:
-            await log.append(replace(append, sequence=sequence))
+            await log.append(append._replace(sequence=sequence))
         assert refusal.value.actual == 2
     assert await image(log, "ada", running.generation_id) == before
 
@@ -139,7 +139,7 @@ async def test_an_event_without_a_start_is_refused(recorder: EventRecorder, log:
     append, _ = recorder.prepare(unborn, "composition")
     for sequence in (1, 2):
         with pytest.raises(Conflict) as refusal:
-            await log.append(replace(append, sequence=sequence))
+            await log.append(append._replace(sequence=sequence))
         assert refusal.value.actual == 0
     assert await log.generation(unborn.generation_id) is None
     assert (await full_feed(log)).head == 0
@@ -150,7 +150,7 @@ async def test_a_generation_id_in_use_cannot_be_started_again(recorder: EventRec
     await log.append(append)
     for user_id in ("ada", "bob"):
         with pytest.raises(Conflict):
-            await log.append(replace(from_another_writer(append, 7), user_id=user_id))
+            await log.append(from_another_writer(append, 7)._replace(user_id=user_id))
     assert (await log.credit("ada"), await log.credit("bob")) == (99, 100)
 
 
@@ -255,9 +255,9 @@ async def test_an_event_id_at_another_sequence_is_not_a_retry(recorder: EventRec
     append, generation = recorder.prepare(await recorder.start(), "composition")
     await log.append(append)
     with pytest.raises(Conflict):
-        await log.append(replace(append, sequence=1))
+        await log.append(append._replace(sequence=1))
     other, _ = recorder.prepare(generation, "composition_completed")
-    await log.append(replace(other, event_id=append.event_id))
+    await log.append(other._replace(event_id=append.event_id))
     assert (await full_feed(log)).head == 3
 
 
@@ -305,21 +305,21 @@ async def test_checks_are_made_in_the_declared_order(opener: LogOpener) -> None:
     keyless = replace(mismatch, key=None)
 
     # Everything is wrong at once, and then one thing less at a time.
-    wrong = replace(from_another_writer(first, 5), sequence=9, not_after=late, start=mismatch)
+    wrong = from_another_writer(first, 5)._replace(sequence=9, not_after=late, start=mismatch)
     before = await image(log, "ada", first.generation_id)
     with pytest.raises(LogUnavailable):
         await log.append(wrong)
     with pytest.raises(IdempotencyMismatch):
-        await log.append(replace(wrong, not_after=None))
+        await log.append(wrong._replace(not_after=None))
     with pytest.raises(AlreadyStarted):
-        await log.append(replace(wrong, not_after=None, start=replace(mismatch, fingerprint="one")))
+        await log.append(wrong._replace(not_after=None, start=replace(mismatch, fingerprint="one")))
     with pytest.raises(Conflict):
-        await log.append(replace(wrong, not_after=None, start=keyless))
-    fresh = replace(wrong, not_after=None, start=keyless, generation_id="edit_1_fresh", sequence=1)
+        await log.append(wrong._replace(not_after=None, start=keyless))
+    fresh = wrong._replace(not_after=None, start=keyless, generation_id="edit_1_fresh", sequence=1)
     with pytest.raises(TooManyGenerations):
         await log.append(fresh)
     with pytest.raises(InsufficientCredit):
-        await log.append(replace(fresh, start=replace(keyless, max_unfinished=2)))
+        await log.append(fresh._replace(start=replace(keyless, max_unfinished=2)))
     assert await image(log, "ada", first.generation_id) == before
     assert await log.generation("edit_1_fresh") is None
 

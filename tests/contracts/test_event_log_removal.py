@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 
@@ -35,7 +34,7 @@ async def test_a_removed_generation_looks_like_an_unknown_one(
     assert await log.remove(ended.generation_id, retention=retention) is False
     append, _ = recorder.prepare(await recorder.start(), "composition")
     with pytest.raises(Conflict) as refusal:
-        await log.append(replace(append, generation_id=ended.generation_id, sequence=7))
+        await log.append(append._replace(generation_id=ended.generation_id, sequence=7))
     assert refusal.value.actual == 0
 
 

@@ -1,6 +1,5 @@
 """The checks of an append, in their order."""
 
-from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
@@ -40,13 +39,13 @@ def start_with(faults: set[str]) -> tuple[Append, Known]:
     entry = Append("ada", "edit_1_a", 1, 7, b"{}", "generation_started", NOON, credit=-1, start=START)
     known = Known(unfinished=2, credit=1)
     if "late" in faults:
-        entry = replace(entry, not_after=NOON)
+        entry = entry._replace(not_after=NOON)
     if "key used" in faults:
         known = known._replace(begun=IdempotencyRecord("edit_1_b", "same"))
     if "key with another request" in faults:
         known = known._replace(begun=IdempotencyRecord("edit_1_b", "other"))
     if "sequence" in faults:
-        entry = replace(entry, sequence=3)
+        entry = entry._replace(sequence=3)
     if "exists" in faults:
         known = known._replace(exists=True)
     if "ended" in faults:

@@ -5,7 +5,7 @@ import json
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,7 +121,7 @@ def fold(
     """The fold of all these events."""
     generation = Generation(generation_id, kind, user_id, request)
     for event in events:
-        generation.apply(event)
+        generation = generation.after(event)
     return generation
 
 
@@ -349,4 +349,4 @@ def statuses(history: History | None) -> list[str]:
 
 def from_another_writer(append: Append, event_id: int) -> Append:
     """The same append by another writer: equal bytes, another event id."""
-    return replace(append, event_id=event_id)
+    return append._replace(event_id=event_id)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from domain.append_rules import Known, decide
 from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
 from domain.events import CONTINUE, NAMES
-from domain.feed import Cursor, Feed, Logged, zero_id
+from domain.feed import NO_IMAGES, Cursor, Feed, Logged, zero_id
 from domain.followers import Followers
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed, Start, UserRemoved
@@ -61,11 +61,11 @@ class _Record:
         return self.events.split(b"\n") if isinstance(self.events, bytes) else self.events
 
     def entry(self, index: int, event: bytes | None) -> Logged:
-        position, event_id = self.places[2 * index : 2 * index + 2]
+        position = self.places[2 * index]
         return Logged(
             self.user.user_id,
             position,
-            event_id,
+            self.places[2 * index + 1],
             self.generation_id,
             index + 1,
             self.end_name if position == self.end else NAMES["started"] if index == 0 else CONTINUE,
@@ -76,8 +76,10 @@ class _Record:
         )
 
     def images_at(self, index: int) -> Mapping[str, str]:
-        flat = next((change for change in reversed(self.images) if change[0] <= index), (0,))
-        return dict(zip(flat[1::2], flat[2::2], strict=True))
+        for start, *names in reversed(self.images):
+            if start <= index:
+                return dict(zip(names[::2], names[1::2], strict=True))
+        return NO_IMAGES
 
     def at(self, position: int) -> Logged:
         index = bisect.bisect_left(self.places[::2], position)
@@ -362,11 +364,12 @@ class MemoryLog:
     def _known(self, entry: Append, user: _User, record: _Record | None) -> Known:
         known = record or self._finished.get(entry.generation_id)  # A deleted one is no longer in `_records`.
         begun = user.keys.get(entry.start.key) if entry.start else None
+        sequence = len(record.places) // 2 if record else 0
         return Known(
             exists=known is not None,
             ended=known is not None and known.ended_at is not None,
-            sequence=0 if record is None else len(record.places) // 2,
-            event_id=next(iter(record.places[2 * entry.sequence - 1 : 2 * entry.sequence]), None) if record else None,
+            sequence=sequence,
+            event_id=record.places[2 * entry.sequence - 1] if record and 0 < entry.sequence <= sequence else None,
             begun=IdempotencyRecord(begun, self._records[begun].start.fingerprint) if begun else None,
             unfinished=len(user.active),
             credit=user.credit if self._credits is not None else None,

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
-from domain.feed import Cursor, Feed, Logged
+from domain.feed import NO_IMAGES, Cursor, Feed, Logged
 from domain.stages import Kind
 
 
@@ -26,8 +26,7 @@ class Start:
     external: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(NamedTuple):
     """One event on its way into the log."""
 
     user_id: str
@@ -50,7 +49,7 @@ class Append:
     #: The provider that works in this stage is free, so the work may be repeated after a crash.
     free: bool = False
     #: The names of the stored pictures that this event brings, by its field: ``{"composition_url": "edit_….png"}``.
-    images: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, str] = NO_IMAGES
 
 
 class Gap(NamedTuple):

@@ -11,7 +11,7 @@ class Entropy(Protocol):
     """Where randomness comes from."""
 
     def token(self) -> str:
-        """16 characters of ``[a-z0-9]``: over 80 random bits."""
+        """16 characters of ``[a-z0-9]``: 80 random bits."""
 
     def event_id(self) -> int:
         """63 random bits."""
