@@ -74,12 +74,15 @@ async def test_a_connection_that_breaks_loses_nothing(service: Running, writer: 
     assert [int(line.split()[0]) for line in result.output.splitlines()] == [0, 20, 40, 60, 80, 100]
 
 
-async def watched(url: str, user: str, *until: str) -> list[str]:
-    """The lines that `stagecast watch` prints into a pipe, up to one with each of these texts, in order."""
+async def watched(url: str, user: str, *until: str, lines: list[str] | None = None) -> list[str]:
+    """The lines that `stagecast watch` prints into a pipe, up to one with each of these texts, in order.
+
+    They are added to `lines` as they come.
+    """
     command = [*STAGECAST, "watch", "--url", url, "--user", user]
     child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=environment({}))
     assert child.stdout is not None
-    lines = list[str]()
+    lines = [] if lines is None else lines
     try:
         async with asyncio.timeout(TIMEOUT):
             for text in until:
@@ -167,10 +170,11 @@ async def test_the_place_in_line_is_shown_until_the_work_begins(tmp_path: Path) 
         await pause.reached.wait()
         before, after = await busy.start(), await busy.start()
         expected = ("Waiting: next in line", "Waiting: number 2 in line", "Waiting: next in line", "100 %")
-        watching = asyncio.create_task(watched(busy.url, "ada", *expected))
+        shown = list[str]()
+        watching = asyncio.create_task(watched(busy.url, "ada", *expected, lines=shown))
         await busy.until(lambda: bool(busy.service.streams.open))
         assert (await busy.http.post(f"/generations/{before}/cancel", headers={"X-User-Id": "ada"})).is_success
-        await busy.until(lambda: not any(len(each.buffer) for each in busy.service.streams.open))
+        await busy.until(lambda: any(after in line and "next in line" in line for line in shown))
         pause.released.set()
         lines = [line for line in await watching if after in line]
     assert ["Waiting" in line for line in lines] == [True, True] + [False] * (len(lines) - 2)
