@@ -60,7 +60,8 @@ class StreamReader:
 )
 async def streams_of_a_killed_service(trial: Trial, kills: int, users: int, each: int, alive: float) -> None:
     chance = random.Random(40)
-    deployment = Deployment(trial.folder / "streams", {"local_seconds": 0.1, "max_running": 2, "credits": "off"})
+    flags = {"local_seconds": 0.1, "max_running": 2, "max_per_user": 1_000, "max_waiting": 1_000, "credits": "off"}
+    deployment = Deployment(trial.folder / "streams", flags)
     names = [f"user-{number}" for number in range(users)]
     limits = httpx2.Limits(max_connections=None)
     async with (
