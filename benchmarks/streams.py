@@ -39,7 +39,7 @@ def resident() -> int:
 
 async def append_all(service: Service) -> None:
     """One generation."""
-    entropy, request = SystemEntropy(), GenerationRequest(prompt="x", metadata={"filler": "x" * 900})
+    entropy, request = SystemEntropy(), GenerationRequest(prompt="x", external=True, metadata={"filler": "x" * 900})
     generation_id = f"edit_1_{entropy.token()}"
     for sequence in range(1, EVENTS + 1):
         last = sequence == EVENTS
