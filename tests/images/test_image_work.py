@@ -8,6 +8,7 @@ import time
 import pytest
 
 from adapters.images.threads import ImageThreads
+from domain.errors import Draining
 from domain.identity import WORKING_FOR
 
 
@@ -68,6 +69,21 @@ async def test_work_cancelled_in_the_queue_is_never_started() -> None:
     await threads.run(int)
     assert not begun.is_set()
     threads.close()
+
+
+async def test_closed_threads_refuse_the_work_that_waits_and_all_that_comes() -> None:
+    threads = ImageThreads(1)
+    barrier = threading.Barrier(2)
+    first = asyncio.ensure_future(threads.run(barrier.wait))
+    second = asyncio.ensure_future(threads.run(int))
+    while not barrier.n_waiting:
+        await asyncio.sleep(0.005)
+    threads.close()
+    barrier.wait()
+    await first
+    for late in (second, threads.run(int)):
+        with pytest.raises(Draining):
+            await late
 
 
 # --- the queue --------------------------------------------------------------------------------------------

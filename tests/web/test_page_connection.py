@@ -32,6 +32,9 @@ pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="modu
 
 EDITOR = PromptedEditor()
 
+#: A service that stops may refuse thumbnails.
+STOPPING = f"{NETWORK}|status of 503"
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
@@ -241,7 +244,7 @@ async def test_after_a_restart_without_history_the_page_shows_the_current_state(
 ) -> None:
     async with AsyncExitStack() as first:
         await first.enter_async_context(serving(tmp_path / "first", port))
-        async with tabs(browser, f"http://127.0.0.1:{port}", user="fay", ignore=NETWORK) as [tab]:
+        async with tabs(browser, f"http://127.0.0.1:{port}", user="fay", ignore=STOPPING) as [tab]:
             await started(tab, "a lost hat")
             await tab.upgraded()
             await first.aclose()
@@ -260,7 +263,7 @@ async def test_after_a_restart_with_its_log_nothing_is_missing(browser: Browser,
     log = MemoryLog(epoch="e", credits=100, clock=now)
     async with AsyncExitStack() as first:
         await first.enter_async_context(serving(tmp_path, port, storage=memory_storage(log)))
-        async with tabs(browser, f"http://127.0.0.1:{port}", user="gus", ignore=NETWORK) as [tab]:
+        async with tabs(browser, f"http://127.0.0.1:{port}", user="gus", ignore=STOPPING) as [tab]:
             await tab.start("a kept hat")
             await tab.shows("completed")
             await tab.upgraded()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar, TypeVarTuple
 
+from domain.errors import Draining
 from domain.identity import WORKING_FOR
 
 Args = TypeVarTuple("Args")
@@ -66,6 +67,7 @@ class ImageThreads:
         #: The virtual time (the work done per waiting user), and the tag of each user's last turn.
         self._now = 0.0
         self._tags: dict[str, float] = {}
+        self._closed = False
 
     async def run(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
         """Run the function on a thread. If cancelled while it waits, it is never started."""
@@ -77,13 +79,15 @@ class ImageThreads:
     async def turn(self, cost: int = _USUAL) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
         """Wait for a thread, and yield a function that runs calls on it. Load data inside, not while waiting.
 
-        `cost`: pixels times passes over them.
+        `cost`: pixels times passes over them. Raises `Draining` once the threads are closed.
         """
         turn = self._enter(WORKING_FOR.get(), cost)
         try:
             await asyncio.wrap_future(turn.granted)
 
             async def run(function: Callable[[*Args], Result], *args: *Args) -> Result:
+                if self._closed:
+                    raise Draining
                 call: Callable[..., Result] = partial(_trimmed, function) if cost >= _USUAL else function
                 turn.job = job = self._pool.submit(call, *args)
                 return await asyncio.wrap_future(job)
@@ -96,12 +100,14 @@ class ImageThreads:
                 turn.job.add_done_callback(lambda _: self._leave(turn))
 
     def close(self) -> None:
-        """Cancel waiting work, and end the threads after their current calls."""
+        """Refuse the work that waits and all that comes, and end the threads after their current calls."""
         with self._lock:
+            self._closed = True
             for turn in self._waiting:
-                turn.granted.cancel()
+                with contextlib.suppress(Exception):  # It was cancelled.
+                    turn.granted.set_exception(Draining())
             self._waiting.clear()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False)
 
     def _enter(self, user: str, cost: int) -> _Turn:
         with self._lock:

@@ -44,7 +44,7 @@ async def get_stages(times: Times) -> Response:
                 for media_type in ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
             },
         },
-        **documented("not_found", "invalid_request", "storage_failed"),
+        **documented("not_found", "invalid_request", "storage_failed", "draining"),
     },
 )
 async def get_image(
