@@ -48,6 +48,30 @@ async def fits(tab: Tab) -> bool:
 
 
 @pytest.mark.parametrize("size", [PHONE, NARROW, LAPTOP])
+@pytest.mark.parametrize("locale", ["en-GB", "tr-TR"])
+async def test_the_header_has_room_for_the_name_of_the_user(
+    browser: Browser, service: Running, size: tuple[int, int], locale: str
+) -> None:
+    user = "ada@example.com"
+    async with tabs(browser, service.url, user=user, viewport=viewport(size), locale=locale) as [tab]:
+        name = tab["#user-button"]
+        await expect(name).to_have_text(user)
+        await expect(name).to_have_attribute("title", user)
+        assert await name.evaluate("(name) => name.scrollWidth <= name.clientWidth")
+        rows = {await tab[part].evaluate("(part) => part.offsetTop") for part in ("#cut", "#credit", "#language")}
+        assert max(rows) < 80
+        assert await fits(tab)
+
+
+async def test_the_prompt_is_on_the_screen_when_a_laptop_opens_the_form(browser: Browser, service: Running) -> None:
+    async with tabs(browser, service.url, user="laptop", viewport=viewport(LAPTOP)) as [tab]:
+        assert await is_on_screen(tab["#prompt"])
+        await tab["#samples"].click()
+        await expect(tab["#tray li"]).not_to_have_count(0)
+        assert await is_on_screen(tab["#prompt"])
+
+
+@pytest.mark.parametrize("size", [PHONE, NARROW, LAPTOP])
 async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
     browser: Browser, service: Running, size: tuple[int, int]
 ) -> None:
@@ -156,6 +180,18 @@ async def test_a_long_prompt_can_be_expanded(browser: Browser, service: Running,
         await tab.start("a short hat")
         await tab.shows("completed", "a short hat")
         await expect(tab["#whole"]).to_be_hidden()
+
+
+async def test_a_generation_started_elsewhere_has_its_own_shape_and_request(browser: Browser, service: Running) -> None:
+    async with tabs(browser, service.url, user="curl") as [tab]:
+        await tab.is_connected()
+        started = await service.post("curl", "edit", prompt="A wide hat", aspectRatio="3:2")
+        assert started.status_code == 202
+        for _ in range(2):
+            await tab.shows("completed", "A wide hat")
+            await expect(tab["#stage"]).to_have_attribute("data-shape", "wide")
+            await tab.page.reload()
+            await tab.is_connected()
 
 
 async def test_offline_notices_make_no_claims_about_the_service(browser: Browser, service: Running) -> None:

@@ -98,12 +98,13 @@ async function start(submission, idempotencyKey) {
  * @param {Generation} generation
  */
 async function tryAgain(generation) {
-  const { generationId, kind, metadata, inputImage, retryable } = generation;
+  const { generationId, kind, metadata, input, inputImage, retryable } = generation;
   const submission = submissions.get(generationId);
   if (submission && retryable !== false) return start(submission);
   form.fill(kind, submission?.request ?? {
-    prompt: String(metadata?.prompt ?? metadata?.title ?? ""), imageUrls: inputImage ? [inputImage] : [],
-    faceSwap: metadata?.faceSwap, aspectRatio: metadata?.aspectRatio,
+    prompt: input?.prompt ?? String(metadata?.prompt ?? metadata?.title ?? ""),
+    imageUrls: input?.imageUrls ?? (inputImage ? [inputImage] : []),
+    faceSwap: input?.faceSwap ?? metadata?.faceSwap, aspectRatio: input?.aspectRatio ?? metadata?.aspectRatio,
   });
 }
 

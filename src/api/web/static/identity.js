@@ -100,6 +100,7 @@ let renderedUser = "";
 /** @param {string | undefined} userId */
 export function render(userId = "") {
   byId("user-button").textContent = userId || "…";
+  byId("user-button").title = userId; // A long name is cut off.
   byId("user-button").setAttribute("aria-label", t("userMenu")(userId));
   if (userId === renderedUser) return; // Keep what is being typed.
   byId("user").value = renderedUser = userId;

@@ -105,11 +105,12 @@ function renderOutcome(generation, hasCredit) {
 /** @param {Generation} generation @param {Generation} [previous] its state at the last rendering */
 function renderPictures(generation, previous) {
   const frame = byId("stage").querySelector(".frame");
-  const { status, metadata } = generation;
+  const { status } = generation;
   const title = titleOf(generation);
   const latest = latestOf(generation);
   const sheet = status === "completed" && latest !== sheetOf(generation) ? sheetOf(generation) : undefined;
-  const ratio = SHAPES.includes(metadata?.aspectRatio) ? metadata?.aspectRatio : "2:3";
+  const shape = generation.input?.aspectRatio ?? generation.metadata?.aspectRatio;
+  const ratio = SHAPES.includes(shape) ? shape : "2:3";
   frame.style.setProperty("--ratio", ratio.replace(":", " / "));
   byId("stage").dataset.shape = ratio === "3:2" ? "wide" : "";
   const [before, after] = [byId("before"), byId("after")];
