@@ -220,7 +220,10 @@ async def test_all_images_together_are_five_at_most(service: Running, eve: str) 
     for fields in too_many:
         assert refused_field(await send(service, eve, **fields)) == "images"
     assert refused_field(await send(service, eve, imageNames=[url] * 6)) == "imageNames"
-    assert refused_field(await send(service, eve, imageNames="[1]")) == "imageNames.0"
+    for item in ("1", "null", f'["{url}"]'):
+        answer = await send(service, eve, imageNames=f"[{item}]")
+        assert refused_field(answer) == "imageNames.0"
+        assert answer.json()["errors"][0]["message"] == "Input should be a valid string"
     assert refused_field(await send(service, eve, imageNames="[")) == "imageNames"
     none = await send(service, eve, imageNames="", external=False)
     assert refused_field(none) == "images"

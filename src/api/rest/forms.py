@@ -242,7 +242,7 @@ def _explained(error: Mapping[str, Any], names: Collection[str]) -> Mapping[str,
     """The error with a message for a repeated field, or for an unknown one, with the name that was probably meant."""
     value = error["input"]
     if error["type"] != "extra_forbidden":
-        repeated = isinstance(value, list) and error["loc"] not in {(name,) for name in _LISTS}
+        repeated = isinstance(value, list) and len(error["loc"]) == 1 and error["loc"][0] not in _LISTS
         return {**error, "msg": "This field must not be repeated"} if repeated else error
     if is_file(value[0] if isinstance(value, list) else value):
         similar = ["images"]
@@ -269,7 +269,7 @@ def _request(form: GenerateForm, external: bool) -> GenerationRequest:
             raise HTTPException(413, f"images.{index}: A file may have 10 MB at most.")
     face_swap, face = (form.face_swap, form.face) if isinstance(form, EditForm) else (False, None)
     if face is not None and (face >= count or face_swap is False):
-        message = "There is no face without a face swap" if face < count else f"There are only {count} images"
+        message = "There is no face without a face swap" if face < count else "There is no image with this index"
         raise Invalid(InvalidField(field="face", message=message))
     if face_swap and face is None and not form.image_urls:
         message = "A face swap needs a face: an image URL, of which the first is the face, or `face`"
