@@ -39,7 +39,7 @@ from adapters.serving.loop_lag import LoopLag
 from adapters.serving.uvicorn_server import Server as Server
 from adapters.sqlite import storage as sqlite_storage
 from adapters.system import SystemEntropy, descriptors, now
-from adapters.tokens.jwt_tokens import JwksKeys, KeySource, SecretKey, Tokens
+from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens
 from api.cli.client import Unavailable
 from api.realtime.sockets import Sockets
 from api.setting_types import OTHER_DESCRIPTORS
@@ -256,7 +256,7 @@ def _tokens(settings: Settings, clock: Clock) -> Tokens | None:
     if settings.open_mode:
         return None
     if settings.jwks_url is not None:
-        keys: KeySource = JwksKeys(settings.jwks_url, clock=clock)
+        keys: JwksKeys | SecretKey = JwksKeys(settings.jwks_url, clock=clock)
     else:
         assert settings.jwt_secret is not None
         with _refused_as("STAGECAST_JWT_SECRET must be a secret, not a public key or a certificate."):

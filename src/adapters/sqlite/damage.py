@@ -125,9 +125,11 @@ def damaged_of(connection: sqlite3.Connection, keys: Iterable[int], users: Users
         for generation in _select(connection, Generation, "generations", "WHERE id = ?", key):
             events = list(_select(connection, Event, "events", "WHERE generation = ? ORDER BY sequence", key))
             if reason := _reason(generation, events, users):
-                yield Damaged(
-                    name_of(generation), generation.owner, reason, generation.reserved != 0, generation, events
-                )
+                yield _damaged(generation, reason, events)
+
+
+def _damaged(generation: Generation, reason: str, events: Sequence[Event]) -> Damaged:
+    return Damaged(name_of(generation), generation.owner, reason, generation.reserved != 0, generation, events)
 
 
 def without_row(connection: sqlite3.Connection) -> Iterator[Damaged]:
@@ -265,16 +267,14 @@ def report(connection: sqlite3.Connection, epoch: str) -> list[str]:
     with any_text(connection):
         users = check_users(connection, epoch)
         keys = [key for (key,) in connection.execute("SELECT id FROM generations")]
-        found = [*damaged_of(connection, keys, users), *without_row(connection)]
-        damaged = [(each.name, each.user, each.reason, each.reserved) for each in found]
+        damaged = [*damaged_of(connection, keys, users), *without_row(connection)]
         columns = f"reason, {', '.join(Generation._fields)}"
         for reason, *row in connection.execute(f"SELECT {columns} FROM damaged_generations ORDER BY tombstone"):
-            generation = Generation._make(row)
-            damaged.append((name_of(generation), generation.owner, f"{reason} (set aside)", generation.reserved != 0))
+            damaged.append(_damaged(Generation._make(row), f"{reason} (set aside)", ()))
         lines = [
-            f"generation {name} of user {_user_name(connection, user)}: {reason}; "
-            + ("a person has to decide whether to refund its 1 credit" if reserved else "it took no credit")
-            for name, user, reason, reserved in damaged
+            f"generation {each.name} of user {_user_name(connection, each.user)}: {each.reason}; "
+            + ("a person has to decide whether to refund its 1 credit" if each.reserved else "it took no credit")
+            for each in damaged
         ]
         lines += [f"user {_user_name(connection, user)}: {reason}" for user, reason in users.damaged]
         return lines + [

@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import httpx2
 import jwt
@@ -60,13 +60,6 @@ _PUBLIC: Final = {
 _MIN_RSA_BITS: Final = 2048
 
 
-class KeySource(Protocol):
-    """A source of keys. Each key is bound to one algorithm."""
-
-    async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
-        """The key for a token with this header, or ``None``. May raise `KeysUnavailable`."""
-
-
 @dataclass(repr=False, eq=False)
 class Tokens:
     """Verifies tokens.
@@ -75,7 +68,7 @@ class Tokens:
     audience is configured, a token with one is refused, as RFC 7519 requires.
     """
 
-    keys: KeySource
+    keys: "SecretKey | JwksKeys"
     _: KW_ONLY
     clock: Clock
     user_claim: str = "sub"
@@ -168,6 +161,7 @@ class SecretKey:
         self.key: Final = jwt.PyJWK({"kty": "oct", "k": base64.urlsafe_b64encode(secret).decode()}, "HS256")
 
     async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
+        """The key for a token with this header, or ``None``."""
         return self.key if algorithm == "HS256" else None
 
 
@@ -193,6 +187,7 @@ class JwksKeys:
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
+        """The key for a token with this header, or ``None``. May raise `KeysUnavailable`."""
         if algorithm not in tuple(_PUBLIC):
             return None
         key = self._known(algorithm, kid)
