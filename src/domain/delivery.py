@@ -11,9 +11,9 @@ from pydantic_core import to_json
 
 from domain.device import Device, EncodedEntry, Encoder, F, GenerationDevice, SendBuffer
 from domain.events import GENERATION_REMOVED
-from domain.feed import Cursor
+from domain.feed import Cursor, Logged
 from domain.feed_sessions import StartPosition
-from domain.ports.log import EventLog, Gap, Notice, Removed, UserRemoved
+from domain.ports.log import EventLog, Gap, Notice, Removed
 from domain.quarantine import Quarantine
 
 
@@ -61,20 +61,20 @@ class Hub:
 
     def deliver(self, entry: Notice) -> None:
         """Hand one entry of the log to the devices of its user, in one pass."""
-        if isinstance(entry, Gap):
+        if isinstance(entry, Logged):
+            if room := self.rooms.get(entry.user_id):
+                after = Cursor(entry.position, entry.event_id, entry.position)
+                encoded = EncodedEntry(entry, after.text(next(iter(room)).feed), self._quarantine)
+                for device in room:
+                    device.offer(encoded, after)
+        elif isinstance(entry, Gap):
             for device in self._devices():
                 device.read_again()
         elif isinstance(entry, Removed):
             self.announce(entry.user_id, GENERATION_REMOVED, {"generationId": entry.generation_id})
-        elif isinstance(entry, UserRemoved):
+        else:
             for device in list(self.rooms.get(entry.user_id, ())):  # A device may leave the room at once.
                 device.finish()
-        elif room := self.rooms.get(entry.user_id):
-            feed = next(iter(room)).feed
-            after = Cursor(entry.position, entry.event_id, entry.position)
-            encoded = EncodedEntry(entry, after.text(feed), self._quarantine)
-            for device in room:
-                device.offer(encoded, after)
 
     async def flushed(self) -> None:
         """Wait until every device has been sent everything known, and its client has taken it."""

@@ -74,27 +74,26 @@ class Encoder(Protocol[_FrameOut]):
         """The frame of an event that is not in the log and has no cursor; `data` is JSON on one line."""
 
 
-class EncodedEntry:
-    """One entry with its frames. Each form is encoded once for however many devices."""
+class EncodedEntry(dict[Encoder[Any], Any]):
+    """One entry: its frame for each encoder, made when it is first asked for, once for however many devices.
 
-    __slots__ = ("_cursor", "_frames", "_quarantine", "entry")
+    ``None``: it cannot be encoded, and its generation is ended.
+    """
+
+    __slots__ = ("_cursor", "_quarantine", "entry")
 
     def __init__(self, entry: Logged, cursor: str, quarantine: Quarantine) -> None:
         self.entry = entry
         self._cursor = cursor
         self._quarantine = quarantine
-        self._frames: dict[Encoder[Any], Any] = {}
 
-    def frame(self, encoder: Encoder[F]) -> F | None:
-        """The entry in the encoder's form. ``None``: it cannot be encoded, and its generation is ended."""
-        if encoder not in self._frames:
-            self._frames[encoder] = None
-            try:
-                self._frames[encoder] = encoder.event(self.entry, self._cursor)
-            except Exception as error:
-                self._quarantine.put(self.entry.generation_id, FOLLOWER, error)
-        frame: F | None = self._frames[encoder]
-        return frame
+    def __missing__(self, encoder: Encoder[Any]) -> Any:
+        self[encoder] = None
+        try:
+            self[encoder] = encoder.event(self.entry, self._cursor)
+        except Exception as error:
+            self._quarantine.put(self.entry.generation_id, FOLLOWER, error)
+        return self[encoder]
 
 
 class _Announcement(NamedTuple):
@@ -290,7 +289,7 @@ class Device(Generic[F]):
 
     def _put(self, encoded: EncodedEntry) -> bool:
         """False: there is no room. An entry that cannot be encoded is skipped."""
-        frame = encoded.frame(self._encoder)
+        frame: F | None = encoded[self._encoder]
         if frame is not None and not self._buffer.offer(frame):
             return False
         if self._announcements and encoded.entry.sequence > 1:

@@ -194,12 +194,13 @@ class MemoryLog:
         index = entry.sequence - 1
         if entry.images != record.images_at(index):
             record.images += ((index, *chain(*entry.images.items())),)
-        record.events = [*record.json(), accepted.event]
+        events = record.json()
+        events.append(accepted.event)
         record.places.extend((user.head, entry.event_id))
         record.free = entry.free
         if entry.terminal:
             record.ended_at, record.end_name = entry.at, entry.name
-            record.events = b"\n".join(record.events)
+            record.events = b"\n".join(events)
             del self._unfinished[entry.generation_id], user.active[entry.generation_id]
             self._finished[entry.generation_id] = record
             if self._outbox:

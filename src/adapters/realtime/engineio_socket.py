@@ -40,14 +40,14 @@ class EngineSocket:
     def __init__(self, server: engineio.AsyncServer, sid: str) -> None:
         """`server` has the table of sessions, the ping times and the handlers."""
         self.sid = sid
-        self.buffer = BoundedSendBuffer[bytes](len, self.abort, self.finish)
+        self.buffer = BoundedSendBuffer[bytes](len, self.abort, self.finish, self._start_writer)
         #: A request has opened the session.
         self.connected = False
         #: A WebSocket is about to take over from polling; or is the transport.
         self.upgrading = self.upgraded = False
         self._server = server
         self._transport: asyncio.WriteTransport | None = None
-        #: Sends an ASGI message on the WebSocket; writes a frame to it at once, unless it has to wait.
+        #: Sends an ASGI message on the WebSocket; writes a frame to it at once, or returns False.
         self._send: Send | None = None
         self._write_frame: Callable[[bytes], bool] = _never
         #: Sends the waiting frames while there are any.
@@ -211,16 +211,8 @@ class EngineSocket:
             raise ConnectionError
         return Packet(encoded_packet=frame)
 
-    def _write_now(self, frame: bytes) -> bool:
-        """Write a frame to the WebSocket. If it has to wait, it and those after it go through the buffer."""
-        if self._write_frame(frame):
-            return True
-        self._start_writer()
-        return False
-
     def _start_writer(self) -> None:
         if self._writer is None:
-            self.buffer.write = None
             self._writer = asyncio.create_task(self._write_waiting())
 
     async def _write_waiting(self) -> None:
@@ -234,7 +226,7 @@ class EngineSocket:
                 await self._send({"type": "websocket.close"})
             else:
                 self._writer = None
-                self.buffer.write = self._write_now
+                self.buffer.write = self._write_frame
 
 
 def _never(frame: bytes) -> bool:

@@ -29,20 +29,26 @@ class BoundedSendBuffer(Generic[F]):
     """
 
     __slots__ = (
-        "_changed", "_frames", "_progress", "_size", "_stalled_for", "_taken",
+        "_changed", "_frames", "_progress", "_size", "_stalled_for", "_taken", "_wake",
         "abort", "bytes", "closed", "finish", "write",
     )  # fmt: skip
 
     def __init__(
-        self, size: Callable[[F], int], abort: Callable[[], None], finish: Callable[[], None] | None = None
+        self,
+        size: Callable[[F], int],
+        abort: Callable[[], None],
+        finish: Callable[[], None] | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         """`size` is a frame's size in bytes; `abort` ends the transport, after this call has returned.
 
-        `finish` ends the transport once the buffer is empty. ``None``: it ends when `take` returns nothing.
+        `finish` ends the transport once the buffer is empty. ``None``: it ends when `take` returns nothing. `wake` is
+        called when the first frame waits that `write` has not passed by the buffer.
         """
         self._size = size
         self.abort = abort
         self.finish = finish or self.close
+        self._wake = wake
         self._frames: list[F] = []
         #: Set when a frame is added or taken, and at the end.
         self._changed = asyncio.Event()
@@ -134,6 +140,9 @@ class BoundedSendBuffer(Generic[F]):
             self.abort()
 
     def _append(self, frame: F) -> None:
+        if self.write is not None:
+            self.write = None
+            self._wake()
         self._frames.append(frame)
         self.bytes += self._size(frame)
         self._changed.set()
