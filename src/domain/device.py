@@ -164,7 +164,7 @@ class Device(Generic[F]):
             self._task.cancel()
 
     def finish(self) -> None:
-        """The feed has ended: send what waits, then end the connection, so that the client starts anew."""
+        """The feed has ended: send what waits, then end the connection, so that the client starts fresh."""
         self._closed = self._pulling = self._reading = True
         if self._task is not None:
             self._task.cancel()
@@ -249,7 +249,7 @@ class Device(Generic[F]):
         if self._closed:
             return
         if not cursor.usable(feed):
-            self._buffer.abort()  # The history is gone. The client reconnects and is told so.
+            self._buffer.abort()  # The history is gone. The client reconnects and learns it from its ack.
             self._closed = True
             return
         self._must_read = False

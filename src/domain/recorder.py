@@ -76,7 +76,7 @@ class Recorder:
 
         Raises:
             IllegalTransition: the machine does not allow it; nothing was appended.
-            Conflict: somebody else has moved this generation.
+            Conflict: another writer has moved this generation.
             LogUnavailable: the log did not answer, however often it was asked.
         """
         images = {field: name for field, name in fields.items() if field in URL_FIELDS}
