@@ -14,6 +14,8 @@ from typing import Final, TextIO
 logger = logging.getLogger(__name__)
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+#: A function in asyncio's messages on uvloop, with its address in memory.
+_FUNCTION: Final = re.compile(r"<(?:function|bound method|built-in \w+) (\S+) .*")
 #: Seconds for which repeats of a record are counted instead of written.
 REPEAT_INTERVAL = 10.0
 
@@ -103,7 +105,8 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
 
 def _without_details(record: logging.LogRecord) -> bool:
     """Keep only the beginning of asyncio's messages: the rest quotes exceptions, arguments and paths."""
-    record.msg, record.args = record.getMessage().partition("\n")[0].partition("(")[0], ()
+    beginning = record.getMessage().partition("\n")[0].partition("(")[0]
+    record.msg, record.args = _FUNCTION.sub(r"\1", beginning), ()
     return True
 
 
