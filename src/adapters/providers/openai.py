@@ -336,20 +336,15 @@ def _joined(base: httpx2.URL, text: str) -> httpx2.URL:
 def _outcome(error: "APIError") -> Failure | Declined:
     from openai import APIConnectionError, APIStatusError
 
-    rejected = error.code in _CONTENT_RULES
-    if isinstance(error, APIStatusError):
-        outcome = answered(error.status_code, error.response.headers)
-        if rejected and isinstance(outcome, Failure) and outcome.code == "provider_rejected":
-            return Failure("provider_rejected", _CONTENT_REFUSED)
-        if error.code in _ACCOUNT:
-            failure = outcome.failure if isinstance(outcome, Declined) else outcome
-            return Failure(failure.code, MISCONFIGURED, retryable=False)
-        return outcome
     if isinstance(error, APIConnectionError):
         return broken(error.__cause__)
-    # An error event in the middle of a stream.
-    if rejected:
-        return Failure("provider_rejected", _CONTENT_REFUSED)
-    if error.code == "rate_limit_exceeded":
-        return Failure("provider_rate_limited")
-    return Failure("provider_rejected" if error.type in _USER_ERRORS else "provider_unavailable")
+    refused = Failure("provider_rejected", _CONTENT_REFUSED) if error.code in _CONTENT_RULES else None
+    if not isinstance(error, APIStatusError):  # An error event in the middle of a stream.
+        if error.code == "rate_limit_exceeded":
+            return Failure("provider_rate_limited")
+        return refused or Failure("provider_rejected" if error.type in _USER_ERRORS else "provider_unavailable")
+    outcome = answered(error.status_code, error.response.headers)
+    failure = outcome.failure if isinstance(outcome, Declined) else outcome
+    if error.code in _ACCOUNT:
+        return Failure(failure.code, MISCONFIGURED, retryable=False)
+    return refused if refused and failure.code == "provider_rejected" else outcome

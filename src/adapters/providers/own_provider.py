@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from operator import attrgetter
+from traceback import walk_tb
 from typing import Any, ClassVar
 
 from adapters.images.threads import ImageThreads
@@ -109,11 +110,9 @@ class _Own:
     def _describe(self, error: BaseException) -> str:
         """The exception's type and the line in the module, without its message, which may contain secrets."""
         line = error.lineno if isinstance(error, SyntaxError) else None
-        traceback = error.__traceback__
-        while traceback is not None:
-            if traceback.tb_frame.f_globals.get("__name__") == self._module:
-                line = traceback.tb_lineno
-            traceback = traceback.tb_next
+        for frame, number in walk_tb(error.__traceback__):
+            if frame.f_globals.get("__name__") == self._module:
+                line = number
         name = type(error).__name__
         return name if line is None else f"{name} in line {line} of {self._module}"
 

@@ -24,12 +24,7 @@ from api.cli.client import Refused, Unavailable
 from api.settings import Setting, Settings, SettingsError, describe_settings, load_remote, load_settings, masked
 from domain.identity import InvalidUserId, user_id
 
-
-class UsageError(Exception):
-    """An argument is not valid. The text is one sentence."""
-
-
-_EXIT_CODES: Final[dict[type[Exception], int]] = {Refused: 1, UsageError: 2, SettingsError: 2, Unavailable: 3}
+_EXIT_CODES: Final[dict[type[Exception], int]] = {Refused: 1, InvalidUserId: 2, SettingsError: 2, Unavailable: 3}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,20 +169,14 @@ def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # 
 
     try:
         print(issue_token(settings, userId, service=service, ttl=timedelta(seconds=ttl)))
-    except InvalidUserId as error:
-        raise UsageError(str(error)) from None
     except (ValueError, OverflowError):
-        raise UsageError("--ttl must be a number of seconds over 0, and not thousands of years.") from None
+        raise SettingsError("--ttl must be a number of seconds over 0, and not thousands of years.") from None
 
 
 def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
     """Change a user's balance on a running service and print it. It does not fall below 0."""
-    try:
-        user = user_id(userId)
-    except InvalidUserId as error:
-        raise UsageError(str(error)) from None
+    path = f"/users/{_segment(user_id(userId))}/credit"
     service = load_remote(remote)
-    path = f"/users/{_segment(user)}/credit"
     account = client.request("POST", service.url, path, service.token, json={"amount": amount})
     try:
         print(f"{account['userId']}: {account['credit']}")
