@@ -196,8 +196,11 @@ class Device(Generic[F]):
     def announce(self, name: str, data: bytes, waits: str | None) -> None:
         """Send an event that is not in the log, after the events before it. It is dropped if there is no room.
 
-        `waits`: it is only true, and only sent, while this generation has not left its first stage.
+        `waits`: it is only true, and only sent, while this generation has not left its first stage. Of several such
+        announcements that are held back, the last is sent.
         """
+        if waits is not None:
+            self._drop_announcements(waits)
         self._announcements.append(_Announcement(name, data, waits))
         del self._announcements[:-_MAX_ANNOUNCEMENTS]
         if not self._reading:
@@ -292,10 +295,13 @@ class Device(Generic[F]):
         frame: F | None = encoded[self._encoder]
         if frame is not None and not self._buffer.offer(frame):
             return False
-        if self._announcements and encoded.entry.sequence > 1:
-            left = encoded.entry.generation_id
-            self._announcements = [each for each in self._announcements if each.waits != left]
+        if encoded.entry.sequence > 1:
+            self._drop_announcements(encoded.entry.generation_id)
         return True
+
+    def _drop_announcements(self, waits: str) -> None:
+        if self._announcements:
+            self._announcements = [each for each in self._announcements if each.waits != waits]
 
     def _put_announcements(self) -> None:
         for name, data, _ in self._announcements:

@@ -183,6 +183,24 @@ async def test_nothing_is_announced_before_a_device_has_started() -> None:
         device.close()
 
 
+async def test_of_the_positions_announced_while_a_device_reads_the_log_only_the_last_is_sent() -> None:
+    log, client = SlowLog(), Client()
+    async with serving(log) as hub:
+        device = await join(hub, log, client)
+        for position in (3, 2, 1):
+            for each in (ID, "edit_1_1"):
+                data = {"generationId": each, "queuePosition": position}
+                hub.announce("u", "queue_position", data, waits=each)
+        device.start()
+        await device.flushed()
+        await client.read()
+        assert [(data["generationId"], data["queuePosition"]) for _, _, data in client.events] == [
+            (ID, 1),
+            ("edit_1_1", 1),
+        ]
+        device.close()
+
+
 async def test_announcements_are_dropped_for_a_client_whose_buffer_is_full() -> None:
     log, client = SlowLog(), Client()
     async with serving(log) as hub:
