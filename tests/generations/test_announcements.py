@@ -192,8 +192,9 @@ async def test_of_the_positions_announced_while_a_device_reads_the_log_only_the_
                 data = {"generationId": each, "queuePosition": position}
                 hub.announce("u", "queue_position", data, waits=each)
         device.start()
-        await device.flushed()
-        await client.read()
+        while not client.events:
+            await asyncio.sleep(0)
+            await client.read()
         assert [(data["generationId"], data["queuePosition"]) for _, _, data in client.events] == [
             (ID, 1),
             ("edit_1_1", 1),
