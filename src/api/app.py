@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from importlib import metadata
 
 from fastapi import FastAPI
-from fastapi.routing import iter_route_contexts
 from starlette.types import ASGIApp
 
 from api.rest import accounts, feed, generations, info, problems, transitions
@@ -67,11 +66,11 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.stage_times = service.stage_times
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
-    routes = problems.Problems(http)
     page.install(http, settings.public_url)
+    routes = problems.Problems(http)
     hosts = None if settings.allow_open else settings.allowed_hosts
     prefix = settings.path_prefix
-    paths = ["/socket.io", *(str(route.path) for route in iter_route_contexts(http.routes))]
+    paths = ["/socket.io", *(str(getattr(route, "path", "")) for route in http.routes)]
     if prefix and prefix.split("/")[1] in {path.split("/")[1] for path in paths}:
         raise SettingsError(
             "STAGECAST_PUBLIC_URL must not have a path that begins like one of the service, such as /images."

@@ -99,14 +99,16 @@ _ActingFor = Annotated[
 ]
 
 
-async def _identity(request: Request, _: Annotated[Any, Depends(_bearer)], x_user_id: _ActingFor = None) -> Identity:
+async def _identity(
+    request: Request, _: Annotated[Any, Depends(_bearer)] = None, x_user_id: _ActingFor = None
+) -> Identity:
     authenticator: Authenticator = request.app.state.authenticator
     return await authenticator.of_request(request.headers.get("authorization"), x_user_id)
 
 
 async def _stream_identity(
     request: Request,
-    _: Annotated[Any, Depends(_bearer)],
+    _: Annotated[Any, Depends(_bearer)] = None,
     access_token: Annotated[
         str | None, Query(description="a JWT, for an EventSource, which cannot send headers; a header comes first")
     ] = None,
@@ -120,7 +122,7 @@ async def _stream_identity(
     return await authenticator.of_request(authorization, x_user_id)
 
 
-async def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:
+def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:
     return identity.user_id
 
 
@@ -130,7 +132,7 @@ def require_service(identity: Identity) -> None:
         raise Forbidden
 
 
-async def _service(identity: Annotated[Identity, Depends(_identity)]) -> None:
+def _service(identity: Annotated[Identity, Depends(_identity)]) -> None:
     require_service(identity)
 
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from api.rest.routes import RouteTable
 from domain.errors import Failure, IllegalTransition, ImageRefusal, InvalidEventField, Refusal
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class Problems:
     def __init__(self, http: FastAPI) -> None:
         """Also adds the schema of problems to the application's OpenAPI."""
         self._app = http
+        self._routes = RouteTable(http)
         document = http.openapi
 
         def openapi() -> dict[str, Any]:
@@ -159,11 +161,11 @@ class Problems:
             await send(message)
 
         try:
-            await self._app.router(scope, receive, watch)
+            await self._routes(scope, receive, watch)
         except ClientDisconnect:
             return
         except Exception as error:
-            response = None if started else _response(scope, error)
+            response = None if started else _response(error)
             if response is None:
                 logger.error("%s: %s", scope["method"], type(error).__name__)
                 response = problem("internal", "Something went wrong on our side. Please try again.")
@@ -172,7 +174,7 @@ class Problems:
                 await response(scope, receive, send)
 
 
-def _response(scope: Scope, error: Exception) -> Response | None:
+def _response(error: Exception) -> Response | None:
     """The problem that an exception stands for; ``None`` if it is unexpected."""
     match error:
         case ImageRefusal():
@@ -192,7 +194,7 @@ def _response(scope: Scope, error: Exception) -> Response | None:
         case RequestValidationError():  # Its locations begin with path, query or header.
             return _invalid(*invalid_fields(error.errors(), skip=1))
         case HTTPException():
-            return _http_problem(scope, error)
+            return _http_problem(error)
         case _:
             return None
 
@@ -203,14 +205,8 @@ def _invalid(*errors: InvalidField) -> Response:
     return problem("invalid_request", detail, errors=[field.model_dump() for field in errors])
 
 
-def _http_problem(scope: Scope, error: HTTPException) -> Response:
+def _http_problem(error: HTTPException) -> Response:
     code, sentence = _HTTP[error.status_code]
     detail = sentence if error.detail == HTTPStatus(error.status_code).phrase else error.detail
-    headers = dict(error.headers or {})
-    if error.status_code == 405:
-        # Starlette names only the methods of the first route with this path, and none for static files.
-        route = scope.get("route")
-        operations = route and scope["app"].openapi()["paths"].get(route.path)
-        allowed = {"Allow": ", ".join(operations).upper().replace("GET", "GET, HEAD")} if operations else {}
-        headers = {"Allow": "GET, HEAD"} | headers | allowed
-    return problem(code, detail, headers=headers)
+    allowed = {"Allow": "GET, HEAD"} if error.status_code == 405 else {}  # of static files, where Starlette names none
+    return problem(code, detail, headers=allowed | dict(error.headers or {}))

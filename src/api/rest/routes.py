@@ -1,37 +1,55 @@
-"""Routes that FastAPI documents, and that are answered without its work for each request.
+"""Routes that FastAPI documents, and that are found and called without its work for each request.
 
 FastAPI analyses the signature of each endpoint once, for OpenAPI. Here the result is also used to call the endpoint, in
 a fraction of the time that FastAPI takes for it. Parameters are single values in the path, the query or the headers;
-endpoints and dependencies are coroutine functions, and endpoints return responses.
+endpoints return responses.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from inspect import iscoroutinefunction
+from types import NoneType
+from typing import Any, NamedTuple, get_args
+from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from fastapi.security.base import SecurityBase
 from pydantic.alias_generators import to_camel
+from starlette.exceptions import HTTPException
+from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 
 
 class Route(APIRoute):
-    """One route."""
+    """One route. Its path begins with a fixed segment."""
+
+    methods: set[str]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._call = _Call(self.dependant)
-        self.app = self._app
+        self._steps = list(_steps(self.dependant))
+
+    def accepts(self, scope: Scope) -> bool:
+        """Whether this route answers such a request, and not a later one of the same path."""
+        return True
 
     async def answer(self, request: Request) -> Response:
         """The response of the endpoint. Raises what it raises; `RequestValidationError`: a parameter is not valid."""
-        response: Response = await self._call.result(request, {})
+        scope = request.scope
+        query = scope["query_string"]
+        values: dict[str, Mapping[Any, Any]] = {
+            "path": scope["path_params"],
+            "query": dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)) if query else {},
+            "header": dict(reversed(scope["headers"])),
+        }
+        results: dict[Any, Any] = {}
+        for step in self._steps:
+            result = step.function(**step.arguments(request, values, results))
+            results[step.function] = await result if step.asynchronous else result
+        response: Response = results[self.endpoint]
         return response
-
-    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self.answer(Request(scope, receive, send))
-        await response(scope, receive, send)
 
 
 def router(*tags: str, route_class: type[Route] = Route, **options: Any) -> APIRouter:
@@ -44,61 +62,114 @@ def router(*tags: str, route_class: type[Route] = Route, **options: Any) -> APIR
     )
 
 
-#: Where each kind of parameter is found in a request.
-_SOURCES: Final = {"path": "path_params", "query": "query_params", "header": "headers"}
+class RouteTable:
+    """All routes of an application: such ones by the first segment of their path, and others in order."""
+
+    def __init__(self, http: FastAPI) -> None:
+        self._routes: dict[str, list[Route]] = {}
+        for route in http.routes:
+            if isinstance(route, Route):
+                self._routes.setdefault(_first_segment(route.path), []).append(route)
+        others = [route for route in http.routes if not isinstance(route, Route)]
+        self._others = Router(others, redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. Raises what the endpoint raises; `HTTPException`: there is no such route."""
+        path = scope["path"].removeprefix(scope["root_path"])
+        others: list[Route] = []
+        for route in self._routes.get(_first_segment(path), ()):
+            match = route.path_regex.fullmatch(path)
+            if match is None:
+                continue
+            if scope["method"] in route.methods and route.accepts(scope):
+                scope["path_params"] = match.groupdict()
+                response = await route.answer(Request(scope, receive, send))
+                await response(scope, receive, send)
+                return
+            others.append(route)
+        if not others:
+            await self._others(scope, receive, send)
+            return
+        methods = dict.fromkeys(each for route in others if route.path == others[0].path for each in route.methods)
+        raise HTTPException(405, headers={"Allow": ", ".join(methods).replace("GET", "GET, HEAD")})
+
+
+def _first_segment(path: str) -> str:
+    return path[1:].partition("/")[0]
 
 
 class _Parameter(NamedTuple):
     name: str
     source: str
-    alias: str
+    alias: str | bytes
     required: bool
     default: Any
-    validate: Callable[..., Any]
+    #: ``None``: any text is valid.
+    validate: Callable[..., Any] | None
     loc: tuple[str, str]
 
 
 def _parameter(field: Any) -> _Parameter:
-    place = field.field_info.in_.value
-    alias = field.name.replace("_", "-") if place == "header" and field.alias == field.name else field.alias
-    required = field.field_info.is_required()
+    info = field.field_info
+    source = info.in_.value
+    alias = field.name.replace("_", "-") if source == "header" and field.alias == field.name else field.alias
+    required = info.is_required()
     default = None if required else field.default
-    return _Parameter(field.name, _SOURCES[place], alias, required, default, field.validate, (place, alias))
+    any_text = not info.metadata and set(get_args(info.annotation) or [info.annotation]) <= {str, NoneType}
+    key = alias.lower().encode() if source == "header" else alias
+    return _Parameter(field.name, source, key, required, default, None if any_text else field.validate, (source, alias))
 
 
-class _Call:
-    """How an endpoint or a dependency is called."""
+class _Step(NamedTuple):
+    """A call of a dependency, or at last of the endpoint."""
 
-    def __init__(self, dependant: Dependant) -> None:
-        assert dependant.call is not None
-        assert not dependant.body_params
-        assert not dependant.cookie_params
-        self._function = dependant.call
-        self._dependencies = [(each.name, _Call(each)) for each in dependant.dependencies]
-        fields = [*dependant.path_params, *dependant.query_params, *dependant.header_params]
-        self._parameters = [_parameter(field) for field in fields]
-        self._request = dependant.request_param_name or dependant.http_connection_param_name
+    function: Callable[..., Any]
+    asynchronous: bool
+    #: Its arguments that are results of earlier steps, by name.
+    dependencies: list[tuple[str, Callable[..., Any]]]
+    parameters: list[_Parameter]
+    #: The name of the argument that is the request.
+    request: str | None
 
-    async def result(self, request: Request, known: dict[Any, Any]) -> Any:
-        """What the function returns; `known`: the results of this request so far."""
-        if self._function in known:
-            return known[self._function]
-        values: dict[str, Any] = {}
-        for name, dependency in self._dependencies:
-            result = await dependency.result(request, known)
-            if name is not None:
-                values[name] = result
+    def arguments(
+        self, request: Request, values: Mapping[str, Mapping[Any, Any]], results: Mapping[Any, Any]
+    ) -> dict[str, Any]:
+        """What it is called with. Raises `RequestValidationError`."""
+        arguments = {name: results[function] for name, function in self.dependencies}
         errors: list[Any] = []
-        for parameter in self._parameters:
-            value = getattr(request, parameter.source).get(parameter.alias)
-            if value is None and not parameter.required:
-                values[parameter.name] = parameter.default
+        for name, source, alias, required, default, validate, loc in self.parameters:
+            value = values[source].get(alias)
+            if value is None and not required:
+                arguments[name] = default
                 continue
-            values[parameter.name], invalid = parameter.validate(value, {}, loc=parameter.loc)
-            errors += invalid
+            if isinstance(value, bytes):
+                value = value.decode("latin-1")
+            if validate is not None:
+                value, invalid = validate(value, {}, loc=loc)
+                errors += invalid
+            arguments[name] = value
         if errors:
             raise RequestValidationError(errors)
-        if self._request is not None:
-            values[self._request] = request
-        result = known[self._function] = await self._function(**values)
-        return result
+        if self.request is not None:
+            arguments[self.request] = request
+        return arguments
+
+
+def _steps(dependant: Dependant, known: set[Any] | None = None) -> Iterator[_Step]:
+    """The dependencies of this one, each once and after its own, and itself. Security schemes are only documented."""
+    known = set() if known is None else known
+    assert dependant.call is not None
+    assert not dependant.body_params
+    assert not dependant.cookie_params
+    dependencies = [each for each in dependant.dependencies if not isinstance(each.call, SecurityBase)]
+    for each in dependencies:
+        if each.call not in known:
+            yield from _steps(each, known)
+    known.add(dependant.call)
+    yield _Step(
+        dependant.call,
+        iscoroutinefunction(dependant.call),
+        [(each.name, each.call) for each in dependencies if each.name is not None and each.call is not None],
+        [_parameter(field) for field in (*dependant.path_params, *dependant.query_params, *dependant.header_params)],
+        dependant.request_param_name or dependant.http_connection_param_name,
+    )

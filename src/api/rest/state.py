@@ -12,7 +12,7 @@ from domain.workflow import Workflow
 
 
 def _state(name: str) -> Any:
-    async def get(request: Request) -> Any:
+    def get(request: Request) -> Any:
         return getattr(request.app.state, name)
 
     return Depends(get)

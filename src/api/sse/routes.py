@@ -6,7 +6,6 @@ from typing import Annotated, Final
 from fastapi import Depends, Header, Query, Request, Response
 from pydantic_core import to_json
 from starlette.datastructures import Headers
-from starlette.routing import Match
 from starlette.types import Scope
 
 from api.auth import StreamIdentity
@@ -34,10 +33,8 @@ def accepts_stream(headers: Headers) -> bool:
 class _StreamRoute(routes.Route):
     """Matches only requests that accept an event stream; the others go to the route of the same path."""
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Called by the router."""
-        match, child = super().matches(scope)
-        return (match, child) if match != Match.NONE and accepts_stream(Headers(scope=scope)) else (Match.NONE, {})
+    def accepts(self, scope: Scope) -> bool:
+        return accepts_stream(Headers(scope=scope))
 
     async def answer(self, request: Request) -> Response:
         """The stream; an empty one, after which the client tries again, if the service refuses for a while."""
@@ -49,7 +46,7 @@ class _StreamRoute(routes.Route):
             return try_again()
 
 
-async def _streams(request: Request) -> EventStreams:
+def _streams(request: Request) -> EventStreams:
     streams: EventStreams = request.app.state.streams
     return streams
 
