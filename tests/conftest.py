@@ -14,6 +14,7 @@ from support import postgres
 from support.browser import chromium
 from support.builders import IN_MEMORY
 from support.http_app import Api, serve_api
+from support.s3 import S3, serving_s3
 
 # No test calls a paid provider, whatever keys the environment has, in this process or its children.
 for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
@@ -47,6 +48,22 @@ def _postgres() -> Iterator[None]:
 async def browser() -> AsyncIterator[Browser]:
     async with chromium() as browser:
         yield browser
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    with serving_s3() as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """S3 without faults, and what its clients need in the environment."""
+    for name, value in s3_server.variables.items():
+        monkeypatch.setenv(name, value)
+    s3_server.calm()
+    yield s3_server
+    s3_server.calm()
 
 
 @pytest_asyncio.fixture(loop_scope="module")

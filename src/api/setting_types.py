@@ -6,7 +6,6 @@ import resource
 import sys
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network
-from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -17,6 +16,7 @@ from pydantic_settings import NoDecode
 OTHER_DESCRIPTORS: Final = 64
 _SQLITE: Final = "sqlite:///"
 _POSTGRES: Final = "postgresql://"
+_S3: Final = r"s3://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[A-Za-z0-9!_.*'()=-]+)*/?"
 #: ``*`` stands for one label of a host name or a part of it; the last two labels have none.
 _ORIGIN: Final = (
     r"null|file://|"
@@ -68,10 +68,8 @@ def _base_url(value: str) -> str:
     return value.rstrip("/")
 
 
-def _no_url(value: object) -> object:
-    if "://" in str(value):
-        raise ValueError
-    return value
+def _is_images(value: str) -> object:
+    return "://" not in value or re.fullmatch(_S3, value)
 
 
 def _is_log(value: str) -> bool:
@@ -148,7 +146,12 @@ Log = Annotated[
     Allowed('"memory://", "sqlite:///" and the path of a file, or "postgresql://" and a database', "URL"),
 ]
 Postgres = Annotated[str | None, _valid(_is_postgres), Allowed('"postgresql://" and a database', "URL")]
-Folder = Annotated[Path, BeforeValidator(_no_url), Allowed("the path of a folder", "PATH")]
+Images = Annotated[
+    str,
+    BeforeValidator(str),
+    _valid(_is_images),
+    Allowed('the path of a folder, or "s3://", the name of a bucket, and a prefix', "PATH"),
+]
 
 Url = Annotated[str | None, _valid(_is_url), Allowed("an http or https URL", "URL")]
 ServiceUrl = Annotated[str, Field(default_factory=_default_url), Allowed("an http or https URL", "URL")]

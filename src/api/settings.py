@@ -8,7 +8,6 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, NoReturn, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
@@ -78,8 +77,10 @@ class Settings(_Sources):
     PostgreSQL, postgresql://user@host/database. Passwords: PGPASSWORD or ~/.pgpass keep them out of the arguments."""
     log_direct: types.Postgres = None
     """Another URL of the PostgreSQL of the log, past a pooler, at which this node listens for the events of others."""
-    images: types.Folder = Path("./var/images")
-    """The folder in which images are stored."""
+    images: types.Images = "./var/images"
+    """Where images are stored: in a folder, or in a bucket of S3 or a compatible service, s3://bucket/prefix."""
+    shared_images: Annotated[bool, Allowed("true or false", "")] = False
+    """The image folder is shared by all nodes."""
 
     jwt_secret: types.JwtSecret = None
     """The secret of HS256 tokens, 32 bytes or more. Tokens must have an expiry time (exp). Without this secret and a

@@ -3,18 +3,20 @@
 What the rest of the package needs of an adapter, it imports from here (``import Server as Server``).
 """
 
+import asyncio
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import Final, NamedTuple
 
 from adapters import TRANSPORT as TRANSPORT
 from adapters.images.composer import PillowComposer
-from adapters.images.folder import FolderRefused, ImageFolder
+from adapters.images.folder import ImageFolder
 from adapters.images.intake import PillowIntake
 from adapters.images.threads import ImageThreads
 from adapters.memory import storage as memory_storage
@@ -45,7 +47,7 @@ from api.realtime.sockets import Sockets
 from api.setting_types import OTHER_DESCRIPTORS
 from api.settings import Settings, SettingsError
 from api.web import page
-from domain.ports.images import Composer, ImageFetcher, ImageIntake, ImageStore
+from domain.ports.images import Composer, ImageFetcher, ImageIntake, ImagesRefused, ImageStore
 from domain.ports.providers import FaceSwapper, ImageEditor
 from domain.ports.storage import Examined, Storage, StorageOptions, StorageRefused
 from domain.ports.system import Clock, Entropy
@@ -106,7 +108,7 @@ async def wire(
     tokens = _tokens(settings, clock)
     storage = storage or await _open_storage(settings, clock)
     try:
-        images = images or _images(settings, storage)
+        images = images or await _open_images(settings, storage)
     except BaseException:
         await storage.close()
         raise
@@ -179,16 +181,62 @@ async def _open_storage(settings: Settings, clock: Clock) -> Storage:
         raise Unavailable(str(refused)) from None
 
 
-def _images(settings: Settings, storage: Storage) -> ImageStore:
-    """The image folder, claimed for this log.
+class _Images(NamedTuple):
+    """How images are stored, and what belongs to the log of a kind and an epoch."""
+
+    open: Callable[[Settings, str, str], Awaitable[ImageStore]]
+    #: Checks whether they could be opened, and only reads.
+    examine: Callable[[Settings, str, str | None], None]
+
+
+def _image_folder() -> _Images:
+    async def open_folder(settings: Settings, log: str, epoch: str) -> ImageStore:
+        return ImageFolder(Path(settings.images), log=log, epoch=epoch, shared=settings.shared_images)
+
+    def examine(settings: Settings, log: str, epoch: str | None) -> None:
+        ImageFolder.examine(Path(settings.images), log=log, epoch=epoch)
+
+    return _Images(open_folder, examine)
+
+
+def _s3() -> _Images:
+    """Raises `Unavailable`: the extra with its client is not installed."""
+    try:
+        from adapters.s3.images import S3Images
+    except ModuleNotFoundError:
+        raise Unavailable("images in S3 need an extra: pip install 'stagecast[s3]'.") from None
+    return _Images(
+        lambda settings, log, epoch: S3Images.open(settings.images, log=log, epoch=epoch),
+        lambda settings, log, epoch: asyncio.run(S3Images.examine(settings.images, log=log, epoch=epoch)),
+    )
+
+
+_FOLDER: Final = "folder"
+#: By the scheme of ``STAGECAST_IMAGES``; a path has none.
+_IMAGES: Final[Mapping[str, Callable[[], _Images]]] = {_FOLDER: _image_folder, "s3": _s3}
+
+
+def _images_scheme(settings: Settings) -> str:
+    return settings.images.partition("://")[0] if "://" in settings.images else _FOLDER
+
+
+async def _open_images(settings: Settings, storage: Storage) -> ImageStore:
+    """The images, claimed for this log.
 
     Raises:
-        Unavailable: it belongs to another log or process, or cannot be used.
+        SettingsError: they are in a folder that other nodes do not share.
+        Unavailable: they belong to another log or process, or cannot be used.
     """
+    scheme = _images_scheme(settings)
     kind = _scheme(settings) if storage.log.durable else "memory"
     try:
-        return ImageFolder(settings.images, log=kind, epoch=storage.log.epoch)
-    except FolderRefused as refused:
+        if scheme == _FOLDER and not settings.shared_images and await storage.has_other_nodes():
+            raise SettingsError(
+                "STAGECAST_IMAGES must be s3://bucket/prefix, or a folder that all nodes share and "
+                "STAGECAST_SHARED_IMAGES=true: other nodes use this log."
+            )
+        return await _IMAGES[scheme]().open(settings, kind, storage.log.epoch)
+    except (ImagesRefused, StorageRefused) as refused:
         raise Unavailable(str(refused)) from None
 
 
@@ -295,8 +343,8 @@ def examine_stores(settings: Settings) -> Sequence[str]:
     try:
         examined = _TECHNOLOGIES[_scheme(settings)]().examine(settings.log)
         if not examined.damage or examined.epoch is not None:
-            ImageFolder.examine(settings.images, log=_scheme(settings), epoch=examined.epoch)
-    except (FolderRefused, StorageRefused) as refused:
+            _IMAGES[_images_scheme(settings)]().examine(settings, _scheme(settings), examined.epoch)
+    except (ImagesRefused, StorageRefused) as refused:
         raise Unavailable(str(refused)) from None
     return examined.damage
 

@@ -4,16 +4,17 @@ import asyncio
 import errno
 import os
 import re
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from adapters.images.folder import ImageFolder
+from adapters.s3.images import S3Images
 from adapters.system import now
 from domain.errors import Failure
 from domain.ports.images import ImageStore, Picture, original_name, thumbnail_name
+from support.s3 import S3
 
 PNG = Picture(b"the bytes of a PNG", "image/png")
 ID, OTHER_ID = "edit_1763829000123_k3v9x2ab4c6d8e0f", "gen_1763829000124_0000000000000000"
@@ -26,16 +27,20 @@ def folder(path: Path) -> ImageFolder:
     return ImageFolder(path, log="memory", epoch="e1")
 
 
-STORES: dict[str, Callable[[Path], ImageStore]] = {"folder": lambda path: folder(path / "images")}
-
-
 def soon() -> datetime:
     return datetime.now(UTC) + timedelta(minutes=1)
 
 
-@pytest.fixture(params=list(STORES))
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ImageStore:
-    return STORES[request.param](tmp_path)
+@pytest.fixture(params=["folder", "shared folder", "s3"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> ImageStore:
+    match request.param:
+        case "folder":
+            return folder(tmp_path / "images")
+        case "shared folder":
+            return ImageFolder(tmp_path / "images", log="postgresql", epoch="e1", shared=True)
+        case _:
+            s3: S3 = request.getfixturevalue("s3")
+            return await S3Images.open(s3.bucket(), log="postgresql", epoch="e1")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def refusal(**overrides: object) -> str:
 def test_the_defaults_match_the_contract() -> None:
     settings = load_settings({})
     assert (settings.host, settings.port, settings.public_url) == ("127.0.0.1", 3000, "http://localhost:3000")
-    assert (settings.log, settings.images, settings.credits) == ("memory://", Path("var/images"), 100)
+    assert (settings.log, settings.images, settings.credits) == ("memory://", "./var/images", 100)
     assert (settings.retention, settings.deadline, settings.drain, settings.local_seconds) == (86400, 600, 25, 3)
     assert (settings.max_running, settings.max_per_user, settings.max_waiting) == (8, 20, 200)
     assert (settings.cors_origins, settings.allowed_hosts, settings.allow_open) == ((), (), False)
@@ -90,7 +90,14 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("public_url", "ftp://localhost"),
         ("public_url", "http://[broken"),
         ("log", "mongodb://user:secret@host"),
-        ("images", "s3://bucket/prefix"),
+        ("images", "s3://"),
+        ("images", "s3://b"),
+        ("images", "s3://key:secret@bucket/prefix"),
+        ("images", "s3://Bucket/prefix"),
+        ("images", "s3://bucket//prefix"),
+        ("images", "s3://bucket/../prefix"),
+        ("images", "s3://bucket/a?region=x"),
+        ("images", "gs://bucket/prefix"),
         ("credits", "-1"),
         ("credits", "Off course"),
         ("retention", "0"),

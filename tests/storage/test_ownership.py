@@ -13,18 +13,23 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
 import pytest
 
-from adapters.images.folder import FolderRefused, ImageFolder
+from adapters.images.folder import ImageFolder
+from adapters.memory.storage import open_storage
 from adapters.sqlite.database import Database
+from api.settings import SettingsError, load_settings
+from api.wiring import wire
 from domain.errors import Failure, LogUnavailable
-from domain.ports.images import Picture
-from domain.ports.storage import StorageRefused
+from domain.ports.images import ImagesRefused, Picture
+from domain.ports.storage import StorageOptions, StorageRefused
 from support.deployment import Deployment, Life, RetryingClient, parts
 from support.harness import PHOTO, running
 
@@ -59,7 +64,7 @@ async def test_a_folder_is_marked_with_the_log_and_held_until_it_is_closed(tmp_p
     assert mark(tmp_path / "images") == {"log": "sqlite", "epoch": "e1"}
     (tmp_path / "link").symlink_to("images")
     for name in ("images", "link"):
-        with pytest.raises(FolderRefused, match="is in use by another process"):
+        with pytest.raises(ImagesRefused, match="is in use by another process"):
             ImageFolder(tmp_path / name, log="sqlite", epoch="e1")
     await first.close()
     await ImageFolder(tmp_path / "link", log="sqlite", epoch="e1").close()
@@ -100,11 +105,62 @@ async def test_a_folder_of_another_durable_log_is_refused_and_left_as_it_was(
 ) -> None:
     folder = old_folder(tmp_path / "images")
     (folder / ".stagecast").write_text(text)
-    with pytest.raises(FolderRefused, match=reason) as refused:
+    with pytest.raises(ImagesRefused, match=reason) as refused:
         ImageFolder(folder, log=log, epoch="e1")
     assert "\n" not in str(refused.value)
     assert (folder / ".stagecast").read_text() == text
     assert (folder / ID / OLD).exists()
+
+
+async def test_nodes_of_one_log_share_a_folder_and_remove_old_pictures_only_by_age(tmp_path: Path) -> None:
+    folder = old_folder(tmp_path / "images", log="memory", epoch="e0")
+    nodes = [ImageFolder(folder, log="postgresql", epoch="e1", shared=True) for _ in range(3)]
+    assert mark(folder) == {"log": "postgresql", "epoch": "e1"}
+    name = await nodes[0].save(ID, PNG)
+    for node in nodes:
+        assert await node.load(name) == PNG
+        assert await node.names(older_than=datetime.now(UTC) - timedelta(hours=1)) == {ID: [OLD]}
+        await node.probe()
+    with pytest.raises(ImagesRefused, match="is in use by another process"):
+        ImageFolder(folder, log="postgresql", epoch="e1")
+    with pytest.raises(ImagesRefused, match="belongs to another log"):
+        ImageFolder(folder, log="postgresql", epoch="e2", shared=True)
+    for node in nodes:
+        await node.close()
+    await ImageFolder(folder, log="postgresql", epoch="e1").close()
+
+
+async def test_nodes_that_share_a_new_folder_may_start_at_the_same_time(tmp_path: Path) -> None:
+    opened = partial(ImageFolder, tmp_path / "images", log="postgresql", epoch="e1", shared=True)
+    nodes = await asyncio.gather(*(asyncio.to_thread(opened) for _ in range(8)))
+    assert mark(tmp_path / "images") == {"log": "postgresql", "epoch": "e1"}
+    for node in nodes:
+        await node.probe()
+        await node.close()
+
+
+async def test_a_shared_folder_held_by_a_memory_log_is_not_taken_over_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.images.folder._MARKING", 0.2)
+    first = ImageFolder(tmp_path, log="memory", epoch="e1", shared=True)
+    with pytest.raises(ImagesRefused, match="is in use by another process"):
+        ImageFolder(tmp_path, log="memory", epoch="e2", shared=True)
+    await first.close()
+    await ImageFolder(tmp_path, log="memory", epoch="e2", shared=True).close()
+
+
+async def test_a_folder_of_one_node_is_refused_while_others_use_the_log(tmp_path: Path) -> None:
+    async def has_other_nodes() -> bool:
+        return True
+
+    options = StorageOptions("e1", 100, lambda: datetime.now(UTC), timedelta(days=1))
+    storage = replace(await open_storage("memory://", options), has_other_nodes=has_other_nodes)
+    with pytest.raises(SettingsError, match="STAGECAST_SHARED_IMAGES=true: other nodes use this log"):
+        await wire(load_settings({"images": tmp_path / "own"}), storage=storage)
+    assert not (tmp_path / "own").exists()
+    made = await wire(load_settings({"images": tmp_path, "shared_images": True}), storage=storage)
+    await made.images.close()
 
 
 async def test_a_file_system_without_locks_is_refused_with_a_sentence(
@@ -114,7 +170,7 @@ async def test_a_file_system_without_locks_is_refused_with_a_sentence(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(FolderRefused, match="no file locks"):
+    with pytest.raises(ImagesRefused, match="no file locks"):
         ImageFolder(tmp_path, log="memory", epoch="e1")
 
 
@@ -136,7 +192,7 @@ async def test_a_folder_that_cannot_be_used_is_refused_with_a_sentence(
     tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     make(tmp_path / "images")
-    with pytest.raises(FolderRefused, match="cannot be used"):
+    with pytest.raises(ImagesRefused, match="cannot be used"):
         ImageFolder(tmp_path / "images", log="memory", epoch="e1")
     assert not (tmp_path / "victim").exists()
 

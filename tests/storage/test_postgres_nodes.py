@@ -217,3 +217,14 @@ async def test_a_stale_heartbeat_or_tail_fails_the_probe(url: str) -> None:
             with pytest.raises(LogUnavailable):
                 await here.log.probe()
             setattr(part, attribute, getattr(part, attribute) + 6)
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_a_node_knows_whether_others_live_before_it_has_watched_them(url: str) -> None:
+    async with open_node(url) as here, mortal(url) as node:
+        assert await here.has_other_nodes()
+        await node.kill()
+        assert not await here.has_other_nodes()
+        async with open_node(url) as there:
+            assert await there.has_other_nodes()
+        assert not await here.has_other_nodes()

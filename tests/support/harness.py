@@ -240,7 +240,7 @@ class Running(Reader):
 
 
 @asynccontextmanager
-async def running(images: Path, *, overrides: JSON | None = None, **settings: Any) -> AsyncIterator[Running]:
+async def running(images: Path | str, *, overrides: JSON | None = None, **settings: Any) -> AsyncIterator[Running]:
     """A service that is checked, once its clients are gone, and then stopped."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -4,107 +4,114 @@ import asyncio
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Final
 
+from adapters.images.layout import ID, MARK, NAME, PROBE, PROBED, Mark, media_type, new_name, probe_name
 from domain.errors import Failure
-from domain.ports.images import Picture
+from domain.ports.images import ImagesRefused, Picture
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES: Final = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
-_MEDIA_TYPES: Final = {suffix: media_type for media_type, suffix in _SUFFIXES.items()}
-
-# Bounded by the file system's limit for names.
-_ID: Final = re.compile(r"[a-z]{1,16}_[0-9]{1,20}_[a-z0-9]{1,64}")
-#: The name of a picture; with a width, that of its thumbnail.
-_NAME: Final = re.compile(rf"({_ID.pattern})-[0-9a-f]{{32}}\.({'|'.join(_MEDIA_TYPES)})(\.[0-9]{{1,4}}\.webp)?")
-#: What `probe` writes.
-_PROBE: Final = re.compile(r"\.probe-[0-9a-f]{16}")
 #: A picture that is being written.
-_PART: Final = re.compile(rf"\.{_NAME.pattern}\.([0-9a-f]{{8}}\.)?part")
-#: The mark: a file with a line of JSON that names the log of these pictures. It is locked while the folder is in use.
-_MARK: Final = ".stagecast"
+_PART: Final = re.compile(rf"\.{NAME.pattern}\.([0-9a-f]{{8}}\.)?part")
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
-
-class FolderRefused(Exception):
-    """The folder is in use, belongs to another log, or cannot be used. The message is a sentence for the operator."""
+#: Seconds in which nodes that share a folder mark it, one after the other.
+_MARKING: Final = 2
 
 
 class ImageFolder:
-    """`domain.ports.images.ImageStore` under `root`, which no other process may change meanwhile.
+    """`domain.ports.images.ImageStore` under `root`, which nobody else may change meanwhile.
 
-    Files with other names than our pictures' are neither served nor removed. A file that cannot be removed is left for
-    the next sweep. Nothing is written or removed while the folder is missing or replaced by another.
+    It belongs to one process, which holds an exclusive lock on its mark; or, if shared, to all nodes of one log, which
+    hold a shared lock. Files with other names than our pictures' are neither served nor removed. Nothing is written or
+    removed while the folder is missing or replaced by another.
     """
 
-    def __init__(self, root: Path, *, log: str, epoch: str) -> None:
+    def __init__(self, root: Path, *, log: str, epoch: str, shared: bool = False) -> None:
         """Claim the folder for the log of this kind (``memory``, ``sqlite``) and epoch, or create it.
 
+        `shared`: the other nodes of this log use it too.
+
         Raises:
-            FolderRefused: another process uses it, it belongs to another durable log, or it cannot be used.
+            ImagesRefused: another process uses it, it belongs to another durable log, or it cannot be used.
         """
         self._root = root
-        self._tag = secrets.token_hex(8)
+        self._probed = root / probe_name()
         self._lost = False
         with _refusing(root):
             root.mkdir(parents=True, exist_ok=True)
             # Not inherited by child processes, so that only this process holds the lock.
-            self._lock = os.open(root / _MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            self._lock = os.open(root / MARK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
                 #: Pictures stored before this time (seconds since 1970) are never reported as removable.
-                self._since = self._claim({"log": log, "epoch": epoch})
-                #: Pictures stored before this time are those of dead processes, as this one has the folder to itself.
-                self._claimed = os.fstat(self._lock).st_mtime
+                self._since = self._claim(Mark(log, epoch), shared)
+                #: Pictures stored before this time are those of dead processes, if this one has the folder to itself.
+                self._claimed = 0.0 if shared else os.fstat(self._lock).st_mtime
             except BaseException:
                 os.close(self._lock)
                 raise
 
     @staticmethod
     def examine(root: Path, *, log: str, epoch: str | None) -> None:
-        """Check without changes whether the folder could be claimed, apart from its lock. Raises `FolderRefused`."""
+        """Check without changes whether the folder could be claimed, apart from its lock. Raises `ImagesRefused`."""
         # What does not exist is created when the folder is claimed.
         with _refusing(root), contextlib.suppress(FileNotFoundError):
             os.scandir(root).close()
-            _check(root, (root / _MARK).read_bytes(), {"log": log, "epoch": epoch})
+            Mark(log, epoch).check((root / MARK).read_bytes(), f"The image folder {root}")
 
-    def _claim(self, mark: dict[str, str]) -> float:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderRefused(f"The image folder {self._root} is in use by another process.") from None
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                raise OSError(error.errno, "its file system has no file locks (flock)") from None
-            raise
-        found = os.pread(self._lock, 4096, 0)
-        _check(self._root, found, mark)
-        line = json.dumps(mark).encode() + b"\n"
+    def _claim(self, mark: Mark, shared: bool) -> float:
+        deadline = time.monotonic() + _MARKING
+        while True:
+            try:
+                return self._lock_and_mark(mark, shared)
+            except BlockingIOError:
+                if not shared or time.monotonic() > deadline:
+                    raise ImagesRefused(f"The image folder {self._root} is in use by another process.") from None
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # Two that wait to write the mark would wait for each other.
+                time.sleep(secrets.randbelow(100) / 1000)
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    raise OSError(error.errno, "its file system has no file locks (flock)") from None
+                raise
+
+    def _lock_and_mark(self, mark: Mark, shared: bool) -> float:
+        """Raises BlockingIOError: another process holds the lock."""
+        if shared:
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if self._checked(mark) == bytes(mark):
+                return 0
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = self._checked(mark)
         # In this order, a process killed in between leaves a complete first line.
-        os.pwrite(self._lock, line, 0)
-        os.ftruncate(self._lock, len(line))
+        os.pwrite(self._lock, bytes(mark), 0)
+        os.ftruncate(self._lock, len(bytes(mark)))
         os.fsync(self._lock)
+        if shared:
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         # Without a mark, older pictures may belong to the log of an earlier version.
         return 0 if found else os.fstat(self._lock).st_mtime
+
+    def _checked(self, mark: Mark) -> bytes:
+        found = os.pread(self._lock, 4096, 0)
+        mark.check(found, f"The image folder {self._root}")
+        return found
 
     async def close(self) -> None:
         os.close(self._lock)
         self._lock = -1
 
     async def save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
-        if not _ID.fullmatch(generation_id):
-            raise ValueError(f"{generation_id!r} cannot name a folder")
-        name = name or f"{generation_id}-{secrets.token_hex(16)}.{_SUFFIXES[picture.media_type]}"
+        name = name or new_name(generation_id, picture)
         try:
             await asyncio.to_thread(self._write, generation_id, name, picture.data)
         except OSError as error:
@@ -117,7 +124,7 @@ class ImageFolder:
         path = self._path(name)
         if path is not None:
             with contextlib.suppress(FileNotFoundError):
-                return Picture(await asyncio.to_thread(path.read_bytes), _MEDIA_TYPES[path.suffix[1:]])
+                return Picture(await asyncio.to_thread(path.read_bytes), media_type(name))
         return None
 
     async def size(self, name: str) -> int:
@@ -132,7 +139,7 @@ class ImageFolder:
             await asyncio.to_thread(_remove, path)
 
     async def remove(self, generation_id: str) -> None:
-        if _ID.fullmatch(generation_id) and self._held():
+        if ID.fullmatch(generation_id) and self._held():
             await asyncio.to_thread(shutil.rmtree, self._root / generation_id, ignore_errors=True)
 
     async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
@@ -145,18 +152,16 @@ class ImageFolder:
             raise Failure("storage_failed") from error
 
     def _probe(self) -> None:
-        # One name per process; the next sweep removes the file of a killed one.
         self._check_held()
-        file = self._root / f".probe-{self._tag}"
         try:
-            _write_synced(file.open("wb"), bytes(4096))
+            _write_synced(self._probed.open("wb"), PROBED)
         finally:
-            file.unlink(missing_ok=True)
+            self._probed.unlink(missing_ok=True)
 
     def _held(self) -> bool:
         """Whether the folder at this path is still the claimed one. Logs when that changes."""
         try:
-            held = os.path.samestat((self._root / _MARK).lstat(), os.fstat(self._lock))
+            held = os.path.samestat((self._root / MARK).lstat(), os.fstat(self._lock))
         except OSError:
             held = False
         if held == self._lost:
@@ -169,7 +174,7 @@ class ImageFolder:
             raise FileNotFoundError(errno.ENOENT, "the folder was removed or replaced")
 
     def _path(self, name: str) -> Path | None:
-        match = _NAME.fullmatch(name)
+        match = NAME.fullmatch(name)
         return match and self._root / match[1] / name
 
     def _write(self, generation_id: str, name: str, data: bytes) -> None:
@@ -190,16 +195,16 @@ class ImageFolder:
         if not self._held():
             return found
         for folder in _entries(self._root):
-            if _PROBE.fullmatch(folder.name) and _stored(folder) < max(moment, self._claimed):
+            if PROBE.fullmatch(folder.name) and _stored(folder) < max(moment, self._claimed):
                 Path(folder.path).unlink(missing_ok=True)
-            if not _ID.fullmatch(folder.name):
+            if not ID.fullmatch(folder.name):
                 continue
             for file in _entries(Path(folder.path)):
                 if not self._since <= _stored(file) < max(moment, self._claimed):
                     continue
                 if _PART.fullmatch(file.name):
                     _remove(Path(file.path))
-                elif _NAME.fullmatch(file.name):
+                elif NAME.fullmatch(file.name):
                     found.setdefault(folder.name, []).append(file.name)
         return found
 
@@ -212,26 +217,14 @@ def _write_synced(file: IO[bytes], data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _check(root: Path, found: bytes, mark: Mapping[str, str | None]) -> None:
-    """Refuse the mark of another durable log. A memory log's mark is stale, as that log ended with its process."""
-    line, _, _ = found.partition(b"\n")
-    way_out = f"use another folder, or remove {_MARK} from it if no log needs its pictures"
-    try:
-        log, epoch = (json.loads(line)[key] for key in ("log", "epoch")) if line else ("memory", "")
-    except (ValueError, TypeError, KeyError):
-        raise FolderRefused(f"The mark of the image folder {root} is damaged; {way_out}.") from None
-    if log != "memory" and (log, epoch) != (mark["log"], mark["epoch"]):
-        raise FolderRefused(f"The image folder {root} belongs to another log; {way_out}.")
-
-
 @contextlib.contextmanager
 def _refusing(root: Path) -> Iterator[None]:
-    """Turn errors of the file system into `FolderRefused`."""
+    """Turn errors of the file system into `ImagesRefused`."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "its path is a loop of links"
-        raise FolderRefused(f"The image folder {root} cannot be used: {reason}.") from None
+        raise ImagesRefused(f"The image folder {root} cannot be used: {reason}.") from None
 
 
 def _create(part: Path) -> IO[bytes]:

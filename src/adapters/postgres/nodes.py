@@ -1,7 +1,7 @@
 """The nodes that share the database, and which of them are dead."""
 
 import asyncio
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from adapters.postgres.database import Database
@@ -69,6 +69,29 @@ class Nodes:
         for row in rows:
             before = known.get(row["r_id"])
             self._seen[row["r_id"]] = before if before and before[0] == row["r_seen"] else (row["r_seen"], now)
+
+    async def have_others(self) -> bool:
+        """Whether other nodes send heartbeats now. Takes seconds if one has ended without `leave`.
+
+        Raises:
+            LogUnavailable
+        """
+
+        async def recent() -> dict[str, datetime]:
+            rows = await self._database.fetch("SELECT * FROM stagecast.beat_v1($1)", self.id)
+            seen = {
+                row["r_id"]: row["r_seen"] for row in rows if row["r_now"] - row["r_seen"] < timedelta(seconds=LEASE)
+            }
+            return {node: at for node, at in seen.items() if node != self.id}
+
+        before = await recent()
+        for _ in range(6):
+            if not before:
+                return False
+            await asyncio.sleep(BEAT / 2)
+            if not (await recent()).items() <= before.items():
+                return True
+        return False
 
     async def leave(self) -> None:
         """Tell the others that this node has ended. Raises `LogUnavailable`."""

@@ -36,6 +36,12 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
     leases = PostgresLeases(database, nodes, tail)
     log = PostgresLog(database, tail, nodes, credits=options.credits, clock=options.clock, outbox=options.outbox)
 
+    async def has_other_nodes() -> bool:
+        try:
+            return await nodes.have_others()
+        except LogUnavailable:
+            raise StorageRefused("The log cannot be opened: it does not answer.") from None
+
     async def close() -> None:
         with contextlib.suppress(LogUnavailable):
             await nodes.leave()
@@ -49,6 +55,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         sessions=PostgresSessions(database, options.retention),
         leases=leases,
         background={"tail": tail.run, "heartbeat": nodes.run, "lines": leases.run},
+        has_other_nodes=has_other_nodes,
         close=close,
     )
 

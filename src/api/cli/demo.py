@@ -98,7 +98,7 @@ def run(settings: Settings, listener: socket.socket, folder: Path) -> None:
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         with TemporaryDirectory(prefix="stagecast-demo-", ignore_cleanup_errors=True) as store:
-            settings = settings.model_copy(update={"public_url": url, "images": Path(store)})
+            settings = settings.model_copy(update={"public_url": url, "images": store})
             with _serving(settings, listener):
                 asyncio.run(_run_edit(settings, folder))
     except (httpx2.HTTPError, SocketIOError, TimeoutError):

@@ -127,9 +127,12 @@ def _raise_descriptor_limit() -> None:
 
 
 def _make_folder(settings: Settings) -> None:
+    if "://" in settings.images:
+        return
+    folder = Path(settings.images)
     with contextlib.suppress(OSError):
-        settings.images.mkdir(parents=True, exist_ok=True)
-    if not os.access(settings.images, os.R_OK | os.W_OK | os.X_OK) or not settings.images.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK) or not folder.is_dir():
         raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.")
 
 

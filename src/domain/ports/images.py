@@ -27,6 +27,10 @@ def original_name(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
+class ImagesRefused(Exception):
+    """An image store is in use, belongs to another log, or fails. The message is one sentence for the operator."""
+
+
 class ImageStore(Protocol):
     """Stores pictures. A name begins with the id of its generation, and cannot be guessed."""
 
@@ -40,22 +44,22 @@ class ImageStore(Protocol):
         """
 
     async def load(self, name: str) -> Picture | None:
-        """The picture of this name; ``None`` where there is none."""
+        """The picture of this name; ``None`` where there is none. Raises `Failure`: the store does not answer."""
 
     async def size(self, name: str) -> int:
-        """How many bytes the picture of this name has; 0 where there is none."""
+        """How many bytes the picture of this name has; 0 where there is none. Raises as `load`."""
 
     async def discard(self, name: str) -> None:
-        """Remove one picture, if it is there."""
+        """Remove one picture, if it is there. What cannot be removed is left for the next sweep."""
 
     async def remove(self, generation_id: str) -> None:
-        """Remove all pictures of one generation."""
+        """Remove all pictures of one generation, as `discard` does."""
 
     async def names(self, *, older_than: datetime) -> dict[str, list[str]]:
         """The names of the pictures stored before that moment, by generation id.
 
         Those that a dead process has stored are included whatever their age, where that is known. Those that may belong
-        to another log than the present one are left out.
+        to another log than the present one are left out. Raises as `load`.
         """
 
     async def close(self) -> None:

@@ -34,6 +34,10 @@ async def _nothing() -> None:
     pass
 
 
+async def _alone() -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Storage:
     """An open storage."""
@@ -48,6 +52,8 @@ class Storage:
     examine: Callable[[], Awaitable[None]] = _nothing
     #: What has to run as long as the storage is open, by name.
     background: Mapping[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
+    #: Whether other nodes use this storage now. It may take seconds, and raise `StorageRefused`.
+    has_other_nodes: Callable[[], Awaitable[bool]] = _alone
     #: Finishes pending operations and releases everything. Nothing may be called afterwards.
     close: Callable[[], Awaitable[None]] = _nothing
 
