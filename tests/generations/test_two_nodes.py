@@ -79,9 +79,11 @@ class Nodes:
         await self._running[node.leases].aclose()
 
     async def all_ended(self) -> None:
+        """Wait until every generation has ended and its lease is released."""
         async with asyncio.timeout(20):
             while await self.log.unfinished():
                 await asyncio.sleep(0.005)
+            await self.cluster.lines.drain()
 
     async def close(self) -> None:
         await self._stack.aclose()
@@ -108,8 +110,6 @@ async def test_two_nodes_do_each_work_once() -> None:
         await all_nodes.all_ended()
         assert len(one.editor.calls) + len(two.editor.calls) == len(begun)
         assert {(await one.statuses(each))[-1] for each in begun} == {"completed"}
-        async with asyncio.timeout(20):
-            await all_nodes.cluster.lines.drain()
         assert all_nodes.cluster.holders == {}
 
 

@@ -77,7 +77,6 @@ OVERRIDDEN = {
         "on_part_data": "(self, data: 'bytes', start: 'int', end: 'int') -> 'None'",
         "on_part_end": "(self) -> 'None'",
     },
-    "api.sse.routes._StreamRoute": {"matches": "(self, scope: 'Scope') -> 'tuple[Match, Scope]'"},
     "api.web.page._Files": {
         "file_response": "(self, full_path: 'PathLike', stat_result: 'os.stat_result', scope: 'Scope', "
         "status_code: 'int' = 200) -> 'Response'",
@@ -123,7 +122,7 @@ USED = {
         "writable",
     },
     "api.rest.multipart._Parser": {"_charset", "_current_part", "items"},
-    "api.rest.routes.Route": {"app"},
+    "api.rest.routes.Route": {"endpoint"},
 }
 
 #: Private names of libraries that are imported, or used on an object other than ``self``.
@@ -250,7 +249,7 @@ def test_every_private_name_of_a_library_is_declared() -> None:
                     used.add(name)
                 case ast.ImportFrom(module=str(name)) if "._" in name:
                     used.add(name)
-    documented = {"_fields", "_make", "_replace"}  # Of named tuples.
+    documented = {"_asdict", "_fields", "_make", "_replace"}  # Of named tuples.
     private = used - defined - documented
     assert private - set().union(*USED.values()) == PRIVATE
 
