@@ -12,7 +12,7 @@ from api.rest import accounts, feed, generations, info, problems, transitions
 from api.rest.bodies import BodyTimeout
 from api.rest.head import HeadAsGet
 from api.rest.origin_guard import OriginGuard
-from api.rest.proxies import ForwardedHeaders, PathPrefix
+from api.rest.proxies import ForwardedHeaders
 from api.service import Service
 from api.settings import SettingsError
 from api.sse import routes as sse
@@ -77,12 +77,12 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         )
     everything = service.sockets.app(HeadAsGet(StreamLayer(routes)), f"{prefix}/socket.io")
     guard = OriginGuard(
-        PathPrefix(BodyTimeout(everything), prefix),
+        BodyTimeout(everything),
         open_mode=settings.open_mode,
         origins=settings.origins,
         hosts=hosts,
     )
-    return service, ForwardedHeaders(ClientLimit(guard), settings.trusted_proxies)
+    return service, ForwardedHeaders(ClientLimit(guard), settings.trusted_proxies, prefix)
 
 
 def create_server(parts: Parts, ready: Callable[[], None] = lambda: None) -> Server:

@@ -180,7 +180,7 @@ async def seen(
     for name, values in forwarded.items():
         headers += [(f"x-forwarded-{name}".encode(), value.encode("latin-1")) for value in values]
     scheme = "ws" if type == "websocket" else "http"
-    scope = {"type": type, "scheme": scheme, "headers": headers, "client": client}
+    scope = {"type": type, "path": "/", "scheme": scheme, "headers": headers, "client": client}
     await ForwardedHeaders(app, [ip_network(network) for network in trusted])(scope, nothing, nothing)
     [scope] = scopes
     [host] = [value.decode() for name, value in scope["headers"] if name == b"host"]

@@ -19,14 +19,19 @@ _PORT: Final = re.compile(r"[0-9]{1,5}")
 
 
 class ForwardedHeaders:
-    """Takes client, scheme and host from `X-Forwarded-*`, if the peer is a trusted proxy.
+    """Takes client, scheme and host from `X-Forwarded-*`, if the peer is a trusted proxy, and undoes a stripped prefix.
 
     Layers behind it read ``scope["client"]``, ``scope["scheme"]`` and the Host header. The client's address is in
-    canonical form: an IPv4-mapped address is IPv4.
+    canonical form: an IPv4-mapped address is IPv4. Every path is served with and without the prefix: behind this layer
+    it has the prefix, as ASGI's ``root_path``.
     """
 
-    def __init__(self, app: ASGIApp, trusted: Collection[IPv4Network | IPv6Network]) -> None:
-        """`trusted`: networks of proxies that set or remove each of these headers."""
+    def __init__(self, app: ASGIApp, trusted: Collection[IPv4Network | IPv6Network], prefix: str = "") -> None:
+        """`trusted`: networks of proxies that set or remove each of these headers.
+
+        `prefix` is empty or begins with a slash, without one at its end.
+        """
+        self._prefix = prefix
         self._app = app
         self._trusted = trusted
         self._peer = lru_cache(maxsize=4096)(self._resolve)
@@ -39,6 +44,14 @@ class ForwardedHeaders:
             scope["client"] = (peer, port)
             if trusted:
                 self._apply(scope)
+        if scope["type"] in ("http", "websocket"):
+            scope["root_path"] = self._prefix
+            if scope["path"] == self._prefix:
+                scope["path"] += "/"
+            elif not scope["path"].startswith(f"{self._prefix}/"):
+                scope["path"] = self._prefix + scope["path"]
+                if scope.get("raw_path"):
+                    scope["raw_path"] = self._prefix.encode() + scope["raw_path"]
         await self._app(scope, receive, send)
 
     def _resolve(self, host: str) -> tuple[str, bool]:
@@ -82,27 +95,6 @@ class ForwardedHeaders:
             host = f"{host}:{port}"
         others = [(name, value) for name, value in scope["headers"] if name != b"host"]
         scope["headers"] = [*others, (b"host", host.encode())]
-
-
-class PathPrefix:
-    """Serves every path with and without the prefix. Behind it every path has the prefix, as ASGI's ``root_path``."""
-
-    def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """`prefix` is empty or begins with a slash, without one at its end."""
-        self._app = app
-        self._prefix = prefix
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request or connection."""
-        if scope["type"] in ("http", "websocket"):
-            scope["root_path"] = self._prefix
-            if scope["path"] == self._prefix:
-                scope["path"] += "/"
-            elif not scope["path"].startswith(f"{self._prefix}/"):
-                scope["path"] = self._prefix + scope["path"]
-                if scope.get("raw_path"):
-                    scope["raw_path"] = self._prefix.encode() + scope["raw_path"]
-        await self._app(scope, receive, send)
 
 
 def _values(headers: Headers, name: str) -> list[str]:
