@@ -4,6 +4,7 @@ Its JSON is made once, by `encode`; the same bytes are stored and sent. Only the
 ``credit`` is the last key, which the log adds to the bytes with `with_credit`.
 """
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Final
 
@@ -104,6 +105,12 @@ class Event(Outcome, _Header):  # The fields of the last base come first in the 
 def event_name(status: str) -> str:
     """The Socket.IO event that carries this status."""
     return NAMES.get(status, CONTINUE)
+
+
+def validated(fields: Mapping[str, object]) -> Event:
+    """The event with these fields. Raises `pydantic.ValidationError`."""
+    event: Event = Event.__pydantic_validator__.validate_python(fields)
+    return event
 
 
 def encode(event: Event) -> bytes:

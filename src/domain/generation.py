@@ -11,7 +11,7 @@ from pydantic import Field, JsonValue
 from transitions import Machine, Transition
 
 from domain.errors import Failure, IllegalTransition, InvalidEventField
-from domain.events import Event, FaceSwapError, Input, Outcome, Wire, timestamp
+from domain.events import Event, FaceSwapError, Input, Outcome, Wire, timestamp, validated
 from domain.requests import GenerationRequest
 from domain.stages import FAILED, FLOWS, GUARDS, INITIAL, STARTED, Kind, Via, ceiling, moves
 
@@ -285,7 +285,7 @@ class Generation:
     def _draft(self, status: str, via: Via, occurred_at: str, fields: Mapping[str, Any]) -> Event:
         stage = FLOWS[self.kind][status]
         known = {name: self.outcome[name] for name in stage.fields + via.fields if name in self.outcome}
-        return Event.model_validate(
+        return validated(
             {
                 "progress": self.progress if stage.progress is None else stage.progress,
                 "message": via.message or stage.message,

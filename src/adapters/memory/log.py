@@ -205,7 +205,10 @@ class MemoryLog:
             self._finished[entry.generation_id] = record
             if self._outbox:
                 self._undelivered[entry.generation_id] = record
-        logged = record.entry(index, accepted.event)
+        logged = Logged(
+            entry.user_id, user.head, entry.event_id, entry.generation_id, entry.sequence, entry.name, accepted.event,
+            record.first, record.end, entry.images,
+        )  # fmt: skip
         self._followers.deliver(logged)
         return logged
 
