@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+import aiohttp
 import httpx2
 import pytest
 import socketio
@@ -131,8 +132,8 @@ async def test_connected_devices_are_told_and_begin_anew(tmp_path: Path, log_set
 
 @pytest.mark.parametrize("way", ["polling", "websocket"])
 async def test_a_connected_python_client_comes_back(tmp_path: Path, way: str) -> None:
-    async with running(tmp_path) as service:
-        client = socketio.AsyncClient(reconnection_delay=0.1)
+    async with running(tmp_path) as service, aiohttp.ClientSession() as session:
+        client = socketio.AsyncClient(reconnection_delay=0.1, http_session=session)
         acks = asyncio.Queue[JSON]()
         client.on("authenticated", acks.put)
         await client.connect(service.url, auth={"userId": "eve", "recovery": False}, transports=[way])

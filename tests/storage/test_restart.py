@@ -193,6 +193,7 @@ async def test_after_a_restart_free_work_is_repeated_paid_work_is_ended_and_wait
         await again.service.leases.drain()
         assert [event["status"] for event in await again.events(waiting, "bob")][-1] == "completed"
         named = {value.rpartition("/")[2] for event in back.events for key, value in event.items() if key[-3:] == "Url"}
+        named |= {url.rpartition("/")[2] for url in back.events[0]["input"]["images"]}
         kept = {each.name for each in (tmp_path / "images" / stuck).glob("*")}
         assert kept == {name for name in named if name.startswith(stuck)}, "stray images"
         await hang_up([back])
