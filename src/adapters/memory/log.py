@@ -81,9 +81,13 @@ class _Record:
                 return dict(zip(names[::2], names[1::2], strict=True))
         return NO_IMAGES
 
-    def at(self, position: int) -> Logged:
-        index = bisect.bisect_left(self.places[::2], position)
-        return self.entry(index, None if self.deleted else self.json()[index])
+    def index_at(self, position: int) -> int:
+        return bisect.bisect_left(range(len(self.places) // 2), position, key=lambda index: self.places[2 * index])
+
+    def at(self, position: int, events: Sequence[bytes]) -> Logged:
+        """The entry at this position; `events` is what `json` returns."""
+        index = self.index_at(position)
+        return self.entry(index, None if self.deleted else events[index])
 
     def history(self, *, summary: bool = True) -> History:
         events = self.json()
@@ -128,7 +132,7 @@ class _User:
         if not self.floor < position <= self.head:
             return None
         record = self.feed[position - self.base - 1]
-        return None if record is None else record.at(position).event_id
+        return None if record is None else record.places[2 * record.index_at(position) + 1]
 
     def forget_below_floor(self) -> list[_Record]:
         """Drop and return the deleted generations below the floor, and trim the empty start of the feed."""
@@ -276,12 +280,15 @@ class MemoryLog:
         if user is None:
             return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, ())
         entries: list[Logged] = []
+        events: dict[_Record, list[bytes]] = {}
         position = max(after, user.base)
         while position < user.head and len(entries) < limit:
             position += 1
             record = user.feed[position - user.base - 1]
             if record is not None:
-                entries.append(record.at(position))
+                if record not in events:
+                    events[record] = record.json()
+                entries.append(record.at(position, events[record]))
         spans = [(record.first, record.last) for record in user.deleted]
         deleted_spans = [first for first, last in spans if first <= anchor < last]
         return Feed(entries, position, user.head, user.floor, user.id_at(anchor), deleted_spans)
@@ -357,7 +364,7 @@ class MemoryLog:
         return [*kept, *deleted]
 
     async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
-        return [record.at(record.last) for record in islice(self._undelivered.values(), limit)]
+        return [record.at(record.last, record.json()) for record in islice(self._undelivered.values(), limit)]
 
     async def delivered(self, generation_id: str) -> None:
         self._undelivered.pop(generation_id, None)
