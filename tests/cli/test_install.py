@@ -125,6 +125,7 @@ def test_the_three_package_names_belong_to_this_distribution() -> None:
         assert set(owners.get(name, ["stagecast"])) == {"stagecast"}
 
 
+@pytest.mark.long
 def test_the_installed_package_works_without_its_source_and_writes_only_to_its_volume(tmp_path: Path) -> None:
     with built() as installed:
         before = files_outside_the_volume(installed)

@@ -288,7 +288,15 @@ async def test_a_second_service_on_the_same_folder_or_file_is_refused_and_remove
                 assert (await caller.ask("GET", f"/images/{picture}", "ada")).status_code == 200
 
 
-@pytest.mark.parametrize("lost", ["removed", "replaced", "cut", "wal removed"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "removed",
+        pytest.param("replaced", marks=pytest.mark.long),
+        pytest.param("cut", marks=pytest.mark.long),
+        "wal removed",
+    ],
+)
 async def test_a_log_whose_file_is_lost_refuses_starts_and_logs_it_once(tmp_path: Path, lost: str) -> None:
     async with durable(tmp_path / "service") as (deployment, life, caller):
         generation_id = await start(caller)
