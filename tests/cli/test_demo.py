@@ -196,7 +196,7 @@ async def test_a_failure_exits_with_1_and_one_sentence_that_respects_no_color(
     assert sent == "stagecast: The generation took too long and was stopped. Please try again.\r\n"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 async def test_the_demo_can_be_interrupted_and_leaves_nothing_behind(scratch: Path, stop: signal.Signals) -> None:
     async with terminal(scratch, "--local-seconds", "60") as shown:
         await shown.until("OpenAI image editing started...")

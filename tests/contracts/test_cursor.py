@@ -394,7 +394,7 @@ async def play(open_log: OpenLog, commands: list[tuple[str, int]], limits: list[
         return world
 
 
-@pytest.mark.parametrize(("name", "examples"), examples_of({"memory": 150, "sqlite": 150, "postgres": 6}, 150))
+@pytest.mark.parametrize(("name", "examples"), examples_of({"memory": 100, "sqlite": 50, "postgres": 6}, 150))
 def test_from_any_cursor_the_wanted_events_come_once_in_order_or_it_is_unusable(name: str, examples: int) -> None:
     limit = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 

@@ -375,7 +375,7 @@ class LogMachine(RuleBasedStateMachine):
         assert self.run(self.follower.until(lambda entries: len(entries) >= count)) == self.appended
 
 
-@pytest.mark.parametrize(("name", "examples"), examples_of({"memory": 60, "sqlite": 20, "postgres": 2}, 40))
+@pytest.mark.parametrize(("name", "examples"), examples_of({"memory": 40, "sqlite": 12, "postgres": 2}, 40))
 def test_any_sequence_of_operations_keeps_the_invariants_of_the_log(name: str, examples: int) -> None:
     machine = type("Machine", (LogMachine,), {"open_log": staticmethod(LOGS[name])})
     run_state_machine_as_test(machine, settings=settings(PROPERTY, max_examples=examples, stateful_step_count=40))

@@ -71,7 +71,7 @@ async def test_the_prompt_is_on_the_screen_when_a_laptop_opens_the_form(browser:
         assert await is_on_screen(tab["#prompt"])
 
 
-@pytest.mark.parametrize("size", [PHONE, NARROW, LAPTOP])
+@pytest.mark.parametrize("size", [pytest.param(PHONE, marks=pytest.mark.long), NARROW, LAPTOP])
 async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
     browser: Browser, service: Running, size: tuple[int, int]
 ) -> None:
