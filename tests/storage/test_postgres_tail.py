@@ -175,12 +175,12 @@ async def patiently(log: Any, append: Append) -> None:
 async def test_a_log_that_lost_its_end_and_one_that_ran_ahead_are_read_again(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_tail, "_MOST_BEHIND", 3)
-    monkeypatch.setattr(postgres_tail, "_PAGE", 3)
     got: list[Notice] = []
     async with node(url) as here:
         await here.recorder.run_to_end("ada")
         await here.follower.until(lambda entries: len(entries) == 6)
+        monkeypatch.setattr(postgres_tail, "_MOST_BEHIND", 3)
+        monkeypatch.setattr(postgres_tail, "_PAGE", 3)
         admin = await asyncpg.connect(url)
         async with here.log.follow(got.append):
             # As after a failover that lost the last event.
