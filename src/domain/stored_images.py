@@ -54,11 +54,8 @@ class StoredImages:
             if not self._stored[user_id]:
                 del self._stored[user_id]
 
-    async def save(self, generation_id: str, picture: Picture) -> str:
-        """Store a picture and return its name. Raises `Failure`."""
-        return await self._save(generation_id, picture)
-
-    async def _save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
+    async def save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
+        """As `ImageStore.save`. A picture whose storing is cancelled is discarded."""
         saving = asyncio.create_task(self.store.save(generation_id, picture, name))
         self._saving[generation_id].add(saving)
         saving.add_done_callback(partial(self._saved, generation_id, len(picture.data)))
@@ -86,7 +83,7 @@ class StoredImages:
     async def save_thumbnail(self, name: str, width: int, picture: Picture) -> None:
         """Store a thumbnail of this picture, unless the picture is removed meanwhile. Raises `Failure`."""
         generation_id, thumbnail = name.rpartition("-")[0], thumbnail_name(name, width)
-        await self._save(generation_id, picture, thumbnail)
+        await self.save(generation_id, picture, thumbnail)
         if generation_id in self._removing or not await self.store.size(name):
             await self._discard(thumbnail)
 
