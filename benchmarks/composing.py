@@ -102,10 +102,10 @@ def lateness(size: Size, pictures: list[Path]) -> tuple[float, float]:
             def p99() -> float:
                 load.ask("arm", 60)
                 sent = server.ask(f"rate append {PER_SECOND} {seconds}", 10 * seconds + 30)["sent"]
-                told = load.ask(f"until {sent} 30", 40)
-                if told["count"] != sent:
-                    raise load.failed(f"{sent} events were emitted, {told}")
-                return float(told["p99"]) / 1e3
+                answer = load.ask(f"until {sent} 30", 40)
+                if answer["count"] != sent:
+                    raise load.failed(f"{sent} events were emitted, {answer}")
+                return float(answer["p99"]) / 1e3
 
             alone = p99()
             edits = Edits(port, pictures)

@@ -22,9 +22,9 @@ def measure(name: str, sockets: int) -> tuple[float, float]:
         time.sleep(SETTLE)
         memory, cpu = process.memory(), process.cpu()
         with clients(name, port, sockets, 1, IN_FLIGHT) as load:
-            told = load.answer(150)
-            if told["joined"] != sockets:
-                raise load.failed(f"of {sockets} sockets {told}")
+            answer = load.answer(150)
+            if answer["joined"] != sockets:
+                raise load.failed(f"of {sockets} sockets {answer}")
             connected = process.cpu()
             time.sleep(SETTLE)
             return (process.memory() - memory) / sockets, (connected - cpu) / sockets

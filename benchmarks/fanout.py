@@ -75,10 +75,10 @@ class Connected:
         self._clients.ask("arm", 60)
         before = self._server.cpu()
         emitted = self._server.ask(command, 10 * seconds + 30)["sent"] * self._devices
-        told = self._clients.ask(f"until {emitted} 30", 40)
-        if told["count"] != emitted or told["lost"]:
-            raise self._clients.failed(f"{emitted} events were emitted, {told}")
-        return (self._server.cpu() - before) / emitted, told
+        answer = self._clients.ask(f"until {emitted} 30", 40)
+        if answer["count"] != emitted or answer["lost"]:
+            raise self._clients.failed(f"{emitted} events were emitted, {answer}")
+        return (self._server.cpu() - before) / emitted, answer
 
     def cost(self, mode: str, seconds: float) -> float:
         """CPU per delivered event in µs, with events as fast as possible."""

@@ -1,4 +1,4 @@
-"""Overload: starts come twice as fast as they can be accepted, while connected devices are told about other work."""
+"""Overload: starts come twice as fast as they can be accepted, while connected devices get the events of other work."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,11 +48,11 @@ def measure(size: Size) -> dict[str, float]:
 def _p99(command: str, server: Process, load: Process, seconds: float) -> float:
     """The p99 of the latencies of events that are made meanwhile, in ms."""
     sent = server.ask(f"{command} append {PER_SECOND} {seconds}", 20 * seconds + 30)["sent"]
-    told = load.ask(f"until {sent} 30", 40)
-    if told["count"] != sent or told["lost"]:
-        raise load.failed(f"{sent} events were emitted, {told}")
+    answer = load.ask(f"until {sent} 30", 40)
+    if answer["count"] != sent or answer["lost"]:
+        raise load.failed(f"{sent} events were emitted, {answer}")
     load.ask("arm", 30)
-    return float(told["p99"]) / 1e3
+    return float(answer["p99"]) / 1e3
 
 
 def run(size: Size) -> list[Row]:

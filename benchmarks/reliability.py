@@ -4,7 +4,7 @@
 
 Each case runs against a service in a process of its own. The exit code is 1 if a case failed. The long form takes about
 a quarter of an hour; times and ratios are judged in it, and are worth something only on a machine that does nothing
-else. `--quick` is the size that the test suite uses, in which they are told and not judged.
+else. `--quick` is the size that the test suite uses, in which they are printed and not judged.
 """
 
 import argparse

@@ -29,7 +29,7 @@ _FORM: Final = (
 )
 _FORM_TYPE: Final = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
 _JSON_TYPE: Final = {"Content-Type": "application/json"}
-#: What a generation goes through; each is told with a request.
+#: The statuses of a generation; each is reported by a request.
 _STEPS: Final = ("composition", "composition_completed", "openai_editing")
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.servers.load PORT USERS DEVICES PROTOCOL IN_FLIGHT
 
-`PROTOCOL` is ``stagecast`` (a socket counts as connected once it is told that it is authenticated), ``socketio``
+`PROTOCOL` is ``stagecast`` (a socket counts as connected once it receives `authenticated`), ``socketio``
 (once the server has answered its CONNECT) or ``raw`` (once it is open). Like a browser it offers permessage-deflate.
 Once all are connected it prints how many there are, and obeys these commands, with an answer for each:
 
