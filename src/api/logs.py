@@ -124,5 +124,3 @@ def configure() -> None:
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(_without_details)
     threading.excepthook = sys.unraisablehook = _unhandled
-    # Its warnings quote what clients sent.
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)

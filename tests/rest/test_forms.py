@@ -250,6 +250,21 @@ async def test_a_preamble_is_skipped_in_any_chunking(api: Api) -> None:
         assert (understood.prompt, len(understood.images)) == ("a red hat", 1)
 
 
+async def test_content_that_resembles_a_delimiter_is_kept_in_any_chunking(api: Api) -> None:
+    content = PNG + b"\r\n--BX\r\n--B-X\r\r\n-\n--B--\r\n--B" + b" " * 200 + b"x\r\n--"
+    body = form(part('name="images"', content), PROMPT)
+    for size in (1, 3, 50, len(body)):
+
+        async def stream(size: int = size) -> AsyncIterator[bytes]:
+            for at in range(0, len(body), size):
+                yield body[at : at + size]
+
+        headers = {"Content-Type": "multipart/form-data; boundary=B"}
+        answer = await api.client.post("/generations/edit", content=stream(), headers=headers)
+        [name] = (await order(api, answer)).images
+        assert api.images.kept[name].data == content
+
+
 @pytest.mark.parametrize(
     ("boundary", "parameter"),
     [

@@ -23,7 +23,6 @@ from engineio.async_socket import AsyncSocket
 from engineio.base_server import BaseServer as EngineBase
 from openai import AsyncOpenAI
 from socketio.base_server import BaseServer as SocketBase
-from starlette.formparsers import MultiPartParser, MultipartPart
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
@@ -71,12 +70,6 @@ OVERRIDDEN = {
         "send": "(self, message: 'ASGISendEvent') -> 'None'",
         "send_receive_event_to_app": "(self) -> 'None'",
     },
-    "api.rest.multipart._Parser": {
-        "on_end": "(self) -> 'None'",
-        "on_headers_finished": "(self) -> 'None'",
-        "on_part_data": "(self, data: 'bytes', start: 'int', end: 'int') -> 'None'",
-        "on_part_end": "(self) -> 'None'",
-    },
     "api.web.page._Files": {
         "file_response": "(self, full_path: 'PathLike', stat_result: 'os.stat_result', scope: 'Scope', "
         "status_code: 'int' = 200) -> 'Response'",
@@ -121,7 +114,6 @@ USED = {
         "transport",
         "writable",
     },
-    "api.rest.multipart._Parser": {"_charset", "_current_part", "items"},
     "api.rest.routes.Route": {"endpoint"},
 }
 
@@ -131,7 +123,6 @@ PRIVATE = {"_custom_headers"}
 #: Undocumented attributes of library objects that we hold, as their classes declare them.
 ATTRIBUTES: dict[type, set[str]] = {
     EngineBase: {"handlers", "sockets"},
-    MultipartPart: {"content_disposition", "item_headers"},
     RequestResponseCycle: {
         "chunked_encoding",
         "expected_content_length",
@@ -162,7 +153,6 @@ REPLACED: dict[Any, str] = {
     HttpToolsProtocol._should_upgrade: "8fcad1ab8e09",
     HttpToolsProtocol.data_received: "010a7ae59a5d",
     HttpToolsProtocol.send_400_response: "ae5a4a3782b6",
-    MultiPartParser.on_headers_finished: "10922cc93ae5",
     ServerProtocol.reject: "9d2df62f1952",
     WebSocketsSansIOProtocol.handle_connect: "fc648c2161ff",
     WebSocketsSansIOProtocol.send: "d4919ed760ce",

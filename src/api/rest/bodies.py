@@ -2,11 +2,13 @@
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
 from typing import Any, Final, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.rest.problems import Invalid, invalid_fields, problem
@@ -22,23 +24,22 @@ BODY_TIMEOUT = 900.0
 _BODY_HEADERS: Final = (b"content-length", b"transfer-encoding")
 
 
-def limited(request: Request, size: int, sentence: str) -> Request:
-    """The request, with a body of at most `size` bytes, declared or not: else 413 with this sentence."""
+async def read_body(request: Request, size: int, sentence: str) -> AsyncIterator[bytes]:
+    """The body in pieces, of at most `size` bytes, declared or not: else 413 with this sentence."""
     too_large = HTTPException(413, sentence)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > size:
         raise too_large
-    received = 0
-
-    async def receive() -> Message:
-        nonlocal received
+    received, more = 0, True
+    while more:
         message = await request.receive()
-        received += len(message.get("body", b""))
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body = message.get("body", b"")
+        received, more = received + len(body), message.get("more_body", False)
         if received > size:
             raise too_large
-        return message
-
-    return Request(request.scope, receive)
+        yield body
 
 
 async def read_json(request: Request, model: type[Model]) -> Model:
@@ -48,9 +49,9 @@ async def read_json(request: Request, model: type[Model]) -> Model:
         Invalid: it is not valid.
         HTTPException: 413.
     """
-    body = await limited(request, _MAX_JSON, "The request may have 64 kB at most.").body()
+    body = [each async for each in read_body(request, _MAX_JSON, "The request may have 64 kB at most.")]
     try:
-        return model.model_validate_json(body, by_alias=True, by_name=False)
+        return model.model_validate_json(b"".join(body), by_alias=True, by_name=False)
     except ValidationError as error:
         raise Invalid(*invalid_fields(error.errors())) from None
 

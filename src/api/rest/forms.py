@@ -6,8 +6,7 @@ Its models are what OpenAPI shows.
 import difflib
 import json
 import re
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Final
 from urllib.parse import unquote
@@ -16,10 +15,9 @@ from fastapi import Request
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError, from_json
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from api.rest.multipart import is_empty, is_file, multipart
+from api.rest.multipart import FormFile, Spool, read_multipart
 from api.rest.problems import Invalid, InvalidField, invalid_fields
 from domain.requests import GenerationRequest, Options, Prompt
 from domain.stages import Kind
@@ -38,22 +36,10 @@ _IMAGE_NAME: Final = re.compile(r"[a-z0-9_-]+\.[a-z]+")
 _HTTP_URL: Final = re.compile(r"https?://[^\x00-\x20\x7f/?#]+[^\x00-\x20\x7f]*", re.IGNORECASE)
 
 
-class _Upload:
-    """`domain.workflow.Upload`."""
-
-    def __init__(self, file: UploadFile) -> None:
-        self._file = file
-        self.size = file.size or 0
-
-    async def read(self) -> bytes:
-        await self._file.seek(0)
-        return await self._file.read()
-
-
-def _upload(value: object) -> _Upload:
-    if not isinstance(value, UploadFile) or not is_file(value):
+def _upload(value: object) -> FormFile:
+    if not isinstance(value, FormFile) or not value.is_file:
         raise PydanticCustomError("file", "This must be a file; URLs belong in imageUrls")
-    return _Upload(value)
+    return value
 
 
 def _unix_lines(value: object) -> object:
@@ -204,33 +190,32 @@ def form_body(kind: Kind) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-@asynccontextmanager
 async def read_form(
-    request: Request, kind: Kind, *, external: bool
-) -> AsyncIterator[tuple[GenerationRequest, Sequence[Upload]]]:
-    """The request in the form, and its uploads, which can be read until the end of the context.
+    request: Request, kind: Kind, spool: Spool, *, external: bool
+) -> tuple[GenerationRequest, Sequence[Upload]]:
+    """The request in the form, and its uploads, which are in the `spool`.
 
     `external`: the caller's own pipeline does the work, and may have the images already.
 
     Raises:
         Invalid: fields are not valid.
-        HTTPException, Failure: as `multipart`; 413: a file is too large.
+        HTTPException, Failure: as `read_multipart`; 413: a file is too large.
     """
     names, known = _names(_FORMS[kind]), _names(EditForm)
     sentence = "The request may have 5 files of 10 MB at most."
-    async with multipart(request, {*known} - {"images"}, MAX_BODY, sentence) as parts:
-        fields: dict[str, Any] = {}
-        for name in parts:
+    parts = await read_multipart(request, spool, {*known} - {"images"}, MAX_BODY, sentence)
+    fields: dict[str, Any] = {}
+    for name, values in parts.items():
+        if name in known and name != "prompt":
             # A form may have the fields of the other one, as long as they are empty: pages send all of their inputs.
-            optional = name in known and name != "prompt"
-            values = [value for value in parts.getlist(name) if not (optional and is_empty(value))]
-            if values:
-                fields[name] = values if name in _LISTS or len(values) != 1 else values[0]
-        try:
-            form = _FORMS[kind].model_validate(fields)
-        except ValidationError as error:
-            raise Invalid(*invalid_fields(_explained(each, names) for each in error.errors()[:_MAX_ERRORS])) from None
-        yield _request(form, external), form.images
+            values = [value for value in values if value and not (isinstance(value, FormFile) and value.is_empty)]
+        if values:
+            fields[name] = values if name in _LISTS or len(values) != 1 else values[0]
+    try:
+        form = _FORMS[kind].model_validate(fields)
+    except ValidationError as error:
+        raise Invalid(*invalid_fields(_explained(each, names) for each in error.errors()[:_MAX_ERRORS])) from None
+    return _request(form, external), form.images
 
 
 @cache
@@ -244,7 +229,8 @@ def _explained(error: Mapping[str, Any], names: Collection[str]) -> Mapping[str,
     if error["type"] != "extra_forbidden":
         repeated = isinstance(value, list) and len(error["loc"]) == 1 and error["loc"][0] not in _LISTS
         return {**error, "msg": "This field must not be repeated"} if repeated else error
-    if is_file(value[0] if isinstance(value, list) else value):
+    first = value[0] if isinstance(value, list) else value
+    if isinstance(first, FormFile) and first.is_file:
         similar = ["images"]
     else:
         texts = {_letters(name): name for name in names if name != "images"}

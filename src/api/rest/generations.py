@@ -1,7 +1,6 @@
 """HTTP: start, read, cancel and delete generations."""
 
 import re
-from contextlib import AsyncExitStack
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import Header, Path, Query, Request, Response
@@ -11,6 +10,7 @@ from pydantic_core import to_json
 from api.auth import PROBLEMS, Caller, Identified, StreamIdentity, require_service
 from api.rest import routes
 from api.rest.forms import form_body, read_form
+from api.rest.multipart import Spool
 from api.rest.problems import documented
 from api.rest.schemas import LAST_EVENT_ID, STREAM, VARY, CancelOutcome, EventPage, GenerationPage, json_response, named
 from api.rest.state import UseCases
@@ -114,9 +114,9 @@ async def _start(
 ) -> Response:
     if runner is not None:
         require_service(identity)
-    async with AsyncExitStack() as form:
+    with Spool() as spool:
         async with workflow.arriving(identity.user_id, key):
-            wanted = await form.enter_async_context(read_form(request, kind, external=runner is not None))
+            wanted = await read_form(request, kind, spool, external=runner is not None)
         snapshot = await workflow.start(identity.user_id, kind, *wanted, key)
     location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"
     return json_response(snapshot, 202, {"Location": location})

@@ -2,40 +2,141 @@
 
 import codecs
 import logging
-import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
 from tempfile import SpooledTemporaryFile
-from typing import Final
+from typing import Final, TypeVar, TypeVarTuple
 
 from fastapi import Request
 from pydantic_core import from_json
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 
-from api.rest.bodies import limited
+from api.rest.bodies import read_body
 from domain.errors import Failure
 
 logger = logging.getLogger(__name__)
 
-#: Characters. A boundary has at most 70, and parsing the header's parameters takes quadratic time.
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
+
+#: Characters of a content type, as parsing its parameters takes quadratic time, and of a boundary.
 _MAX_CONTENT_TYPE: Final = 1_000
-#: How Starlette's errors for a form beyond its limits begin.
-_TOO_LARGE: Final = ("Too many", "Part exceeded")
+_MAX_BOUNDARY: Final = 256
+#: Parts of a form, headers of a part and their bytes, and bytes of a text.
+_MAX_PARTS: Final = 1_000
+_MAX_HEADERS: Final = 8
+_MAX_HEAD: Final = 8 * 1024
+_MAX_TEXT: Final = 1024 * 1024
+#: What may follow a delimiter: the end of the form, or of the line; and a beginning of that, of so many bytes at most.
+_AFTER_DELIMITER: Final = re.compile(rb"--|[ \t]*\r\n")
+_INCOMPLETE: Final = re.compile(rb"-|[ \t]{0,100}\r?")
+_HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*", re.DOTALL)
 #: The accepted charsets, by Python's names. Others are rare, slow or not for texts.
 _CHARSETS: Final = re.compile(r"utf-8|iso8859-[0-9]+|cp125[0-9]")
 #: Bytes that distinguish PNG, JPEG and WebP from text: one of them is NUL or not UTF-8.
-_HEAD: Final = 8
+_START: Final = 8
 #: Bytes of one form's files that are kept in memory. Beyond that, all are on disk.
 _IN_MEMORY: Final = 256 * 1024
 
+#: Cached, as clients repeat the headers of their parts.
+_options: Final = lru_cache(256)(parse_options_header)
 
-@asynccontextmanager
-async def multipart(request: Request, texts: Collection[str], limit: int, sentence: str) -> AsyncIterator[FormData]:
-    """The request's form, of at most `limit` bytes. Its files can be read until the end of the context.
+
+class Spool:
+    """A temporary file for all files of one form, one after the other, so that they use one descriptor."""
+
+    def __init__(self) -> None:
+        self._file = SpooledTemporaryFile[bytes](_IN_MEMORY)
+        #: In bytes.
+        self.size = 0
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    async def append(self, data: bytes) -> None:
+        """Add to the last file."""
+        self.size += len(data)
+        await self._run(self._file.write, data)
+
+    async def read(self, start: int, size: int) -> bytes:
+        """This part of the file. Nothing is appended after that."""
+
+        def read() -> bytes:
+            self._file.seek(start)
+            return self._file.read(size)
+
+        return await self._run(read)
+
+    async def _run(self, function: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
+        """Call it, in a thread if the file is on disk."""
+        return await run_in_threadpool(function, *arguments) if self.size > _IN_MEMORY else function(*arguments)
+
+
+class FormFile:
+    """A part that is not one of the known texts. It implements `domain.workflow.Upload`."""
+
+    def __init__(self, filename: bytes, spool: Spool) -> None:
+        self._named = bool(filename)
+        self._spool = spool
+        self._at = spool.size
+        self._start = b""
+        self.size = 0
+
+    async def append(self, data: bytes) -> None:
+        """Add to its content."""
+        self._start += data[: _START - len(self._start)]
+        self.size += len(data)
+        await self._spool.append(data)
+
+    async def read(self) -> bytes:
+        """Its content, once the form is complete."""
+        return await self._spool.read(self._at, self.size)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file and no text. Many clients send files without a name: then the content decides."""
+        try:
+            text = codecs.getincrementaldecoder("utf-8")().decode(self._start)
+        except UnicodeDecodeError:
+            return True
+        return self._named or "\0" in text
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is a file input in which nothing was chosen."""
+        return not (self._named or self.size)
+
+
+class _Text:
+    """A part that is a text. Some clients send every value as JSON."""
+
+    def __init__(self, charset: str, json: bool) -> None:
+        self._charset = charset
+        self._json = json
+        self._content = bytearray()
+
+    async def append(self, data: bytes) -> None:
+        """Add to its content."""
+        self._content += data
+        if len(self._content) > _MAX_TEXT:
+            raise HTTPException(413, "A text of the form may have 1 MB at most.")
+
+    def __str__(self) -> str:
+        text = _decoded(bytes(self._content), self._charset)
+        return _unwrapped(text) if self._json else text
+
+
+async def read_multipart(
+    request: Request, spool: Spool, texts: Collection[str], limit: int, sentence: str
+) -> dict[str, list[str | FormFile]]:
+    """The values of the request's form, of at most `limit` bytes, by field. Its files are in the `spool`.
 
     `texts`: the fields that are texts, whatever the headers of their parts say.
 
@@ -46,104 +147,108 @@ async def multipart(request: Request, texts: Collection[str], limit: int, senten
     content_type = request.headers.get("content-type", "")
     if len(content_type) > _MAX_CONTENT_TYPE:
         raise HTTPException(400, "The content type is too long.")
-    media_type, options = parse_options_header(content_type)
+    media_type, options = _options(content_type)
     if media_type != b"multipart/form-data":
         raise HTTPException(415, "The content type must be multipart/form-data.")
-    if b"boundary" not in options:
-        raise HTTPException(400, "The content type has no boundary. Let the HTTP client set this header.")
-    with _Spool() as spool:
-        try:
-            form = await _Parser(limited(request, limit, sentence), options, texts, spool).parse()
-        except MultiPartException as error:
-            raise HTTPException(413 if error.message.startswith(_TOO_LARGE) else 400, error.message) from None
-        except OSError as error:
-            logger.error("an upload cannot be kept: %s", error.strerror)
-            raise Failure("storage_failed") from None
-        yield form
-
-
-def is_file(part: object) -> bool:
-    """Whether a field's value is a file. Many clients send files without a name: then the content decides."""
-    if not isinstance(part, UploadFile):
-        return False
-    head = part.file.read(_HEAD)
-    part.file.seek(0)
+    boundary = options.get(b"boundary", b"")
+    if not 0 < len(boundary) <= _MAX_BOUNDARY:
+        raise HTTPException(400, "The content type has no usable boundary. Let the HTTP client set this header.")
+    charset = _codec(options.get(b"charset") or b"utf-8")
+    splitter = _Splitter(boundary)
+    parts: list[tuple[str, _Text | FormFile]] = []
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return True
-    return bool(part.filename) or "\0" in text
+        async for chunk in read_body(request, limit, sentence):
+            for is_head, data in splitter.feed(chunk):
+                if not is_head:
+                    await parts[-1][1].append(data)
+                elif len(parts) < _MAX_PARTS:
+                    parts.append(_part(data, spool, texts, charset))
+                else:
+                    raise HTTPException(413, "The form has too many fields.")
+    except OSError as error:
+        logger.error("an upload cannot be kept: %s", error.strerror)
+        raise Failure("storage_failed") from None
+    if not splitter.ended:
+        raise HTTPException(400, "The form is not complete.")
+    form = defaultdict[str, list[str | FormFile]](list)
+    for name, part in parts:
+        form[name].append(part if isinstance(part, FormFile) else str(part))
+    return form
 
 
-def is_empty(value: str | UploadFile) -> bool:
-    """Whether a field counts as not given: an empty text, or a file input in which nothing was chosen."""
-    return value == "" if isinstance(value, str) else not (value.filename or value.size)
+class _Splitter:
+    """Splits a form into parts. What precedes the first delimiter or follows the end is skipped.
 
-
-class _Parser(MultiPartParser):
-    """Starlette's parser, made tolerant.
-
-    The field decides whether a part is a file, as its headers differ between clients. Texts are decoded by their own
-    charset, and JSON strings are unwrapped, as some clients send every value as `application/json`. What precedes the
-    first boundary is skipped, and an incomplete form is refused.
+    python-multipart takes four times as long for a small form, and does not skip what precedes it.
     """
 
-    def __init__(
-        self, request: Request, options: Mapping[bytes, bytes], texts: Collection[str], spool: "_Spool"
-    ) -> None:
-        super().__init__(request.headers, self._whole(request.stream()))
-        self._spool = spool
-        # Turns the preamble into a first part, behind which the library finds the first boundary.
-        self._preamble = b"--%b\r\n\r\n\r\n" % options[b"boundary"]
-        self._in_preamble = True
-        self._form_charset = _codec(options.get(b"charset") or b"utf-8")
-        self._texts = {name.encode() for name in texts}
-        self._json = self._ended = False
+    def __init__(self, boundary: bytes) -> None:
+        self._delimiter = b"\r\n--" + boundary
+        #: What has not been split yet. The first delimiter needs no line break before it.
+        self._rest = b"\r\n"
+        self._in_preamble, self._in_head = True, False
+        #: Whether the end of the form was found.
+        self.ended = False
 
-    def on_headers_finished(self) -> None:
-        if self._in_preamble:
-            return
-        part = self._current_part
-        _, options = parse_options_header(part.content_disposition)
-        headers = dict(part.item_headers)
-        if headers.get(b"content-transfer-encoding", b"binary").strip().lower() not in (b"7bit", b"8bit", b"binary"):
-            raise HTTPException(415, "The parts of a form must be sent as they are, without a transfer encoding.")
-        media_type, parameters = parse_options_header(headers.get(b"content-type"))
-        self._json = media_type == b"application/json"
-        if options.get(b"name") in self._texts:
-            part.content_disposition = b"form-data; name=%b" % options[b"name"]
-            charset = parameters.get(b"charset")
-            self._charset = _codec(charset) if charset else self._form_charset
-        elif b"filename" not in options:
-            # At the front, where an error in the rest cannot hide it.
-            part.content_disposition = b'form-data; filename="";' + (part.content_disposition or b"").partition(b";")[2]
-        super().on_headers_finished()
-        if part.file is not None:
-            part.file.file.close()
-            part.file.file = _SpooledPart(self._spool)  # type: ignore[assignment]  # has all methods that are used
+    def feed(self, chunk: bytes) -> Iterator[tuple[bool, bytes]]:
+        """What this chunk completes: the head of a part, as ``True`` and its lines, or ``False`` and some content.
 
-    def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if not self._in_preamble:
-            super().on_part_data(data, start, end)
+        Raises `HTTPException`: a head is too long.
+        """
+        data = self._rest + chunk
+        at = 0
+        while not self.ended:
+            if self._in_head:
+                end = data.find(b"\r\n\r\n", at)
+                if (end if end >= 0 else len(data)) - at > _MAX_HEAD:
+                    raise HTTPException(400, "A part of the form has too long headers.")
+                if end < 0:
+                    break
+                yield True, data[at:end]
+                at, self._in_head = end + 4, False
+                continue
+            # Without a delimiter, its beginning may be at the end of the data.
+            found, after = self._find_delimiter(data, at)
+            if at < found and not self._in_preamble:
+                yield False, data[at:found]
+            at = found
+            if after is None:
+                break
+            self.ended = after[0] == b"--"
+            # A head begins with the line break of its delimiter, so that its end is found also without headers.
+            at, self._in_head, self._in_preamble = after.end() - 2, True, False
+        self._rest = data[at:]
 
-    def on_part_end(self) -> None:
-        if self._in_preamble:
-            self._in_preamble = False
-            return
-        super().on_part_end()
-        name, value = self.items[-1]
-        if self._json and isinstance(value, str):
-            self.items[-1] = name, _unwrapped(value)
+    def _find_delimiter(self, data: bytes, at: int) -> tuple[int, re.Match[bytes] | None]:
+        """Where the content ends for now, and what follows the delimiter there, if it is known."""
+        size = len(self._delimiter)
+        found = data.find(self._delimiter, at)
+        while found >= 0:
+            after = _AFTER_DELIMITER.match(data, found + size)
+            if after or _INCOMPLETE.fullmatch(data, found + size):
+                return found, after
+            found = data.find(self._delimiter, found + size)
+        return max(at, len(data) - size + 1), None
 
-    def on_end(self) -> None:
-        self._ended = True
 
-    async def _whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        yield self._preamble
-        async for chunk in stream:
-            yield chunk
-        if not self._ended:
-            raise MultiPartException("The form is not complete.")
+def _part(head: bytes, spool: Spool, texts: Collection[str], charset: str) -> tuple[str, _Text | FormFile]:
+    """The name and the still empty content of the part with these headers."""
+    lines = head.split(b"\r\n")[1:]
+    matches = [match for line in lines if (match := _HEADER.fullmatch(line))]
+    if len(matches) < len(lines) or len(lines) > _MAX_HEADERS:
+        raise HTTPException(400, "A part of the form has headers that are not valid, or more than 8 of them.")
+    headers = {match[1].lower(): match[2] for match in matches}
+    _, options = _options(headers.get(b"content-disposition"))
+    if b"name" not in options:
+        raise HTTPException(400, "A part of the form names no field.")
+    if headers.get(b"content-transfer-encoding", b"binary").lower() not in (b"7bit", b"8bit", b"binary"):
+        raise HTTPException(415, "The parts of a form must be sent as they are, without a transfer encoding.")
+    name = _decoded(options[b"name"], charset)
+    if name not in texts:
+        return name, FormFile(options.get(b"filename", b""), spool)
+    media_type, parameters = _options(headers.get(b"content-type"))
+    own_charset = parameters.get(b"charset")
+    return name, _Text(_codec(own_charset) if own_charset else charset, media_type == b"application/json")
 
 
 def _codec(charset: bytes) -> str:
@@ -156,6 +261,14 @@ def _codec(charset: bytes) -> str:
     return name
 
 
+def _decoded(data: bytes, charset: str) -> str:
+    """The text; bytes that are not in its charset are read as Latin-1."""
+    try:
+        return data.decode(charset)
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
 def _unwrapped(text: str) -> str:
     """The value of a JSON string; any other text as it is."""
     try:
@@ -163,50 +276,3 @@ def _unwrapped(text: str) -> str:
     except ValueError:
         return text
     return value if isinstance(value, str) else text
-
-
-class _Spool(SpooledTemporaryFile[bytes]):
-    """All files of one form, one after the other, so that they use one descriptor."""
-
-    on_disk = False
-
-    def __init__(self) -> None:
-        super().__init__(_IN_MEMORY)
-
-    def rollover(self) -> None:
-        super().rollover()
-        self.on_disk = True
-
-
-class _SpooledPart:
-    """One of them as a file, which is written before the next one."""
-
-    def __init__(self, spool: _Spool) -> None:
-        self._spool = spool
-        self._start = self._size = self._at = 0
-
-    @property
-    def _rolled(self) -> bool:
-        """Whether it is on disk: `starlette.datastructures.UploadFile` then uses it in a thread."""
-        return self._spool.on_disk
-
-    def write(self, data: bytes) -> int:
-        end = self._spool.seek(0, os.SEEK_END)
-        self._start = self._start if self._size else end
-        self._size += self._spool.write(data)
-        self._at = self._size
-        return len(data)
-
-    def read(self, size: int = -1) -> bytes:
-        left = self._size - self._at
-        self._spool.seek(self._start + self._at)
-        data = self._spool.read(min(size, left) if size >= 0 else left)
-        self._at += len(data)
-        return data
-
-    def seek(self, offset: int) -> int:
-        self._at = offset
-        return offset
-
-    def tell(self) -> int:
-        return self._at
