@@ -8,8 +8,8 @@ after(closeAll);
 test("every client has the place in line, also one that polls, until the work begins", async () => {
   const userId = newUser();
   const [phone, laptop] = [observe({ url: openUrl, userId }), observe({ url: openUrl, userId })];
-  const poller = observe({ url: openUrl, userId, io: null });
-  await Promise.all([untilLive(phone), untilLive(laptop), waitFor(poller, () => poller.client.state === "polling")]);
+  const [poller, stream] = [{ io: null }, { transport: "sse" }].map((how) => observe({ url: openUrl, userId, ...how }));
+  await Promise.all([untilLive(phone), untilLive(laptop), untilLive(stream), waitFor(poller, () => poller.client.state === "polling")]);
   const { generationId: held } = await phone.client.start("edit", requestFields({ prompt: "hold" }));
   await waitFor(phone, () => phone.client.get(held)?.status === "openai_editing");
   const started = [];
@@ -17,7 +17,7 @@ test("every client has the place in line, also one that polls, until the work be
   assert.deepEqual(started.map(({ queuePosition }) => queuePosition), [1, 2]);
   const [first, second] = started.map(({ generationId }) => generationId);
   const placeOf = ({ client }, id) => client.get(id)?.queuePosition;
-  const observers = [phone, laptop, poller];
+  const observers = [phone, laptop, poller, stream];
   for (const each of observers) {
     await waitFor(each, () => placeOf(each, first) === 1 && placeOf(each, second) === 2);
     assert.equal(placeOf(each, held), undefined);

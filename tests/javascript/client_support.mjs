@@ -104,6 +104,10 @@ export async function startProxy(target) {
       for (const socket of sockets) socket.destroy();
       setImmediate(() => setImmediate(() => cutting--));
     },
+    /** Passes nothing to the client any more on the present connections, which stay open. */
+    mute() {
+      for (const socket of sockets) socket.muted = true;
+    },
     close() {
       proxy.cut();
       server.close();
@@ -129,7 +133,7 @@ export async function startProxy(target) {
       };
       forward(head);
       client.on("data", forward);
-      upstream.on("data", (bytes) => (dropping ? client.destroy() : client.write(bytes)));
+      upstream.on("data", (bytes) => (dropping ? client.destroy() : client.muted || client.write(bytes)));
     });
   });
   await new Promise((listening) => server.listen(0, "127.0.0.1", listening));

@@ -24,17 +24,19 @@ describe("with tokens the client", { concurrency: true }, () => {
 
   test("is refused when its only token has expired, and is live again with another", async () => {
     const userId = newUser();
-    const observer = observe({ url: keyedUrl, token: tokenOf(userId, { seconds: 1 }) });
-    await waitFor(observer, () => observer.client.state === "refused");
-    assert.equal(observer.client.reason, "token_expired");
-    observer.client.switchUser({ token: tokenOf(userId) });
-    await untilLive(observer);
-    assert.equal(observer.client.userId, userId);
+    for (const options of [{}, { transport: "sse" }]) {
+      const observer = observe({ url: keyedUrl, token: tokenOf(userId, { seconds: 1 }), ...options });
+      await waitFor(observer, () => observer.client.state === "refused");
+      assert.equal(observer.client.reason, "token_expired");
+      observer.client.switchUser({ token: tokenOf(userId) });
+      await untilLive(observer);
+      assert.equal(observer.client.userId, userId);
+    }
   });
 
   test("requests one new token after a rejected one, and is refused if that is rejected too", async () => {
     const userId = newUser();
-    for (const options of [{}, { io: null }]) {
+    for (const options of [{}, { io: null }, { transport: "sse" }]) {
       const tokens = [tokenOf(userId, { seconds: -5 }), tokenOf(userId)];
       const renewing = observe({ url: keyedUrl, ...options, token: async () => tokens.shift() });
       await waitFor(renewing, () => ["live", "polling"].includes(renewing.client.state));

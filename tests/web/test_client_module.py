@@ -29,7 +29,7 @@ from support.guarded import SECRET, guarded
 from support.harness import JSON, PHOTO, running
 from support.node import ROOT, needs_client, needs_node, node_test
 
-LIVE: Final = ("client_live.mjs", "client_polling.mjs", "client_tokens.mjs", "client_http.mjs")
+LIVE: Final = tuple(f"client_{name}.mjs" for name in ("live", "polling", "stream", "wake", "tokens", "http"))
 
 needs_react: Final = pytest.mark.skipif(
     "CI" not in os.environ and not (ROOT / "node_modules" / "react-dom").is_dir(),

@@ -1,7 +1,7 @@
 /**
  * Stagecast's client: shows one user's generations live, in a browser or in Node.
  *
- *     import { connect } from "/static/stagecast.js";
+ *     import { connect } from "/static/stagecast.js";       // in a project with npm: from "stagecast-client"
  *     const stagecast = connect({ io });                    // `io` of socket.io-client; without it the client polls
  *     stagecast.on("change", () => render(stagecast.generations));
  *     await stagecast.start("edit", { prompt: "a red hat", images: [file] });
@@ -16,7 +16,7 @@
  *     state         "connecting"   the first connection is being made
  *                   "live"         events arrive as they happen
  *                   "catching up"  connected again; missed events are arriving
- *                   "polling"      no socket can be opened; events arrive up to `pollEvery` late
+ *                   "polling"      no socket or stream can be opened; events arrive up to `pollEvery` late
  *                   "offline"      the service cannot be reached; the client keeps trying, except after `cut`
  *                   "refused"      the user or the token was rejected, `reason` is the code; see `restore`
  *                   "closed"
@@ -57,36 +57,64 @@
  *
  * It runs in the browsers that `docs/browsers.md` lists, and in Node 20 or later.
  *
- * `api(options)` is the HTTP part alone, and also has `call`, `list`, `feed` and `transition`.
+ * With `transport: "sse"` events arrive as Server-Sent Events: nothing but `fetch` is needed.
+ *
+ * `api(options)` is the HTTP part alone, and also has `call`, `list`, `feed`, `stream` and `transition`.
  * `reduce(generation, update)` is the pure reducer.
  *
- * @typedef {{generationId: string, kind: "edit" | "generate", sequence: number, status: string, message: string,
- *   progress: number, metadata?: Record<string, any>, inputImage?: string, compositionUrl?: string,
- *   previewUrl?: string, editedImageUrl?: string, generatedImageUrl?: string, faceSwapUrl?: string,
- *   faceSwapError?: {code: string, message: string}, error?: string, code?: string, failedStage?: string,
- *   input?: {prompt: string, [field: string]: any},
+ * @typedef {"edit" | "generate"} Kind
+ * @typedef {"started" | "composition" | "composition_completed" | "completed" | "failed"} CommonStatus
+ * @typedef {"openai_editing" | "openai_editing_completed" | "face_swap" | "face_swap_completed"} EditStatus
+ * @typedef {CommonStatus | EditStatus | "ai_generation"} Status
+ * @typedef {"provider_rejected" | "provider_rate_limited" | "provider_unavailable" | "provider_timeout"} ProviderFailure
+ * @typedef {"cancelled" | "interrupted" | "deadline_exceeded" | "storage_failed" | "internal"} ServiceFailure
+ * @typedef {"invalid_image" | "image_fetch_failed" | ProviderFailure | ServiceFailure} FailureCode
+ * @typedef {"generation_started" | "continue" | "generation_completed" | "generation_failed"} EventName
+ * @typedef {Record<string, unknown>} Metadata A JSON object.
+ * @typedef {{quality?: "auto" | "low" | "medium" | "high", background?: "auto" | "opaque" | "transparent",
+ *   aspectRatio?: "2:3" | "1:1" | "3:2", inputFidelity?: "low" | "high", faceSwap?: boolean, face?: number}} Options
+ *   How the picture is made.
+ * @typedef {Options & {prompt: string, images: string[], imageUrls: string[]}} Input What was asked for. `images`: URLs.
+ * @typedef {{compositionUrl?: string, previewUrl?: string, editedImageUrl?: string, generatedImageUrl?: string,
+ *   faceSwapUrl?: string}} Pictures
+ * @typedef {Pictures & {generationId: string, kind: Kind, sequence: number, status: Status, message: string,
+ *   progress: number, metadata?: Metadata, input?: Input, inputImage?: string,
+ *   faceSwapError?: {code: FailureCode, message: string}, error?: string, code?: FailureCode, failedStage?: Status,
  *   retryable?: boolean}} CommonFields The fields that events and generations share.
  * @typedef {CommonFields & {occurredAt: string, credit?: number}} StagecastEvent One event of the log.
  * @typedef {CommonFields & {createdAt: string, updatedAt: string, expiresAt?: string, userId?: string,
  *   queuePosition?: number}} Generation
  *   The state after its events. `userId` and `expiresAt` are only in snapshots from the service. `queuePosition` is its
  *   place in line while it waits for a worker: 1 is next.
+ * @typedef {{event: EventName, data: StagecastEvent}} NamedEvent
+ * @typedef {{status: Status, progress?: number, message: string, event: EventName, next: Status[],
+ *   conditions?: Partial<Record<Status, string>>, messages?: Partial<Record<Status, string>>, repeats: boolean,
+ *   terminal: boolean, typicalSeconds?: number}} Stage
+ * @typedef {Pictures & {status: Status, sequence?: number, progress?: number, message?: string,
+ *   faceSwapError?: {code: FailureCode, message: string}, error?: string, code?: FailureCode}} StageTransition
  *
  * @typedef {"connecting" | "live" | "catching up" | "polling" | "offline" | "refused" | "closed"} State
+ * @typedef {{change: [], event: [event: StagecastEvent, generation: Generation], removed: [generationId: string],
+ *   state: [state: State, reason?: string], caughtUp: [result: CaughtUp]}} Events The arguments of listeners, by name.
  * @typedef {string | (() => string | Promise<string>)} Token A function is called whenever a new token is needed.
  * @typedef {{userId?: string | number, token?: Token, cursor?: string}} Identity
  *   `token` if the service has a key configured. Otherwise `userId`, by default "demo".
  * @typedef {{url?: string, userId?: string | number, token?: Token, service?: boolean}} ApiOptions
  *   `url`: the service's URL, including its path if it has one; by default the page's own origin. `service`: the token
  *   is a service token, and acts for `userId`.
- * @typedef {{io?: any, socket?: Record<string, any>, pollEvery?: number}} LiveOptions
+ * @typedef {{transport?: "socket.io" | "sse", io?: ((url: string, options: object) => object) | null, socket?: object,
+ *   pollEvery?: number}} LiveOptions
  *   `io`: by default the global `io`; null: poll. `socket`: further options for `io`. `pollEvery`: milliseconds.
- * @typedef {{prompt?: string, images?: Blob[], imageNames?: string[], imageUrls?: string[], faceSwap?: boolean, face?: number,
- *   metadata?: Record<string, any>, quality?: string, background?: string, aspectRatio?: string,
- *   inputFidelity?: string}} GenerationRequest
+ * @typedef {ApiOptions & LiveOptions & Identity} ConnectOptions
+ * @typedef {Options & {prompt?: string, images?: Blob[], imageNames?: string[], imageUrls?: string[],
+ *   metadata?: Metadata}} GenerationRequest
  * @typedef {{idempotencyKey?: string, attempts?: number, runner?: "external"}} StartOptions
  * @typedef {{generations: Generation[], next?: string}} Page
  * @typedef {{missed: number, recovered: boolean}} CaughtUp
+ * @typedef {{name: string, id?: string, data?: unknown}} Block
+ *   A block of an event stream; one without data is a comment, or the service's `retry`.
+ * @typedef {ReturnType<typeof api>} Api
+ * @typedef {ReturnType<typeof connect>} Stagecast
  */
 
 const EVENTS = ["generation_started", "continue", "generation_completed", "generation_failed"];
@@ -96,7 +124,9 @@ const RECENT = 20;
 const TOKEN_ERRORS = ["unauthenticated", "invalid_token", "token_expired"];
 /** Statuses that a gateway sends when it gets no response from the service. */
 const GATEWAY_ERRORS = [502, 504];
-/** Consecutive failed connections after which the client polls until a socket opens. */
+/** Statuses with which the user or the token is refused. */
+const REFUSALS = [401, 403, 422];
+/** Consecutive failed connections after which the client polls until a socket or a stream opens. */
 const FAILURES_BEFORE_POLLING = 3;
 /** Attempts of a POST that gets no response. */
 const MAX_ATTEMPTS = 6;
@@ -114,6 +144,8 @@ const CHECK_TIMEOUT = 2_000;
 const CHECK_INTERVAL = 500;
 /** A larger jump of the clock means that the machine has slept. */
 const CLOCK_JUMP = 5_000;
+/** The longest silence of a stream: the service sends a comment every 15 seconds. */
+const STREAM_TIMEOUT = 40_000;
 /** Longer than the service's long poll; a stalled XHR occupies one of the browser's few connections. */
 const XHR_TIMEOUT = 35_000;
 
@@ -216,6 +248,12 @@ function toFormData({ images = [], ...fields }) {
   return body;
 }
 
+/** A block of an event stream. @param {string} text @returns {Block} */
+function parseBlock(text) {
+  const fields = Object.fromEntries(text.split("\n").map((line) => line.split(/: (.*)/s)));
+  return { name: fields.event ?? "", id: fields.id, data: fields.data && JSON.parse(fields.data) };
+}
+
 /** The error for a response. @param {Response} response @param {any} problem its JSON body, if it has one */
 function toError(response, problem) {
   const { status, headers } = response;
@@ -246,33 +284,47 @@ export function api({ url = "", userId, token, service = false } = {}) {
   }
 
   /**
-   * Sends a request and returns the JSON body of the response; undefined if it has none.
+   * Sends a request, again with a new token if the service rejects the first one. Returns what `read` makes of the
+   * response.
    *
-   * @param {string} method @param {string} path @param {RequestInit} [options] @returns {Promise<any>}
+   * @template T @param {string} path @param {RequestInit} options @param {(response: Response) => Promise<T>} read
+   * @returns {Promise<T>}
    */
-  async function call(method, path, options = {}) {
+  async function send(path, options, read) {
     for (let renewed = false; ; renewed = true) {
       const headers = { .../** @type {Record<string, string>} */ (options.headers), ...(await authHeaders()) };
-      let response, text;
       try {
-        response = await fetch(origin + path, { ...options, method, headers });
-        text = await response.text();
+        return await read(await fetch(origin + path, { ...options, headers }));
       } catch (cause) {
-        throw new StagecastError("network", "The service does not answer. Please try again.", { cause });
+        if (!(cause instanceof StagecastError)) {
+          throw new StagecastError("network", "The service does not answer. Please try again.", { cause });
+        }
+        if (renewed || !tokens.renewable || !TOKEN_ERRORS.includes(cause.code)) throw cause;
+        tokens.clear();
       }
-      let body;
-      try { body = text ? JSON.parse(text) : undefined; } catch {} // Not a response of Stagecast.
-      if (response.ok && (body || !text)) return body;
-      const error = toError(response, body);
-      if (renewed || !tokens.renewable || !TOKEN_ERRORS.includes(error.code)) throw error;
-      tokens.clear();
     }
   }
+
+  /** Returns the JSON body of a response; undefined if it has none. @param {Response} response */
+  async function readJson(response) {
+    const text = await response.text();
+    let body;
+    try { body = text ? JSON.parse(text) : undefined; } catch {} // Not a response of Stagecast.
+    if (response.ok && (body || !text)) return body;
+    throw toError(response, body);
+  }
+
+  /**
+   * Sends a request and returns the JSON body of the response; undefined if it has none.
+   *
+   * @param {string} method @param {string} path @param {RequestInit} [options] @returns {Promise<unknown>}
+   */
+  const call = (method, path, options) => send(path, { ...options, method }, readJson);
 
   /**
    * Sends a POST, and sends it again after network errors. The request must be idempotent.
    *
-   * @param {number} attempts @param {string} path @param {RequestInit} options @returns {Promise<any>}
+   * @param {number} attempts @param {string} path @param {RequestInit} options @returns {Promise<any>} its JSON body
    */
   async function retryPost(attempts, path, options) {
     for (let attempt = 1; ; attempt++) {
@@ -286,19 +338,30 @@ export function api({ url = "", userId, token, service = false } = {}) {
     }
   }
 
-  /** `call` with a timeout. */
-  const request = (/** @type {string} */ method, /** @type {string} */ path, /** @type {RequestInit} */ options = {}) =>
+  /**
+   * `call` with a timeout.
+   *
+   * @param {string} method @param {string} path @param {RequestInit} [options] @returns {Promise<any>}
+   */
+  const request = (method, path, options) =>
     call(method, path, { signal: AbortSignal.timeout?.(RESPONSE_TIMEOUT), ...options });
   const pathOf = (/** @type {string} */ id) => `/generations/${encodeURIComponent(id)}`;
   const query = (/** @type {Record<string, any>} */ values) =>
     new URLSearchParams(Object.entries(values).filter(([, value]) => value !== undefined)).toString();
+
+  /** Checks that a response is an event stream. @param {Response} response */
+  async function readStream(response) {
+    if (response.ok && response.headers.get("Content-Type")?.startsWith("text/event-stream")) return response;
+    await readJson(response);
+    throw toError(response, undefined);
+  }
 
   return {
     call,
     tokens,
 
     /**
-     * @param {"edit" | "generate"} kind @param {GenerationRequest} fields @param {StartOptions} [options]
+     * @param {Kind} kind @param {GenerationRequest} fields @param {StartOptions} [options]
      * @returns {Promise<Generation>}
      */
     async start(kind, fields, { idempotencyKey = newKey(), attempts = MAX_ATTEMPTS, runner } = {}) {
@@ -328,22 +391,45 @@ export function api({ url = "", userId, token, service = false } = {}) {
      * A page of the user's feed; if the cursor is missing or unusable, `generations` instead of `events`.
      *
      * @param {string} [after] a cursor @param {number} [limit] @param {AbortSignal} [signal]
-     * @returns {Promise<{recovered: boolean, cursor: string, events?: {event: string, data: StagecastEvent}[],
-     *   generations?: Generation[]}>}
+     * @returns {Promise<{recovered: boolean, cursor: string, events?: NamedEvent[], generations?: Generation[]}>}
      */
     feed: (after, limit, signal) => request("GET", `/events?${query({ after, limit })}`, signal && { signal }),
+
+    /**
+     * The user's feed as an event stream: its blocks, until it ends. Comments are blocks too.
+     *
+     * @param {string} [after] a cursor @param {AbortSignal} [signal] @returns {AsyncGenerator<Block, void>}
+     */
+    async *stream(after, signal) {
+      const options = { signal, headers: { Accept: "text/event-stream" } };
+      const { body } = await send(`/events?${query({ after })}`, options, readStream);
+      const reader = /** @type {ReadableStream<Uint8Array>} */ (body).getReader();
+      const decoder = new TextDecoder();
+      let rest = "";
+      try {
+        for (;;) {
+          const { done, value } = await reader.read();
+          if (done) return;
+          const blocks = (rest + decoder.decode(value, { stream: true })).split("\n\n");
+          rest = /** @type {string} */ (blocks.pop());
+          yield* blocks.map(parseBlock);
+        }
+      } finally {
+        reader.cancel().catch(() => {}); // It fails if the stream is broken.
+      }
+    },
 
     /** @returns {Promise<{userId: string, credit?: number}>} */
     me: () => request("GET", "/me"),
 
-    /** @returns {Promise<Record<"edit" | "generate", any[]>>} */
+    /** @returns {Promise<Record<Kind, Stage[]>>} */
     stages: () => request("GET", "/stages"),
 
     /**
      * For services: reports a stage of a generation that was started with `runner: "external"`. After a network error
      * the request is sent again; the stage is entered only once.
      *
-     * @param {string} id @param {{status: string, [field: string]: any}} transition @returns {Promise<StagecastEvent>}
+     * @param {string} id @param {StageTransition} transition @returns {Promise<StagecastEvent>}
      */
     transition: (id, transition) => retryPost(MAX_ATTEMPTS, `${pathOf(id)}/transitions`, {
       body: JSON.stringify(transition), headers: { "Content-Type": "application/json" },
@@ -354,24 +440,26 @@ export function api({ url = "", userId, token, service = false } = {}) {
 // ---- A user's session ----------------------------------------------------------------------------------------------
 
 /**
- * What the session knows of one generation. `generation` may be ahead of `delivered`: snapshots overtake events.
+ * Follows one user's feed, by socket, by stream or by polling, until `close`.
  *
- * @typedef {object} Entry
- * @property {Generation} [generation]
- * @property {number} [delivered] the sequence of the last event that listeners got
- * @property {number} snapshotSequence events up to this one precede the last snapshot: their `credit` is outdated
- * @property {number} fillTo the sequence up to which missing events are requested
- * @property {boolean} filling `fillGap` is running for this generation
- */
-
-/**
- * Follows one user's feed, by socket or by polling, until `close`.
- *
- * @param {ApiOptions & LiveOptions & Identity} options
+ * @param {ConnectOptions} options
  * @param {(name: string, ...values: any[]) => void} emit
  */
 function openSession(options, emit) {
-  const { io, url, socket: socketOptions, pollEvery = RETRY_DELAY } = options;
+  /**
+   * What is known of one generation. `generation` may be ahead of `delivered`: snapshots overtake events.
+   *
+   * @typedef {object} Entry
+   * @property {Generation} [generation]
+   * @property {number} [delivered] the sequence of the last event that listeners got
+   * @property {number} snapshotSequence events up to this one precede the last snapshot: their `credit` is outdated
+   * @property {number} fillTo the sequence up to which missing events are requested
+   * @property {boolean} filling `fillGap` is running for this generation
+   *
+   * @typedef {{timer?: any, request?: AbortController}} Loop A loop of requests: the timer and the request to stop.
+   */
+  const { transport, url, socket: socketOptions, pollEvery = RETRY_DELAY } = options;
+  const io = /** @type {any} */ (options.io);
   const http = api(options);
   const { tokens } = http;
   /** @type {Map<string, Entry>} */ const entries = new Map();
@@ -397,7 +485,8 @@ function openSession(options, emit) {
   let closed = false;
   /** @type {any} */ let renewalTimer;
   /** Retries `authenticate`, or ends catching up. @type {any} */ let authTimer;
-  /** The current polling loop. @type {{timer?: any, request?: AbortController} | undefined} */ let poller;
+  /** The current polling loop. @type {Loop | undefined} */ let poller;
+  /** The current event stream, or the wait before the next one. @type {Loop | undefined} */ let stream;
   /** The timer of a scheduled or running check. @type {any} */ let checkTimer;
   let lastCheck = -CHECK_INTERVAL;
 
@@ -588,11 +677,39 @@ function openSession(options, emit) {
     setState("refused", code);
   }
 
+  /** @param {Loop | undefined} loop */
+  function stopLoop(loop) {
+    clearTimeout(loop?.timer);
+    loop?.request?.abort();
+  }
+
   /** Stops all attempts to connect. */
   function stop() {
     stopped = true;
     clearTimeout(authTimer);
     stopPolling();
+    stopStream();
+  }
+
+  /**
+   * The user is authenticated; the missed events follow.
+   *
+   * @param {any} welcome the ack, or a stream's first event @param {() => boolean} outdated whether its connection is
+   */
+  function onWelcome(welcome, outdated) {
+    userId = welcome.userId;
+    const expected = applySnapshot(welcome);
+    if (outdated()) return;
+    if (!interrupted || !expected.length) return setUpToDate("live");
+    for (const [generation, sequence] of expected) pending.set(generation, sequence);
+    setState("catching up");
+    // A generation that was deleted just now sends no events: do not wait for them forever.
+    authTimer = setTimeout(() => setUpToDate("live"), ACK_TIMEOUT);
+  }
+
+  function onConnectionFailed() {
+    if (!poller) setOffline();
+    if (++failures >= FAILURES_BEFORE_POLLING) startPolling();
   }
 
   // -- Socket
@@ -613,13 +730,12 @@ function openSession(options, emit) {
     socket.on("connect_error", (/** @type {any} */ error) => {
       if (stopped || closed) return;
       if (error.data?.code) return setRefused(error.data.code);
-      if (!poller) setOffline();
-      if (++failures >= FAILURES_BEFORE_POLLING) startPolling();
+      onConnectionFailed();
     });
     // `authentication_expired` needs no listener: the service closes the transport, and `connect` authenticates again.
-    for (const name of EVENTS) socket.on(name, onEvent);
-    socket.on("queue_position", onPosition);
-    socket.on("generation_removed", ({ generationId }) => closed || forget(generationId));
+    for (const name of [...EVENTS, "queue_position", "generation_removed"]) {
+      socket.on(name, (/** @type {any} */ data, /** @type {unknown} */ newCursor) => onNamed(name, data, newCursor));
+    }
   }
 
   /**
@@ -648,14 +764,7 @@ function openSession(options, emit) {
       if (ack.ok) scheduleRenewal(ack.expiresAt);
       if (renewing) return; // Even after a rejection the socket stays authenticated until its token expires.
       if (!ack.ok) return setRefused(ack.code);
-      userId = ack.userId;
-      const expected = applySnapshot(ack);
-      if (outdated()) return;
-      if (!interrupted || !expected.length) return setUpToDate("live");
-      for (const [generation, sequence] of expected) pending.set(generation, sequence);
-      setState("catching up");
-      // A generation that was deleted just now sends no events: do not wait for them forever.
-      authTimer = setTimeout(() => setUpToDate("live"), ACK_TIMEOUT);
+      onWelcome(ack, outdated);
     });
   }
 
@@ -665,8 +774,67 @@ function openSession(options, emit) {
     if (!tokens.renewable || !(remaining > 0)) return; // If this clock is wrong, the service reports the expiry.
     renewalTimer = setTimeout(() => {
       tokens.clear();
-      if (socket.connected) authenticate({ renewing: true });
+      if (stream) startStream();
+      else if (socket.connected) authenticate({ renewing: true });
     }, Math.min(remaining - Math.min(60_000, remaining / 2), 2 ** 31 - 1));
+  }
+
+  // -- Event stream
+
+  /** Opens a stream that continues after the last event, in place of the current one. Resolves when it has begun. */
+  function startStream() {
+    stopStream();
+    const own = (stream = /** @type {Loop} */ ({}));
+    return new Promise((resolve) => followStream(own, resolve));
+  }
+
+  function stopStream() {
+    stopLoop(stream);
+    stream = undefined;
+  }
+
+  /** @param {Loop} own @param {(value?: unknown) => void} onBegun */
+  async function followStream(own, onBegun) {
+    const cancelled = () => closed || stream !== own;
+    const request = (own.request = new AbortController());
+    const abortIn = (/** @type {number} */ ms) => {
+      clearTimeout(own.timer);
+      own.timer = setTimeout(() => request.abort(), ms);
+    };
+    abortIn(ACK_TIMEOUT);
+    let error, begun = false;
+    try {
+      for await (const { name, id, data } of http.stream(cursor, request.signal)) {
+        if (cancelled()) return;
+        if (begun) abortIn(STREAM_TIMEOUT);
+        if (name === "authenticated") {
+          begun = true;
+          failures = 0;
+          stopPolling();
+          clearTimeout(authTimer);
+          scheduleRenewal(/** @type {any} */ (data).expiresAt);
+          onWelcome(data, cancelled);
+          onBegun();
+        } else if (name === "authentication_expired") tokens.clear();
+        else if (name) onNamed(name, data, id);
+      }
+    } catch (cause) { error = /** @type {StagecastError} */ (cause); }
+    if (cancelled()) return;
+    clearTimeout(own.timer);
+    if (error && REFUSALS.includes(error.status)) return setRefused(error.code);
+    if (begun) setOffline();
+    else onConnectionFailed();
+    if (cancelled()) return;
+    // At random, so that the clients of a service that was restarted do not all return at once.
+    const delay = begun ? 500 * Math.random() : RETRY_DELAY * (0.5 + Math.random());
+    own.timer = setTimeout(followStream, delay, own, onBegun);
+  }
+
+  /** Handles an event that is not about the connection. @param {string} name @param {any} data @param {unknown} [newCursor] */
+  function onNamed(name, data, newCursor) {
+    if (EVENTS.includes(name)) onEvent(data, newCursor);
+    else if (name === "queue_position") onPosition(data);
+    else if (name === "generation_removed" && !closed) forget(data.generationId);
   }
 
   // -- Polling
@@ -676,8 +844,7 @@ function openSession(options, emit) {
   }
 
   function stopPolling() {
-    clearTimeout(poller?.timer);
-    poller?.request?.abort();
+    stopLoop(poller);
     poller = undefined;
   }
 
@@ -707,7 +874,7 @@ function openSession(options, emit) {
     } catch (error) {
       if (cancelled()) return;
       const { status, code } = /** @type {StagecastError} */ (error);
-      if ([401, 403, 422].includes(status)) return setRefused(code);
+      if (REFUSALS.includes(status)) return setRefused(code);
       setOffline();
     }
     if (cancelled()) return;
@@ -722,7 +889,12 @@ function openSession(options, emit) {
     setOffline();
   }
 
-  const open = () => (socket ? socket.connect() : io ? openSocket() : startPolling());
+  function open() {
+    if (transport === "sse") startStream();
+    else if (socket) socket.connect();
+    else if (io) openSocket();
+    else startPolling();
+  }
 
   /** Replaces the transport; the new connection recovers what the old one missed. */
   function reconnect() {
@@ -755,6 +927,11 @@ function openSession(options, emit) {
       return socket.timeout(CHECK_TIMEOUT).emit("probe", (/** @type {unknown} */ timeout) => finish(timeout));
     }
     if (state === "offline") return finish(true);
+    if (stream && !poller && state !== "connecting") {
+      const replaced = startStream();
+      const own = stream;
+      return Promise.race([replaced, sleep(CHECK_TIMEOUT).then(() => true)]).then((late) => finish(late, stream === own));
+    }
     if (!poller) return finish(false); // The first connection is being made.
     stopPolling();
     const own = (poller = {});
@@ -788,6 +965,7 @@ function openSession(options, emit) {
       for (const timer of [renewalTimer, authTimer, checkTimer]) clearTimeout(timer);
       stopListening();
       stopPolling();
+      stopStream();
       socket?.disconnect();
     },
   };
@@ -829,7 +1007,9 @@ function newestFirst(first, second) {
 // ---- The client ----------------------------------------------------------------------------------------------------
 
 /**
- * @param {ApiOptions & LiveOptions & Identity} [options]
+ * Opens a client. Without `transport`, by Socket.IO if there is `io`, else by polling.
+ *
+ * @param {ConnectOptions} [options]
  */
 export function connect(options = {}) {
   /** @type {Map<string, Set<Function>>} */ const listeners = new Map();
@@ -859,7 +1039,7 @@ export function connect(options = {}) {
     }
   }
 
-  /** @type {(name: string, listener: Function) => void} */
+  /** @template {keyof Events} Name @param {Name} name @param {(...values: Events[Name]) => void} listener */
   const off = (name, listener) => void listeners.get(name)?.delete(listener);
 
   return {
@@ -869,22 +1049,21 @@ export function connect(options = {}) {
     get credit() { return session.credit; },
     get cursor() { return session.cursor; },
     get userId() { return session.userId; },
-    /** The HTTP API, as the current user. */
+    /** The HTTP API, as the current user. @returns {Api} */
     get http() { return session.http; },
     get: (/** @type {string} */ id) => session.get(id),
 
-    /** @type {{(name: "change", listener: () => void): () => void;
-     *   (name: "event", listener: (event: StagecastEvent, generation: Generation) => void): () => void;
-     *   (name: "removed", listener: (generationId: string) => void): () => void;
-   *   (name: "state", listener: (state: State, reason?: string) => void): () => void;
-     *   (name: "caughtUp", listener: (result: CaughtUp) => void): () => void}} */
-    on(/** @type {string} */ name, /** @type {Function} */ listener) {
+    /**
+     * @template {keyof Events} Name @param {Name} name @param {(...values: Events[Name]) => void} listener
+     * @returns {() => void} removes the listener
+     */
+    on(name, listener) {
       listeners.set(name, (listeners.get(name) ?? new Set()).add(listener));
       return () => off(name, listener);
     },
     off,
 
-    /** @param {"edit" | "generate"} kind @param {GenerationRequest} request @param {StartOptions} [startOptions] */
+    /** @param {Kind} kind @param {GenerationRequest} request @param {StartOptions} [startOptions] */
     async start(kind, request, startOptions) {
       const { http, mergeSnapshots } = session;
       const snapshot = await http.start(kind, request, startOptions);
