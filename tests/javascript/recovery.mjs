@@ -28,6 +28,7 @@ const commands = {
     socket.onAny((name, ...args) => print({ id, on: "event", name, args }));
     socket.io.on("open", () => {
       socket.io.engine.on("upgrade", ({ name }) => print({ id, on: "upgrade", name }));
+      socket.io.engine.on("upgradeError", () => print({ id, on: "upgrade_failed" }));
     });
     if (first) emit(id, "first", "authenticate", [first]);
   },

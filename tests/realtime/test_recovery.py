@@ -14,6 +14,7 @@ from adapters.realtime import engineio_socket
 from adapters.system import now
 from support.harness import TIMEOUT
 from support.node import needs_node
+from support.proxy import UpgradeProxy
 from support.recovery import WAITS, WAYS, RecoveryHarness, both_deaths, both_ways, every_way, wire
 
 pytestmark = [needs_node, pytest.mark.asyncio(loop_scope="module")]
@@ -324,3 +325,24 @@ async def test_a_connect_handler_that_authenticates_again_gets_a_fresh_ack_and_n
     assert (ack["ok"], ack["recovered"], ack["userId"]) == (True, True, user)
     assert ack["generations"][0]["status"] == "completed"
     await harness.complete(user, client, after=began)
+
+
+async def test_an_upgrade_that_fails_while_its_last_poll_ends_is_recovered_after_the_ping_times(
+    harness: RecoveryHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the answer to its probe the official client pauses polling, and does not resume it if the WebSocket closes
+    before the pending poll is answered. It has no connection then, until it misses a ping.
+    """
+    engine = harness.service.service.sockets.eio
+    monkeypatch.setattr(engine, "ping_interval", 0.5)
+    monkeypatch.setattr(engine, "ping_timeout", 0.5)
+    user = harness.user()
+    async with UpgradeProxy.open(harness.service.port) as proxy:
+        client = harness.browsers.open(proxy.url, first={"userId": user})
+        assert (await client.ack())["ok"] is True
+        proxy.begun.set()
+        await client.until(lambda: bool(client.on("upgrade_failed")))
+        proxy.failed.set()
+        await harness.complete(user, client)
+        assert await client.disconnected() == "ping timeout"
+        assert (await client.connected(2))["recovered"] is True

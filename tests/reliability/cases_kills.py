@@ -166,6 +166,13 @@ def _id(number: int) -> str:
 # --- 4: kill -9 -------------------------------------------------------------------------------------------
 
 _CREDITS: Final = 1_000_000
+#: If the service dies just before the official client has upgraded to a WebSocket, only a missing ping makes the client
+#: reconnect (see `test_recovery.py`). By default that takes up to 45 seconds.
+_SHORT_PINGS: Final = """
+import functools
+from adapters.realtime.engineio_server import EngineServer
+EngineServer.__init__ = functools.partialmethod(EngineServer.__init__, ping_interval=2, ping_timeout=3)
+"""
 #: The stages of the paid editor. The face swap is the free one.
 _PAID: Final = ("openai_editing", "ai_generation")
 #: What an external pipeline reports, one after the other.
@@ -464,6 +471,7 @@ async def killed_at_random(trial: Trial, kills: int, fresh: int, users: int, ali
             },
             {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.base_url},
             ["openai"],
+            _SHORT_PINGS,
         )
         provider, starts, unready = Provider(server), list[float](), 0
         async with RetryingClient.open(deployment.url) as caller, task_group() as group:

@@ -28,15 +28,11 @@ async def process() -> AsyncIterator[HostProcess]:
         yield process
 
 
-#: Case 4 now and then waits for a minute on a busy machine, for a reason that is not found yet.
-MARKS = {4: pytest.mark.long, 8: needs_node}
-
-
 @pytest.mark.parametrize("size", ["quick", pytest.param("long", marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=f"{number}: {case.run.__name__}", marks=MARKS.get(number, ()))
+        pytest.param(case, id=f"{number}: {case.run.__name__}", marks=needs_node if number == 8 else ())
         for number, case in sorted(CASES.items())
     ],
 )

@@ -54,7 +54,9 @@ def live(command, output):
     os.chdir(command["folder"])
     os.environ.update(command["environment"])
     if command["fresh"]:
-        os.execv(sys.executable, [sys.executable, "-m", "api", *command["arguments"]])
+        prelude = command["prelude"] + "\\nimport runpy; runpy.run_module('api', run_name='__main__')"
+        program = ["-c", prelude] if command["prelude"] else ["-m", "api"]
+        os.execv(sys.executable, [sys.executable, *program, *command["arguments"]])
     exec(command["prelude"], {})
     sys.exit(importlib.import_module("api.__main__").main(command["arguments"]))
 
@@ -166,7 +168,7 @@ class Deployment:
     environment: Mapping[str, str] = field(default_factory=dict)
     #: What a forked life finds already imported, besides the service.
     imports: Sequence[str] = ()
-    #: What a forked life does first.
+    #: What each life does first.
     prelude: str = ""
     durable: bool = True
     port: int = field(default_factory=free_port)

@@ -276,6 +276,30 @@ class EventProxy(Proxy):
         return not falls
 
 
+class UpgradeProxy(Proxy):
+    """Breaks the client's first upgrade to a WebSocket at the worst moment.
+
+    The WebSocket opens once `begun` is set. It is closed after the server's answer to the probe. Until `failed` is set,
+    what the server answers to polling requests meanwhile waits.
+    """
+
+    def __init__(self, target: int, rewrite: Rewrite | None = None) -> None:
+        super().__init__(target, rewrite)
+        self.begun, self.failed = asyncio.Event(), asyncio.Event()
+
+    async def _pump(self, line: _Line, way: Way, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(65_536):
+                if way == "up" and b"transport=websocket" in data:
+                    await self.begun.wait()
+                if way == "down" and self.begun.is_set() and data.startswith(b"HTTP/1.1 200"):
+                    await self.failed.wait()
+                target.write(data)
+                if b"3probe" in data and not self.failed.is_set():
+                    break
+        target.close()
+
+
 async def _frame(reader: asyncio.StreamReader) -> bytes:
     """One WebSocket frame of a server."""
     head = await reader.readexactly(2)
