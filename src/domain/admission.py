@@ -3,8 +3,8 @@
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from itertools import islice
 from typing import Final, NamedTuple
@@ -95,9 +95,8 @@ class Admission:
         """Forget the user's starts of the last minute."""
         self._starts.pop(user_id, None)
 
-    @asynccontextmanager
-    async def reserve(self, user_id: str, *, size: int, external: bool) -> AsyncIterator[None]:
-        """Reserve a credit, a place and `size` bytes for a start, until the log has it or it is refused.
+    async def reserve(self, user_id: str, *, size: int, external: bool) -> AbstractContextManager[None]:
+        """Reserve a credit, a place and `size` bytes for a start, until the returned context ends.
 
         If only reservations stand in its way, it waits for them. So a refusal is always about what is in the log.
 
@@ -107,31 +106,40 @@ class Admission:
         """
         reserved = self._reserved.setdefault(user_id, _Reserved())
         reserved.users += 1
+        deadline = asyncio.get_running_loop().time() + WAIT
         try:
-            try:
-                async with asyncio.timeout(WAIT):
-                    while changed := await self._what_to_wait_for(user_id, reserved, size, external):
-                        await changed.wait()
-            except TimeoutError:
+            while changed := await self._what_to_wait_for(user_id, reserved, size, external):
+                async with asyncio.timeout_at(deadline):
+                    await changed.wait()
+        except BaseException as error:
+            self._leave(user_id, reserved)
+            if isinstance(error, TimeoutError):
                 raise Overloaded from None
-            reserved.starts += 1
-            reserved.size += size
-            self._joining += not external
-            try:
-                yield
-            finally:
-                reserved.starts -= 1
-                reserved.size -= size
-                if not external:
-                    self._joining -= 1
-                    self._joined.set()
-                    self._joined = asyncio.Event()
-                reserved.changed.set()
-                reserved.changed = asyncio.Event()
+            raise
+        reserved.starts += 1
+        reserved.size += size
+        self._joining += not external
+        return self._kept(user_id, reserved, size, external)
+
+    @contextmanager
+    def _kept(self, user_id: str, reserved: _Reserved, size: int, external: bool) -> Iterator[None]:
+        try:
+            yield
         finally:
-            reserved.users -= 1
-            if not reserved.users:
-                del self._reserved[user_id]
+            reserved.starts -= 1
+            reserved.size -= size
+            if not external:
+                self._joining -= 1
+                self._joined.set()
+                self._joined = asyncio.Event()
+            reserved.changed.set()
+            reserved.changed = asyncio.Event()
+            self._leave(user_id, reserved)
+
+    def _leave(self, user_id: str, reserved: _Reserved) -> None:
+        reserved.users -= 1
+        if not reserved.users:
+            del self._reserved[user_id]
 
     async def _what_to_wait_for(
         self, user_id: str, reserved: _Reserved, size: int, external: bool

@@ -20,7 +20,7 @@ from domain.ports.system import Clock
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
 from domain.rehydrate import UNREADABLE, generation_of, is_external, request_of
-from domain.stages import FAILED
+from domain.stages import FAILED, FLOWS
 
 #: The longest pause in seconds between two checks for missed deadlines.
 _PAUSE: Final = 1.0
@@ -58,7 +58,8 @@ class ExternalWork:
                             self._due.setdefault(history.generation_id, self.clock())
                 await asyncio.sleep(self._pause)
                 if await self.leases.claim_chore("external", _CHORE):
-                    for generation_id in [each for each, due in self._due.items() if due <= self.clock()]:
+                    now = self.clock()
+                    for generation_id in [each for each, due in self._due.items() if due <= now]:
                         await self._check(generation_id)
 
     def _notice(self, entry: Notice) -> None:
@@ -88,15 +89,15 @@ class ExternalWork:
             Conflict: `sequence` is not the next one.
             LogUnavailable
         """
-        if not request_of(history).external:
-            raise NotExternal
         while True:
+            generation = generation_of(history)
+            if not generation.request.external:
+                raise NotExternal
             last = history.events[-1]
             if last.event_id == _event_id(last.generation_id, last.sequence, content):
                 return last
             if sequence not in (None, last.sequence + 1):
                 raise Conflict(sequence or 0, last.sequence)
-            generation = generation_of(history)
             generation.check_fields(status, fields)
             complete = _with_failure(generation, status, fields)
             event_id = _event_id(last.generation_id, last.sequence + 1, content)
@@ -127,6 +128,8 @@ class ExternalWork:
 
 def _with_failure(generation: Generation, status: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields, completed by the defaults for a failure that the report does not explain."""
+    if not FLOWS[generation.kind][status].terminal:
+        return fields
     code = fields.get("code")
     sentence = fields.get("error") or (None if code else "Something went wrong.")
     failure = Failure(code or "internal", sentence, retryable=None if code else False)

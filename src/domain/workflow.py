@@ -5,8 +5,8 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -95,8 +95,8 @@ class Workflow:
         #: Limits the files that are in memory for a fingerprint or a copy.
         self._in_memory = asyncio.Semaphore(2)
         #: Requests that are being received, which `drain` ends, and images being decoded, which `close` ends.
-        self._arriving: set[asyncio.Timeout] = set()
-        self._admitting: set[asyncio.Timeout] = set()
+        self._arriving: set[_Interruptible] = set()
+        self._admitting: set[_Interruptible] = set()
         #: Whether starts are refused.
         self.draining = False
         self._closed = False
@@ -138,15 +138,14 @@ class Workflow:
         except AlreadyStarted as started:
             return await self.snapshot(user_id, started.generation_id)
 
-    @asynccontextmanager
-    async def arriving(self, user_id: str, key: str | None) -> AsyncIterator[None]:
-        """Count a request that starts a generation, and receive it within this context.
+    async def arriving(self, user_id: str, key: str | None) -> AbstractContextManager[None]:
+        """Count a request that starts a generation, and return the context in which it is to be received.
 
         With a known key it is not counted, and with any key it is received while the service drains: it may have been
         accepted before.
 
         Raises:
-            Draining: also in the middle of the context.
+            Draining: also in the context.
             Overloaded, TooManyStarts, LogUnavailable
         """
         if self._closed or (self.draining and key is None):
@@ -155,8 +154,7 @@ class Workflow:
             (user_id, key) not in self._keys and await self.log.find_by_idempotency_key(user_id, key) is None
         ):
             self.admission.count(user_id)
-        async with _ends_with(self._arriving):
-            yield
+        return _Interruptible(self._arriving)
 
     def drain(self) -> None:
         """Refuse starts, including those that are being received. What was accepted goes on."""
@@ -188,11 +186,10 @@ class Workflow:
         self, user_id: str, kind: Kind, request: GenerationRequest, uploads: Sequence[Upload], key: str | None
     ) -> Snapshot:
         WORKING_FOR.set(user_id)
-        async with AsyncExitStack() as stack:
-            async with _ends_with(self._arriving):
-                sizes = [*(upload.size for upload in uploads), *await self._sizes(user_id, request.images)]
-                reserved = self.admission.reserve(user_id, size=sum(sizes), external=request.external)
-                await stack.enter_async_context(reserved)
+        with _Interruptible(self._arriving):
+            sizes = [*(upload.size for upload in uploads), *await self._sizes(user_id, request.images)]
+            reserved = await self.admission.reserve(user_id, size=sum(sizes), external=request.external)
+        with reserved:
             return await self._accept(user_id, kind, request, uploads, key)
 
     async def _accept(
@@ -201,7 +198,7 @@ class Workflow:
         generation_id = f"{_ID_PREFIX[kind]}_{int(self.clock().timestamp() * 1000)}_{self.entropy.token()}"
         self.images.assign(generation_id, user_id)
         try:
-            async with _ends_with(self._admitting):
+            with _Interruptible(self._admitting):
                 fingerprint = "" if key is None else await self._fingerprint(kind, request, uploads)
                 names = [await self._admit(generation_id, *each) for each in enumerate(uploads)]
                 names += [await self._copy(generation_id, *each) for each in enumerate(request.images)]
@@ -374,23 +371,33 @@ def _owned(history: History | None, user_id: str) -> History:
     return history
 
 
-@asynccontextmanager
-async def _ends_with(scopes: set[asyncio.Timeout]) -> AsyncIterator[None]:
-    """A context in which `Draining` is raised as soon as `_end` is called with these scopes."""
-    scope = asyncio.timeout(None)
-    try:
-        async with scope:
-            scopes.add(scope)
-            try:
-                yield
-            finally:
-                scopes.discard(scope)
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        raise Draining from None
+class _Interruptible:
+    """A context in which `Draining` is raised as soon as `_end` is called with these scopes.
+
+    `asyncio.timeout` would do, in five times the time.
+    """
+
+    def __init__(self, scopes: "set[_Interruptible]") -> None:
+        self._scopes = scopes
+        self._ended = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = self._task.cancelling()
+        self._scopes.add(self)
+
+    def end(self) -> None:
+        """Cancel what runs in the context."""
+        self._ended = self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._scopes.discard(self)
+        if self._ended and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise Draining from None
 
 
-def _end(scopes: Iterable[asyncio.Timeout]) -> None:
+def _end(scopes: Iterable[_Interruptible]) -> None:
     for scope in scopes:
-        scope.reschedule(asyncio.get_running_loop().time())
+        scope.end()

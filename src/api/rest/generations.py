@@ -115,7 +115,7 @@ async def _start(
     if runner is not None:
         require_service(identity)
     with Spool() as spool:
-        async with workflow.arriving(identity.user_id, key):
+        with await workflow.arriving(identity.user_id, key):
             wanted = await read_form(request, kind, spool, external=runner is not None)
         snapshot = await workflow.start(identity.user_id, kind, *wanted, key)
     location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"

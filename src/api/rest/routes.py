@@ -63,30 +63,28 @@ def router(*tags: str, route_class: type[Route] = Route, **options: Any) -> APIR
 
 
 class RouteTable:
-    """All routes of an application: such ones by the first segment of their path, and others in order."""
+    """All routes of an application: such ones by method and the first segment of their path, and others in order."""
 
     def __init__(self, http: FastAPI) -> None:
-        self._routes: dict[str, list[Route]] = {}
-        for route in http.routes:
-            if isinstance(route, Route):
-                self._routes.setdefault(_first_segment(route.path), []).append(route)
+        own = [route for route in http.routes if isinstance(route, Route)]
+        self._routes: dict[tuple[str, str], list[Route]] = {}
+        for route in own:
+            for method in route.methods:
+                self._routes.setdefault((method, _first_segment(route.path)), []).append(route)
+        self._own = own
         others = [route for route in http.routes if not isinstance(route, Route)]
         self._others = Router(others, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. Raises what the endpoint raises; `HTTPException`: there is no such route."""
         path = scope["path"].removeprefix(scope["root_path"])
-        others: list[Route] = []
-        for route in self._routes.get(_first_segment(path), ()):
-            match = route.path_regex.fullmatch(path)
-            if match is None:
-                continue
-            if scope["method"] in route.methods and route.accepts(scope):
+        for route in self._routes.get((scope["method"], _first_segment(path)), ()):
+            if (match := route.path_regex.fullmatch(path)) and route.accepts(scope):
                 scope["path_params"] = match.groupdict()
                 response = await route.answer(Request(scope, receive, send))
                 await response(scope, receive, send)
                 return
-            others.append(route)
+        others = [route for route in self._own if route.path_regex.fullmatch(path)]
         if not others:
             await self._others(scope, receive, send)
             return

@@ -65,9 +65,8 @@ async def report_transition(
 ) -> Response:
     """Report a transition of a generation that was started with `runner=external`. A repeat returns the same event."""
     report = await read_json(request, Transition)
-    fields = {name: value for name, value in report if value is not None and name not in ("status", "sequence")}
+    given = {name: value for name, value in vars(report).items() if value is not None}
+    status, sequence = given.pop("status"), given.pop("sequence", None)
     content = report.model_dump_json(exclude_none=True).encode()
-    entry = await workflow.report(
-        caller, generation_id, report.status, fields, content=content, sequence=report.sequence
-    )
+    entry = await workflow.report(caller, generation_id, status, given, content=content, sequence=sequence)
     return Response(entry.event, media_type="application/json")
