@@ -82,7 +82,8 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         origins=settings.origins,
         hosts=hosts,
     )
-    return service, ForwardedHeaders(ClientLimit(guard), settings.trusted_proxies, prefix)
+    outside = ForwardedHeaders(ClientLimit(guard), settings.trusted_proxies, prefix)
+    return service, service.sockets.eio.for_nodes(outside)
 
 
 def create_server(parts: Parts, ready: Callable[[], None] = lambda: None) -> Server:

@@ -80,6 +80,11 @@ def _is_postgres(value: str) -> bool:
     return value.startswith(_POSTGRES)
 
 
+def _is_address(value: str) -> bool:
+    found = re.fullmatch(r"(?:[a-z0-9._-]+|\[[0-9a-f:.]+\]):([0-9]{1,5})", value)
+    return found is not None and 0 < int(found[1]) < 65536
+
+
 def _is_jwt_secret(value: SecretStr) -> bool:
     return len(value.get_secret_value().encode()) >= 32
 
@@ -146,6 +151,12 @@ Log = Annotated[
     Allowed('"memory://", "sqlite:///" and the path of a file, or "postgresql://" and a database', "URL"),
 ]
 Postgres = Annotated[str | None, _valid(_is_postgres), Allowed('"postgresql://" and a database', "URL")]
+NodeAddress = Annotated[
+    str | None,
+    BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+    _valid(_is_address),
+    Allowed("a host and a port, host:port", "HOST:PORT", "STAGECAST_HOST and the port"),
+]
 Images = Annotated[
     str,
     BeforeValidator(str),

@@ -21,6 +21,8 @@ from api.loopback import is_loopback
 from api.setting_types import Allowed
 
 PREFIX: Final = "STAGECAST_"
+#: Hosts that stand for every address of this machine.
+_EVERY_ADDRESS: Final = ("0.0.0.0", "::", "0")  # noqa: S104 - it is compared, not listened on
 #: Settings of `Remote` only.
 _REMOTE: Final = ("url", "token")
 
@@ -77,6 +79,9 @@ class Settings(_Sources):
     PostgreSQL, postgresql://user@host/database. Passwords: PGPASSWORD or ~/.pgpass keep them out of the arguments."""
     log_direct: types.Postgres = None
     """Another URL of the PostgreSQL of the log, past a pooler, at which this node listens for the events of others."""
+    node_address: types.NodeAddress = None
+    """host:port at which other nodes of the same PostgreSQL reach this one. If unset, STAGECAST_HOST and the port; if
+    that host is every address, such as 0.0.0.0, the address from which this node reaches PostgreSQL."""
     images: types.Images = "./var/images"
     """Where images are stored: in a folder, or in a bucket of S3 or a compatible service, s3://bucket/prefix."""
     shared_images: Annotated[bool, Allowed("true or false", "")] = False
@@ -186,6 +191,12 @@ class Settings(_Sources):
         """The path of the public URL, with which every route is served too; empty if it has none."""
         return urlsplit(self.public_url).path
 
+    @property
+    def announced_address(self) -> str:
+        """``host:port`` of this node for others; ``:port`` if its address is that from which the log is reached."""
+        host = "" if self.host in _EVERY_ADDRESS else f"[{self.host}]" if ":" in self.host else self.host
+        return self.node_address or f"{host}:{self.port}"
+
     @model_validator(mode="before")
     @classmethod
     def _without_remote(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +218,12 @@ class Settings(_Sources):
             "STAGECAST_HOST must be a loopback address, since anybody may act for any user without a key; "
             "set STAGECAST_JWT_SECRET or STAGECAST_JWKS_URL, or give --allow-open.": (
                 not self.open_mode or self.allow_open or is_loopback(self.host.lower())
+            ),
+            "STAGECAST_NODE_ADDRESS must be a loopback address where STAGECAST_HOST is one: other machines could not "
+            "reach this node.": (
+                self.node_address is None
+                or not is_loopback(self.host.lower())
+                or is_loopback(self.node_address.rpartition(":")[0].strip("[]"))
             ),
         }
         for sentence, holds in rules.items():

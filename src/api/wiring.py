@@ -30,6 +30,7 @@ from adapters.providers import replicate as replicate_face_swap
 from adapters.providers.openai import OpenAIEditor
 from adapters.providers.own_provider import OwnEditor, OwnFaceSwap
 from adapters.providers.replicate import ReplicateFaceSwap
+from adapters.realtime.peers import Peers
 from adapters.realtime.send_buffer import PROGRESS_INTERVAL as PROGRESS_INTERVAL
 from adapters.realtime.send_buffer import BoundedSendBuffer as BoundedSendBuffer
 from adapters.realtime.socketio_server import AUTH_TIMEOUT, SocketServer
@@ -134,6 +135,7 @@ async def wire(
             on_disconnect=sockets.on_disconnect,
             clock=clock,
             auth_timeout=auth_timeout,
+            peers=None if storage.nodes is None else Peers(storage.nodes),
         ),
     )
 
@@ -174,6 +176,7 @@ async def _open_storage(settings: Settings, clock: Clock) -> Storage:
         retention=timedelta(seconds=settings.retention),
         outbox=settings.webhook_url is not None,
         direct=settings.log_direct,
+        address=settings.announced_address,
     )
     try:
         return await _TECHNOLOGIES[_scheme(settings)]().open(settings.log, options)

@@ -36,7 +36,10 @@ LIBRARIES = {"engineio", "socketio", "uvicorn", "starlette", "openai"}
 
 #: What our classes override, with the library's signature or value.
 OVERRIDDEN = {
-    "adapters.realtime.engineio_server.EngineServer": {"handle_request": "(self, *args, **kwargs)"},
+    "adapters.realtime.engineio_server.EngineServer": {
+        "generate_id": "(self)",
+        "handle_request": "(self, *args, **kwargs)",
+    },
     "adapters.realtime.socketio_server.SocketServer": {
         "_engineio_server_class": "(self)",
         "emit": "(self, event, data=None, to=None, room=None, skip_sid=None, namespace=None, callback=None, "
@@ -80,7 +83,6 @@ OVERRIDDEN = {
 USED = {
     "adapters.realtime.engineio_server.EngineServer": {
         "compression_threshold",
-        "generate_id",
         "handlers",
         "max_http_buffer_size",
         "ping_interval",

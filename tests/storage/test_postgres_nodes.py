@@ -178,7 +178,7 @@ async def test_a_node_that_could_not_read_without_a_break_calls_nobody_dead(url:
     async with open_node(url) as here:
         log: Any = here.log
         admin = await asyncpg.connect(url)
-        await admin.execute("INSERT INTO stagecast.nodes VALUES ('ghost', now() - interval '1 hour')")
+        await admin.execute("INSERT INTO stagecast.nodes VALUES ('ghost', 'x:1', now() - interval '1 hour')")
         async with asyncio.timeout(20):
             while log._nodes.dead != ["ghost"]:
                 await asyncio.sleep(0.02)

@@ -55,7 +55,12 @@ SCHEMA: Final[Sequence[str]] = tuple(
 
 _LOG_TABLE: Final = """
 CREATE SCHEMA IF NOT EXISTS stagecast;
-CREATE TABLE stagecast.log (epoch text NOT NULL, version integer NOT NULL);
+CREATE TABLE stagecast.log (
+    epoch text NOT NULL,
+    version integer NOT NULL,
+    -- Known to all nodes and nobody else. Its 244 random bits come from the server, so that no output shows them.
+    secret text NOT NULL DEFAULT gen_random_uuid()::text || gen_random_uuid()
+);
 
 """
 #: Held while the schema is migrated.
@@ -65,8 +70,10 @@ _MIGRATION_LOCK: Final = 0x53746167  # "Stag"
 class Database:
     """The connections of one node. `open` it, and `close` it."""
 
-    def __init__(self, url: str, *, pooled: bool, epoch: str) -> None:
+    def __init__(self, url: str, *, pooled: bool, epoch: str, local_host: str = "") -> None:
         self.epoch = epoch
+        #: The address of this machine from which the server is reached.
+        self.local_host = local_host
         #: This node; new at each start.
         self.node = secrets.token_hex(3)
         self._url = url
@@ -93,7 +100,9 @@ class Database:
         async with _refusing(), _connected(url) as (connection, pooled):
             await _check_server(connection)
             kept = await _migrate(connection, epoch)
-        return cls(url, pooled=pooled, epoch=kept)
+            local = connection._transport.get_extra_info("sockname")
+        # A Unix socket has a path.
+        return cls(url, pooled=pooled, epoch=kept, local_host=local[0] if isinstance(local, tuple) else "127.0.0.1")
 
     async def directly(self, url: str) -> "Database":
         """The same database by a URL past the pooler. Raises `StorageRefused`."""
@@ -305,7 +314,7 @@ def _script(kept: str | None, version: int, epoch: str) -> str:
     """The SQL that brings a schema of this version to the present one; empty if it is there."""
     steps = "".join(SCHEMA[version:])
     if kept is None:
-        return f"{_LOG_TABLE}{steps}INSERT INTO stagecast.log VALUES ('{epoch}', {len(SCHEMA)});\n"
+        return f"{_LOG_TABLE}{steps}INSERT INTO stagecast.log (epoch, version) VALUES ('{epoch}', {len(SCHEMA)});\n"
     return f"{steps}UPDATE stagecast.log SET version = {len(SCHEMA)};\n" if steps else ""
 
 

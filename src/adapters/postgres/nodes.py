@@ -1,8 +1,10 @@
 """The nodes that share the database, and which of them are dead."""
 
 import asyncio
+import contextlib
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from adapters.postgres.database import Database
 from domain.errors import LogUnavailable
@@ -16,15 +18,22 @@ _STALE: Final = 5.0
 
 
 class Nodes:
-    """This node's heartbeat, and what it has seen of the others'.
+    """`domain.ports.nodes.Nodes` in PostgreSQL: this node's heartbeat, and what it has seen of the others'.
 
     A node is dead if its heartbeat has not changed for `LEASE` seconds while this node has read it without a break. So
     an outage of the database kills nobody, and no clock is compared with another one.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, address: str, secret: str) -> None:
+        """`address`: ``host:port`` at which other nodes reach this one; `secret`: of the log."""
         self.id = database.node
+        self.secret = secret
+        self._address = address
         self._database = database
+        #: By node, as of the last heartbeat.
+        self._addresses: dict[str, str] = {}
+        #: Ends the wait for the next heartbeat; and is set at its end.
+        self._hurry, self._beaten = asyncio.Event(), asyncio.Event()
         #: The last heartbeat of each node, and since when this node sees it.
         self._seen: dict[str, tuple[datetime, float]] = {}
         self._beat_at = float("-inf")
@@ -47,6 +56,22 @@ class Nodes:
             return []
         return [node for node, (_, since) in self._seen.items() if now - since > LEASE and node != self.id]
 
+    @property
+    def time(self) -> float:
+        return self._database.now.timestamp()
+
+    @property
+    def others(self) -> Collection[str]:
+        return self._addresses.keys() - {self.id, *self.dead}
+
+    async def address(self, node: str) -> str | None:
+        if node not in self._addresses:
+            self._hurry.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2 * BEAT):
+                    await self._beaten.wait()
+        return self._addresses[node] if node in self.others else None
+
     async def run(self) -> None:
         """Send heartbeats until cancelled."""
         while True:
@@ -54,17 +79,24 @@ class Nodes:
                 await self.beat()
             except LogUnavailable:
                 self._seen.clear()
-            await asyncio.sleep(BEAT)
+            self._beaten.set()
+            self._beaten = asyncio.Event()
+            await asyncio.sleep(BEAT / 10)  # Forged ids do not make it faster than that.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.9 * BEAT):
+                    await self._hurry.wait()
+            self._hurry.clear()
 
     async def beat(self) -> None:
         """Send one heartbeat, and see those of the others. Raises `LogUnavailable`."""
         loop = asyncio.get_running_loop()
-        rows = await self._database.fetch("SELECT * FROM stagecast.beat_v1($1)", self.id)
+        rows = await self._beat()
         now = loop.time()
         if now - self._beat_at > 3 * BEAT:  # This node was paused, or the database was away.
             self._seen.clear()
         self._beat_at = now
         self._database.set_clock(rows[0]["r_now"])
+        self._addresses = {row["r_id"]: row["r_address"] for row in rows}
         known, self._seen = self._seen, {}
         for row in rows:
             before = known.get(row["r_id"])
@@ -78,9 +110,10 @@ class Nodes:
         """
 
         async def recent() -> dict[str, datetime]:
-            rows = await self._database.fetch("SELECT * FROM stagecast.beat_v1($1)", self.id)
             seen = {
-                row["r_id"]: row["r_seen"] for row in rows if row["r_now"] - row["r_seen"] < timedelta(seconds=LEASE)
+                row["r_id"]: row["r_seen"]
+                for row in await self._beat()
+                if row["r_now"] - row["r_seen"] < timedelta(seconds=LEASE)
             }
             return {node: at for node, at in seen.items() if node != self.id}
 
@@ -92,6 +125,9 @@ class Nodes:
             if not (await recent()).items() <= before.items():
                 return True
         return False
+
+    async def _beat(self) -> Sequence[Any]:
+        return await self._database.fetch("SELECT * FROM stagecast.beat_v1($1, $2)", self.id, self._address)
 
     async def leave(self) -> None:
         """Tell the others that this node has ended. Raises `LogUnavailable`."""

@@ -26,8 +26,11 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
             "notifications do not pass the pooler of PostgreSQL: events of other nodes arrive up to 250 ms later;"
             " STAGECAST_LOG_DIRECT may be a URL past it"
         )
-    nodes = Nodes(database)
+    local = f"[{database.local_host}]" if ":" in database.local_host else database.local_host
+    address = f"{local}{options.address}" if options.address.startswith(":") else options.address
     try:
+        secret = await database.fetchval("SELECT secret FROM stagecast.log")
+        nodes = Nodes(database, address, secret)
         await nodes.beat()  # Before it claims anything.
     except LogUnavailable:
         await database.close()
@@ -55,6 +58,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         sessions=PostgresSessions(database, options.retention),
         leases=leases,
         background={"tail": tail.run, "heartbeat": nodes.run, "lines": leases.run},
+        nodes=nodes,
         has_other_nodes=has_other_nodes,
         close=close,
     )

@@ -5,19 +5,26 @@ python-engineio brings the packets, their encoding and the table of sessions.
 
 import logging
 import urllib.parse
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Final
 
 import engineio
 from engineio.packet import OPEN, Packet
+from starlette.datastructures import Headers
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapters.realtime.engineio_socket import SEPARATOR, EngineSocket
+from adapters.realtime.engineio_socket import SEPARATOR, EngineSocket, accept, close
 from adapters.realtime.frames import frame, packet_in
+from adapters.realtime.peers import FORWARDED, WEBSOCKET, Peers, Unreachable
 
 logger = logging.getLogger(__name__)
+
+#: Answers a request; ``None``: it was a WebSocket, and has ended.
+_Answer = Callable[[Scope, Receive, Send], Awaitable[Response | None]]
 
 
 class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engineio has no types
@@ -28,23 +35,47 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
     """
 
     sockets: dict[str, EngineSocket]
+    #: The other nodes, if this service has any.
+    peers: Peers | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._compressed = GZipMiddleware(self._respond, minimum_size=self.compression_threshold, compresslevel=6)
+        self._compressed = GZipMiddleware(
+            partial(self._respond, self._answer), minimum_size=self.compression_threshold, compresslevel=6
+        )
 
     async def handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request or WebSocket. Whatever it sends, it is answered."""
         await self._compressed(scope, receive, send)
+
+    def for_nodes(self, app: ASGIApp) -> ASGIApp:
+        """The ASGI application that answers what other nodes pass on, and everything else by `app`."""
+        peers = self.peers
+        if peers is None:
+            return app
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            asked = peers.forwarded(scope) if scope["type"] in ("http", "websocket") else None
+            if asked is None:
+                await app(scope, receive, send)
+            else:
+                await self._respond(partial(self._for_session, *asked, forwarded=True), scope, receive, send)
+
+        return answer
+
+    def generate_id(self) -> str:
+        """A new session id. It begins with the node's if there may be others."""
+        own: str = super().generate_id()
+        return own if self.peers is None else f"{self.peers.node}-{own}"
 
     async def check_progress(self) -> None:
         """Called every `send_buffer.PROGRESS_INTERVAL`: disconnect clients that have a backlog and read nothing."""
         for socket in list(self.sockets.values()):
             socket.check_progress()
 
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, answer: _Answer, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response = await self._answer(scope, receive, send)
+            response = await answer(scope, receive, send)
         except Exception as error:
             logger.warning("a Socket.IO request was refused: %s", type(error).__name__)
             response = _refusal()
@@ -52,46 +83,88 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             await response(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
-        """The response; ``None``: this was a WebSocket, and it has ended."""
         query = urllib.parse.parse_qs(scope["query_string"].decode("latin-1"))
-        websocket = scope["type"] == "websocket"
-        method = "GET" if websocket else scope["method"]
+        method = WEBSOCKET if scope["type"] == "websocket" else scope["method"]
         new = "sid" not in query
-        if query.get("transport") != ["websocket" if websocket else "polling"]:
+        if query.get("transport") != ["websocket" if method == WEBSOCKET else "polling"]:
             return _refusal(0, "Transport unknown")
         if "j" in query:  # JSONP, which no Engine.IO 4 client uses.
             return _refusal()
         if new and query.get("EIO") != ["4"]:
             return _refusal(5, "Unsupported protocol version")
-        if method != "GET" and (new or method != "POST"):
+        if method not in ("GET", WEBSOCKET) and (new or method != "POST"):
             return _refusal(2, "Bad handshake method")
-        socket = self._open(upgrades=not websocket) if new else self.sockets.get(query["sid"][0])
-        if socket is None or socket.gone or not (new or socket.connected):
-            return _refusal(1, "Session ID unknown")
-        if websocket:
-            await receive()  # The opening handshake.
-            try:
-                await socket.serve(scope, receive, send)
-            finally:
-                if new:
-                    socket.close(abort=True)
+        if not new:
+            tag = query.get("t", [""])[0]
+            return await self._for_session(method, query["sid"][0], tag, scope, receive, send)
+        socket = self._open(upgrades=method != WEBSOCKET)
+        if method != WEBSOCKET:
+            return await _poll(socket)
+        await receive()  # The opening handshake.
+        try:
+            await socket.serve(scope, receive, send)
+        finally:
+            socket.close(abort=True)
+        return None
+
+    async def _for_session(
+        self, method: str, sid: str, tag: str, scope: Scope, receive: Receive, send: Send, *, forwarded: bool = False
+    ) -> Response | None:
+        """The response to a request for a session that exists. `forwarded`: by another node.
+
+        `tag`: a balancer that repeats a poll repeats it.
+        """
+        socket = self.sockets.get(sid)
+        if socket is None and self.peers is not None and not forwarded and FORWARDED not in Headers(scope=scope):
+            return await self._pass_on(self.peers, method, sid, tag, scope, receive, send)
+        if socket is None or socket.gone or not socket.connected:
+            return _UNKNOWN
+        if method == WEBSOCKET:
+            await receive()
+            await socket.serve(scope, receive, send, forwarded=forwarded)
             return None
         if socket.upgraded:
             return _refusal()
-        if method == "POST":
-            try:
-                await socket.handle_post(Request(scope, receive))
-            except Exception:
-                socket.close()
-                raise
-            return _plain(b"ok")
-        socket.connected = True
-        frames = await socket.answer_poll()
-        return _plain(SEPARATOR.encode().join(map(packet_in, frames))) if frames else _refusal()
+        if method == "GET":
+            return await _poll(socket, tag if self.peers is not None else "")
+        try:
+            await socket.handle_post(await self._body(scope, receive))
+        except Exception:
+            socket.close()
+            raise
+        return _plain(b"ok")
+
+    async def _pass_on(
+        self, peers: Peers, method: str, sid: str, tag: str, scope: Scope, receive: Receive, send: Send
+    ) -> Response | None:
+        """The response of the node that the session's id names."""
+        try:
+            if method != WEBSOCKET:
+                status, answer = await peers.ask(method, sid, tag, await self._body(scope, receive))
+                return _plain(answer) if status == 200 else Response(answer, 400, media_type="application/json")
+            await receive()
+            held = await peers.relay(sid, partial(accept, scope, send), receive, send)
+        except Unreachable:
+            return _UNKNOWN
+        if held is None:
+            await close(scope, send)
+        else:
+            await self._add(sid).take_over(held, scope, receive, send)
+        return None
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The body of a polling request, or the first bytes of it, which are too many."""
+        body = b""
+        async for chunk in Request(scope, receive).stream():
+            body += chunk
+            if len(body) > self.max_http_buffer_size:
+                break
+        return body[: self.max_http_buffer_size + 1]
 
     def _open(self, *, upgrades: bool) -> EngineSocket:
-        socket = EngineSocket(self, self.generate_id())
-        self.sockets[socket.sid] = socket
+        socket = self._add(self.generate_id())
+        if upgrades and self.peers is not None and self.peers.exist:
+            socket.hold_back()
         opening = {
             "sid": socket.sid,
             "upgrades": ["websocket"] if upgrades else [],
@@ -100,9 +173,19 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             "maxPayload": self.max_http_buffer_size,
         }
         socket.buffer.put(frame(Packet(OPEN, opening).encode()))
+        return socket
+
+    def _add(self, sid: str) -> EngineSocket:
+        socket = self.sockets[sid] = EngineSocket(self, sid)
         self.handlers["connect"](socket)
         socket.schedule_ping()
         return socket
+
+
+async def _poll(socket: EngineSocket, tag: str = "") -> Response:
+    socket.connected = True
+    frames = await socket.answer_poll(tag)
+    return _plain(SEPARATOR.encode().join(map(packet_in, frames))) if frames else _refusal()
 
 
 def _plain(text: bytes) -> Response:
@@ -112,3 +195,6 @@ def _plain(text: bytes) -> Response:
 def _refusal(code: int = 3, message: str = "Bad request") -> Response:
     """By the codes and messages of the reference implementation."""
     return JSONResponse({"code": code, "message": message}, 400)
+
+
+_UNKNOWN: Final = _refusal(1, "Session ID unknown")

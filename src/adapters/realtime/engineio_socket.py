@@ -8,8 +8,7 @@ from typing import Final
 
 import engineio
 from engineio import exceptions
-from engineio.packet import CLOSE, MESSAGE, PING, PONG, UPGRADE, Packet
-from starlette.requests import Request
+from engineio.packet import CLOSE, MESSAGE, NOOP, PING, PONG, UPGRADE, Packet
 from starlette.types import Message, Receive, Scope, Send
 
 from adapters import TRANSPORT, WRITE_FRAME
@@ -18,6 +17,9 @@ from adapters.realtime.send_buffer import BoundedSendBuffer
 
 #: Seconds in which an upgrade must complete: nothing is sent to the client meanwhile.
 UPGRADE_TIMEOUT = 5.0
+
+#: Seconds that a client has to begin an upgrade while other nodes live.
+UPGRADE_WAIT = 0.3
 
 #: Seconds that a client has to take the last packets before a WebSocket's transport is aborted.
 CLOSE_GRACE = 1.0
@@ -33,8 +35,8 @@ class EngineSocket:
     """One session: its heartbeat, its transports, and the buffer of what waits for its client."""
 
     __slots__ = (
-        "_finishing", "_heartbeat", "_lock", "_polling", "_send", "_server", "_transport", "_write_frame", "_writer",
-        "buffer", "connected", "sid", "upgraded", "upgrading",
+        "_finishing", "_heartbeat", "_held", "_last_tag", "_lock", "_polling", "_releasing", "_send", "_server",
+        "_transport", "_write_frame", "_writer", "buffer", "connected", "sid", "upgraded", "upgrading",
     )  # fmt: skip
 
     def __init__(self, server: engineio.AsyncServer, sid: str) -> None:
@@ -55,7 +57,11 @@ class EngineSocket:
         #: Until the next ping, or until the last one must be answered.
         self._heartbeat: asyncio.TimerHandle | None = None
         self._polling = False
+        self._last_tag = ""
         self._lock = asyncio.Lock()
+        #: Messages that are held back, and the task that handles them at last. ``None``: none are.
+        self._held: list[str] | None = None
+        self._releasing: asyncio.Task[None] | None = None
         #: Close once the buffer is empty and the client polls again.
         self._finishing = False
 
@@ -113,13 +119,18 @@ class EngineSocket:
         if abort:
             self.buffer.clear()
 
-    async def answer_poll(self) -> Sequence[bytes]:
-        """The packets that answer a polling request; none: it is refused, because another one is waiting."""
+    async def answer_poll(self, tag: str = "") -> Sequence[bytes]:
+        """The packets that answer a polling request; none: it is refused, and the session is over.
+
+        It is refused if another one is waiting, and if its tag is that of the one before: then a balancer has repeated
+        it, because the answer was lost with the node that passed it on.
+        """
         if self.upgrading:
             return [frames.NOOP]
-        if self._polling:
+        if self._polling or (tag and tag == self._last_tag):
             self.close()
             return []
+        self._last_tag = tag
         if self._finishing and not len(self.buffer):
             self.close()
         self._polling = True
@@ -128,37 +139,77 @@ class EngineSocket:
         finally:
             self._polling = False
 
-    async def handle_post(self, request: Request) -> None:
+    def hold_back(self) -> None:
+        """Handle no message until the client has upgraded or `UPGRADE_WAIT` is over: it may upgrade on another node."""
+        self._held = []
+
+    async def handle_post(self, body: bytes) -> None:
         """Handle the packets of a polling request. Raises if there are none, or they are malformed."""
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._server.max_http_buffer_size:
-                raise exceptions.ContentTooLongError
         packets = body.decode().split(SEPARATOR)
-        if len(packets) > _MAX_POSTED:
+        if len(body) > self._server.max_http_buffer_size or len(packets) > _MAX_POSTED:
             raise exceptions.ContentTooLongError
-        for received in [Packet(encoded_packet=packet) for packet in packets]:
+        for packet, received in [(packet, Packet(encoded_packet=packet)) for packet in packets]:
+            if self._held is not None and self._releasing is None and received.packet_type == MESSAGE:
+                self._hold(packet)
+                continue
+            await self._released()
             await self._handle(received)
             await asyncio.sleep(0)  # Let other clients run between two packets of this one.
 
-    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run a WebSocket until it ends: of a new session, or one that takes over from polling."""
-        extensions = scope.get("extensions", {})
-        transport = extensions.get(TRANSPORT)
-        # Clients that offer subprotocols fail unless one is accepted.
-        await send({"type": "websocket.accept", "subprotocol": next(iter(scope.get("subprotocols", ())), None)})
+    def _hold(self, packet: str) -> None:
+        assert self._held is not None
+        self._held.append(packet)
+        if len(self._held) > MAX_BATCH:
+            self._release()
+        elif len(self._held) == 1:
+            asyncio.get_running_loop().call_later(UPGRADE_WAIT, self._wait_no_longer)
+
+    def _wait_no_longer(self) -> None:
+        if not self.upgrading:
+            self._release()
+
+    def _release(self) -> None:
+        """Handle the messages that were held back."""
+        if self._held is not None and self._releasing is None:
+            self._releasing = asyncio.create_task(self._handle_held(self._held))
+
+    async def _handle_held(self, packets: Sequence[str]) -> None:
+        for packet in packets:
+            await self._handle(Packet(encoded_packet=packet))
+        self._held = None
+
+    async def _released(self) -> None:
+        if self._held is not None and self._releasing is not None:
+            await asyncio.wait([self._releasing])
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send, *, forwarded: bool = False) -> None:
+        """Run a WebSocket until it ends: of a new session, or one that takes over from polling.
+
+        `forwarded`: its client is connected to another node.
+        """
+        await accept(scope, send)
         if self.upgrading or self.upgraded:
-            await send({"type": "websocket.close"})
-            asyncio.get_running_loop().call_later(CLOSE_GRACE, _abort, transport)
+            await close(scope, send)
             return
-        self._transport = transport
-        if self.connected and not await self._upgrade(receive, send):
-            self._transport = None  # Polling continues.
+        self._transport = scope.get("extensions", {}).get(TRANSPORT)
+        if self.connected and not await self._upgrade(receive, send, forwarded):
+            self._transport = None  # Polling continues, unless the session is left to the other node.
+            self._release()
             return
+        await self._run(scope, receive, send)
+
+    async def take_over(self, held: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the WebSocket of a session that another node has opened, and begin with the packets that it has held."""
+        self._transport = scope.get("extensions", {}).get(TRANSPORT)
+        self._held = held.split(SEPARATOR) if held else None
+        await self._run(scope, receive, send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.connected = self.upgraded = True
-        self._send, self._write_frame = send, extensions.get(WRITE_FRAME, _never)
+        self._send, self._write_frame = send, scope.get("extensions", {}).get(WRITE_FRAME, _never)
         self._start_writer()
+        self._release()
+        await self._released()
         # Until the WebSocket ends, a frame is malformed, or the server shuts down.
         with contextlib.suppress(Exception, asyncio.CancelledError):
             while True:
@@ -169,8 +220,8 @@ class EngineSocket:
         if self._writer is not None:
             await self._writer
 
-    async def _upgrade(self, receive: Receive, send: Send) -> bool:
-        """Take over from polling, within `UPGRADE_TIMEOUT`."""
+    async def _upgrade(self, receive: Receive, send: Send, forwarded: bool) -> bool:
+        """Take over from polling, within `UPGRADE_TIMEOUT`. False: it has failed, or another node continues."""
         self.upgrading = True
         timeout = asyncio.get_running_loop().call_later(UPGRADE_TIMEOUT, _abort, self._transport)
         try:
@@ -180,7 +231,18 @@ class EngineSocket:
             await send({"type": "websocket.send", "text": Packet(PONG, data="probe").encode()})
             if self._polling:
                 self.buffer.put(frames.NOOP)
-            self.upgraded = self._parse(await receive()).packet_type == UPGRADE and not self.gone
+            if self._parse(await receive()).packet_type != UPGRADE or self.gone:
+                return False
+            if not forwarded:
+                self.upgraded = True
+            elif self._held is not None and self._releasing is None:
+                # Nothing of the session exists yet but its id: the other node continues alone.
+                held, self._held = SEPARATOR.join(self._held).encode(), None
+                self.close()
+                await send({"type": "websocket.send", "bytes": held})
+            else:
+                await send({"type": "websocket.send", "text": Packet(NOOP).encode()})
+                self.upgraded = True
         except Exception:
             return False
         finally:
@@ -227,6 +289,18 @@ class EngineSocket:
             else:
                 self._writer = None
                 self.buffer.write = self._write_frame
+
+
+async def accept(scope: Scope, send: Send) -> None:
+    """Accept a WebSocket. Clients that offer subprotocols fail unless one is accepted."""
+    await send({"type": "websocket.accept", "subprotocol": next(iter(scope.get("subprotocols", ())), None)})
+
+
+async def close(scope: Scope, send: Send) -> None:
+    """Close a WebSocket, also if its client does not read."""
+    with contextlib.suppress(Exception):  # It has ended.
+        await send({"type": "websocket.close"})
+    asyncio.get_running_loop().call_later(CLOSE_GRACE, _abort, scope.get("extensions", {}).get(TRANSPORT))
 
 
 def _never(frame: bytes) -> bool:

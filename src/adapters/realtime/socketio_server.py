@@ -25,6 +25,7 @@ from adapters.realtime.connection import Answer, Connection, Handler
 from adapters.realtime.engineio_server import EngineServer
 from adapters.realtime.engineio_socket import EngineSocket
 from adapters.realtime.frames import message, parse
+from adapters.realtime.peers import Peers
 from domain.errors import LogUnavailable, Refusal
 from domain.identity import KeysUnavailable
 from domain.ports.system import Clock
@@ -64,8 +65,12 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         on_disconnect: Callable[[Connection, bool], Coroutine[Any, Any, None]],
         clock: Clock,
         auth_timeout: float = AUTH_TIMEOUT,
+        peers: Peers | None = None,
     ) -> None:
-        """`on_disconnect` gets each connection with a pid that ends, and whether its client sent DISCONNECT."""
+        """`on_disconnect` gets each connection with a pid that ends, and whether its client sent DISCONNECT.
+
+        `peers`: the other nodes, if this service has any.
+        """
         # The libraries log what clients sent, tracebacks included: their loggers are silenced.
         silent = logging.getLogger(f"{__name__}.library")
         silent.setLevel(logging.CRITICAL + 1)
@@ -77,6 +82,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
             logger=silent,
             engineio_logger=silent,
         )
+        self.eio.peers = peers
         self.eio.on("connect", self._on_open)
         self.eio.on("message", self._on_message)
         self.eio.on("disconnect", self._on_close)

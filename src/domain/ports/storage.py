@@ -8,6 +8,7 @@ from typing import NamedTuple
 from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import EventLog
+from domain.ports.nodes import Nodes
 from domain.ports.retention import Retention
 from domain.ports.sessions import Sessions
 from domain.ports.system import Clock
@@ -28,6 +29,8 @@ class StorageOptions(NamedTuple):
     outbox: bool = False
     #: Another URL of the same database, past a pooler.
     direct: str | None = None
+    #: ``host:port`` at which other nodes reach this one; ``:port``: at the address that the storage is reached from.
+    address: str = ":3000"
 
 
 async def _nothing() -> None:
@@ -52,6 +55,8 @@ class Storage:
     examine: Callable[[], Awaitable[None]] = _nothing
     #: What has to run as long as the storage is open, by name.
     background: Mapping[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
+    #: ``None``: this node is the only one.
+    nodes: Nodes | None = None
     #: Whether other nodes use this storage now. It may take seconds, and raise `StorageRefused`.
     has_other_nodes: Callable[[], Awaitable[bool]] = _alone
     #: Finishes pending operations and releases everything. Nothing may be called afterwards.

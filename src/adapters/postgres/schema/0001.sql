@@ -94,6 +94,7 @@ CREATE INDEX removals_by_time ON stagecast.removals (at);
 
 CREATE TABLE stagecast.nodes (
     id text PRIMARY KEY,
+    address text NOT NULL,                  -- host:port at which other nodes reach it
     seen timestamptz NOT NULL
 );
 
@@ -394,12 +395,13 @@ END $$;
 
 
 -- Notes that the node lives, and returns what each node has noted last. By the clock of this server only.
-CREATE FUNCTION stagecast.beat_v1(node text) RETURNS TABLE (r_id text, r_seen timestamptz, r_now timestamptz)
+CREATE FUNCTION stagecast.beat_v1(node text, its_address text)
+RETURNS TABLE (r_id text, r_address text, r_seen timestamptz, r_now timestamptz)
 LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 BEGIN
-    INSERT INTO stagecast.nodes (id, seen) VALUES (node, clock_timestamp())
+    INSERT INTO stagecast.nodes (id, address, seen) VALUES (node, its_address, clock_timestamp())
         ON CONFLICT (id) DO UPDATE SET seen = excluded.seen;
-    RETURN QUERY SELECT id, seen, clock_timestamp() FROM stagecast.nodes;
+    RETURN QUERY SELECT id, address, seen, clock_timestamp() FROM stagecast.nodes;
 END $$;
 
 
