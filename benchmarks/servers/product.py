@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from typing import Any, Final
 
+from adapters.memory.quotas import MemoryQuotas
 from adapters.system import SystemEntropy, now
 from api.app import create_server
 from api.settings import load_settings
@@ -112,7 +113,7 @@ async def main(users: int, live: int = 0) -> None:
         port = listener.getsockname()[1]
         settings = load_settings({"port": port, "credits": None, "editor": "local", "face_swap": "local"})
         parts = await wire(settings)
-        source = Source(parts.storage.log, StoredImages(parts.images), f"{settings.public_url}/images")
+        source = Source(parts.storage.log, StoredImages(parts.images, MemoryQuotas()), f"{settings.public_url}/images")
         for number in range(live):
             await source.start(number % users)
 

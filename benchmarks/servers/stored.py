@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from adapters.images.folder import ImageFolder
 from adapters.memory.log import MemoryLog
+from adapters.memory.quotas import MemoryQuotas
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from adapters.system import SystemEntropy, now
@@ -47,7 +48,7 @@ STEPS: Final[Sequence[tuple[str, dict[str, Any]]]] = (
 async def memory(events: int) -> None:
     """Append this many events through the recorder, and tell what the process has grown by."""
     log = MemoryLog(epoch="benchmark", credits=None, clock=now)
-    images = StoredImages(ImageFolder(Path("images"), log="memory", epoch="benchmark"))
+    images = StoredImages(ImageFolder(Path("images"), log="memory", epoch="benchmark"), MemoryQuotas())
     recorder = Recorder(log, now, ENTROPY, images, lambda name: f"http://localhost:3000/images/{name}")
 
     async def edit(user: int) -> None:

@@ -32,6 +32,8 @@ from domain.workflow import Workflow
 _FLUSH: Final = 0.3
 #: Seconds between two sweeps.
 _SWEEP_EVERY: Final = 3600.0
+#: Seconds between two looks for sessions that clients have resumed on other nodes.
+_TAKEN_OVER_EVERY: Final = 1.0
 #: Seconds at shutdown for starts that are being appended to the log.
 _CLOSE: Final = 3.0
 
@@ -45,7 +47,7 @@ class Service:
         self.clock = parts.clock
         self.storage = storage = parts.storage
         self.log, self.sessions, self.leases = storage.log, storage.sessions, storage.leases
-        self.images = StoredImages(parts.images)
+        self.images = StoredImages(parts.images, storage.quotas)
         self.thumbnails = Thumbnails(self.images, parts.intake)
         self.webhooks = parts.webhooks
         self._threads = parts.threads
@@ -70,7 +72,7 @@ class Service:
             recorder=recorder,
             leases=self.leases,
             external=self.external,
-            admission=Admission(storage.ledger, self.leases, self.images, limits, lambda: self._lag.overloaded),
+            admission=Admission(storage.ledger, self.leases, storage.quotas, limits, lambda: self._lag.overloaded),
             images=self.images,
             intake=parts.intake,
             clock=self.clock,
@@ -78,7 +80,7 @@ class Service:
             limits=limits,
             supervisor=self.supervisor,
         )
-        self.user_removal = UserRemoval(workflow=self.workflow, sessions=self.sessions)
+        self.user_removal = UserRemoval(workflow=self.workflow, sessions=self.sessions, quotas=storage.quotas)
         self.stage_times = StageTimes()
         self.runner = Runner(
             supervisor=self.supervisor,
@@ -95,7 +97,7 @@ class Service:
             max_running=settings.max_running,
             deadline=settings.deadline,
         )
-        self.hub = Hub(self.log, self._quarantine)
+        self.hub = Hub(self.log, self._quarantine, storage.quotas, settings.max_sockets_per_user)
         self._queue_positions = QueuePositions(self.log, self.leases, self.hub)
         self.authenticator = Authenticator(parts.tokens, self.clock)
         self.feed_sessions = FeedSessions(self.log, self.sessions, self.clock, new_tag=lambda: entropy.token()[:8])
@@ -105,10 +107,9 @@ class Service:
             self.authenticator,
             self.feed_sessions,
             new_pid=lambda: entropy.token() + entropy.token(),
-            max_per_user=settings.max_sockets_per_user,
         )
         self.sockets = parts.socket_server(sockets)
-        self.streams = EventStreams(self.hub, self.clock, settings.max_sockets_per_user)
+        self.streams = EventStreams(self.hub, self.clock)
         self._housekeeping = Housekeeping(self.log, storage.retention, self.images)
         self._readiness = Readiness(
             self.supervisor,
@@ -149,6 +150,7 @@ class Service:
             tasks.create_task(self._chore(pause, "retention", self._purge))
             tasks.create_task(self._chore(_SWEEP_EVERY, "sweep", self._sweep, after=0))
             tasks.create_task(every(pause, "sessions", self._touch))
+            tasks.create_task(every(_TAKEN_OVER_EVERY, "sessions", self._close_taken_over))
             tasks.create_task(keep("lag", self._lag.run))
             tasks.create_task(every(PROGRESS_INTERVAL, "sockets", self.sockets.eio.check_progress))
             tasks.create_task(every(PROGRESS_INTERVAL, "streams", self.streams.check_progress))
@@ -206,6 +208,10 @@ class Service:
 
     async def _sweep(self) -> None:
         await self._housekeeping.sweep(now=self.clock())
+
+    async def _close_taken_over(self) -> None:
+        for pid in await self.sessions.taken_over():
+            self.sockets.close(pid)
 
     async def _touch(self) -> None:
         await self.sessions.touch(self.sockets.pids, at=self.clock())

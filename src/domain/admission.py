@@ -2,22 +2,18 @@
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from itertools import islice
 from typing import Final, NamedTuple
 
 from domain.errors import InsufficientCredit, Overloaded, QueueFull, StorageLimit, TooManyGenerations, TooManyStarts
 from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
-from domain.stored_images import StoredImages
+from domain.ports.quotas import Quotas
 
 #: Seconds for which a start waits if only the reservations of other starts stand in its way.
 WAIT: Final = 30.0
-
-_MINUTE: Final = 60.0
 
 
 class Limits(NamedTuple):
@@ -49,13 +45,13 @@ class Admission:
         self,
         ledger: Ledger,
         leases: Leases,
-        images: StoredImages,
+        quotas: Quotas,
         limits: Limits,
         overloaded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._ledger = ledger
         self._leases = leases
-        self._images = images
+        self._quotas = quotas
         self._limits = limits
         self._overloaded = overloaded
         self._reserved: dict[str, _Reserved] = {}
@@ -63,37 +59,31 @@ class Admission:
         self._joining = 0
         #: Set, and replaced, as soon as one of these waits for one or was refused.
         self._joined = asyncio.Event()
-        #: The times of each user's starts in the last minute, by the loop's clock; users by their last start.
-        self._starts: dict[str, deque[float]] = {}
 
-    def count(self, user_id: str) -> None:
+    async def count(self, user_id: str) -> None:
         """Count a new start, unless it is refused here.
 
         Raises:
-            Overloaded, TooManyStarts
+            Overloaded, TooManyStarts, LogUnavailable
         """
         if self._overloaded():
             raise Overloaded
         most = self._limits.starts_per_minute
-        if most is None:
-            return
-        now = asyncio.get_running_loop().time()
-        for user in list(islice(self._starts, 2)):
-            if self._starts[user][-1] <= now - _MINUTE:
-                del self._starts[user]
-        starts = self._starts.pop(user_id, deque())
-        while starts and starts[0] <= now - _MINUTE:
-            starts.popleft()
-        accepted = len(starts) < most
-        if accepted:
-            starts.append(now)
-        self._starts[user_id] = starts
-        if not accepted:
-            raise TooManyStarts(math.ceil(starts[0] + _MINUTE - now))
+        if most is not None and (wait := await self._quotas.count_start(user_id, most)) is not None:
+            raise TooManyStarts(math.ceil(wait))
 
-    def forget(self, user_id: str) -> None:
-        """Forget the user's starts of the last minute."""
-        self._starts.pop(user_id, None)
+    async def check_stored(self, user_id: str, size: int, generation_id: str) -> None:
+        """Check again whether there is room for a start that has stored its images: other nodes store some, too.
+
+        Raises:
+            StorageLimit, LogUnavailable
+        """
+        if await self._room(user_id, besides=generation_id) < size:
+            raise StorageLimit
+
+    async def _room(self, user_id: str, *, besides: str | None = None) -> float:
+        most = self._limits.max_stored_per_user
+        return math.inf if most is None else most - await self._quotas.stored(user_id, besides=besides)
 
     async def reserve(self, user_id: str, *, size: int, external: bool) -> AbstractContextManager[None]:
         """Reserve a credit, a place and `size` bytes for a start, until the returned context ends.
@@ -153,8 +143,7 @@ class Admission:
             raise TooManyGenerations
         if standing.credit is not None and standing.credit <= 0:
             raise InsufficientCredit
-        most = math.inf if limits.max_stored_per_user is None else limits.max_stored_per_user
-        room = most - self._images.stored(user_id) - size
+        room = await self._room(user_id) - size
         if room < 0:
             raise StorageLimit
         left = limits.max_per_user - standing.unfinished

@@ -4,7 +4,9 @@ The hub decides nothing and stores nothing. Whatever it loses, the devices read 
 """
 
 import asyncio
+import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -14,13 +16,21 @@ from domain.events import GENERATION_REMOVED
 from domain.feed import Cursor, Logged
 from domain.feed_sessions import StartPosition
 from domain.ports.log import EventLog, Gap, Notice, Removed
+from domain.ports.quotas import Quotas
 from domain.quarantine import Quarantine
+
+logger = logging.getLogger(__name__)
 
 
 class Hub:
     """The devices of all users on this node, and the one follower of the log."""
 
-    def __init__(self, log: EventLog, quarantine: Quarantine) -> None:
+    def __init__(
+        self, log: EventLog, quarantine: Quarantine, quotas: Quotas | None = None, max_per_user: int | None = None
+    ) -> None:
+        """`max_per_user`: the devices that a user may have, by these `quotas`; ``None``: any number."""
+        self._quotas = quotas
+        self._max_per_user = max_per_user
         self._log = log
         self._quarantine = quarantine
         #: Devices by user id. A room exists as long as a device is in it.
@@ -31,6 +41,23 @@ class Hub:
         async with self._log.follow(self.deliver):
             self.deliver(Gap())  # Entries from before, for example while the follower had failed, must be read.
             await asyncio.get_running_loop().create_future()
+
+    async def admit(self, user_id: str, *, replaces: bool = False) -> bool:
+        """Whether the user may have one more device: then it must join at once, or `leave`. Raises `LogUnavailable`.
+
+        `replaces`: it takes the place of another one, which is about to leave.
+        """
+        if self._quotas is None or self._max_per_user is None:
+            return True
+        here, most = partial(self.device_count, user_id), self._max_per_user + replaces
+        if not (admitted := await self._quotas.admit_device(user_id, here, most)):
+            logger.warning("a connection is refused: the limit of sockets per user is reached")
+        return admitted
+
+    def leave(self, user_id: str) -> None:
+        """A device of this user has left, or has not joined although it was admitted."""
+        if self._quotas is not None and self._max_per_user is not None:
+            self._quotas.device_left(user_id, partial(self.device_count, user_id))
 
     def join(self, user_id: str, buffer: SendBuffer[F], encoder: Encoder[F], start: StartPosition) -> Device[F]:
         """A device that is in its user's room from now on, and sends once it is started."""
@@ -90,6 +117,7 @@ class Hub:
             room.discard(device)
             if not room:
                 del self.rooms[device.user_id]
+            self.leave(device.user_id)
 
     def _devices(self) -> list[Device[Any]]:
         return [device for room in self.rooms.values() for device in room]

@@ -268,7 +268,8 @@ class _Job:
         runner, generation_id = self._runner, self.generation.generation_id
         if self._interrupted:
             raise Failure("interrupted")
-        await runner.images.count(generation_id, self.generation.user_id, self._known_names)
+        user_id = self.generation.user_id
+        await runner.patiently(lambda: runner.images.count(generation_id, user_id, self._known_names))
         if self._recorded_free and not self._free(self._stage):
             # The stage was entered with a free provider, and is repeated with one that is not: only once.
             await runner.patiently(lambda: runner.log.mark_paid(generation_id))
@@ -377,8 +378,12 @@ class _Job:
                     fields["preview_url"] = await self._keep(preview)
             await self.move(generation.status, fields)
 
+    async def _save(self, picture: Picture) -> str:
+        generation = self.generation
+        return await self._runner.images.save(generation.generation_id, picture, user_id=generation.user_id)
+
     async def _keep(self, picture: Picture) -> str:
-        name = await self._runner.images.save(self.generation.generation_id, picture)
+        name = await self._save(picture)
         self._unnamed.append(name)
         return name
 
@@ -393,6 +398,6 @@ class _Job:
 
     async def _fetch(self, url: str) -> str:
         picture = await self._runner.fetcher.fetch(url)
-        name = await self._runner.images.save(self.generation.generation_id, picture)
+        name = await self._save(picture)
         self._fetched.append(name)
         return name

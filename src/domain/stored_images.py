@@ -4,9 +4,12 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 
+from domain.errors import LogUnavailable
 from domain.ports.images import WIDTHS, ImageStore, Picture, thumbnail_name
+from domain.ports.quotas import Quotas
 
 logger = logging.getLogger(__name__)
 
@@ -14,51 +17,31 @@ logger = logging.getLogger(__name__)
 class StoredImages:
     """Changes an image store and counts its bytes by user. What is only read is read from `store`."""
 
-    def __init__(self, store: ImageStore) -> None:
+    def __init__(self, store: ImageStore, quotas: Quotas) -> None:
         self.store = store
-        #: The user and the bytes of each generation, and the bytes of each user.
-        self._owners: dict[str, str] = {}
-        self._sizes: defaultdict[str, int] = defaultdict(int)
-        self._stored: defaultdict[str, int] = defaultdict(int)
+        self.quotas = quotas
         self._discarding: set[str] = set()
         #: The pictures that are being stored, and the generations that are being removed.
         self._saving: defaultdict[str, set[asyncio.Task[str]]] = defaultdict(set)
         self._removing: set[str] = set()
 
-    def owner(self, generation_id: str) -> str | None:
-        """The user for whom the images of this generation are counted."""
-        return self._owners.get(generation_id)
-
-    def stored(self, user_id: str) -> int:
-        """The bytes of this user's images."""
-        return self._stored.get(user_id, 0)
-
-    def assign(self, generation_id: str, user_id: str) -> None:
-        """Count the images of this generation for this user."""
-        self._owners[generation_id] = user_id
-
     async def count(self, generation_id: str, user_id: str, names: Iterable[str]) -> None:
-        """Count images that another process has stored, unless the generation is counted here already."""
-        if generation_id not in self._owners:
+        """Count images that were stored before, unless the generation is counted already."""
+        if await self.quotas.owner(generation_id) is None:
             sizes = [await self.store.size(name) for name in names]
-            if generation_id not in self._owners:
-                self.assign(generation_id, user_id)
-                self._add(generation_id, sum(sizes))
+            if await self.quotas.owner(generation_id) is None:
+                await self.quotas.add_stored(generation_id, sum(sizes), user_id)
 
-    def _add(self, generation_id: str, size: int) -> None:
-        user_id = self._owners.get(generation_id)
-        if user_id is not None:
-            size = max(size, -self._sizes[generation_id])  # What a killed process left unnamed was never counted.
-            self._sizes[generation_id] += size
-            self._stored[user_id] += size
-            if not self._stored[user_id]:
-                del self._stored[user_id]
+    async def save(
+        self, generation_id: str, picture: Picture, name: str | None = None, *, user_id: str | None = None
+    ) -> str:
+        """As `ImageStore.save`. A picture whose storing is cancelled is discarded.
 
-    async def save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
-        """As `ImageStore.save`. A picture whose storing is cancelled is discarded."""
-        saving = asyncio.create_task(self.store.save(generation_id, picture, name))
+        `user_id`: for whom it is counted; by default, for the user of the other pictures of the generation, if any.
+        """
+        saving = asyncio.create_task(self._save(generation_id, picture, name, user_id))
         self._saving[generation_id].add(saving)
-        saving.add_done_callback(partial(self._saved, generation_id, len(picture.data)))
+        saving.add_done_callback(partial(self._saved, generation_id))
         try:
             return await asyncio.shield(saving)
         except asyncio.CancelledError:
@@ -68,17 +51,21 @@ class StoredImages:
                 await self._discard(saving.result())
             raise
 
-    def _saved(self, generation_id: str, size: int, saving: asyncio.Task[str]) -> None:
+    async def _save(self, generation_id: str, picture: Picture, name: str | None, user_id: str | None) -> str:
+        name = await self.store.save(generation_id, picture, name)
+        with suppress(LogUnavailable):
+            await self.quotas.add_stored(generation_id, len(picture.data), user_id)
+        return name
+
+    def _saved(self, generation_id: str, saving: asyncio.Task[str]) -> None:
         self._saving[generation_id].discard(saving)
         if not self._saving[generation_id]:
             del self._saving[generation_id]
-        if not saving.cancelled() and saving.exception() is None:
-            self._add(generation_id, size)
 
-    async def copy(self, name: str, generation_id: str) -> str | None:
+    async def copy(self, name: str, generation_id: str, user_id: str) -> str | None:
         """Store the picture of this name once more, for this generation. ``None`` where there is none."""
         picture = await self.store.load(name)
-        return None if picture is None else await self.save(generation_id, picture)
+        return None if picture is None else await self.save(generation_id, picture, user_id=user_id)
 
     async def save_thumbnail(self, name: str, width: int, picture: Picture) -> None:
         """Store a thumbnail of this picture, unless the picture is removed meanwhile. Raises `Failure`."""
@@ -104,7 +91,8 @@ class StoredImages:
             try:
                 size = await self.store.size(name)
                 await self.store.discard(name)
-                self._add(name.rpartition("-")[0], -size)
+                with suppress(LogUnavailable):
+                    await self.quotas.add_stored(name.rpartition("-")[0], -size)
             finally:
                 self._discarding.discard(name)
 
@@ -114,9 +102,7 @@ class StoredImages:
         try:
             while saving := self._saving.get(generation_id):
                 await asyncio.wait(saving)
+            await self.quotas.forget_stored(generation_id)
             await self.store.remove(generation_id)
         finally:
             self._removing.discard(generation_id)
-        self._add(generation_id, -self._sizes.get(generation_id, 0))
-        self._sizes.pop(generation_id, None)
-        self._owners.pop(generation_id, None)

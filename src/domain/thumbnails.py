@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from weakref import WeakValueDictionary
 
-from domain.errors import Failure, ImageRefusal, NotFound
+from domain.errors import Failure, ImageRefusal, LogUnavailable, NotFound
 from domain.identity import WORKING_FOR
 from domain.ports.images import ImageIntake, Picture, thumbnail_name
 from domain.stored_images import StoredImages
@@ -41,7 +41,8 @@ class Thumbnails:
 
         generation_id = name.rpartition("-")[0]
         # The owner's share of the image threads is used, whoever asks.
-        WORKING_FOR.set(self._images.owner(generation_id) or generation_id)
+        with contextlib.suppress(LogUnavailable):
+            WORKING_FOR.set(await self._images.quotas.owner(generation_id) or generation_id)
         try:
             picture = await self._intake.thumbnail(read, width)
         except NotFound:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from domain.errors import Failure, NotFinished
+from domain.ports.quotas import Quotas
 from domain.ports.sessions import Sessions
 from domain.workflow import Workflow
 
@@ -13,6 +14,7 @@ class UserRemoval:
 
     workflow: Workflow
     sessions: Sessions
+    quotas: Quotas
 
     async def remove(self, user_id: str) -> None:
         """Remove the user; an unknown one is removed already. A start that comes meanwhile is that of a new user.
@@ -31,7 +33,7 @@ class UserRemoval:
                 break
             except NotFinished:
                 continue  # It has started since.
+        await self.sessions.end_all(user_id)
+        await self.quotas.forget_starts(user_id)
         for generation_id in generation_ids:
             await workflow.images.remove(generation_id)
-        await self.sessions.end_all(user_id)
-        workflow.admission.forget(user_id)

@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from pydantic_core import to_json
@@ -157,13 +158,14 @@ class Webhooks:
         try:
             if (message := self._encoded(entry)) is not None:
                 await self.poster.post(*message)
-            await self._mark(entry.generation_id)
+            await _patiently(partial(self.outbox.delivered, entry.generation_id))
         except NotDelivered as failure:
             if not failure.gone:
                 self._put_off(entry, attempt, str(failure), failure.after or 0)
             elif not self._gone:
                 self._gone = True
                 logger.error("webhooks are not sent any more until the service is restarted: the receiver %s", failure)
+                await _patiently(self.outbox.receiver_gone)
         except (Exception, asyncio.CancelledError) as error:
             if being_cancelled():
                 raise
@@ -181,13 +183,6 @@ class Webhooks:
             logger.error(what, entry.generation_id, entry.sequence, type(error).__name__)
             return None
 
-    async def _mark(self, generation_id: str) -> None:
-        while True:
-            try:
-                return await self.outbox.delivered(generation_id)
-            except LogUnavailable:
-                await asyncio.sleep(_AGAIN)
-
     def _put_off(self, entry: Logged, attempt: int, reason: str, asked: float) -> None:
         pause = min(self.longest, self.backoff * 2 ** min(attempt - 1, 30)) * (1 - self.chance() / 2)
         pause += min(asked, _MOST_ASKED)
@@ -195,6 +190,14 @@ class Webhooks:
         if attempt.bit_count() == 1:  # Attempts 1, 2, 4, 8 …: there may be many.
             what = "webhook %s:%d was not delivered, attempt %d: %s; again in %.0f s"
             logger.warning(what, entry.generation_id, entry.sequence, attempt, reason, pause)
+
+
+async def _patiently(change: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            return await change()
+        except LogUnavailable:
+            await asyncio.sleep(_AGAIN)
 
 
 def message_of(entry: Logged) -> tuple[str, bytes]:

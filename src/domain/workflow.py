@@ -21,8 +21,12 @@ from domain.errors import (
     Failure,
     IdempotencyMismatch,
     ImageRefusal,
+    InsufficientCredit,
     LogUnavailable,
     NotFound,
+    QueueFull,
+    StorageLimit,
+    TooManyGenerations,
     UnknownImage,
 )
 from domain.events import timestamp
@@ -137,6 +141,11 @@ class Workflow:
             return await asyncio.shield(starting)
         except AlreadyStarted as started:
             return await self.snapshot(user_id, started.generation_id)
+        except (InsufficientCredit, QueueFull, StorageLimit, TooManyGenerations):
+            if key is None or await self.log.find_by_idempotency_key(user_id, key) is None:
+                raise
+            # Another node has accepted a request with this key meanwhile.
+            return await self.start(user_id, kind, request, uploads, key)
 
     async def arriving(self, user_id: str, key: str | None) -> AbstractContextManager[None]:
         """Count a request that starts a generation, and return the context in which it is to be received.
@@ -153,7 +162,7 @@ class Workflow:
         if key is None or (
             (user_id, key) not in self._keys and await self.log.find_by_idempotency_key(user_id, key) is None
         ):
-            self.admission.count(user_id)
+            await self.admission.count(user_id)
         return _Interruptible(self._arriving)
 
     def drain(self) -> None:
@@ -187,21 +196,28 @@ class Workflow:
     ) -> Snapshot:
         WORKING_FOR.set(user_id)
         with _Interruptible(self._arriving):
-            sizes = [*(upload.size for upload in uploads), *await self._sizes(user_id, request.images)]
-            reserved = await self.admission.reserve(user_id, size=sum(sizes), external=request.external)
+            size = sum([*(upload.size for upload in uploads), *await self._sizes(user_id, request.images)])
+            reserved = await self.admission.reserve(user_id, size=size, external=request.external)
         with reserved:
-            return await self._accept(user_id, kind, request, uploads, key)
+            return await self._accept(user_id, kind, request, uploads, key, size)
 
     async def _accept(
-        self, user_id: str, kind: Kind, request: GenerationRequest, uploads: Sequence[Upload], key: str | None
+        self,
+        user_id: str,
+        kind: Kind,
+        request: GenerationRequest,
+        uploads: Sequence[Upload],
+        key: str | None,
+        size: int,
     ) -> Snapshot:
         generation_id = f"{_ID_PREFIX[kind]}_{int(self.clock().timestamp() * 1000)}_{self.entropy.token()}"
-        self.images.assign(generation_id, user_id)
         try:
             with _Interruptible(self._admitting):
                 fingerprint = "" if key is None else await self._fingerprint(kind, request, uploads)
-                names = [await self._admit(generation_id, *each) for each in enumerate(uploads)]
-                names += [await self._copy(generation_id, *each) for each in enumerate(request.images)]
+                names = [await self._admit(user_id, generation_id, *each) for each in enumerate(uploads)]
+                names += [await self._copy(user_id, generation_id, *each) for each in enumerate(request.images)]
+                if names:
+                    await self.admission.check_stored(user_id, size, generation_id)
             if self._closed:
                 raise Draining
             request = request.model_copy(update={"images": tuple(names)})
@@ -241,13 +257,13 @@ class Workflow:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _admit(self, generation_id: str, index: int, upload: Upload) -> str:
+    async def _admit(self, user_id: str, generation_id: str, index: int, upload: Upload) -> str:
         try:
             picture = await self.intake.admit(upload.read)
         except ImageRefusal as refusal:
             refusal.index = index
             raise
-        return await self.images.save(generation_id, picture)
+        return await self.images.save(generation_id, picture, user_id=user_id)
 
     async def _sizes(self, user_id: str, names: Sequence[str]) -> Sequence[int]:
         """The sizes of these images. Raises `UnknownImage`: one does not exist, or is not this user's."""
@@ -260,9 +276,9 @@ class Workflow:
             sizes.append(size)
         return sizes
 
-    async def _copy(self, generation_id: str, index: int, name: str) -> str:
+    async def _copy(self, user_id: str, generation_id: str, index: int, name: str) -> str:
         async with self._in_memory:
-            copy = await self.images.copy(name, generation_id)
+            copy = await self.images.copy(name, generation_id, user_id)
         if copy is None:  # Removed in the meantime.
             raise UnknownImage(index)
         return copy

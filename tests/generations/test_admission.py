@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.memory import quotas as memory_quotas
 from adapters.serving.loop_lag import LoopLag
 from domain import admission
 from domain.errors import (
@@ -196,7 +197,7 @@ async def test_a_start_over_the_rate_limit_is_refused_before_its_body_is_read() 
 
 
 async def test_starts_older_than_a_minute_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "_MINUTE", 0.2)
+    monkeypatch.setattr(memory_quotas, "_MINUTE", 0.2)
     async with serve_api(starts_per_minute=1) as api:
         for number in range(20):
             assert (await api.start(headers={"X-User-Id": f"user{number}"})).status_code == 202
@@ -207,7 +208,7 @@ async def test_starts_older_than_a_minute_do_not_count(monkeypatch: pytest.Monke
         for _ in range(20):
             await asyncio.sleep(0.25 / 20)
             await api.start(headers={"X-User-Id": "bob"})
-        assert len(vars(vars(api.workflow)["admission"])["_starts"]) <= 2
+        assert len(vars(api.workflow.images.quotas)["_starts"]) <= 2
 
 
 # --- stored images ----------------------------------------------------------------------------------------
@@ -221,26 +222,26 @@ async def test_stored_bytes_are_counted_as_images_come_and_go() -> None:
     backend, stored = InMemoryBackend(), 0
     async with backend.open():
         whole = await backend.make(swap_arguments())
-        assert backend.stored.stored("ada") == kept(backend) > 0
+        assert await backend.stored.quotas.stored("ada") == kept(backend) > 0
         pause = Pause()
         backend.fetcher.acts = [pause]
         cancelled = await backend.start(swap_arguments())
         await pause.reached.wait()
         await backend.cancel(cancelled)
         await backend.settled()
-        assert backend.stored.stored("ada") == kept(backend)
+        assert await backend.stored.quotas.stored("ada") == kept(backend)
         backend.fetcher.acts = []
         backend.editor.result = backend.editor.result._replace(data=b"unstorable")
         backend.images.refused = {b"unstorable"}
         await backend.make()
-        assert backend.stored.stored("ada") == kept(backend)
+        assert await backend.stored.quotas.stored("ada") == kept(backend)
         with pytest.raises(InvalidImage):
             await backend.start(start_arguments(uploads=[InMemoryUpload(b"good"), InMemoryUpload(b"bad")]))
         stored = kept(backend)
-        assert backend.stored.stored("ada") == stored
+        assert await backend.stored.quotas.stored("ada") == stored
         await backend.workflow.delete("ada", whole.generation_id)
-        assert backend.stored.stored("ada") == kept(backend) < stored
-        assert backend.stored.stored("bob") == 0
+        assert await backend.stored.quotas.stored("ada") == kept(backend) < stored
+        assert await backend.stored.quotas.stored("bob") == 0
 
 
 async def test_beyond_the_limit_starts_are_refused_and_running_work_is_not(tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ async def test_beyond_the_limit_starts_are_refused_and_running_work_is_not(tmp_p
             await other.until_over(await service.start("bob"))
         await service.service.leases.drain()
         await service.http.delete(f"/generations/{first}", headers={"X-User-Id": "ada"})
-        assert service.service.images.stored("ada") == 0
+        assert await service.service.images.quotas.stored("ada") == 0
         await phone.until_over(await service.start())
 
 
@@ -262,12 +263,12 @@ async def test_stored_bytes_are_known_after_a_restart(tmp_path: Path, log_settin
     async with running(images, log=log_setting) as service, service.phone("ada") as phone:
         await phone.until_over(await service.start())
         await service.service.leases.drain()
-        before = service.service.images.stored("ada")
+        before = await service.service.images.quotas.stored("ada")
         on_disk = sum(file.stat().st_size for file in images.rglob("*") if file.is_file())
         assert 0 < before <= on_disk
     async with running(images, log=log_setting) as service:
         expected = before if service.service.log.durable else 0
-        await service.until(lambda: service.service.images.stored("ada") == expected)
+        await service.until_stored("ada", expected)
 
 
 # --- image URLs that take their time ----------------------------------------------------------------------
@@ -296,7 +297,7 @@ async def test_fetching_blocks_no_worker_and_waiting_for_a_worker_does_not_count
         ends = [(await backend.statuses(each))[-1] for each in (busy, *stuck)]
         assert ends == ["completed", "failed", *["completed"] * 4]
         await backend.check("ada", "bob")
-        assert backend.stored.stored("ada") + backend.stored.stored("bob") == kept(backend)
+        assert await backend.stored.quotas.stored("ada") + await backend.stored.quotas.stored("bob") == kept(backend)
 
 
 async def test_waiting_for_a_worker_after_fetching_does_not_count_as_work() -> None:

@@ -13,7 +13,6 @@ import pytest
 from adapters.memory.log import MemoryLog
 from adapters.realtime import send_buffer
 from adapters.realtime.send_buffer import BoundedSendBuffer
-from adapters.system import SystemEntropy, now
 from api.sse.blocks import CURSOR_AS_ID, SEQUENCE_AS_ID
 from domain.delivery import Hub
 from domain.device import Device
@@ -21,10 +20,7 @@ from domain.feed import Feed
 from domain.feed_sessions import StartPosition
 from domain.ports.log import Append, History, Start
 from domain.quarantine import Quarantine
-from domain.recorder import Recorder
-from domain.stored_images import StoredImages
-from support.builders import image_url
-from support.doubles import InMemoryImages
+from support.doubles import plain_recorder
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 ID = "edit_1_0"
@@ -92,7 +88,7 @@ class Client:
 
 @asynccontextmanager
 async def serving(log: SlowLog) -> AsyncIterator[Hub]:
-    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url)))
+    hub = Hub(log, Quarantine(plain_recorder(log)))
     follower = asyncio.create_task(hub.run())
     await asyncio.sleep(0)
     yield hub

@@ -17,7 +17,6 @@ import pytest
 from adapters.memory.log import MemoryLog
 from adapters.realtime import send_buffer
 from adapters.realtime.send_buffer import BoundedSendBuffer
-from adapters.system import SystemEntropy, now
 from api.sse.blocks import CURSOR_AS_ID, SEQUENCE_AS_ID
 from domain.delivery import Hub
 from domain.device import Device
@@ -25,10 +24,7 @@ from domain.feed import Cursor, Feed, Logged, feed_name
 from domain.feed_sessions import StartPosition
 from domain.ports.log import Append, Deliver, Gap, History, Notice, Start
 from domain.quarantine import Quarantine
-from domain.recorder import Recorder
-from domain.stored_images import StoredImages
-from support.builders import image_url
-from support.doubles import InMemoryImages
+from support.doubles import plain_recorder
 
 ROUNDS = 625
 FEED = feed_name("e", "u")
@@ -244,7 +240,7 @@ async def play(seed: int, form: type[Reader | StreamReader]) -> int:
     """One round: writers, devices that connect, leave and return, readers of every speed. Returns events checked."""
     chance = random.Random(seed)
     log = LaggingLog(chance)
-    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url)))
+    hub = Hub(log, Quarantine(plain_recorder(log)))
     follower = asyncio.create_task(hub.run())
     lengths = {f"edit_1_{number}": chance.randint(2, 9) for number in range(chance.randint(1, 4))}
     before = {name: lengths[name] for name in list(lengths)[: chance.randrange(2)]}
@@ -296,7 +292,7 @@ async def play_streams_of_one(seed: int) -> int:
     """One round: streams of one generation each, whose clients leave and return with the last sequence they saw."""
     chance = random.Random(seed)
     log = LaggingLog(chance)
-    hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url)))
+    hub = Hub(log, Quarantine(plain_recorder(log)))
     tasks = [asyncio.create_task(hub.run())]
     lengths = {f"edit_1_{number}": chance.randint(2, 9) for number in range(chance.randint(1, 3))}
     writers = [asyncio.create_task(write(log, name, length)) for name, length in lengths.items()]
@@ -371,7 +367,7 @@ async def test_no_interleaving_leaves_a_gap_or_a_duplicate_in_the_stream_of_one_
 async def following(*readers: tuple[Reader, Plain]) -> AsyncIterator[MemoryLog]:
     """A log whose hub has these devices, all live. In the end each has taken everything."""
     log = MemoryLog(epoch="e", credits=None, clock=lambda: NOW)
-    quarantine = Quarantine(Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url))
+    quarantine = Quarantine(plain_recorder(log))
     hub = Hub(log, quarantine)
     tasks = [asyncio.create_task(work()) for work in (hub.run, quarantine.run)]
     cursor = await log.head_cursor("u")
@@ -427,7 +423,10 @@ async def test_the_stream_of_a_generation_that_is_removed_before_its_end_was_sen
     async with following() as log:
         for sequence in range(1, 8):
             await append(log, "edit_1_0", sequence)
-        hub = Hub(log, Quarantine(Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url)))
+        hub = Hub(
+            log,
+            Quarantine(plain_recorder(log)),
+        )
         device = hub.join_generation("u", reader.buffer, SEQUENCE_AS_ID, "edit_1_0", 0)
         device.start()
         while len(reader.buffer) < 4:

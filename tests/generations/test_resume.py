@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from adapters.memory.leases import MemoryLeases
+from adapters.memory.quotas import MemoryQuotas
 from domain import runner
 from domain.errors import LogUnavailable
 from domain.generation import Generation
@@ -231,12 +232,12 @@ async def test_work_taken_over_by_another_process_is_dropped_silently(monkeypatc
 async def test_the_pictures_of_a_resumed_generation_count_for_its_user() -> None:
     backend = InMemoryBackend()
     left = await leave(backend, *before("composition_completed"))
-    backend.runner.images = stored = StoredImages(backend.images)
+    backend.runner.images = stored = StoredImages(backend.images, MemoryQuotas())
     await go_on(backend, left)
-    assert stored.stored("ada") == sum(len(picture.data) for picture in backend.images.kept.values()) > 0
+    assert await stored.quotas.stored("ada") == sum(len(picture.data) for picture in backend.images.kept.values()) > 0
     await backend.images.save(left.generation_id, png("of an event that was lost"))  # Never counted.
     for name in list(backend.images.kept):
         await stored.discard(name)
-        assert stored.stored("ada") >= 0
+        assert await stored.quotas.stored("ada") >= 0
     await stored.remove(left.generation_id)
-    assert stored.stored("ada") == 0
+    assert await stored.quotas.stored("ada") == 0

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Final, NamedTuple
 
-from adapters.system import SystemEntropy, now
+from adapters.system import now
 from domain.errors import Conflict, LogUnavailable
 from domain.events import Event
 from domain.feed import Logged
@@ -26,7 +26,6 @@ from domain.recorder import Recorder
 from domain.rehydrate import generation_of
 from domain.requests import GenerationRequest
 from domain.stages import FLOWS
-from domain.stored_images import StoredImages
 from reliability.cases import Trial, case
 from support.builders import (
     EDIT,
@@ -34,7 +33,6 @@ from support.builders import (
     RecordingFollower,
     WholeLog,
     fold,
-    image_url,
     make_generation,
     make_request,
     stage_fields,
@@ -49,7 +47,7 @@ from support.deployment import (
     pictures_of,
     task_group,
 )
-from support.doubles import ForwardingLog, InMemoryImages
+from support.doubles import ForwardingLog, plain_recorder
 from support.node import Browser, Browsers, browsers
 from support.openai_server import KEY, OpenAIServer, completed, openai_server, partial, stream
 from support.openai_server import picture as drawing
@@ -118,8 +116,8 @@ async def lost_replies(trial: Trial, generations: int) -> None:
     for name, open_log in LOGS.items():
         follower = RecordingFollower()
         async with open_log(clock=now, credits=generations) as log, log.follow(follower):
-            line = LosingReplies(log, Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url))
-            recorder = Recorder(line, now, SystemEntropy(), StoredImages(InMemoryImages()), image_url, patience=60)
+            line = LosingReplies(log, plain_recorder(log))
+            recorder = plain_recorder(line, patience=60)
             conflicts = await together(functools.partial(_write, recorder, line), generations)
             for number in range(generations):
                 assert statuses(await log.generation(_id(number))) == list(EDIT), "not each event once"

@@ -168,7 +168,7 @@ async def test_an_image_of_another_user_and_an_unknown_one_are_the_same(service:
         "x" * 5_000,
         '[""]',
     ]
-    stored = service.service.images.stored(eve)
+    stored = await service.service.images.quotas.stored(eve)
     answers = [await send(service, eve, imageNames=each) for each in names]
     assert {answer.status_code for answer in answers} == {422}
     assert len({answer.content for answer in answers}) == 1
@@ -176,7 +176,7 @@ async def test_an_image_of_another_user_and_an_unknown_one_are_the_same(service:
     assert (problem["code"], problem["errors"][0]["field"]) == ("unknown_image", "imageNames.0")
     second = await send(service, eve, files=(RED_PNG,), imageNames=[name, foreign["input"]["images"][0]])
     assert second.json()["errors"][0]["field"] == "imageNames.1"
-    assert service.service.images.stored(eve) == stored
+    assert await service.service.images.quotas.stored(eve) == stored
     assert len((await service.get("/generations?status=active", eve))["generations"]) == 1
     await end(service, eve, own)
     await end(service, f"not-{eve}", foreign)
@@ -235,7 +235,7 @@ async def test_copies_count_towards_the_storage_limit(service: Running, eve: str
     picture = encoded(Image.frombytes("RGB", (400, 384), noise))
     source = await started(service, eve, files=(picture,))
     [url] = source["input"]["images"]
-    size = service.service.images.stored(eve)
+    size = await service.service.images.quotas.stored(eve)
     assert size == len((await image(service, url)).content)
     fits = 2_000_000 // size - 1
     copies = []
@@ -245,7 +245,7 @@ async def test_copies_count_towards_the_storage_limit(service: Running, eve: str
     answer = await send(service, eve, imageNames=[url] * (fits + 1))
     assert (answer.status_code, answer.json()["code"]) == (429, "storage_limit")
     await end(service, eve, source, *copies)
-    assert service.service.images.stored(eve) == 0
+    assert await service.service.images.quotas.stored(eve) == 0
 
 
 @pytest.mark.parametrize("face", ["2", "-1", "1.0", "+1", "one", "0x1", " 1", "1_0", "9" * 400, "١"])
@@ -280,4 +280,4 @@ async def test_a_source_that_is_deleted_meanwhile_is_copied_whole_or_unknown(ser
         else:
             assert answer.json()["code"] == "unknown_image"
     assert seen <= {202, 422}
-    assert service.service.images.stored(eve) == 0
+    assert await service.service.images.quotas.stored(eve) == 0

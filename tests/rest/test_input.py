@@ -171,7 +171,7 @@ async def test_a_generation_that_ends_while_it_waits_loses_its_uploads_at_once(
 ) -> None:
     accepted = await external(service, eve, files=2)
     generation_id, images = accepted["generationId"], service.service.images
-    assert images.stored(eve) > 0
+    assert await images.quotas.stored(eve) > 0
     if how == "cancelled":
         assert await post(service, f"/generations/{generation_id}/cancel", eve) == {"outcome": "cancelled"}
     else:
@@ -179,7 +179,7 @@ async def test_a_generation_that_ends_while_it_waits_loses_its_uploads_at_once(
             f"/generations/{generation_id}/transitions", json={"status": "failed"}, headers={"X-User-Id": eve}
         )
         assert report.status_code == 200, report.text
-    assert images.stored(eve) == 0
+    assert await images.quotas.stored(eve) == 0
     for url in accepted["input"]["images"]:
         assert (await service.http.get(f"/images/{url.rpartition('/')[2]}")).status_code == 404
     shown = await service.get(f"/generations/{generation_id}", eve)
@@ -209,10 +209,10 @@ async def test_uploads_survive_sweeps_and_a_restart_are_counted_and_go_with_thei
     async with running(tmp_path / "images", **settings) as service:
         accepted = await started(service, "ada")
         await until_over(service, "ada", accepted)
-        counted = service.service.images.stored("ada")
+        counted = await service.service.images.quotas.stored("ada")
     async with running(tmp_path / "images", **settings) as service:
         images = service.service.images
-        await service.until(lambda: images.stored("ada") == counted)
+        await service.until_stored("ada", counted)
         storage = service.service.storage
         assert await Housekeeping(storage.log, storage.retention, images).sweep(now=service.service.clock()) == 0
         shown = await service.get(f"/generations/{accepted['generationId']}")
@@ -226,7 +226,7 @@ async def test_uploads_survive_sweeps_and_a_restart_are_counted_and_go_with_thei
         path = f"/generations/{accepted['generationId']}"
         assert (await service.http.delete(path, headers={"X-User-Id": "ada"})).status_code == 204
         assert (await service.http.get(upload)).status_code == 404
-        assert images.stored("ada") == 0
+        assert await images.quotas.stored("ada") == 0
 
 
 async def test_the_ack_of_many_generations_with_long_prompts_is_small(service: Running, eve: str) -> None:

@@ -11,6 +11,7 @@ import pytest_asyncio
 from PIL import Image
 
 from adapters.images.intake import PillowIntake
+from adapters.memory.quotas import MemoryQuotas
 from domain.housekeeping import Housekeeping
 from domain.ports.images import Content, Picture
 from domain.stored_images import StoredImages
@@ -90,14 +91,14 @@ async def test_requests_at_once_make_one_thumbnail(service: Running, eve: str, m
 
 async def test_a_deleted_generation_has_no_thumbnails_and_they_no_longer_count(service: Running, eve: str) -> None:
     generation_id, path = await finished(service, eve)
-    before = service.service.images.stored(eve)
+    before = await service.service.images.quotas.stored(eve)
     small = (await service.http.get(f"{path}?width=640")).content
-    assert service.service.images.stored(eve) == before + len(small)
+    assert await service.service.images.quotas.stored(eve) == before + len(small)
     deleted = await service.http.delete(f"/generations/{generation_id}", headers={"X-User-Id": eve})
     assert deleted.status_code == 204
     assert not (FOLDER[0] / generation_id).exists()
     assert_problem(await service.http.get(f"{path}?width=640"), 404, "not_found")
-    assert service.service.images.stored(eve) == 0
+    assert await service.service.images.quotas.stored(eve) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", PNG], ids=["empty", "text", "cut off"])
@@ -158,9 +159,8 @@ class GatedIntake(TrustingIntake):
 @pytest.mark.parametrize("what", ["generation", "picture"])
 async def test_a_removal_leaves_no_thumbnail_that_is_being_made(when: str, what: str) -> None:
     store, intake = SlowRemoval(), GatedIntake()
-    images = StoredImages(store)
-    images.assign("edit_1_a", "ada")
-    name = await images.save("edit_1_a", png("a"))
+    images = StoredImages(store, MemoryQuotas())
+    name = await images.save("edit_1_a", png("a"), user_id="ada")
     making = asyncio.create_task(Thumbnails(images, intake).load(name, 320))
     await intake.reached.wait()
     if what == "picture":
@@ -178,7 +178,7 @@ async def test_a_removal_leaves_no_thumbnail_that_is_being_made(when: str, what:
         second.set()
         await asyncio.gather(removing, making)
     assert store.kept == {}
-    assert images.stored("ada") == 0
+    assert await images.quotas.stored("ada") == 0
 
 
 async def test_a_sweep_keeps_the_thumbnails_of_needed_pictures_and_no_others() -> None:
@@ -202,9 +202,8 @@ async def test_a_sweep_keeps_the_thumbnails_of_needed_pictures_and_no_others() -
 
 
 async def test_discarding_a_picture_discards_its_thumbnails() -> None:
-    images = StoredImages(InMemoryImages())
-    images.assign("edit_1_a", "ada")
-    gone, kept = [await images.save("edit_1_a", png(text)) for text in "ab"]
+    images = StoredImages(InMemoryImages(), MemoryQuotas())
+    gone, kept = [await images.save("edit_1_a", png(text), user_id="ada") for text in "ab"]
     thumbnails = Thumbnails(images, TrustingIntake())
     for name in (gone, kept):
         for width in (320, 640):
@@ -212,4 +211,4 @@ async def test_discarding_a_picture_discards_its_thumbnails() -> None:
     await images.discard(gone)
     store: Any = images.store
     assert set(store.kept) == {kept, f"{kept}.320.webp", f"{kept}.640.webp"}
-    assert images.stored("ada") == sum(len(each.data) for each in store.kept.values())
+    assert await images.quotas.stored("ada") == sum(len(each.data) for each in store.kept.values())

@@ -72,7 +72,7 @@ async def test_nothing_of_a_removed_user_is_left(tmp_path: Path, log_setting: st
         assert await service.get("/generations", "eve") == {"generations": []}
         assert await service.get("/me", "eve") == {"userId": "eve", "credit": 100}
         core = service.service
-        assert core.images.stored("eve") == 0
+        assert await core.images.quotas.stored("eve") == 0
         assert (await core.leases.count()) == (0, 0)
         await core.external.idle()
         outbox = await core.storage.outbox.claim_undelivered(10)
@@ -227,7 +227,7 @@ async def test_a_provider_that_cannot_be_stopped_leaves_no_picture(tmp_path: Pat
         await remove(service, "eve")
         await service.service.leases.drain()
         assert folders(tmp_path) == []
-        assert service.service.images.stored("eve") == 0
+        assert await service.service.images.quotas.stored("eve") == 0
 
 
 async def test_a_log_that_does_not_answer_is_told_and_the_removal_can_be_repeated(

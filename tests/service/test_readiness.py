@@ -14,6 +14,7 @@ import pytest
 from adapters.images.folder import ImageFolder
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
+from adapters.memory.quotas import MemoryQuotas
 from adapters.system import now
 from domain.errors import LogUnavailable
 from domain.housekeeping import Housekeeping
@@ -193,6 +194,6 @@ async def test_files_of_a_killed_check_are_swept(tmp_path: Path) -> None:
     left.write_bytes(bytes(4096))
     os.utime(left, (0, 0))
     log = MemoryLog(epoch="e1", credits=None, clock=now)
-    images = StoredImages(ImageFolder(tmp_path, log="memory", epoch="e1"))
+    images = StoredImages(ImageFolder(tmp_path, log="memory", epoch="e1"), MemoryQuotas())
     await Housekeeping(log, log, images).sweep(now=now())
     assert not left.exists()

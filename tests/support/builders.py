@@ -17,6 +17,7 @@ from pydantic_core import to_json
 
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
+from adapters.memory.quotas import MemoryQuotas
 from adapters.memory.sessions import MemorySessions
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
@@ -251,7 +252,15 @@ def memory_storage(log: WholeLog | None = None, *, leases: Leases | None = None)
     """A storage in memory, some of whose parts are given: for `api.wiring.wire`."""
     log = log or MemoryLog(epoch="e1", credits=100, clock=now)
     sessions = MemorySessions(timedelta(days=1))
-    return Storage(log=log, ledger=log, retention=log, outbox=log, sessions=sessions, leases=leases or MemoryLeases())
+    return Storage(
+        log=log,
+        ledger=log,
+        retention=log,
+        outbox=log,
+        sessions=sessions,
+        leases=leases or MemoryLeases(),
+        quotas=MemoryQuotas(),
+    )
 
 
 @dataclass

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
+from adapters.memory.quotas import MemoryQuotas
+from adapters.system import SystemEntropy, now
 from domain.admission import Admission, Limits
 from domain.errors import Failure, FailureCode, InvalidImage, LogUnavailable
 from domain.external import ExternalWork
@@ -21,7 +23,7 @@ from domain.generation import Snapshot
 from domain.ports.images import Content, Load, Picture, read
 from domain.ports.leases import Leases
 from domain.ports.ledger import Standing
-from domain.ports.log import Append, Deliver, History, IdempotencyRecord
+from domain.ports.log import Append, Deliver, EventLog, History, IdempotencyRecord
 from domain.ports.providers import Report
 from domain.quarantine import Quarantine
 from domain.recorder import Recorder
@@ -231,6 +233,11 @@ class InMemoryImages:
         pass
 
 
+def plain_recorder(log: EventLog, **rest: float) -> Recorder:
+    """A recorder of events that bring no pictures."""
+    return Recorder(log, now, SystemEntropy(), StoredImages(InMemoryImages(), MemoryQuotas()), image_url, **rest)
+
+
 class InMemoryUpload:
     """`domain.workflow.Upload` of these bytes; where there is a gate, not before it opens."""
 
@@ -349,6 +356,10 @@ class ForwardingLog:
         await self.forward()
         return await self.inner.claim_undelivered(limit)
 
+    async def receiver_gone(self) -> None:
+        await self.forward()
+        await self.inner.receiver_gone()
+
     async def delivered(self, generation_id: str) -> None:
         await self.forward()
         await self.inner.delivered(generation_id)
@@ -461,7 +472,7 @@ class InMemoryBackend:
         self.memory = self.shared_log or MemoryLog(epoch="e1", credits=self.credits, clock=self.clock)
         self.log = self.line(self.memory)
         self.leases = self.shared_leases or MemoryLeases()
-        self.stored = stored = StoredImages(self.images)
+        self.stored = stored = StoredImages(self.images, MemoryQuotas())
         self.recorder = Recorder(self.log, self.clock, self.entropy, stored, image_url, patience=self.patience)
         self.supervisor = Supervisor()
         self.quarantine = Quarantine(self.recorder)
@@ -474,7 +485,7 @@ class InMemoryBackend:
             recorder=self.recorder,
             leases=self.leases,
             external=self.external,
-            admission=Admission(self.log, self.leases, stored, limits),
+            admission=Admission(self.log, self.leases, stored.quotas, limits),
             images=stored,
             intake=TrustingIntake(),
             clock=self.clock,

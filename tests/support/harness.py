@@ -181,6 +181,12 @@ class Running(Reader):
             while not holds():
                 await asyncio.sleep(0.01)
 
+    async def until_stored(self, user_id: str, size: int) -> None:
+        """Wait until so many bytes of images are counted for this user."""
+        async with asyncio.timeout(TIMEOUT):
+            while await self.service.images.quotas.stored(user_id) != size:
+                await asyncio.sleep(0.01)
+
     async def until_all_disconnected(self) -> None:
         """Wait until no socket and no stream is left, nor anything kept for one.
 

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
+from adapters.memory.quotas import MemoryQuotas
 from adapters.memory.sessions import MemorySessions
 from adapters.system import SystemEntropy, now
 from api.auth import Authenticator
@@ -155,7 +156,7 @@ async def serve_api(
 ) -> AsyncIterator[Api]:
     log = MemoryLog(epoch="e1", credits=credits, clock=now)
     images, leases = FakeImages(), MemoryLeases()
-    stored = StoredImages(images)
+    stored = StoredImages(images, MemoryQuotas())
     recorder = Recorder(log, now, SystemEntropy(), stored, image_url)
     limits = Limits(max_waiting, max_per_user, timedelta(days=1), starts_per_minute)
     workflow = Workflow(
@@ -165,7 +166,7 @@ async def serve_api(
         recorder=recorder,
         leases=leases,
         external=ExternalWork(log, leases, recorder, Quarantine(recorder), now, 600),
-        admission=Admission(log, leases, stored, limits),
+        admission=Admission(log, leases, stored.quotas, limits),
         images=stored,
         intake=FakeIntake(),
         clock=now,
@@ -180,7 +181,9 @@ async def serve_api(
     routes = [route for part in (generations, accounts, info) for route in part.router.routes]
     app = FastAPI(title="Stagecast", redirect_slashes=False, routes=routes)
     app.state.workflow = workflow
-    app.state.user_removal = UserRemoval(workflow=workflow, sessions=MemorySessions(timedelta(days=1)))
+    app.state.user_removal = UserRemoval(
+        workflow=workflow, sessions=MemorySessions(timedelta(days=1)), quotas=stored.quotas
+    )
     app.state.authenticator = Authenticator(None, now)
     app.state.images = Thumbnails(stored, FakeIntake())
     app.state.stage_times = StageTimes()

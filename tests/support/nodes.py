@@ -120,5 +120,8 @@ class NodeOutbox:
                 claimed.append(entry)
         return claimed
 
+    async def receiver_gone(self) -> None:
+        """The other nodes find it out themselves."""
+
     async def delivered(self, generation_id: str) -> None:
         await self.outbox.delivered(generation_id)

@@ -162,7 +162,10 @@ class SharedServer:
 
 
 #: The tables of a log, apart from those of the schema's state.
-_TABLES: Final = ("events", "generations", "users", "grants", "sessions", "removals", "nodes", "leases", "chores")
+_TABLES: Final = (
+    "events", "generations", "users", "grants", "sessions", "removals", "nodes", "leases", "chores",
+    "starts", "devices", "stored_images",
+)  # fmt: skip
 _numbers: Final = itertools.count()
 _free: list[str] = []
 shared: Final = SharedServer(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())))

@@ -366,6 +366,9 @@ class MemoryLog:
     async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         return [record.at(record.last, record.json()) for record in islice(self._undelivered.values(), limit)]
 
+    async def receiver_gone(self) -> None:
+        pass
+
     async def delivered(self, generation_id: str) -> None:
         self._undelivered.pop(generation_id, None)
 

@@ -43,6 +43,9 @@ class MemorySessions:
                 self._sessions.move_to_end(pid)
                 self._pids[session.identity.user_id].move_to_end(pid)
 
+    async def taken_over(self) -> Collection[str]:
+        return ()
+
     async def end(self, pid: str) -> None:
         self._forget(pid)
 

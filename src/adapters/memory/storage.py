@@ -2,6 +2,7 @@
 
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
+from adapters.memory.quotas import MemoryQuotas
 from adapters.memory.sessions import MemorySessions
 from domain.ports.storage import Storage, StorageOptions
 
@@ -16,4 +17,5 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         outbox=log,
         sessions=MemorySessions(options.retention),
         leases=MemoryLeases(),
+        quotas=MemoryQuotas(),
     )

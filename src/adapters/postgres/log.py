@@ -88,7 +88,7 @@ _UNDELIVERED: Final = f"""
         UPDATE stagecast.generations SET claimed_by = $1, claimed_until = clock_timestamp() + make_interval(secs => $2)
         WHERE id IN (
             SELECT id FROM stagecast.generations
-            WHERE undelivered AND (
+            WHERE undelivered AND NOT EXISTS (SELECT FROM stagecast.nodes WHERE webhook_gone AND id <> $1) AND (
                 claimed_by IS NULL OR claimed_by = $1 OR claimed_until < clock_timestamp()
                 OR claimed_by NOT IN (SELECT id FROM stagecast.nodes)
             )
@@ -255,6 +255,9 @@ class PostgresLog:
             return []
         rows = await self._database.fetch(_UNDELIVERED, self._nodes.id, CLAIM, limit)
         return [logged(row, end=row["end_position"]) for row in rows]
+
+    async def receiver_gone(self) -> None:
+        await self._database.fetch("UPDATE stagecast.nodes SET webhook_gone = true WHERE id = $1", self._nodes.id)
 
     async def delivered(self, generation_id: str) -> None:
         await self._database.fetch(

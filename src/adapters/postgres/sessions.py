@@ -24,9 +24,9 @@ class PostgresSessions:
         user_id, expires_at, service = session.identity
         live, event_id, seen, tombstones = session.base
         await self._database.fetch(
-            "SELECT stagecast.save_session_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+            "SELECT stagecast.save_session_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
             *(pid, user_id, expires_at, service, live, event_id, seen, tombstones, session.head, session.tag, at),
-            *(at - self._retention, _PER_USER),
+            *(at - self._retention, _PER_USER, self._database.node),
         )
 
     async def load(self, pid: str, *, at: datetime) -> Session | None:
@@ -52,6 +52,10 @@ class PostgresSessions:
                 " UPDATE stagecast.sessions SET touched_at = $1 FROM quickly WHERE pid = ANY ($2) AND touched_at > $3",
                 *(at, touched, at - self._retention),
             )
+
+    async def taken_over(self) -> Collection[str]:
+        query = "DELETE FROM stagecast.takeovers WHERE node = $1 RETURNING pid"
+        return [row["pid"] for row in await self._database.fetch(query, self._database.node)]
 
     async def end(self, pid: str) -> None:
         if is_text(pid):

@@ -9,6 +9,7 @@ from adapters.postgres.database import Database
 from adapters.postgres.leases import PostgresLeases
 from adapters.postgres.log import PostgresLog
 from adapters.postgres.nodes import Nodes
+from adapters.postgres.quotas import PostgresQuotas
 from adapters.postgres.sessions import PostgresSessions
 from adapters.postgres.tail import Tail
 from domain.errors import LogUnavailable
@@ -37,6 +38,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         raise StorageRefused("The log cannot be opened: it does not take a heartbeat.") from None
     tail = Tail(listener, database.node)
     leases = PostgresLeases(database, nodes, tail)
+    quotas = PostgresQuotas(database)
     log = PostgresLog(database, tail, nodes, credits=options.credits, clock=options.clock, outbox=options.outbox)
 
     async def has_other_nodes() -> bool:
@@ -57,8 +59,9 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         outbox=log,
         sessions=PostgresSessions(database, options.retention),
         leases=leases,
-        background={"tail": tail.run, "heartbeat": nodes.run, "lines": leases.run},
+        background={"tail": tail.run, "heartbeat": nodes.run, "lines": leases.run, "devices": quotas.run},
         nodes=nodes,
+        quotas=quotas,
         has_other_nodes=has_other_nodes,
         close=close,
     )

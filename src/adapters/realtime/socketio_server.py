@@ -114,6 +114,11 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         """The pids that are in use."""
         return self._by_pid.keys()
 
+    def close(self, pid: str) -> None:
+        """Close the socket of this pid, if it is on this node: its client has resumed the session elsewhere."""
+        if (connection := self._by_pid.get(pid)) is not None:
+            connection.socket.abort()
+
     @property
     def idle(self) -> bool:
         """Whether every table is empty, and no disconnect is being handled."""

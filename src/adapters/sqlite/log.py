@@ -194,6 +194,9 @@ class SqliteLog:
         generations = "SELECT id FROM generations WHERE undelivered = 1 ORDER BY end_event LIMIT ?"
         return list(map(_logged, await self._rows(query, (limit,), generations)))
 
+    async def receiver_gone(self) -> None:
+        pass
+
     async def delivered(self, generation_id: str) -> None:
         query = "UPDATE generations SET undelivered = 0 WHERE generation_id = ? AND undelivered = 1"
         await self._update(query, generation_id)

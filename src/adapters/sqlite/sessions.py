@@ -83,6 +83,9 @@ class SqliteSessions:
                 )
             )
 
+    async def taken_over(self) -> Collection[str]:
+        return ()
+
     async def end(self, pid: str) -> None:
         if is_text(pid):
             await self._database.write(

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 from adapters.memory.leases import MemoryLeases
+from adapters.memory.quotas import MemoryQuotas
 from adapters.sqlite import files
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
@@ -22,6 +23,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         outbox=log,
         sessions=SqliteSessions(opened, options.retention),
         leases=MemoryLeases(),  # One process has the file.
+        quotas=MemoryQuotas(),
         examine=log.examine,
         close=opened.close,
     )

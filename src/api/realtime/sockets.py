@@ -1,7 +1,6 @@
 """Handles the events that clients send over Socket.IO."""
 
 import contextlib
-import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypeVar
@@ -18,8 +17,6 @@ from domain.feed_sessions import FeedSessions, StartPosition
 from domain.generation import Snapshot
 from domain.identity import Identity, InvalidUserId, Unauthenticated, user_id
 from domain.workflow import Workflow
-
-logger = logging.getLogger(__name__)
 
 Answer = tuple[Mapping[str, Any], Callable[[], None]]
 _NOTHING: Answer = ({}, lambda: None)
@@ -84,8 +81,6 @@ class Sockets:
     authenticator: Authenticator
     feed_sessions: FeedSessions
     new_pid: Callable[[], str]
-    #: Authenticated sockets that a user may have.
-    max_per_user: int | None = None
 
     @property
     def events(self) -> Mapping[str, Callable[[Connection, Any], Awaitable[Answer]]]:
@@ -169,11 +164,11 @@ class Sockets:
                 await self.feed_sessions.save(connection.pid, identity, start)
             else:
                 await self.feed_sessions.close(connection.pid, permanent=True)
-        if self.max_per_user is not None and self.hub.device_count(user) - replaces >= self.max_per_user:
-            logger.warning("a socket is closed: the limit of sockets per user is reached")
+        if not await self.hub.admit(user, replaces=replaces):
             connection.buffer.abort()
             return _NOTHING
         if connection.gone:
+            self.hub.leave(user)
             return _NOTHING
         if connection.device is not None:
             connection.device.close()

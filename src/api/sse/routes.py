@@ -75,7 +75,7 @@ async def stream_feed(
         buffer.put(block("authenticated", to_json(welcome_of(device, identity, generations)), device.cursor))
         return device
 
-    return streams.response(identity, join)
+    return await streams.response(identity, join)
 
 
 @router.get("/generations/{generation_id}/events")
@@ -98,4 +98,4 @@ async def stream_generation(
     def join(buffer: BoundedSendBuffer[bytes]) -> Device[bytes]:
         return streams.hub.join_generation(identity.user_id, buffer, SEQUENCE_AS_ID, generation_id, after)
 
-    return streams.response(identity, join)
+    return await streams.response(identity, join)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import socket
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,8 +15,6 @@ from domain.delivery import Hub
 from domain.device import Device
 from domain.identity import Identity
 from domain.ports.system import Clock
-
-logger = logging.getLogger(__name__)
 
 #: Of every response of the streaming routes, also of one that refuses.
 HEADERS: Final = {
@@ -41,19 +38,14 @@ Join = Callable[[BoundedSendBuffer[bytes]], Device[bytes]]
 class EventStreams:
     """The open streams of this node."""
 
-    def __init__(self, hub: Hub, clock: Clock, max_per_user: int | None = None) -> None:
-        """`max_per_user` limits the sockets and streams of one user."""
+    def __init__(self, hub: Hub, clock: Clock) -> None:
         self.hub = hub
         self.clock = clock
-        self._max_per_user = max_per_user
         self.open: set[EventStream] = set()
 
-    def response(self, identity: Identity, join: Join) -> Response:
+    async def response(self, identity: Identity, join: Join) -> Response:
         """The stream of the device that `join` makes; one that ends at once if the user has too many."""
-        if self._max_per_user is not None and self.hub.device_count(identity.user_id) >= self._max_per_user:
-            logger.warning("a stream is refused: the limit of sockets per user is reached")
-            return try_again()
-        return EventStream(self, identity, join)
+        return EventStream(self, identity, join) if await self.hub.admit(identity.user_id) else try_again()
 
     async def check_progress(self) -> None:
         """Called every `PROGRESS_INTERVAL`: send comments, and disconnect clients that read nothing."""
@@ -85,10 +77,10 @@ class EventStream(Response):
         self._transport = scope.get("extensions", {}).get(TRANSPORT)
         _limit_silence(self._transport)
         headers = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
         self.buffer.put(RETRY)
         self._device = self._join(self.buffer)
         self._join = None  # It holds the snapshots of the first event.
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         scope[_STREAM] = self
 
     async def run(self, receive: Receive, send: Send) -> None:

@@ -32,6 +32,9 @@ class Sessions(Protocol):
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
         """Extend the sessions with these pids."""
 
+    async def taken_over(self) -> Collection[str]:
+        """The pids whose sessions this node saved and another node has saved since, once each."""
+
     async def end_all(self, user_id: str) -> None:
         """Remove all sessions of this user."""
 

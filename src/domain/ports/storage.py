@@ -9,6 +9,7 @@ from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import EventLog
 from domain.ports.nodes import Nodes
+from domain.ports.quotas import Quotas
 from domain.ports.retention import Retention
 from domain.ports.sessions import Sessions
 from domain.ports.system import Clock
@@ -51,6 +52,7 @@ class Storage:
     outbox: WebhookOutbox
     sessions: Sessions
     leases: Leases
+    quotas: Quotas
     #: Checks, in the background, all that was stored before. What is damaged then counts as deleted.
     examine: Callable[[], Awaitable[None]] = _nothing
     #: What has to run as long as the storage is open, by name.

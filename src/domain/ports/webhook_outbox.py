@@ -19,5 +19,8 @@ class WebhookOutbox(Protocol):
         the log was opened without an outbox. A removed generation's event is not delivered any more.
         """
 
+    async def receiver_gone(self) -> None:
+        """The receiver wants nothing any more. As long as this node runs, no other one claims anything."""
+
     async def delivered(self, generation_id: str) -> None:
         """The terminal event of this generation has been delivered."""

@@ -78,7 +78,8 @@ CREATE TABLE stagecast.sessions (
     open_tombstones bigint[] NOT NULL,
     head bigint NOT NULL,
     tag text,
-    touched_at timestamptz NOT NULL
+    touched_at timestamptz NOT NULL,
+    holder text NOT NULL                    -- the node that saved it last
 );
 CREATE INDEX sessions_of_user ON stagecast.sessions (user_id, touched_at, id);
 CREATE INDEX expiring_sessions ON stagecast.sessions (touched_at);
@@ -95,8 +96,38 @@ CREATE INDEX removals_by_time ON stagecast.removals (at);
 CREATE TABLE stagecast.nodes (
     id text PRIMARY KEY,
     address text NOT NULL,                  -- host:port at which other nodes reach it
-    seen timestamptz NOT NULL
+    seen timestamptz NOT NULL,
+    webhook_gone boolean NOT NULL DEFAULT false     -- the receiver has told it that it wants no webhook any more
 );
+
+-- Sessions that a node held until another one resumed them: it closes their sockets.
+CREATE TABLE stagecast.takeovers (
+    node text NOT NULL REFERENCES stagecast.nodes ON DELETE CASCADE,
+    pid text COLLATE "C" NOT NULL,
+    PRIMARY KEY (node, pid)
+);
+
+-- What each user has used up of the limits. A crash of the server may empty the first two.
+CREATE UNLOGGED TABLE stagecast.starts (
+    user_id text COLLATE "C" NOT NULL,
+    at timestamptz NOT NULL
+);
+CREATE INDEX starts_of_user ON stagecast.starts (user_id, at);
+CREATE INDEX starts_by_time ON stagecast.starts (at);
+
+CREATE UNLOGGED TABLE stagecast.devices (
+    user_id text COLLATE "C" NOT NULL,
+    node text NOT NULL,
+    count integer NOT NULL,
+    PRIMARY KEY (user_id, node)
+);
+
+CREATE TABLE stagecast.stored_images (
+    generation_id text COLLATE "C" PRIMARY KEY,
+    user_id text COLLATE "C" NOT NULL,
+    size bigint NOT NULL                    -- bytes
+);
+CREATE INDEX stored_images_of_user ON stagecast.stored_images (user_id) INCLUDE (size);
 
 -- Waiting in the line of work or of fetches, or held by a node. One that is held for fetching may wait for work on the
 -- same node: then it has a holder, and waits. An unfinished generation without a row is external or abandoned.
@@ -333,6 +364,7 @@ BEGIN
     IF NOT g.deleted THEN
         PERFORM stagecast.note_removals_v1(u.user_id, ARRAY[the_generation]);
     END IF;
+    DELETE FROM stagecast.stored_images WHERE generation_id = the_generation;
     UPDATE stagecast.generations SET deleted = true, request_json = '', idempotency_key = NULL, fingerprint = '',
         undelivered = false WHERE id = g.id;
     IF g.end_position > new_floor THEN
@@ -368,6 +400,7 @@ BEGIN
     DELETE FROM stagecast.events WHERE owner = u.id;
     DELETE FROM stagecast.generations WHERE owner = u.id;
     DELETE FROM stagecast.grants WHERE owner = u.id;
+    DELETE FROM stagecast.stored_images WHERE generation_id = ANY (removed);
     DELETE FROM stagecast.users WHERE id = u.id;
     RETURN removed;
 END $$;
@@ -376,17 +409,23 @@ END $$;
 -- Saves a session, removes some that have expired, and beyond `most` of the user the least recently used ones.
 CREATE FUNCTION stagecast.save_session_v1(
     the_pid text, the_user text, expires timestamptz, for_service boolean, live bigint, event bigint, seen bigint,
-    tombstones bigint[], head bigint, tag text, at timestamptz, expired timestamptz, most integer
+    tombstones bigint[], head bigint, tag text, at timestamptz, expired timestamptz, most integer, node text
 ) RETURNS void LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    before text;
 BEGIN
+    SELECT holder INTO before FROM stagecast.sessions WHERE sessions.pid = the_pid FOR UPDATE;
+    DELETE FROM stagecast.takeovers WHERE takeovers.node = $14 AND takeovers.pid = the_pid;
+    INSERT INTO stagecast.takeovers
+        SELECT id, the_pid FROM stagecast.nodes WHERE id = before AND id <> $14 FOR KEY SHARE ON CONFLICT DO NOTHING;
     DELETE FROM stagecast.sessions WHERE sessions.pid IN (
         SELECT sessions.pid FROM stagecast.sessions WHERE touched_at <= expired LIMIT 100 FOR UPDATE SKIP LOCKED
     );
     INSERT INTO stagecast.sessions
-        (pid, user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag, touched_at)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+        (pid, user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag, touched_at, holder)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, node)
         ON CONFLICT (pid) DO UPDATE SET user_id = $2, expires_at = $3, service = $4, live = $5, event_id = $6,
-            seen = $7, open_tombstones = $8, head = $9, tag = $10, touched_at = $11;
+            seen = $7, open_tombstones = $8, head = $9, tag = $10, touched_at = $11, holder = excluded.holder;
     DELETE FROM stagecast.sessions WHERE sessions.pid IN (
         SELECT sessions.pid FROM stagecast.sessions WHERE user_id = the_user
             ORDER BY touched_at DESC, id DESC OFFSET most
@@ -478,6 +517,7 @@ CREATE FUNCTION stagecast.abandoned_v1(dead text[]) RETURNS SETOF text
 LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 BEGIN
     DELETE FROM stagecast.nodes WHERE id = ANY (dead);
+    DELETE FROM stagecast.devices WHERE node NOT IN (SELECT id FROM stagecast.nodes);
     DELETE FROM stagecast.leases WHERE holder IS NOT NULL AND holder NOT IN (SELECT id FROM stagecast.nodes);
     RETURN QUERY SELECT generation_id FROM stagecast.generations
         WHERE end_position IS NULL AND NOT external AND NOT EXISTS (
@@ -497,4 +537,67 @@ BEGIN
             WHERE chores.holder = node OR chores.until < clock_timestamp() OR chores.holder = ANY (dead)
                 OR chores.holder NOT IN (SELECT id FROM stagecast.nodes);
     RETURN FOUND;
+END $$;
+
+
+-- Counts a start, unless the user has had `most` within a minute: then returns the seconds until the next may begin.
+CREATE FUNCTION stagecast.count_start_v1(the_user text, most integer) RETURNS double precision
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    now_there timestamptz;
+    earlier record;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('stagecast.starts'), hashtext(the_user));
+    now_there := clock_timestamp();
+    DELETE FROM stagecast.starts WHERE ctid IN (
+        SELECT ctid FROM stagecast.starts WHERE at <= now_there - interval '1 minute' LIMIT 4 FOR UPDATE SKIP LOCKED
+    );
+    SELECT count(*) AS count, min(at) AS first INTO earlier FROM stagecast.starts
+        WHERE user_id = the_user AND at > now_there - interval '1 minute';
+    IF earlier.count >= most THEN
+        RETURN extract(epoch FROM earlier.first + interval '1 minute' - now_there);
+    END IF;
+    INSERT INTO stagecast.starts VALUES (the_user, now_there);
+    RETURN NULL;
+END $$;
+
+
+-- Notes that this node has so many devices of the user, unless all live nodes then have more than `most`.
+CREATE FUNCTION stagecast.admit_device_v1(this_node text, the_user text, here integer, most integer) RETURNS boolean
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('stagecast.devices'), hashtext(the_user));
+    IF here + (
+        SELECT coalesce(sum(count), 0) FROM stagecast.devices
+        WHERE user_id = the_user AND node <> this_node AND node IN (SELECT id FROM stagecast.nodes)
+    ) > most THEN
+        RETURN false;
+    END IF;
+    INSERT INTO stagecast.devices VALUES (the_user, this_node, here)
+        ON CONFLICT (user_id, node) DO UPDATE SET count = excluded.count;
+    RETURN true;
+END $$;
+
+
+-- The devices that this node has left of these users.
+CREATE FUNCTION stagecast.note_devices_v1(this_node text, users text[], counts integer[]) RETURNS void
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    UPDATE stagecast.devices SET count = noted.count FROM unnest(users, counts) AS noted (user_id, count)
+        WHERE devices.user_id = noted.user_id AND node = this_node;
+    DELETE FROM stagecast.devices WHERE node = this_node AND user_id = ANY (users) AND count = 0;
+END $$;
+
+
+-- Counts bytes of stored images. Those of an unknown generation are counted if its user is given.
+CREATE FUNCTION stagecast.add_stored_v1(the_generation text, the_user text, bytes bigint) RETURNS void
+LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+BEGIN
+    PERFORM set_config('synchronous_commit', 'off', true);
+    UPDATE stagecast.stored_images SET size = greatest(0, size + bytes) WHERE generation_id = the_generation;
+    IF NOT FOUND AND bytes > 0 AND the_user IS NOT NULL THEN
+        INSERT INTO stagecast.stored_images AS stored VALUES (the_generation, the_user, bytes)
+            ON CONFLICT (generation_id) DO UPDATE SET size = stored.size + bytes;
+    END IF;
+    DELETE FROM stagecast.stored_images WHERE generation_id = the_generation AND size = 0;
 END $$;
