@@ -1,6 +1,7 @@
 # make run: set everything up and serve on http://localhost:3000.   make test: set everything up, check and test.
 # make test-long: the tests that take longer, the reliability cases in their long form among them.
 # make bench: the benchmarks, in less than 45 minutes; writes docs/performance.md.   make bench-quick: fewer repetitions.
+# make clients: the packages of the clients, in dist.
 # make newest: the tests on the newest versions of all dependencies.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ NPM := npm install --silent --no-audit --no-fund --no-package-lock --ignore-scri
 NEWEST := .venv-newest
 CLIENT := src/api/web/static/vendor/socket.io.min.js
 
-.PHONY: run test test-long bench bench-quick newest check style types arrows documents collection docs clean
+.PHONY: run test test-long clients bench bench-quick newest check style types arrows documents collection docs clean
 
 # Two checks at a time. Bytecode is kept, so that the second run is fast.
 MAKEFLAGS += --jobs=2
@@ -26,6 +27,11 @@ test: check
 
 test-long: check
 	$(BIN)/pytest -m long --numprocesses 1
+
+# What npm and pip install: see docs/javascript.md.
+clients: node_modules/installed-dev
+	@mkdir -p dist
+	cd clients/javascript && npm pack --silent --pack-destination ../../dist
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks --write

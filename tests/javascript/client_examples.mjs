@@ -1,56 +1,10 @@
 // The examples, run against a real service.
 import assert from "node:assert/strict";
 import { after, test } from "node:test";
-import { JSDOM } from "jsdom";
 import { backend } from "../../examples/node-backend/server.js";
-import {
-  closeAll, gate, keyedUrl, newUser, observe, openUrl, requestFields, tokenOf, untilFinished, untilLive, untilMidway,
-  waitFor,
-} from "./client_support.mjs";
+import { closeAll, keyedUrl, newUser, observe, openUrl, tokenOf, untilFinished, untilLive } from "./client_support.mjs";
 
 after(closeAll);
-
-test("the React hook renders the client's state as it changes, and removes its listeners on unmount", async () => {
-  const { window } = new JSDOM('<div id="root"></div>');
-  for (const [name, value] of Object.entries({ window, document: window.document, navigator: window.navigator })) {
-    Object.defineProperty(globalThis, name, { value, configurable: true }); // React needs these globals.
-  }
-  globalThis.IS_REACT_ACT_ENVIRONMENT = true;
-  const { act, createElement, StrictMode } = await import("react");
-  const { createRoot } = await import("react-dom/client");
-  const { useGenerations } = await import("../../examples/react/useGenerations.js");
-  let renders = 0;
-  function Generations({ stagecast }) {
-    const { generations, state, credit } = useGenerations(stagecast);
-    renders++;
-    const bars = generations.map((each) => createElement("li", { key: each.generationId }, `${each.progress} %`));
-    return createElement("section", {}, createElement("p", {}, `${state}, ${credit}`), createElement("ul", {}, bars));
-  }
-  const shows = (selector) => window.document.querySelector(selector)?.textContent;
-  const observer = observe({ url: openUrl, userId: newUser() });
-  const root = createRoot(window.document.getElementById("root"));
-  const show = (stagecast) =>
-    act(() => root.render(createElement(StrictMode, {}, createElement(Generations, { stagecast }))));
-  await show(observer.client);
-  assert.equal(shows("p"), "connecting, undefined");
-  await act(() => waitFor(observer, () => observer.client.credit === 100));
-  assert.equal(shows("p"), "live, 100");
-  const { prompt, release } = gate();
-  const { generationId: id } = await act(() => observer.client.start("edit", requestFields({ prompt })));
-  await act(() => untilMidway(observer, id));
-  assert.equal(shows("li"), `${observer.client.get(id).progress} %`);
-  await act(async () => (await release(), await untilFinished(observer, id)));
-  assert.equal(shows("li"), "100 %");
-  const another = observe({ url: openUrl, userId: newUser() });
-  await act(() => untilLive(another));
-  await show(another.client);
-  assert.equal(shows("li"), undefined);
-  await act(() => root.unmount());
-  const before = renders;
-  const { generationId: next } = await another.client.start("edit", requestFields());
-  await untilFinished(another, next);
-  assert.equal(renders, before);
-});
 
 /** Starts the backend; `post` requests a poster from it. */
 async function startBackend(stagecast) {

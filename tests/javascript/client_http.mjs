@@ -79,6 +79,7 @@ describe("over HTTP the client", { concurrency: true }, () => {
     const tablet = observe({ url: openUrl, userId: client.userId });
     await untilLive(tablet);
     assert.equal(tablet.client.get(id).status, "failed");
+    assert.equal((await tablet.client.load(id)).input.prompt, tablet.client.get(id).input.prompt);
     await client.remove(id);
     await assert.rejects(tablet.client.history(id), { code: "not_found" });
     assert.equal(tablet.client.get(id), undefined);

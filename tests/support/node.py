@@ -211,7 +211,7 @@ async def browsers() -> AsyncIterator[Browsers]:
         await listening
 
 
-async def node_test(*names: str, services: JSON) -> None:
+async def node_test(*names: str, services: JSON, **environment: str) -> None:
     """Run these files with Node's test runner, and fail with its report."""
     process = await asyncio.create_subprocess_exec(
         "node",
@@ -220,7 +220,7 @@ async def node_test(*names: str, services: JSON) -> None:
         "--test-concurrency=2",
         *(str(TESTS / name) for name in names),
         cwd=ROOT,
-        env={**os.environ, "STAGECAST_SERVICES": json.dumps(services)},
+        env={**os.environ, "STAGECAST_SERVICES": json.dumps(services), **environment},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

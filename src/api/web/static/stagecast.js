@@ -43,6 +43,7 @@
  *     cancel(id)            "cancelled" or "already_finished"
  *     remove(id)            deletes a finished generation permanently
  *     history(id, after)    its events
+ *     load(id)              one generation from the service, which is also added to `generations`
  *     older(before, limit)  `{generations, next}`: a page of the list, which is also added to `generations`. Omit
  *                           `before` for the first page, then pass the previous page's `next` until there is none
  *     me(), stages()        the responses of `GET /me` and `GET /stages`
@@ -1078,6 +1079,13 @@ export function connect(options = {}) {
       forget(id);
     },
     history: (/** @type {string} */ id, after = 0) => requestFor(id, (http) => http.history(id, after)),
+    /** @param {string} id */
+    async load(id) {
+      const { mergeSnapshots } = session;
+      const snapshot = await requestFor(id, (http) => http.generation(id));
+      mergeSnapshots(snapshot);
+      return snapshot;
+    },
     /** @param {string} [before] @param {number} [limit] @returns {Promise<Page>} */
     async older(before, limit) {
       const { http, mergeSnapshots } = session;
