@@ -127,8 +127,11 @@ class Nodes:
         return False
 
     async def _beat(self) -> Sequence[Any]:
-        return await self._database.fetch("SELECT * FROM stagecast.beat_v1($1, $2)", self.id, self._address)
+        self._beating = self._database.start("SELECT * FROM stagecast.beat_v1($1, $2)", self.id, self._address)
+        return await asyncio.shield(self._beating)
 
     async def leave(self) -> None:
         """Tell the others that this node has ended. Raises `LogUnavailable`."""
+        # A heartbeat goes on if `run` is cancelled, and would name this node again.
+        await asyncio.wait([self._beating])
         await self._database.fetch("DELETE FROM stagecast.nodes WHERE id = $1", self.id)
