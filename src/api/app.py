@@ -66,7 +66,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.stage_times = service.stage_times
     http.state.readiness = service.readiness
     http.state.authenticator = service.authenticator
-    page.install(http, settings.public_url)
+    page.install(http, settings.public_url, openai=settings.editor == "openai")
     routes = problems.Problems(http)
     hosts = None if settings.allow_open else settings.allowed_hosts
     prefix = settings.path_prefix

@@ -87,7 +87,7 @@ async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
             assert await is_on_screen(tab["#start"]), place
         await tab.start(user)
         await pause.reached.wait()
-        await expect(tab["#stage-name"]).to_have_text("OpenAI editing")
+        await expect(tab["#stage-name"]).to_have_text("Editing")
         for part in ("#stage-title", "#percent", "#bar"):
             assert await is_on_screen(tab[part]), part
         await expect(tab["#strip"]).to_be_hidden()
@@ -95,7 +95,7 @@ async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
         await tab.page.evaluate("scrollTo(0, document.body.scrollHeight)")
         if size != LAPTOP:
             await expect(tab["#strip"]).to_be_visible()
-            await expect(tab["#strip"]).to_have_text("Live 60% OpenAI editing", use_inner_text=False)
+            await expect(tab["#strip"]).to_have_text("Live 60% Editing", use_inner_text=False)
             assert await is_on_screen(tab["#strip"])
             assert await fits(tab)
             pause.released.set()

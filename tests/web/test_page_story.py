@@ -45,15 +45,13 @@ async def test_two_tabs_show_each_stage_and_the_picture_live(browser: Browser, s
             await tab.shows("active", "a red hat")
             bar = tab["#bar"]
             await expect(bar).to_have_attribute("aria-valuenow", "60")
-            await expect(bar).to_have_attribute("aria-valuetext", "60%, OpenAI editing")
+            await expect(bar).to_have_attribute("aria-valuetext", "60%, Editing")
             await expect(tab["#standing"]).to_contain_text("60%")
             await expect(tab["#after"]).to_have_js_property("naturalWidth", 100)
             await expect(tab["#timeline li"]).to_have_count(6)
             assert await tab.timeline() == await logged(service, "ada")
-            await expect(tab["#timeline [aria-current]"]).to_contain_text("OpenAI editing")
-            await expect(tab["#timeline [data-state=to-come]"]).to_have_text(
-                ["OpenAI editing done 80%", "Completed 100%"]
-            )
+            await expect(tab["#timeline [aria-current]"]).to_contain_text("Editing")
+            await expect(tab["#timeline [data-state=to-come]"]).to_have_text(["Editing done 80%", "Completed 100%"])
         pause.released.set()
         for tab in both:
             await tab.shows("completed", "a red hat")
@@ -110,7 +108,9 @@ async def test_a_failure_shows_its_reason_and_can_be_tried_again(browser: Browse
         await expect(tab["#history .tile"]).to_have_count(2)
 
 
-async def test_trying_again_a_generation_of_another_tab_fills_the_form(browser: Browser, service: Running) -> None:
+async def test_a_generation_of_another_tab_can_be_tried_again_with_its_inputs(
+    browser: Browser, service: Running
+) -> None:
     prompt = f"a torn hat{' at noon' * 100}"
     EDITOR.at(prompt, fails("provider_timeout"))
     async with tabs(browser, service.url, user="eva", viewport={"width": 390, "height": 844}) as [tab]:
@@ -121,11 +121,11 @@ async def test_trying_again_a_generation_of_another_tab_fills_the_form(browser: 
         await tab.shows("failed")
         await tab.page.reload()
         await tab.shows("failed")
-        await expect(tab["#composer"]).not_to_have_attribute("open", "")
         await tab["#again"].click()
-        await expect(tab["#prompt"]).to_have_value(prompt)
-        await expect(tab[".shapes input:checked"]).to_have_value("1:1")
-        await expect(tab["#problem"]).to_contain_text("choose the pictures again")
+        await tab.shows("completed")
+        again, first = (await service.get("/generations", "eva"))["generations"]
+        assert len(again["input"].pop("images")) == len(first["input"].pop("images")) == 1
+        assert again["input"] == first["input"]
 
 
 async def test_a_cancellation_shows_in_both_tabs_and_refunds_the_credit(browser: Browser, service: Running) -> None:
@@ -179,8 +179,6 @@ async def test_the_history_loads_page_by_page_and_each_entry_has_a_timeline(brow
     async with tabs(browser, service.url, user="hal") as [tab]:
         tiles = tab["#history .tile"]
         await expect(tiles).to_have_count(20)
-        await load_older(tab)
-        await expect(tiles).to_have_count(40)
         await load_older(tab)
         await expect(tiles).to_have_count(42)
         await expect(tab["#older"]).to_be_hidden()
@@ -256,7 +254,7 @@ async def test_an_image_url_enables_the_face_swap(browser: Browser, service: Run
         await expect(tab["#tray img"]).to_have_js_property("naturalWidth", 600)
         await tab.start("another face")
         await pause.reached.wait()
-        ahead = ["OpenAI editing done 80%", "Face swap 85%", "Face swapped 95%", "Completed 100%"]
+        ahead = ["Editing done 80%", "Face swap 85%", "Face swapped 95%", "Completed 100%"]
         await expect(tab["#timeline [data-state=to-come]"]).to_have_text(ahead)
         pause.released.set()
         await tab.shows("completed")
@@ -369,7 +367,7 @@ async def test_all_controls_can_be_reached_by_keyboard(browser: Browser, service
         await tab.shows("completed")
         reached = set()
         await tab["body"].focus()
-        for _ in range(32):
+        for _ in range(45):
             await keyboard.press("Tab")
             reached.add(await tab.page.evaluate("document.activeElement.id"))
         wanted = {"cut", "user-button", "language", "files", "url", "add-url", "prompt", "start", "wipe", "delete"}

@@ -27,6 +27,7 @@ _CDN_CLIENT: Final = (
 _OPEN: Final = 'data-callers="anybody"'
 _GUARDED: Final = 'data-callers="token"'
 _NO_FACE: Final = 'data-face=""'
+_NO_EDITOR: Final = 'data-editor=""'
 
 #: Browsers revalidate each time, so that the page is as new as the service.
 _FILES: Final = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
@@ -41,7 +42,9 @@ class _Files(StaticFiles):
         return response
 
 
-def render(page: str, *, guarded: bool, own_client: bool, face: str = "", prefix: str = "") -> str:
+def render(
+    page: str, *, guarded: bool, own_client: bool, face: str = "", openai: bool = False, prefix: str = ""
+) -> str:
     """The page, adapted to this service.
 
     Args:
@@ -49,9 +52,12 @@ def render(page: str, *, guarded: bool, own_client: bool, face: str = "", prefix
         guarded: whether callers need a token.
         own_client: whether the service has the official Socket.IO client.
         face: the URL of a sample face.
+        openai: whether the editor is OpenAI's, whom the stages name.
         prefix: the path that every path of the service begins with.
     """
     page = page.replace(_NO_FACE, f'data-face="{escape(face)}"', 1)
+    if openai:
+        page = page.replace(_NO_EDITOR, 'data-editor="openai"', 1)
     if guarded:
         page = page.replace(_OPEN, _GUARDED, 1)
     if not own_client:
@@ -81,7 +87,7 @@ def policy(host: str, *, own_client: bool) -> str:
     ))  # fmt: skip
 
 
-def install(app: FastAPI, public_url: str) -> None:
+def install(app: FastAPI, public_url: str, *, openai: bool) -> None:
     """Serve the page at ``/`` and its files below ``/static``. The sample face has the public URL."""
     face = f"{public_url}/static/samples/face.webp"
 
@@ -89,7 +95,8 @@ def install(app: FastAPI, public_url: str) -> None:
         own_client = (FOLDER / _CLIENT).is_file()
         guarded = not request.app.state.authenticator.open_mode
         text = (FOLDER / "index.html").read_text("utf-8")
-        text = render(text, guarded=guarded, own_client=own_client, face=face, prefix=request.scope["root_path"])
+        prefix = request.scope["root_path"]
+        text = render(text, guarded=guarded, own_client=own_client, face=face, openai=openai, prefix=prefix)
         security = {
             "Content-Security-Policy": policy(request.headers.get("host", ""), own_client=own_client),
             "Referrer-Policy": "no-referrer",

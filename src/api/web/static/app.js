@@ -9,9 +9,13 @@
 import * as connection from "./connection.js";
 import { BASE, announce, byId, setText } from "./dom.js";
 import * as form from "./form.js";
-import { formatPercent, switchLanguage, t, titleOf, translate, usePreferredLanguage } from "./i18n.js";
+import * as gallery from "./gallery.js";
+import { switchLanguage, t, titleOf, translate, usePreferredLanguage } from "./i18n.js";
 import * as identity from "./identity.js";
+import * as link from "./link.js";
 import * as lists from "./lists.js";
+import * as notify from "./notify.js";
+import * as result from "./result.js";
 import * as stage from "./stage.js";
 import { connect, isFinished } from "./stagecast.js";
 import * as strip from "./strip.js";
@@ -41,6 +45,8 @@ const stagecast = connect({ ...user, url: BASE, io: await socketIo });
 let stages = {};
 /** Whether the page has not been connected yet. */
 let firstConnection = true;
+/** When the stages were requested. */
+let stagesAt = 0;
 /** What was submitted in this tab, by generation, for "Try again". @type {Map<string, form.Submission>} */
 const submissions = new Map();
 
@@ -60,7 +66,7 @@ function render() {
 
 /** @param {boolean} [force] also what has not changed, after a change of language */
 function renderNow(force = false) {
-  const { credit, userId, generations } = stagecast;
+  const { credit, userId } = stagecast;
   byId("credit").hidden = credit === undefined || stagecast.state === "refused";
   setText(byId("credit"), credit === undefined ? "" : t("credit")(credit));
   identity.render(userId);
@@ -68,14 +74,23 @@ function renderNow(force = false) {
   stage.render(stagecast, stages, force);
   strip.render(stagecast);
   lists.render(stagecast, force);
-  const [running] = generations.filter((generation) => !isFinished(generation));
-  document.title = running ? `${formatPercent(running.progress)} · Stagecast` : "Stagecast";
+  gallery.render(stagecast, force);
+  notify.render(stagecast);
 }
 
 setInterval(() => {
   stage.tick();
   lists.tick();
+  gallery.tick();
 }, 1_000);
+
+/** Requests the stages and how long they usually take, at most every ten seconds. */
+async function loadStages() {
+  if (Date.now() - stagesAt < 10_000) return;
+  stagesAt = Date.now();
+  stages = await stagecast.stages().catch(() => ((stagesAt = 0), stages));
+  render();
+}
 
 // ---- Actions -------------------------------------------------------------------------------------------------------
 
@@ -92,22 +107,6 @@ async function start(submission, idempotencyKey) {
   if (generation && !isFinished(generation)) announce(t("announceStarted")(titleOf(generation)));
 }
 
-/**
- * Starts a generation again. If that cannot succeed, or this tab does not have its pictures, fills the form instead.
- *
- * @param {Generation} generation
- */
-async function tryAgain(generation) {
-  const { generationId, kind, metadata, input, inputImage, retryable } = generation;
-  const submission = submissions.get(generationId);
-  if (submission && retryable !== false) return start(submission);
-  form.fill(kind, submission?.request ?? {
-    prompt: input?.prompt ?? String(metadata?.prompt ?? metadata?.title ?? ""),
-    imageUrls: input?.imageUrls ?? (inputImage ? [inputImage] : []),
-    faceSwap: input?.faceSwap ?? metadata?.faceSwap, aspectRatio: input?.aspectRatio ?? metadata?.aspectRatio,
-  });
-}
-
 /** Selects the generation to show; an empty id selects the newest. */
 function select(/** @type {string} */ id) {
   if (location.hash.slice(1) !== id) history.pushState(null, "", id ? `#${id}` : location.pathname);
@@ -118,8 +117,10 @@ function select(/** @type {string} */ id) {
 // ---- Events --------------------------------------------------------------------------------------------------------
 
 stagecast.on("change", render);
+stagecast.on("removed", (id) => id === link.linkedId() && history.replaceState(null, "", location.pathname));
 stagecast.on("event", (event, generation) => {
   if (event.sequence < generation.sequence) return;
+  if (event.sequence === 1) loadStages();
   const title = titleOf(generation);
   if (event.status === "completed") announce(t("announceCompleted")(title));
   const { text } = translate(event.error ?? event.message, event.code);
@@ -130,16 +131,21 @@ stagecast.on("state", async (state, reason) => {
   if (state === "live" || state === "polling") {
     if (firstConnection && stagecast.generations.length) form.collapseIfNarrow();
     firstConnection = false;
-    stages = await stagecast.stages().catch(() => stages);
-    render();
+    loadStages();
   }
   if (state === "refused" && identity.tokenRequired) stagecast.switchUser(await identity.askForNewToken(reason));
 });
 
 connection.init(stagecast);
 timeline.init(stagecast, render);
-lists.init(stagecast);
-stage.init(stagecast, { tryAgain, promptOf: ({ generationId }) => submissions.get(generationId)?.request.prompt });
+gallery.init(stagecast);
+link.init(stagecast, render);
+notify.init(stagecast);
+stage.init(stagecast, {
+  promptOf: ({ generationId }) => submissions.get(generationId)?.request.prompt,
+  showNewest: () => select(""),
+});
+result.init(stagecast, { start, submissionOf: ({ generationId }) => submissions.get(generationId) });
 strip.init(stagecast);
 form.init(start);
 identity.init((next) => {

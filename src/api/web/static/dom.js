@@ -36,7 +36,8 @@ export function setImage(/** @type {HTMLImageElement} */ img, /** @type {string 
 
 /** Makes these elements the children of `list`. Does not move elements that are in place: they would lose focus. */
 export function setChildren(/** @type {Element} */ list, /** @type {Element[]} */ children) {
-  for (const element of [...list.children]) if (!children.includes(element)) element.remove();
+  const kept = new Set(children);
+  for (const element of [...list.children]) if (!kept.has(element)) element.remove();
   children.forEach((child, index) => {
     if (list.children[index] !== child) list.insertBefore(child, list.children[index] ?? null);
   });

@@ -53,9 +53,15 @@ function translatePage() {
   }
 }
 
+/** Whether the service's editor is OpenAI's, whom its stages and messages name. */
+const usesOpenAi = document.documentElement.dataset.editor === "openai";
+
+/** The text that does not name OpenAI, if another editor is in use and there is one. */
+const neutral = (/** @type {string} */ key) => (usesOpenAi ? undefined : t("otherEditor")[key]);
+
 /** A stage's name; for a stage that has no text here, its identifier in readable form. */
 export const stageName = (/** @type {string} */ status) =>
-  t("stages")[status] ?? (status[0].toUpperCase() + status.slice(1).replaceAll("_", " "));
+  neutral(status) ?? t("stages")[status] ?? (status[0].toUpperCase() + status.slice(1).replaceAll("_", " "));
 
 /**
  * The name of a generation's status, or its place in line. A cancelled generation has the status `failed` and the code
@@ -73,7 +79,7 @@ export const statusName = ({ status, code, queuePosition }) =>
  * @returns {{text: string, lang: string}} `lang`: "en" if the text could not be translated, else empty
  */
 export function translate(message, code) {
-  const translated = t("messages")[code ?? message];
+  const translated = neutral(message) ?? t("messages")[code ?? message];
   return { text: translated ?? message, lang: translated || language === "en" ? "" : "en" };
 }
 
@@ -106,6 +112,19 @@ export function formatDuration(/** @type {number} */ ms, digits = 0) {
   }).format(value);
   if (total < 60) return format(digits ? total : Math.floor(total), "second", digits);
   return `${format(Math.floor(total / 60), "minute")} ${format(Math.floor(total % 60), "second")}`;
+}
+
+/** A range of times. @param {[number, number, "second" | "minute"]} range */
+export function formatRange([low, high, unit]) {
+  const highest = new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "short" }).format(high);
+  return low ? `${low}–${highest}` : t("upTo")(highest);
+}
+
+/** A long time in its largest unit, rounded down: days, hours or minutes. */
+export function formatSpan(/** @type {number} */ ms) {
+  const minutes = Math.max(0, ms) / 60_000;
+  const [value, unit] = minutes < 60 ? [minutes, "minute"] : minutes < 2_880 ? [minutes / 60, "hour"] : [minutes / 1_440, "day"];
+  return new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "short" }).format(Math.floor(Number(value)));
 }
 
 const TIME = /** @type {const} */ ({ hour: "2-digit", minute: "2-digit", hourCycle: "h23" });

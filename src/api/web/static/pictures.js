@@ -18,10 +18,15 @@ const NAMES = /** @type {const} */ ({
  *
  * @param {Generation} generation @param {string | undefined} url
  */
-function ownUrlOf({ generationId }, url) {
+export function ownUrlOf({ generationId }, url) {
   const path = parseUrl(url)?.pathname ?? "";
   return path.includes(`/images/${generationId}-`) ? BASE + path.slice(path.lastIndexOf("/images/")) : undefined;
 }
+
+const RATIOS = /** @type {Record<string, number>} */ ({ "2:3": 2 / 3, "1:1": 1, "3:2": 3 / 2 });
+
+/** Width by height of the picture that was asked for. @param {Generation} generation */
+export const ratioOf = ({ input, metadata }) => RATIOS[input?.aspectRatio ?? metadata?.aspectRatio] ?? 2 / 3;
 
 /** The pictures so far, in the order in which they are made. @param {Generation} generation @returns {Picture[]} */
 export const picturesOf = (generation) =>

@@ -6,27 +6,33 @@
  * @typedef {import("./timeline.js").Stage} Stage
  */
 
+import * as apiPanel from "./apiPanel.js";
 import { byId, setImage, setProgress, setText } from "./dom.js";
+import { inSteps, secondsLeft } from "./estimate.js";
 import {
-  formatDate, formatDuration, formatPercent, showMessage, statusName, t, titleOf, translate,
+  formatDate, formatDuration, formatPercent, formatRange, showMessage, statusName, t, titleOf, translate,
 } from "./i18n.js";
-import { latestOf, picturesOf, sheetOf } from "./pictures.js";
+import { linkedId, lookupState } from "./link.js";
+import { latestOf, picturesOf, ratioOf, sheetOf } from "./pictures.js";
+import * as result from "./result.js";
 import { isFinished } from "./stagecast.js";
 import * as timeline from "./timeline.js";
-
-const SHAPES = ["2:3", "1:1", "3:2"];
 
 /** The generation on the page. @type {Generation | undefined} */
 let shown;
 /** The id of the generation whose whole prompt is shown. */
 let expanded = "";
-/** The id of the generation whose "Delete" button was pressed once: a second press deletes it. */
-let pendingDelete = "";
+/** Of the generation on the page: the stage that it is in, and those to come. */
+let ahead = { present: /** @type {Stage | undefined} */ (undefined), upcoming: /** @type {Stage[]} */ ([]) };
 /** The whole prompt of a generation, if it was started in this tab. */
 let promptOf = (/** @type {Generation} */ _) => /** @type {string | undefined} */ (undefined);
 
-/** The generation in the address, else the newest. @param {Stagecast} stagecast @returns {Generation | undefined} */
-export const selected = (stagecast) => stagecast.get(location.hash.slice(1)) ?? stagecast.generations[0];
+/**
+ * The generation in the address; the newest if the address has none. A link never shows another generation than its own.
+ *
+ * @param {Stagecast} stagecast @returns {Generation | undefined}
+ */
+export const selected = (stagecast) => (linkedId() ? stagecast.get(linkedId()) : stagecast.generations[0]);
 
 /** How long a finished generation took, in milliseconds. @param {Generation} generation */
 const duration = (generation) => Date.parse(generation.updatedAt) - Date.parse(generation.createdAt);
@@ -40,12 +46,13 @@ export const age = (generation) => Date.now() - Date.parse(generation.createdAt)
 export function render(stagecast, stages, force) {
   const generation = selected(stagecast);
   const stage = byId("stage");
-  if (generation?.generationId !== shown?.generationId) pendingDelete = "", setText(byId("note"), "");
+  if (generation?.generationId !== shown?.generationId) setText(byId("note"), "");
   const previous = shown?.generationId === generation?.generationId ? shown : undefined;
   shown = generation;
+  apiPanel.render(stagecast, generation, force);
   if (!generation) {
-    const synced = ["live", "polling"].includes(stagecast.state);
-    if (synced || stagecast.state === "connecting") stage.dataset.state = synced ? "empty" : "unknown";
+    stage.dataset.state = emptyState(stagecast);
+    if (stage.dataset.state === "missing") setText(byId("missing-text"), t("missingText")(stagecast.userId ?? ""));
     return;
   }
   const { kind, status, progress, createdAt } = generation;
@@ -56,14 +63,21 @@ export function render(stagecast, stages, force) {
   setText(byId("stage-name"), statusName(generation));
   const text = t("stageOf")(statusName(generation), formatPercent(progress));
   setProgress(byId("bar"), { label: t("progressOf")(titleOf(generation)), progress, text });
-  tick();
   renderOutcome(generation, stagecast.credit !== undefined);
   renderPictures(generation, previous);
-  timeline.render(stagecast, generation, stages[kind] ?? [], force);
-  byId("again").hidden = status !== "failed";
-  byId("cancel").hidden = finished;
-  byId("delete").hidden = !finished;
-  setText(byId("delete"), t(pendingDelete ? "confirmDelete" : "delete"));
+  const table = stages[kind] ?? [];
+  timeline.render(stagecast, generation, table, force);
+  ahead = { present: table.find((stage) => stage.status === status), upcoming: timeline.upcomingStages(table, generation) };
+  result.render(generation);
+  tick();
+}
+
+/** What the section shows without a generation. @param {Stagecast} stagecast */
+function emptyState(stagecast) {
+  const found = lookupState(stagecast);
+  const synced = ["live", "polling"].includes(stagecast.state);
+  if (found) return found === "failed" ? "failed-link" : found;
+  return synced ? "empty" : byId("stage").dataset.state === "empty" ? "empty" : "unknown";
 }
 
 /** Shows the title, cut off after four lines by CSS, or the whole prompt. @param {Generation} generation */
@@ -83,6 +97,16 @@ export function tick() {
   if (!shown) return;
   renderTitle(shown);
   setText(byId("elapsed"), isFinished(shown) ? formatDuration(duration(shown), 1) : formatDuration(age(shown)));
+  setText(byId("left"), timeLeft(shown));
+}
+
+/** How long the generation usually still takes; empty if that is not known. @param {Generation} generation */
+function timeLeft(generation) {
+  if (isFinished(generation) || !ahead.present) return "";
+  const waiting = generation.sequence === 1;
+  const elapsed = waiting ? 0 : (Date.now() - timeline.enteredAt(generation)) / 1000;
+  const range = secondsLeft(waiting ? undefined : ahead.present, ahead.upcoming, elapsed);
+  return range ? t(waiting ? "usuallyTakes" : "usuallyLeft")(formatRange(inSteps(range))) : "";
 }
 
 /** @param {Generation} generation @param {boolean} hasCredit whether the service keeps balances */
@@ -109,10 +133,9 @@ function renderPictures(generation, previous) {
   const title = titleOf(generation);
   const latest = latestOf(generation);
   const sheet = status === "completed" && latest !== sheetOf(generation) ? sheetOf(generation) : undefined;
-  const shape = generation.input?.aspectRatio ?? generation.metadata?.aspectRatio;
-  const ratio = SHAPES.includes(shape) ? shape : "2:3";
-  frame.style.setProperty("--ratio", ratio.replace(":", " / "));
-  byId("stage").dataset.shape = ratio === "3:2" ? "wide" : "";
+  const ratio = ratioOf(generation);
+  frame.style.setProperty("--ratio", String(ratio));
+  byId("stage").dataset.shape = ratio > 1 ? "wide" : "";
   const [before, after] = [byId("before"), byId("after")];
   after.classList.toggle("sheet", latest === sheetOf(generation));
   setImage(after, latest, t("pictureOf")(title));
@@ -150,43 +173,16 @@ async function animateSlider(/** @type {Generation} */ { generationId }) {
   frame.animate({ "--at": ["100%", "0%"] }, { duration: 1_400, easing: "cubic-bezier(0.6, 0, 0.2, 1)" });
 }
 
-// ---- Actions -------------------------------------------------------------------------------------------------------
-
-/**
- * @param {Stagecast} stagecast
- * @param {{tryAgain: (generation: Generation) => Promise<unknown>, promptOf: typeof promptOf}} page
- */
+/** @param {Stagecast} stagecast @param {{promptOf: typeof promptOf, showNewest: () => void}} page */
 export function init(stagecast, page) {
   promptOf = page.promptOf;
-  /** @param {string} id @param {(generation: Generation) => Promise<unknown> | void} act */
-  const onClick = (id, act) => byId(id).addEventListener("click", async () => {
-    const generation = shown;
-    if (!generation) return;
-    setText(byId("note"), "");
-    try {
-      await act(generation);
-    } catch (/** @type {any} */ error) {
-      if (shown?.generationId === generation.generationId) showMessage(byId("note"), error.message, error.code);
-    }
+  apiPanel.init(stagecast);
+  byId("whole").addEventListener("click", () => {
+    if (!shown) return;
+    expanded = expanded ? "" : shown.generationId;
+    renderTitle(shown);
   });
-  onClick("again", page.tryAgain);
-  onClick("whole", (generation) => {
-    expanded = expanded ? "" : generation.generationId;
-    renderTitle(generation);
-  });
-  onClick("cancel", ({ generationId }) => stagecast.cancel(generationId));
-  onClick("delete", ({ generationId }) => {
-    if (pendingDelete !== generationId) {
-      pendingDelete = generationId;
-      return setText(byId("delete"), t("confirmDelete"));
-    }
-    pendingDelete = "";
-    return stagecast.remove(generationId).then(() => byId("stage-title").focus());
-  });
-  byId("delete").addEventListener("blur", () => {
-    pendingDelete = "";
-    setText(byId("delete"), t("delete"));
-  });
+  byId("show-newest").addEventListener("click", page.showNewest);
   byId("wipe").addEventListener("input", () => setSlider(Number(byId("wipe").value)));
   byId("show-before").addEventListener("click", () => setSlider(100));
   byId("show-after").addEventListener("click", () => setSlider(0));

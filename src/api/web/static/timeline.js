@@ -4,7 +4,8 @@
  * @typedef {import("./stagecast.js").Generation} Generation
  * @typedef {import("./stagecast.js").StagecastEvent} StagecastEvent
  * @typedef {import("./connection.js").Stagecast} Stagecast
- * @typedef {{status: string, progress?: number, next: string[], terminal: boolean}} Stage As in `GET /stages`.
+ * @typedef {{status: string, progress?: number, next: string[], terminal: boolean, typicalSeconds?: number}} Stage
+ *   As in `GET /stages`.
  */
 
 import { byId, cloneTemplate, setChildren } from "./dom.js";
@@ -32,8 +33,8 @@ function addEvent(event) {
  *
  * @param {Stage[]} table @param {Generation} generation
  */
-export function upcomingStages(table, { status, metadata, inputImage }) {
-  const faceSwap = metadata?.faceSwap ?? Boolean(inputImage);
+export function upcomingStages(table, { status, input, metadata, inputImage }) {
+  const faceSwap = input?.faceSwap ?? metadata?.faceSwap ?? Boolean(inputImage);
   const upcoming = /** @type {Stage[]} */ ([]);
   for (let stage = table.find((each) => each.status === status); stage && !stage.terminal; upcoming.push(stage)) {
     const { next } = stage;
@@ -90,6 +91,12 @@ export function render(stagecast, generation, table, force) {
   });
   setChildren(byId("timeline"), [...rows, ...upcomingStages(table, generation).map(upcomingRow)]);
   if (events.length < sequence && !loading.has(id)) loadHistory(stagecast, id, events.length);
+}
+
+/** When the generation entered its stage, in milliseconds. @param {Generation} generation */
+export function enteredAt({ generationId, status, updatedAt }) {
+  const first = eventsOf.get(generationId)?.find((event) => event.status === status);
+  return Date.parse(first?.occurredAt ?? updatedAt);
 }
 
 /** Requests events that did not arrive live. @param {Stagecast} stagecast @param {string} id @param {number} after */
