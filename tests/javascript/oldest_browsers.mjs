@@ -9,7 +9,7 @@ export const read = (path) => readFileSync(new URL(`../../${path}`, import.meta.
 /** Features that may be missing or incomplete: the page works without them. */
 const OPTIONAL = new Set([
   "text-wrap", "text-size-adjust", "@property", "outline", "resize", "cursor", "@media (forced-colors)",
-  "align-content: start", "<input autocapitalize>",
+  "align-content: start", "<input autocapitalize>", "<input capture>",
 ]);
 /** Names in the page's code that happen to be names of newer APIs too. */
 const OWN = new Set(["connection", "aspectRatio"]);

@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, expect
 
-from support.browser import needs_chromium, tabs
+from support.browser import PHOTO, needs_chromium, tabs
 from support.harness import Running, running
 from support.node import ROOT, TESTS, needs_client, needs_node, node_test
 from support.page import PromptedEditor, QuickComposer
@@ -60,7 +60,7 @@ async def test_pictures_and_menus_work_without_newer_browser_apis(browser: Brows
             "undefined",
             False,
         ]
-        await tab["#samples"].click()
+        await tab["#files"].set_input_files([PHOTO])
         await tab["#url"].fill("https://example.com/a.png")
         await tab["#add-url"].click()
         await tab.page.get_by_role("button", name="Remove example.com").click()

@@ -66,7 +66,7 @@ async def test_the_header_has_room_for_the_name_of_the_user(
 async def test_the_prompt_is_on_the_screen_when_a_laptop_opens_the_form(browser: Browser, service: Running) -> None:
     async with tabs(browser, service.url, user="laptop", viewport=viewport(LAPTOP)) as [tab]:
         assert await is_on_screen(tab["#prompt"])
-        await tab["#samples"].click()
+        await tab["#files"].set_input_files([PHOTO])
         await expect(tab["#tray li"]).not_to_have_count(0)
         assert await is_on_screen(tab["#prompt"])
 
@@ -80,9 +80,9 @@ async def test_the_start_button_stays_visible_and_leads_to_the_new_generation(
     async with tabs(browser, service.url, user=user, viewport=viewport(size)) as [tab]:
         if size == LAPTOP:
             assert await is_on_screen(tab["#start"])
-        await tab["#samples"].click()
-        await expect(tab["#start"]).to_be_focused()
-        for place in ("#drop", "#url", "#prompt", ".shapes"):
+        await tab["#files"].set_input_files([PHOTO])
+        await tab["#more summary"].click()
+        for place in ("#drop", "#url", "#prompt", ".shapes", "#input-fidelity"):
             await tab[place].evaluate("(element) => element.scrollIntoView({ block: 'center' })")
             assert await is_on_screen(tab["#start"]), place
         await tab.start(user)

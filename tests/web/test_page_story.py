@@ -223,8 +223,8 @@ async def test_files_can_be_dropped_and_urls_pasted(browser: Browser, service: R
         await tab.page.evaluate(
             """(data) => {
               const dataTransfer = new DataTransfer();
-              for (const [name, type] of [["a.png", "image/png"], ["b.txt", "text/plain"]])
-                dataTransfer.items.add(new File([new Uint8Array(data)], name, { type }));
+              for (const [name, content] of [["a.bin", new Uint8Array(data)], ["b.png", "no picture"]])
+                dataTransfer.items.add(new File([content], name));
               document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
               const clipboardData = new DataTransfer();
               clipboardData.setData("text/plain", "https://example.com/a.jpg https://example.org/b.jpg");
@@ -362,8 +362,6 @@ async def test_all_controls_can_be_reached_by_keyboard(browser: Browser, service
         await expect(tab[".skip"]).to_be_focused()
         await tab["#samples"].focus()
         await keyboard.press("Enter")
-        await expect(tab["#start"]).to_be_focused()
-        await keyboard.press("Enter")
         await tab.shows("completed")
         reached = set()
         await tab["body"].focus()
@@ -406,7 +404,7 @@ async def test_the_page_fits_a_phone_of_360_pixels(browser: Browser, service: Ru
         await tab.start("Donaudampfschifffahrtsgesellschaftskapitänsmützenabzeichen" * 3)
         await tab.shows("completed")
         await fits(tab)
-        await tab["#composer summary"].click()
+        await tab["#composer > summary"].click()
         await tab[".shapes label:has-text('3:2')"].click()
         await tab.start("wide")
         await pause.reached.wait()

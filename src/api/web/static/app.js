@@ -94,9 +94,9 @@ async function loadStages() {
 
 // ---- Actions -------------------------------------------------------------------------------------------------------
 
-/** @param {form.Submission} submission @param {string} [idempotencyKey] */
-async function start(submission, idempotencyKey) {
-  const { generationId } = await stagecast.start(submission.kind, submission.request, { idempotencyKey });
+/** @param {form.Submission} submission @param {form.StartOptions} [options] */
+async function start(submission, options) {
+  const { generationId } = await stagecast.start(submission.kind, submission.request, options);
   submissions.set(generationId, submission);
   const wide = form.collapseIfNarrow();
   select("");

@@ -37,9 +37,10 @@
  *
  * Methods. Those that send a request reject with a `StagecastError` if the service refuses it or does not answer:
  *
- *     start(kind, request, {idempotencyKey, attempts, runner})
+ *     start(kind, request, {idempotencyKey, attempts, runner, signal, fetch})
  *                           returns the generation. After a network error the request is sent again with the same
- *                           key, so that it starts only one generation. Pass your own key to retry later yourself
+ *                           key, so that it starts only one generation. Pass your own key to retry later yourself.
+ *                           `fetch` sends the request instead of the global one, to report the progress of the upload
  *     cancel(id)            "cancelled" or "already_finished"
  *     remove(id)            deletes a finished generation permanently
  *     history(id, after)    its events
@@ -109,7 +110,9 @@
  * @typedef {ApiOptions & LiveOptions & Identity} ConnectOptions
  * @typedef {Options & {prompt?: string, images?: Blob[], imageNames?: string[], imageUrls?: string[],
  *   metadata?: Metadata}} GenerationRequest
- * @typedef {{idempotencyKey?: string, attempts?: number, runner?: "external"}} StartOptions
+ * @typedef {(url: string, options: RequestInit) => Promise<Response>} Fetch
+ * @typedef {{idempotencyKey?: string, attempts?: number, runner?: "external", signal?: AbortSignal,
+ *   fetch?: Fetch}} StartOptions
  * @typedef {{generations: Generation[], next?: string}} Page
  * @typedef {{missed: number, recovered: boolean}} CaughtUp
  * @typedef {{name: string, id?: string, data?: unknown}} Block
@@ -288,14 +291,14 @@ export function api({ url = "", userId, token, service = false } = {}) {
    * Sends a request, again with a new token if the service rejects the first one. Returns what `read` makes of the
    * response.
    *
-   * @template T @param {string} path @param {RequestInit} options @param {(response: Response) => Promise<T>} read
-   * @returns {Promise<T>}
+   * @template T @param {string} path @param {RequestInit & {fetch?: Fetch}} options
+   * @param {(response: Response) => Promise<T>} read @returns {Promise<T>}
    */
-  async function send(path, options, read) {
+  async function send(path, { fetch: fetchIt = fetch, ...options }, read) {
     for (let renewed = false; ; renewed = true) {
       const headers = { .../** @type {Record<string, string>} */ (options.headers), ...(await authHeaders()) };
       try {
-        return await read(await fetch(origin + path, { ...options, headers }));
+        return await read(await fetchIt(origin + path, { ...options, headers }));
       } catch (cause) {
         if (!(cause instanceof StagecastError)) {
           throw new StagecastError("network", "The service does not answer. Please try again.", { cause });
@@ -318,24 +321,29 @@ export function api({ url = "", userId, token, service = false } = {}) {
   /**
    * Sends a request and returns the JSON body of the response; undefined if it has none.
    *
-   * @param {string} method @param {string} path @param {RequestInit} [options] @returns {Promise<unknown>}
+   * @param {string} method @param {string} path @param {RequestInit & {fetch?: Fetch}} [options]
+   * @returns {Promise<unknown>}
    */
   const call = (method, path, options) => send(path, { ...options, method }, readJson);
 
   /**
    * Sends a POST, and sends it again after network errors. The request must be idempotent.
    *
-   * @param {number} attempts @param {string} path @param {RequestInit} options @returns {Promise<any>} its JSON body
+   * @param {number} attempts @param {string} path @param {RequestInit & {fetch?: Fetch}} options
+   * @returns {Promise<any>} its JSON body
    */
   async function retryPost(attempts, path, options) {
     for (let attempt = 1; ; attempt++) {
       try {
         return await call("POST", path, options);
       } catch (error) {
-        if (!(error instanceof StagecastError) || attempt >= attempts) throw error;
+        if (!(error instanceof StagecastError) || attempt >= attempts || options.signal?.aborted) throw error;
         if (error.code !== "network" && !GATEWAY_ERRORS.includes(error.status)) throw error;
       }
-      await sleep(125 * 2 ** attempt);
+      await new Promise((resolve) => {
+        setTimeout(resolve, 125 * 2 ** attempt);
+        options.signal?.addEventListener("abort", resolve);
+      });
     }
   }
 
@@ -365,9 +373,10 @@ export function api({ url = "", userId, token, service = false } = {}) {
      * @param {Kind} kind @param {GenerationRequest} fields @param {StartOptions} [options]
      * @returns {Promise<Generation>}
      */
-    async start(kind, fields, { idempotencyKey = newKey(), attempts = MAX_ATTEMPTS, runner } = {}) {
+    async start(kind, fields, { idempotencyKey = newKey(), attempts = MAX_ATTEMPTS, runner, signal, fetch } = {}) {
       const path = `/generations/${kind}${runner ? `?${query({ runner })}` : ""}`;
-      return retryPost(attempts, path, { body: toFormData(fields), headers: { "Idempotency-Key": idempotencyKey } });
+      const headers = { "Idempotency-Key": idempotencyKey };
+      return retryPost(attempts, path, { body: toFormData(fields), headers, signal, fetch });
     },
 
     /** @param {string} id @returns {Promise<"cancelled" | "already_finished">} */

@@ -1,115 +1,261 @@
 /**
- * The pictures chosen for the next start: files, and URLs.
+ * The pictures chosen for the next start, in the order of the request: files, stored pictures, URLs.
  *
- * @typedef {({file: File, src: string} | {url: string}) & {refused?: boolean}} Item
+ * @typedef {{problem?: string, root?: HTMLElement}} Shown `problem`: why the service refused it
+ * @typedef {Shown & {list: "images", file: File, src: string, ready: Promise<unknown>, busy: boolean}} FileItem
+ * @typedef {Shown & {list: "imageNames", value: string}} StoredItem `value`: the name of a picture in `/images`
+ * @typedef {Shown & {list: "imageUrls", value: string}} UrlItem
+ * @typedef {FileItem | StoredItem | UrlItem} Item `list`: the field of the request
+ * @typedef {import("./stagecast.js").GenerationRequest} GenerationRequest
  */
 
-import { BASE, byId, cloneTemplate, parseUrl, setImage } from "./dom.js";
+import { BASE, byId, cloneTemplate, parseUrl, setChildren, setImage, setText } from "./dom.js";
+import { UnusablePicture, fit, typeOf } from "./fitting.js";
 import { t } from "./i18n.js";
 
 const MAX_IMAGES = 5;
-const MAX_BYTES = 10 * 1024 * 1024;
+const LISTS = ["images", "imageNames", "imageUrls"];
 /** The URL of the sample face. Its host may differ from the one in the browser's address bar. */
 const { face: sampleFace } = document.documentElement.dataset;
 const HTTP_URL = /^https?:\/\/[^\s/?#]+\S*$/i;
 
-const items = /** @type {Item[]} */ ([]);
+let items = /** @type {Item[]} */ ([]);
+/** The picture with the face; null: none is wanted; undefined: the first URL, if there is one. */
+let chosenFace = /** @type {Item | null | undefined} */ (undefined);
+/** Pictures are made smaller one at a time: each may take hundreds of megabytes of memory. */
+let lastFit = Promise.resolve();
 /** Called after every change, with a text about what could not be added. */
 let onChange = (/** @type {string} */ problem) => {};
 
-export const files = () => items.flatMap((item) => ("file" in item ? item.file : []));
-export const urls = () => items.flatMap((item) => ("url" in item ? item.url : []));
-const nameOf = (/** @type {Item} */ item) => ("file" in item ? item.file.name : new URL(item.url).host);
+/** @param {Item} item */
+function nameOf(item) {
+  if (item.list === "images") return item.file.name;
+  return item.list === "imageUrls" ? new URL(item.value).host : t("storedPicture");
+}
 
-function add(/** @type {Item[]} */ added, /** @type {string[]} */ problems = []) {
+export const count = () => items.length;
+export const hasUrl = () => items.some(({ list }) => list === "imageUrls");
+
+/** The picture with the face, if the face is to be swapped. */
+const face = () => (chosenFace === undefined ? items.find(({ list }) => list === "imageUrls") : chosenFace ?? undefined);
+
+/** The name of the picture with the face, if the face is to be swapped. */
+export function faceName() {
+  const item = face();
+  return item && (item.list === "imageUrls" ? item.value.replace(/^.*\//, "") || item.value : nameOf(item));
+}
+
+/** Takes the face from the URL that comes first, else from the first picture; or from none. */
+export function wantFace(/** @type {boolean} */ wanted) {
+  chosenFace = wanted ? items.find(({ list }) => list === "imageUrls") ?? items[0] : null;
+  onChange("");
+}
+
+/** The fields of the request that the pictures make up, once all of them are ready. @returns {GenerationRequest} */
+export function fields() {
+  const faceItem = face();
+  const [names, urls] = ["imageNames", "imageUrls"].map((list) =>
+    items.flatMap((item) => (item.list === list && "value" in item ? item.value : [])));
+  return {
+    images: items.flatMap((item) => (item.list === "images" ? item.file : [])),
+    ...(names.length && { imageNames: names }),
+    ...(urls.length && { imageUrls: urls }),
+    ...(faceItem && { face: items.indexOf(faceItem) }),
+  };
+}
+
+/** Waits until no picture is being made smaller. Returns a text about a file that has changed or gone since. */
+export async function ready() {
+  const filesOf = () => /** @type {FileItem[]} */ (items.filter(({ list }) => list === "images"));
+  while (filesOf().some(({ busy }) => busy)) await Promise.all(filesOf().map((item) => item.ready));
+  const readable = await Promise.all(filesOf().map(({ file }) => file.slice(0, 1).arrayBuffer().catch(() => null)));
+  const gone = readable.indexOf(null);
+  return gone < 0 ? "" : t("unreadable")(mark("images", gone, t("refused")) ?? "");
+}
+
+/** @param {Item[]} added @param {string[]} problems */
+function add(added, problems = []) {
   const room = MAX_IMAGES - items.length;
-  items.push(...added.slice(0, room));
   if (added.length > room) problems.push(t("tooMany"));
+  items.push(...added.slice(0, room));
+  items.sort((a, b) => LISTS.indexOf(a.list) - LISTS.indexOf(b.list));
   onChange([...new Set(problems)].join(" "));
 }
 
-export function addFiles(/** @type {Iterable<File>} */ added) {
-  const problems = /** @type {string[]} */ ([]);
-  const valid = [...added].filter((file) => {
-    if (!byId("files").accept.split(",").includes(file.type)) problems.push(t("wrongType")(file.name));
-    else if (file.size > MAX_BYTES) problems.push(t("tooLarge")(file.name));
-    else return true;
-  });
-  add(valid.map((file) => ({ file, src: URL.createObjectURL(file) })), problems);
+/** @param {File} file @param {string} type @returns {FileItem} */
+function fileItem(file, type) {
+  const src = URL.createObjectURL(file);
+  const item = /** @type {FileItem} */ ({ list: "images", file, src, busy: true });
+  item.ready = lastFit = lastFit.then(() => makeFit(item, type));
+  return item;
 }
+
+/** @param {FileItem} item @param {string} type */
+async function makeFit(item, type) {
+  try {
+    const file = await fit(item.file, type, item.src);
+    if (file !== item.file && items.includes(item)) {
+      release(item);
+      Object.assign(item, { file, src: URL.createObjectURL(file) });
+    }
+    item.busy = false;
+    render();
+  } catch (/** @type {any} */ error) {
+    item.busy = false;
+    // Any other error is one of the canvas, which has no memory for the picture.
+    const reason = error instanceof UnusablePicture ? error.reason : "tooLarge";
+    if (items.includes(item)) remove(item, t(reason)(item.file.name));
+  }
+}
+
+export async function addFiles(/** @type {Iterable<File>} */ added) {
+  const files = [...added];
+  const types = await Promise.all(files.map((file) => typeOf(file)));
+  const refused = files.filter((_, index) => !types[index]);
+  const problems = refused.map(({ name }) => t("wrongType")(name));
+  const room = MAX_IMAGES - items.length;
+  if (files.length - refused.length > room) problems.push(t("tooMany"));
+  const usable = files.flatMap((file, index) => (types[index] ? { file, type: types[index] } : []));
+  add(usable.slice(0, room).map(({ file, type }) => fileItem(file, type)), problems);
+}
+
+/** @param {string} name the name or the URL of a picture that the service has stored @returns {Item} */
+const stored = (name) => ({ list: "imageNames", value: name.replace(/[?#].*$/, "").replace(/^.*\//, "") });
+
+/** Adds pictures that the service has stored, by name or by URL. */
+export const addStored = (/** @type {string[]} */ names) => add(names.map(stored));
 
 /** Adds the URLs in a text. Returns false, and adds nothing, if the text contains anything else. */
 export function addUrls(/** @type {string} */ text) {
   const words = text.trim().split(/\s+/);
   if (!words.every((word) => HTTP_URL.test(word) && parseUrl(word))) return false;
-  add(words.map((url) => ({ url })));
+  add(words.map((value) => (value.startsWith(`${BASE}/images/`) ? stored(value) : { list: "imageUrls", value })));
   return true;
 }
 
-function remove(/** @type {number} */ index, count = 1) {
-  for (const item of items.splice(index, count)) if ("src" in item) URL.revokeObjectURL(item.src);
+const release = (/** @type {Item} */ item) => "src" in item && URL.revokeObjectURL(item.src);
+
+function remove(/** @type {Item} */ item, problem = "") {
+  release(item);
+  items = items.filter((each) => each !== item);
+  if (chosenFace === item) chosenFace = undefined;
+  onChange(problem);
+}
+
+/** Removes all pictures. That no face is wanted is kept. */
+export function clear() {
+  items.forEach(release);
+  items = [];
+  chosenFace &&= undefined;
   onChange("");
 }
 
-export const clear = () => remove(0, MAX_IMAGES);
+/** Forgets everything, for another user. */
+export function reset() {
+  chosenFace = undefined;
+  clear();
+}
+
+/** Replaces all pictures by those of an earlier request. @param {GenerationRequest} request */
+export async function fill({ images = [], imageNames = [], imageUrls = [], face, faceSwap }) {
+  clear();
+  addUrls(imageUrls.join(" "));
+  addStored(imageNames);
+  await addFiles(/** @type {File[]} */ (images));
+  chosenFace = faceSwap === false ? null : items[face ?? -1];
+  onChange("");
+}
 
 /**
  * Marks a picture that the service refused.
  *
- * @param {string} list the form field: "images" for files, "imageUrls" for URLs
- * @param {number} index in that field @returns {string | undefined} the picture's name
+ * @param {string} list the form field @param {number} index in that field @param {string} problem
+ * @returns {string | undefined} the picture's name
  */
-export function mark(list, index) {
-  const key = { images: "file", imageUrls: "url" }[list] ?? "";
-  const item = items.filter((each) => key in each)[index];
+export function mark(list, index, problem) {
+  const item = items.filter((each) => each.list === list)[index];
   if (!item) return;
-  item.refused = true;
+  item.problem = problem;
   render();
   return nameOf(item);
 }
 
 export function unmark() {
-  for (const item of items) item.refused = false;
+  for (const item of items) item.problem = undefined;
   render();
 }
 
-export function render() {
-  byId("tray").replaceChildren(...items.map((item, index) => {
-    const { root, part } = cloneTemplate("tray-template");
-    // A picture on another site is shown as its host only: the page makes no requests to other sites.
-    let src = "src" in item ? item.src : undefined;
-    if ("url" in item && item.url.startsWith(`${BASE}/static/`)) src = item.url;
-    if ("url" in item && item.url === sampleFace) src = `${BASE}/static/samples/face.webp`;
-    setImage(part("img"), src);
-    part(".host").hidden = Boolean(src);
-    part(".host").textContent = nameOf(item);
-    root.classList.toggle("wrong", Boolean(item.refused));
-    root.title = "url" in item ? item.url : item.file.name;
-    part("button").setAttribute("aria-label", t("remove")(nameOf(item)));
-    part("button").addEventListener("click", () => (remove(index), byId("files").focus()));
-    return root;
-  }));
+/** @param {Item} item @returns {string | undefined} */
+function sourceOf(item) {
+  if (item.list === "images") return item.src;
+  if (item.list === "imageNames") return `${BASE}/images/${item.value}?width=320`;
+  if (item.value === sampleFace) return `${BASE}/static/samples/face.webp`;
+  // A picture on another site is shown as its host only: the page makes no requests to other sites.
+  return item.value.startsWith(`${BASE}/static/`) ? item.value : undefined;
 }
+
+/** @param {Item} item */
+function renderItem(item) {
+  const name = nameOf(item);
+  const root = item.root ??= cloneTemplate("tray-template").root;
+  const part = (/** @type {string} */ selector) => /** @type {any} */ (root.querySelector(selector));
+  if (!root.dataset.list) {
+    part(".remove").addEventListener("click", () => (remove(item), byId("files").focus()));
+    part(".face").addEventListener("click", () => {
+      chosenFace = face() === item ? null : item;
+      onChange("");
+    });
+  }
+  root.dataset.list = item.list;
+  const src = sourceOf(item);
+  setImage(part("img"), src);
+  part(".host").hidden = Boolean(src);
+  setText(part(".host"), name);
+  root.classList.toggle("wrong", Boolean(item.problem));
+  setText(part(".refusal"), item.problem ?? "");
+  root.setAttribute("aria-busy", String("busy" in item && item.busy));
+  root.title = item.list === "imageUrls" ? item.value : name;
+  part(".remove").setAttribute("aria-label", t("remove")(name));
+  part(".face").setAttribute("aria-label", t("useFace")(name));
+  part(".face").setAttribute("aria-pressed", String(face() === item));
+  setText(part(".face"), t("face"));
+  return root;
+}
+
+export const render = () => setChildren(byId("tray"), items.map(renderItem));
 
 /** @param {(problem: string) => void} changed called after every change, with a text about what could not be added */
 export function init(changed) {
   onChange = changed;
-  const input = byId("files");
-  input.addEventListener("change", () => (addFiles(input.files), (input.value = "")));
+  const take = (/** @type {File[]} */ files) => {
+    byId("composer").open = true;
+    return addFiles(files);
+  };
+  for (const input of [byId("files"), byId("camera-file")]) {
+    const takeChosen = () => {
+      const chosen = [...input.files];
+      input.value = "";
+      if (chosen.length) take(chosen);
+    };
+    input.addEventListener("change", takeChosen);
+    takeChosen(); // What was chosen before this script ran.
+  }
   document.addEventListener("paste", (event) => {
-    const { files: pasted, text } = { files: event.clipboardData?.files, text: event.clipboardData?.getData("text") };
+    const { files, text } = { files: event.clipboardData?.files, text: event.clipboardData?.getData("text") };
     const typing = event.target instanceof Element && event.target.matches("input:not(#url), textarea");
-    if (pasted?.length) event.preventDefault(), addFiles(pasted);
+    if (files?.length) event.preventDefault(), take([...files]);
     else if (!typing && text && addUrls(text)) event.preventDefault();
   });
   for (const name of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(name, (/** @type {any} */ event) => {
-      const { types, files: dropped } = event.dataTransfer;
+      const { types, files } = event.dataTransfer;
       if (!types.includes("Files") && !types.includes("text/uri-list")) return;
-      event.preventDefault(); // Anywhere on the page: otherwise the browser would open a file dropped beside the field.
-      byId("drop").classList.toggle("over", name === "dragover");
+      event.preventDefault(); // Otherwise the browser would open a file that is dropped.
+      if (byId("work").hidden) return;
+      document.body.dataset.drop = t("dropHere");
+      document.body.classList.toggle("dragging", name === "dragover" || (name === "dragleave" && event.relatedTarget));
       if (name !== "drop") return;
-      if (dropped.length) addFiles(dropped);
+      if (files.length) take([...files]);
       else if (!addUrls(event.dataTransfer.getData("text/uri-list"))) onChange(t("notUrl"));
     });
   }
