@@ -294,7 +294,7 @@ async def test_phones_offer_the_camera_and_take_dropped_and_pasted_pictures_anyw
     browser: Browser, service: Running, eve: str
 ) -> None:
     await service.start(eve)
-    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    phone: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     async with tabs(browser, service.url, user=eve, **phone) as [tab]:
         await tab.shows("completed")
         await tab["#composer > summary"].click()
