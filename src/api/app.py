@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from importlib import metadata
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from api.rest import accounts, feed, generations, info, problems, transitions
+from api.rest import accounts, feed, generations, info, metrics, operations, problems, transitions
 from api.rest.bodies import BodyTimeout
 from api.rest.head import HeadAsGet
 from api.rest.origin_guard import OriginGuard
 from api.rest.proxies import ForwardedHeaders
+from api.rest.request_log import RequestLog
 from api.service import Service
 from api.settings import SettingsError
 from api.sse import routes as sse
@@ -54,6 +56,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
                 feed.router,
                 accounts.router,
                 info.router,
+                operations.router,
             )
             for route in router.routes
         ],
@@ -65,6 +68,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.streams = service.streams
     http.state.stage_times = service.stage_times
     http.state.readiness = service.readiness
+    http.state.metrics = partial(metrics.render, service)
     http.state.authenticator = service.authenticator
     page.install(http, settings.public_url, openai=settings.editor == "openai")
     routes = problems.Problems(http)
@@ -83,7 +87,8 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         hosts=hosts,
     )
     outside = ForwardedHeaders(ClientLimit(guard), settings.trusted_proxies, prefix)
-    return service, service.sockets.eio.for_nodes(outside)
+    everywhere = metrics.MetricsAddress(outside, settings.metrics_port, http.state.metrics)
+    return service, service.sockets.eio.for_nodes(RequestLog(everywhere, routes.template, service.refused))
 
 
 def create_server(parts: Parts, ready: Callable[[], None] = lambda: None) -> Server:

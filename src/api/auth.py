@@ -1,5 +1,6 @@
 """Authenticates callers: by token where a key is configured; in open mode by the user id that they give."""
 
+from contextvars import ContextVar
 from typing import Annotated, Any, Final, Protocol
 
 from fastapi import Depends, Header, Query, Request
@@ -10,6 +11,9 @@ from domain.identity import Identity, InvalidToken, TokenExpired, Unauthenticate
 from domain.ports.system import Clock
 
 DEFAULT_USER: Final = "demo"
+
+#: The caller of the HTTP request that the current task answers, once authenticated.
+CALLER: Final = ContextVar("CALLER", default="")
 
 
 class Forbidden(Refusal, code="forbidden"):
@@ -41,13 +45,18 @@ class Authenticator:
         return self._tokens is None
 
     async def of_request(self, authorization: str | None, acting_for: str | None) -> Identity:
-        """The caller of an HTTP request, by its headers ``Authorization`` and ``X-User-Id``.
+        """The caller of an HTTP request, by its headers ``Authorization`` and ``X-User-Id``. Sets `CALLER`.
 
         Raises:
             Unauthenticated, InvalidToken, TokenExpired, KeysUnavailable
             Forbidden: it names a user, and its token has not the scope for that.
             InvalidUserId: the user that it names is not valid.
         """
+        identity = await self._of_request(authorization, acting_for)
+        CALLER.set(identity.user_id)
+        return identity
+
+    async def _of_request(self, authorization: str | None, acting_for: str | None) -> Identity:
         if self._tokens is None:
             return Identity(DEFAULT_USER if acting_for is None else user_id(_decoded(acting_for)), None, service=True)
         scheme, _, token = (authorization or "").partition(" ")

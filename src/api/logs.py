@@ -1,23 +1,48 @@
-"""Logging: each record is one line, whatever it contains, and repeated records are counted."""
+"""Logging: each record is one line, as text or JSON, whatever it contains, and repeated records are counted.
+
+Values that programs read are fields of a record: ``extra={"fields": {"code": …}}``. No prompt, token, query string,
+image name or file path is logged, at any level. Libraries log what clients and providers send at lower levels, so only
+their warnings are.
+"""
 
 import copy
+import json
 import logging
 import re
 import sys
 import threading
 import time
-from collections.abc import Hashable
+import warnings
+from collections.abc import Hashable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import islice
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
+
+from domain.events import timestamp
 
 logger = logging.getLogger(__name__)
 
+#: The id of the HTTP request that the current task answers.
+REQUEST_ID: Final = ContextVar("REQUEST_ID", default="")
+
+#: The packages whose records are logged from the configured level on.
+_OWN: Final = ("api", "adapters", "domain")
+
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+#: A value that needs no quotes in text.
+_PLAIN: Final = re.compile(r"[\w.@:/{}+-]+")
 #: A function in asyncio's messages on uvloop, with its address in memory.
 _FUNCTION: Final = re.compile(r"<(?:function|bound method|built-in \w+) (\S+) .*")
 #: Seconds for which repeats of a record are counted instead of written.
 REPEAT_INTERVAL = 10.0
+
+
+def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = getattr(record, "fields", {})
+    request_id = getattr(record, "request_id", "")
+    return {**fields, "requestId": request_id} if request_id else fields
 
 
 class OneLine(logging.Formatter):
@@ -26,11 +51,32 @@ class OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""
         line = f"{self.formatTime(record)} {record.levelname} {record.name}: {record.getMessage().strip()}"
+        for name, value in _fields(record).items():
+            line += f" {name}={value if _PLAIN.fullmatch(str(value)) else json.dumps(value)}"
         if record.exc_info and record.exc_info[0]:
             line += f" ({record.exc_info[0].__name__})"
         if repeats := getattr(record, "repeats", 0):
             line += f" (repeats in {REPEAT_INTERVAL:g} s: {repeats})"
         return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
+
+
+class JsonLine(logging.Formatter):
+    """One JSON object for each record, with its fields beside the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        content = {
+            "time": timestamp(datetime.fromtimestamp(record.created, UTC)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage().strip(),
+            **_fields(record),
+        }
+        if record.exc_info and record.exc_info[0]:
+            content["error"] = record.exc_info[0].__name__
+        if repeats := getattr(record, "repeats", 0):
+            content["repeats"] = repeats
+        return json.dumps(content)
 
 
 @dataclass(slots=True)
@@ -47,7 +93,7 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
     """Writes a record that is repeated once per `REPEAT_INTERVAL`, with the number of repeats.
 
     Two records are the same if their attribute ``repeat_key`` (``extra={"repeat_key": …}``) or, without it, their
-    loggers, levels and texts are equal. The first is written at once. Those that follow within the interval are
+    loggers, levels, texts and fields are equal. The first is written at once. Those that follow within the interval are
     counted; the last of them is written when it ends, with the attribute ``repeats``, and begins the next interval.
     """
 
@@ -58,8 +104,10 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write or count the record. The handler's lock is held."""
+        record.request_id = REQUEST_ID.get()  # Repeats are written by another thread.
         try:
-            key = getattr(record, "repeat_key", (record.name, record.levelno, record.getMessage()))
+            fields = tuple(getattr(record, "fields", {}).items())
+            key = getattr(record, "repeat_key", (record.name, record.levelno, record.getMessage(), fields))
         except Exception:
             self.handleError(record)
             return
@@ -115,12 +163,16 @@ def _unhandled(hook: "threading.ExceptHookArgs | sys.UnraisableHookArgs") -> Non
         logger.error("Unhandled exception: %s", hook.exc_type.__name__)
 
 
-def configure() -> None:
-    """Log warnings, errors and unhandled exceptions to standard error, without tracebacks."""
+def configure(level: str = "warning", *, as_json: bool = False) -> None:
+    """Log to standard error from this level on, also unhandled exceptions, without tracebacks."""
     handler = RepeatHandler(sys.stderr)
-    handler.setFormatter(OneLine())
+    handler.setFormatter(JsonLine() if as_json else OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for package in _OWN:
+        logging.getLogger(package).setLevel(level.upper())
     # It warns about each write to a closed connection.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(_without_details)
     threading.excepthook = sys.unraisablehook = _unhandled
+    # Python's own line has a path and source code.
+    warnings.showwarning = lambda _, category, *rest, **more: logger.warning("Python warning: %s", category.__name__)

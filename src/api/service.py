@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, Final
@@ -28,6 +30,8 @@ from domain.thumbnails import Thumbnails
 from domain.user_removal import UserRemoval
 from domain.workflow import Workflow
 
+logger = logging.getLogger(__name__)
+
 #: Seconds at shutdown for sockets and the webhook to receive the last events.
 _FLUSH: Final = 0.3
 #: Seconds between two sweeps.
@@ -51,7 +55,7 @@ class Service:
         self.thumbnails = Thumbnails(self.images, parts.intake)
         self.webhooks = parts.webhooks
         self._threads = parts.threads
-        self._lag = parts.lag
+        self.lag = parts.lag
         limits = Limits(
             settings.max_waiting,
             settings.max_per_user,
@@ -59,7 +63,7 @@ class Service:
             settings.starts_per_minute,
             settings.max_stored_per_user,
         )
-        recorder = Recorder(
+        self.recorder = recorder = Recorder(
             self.log, self.clock, entropy, self.images, lambda name: f"{settings.public_url}/images/{name}"
         )
         self.supervisor = Supervisor()
@@ -72,7 +76,7 @@ class Service:
             recorder=recorder,
             leases=self.leases,
             external=self.external,
-            admission=Admission(storage.ledger, self.leases, storage.quotas, limits, lambda: self._lag.overloaded),
+            admission=Admission(storage.ledger, self.leases, storage.quotas, limits, lambda: self.lag.overloaded),
             images=self.images,
             intake=parts.intake,
             clock=self.clock,
@@ -115,6 +119,8 @@ class Service:
             self.supervisor,
             {LOG: (self.log.probe, LogUnavailable()), IMAGES: (self.images.store.probe, Failure("storage_failed"))},
         )
+        #: Refused HTTP requests by code.
+        self.refused: Counter[str] = Counter()
         self._starting: asyncio.Task[None] | None = None
         self._work: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
@@ -151,7 +157,7 @@ class Service:
             tasks.create_task(self._chore(_SWEEP_EVERY, "sweep", self._sweep, after=0))
             tasks.create_task(every(pause, "sessions", self._touch))
             tasks.create_task(every(_TAKEN_OVER_EVERY, "sessions", self._close_taken_over))
-            tasks.create_task(keep("lag", self._lag.run))
+            tasks.create_task(keep("lag", self.lag.run))
             tasks.create_task(every(PROGRESS_INTERVAL, "sockets", self.sockets.eio.check_progress))
             tasks.create_task(every(PROGRESS_INTERVAL, "streams", self.streams.check_progress))
             if self.webhooks is not None:
@@ -173,16 +179,19 @@ class Service:
         if self._shutting_down:
             return
         self._shutting_down = True
+        logger.info("shutdown: starts are refused, and running work is finished")
         self.workflow.drain()
         await _cancel(self._starting)
         waits = [asyncio.create_task(self._drained()), asyncio.create_task(force.wait())]
         await asyncio.wait(waits, timeout=self.settings.drain, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(*waits)
+        logger.info("shutdown: %d generations are left", self.runner.running)
         await _at_most(_CLOSE, self.workflow.close())
         await _cancel(self._work)
         if not self.log.durable:
             await self.runner.interrupt()
         await _at_most(_FLUSH, self.hub.flushed(), *([self.webhooks.flushed()] if self.webhooks else []))
+        logger.info("shutdown: sockets and streams are closed")
         self.sockets.close_all()
         self.streams.close_all()
         await _cancel(self._background)
@@ -190,6 +199,7 @@ class Service:
         await self.images.store.close()
         await self.storage.close()
         self._threads.close()
+        logger.info("shutdown: the stores are closed")
 
     async def _drained(self) -> None:
         """Wait until this node's work is done, and starts that are being accepted. Other nodes do the rest, if any."""

@@ -6,7 +6,7 @@ import resource
 import sys
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
@@ -24,6 +24,7 @@ _ORIGIN: Final = (
 )
 _PATH: Final = re.compile(r"(/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~!$&'()*+,;=:@-]+)*")
 _HOST: Final = r"[a-z0-9._-]+|[0-9a-f:.]+"
+_ADDRESS: Final = r"([a-z0-9._-]+|\[[0-9a-f:.]+\]):[0-9]{1,5}"
 #: A provider of the operator's own: ``package.module:factory``.
 _FACTORY: Final = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 CENTURY: Final = 3_155_760_000  # seconds
@@ -139,6 +140,17 @@ Descriptors = Annotated[
     int,
     Field(ge=1, default_factory=_max_connections),
     Allowed("a whole number, 1 or more", "NUMBER", f"descriptors - {OTHER_DESCRIPTORS}"),
+]
+
+Level = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+    Allowed('"debug", "info", "warning" or "error"', "LEVEL"),
+]
+Address = Annotated[
+    str | None,
+    _valid(lambda value: re.fullmatch(_ADDRESS, value.lower()) and int(value.rpartition(":")[2]) < 2**16),
+    Allowed("an address and a port such as 127.0.0.1:9090", "ADDRESS"),
 ]
 
 Name = Annotated[str | None, Field(min_length=1), Allowed("a name, or unset", "NAME")]

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Final, NamedTuple, NoReturn, Self, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
@@ -73,6 +73,12 @@ class Settings(_Sources):
     """The base of image URLs. If it has a path, every route is served with and without it."""
     keep_alive: types.PositiveSeconds = 80
     """Seconds for which an idle HTTP connection is kept. Set it higher than the value of the proxy in front."""
+    metrics_address: types.Address = None
+    """Another address and port at which the metrics are served, without a token."""
+    log_level: types.Level = "info"
+    """The least level of the lines that are logged to standard error: debug, info, warning or error."""
+    log_format: Annotated[Literal["text", "json"], Allowed('"text" or "json"', "FORMAT")] = "text"
+    """How they are written: as text, or as one JSON object per line."""
 
     log: types.Log = "memory://"
     """Where the event log is stored: in memory, or durably in a file, sqlite:///path, or for any number of nodes in
@@ -197,6 +203,11 @@ class Settings(_Sources):
         host = "" if self.host in _EVERY_ADDRESS else f"[{self.host}]" if ":" in self.host else self.host
         return self.node_address or f"{host}:{self.port}"
 
+    @property
+    def metrics_port(self) -> int | None:
+        """The port of the metrics' own address, if there is one."""
+        return None if self.metrics_address is None else int(self.metrics_address.rpartition(":")[2])
+
     @model_validator(mode="before")
     @classmethod
     def _without_remote(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +237,8 @@ class Settings(_Sources):
                 or is_loopback(self.node_address.rpartition(":")[0].strip("[]"))
             ),
         }
+        if self.metrics_port is not None and self.metrics_port == self.port != 0:
+            raise PydanticCustomError("inconsistent", "STAGECAST_METRICS_ADDRESS must have another port.")
         for sentence, holds in rules.items():
             if not holds:
                 raise PydanticCustomError("inconsistent", sentence)

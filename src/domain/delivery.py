@@ -35,6 +35,13 @@ class Hub:
         self._quarantine = quarantine
         #: Devices by user id. A room exists as long as a device is in it.
         self.rooms: dict[str, set[Device[Any]]] = {}
+        #: By devices that are gone.
+        self._sent = 0
+
+    @property
+    def events_sent(self) -> int:
+        """How many events of the log this node has sent."""
+        return self._sent + sum(device.sent for device in self._devices())
 
     async def run(self) -> None:
         """Follow the log until cancelled."""
@@ -113,8 +120,9 @@ class Hub:
 
     def _remove(self, device: Device[Any]) -> None:
         room = self.rooms.get(device.user_id)
-        if room is not None:
-            room.discard(device)
+        if room is not None and device in room:
+            self._sent += device.sent
+            room.remove(device)
             if not room:
                 del self.rooms[device.user_id]
             self.leave(device.user_id)

@@ -109,7 +109,8 @@ class Device(Generic[F]):
 
     __slots__ = (
         "_announcements", "_buffer", "_closed", "_cursor", "_encoder", "_head", "_log", "_must_read", "_on_close",
-        "_pulling", "_quarantine", "_reading", "_replayed", "_replays", "_start", "_task", "feed", "resumed", "user_id",
+        "_pulling", "_quarantine", "_reading", "_replayed", "_replays", "_start", "_task", "feed", "resumed", "sent",
+        "user_id",
     )  # fmt: skip
 
     def __init__(
@@ -146,6 +147,8 @@ class Device(Generic[F]):
         self._replayed: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        #: The events of the log that its buffer has taken.
+        self.sent = 0
 
     @property
     def cursor(self) -> str:
@@ -293,8 +296,10 @@ class Device(Generic[F]):
     def _put(self, encoded: EncodedEntry) -> bool:
         """False: there is no room. An entry that cannot be encoded is skipped."""
         frame: F | None = encoded[self._encoder]
-        if frame is not None and not self._buffer.offer(frame):
-            return False
+        if frame is not None:
+            if not self._buffer.offer(frame):
+                return False
+            self.sent += 1
         if encoded.entry.sequence > 1:
             self._drop_announcements(encoded.entry.generation_id)
         return True

@@ -9,6 +9,7 @@ cursors are the same for all devices and cannot have been sent before. An offset
 not reached in this session.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -48,6 +49,8 @@ class FeedSessions:
         self._new_tag = new_tag
         #: Pids of sessions that are being ended. Their clients may reconnect before the store has ended them.
         self._ending: set[str] = set()
+        #: Clients that came back with a session or a cursor: ``recovered``, or ``lost`` if it was not usable.
+        self.recoveries: Counter[str] = Counter()
 
     async def open(self, identity: Identity, text: object, *, fresh: bool = False) -> StartPosition:
         """The position of the cursor with this text if it is usable, else the head.
@@ -57,6 +60,8 @@ class FeedSessions:
         user_id, tag = identity.user_id, self._new_tag() if fresh else None
         cursor = self._parse(text, user_id)
         feed = None if cursor is None else await self._feed_at(user_id, cursor)
+        if text is not None:
+            self.recoveries["lost" if feed is None else "recovered"] += 1
         if cursor is not None and feed is not None:
             return StartPosition(cursor, True, feed.head, tag)
         cursor = await self._log.head_cursor(user_id)
@@ -109,6 +114,7 @@ class FeedSessions:
                 cursor = given
         if await self._feed_at(identity.user_id, cursor) is None:
             return None
+        self.recoveries["recovered"] += 1
         return identity, StartPosition(cursor, True, session.head, session.tag)
 
     async def renew(self, pid: str, identity: Identity) -> None:

@@ -1,9 +1,11 @@
 """Appends events: the machine decides, the log appends, and only then has the generation moved."""
 
 import asyncio
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Coroutine, Generator, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from types import coroutine
 from typing import Any, Final, TypeVar, cast
@@ -12,11 +14,14 @@ from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import URL_FIELDS, Input, encode, event_name
 from domain.feed import Logged
 from domain.generation import NONE, Generation
+from domain.histogram import MOMENTS, Histogram
 from domain.ports.log import Append, EventLog, Start
 from domain.ports.system import Clock, Entropy
 from domain.rehydrate import UNREADABLE, generation_of, readable_part_of
 from domain.stages import FLOWS, STARTED
 from domain.stored_images import StoredImages
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -55,6 +60,10 @@ class Recorder:
         self._images = images
         self._image_url = image_url
         self._patience = patience
+        #: The generations that have ended here by kind and code, ``completed`` or that of the failure.
+        self.ends: Counter[tuple[str, str]] = Counter()
+        #: The seconds that the log took for an append.
+        self.append_seconds = Histogram(MOMENTS)
 
     async def start(self, generation: Generation, start: Start) -> Generation:
         """Append the first event. Raises as `EventLog.append`.
@@ -154,8 +163,10 @@ class Recorder:
         loop = asyncio.get_running_loop()
         give_up, attempts = loop.time() + patience, 0
         while True:
+            began = loop.time()
             try:
                 logged = await _within(_TIMEOUT, self._log.append(append))
+                self.append_seconds.observe(loop.time() - began)
                 break
             except (LogUnavailable, TimeoutError):
                 pause = _PAUSES[min(attempts, len(_PAUSES) - 1)]
@@ -164,12 +175,25 @@ class Recorder:
             await asyncio.sleep(pause)
             attempts += 1
         if append.terminal:
+            self._log_end(after)
             await self._drop_lost_images(after)
         return logged, after
+
+    def _log_end(self, generation: Generation) -> None:
+        code = generation.outcome.get("code", generation.status)
+        self.ends[generation.kind, code] += 1
+        took = datetime.fromisoformat(generation.updated_at) - datetime.fromisoformat(generation.created_at)
+        fields = {**log_fields(generation), "code": code, "seconds": took.total_seconds()}
+        logger.info("generation ended", extra={"fields": fields})
 
     async def _drop_lost_images(self, generation: Generation) -> None:
         if not generation.input_images:
             await self._images.discard(*generation.request.images)
+
+
+def log_fields(generation: Generation) -> dict[str, Any]:
+    """What a line of the log says of a generation."""
+    return {"generationId": generation.generation_id, "kind": generation.kind, "user": generation.user_id}
 
 
 async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:

@@ -8,6 +8,7 @@ caller ends a generation (a cancel, from any device): the work is aborted, and a
 import asyncio
 import contextlib
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,17 +17,19 @@ from typing import Any, Final, TypeVar
 
 from domain.errors import Conflict, Failure, LogUnavailable
 from domain.feed import Logged
+from domain.histogram import Histogram
 from domain.identity import WORKING_FOR
 from domain.ports.images import Composer, ImageFetcher, Picture
 from domain.ports.leases import Leases
 from domain.ports.log import EventLog, History, Notice
-from domain.ports.providers import FaceSwapper, ImageEditor
+from domain.ports.providers import FaceSwapper, ImageEditor, Report
 from domain.quarantine import Quarantine
 from domain.readiness import RUNNER
 from domain.recorder import ATTENTION, Recorder
 from domain.rehydrate import UNREADABLE, generation_of, is_external, seconds_worked, was_interrupted
+from domain.requests import Options
 from domain.stage_times import Entered, StageTimes
-from domain.stages import FAILED, FLOWS, Provider, Stage, ceiling
+from domain.stages import FAILED, FLOWS, STARTED, Provider, Stage, ceiling
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor, being_cancelled, reason_of
 
@@ -73,9 +76,19 @@ class Runner:
             "face_swapper": self.face_swapper,
         }
         self._jobs: dict[str, _Job] = {}
+        #: The seconds of each stage by kind and status, and those that generations waited until their work began.
+        self.stage_seconds: defaultdict[tuple[str, str], Histogram] = defaultdict(Histogram)
+        self.queue_seconds = Histogram()
+        #: By ``ok`` or the code of the failure.
+        self.provider_calls: Counter[tuple[Provider, str]] = Counter()
         #: Interrupted generations that this node has offered, until they have ended.
         self._interrupted: set[str] = set()
         self._resumed = asyncio.Event()
+
+    @property
+    def running(self) -> int:
+        """How many generations this node works on."""
+        return len(self._jobs)
 
     async def resume(self) -> None:
         """Offer all unfinished generations to all nodes, first those that were interrupted in a paid stage."""
@@ -300,9 +313,17 @@ class _Job:
         self._unnamed.clear()
         self.over = self.generation.finished
         if status != before:
+            if self._entered:
+                self._measure(self._entered[-1], self._entry)
             self._entered.append(self._entry)
         if self.over and status != FAILED:
             self._runner.stage_times.add(self.generation.kind, self._entered)
+
+    def _measure(self, stage: Entered, following: Entered) -> None:
+        seconds = (following.at - stage.at).total_seconds()
+        self._runner.stage_seconds[self.generation.kind, stage.status].observe(seconds)
+        if stage.status == STARTED:
+            self._runner.queue_seconds.observe(seconds)
 
     @property
     def _entry(self) -> Entered:
@@ -342,14 +363,30 @@ class _Job:
         self.scope.reschedule(loop.time() + left)
 
     async def edit(self) -> dict[str, Any]:
-        sheet, request = self._sheet or await self._known("composition_url"), self._request
-        self._result = await self._runner.editor.edit(sheet, request.prompt, request.options, self._report)
-        return {"edited_image_url": await self._keep(self._result)}
+        return {"edited_image_url": await self._make(self._runner.editor.edit)}
 
     async def generate(self) -> dict[str, Any]:
+        return {"generated_image_url": await self._make(self._runner.editor.generate)}
+
+    async def _make(self, work: Callable[[Picture, str, Options, Report], Awaitable[Picture]]) -> str:
         sheet, request = self._sheet or await self._known("composition_url"), self._request
-        self._result = await self._runner.editor.generate(sheet, request.prompt, request.options, self._report)
-        return {"generated_image_url": await self._keep(self._result)}
+        self._result = await self._counted("editor", work(sheet, request.prompt, request.options, self._report))
+        return await self._keep(self._result)
+
+    async def _counted(self, provider: Provider, call: Awaitable[Picture]) -> Picture:
+        result = "internal"
+        try:
+            picture = await call
+            result = "ok"
+            return picture
+        except Failure as failure:
+            result = failure.code
+            raise
+        except asyncio.CancelledError:
+            result = "cancelled"
+            raise
+        finally:
+            self._runner.provider_calls[provider, result] += 1
 
     async def swap_face(self) -> dict[str, Any]:
         stored, index = self._request.images, self._request.face_index
@@ -361,7 +398,7 @@ class _Job:
             name = await self._fetch(self._request.image_urls[index - len(stored)])
         face = await self._stored(name)
         picture = self._result or await self._known("edited_image_url")
-        swapped = await self._runner.face_swapper.swap(picture, face, self._report)
+        swapped = await self._counted("face_swapper", self._runner.face_swapper.swap(picture, face, self._report))
         return {"face_swap_url": await self._keep(swapped)}
 
     async def _report(self, fraction: float, message: str, preview: Picture | None = None) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +89,8 @@ class Webhooks:
     longest: float = 300
 
     def __post_init__(self) -> None:
+        #: By ``delivered`` and ``failed``.
+        self.attempts: Counter[str] = Counter()
         self._gone = False
         self._failed: dict[str, _Failed] = {}
         #: By generation id: whether it has failed before.
@@ -158,8 +161,10 @@ class Webhooks:
         try:
             if (message := self._encoded(entry)) is not None:
                 await self.poster.post(*message)
+                self.attempts["delivered"] += 1
             await _patiently(partial(self.outbox.delivered, entry.generation_id))
         except NotDelivered as failure:
+            self.attempts["failed"] += 1
             if not failure.gone:
                 self._put_off(entry, attempt, str(failure), failure.after or 0)
             elif not self._gone:

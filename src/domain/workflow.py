@@ -5,6 +5,7 @@
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -40,12 +41,14 @@ from domain.ports.ledger import Ledger
 from domain.ports.log import EventLog, History, Start
 from domain.ports.retention import Retention
 from domain.ports.system import Clock, Entropy
-from domain.recorder import Recorder
+from domain.recorder import Recorder, log_fields
 from domain.rehydrate import generation_of, readable_part_of
 from domain.requests import GenerationRequest
 from domain.stages import Kind
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -229,6 +232,7 @@ class Workflow:
         except BaseException:
             await self.images.remove(generation_id)
             raise
+        logger.info("generation started", extra={"fields": log_fields(generation)})
         try:
             await self._offer(generation)
         except Exception:  # It is in the log, and so accepted.

@@ -9,7 +9,7 @@ from email.utils import format_datetime
 import httpx2
 import pytest
 
-from adapters.providers.attempts import Declined, answered, attempt, broken, log_problem
+from adapters.providers.attempts import PROMPT, Declined, answered, attempt, broken, log_problem
 from domain.errors import Failure, FailureCode
 from domain.ports.images import Picture
 from support.doubles import advance_time
@@ -298,3 +298,31 @@ def test_no_part_of_a_key_is_logged(caplog: pytest.LogCaptureFixture, words: obj
     line = logged(caplog, words, f"key {KEY}", KEY)
     assert "c2d4b1" not in line
     assert "a8f0e6" not in line
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("A cat with a red hat", "Rejected: 'a CAT with a red hat' is not allowed"),
+        ("My neighbour Jane Doe, naked", 'the input "…neighbour Jane D…" was refused'),
+        ("Kadın için şapka", 'body: {"prompt": "Kad\\u0131n i\\u00e7in \\u015fapka"}'),
+        ("hats", "no hats today"),
+    ],
+)
+def test_a_message_that_repeats_the_prompt_is_not_logged(
+    caplog: pytest.LogCaptureFixture, prompt: str, message: str
+) -> None:
+    mine = PROMPT.set(prompt)
+    try:
+        assert logged(caplog, message) == "openai: '400' (request 'None'): '[it quotes the prompt]'"
+    finally:
+        PROMPT.reset(mine)
+
+
+def test_a_message_without_the_prompt_is_logged_without_addresses(caplog: pytest.LogCaptureFixture) -> None:
+    mine = PROMPT.set("x")
+    try:
+        line = logged(caplog, "no text at https://cdn.example/a.png?sig=secret or data:image/png;base64,AAAA, sorry")
+        assert line == "openai: '400' (request 'None'): 'no text at [url] or [url] sorry'"
+    finally:
+        PROMPT.reset(mine)

@@ -27,6 +27,7 @@ from domain.errors import LogUnavailable
 from domain.ports.log import History
 from support.builders import memory_storage
 from support.harness import Running, frames_until_close, running, stalled_device
+from support.log_lines import debug_log
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -36,8 +37,9 @@ TEXT, PING = 1, 9
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     gc.collect()  # Objects of other tests may still log something.
-    async with running(tmp_path_factory.mktemp("images")) as service:
-        yield service
+    with debug_log():
+        async with running(tmp_path_factory.mktemp("images")) as service:
+            yield service
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -72,6 +72,7 @@ ROUTES: Final[dict[tuple[str, str], One | str]] = {
     ("DELETE", "/users/{user_id:path}"): SERVICES,
     ("GET", "/images/{name}"): PUBLIC,
     ("GET", "/stages"): PUBLIC,
+    ("GET", "/metrics"): SERVICES,
     ("GET", "/version"): PUBLIC,
     ("GET", "/health/live"): PUBLIC,
     ("GET", "/health/ready"): PUBLIC,
@@ -227,7 +228,7 @@ def own_tokens(world: str) -> pytest.MarkDecorator:
 
 def shown(answer: httpx2.Response) -> tuple[int, bytes, dict[str, str]]:
     """All that a client can see of an answer, but for the moment."""
-    return answer.status_code, answer.content, {**answer.headers, "date": ""}
+    return answer.status_code, answer.content, {**answer.headers, "date": "", "x-request-id": ""}
 
 
 # --- HTTP ------------------------------------------------------------------------------------------------

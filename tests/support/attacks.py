@@ -1,6 +1,7 @@
 """A service under attack: hostile requests, and a bystander who must not notice."""
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ import pytest
 from adapters.system import now
 from adapters.tokens.jwt_tokens import SecretKey, Tokens
 from support.harness import JSON, PHOTO, Phone, Running, running
+from support.log_lines import debug_log
 
 SECRET: Final = "correct-horse-battery-staple-0123456789"
 
@@ -196,7 +198,9 @@ async def attacked_service(
     temp.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temp))
     settings: JSON = {"jwt_secret": SECRET} if key else {}
-    async with running(images, **settings) as service:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(debug_log(str(tmp_path)))
+        service = await stack.enter_async_context(running(images, **settings))
         headers = {user: {"X-User-Id": user} for user in ("mallory", "bob")}
         if key:
             headers = {user: {"Authorization": f"Bearer {token(user)}"} for user in headers}

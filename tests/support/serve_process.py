@@ -60,8 +60,10 @@ async def stagecast(*arguments: str, **variables: str) -> asyncio.subprocess.Pro
 
 
 @contextlib.asynccontextmanager
-async def serving(tmp_path: Path, *flags: str) -> AsyncIterator[Process]:
-    process = await stagecast("serve", "--port", "0", "--images", str(tmp_path / "images"), *flags)
+async def serving(tmp_path: Path, *flags: str, **variables: str) -> AsyncIterator[Process]:
+    """Only its warnings are logged, unless the flags say otherwise."""
+    own = ("--port", "0", "--images", str(tmp_path / "images"), "--log-level", "warning")
+    process = await stagecast("serve", *own, *flags, **variables)
     assert process.stdout is not None
     try:
         line = (await asyncio.wait_for(process.stdout.readline(), TIMEOUT)).decode()

@@ -115,8 +115,7 @@ class ImageFolder:
         try:
             await asyncio.to_thread(self._write, generation_id, name, picture.data)
         except OSError as error:
-            what = "a picture of %s cannot be stored: %s"
-            logger.error(what, generation_id, error.strerror, extra={"repeat_key": (what, error.strerror)})
+            _log(logging.ERROR, "a picture of %s cannot be stored: %s", generation_id, error)
             raise Failure("storage_failed") from error
         return name
 
@@ -237,13 +236,16 @@ def _create(part: Path) -> IO[bytes]:
     raise FileNotFoundError(part)
 
 
+def _log(level: int, what: str, generation_id: str, error: OSError) -> None:
+    logger.log(level, what, generation_id, error.strerror, extra={"repeat_key": (what, error.strerror)})
+
+
 def _remove(file: Path) -> None:
     """Remove the file, and its folder if that is then empty."""
     try:
         file.unlink(missing_ok=True)
     except OSError as error:
-        what = "%s cannot be removed: %s"
-        logger.warning(what, file.name, error.strerror, extra={"repeat_key": (what, error.strerror)})
+        _log(logging.WARNING, "a picture of %s cannot be removed: %s", file.parent.name, error)
     with contextlib.suppress(OSError):
         file.parent.rmdir()
 

@@ -62,6 +62,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         background={"tail": tail.run, "heartbeat": nodes.run, "lines": leases.run, "devices": quotas.run},
         nodes=nodes,
         quotas=quotas,
+        age=tail.age,
         has_other_nodes=has_other_nodes,
         close=close,
     )

@@ -118,9 +118,13 @@ class Tail:
             self._next_removals = 0.0
         self._wake.set()
 
+    def age(self) -> float:
+        """Seconds since the log was last read."""
+        return asyncio.get_running_loop().time() - self._read_at
+
     def check(self) -> None:
         """Raise `LogUnavailable` if the log could not be read for some seconds."""
-        if asyncio.get_running_loop().time() - self._read_at > _STALE:
+        if self.age() > _STALE:
             raise LogUnavailable
 
     async def caught_up(self) -> None:

@@ -5,12 +5,14 @@ any other error the work may have been done and charged.
 """
 
 import asyncio
+import json
 import logging
 import math
 import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -34,6 +36,14 @@ _WAITING: Final = 0.4
 _MAX_WAIT: Final = 60
 #: Characters of a provider's message that are logged.
 _MAX_LOGGED: Final = 500
+#: The prompt that the current task works on.
+PROMPT: Final = ContextVar("PROMPT", default="")
+#: Characters in a row of a prompt that no logged message repeats. A shorter prompt is looked for as a whole, unless it
+#: is shorter than a word.
+_SHARED: Final = 12
+_SHORTEST: Final = 4
+#: Addresses may be signed, and name pictures.
+_URLS: Final = re.compile(r"\b(?:https?|data):[^\s\"'<>]+", re.IGNORECASE)
 #: Text that looks like an API key. OpenAI quotes parts of a wrong key.
 _KEYS: Final = re.compile(r"\b(?:sk|r8|Bearer)[-_ ][^\s\"',]+", re.IGNORECASE)
 
@@ -110,13 +120,24 @@ def broken(error: BaseException | None) -> Failure | Declined:
 
 
 def log_problem(provider: str, what: object, message: object = "", *, request_id: str | None, secret: str) -> None:
-    """Log a problem with the provider's own message: escaped, truncated, and without keys."""
+    """Log a problem with the provider's own message: escaped, truncated, and without keys, URLs and the prompt."""
     logged = []
     for text in map(str, (what, request_id, message)):
         # Keys are replaced before the text is cut, as a part of a key would not be found.
         text = text.replace(secret, "[key]") if secret else text
-        logged.append(_KEYS.sub("[key]", text[: _MAX_LOGGED * 2])[:_MAX_LOGGED])
+        text = _URLS.sub("[url]", _KEYS.sub("[key]", text[: _MAX_LOGGED * 2]))[:_MAX_LOGGED]
+        logged.append("[it quotes the prompt]" if _quotes(text, PROMPT.get()) else text)
     logger.warning("%s: %a (request %a): %a", provider, *logged)
+
+
+def _quotes(text: str, prompt: str) -> bool:
+    """Whether the text repeats a part of the prompt, as it is or as in JSON."""
+    text = text.lower()
+    for form in (prompt.lower(), json.dumps(prompt)[1:-1].lower()):
+        size = min(_SHARED, max(len(form), _SHORTEST))
+        if any(form[start : start + size] in text for start in range(len(form) - size + 1)):
+            return True
+    return False
 
 
 def provider_client(

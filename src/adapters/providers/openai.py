@@ -21,6 +21,7 @@ from adapters.images.threads import ImageThreads
 from adapters.outbound.url_fetcher import UrlFetcher
 from adapters.providers.attempts import (
     MISCONFIGURED,
+    PROMPT,
     Declined,
     answered,
     attempt,
@@ -112,6 +113,7 @@ class OpenAIEditor:
             raise ValueError("The OpenAI API key is printable ASCII without spaces.")
 
     async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
+        PROMPT.set(prompt)
         call = partial(self._call, _request(self.model, sheet, prompt, options), report)
         return await attempt(call, report, within=self.deadline, backoff=self.backoff)
 

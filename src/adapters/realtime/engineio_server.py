@@ -40,6 +40,8 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        #: How many clients were disconnected because they did not read.
+        self.slow_readers = 0
         self._compressed = GZipMiddleware(
             partial(self._respond, self._answer), minimum_size=self.compression_threshold, compresslevel=6
         )
@@ -70,8 +72,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
 
     async def check_progress(self) -> None:
         """Called every `send_buffer.PROGRESS_INTERVAL`: disconnect clients that have a backlog and read nothing."""
-        for socket in list(self.sockets.values()):
-            socket.check_progress()
+        self.slow_readers += sum(socket.check_progress() for socket in list(self.sockets.values()))
 
     async def _respond(self, answer: _Answer, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -84,10 +84,10 @@ class EngineSocket:
         if not self.gone:
             self._heartbeat = asyncio.get_running_loop().call_later(seconds, then)
 
-    def check_progress(self) -> None:
-        """Called every `PROGRESS_INTERVAL`: abort if the client reads nothing."""
+    def check_progress(self) -> bool:
+        """Called every `PROGRESS_INTERVAL`: abort, and return True, if the client reads nothing."""
         unsent = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        self.buffer.check_progress(unsent, paused=self.upgrading)
+        return self.buffer.check_progress(unsent, paused=self.upgrading)
 
     def abort(self) -> None:
         """End the transport now and drop what waits. The disconnect handler runs after this call has returned."""

@@ -120,8 +120,8 @@ class BoundedSendBuffer(Generic[F]):
         self._frames.clear()
         self.bytes = 0
 
-    def check_progress(self, unsent: int, *, paused: bool = False) -> None:
-        """Abort if the client has had a backlog and has taken nothing for `STALL_TIMEOUT`.
+    def check_progress(self, unsent: int, *, paused: bool = False) -> bool:
+        """Abort, and return True, if the client has had a backlog and has taken nothing for `STALL_TIMEOUT`.
 
         Counts calls, not wall time, so that a paused process does not disconnect its clients.
 
@@ -136,8 +136,10 @@ class BoundedSendBuffer(Generic[F]):
         else:
             self._stalled_for += PROGRESS_INTERVAL
         self._progress = progress
-        if self._stalled_for >= STALL_TIMEOUT:
-            self.abort()
+        if self._stalled_for < STALL_TIMEOUT:
+            return False
+        self.abort()
+        return True
 
     def _append(self, frame: F) -> None:
         if self.write is not None:

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import logging
+import secrets
 import socket
 from functools import partial
 from http import HTTPStatus
@@ -13,6 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from adapters import TRANSPORT
 from adapters.serving.connection_table import ATTRIBUTE, ConnectionTable
+
+logger = logging.getLogger(__name__)
 
 #: Bytes that the kernel buffers beyond those in flight (TCP_NOTSENT_LOWAT).
 _MAX_UNSENT: Final = 64 * 1024
@@ -27,10 +31,15 @@ LINGER = 4.0
 _BODY: Final = (b"transfer-encoding", b"content-length")
 
 
-def problem(status: HTTPStatus, detail: str) -> bytes:
-    """The body (RFC 9457) of an error response that the server sends before the application sees the request."""
+def problem(status: HTTPStatus, detail: str) -> tuple[dict[str, str], bytes]:
+    """The headers and the body (RFC 9457) of an error response that is sent before the application sees the request."""
     content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, "code": "bad_request"}
-    return json.dumps(content, separators=(",", ":")).encode()
+    body = json.dumps(content, separators=(",", ":")).encode()
+    request_id = secrets.token_hex(8)
+    fields = {"status": status.value, "code": "bad_request", "requestId": request_id}
+    logger.info("malformed request refused", extra={"fields": fields, "repeat_key": ("malformed", status)})
+    headers = {"Content-Type": "application/problem+json", "Content-Length": str(len(body)), "X-Request-Id": request_id}
+    return headers, body
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -83,9 +92,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
         """Send an error response without asking the application, and end the connection."""
-        body = problem(status, detail)
-        head = "HTTP/1.1 {} {}\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\nconnection: close\r\n"
-        self.transport.write(f"{head.format(status.value, status.phrase, len(body))}\r\n".encode() + body)
+        headers, body = problem(status, detail)
+        lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name.lower()}: {headers[name]}" for name in headers)]
+        self.transport.write("\r\n".join([*lines, "connection: close", "", ""]).encode() + body)
         if self.idle:
             self._linger()
         else:

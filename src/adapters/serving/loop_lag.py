@@ -20,11 +20,17 @@ class LoopLag:
         self._lags = deque([0.0] * _SAMPLES, _SAMPLES)
         self.overloaded = False
 
+    @property
+    def seconds(self) -> float:
+        """The median lag of the last measurements."""
+        return statistics.median(self._lags)
+
     async def run(self) -> None:
         """Measure until cancelled."""
         loop = asyncio.get_running_loop()
-        while self._limit is not None:
+        while True:
             due = loop.time() + _INTERVAL
             await asyncio.sleep(_INTERVAL)
             self._lags.append(loop.time() - due)
-            self.overloaded = statistics.median(self._lags) > (self._limit / 2 if self.overloaded else self._limit)
+            if self._limit is not None:
+                self.overloaded = self.seconds > (self._limit / 2 if self.overloaded else self._limit)

@@ -32,9 +32,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def _reject_with_problem(self, status: Any, text: str) -> Response:
         response = self._reject(status, text)
-        response.body = problem(HTTPStatus(status), text.strip())
+        headers, response.body = problem(HTTPStatus(status), text.strip())
         del response.headers["Content-Length"], response.headers["Content-Type"]
-        response.headers.update({"Content-Length": str(len(response.body)), "Content-Type": "application/problem+json"})
+        response.headers.update(headers)
         return response
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -63,21 +63,24 @@ def serve(**overrides: Any) -> None:
     settings = load_settings(overrides)
     _raise_descriptor_limit()
     _make_folder(settings)
-    listener = _listen(settings)
-    if settings.port == 0:
-        settings = load_settings({**overrides, "port": listener.getsockname()[1]})
+    listeners = [_listen(settings.host, settings.port)]
+    if settings.metrics_address is not None:
+        host, _, port = settings.metrics_address.rpartition(":")
+        listeners.append(_listen(host.strip("[]"), int(port), "--metrics-address"))
+        overrides["metrics_address"] = f"{host}:{listeners[1].getsockname()[1]}"
+    settings = load_settings({**overrides, "port": listeners[0].getsockname()[1]})
     # These imports take a second: --help and errors in settings do not wait for them.
     from api.app import create_server
     from api.wiring import collect_less, run, wire
 
-    logs.configure()
+    logs.configure(settings.log_level, as_json=settings.log_format == "json")
 
     def ready() -> None:
         collect_less()
         _announce(settings)
 
     async def serve() -> None:
-        await create_server(await wire(settings), ready).serve(sockets=[listener])
+        await create_server(await wire(settings), ready).serve(sockets=listeners)
 
     run(serve)
 
@@ -90,7 +93,7 @@ def demo(folder: Path, **overrides: Any) -> None:
     from api.cli.demo import demo_settings, run
 
     settings = demo_settings(overrides)
-    with _listen(settings) as listener:
+    with _listen(settings.host, settings.port) as listener:
         run(settings, listener, folder)
 
 
@@ -136,14 +139,14 @@ def _make_folder(settings: Settings) -> None:
         raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.")
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(host: str, port: int, flag: str = "--port") -> socket.socket:
     try:
-        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise Unavailable(f"port {settings.port} is taken; choose another with --port.") from None
-        raise Unavailable(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}.") from None
+            raise Unavailable(f"port {port} is taken; choose another with {flag}.") from None
+        raise Unavailable(f"cannot listen on {host} port {port}: {error.strerror}.") from None
 
 
 def _announce(settings: Settings) -> None:

@@ -6,6 +6,7 @@ exception only the name of its type is logged.
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 
@@ -24,6 +25,9 @@ from domain.errors import Failure, IllegalTransition, ImageRefusal, InvalidEvent
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE: Final = "application/problem+json"
+
+#: The code of the problem that the current task answers with.
+PROBLEM: Final = ContextVar("PROBLEM", default="")
 
 #: Seconds after which a client may retry after 429 or 503.
 _RETRY_AFTER: Final = 5
@@ -89,6 +93,7 @@ class Problem(BaseModel):
 
 def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None, **extra: Any) -> Response:
     """The response for this problem; `extra` are further members of its JSON."""
+    PROBLEM.set(code)
     status = _STATUS[code]
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     usual = {"Retry-After": str(_RETRY_AFTER)} if status in _TEMPORARY else {}
@@ -146,6 +151,8 @@ class Problems:
             return schema
 
         http.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI's own docs extend it
+
+        self.template = self._routes.template
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

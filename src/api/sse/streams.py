@@ -42,6 +42,8 @@ class EventStreams:
         self.hub = hub
         self.clock = clock
         self.open: set[EventStream] = set()
+        #: How many clients were disconnected because they did not read.
+        self.slow_readers = 0
 
     async def response(self, identity: Identity, join: Join) -> Response:
         """The stream of the device that `join` makes; one that ends at once if the user has too many."""
@@ -49,8 +51,7 @@ class EventStreams:
 
     async def check_progress(self) -> None:
         """Called every `PROGRESS_INTERVAL`: send comments, and disconnect clients that read nothing."""
-        for stream in list(self.open):
-            stream.check_progress()
+        self.slow_readers += sum(stream.check_progress() for stream in list(self.open))
 
     def close_all(self) -> None:
         """End every stream; what is queued is still sent."""
@@ -103,12 +104,12 @@ class EventStream(Response):
             self.buffer.close()
             writer.cancel()
 
-    def check_progress(self) -> None:
+    def check_progress(self) -> bool:
         """See `EventStreams.check_progress`."""
         self._checks += 1
         if self._checks % _COMMENT_EVERY == 0 and not len(self.buffer):
             self.buffer.put(COMMENT)
-        self.buffer.check_progress(0 if self._transport is None else self._transport.get_write_buffer_size())
+        return self.buffer.check_progress(0 if self._transport is None else self._transport.get_write_buffer_size())
 
     async def _write(self, send: Send) -> None:
         with contextlib.suppress(OSError):

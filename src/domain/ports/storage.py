@@ -59,6 +59,8 @@ class Storage:
     background: Mapping[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
     #: ``None``: this node is the only one.
     nodes: Nodes | None = None
+    #: Seconds since the log was last read for its followers; a log in this process is followed as it is written.
+    age: Callable[[], float] = lambda: 0.0
     #: Whether other nodes use this storage now. It may take seconds, and raise `StorageRefused`.
     has_other_nodes: Callable[[], Awaitable[bool]] = _alone
     #: Finishes pending operations and releases everything. Nothing may be called afterwards.
