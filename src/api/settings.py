@@ -230,12 +230,6 @@ class Settings(_Sources):
             "set STAGECAST_JWT_SECRET or STAGECAST_JWKS_URL, or give --allow-open.": (
                 not self.open_mode or self.allow_open or is_loopback(self.host.lower())
             ),
-            "STAGECAST_NODE_ADDRESS must be a loopback address where STAGECAST_HOST is one: other machines could not "
-            "reach this node.": (
-                self.node_address is None
-                or not is_loopback(self.host.lower())
-                or is_loopback(self.node_address.rpartition(":")[0].strip("[]"))
-            ),
         }
         if self.metrics_port is not None and self.metrics_port == self.port != 0:
             raise PydanticCustomError("inconsistent", "STAGECAST_METRICS_ADDRESS must have another port.")

@@ -98,6 +98,11 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("images", "s3://bucket/../prefix"),
         ("images", "s3://bucket/a?region=x"),
         ("images", "gs://bucket/prefix"),
+        *(("node_address", value) for value in ("10.0.0.1", ":3000", "10.0.0.1:0", "10.0.0.1:65536", "a b:1")),
+        *(
+            ("node_address", value)
+            for value in ("http://10.0.0.1:3000", "::1:3000", "user@host:1", "host:1/x", "host:+1")
+        ),
         ("credits", "-1"),
         ("credits", "Off course"),
         ("retention", "0"),
@@ -180,6 +185,24 @@ def test_open_mode_listens_on_loopback_only_unless_allowed() -> None:
     assert load_settings({"host": "0.0.0.0", "allow_open": True}).host == "0.0.0.0"
     for host in ("localhost", "127.0.0.2", "::1", "LOCALHOST"):
         assert load_settings({"host": host}).host == host
+
+
+@pytest.mark.parametrize(
+    ("host", "given", "announced"),
+    [
+        ("127.0.0.1", None, "127.0.0.1:7"),
+        ("10.0.0.1", None, "10.0.0.1:7"),
+        ("fd00::1", None, "[fd00::1]:7"),
+        ("node-1.internal", None, "node-1.internal:7"),
+        ("0.0.0.0", None, ":7"),
+        ("::", None, ":7"),
+        ("0.0.0.0", "Node-1.internal:3000", "node-1.internal:3000"),
+        ("::", "[FD00::1]:65535", "[fd00::1]:65535"),
+    ],
+)
+def test_the_address_of_a_node_follows_its_host_unless_given(host: str, given: str | None, announced: str) -> None:
+    settings = load_settings({"host": host, "port": 7, "node_address": given or "", "allow_open": True})
+    assert settings.announced_address == announced
 
 
 def test_every_setting_is_described() -> None:

@@ -21,6 +21,7 @@ from urllib.parse import quote
 from api import logs
 from api.cli import client
 from api.cli.client import Refused, Unavailable
+from api.loopback import is_loopback
 from api.settings import Setting, Settings, SettingsError, describe_settings, load_remote, load_settings, masked
 from domain.identity import InvalidUserId, user_id
 
@@ -69,6 +70,11 @@ def serve(**overrides: Any) -> None:
         listeners.append(_listen(host.strip("[]"), int(port), "--metrics-address"))
         overrides["metrics_address"] = f"{host}:{listeners[1].getsockname()[1]}"
     settings = load_settings({**overrides, "port": listeners[0].getsockname()[1]})
+    announced = (settings.node_address or "localhost:").rpartition(":")[0].strip("[]")
+    if is_loopback(listeners[0].getsockname()[0]) and not is_loopback(announced):
+        raise SettingsError(
+            "STAGECAST_NODE_ADDRESS must be a loopback address where STAGECAST_HOST is one: no other machine reaches it."
+        )
     # These imports take a second: --help and errors in settings do not wait for them.
     from api.app import create_server
     from api.wiring import collect_less, run, wire
