@@ -48,6 +48,7 @@ OPERATIONS: Final = (
     "GET /stages",
     "GET /images/{name}",
     "GET /version",
+    "GET /metrics",
     "GET /health/live",
     "GET /health/ready",
 )
