@@ -135,7 +135,7 @@ class Workflow:
             await asyncio.wait([first])  # A request with the same key is being accepted or refused.
         if self.draining:
             raise Draining
-        starting = self._spawn(self._start(user_id, kind, request, uploads, key))
+        starting = asyncio.create_task(self._start(user_id, kind, request, uploads, key))
         self._starting[starting] = user_id
         if key is not None:
             self._keys[user_id, key] = starting
@@ -223,7 +223,8 @@ class Workflow:
                     await self.admission.check_stored(user_id, size, generation_id)
             if self._closed:
                 raise Draining
-            request = request.model_copy(update={"images": tuple(names)})
+            if names:
+                request = request.model_copy(update={"images": tuple(names)})
             start = Start(kind, to_json(request), key, fingerprint, self.limits.max_per_user, request.external)
             generation = await self.recorder.start(Generation(generation_id, kind, user_id, request), start)
         except LogUnavailable:

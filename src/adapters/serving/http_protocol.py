@@ -104,7 +104,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Called with the first byte of a request, not with empty lines before it."""
         self._unset_keepalive_if_required()
         self._in_head = True
-        self._set_deadline(HEADER_TIMEOUT)
+        self._cancel_deadline()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -154,6 +154,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _cancel_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
+            self._deadline = None
 
     def data_received(self, data: bytes) -> None:
         if self._lingering and self.idle:
@@ -177,6 +178,8 @@ class HttpProtocol(HttpToolsProtocol):
                 self.parser.feed_data(self._head_without_upgrade())
             if self._unparsed > _MAX_HEAD:
                 raise httptools.HttpParserError
+            if self._in_head and self._deadline is None:
+                self._set_deadline(HEADER_TIMEOUT)
         except httptools.HttpParserError:
             if self._unparsed > _MAX_HEAD:
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request's headers are too large.")

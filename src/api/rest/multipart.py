@@ -251,6 +251,7 @@ def _part(head: bytes, spool: Spool, texts: Collection[str], charset: str) -> tu
     return name, _Text(_codec(own_charset) if own_charset else charset, media_type == b"application/json")
 
 
+@lru_cache(256)
 def _codec(charset: bytes) -> str:
     try:
         name = codecs.lookup(charset.decode("ascii")).name.replace("ascii", "utf-8")
