@@ -13,10 +13,11 @@ import pytest_asyncio
 import socketio
 
 from support.cluster import ALGORITHMS, NodeCluster, balancer, node_cluster
-from support.deployment import RetryingClient, parts
+from support.deployment import RetryingClient, parts, task_group
 from support.harness import PHOTO
 from support.node import Browser, Browsers, browsers, needs_node
 from support.postgres import fresh_database
+from support.recovery import check
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -25,7 +26,10 @@ WAYS: Final[Mapping[str, list[str]]] = {
     "polling": ["polling"],
     "websocket": ["websocket"],
 }
+#: The balancers of the normal run.
+_QUICK: Final = (("haproxy", "roundrobin"), ("nginx", "random"))
 ENDS: Final = ("generation_completed", "generation_failed")
+STATUSES: Final = ("completed", "failed")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -46,29 +50,26 @@ async def everybody() -> AsyncIterator[Browsers]:
 
 @pytest_asyncio.fixture(
     loop_scope="module",
-    params=[(name, algorithm) for name, each in ALGORITHMS.items() for algorithm in each],
-    ids=lambda param: "-".join(param),
+    params=[
+        pytest.param(each, id="-".join(each), marks=() if each in _QUICK else pytest.mark.long)
+        for each in ((name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms)
+    ],
 )
 async def url(request: pytest.FixtureRequest, cluster: NodeCluster) -> AsyncIterator[str]:
     async with balancer(cluster, *request.param) as url:
         yield url
 
 
-async def start(url: str, user: str) -> str:
+@pytest_asyncio.fixture(loop_scope="module")
+async def caller(url: str) -> AsyncIterator[RetryingClient]:
     async with RetryingClient.open(url) as caller:
-        key = f"{random.getrandbits(64)}"
-        answer = await caller.ask("POST", "/generations/edit", user, key=key, files=parts("a red hat", PHOTO))
+        yield caller
+
+
+async def start(caller: RetryingClient, user: str) -> str:
+    answer = await caller.ask("POST", "/generations/edit", user, files=parts("a red hat", PHOTO))
     assert answer.status_code == 202, answer.text
     return str(answer.json()["generationId"])
-
-
-async def events(url: str, generation_id: str, user: str) -> list[Any]:
-    async with RetryingClient.open(url) as caller:
-        return await caller.events(generation_id, user)
-
-
-def of(client: Browser, generation_id: str) -> list[Any]:
-    return [data for _, data in client.events if data["generationId"] == generation_id]
 
 
 def over(client: Browser, generation_id: str) -> bool:
@@ -77,30 +78,30 @@ def over(client: Browser, generation_id: str) -> bool:
 
 @needs_node
 async def test_official_clients_connect_at_the_first_attempt_and_get_each_event_once(
-    url: str, everybody: Browsers
+    url: str, caller: RetryingClient, everybody: Browsers
 ) -> None:
     user = url.rpartition(":")[2]
     clients = [
         everybody.open(url, first={"userId": user}, transports=way, agent=None)
         for way in WAYS.values()
-        for _ in range(4)
+        for _ in range(3)
     ]
     for client in clients:
         assert (await client.ack())["ok"] is True
-    generation_ids = [await start(url, user) for _ in range(2)]
-    for generation_id in generation_ids:
-        for client in clients:
-            await client.until(lambda client=client, each=generation_id: over(client, each))  # type: ignore[misc]
-            assert of(client, generation_id) == await events(url, generation_id, user)
+    generation_id = await start(caller, user)
+    for client in clients:
+        await client.until(lambda client=client: over(client, generation_id))  # type: ignore[misc]
+    history = await caller.events(generation_id, user)
+    assert all([data for _, data in client.events] == history for client in clients)
     for number, client in enumerate(clients):
         assert (client.on("refused"), client.on("disconnect"), len(client.on("connect"))) == ([], [], 1)
-        assert len(client.on("upgrade")) == (1 if number < 4 else 0)
+        assert len(client.on("upgrade")) == (1 if number < 3 else 0)
     await everybody.forget_all()
 
 
 @pytest.mark.parametrize("transports", [None, ["polling"], ["websocket"]], ids=["default", "polling", "websocket"])
 async def test_the_python_client_connects_at_the_first_attempt_and_gets_each_event_once(
-    url: str, transports: list[str] | None
+    url: str, caller: RetryingClient, transports: list[str] | None
 ) -> None:
     user = f"python-{url.rpartition(':')[2]}-{transports}"
     client = socketio.AsyncClient(reconnection=False, request_timeout=30)
@@ -112,22 +113,22 @@ async def test_the_python_client_connects_at_the_first_attempt_and_gets_each_eve
     client.on("*", take)
     await client.connect(url, auth={"userId": user, "recovery": False}, transports=transports, wait_timeout=30)
     assert (await asyncio.wait_for(received.get(), 30))["ok"] is True
-    generation_id = await start(url, user)
+    generation_id = await start(caller, user)
     got = list[Any]()
     while not got or got[-1]["status"] not in ("completed", "failed"):
         event = await asyncio.wait_for(received.get(), 30)
         if "status" in event:
             event.pop("cursor")
             got.append(event)
-    assert got == await events(url, generation_id, user)
+    assert got == await caller.events(generation_id, user)
     await client.disconnect()
 
 
-async def test_http_and_event_streams_need_no_particular_node(url: str) -> None:
+async def test_http_and_event_streams_need_no_particular_node(url: str, caller: RetryingClient) -> None:
     user = f"stream-{url.rpartition(':')[2]}"
     async with httpx2.AsyncClient(base_url=url, headers={"X-User-Id": user}, timeout=30) as http:
         async with http.stream("GET", "/events", headers={"Accept": "text/event-stream"}) as stream:
-            generation_id = await start(url, user)
+            generation_id = await start(caller, user)
             names = list[str]()
             async for line in stream.aiter_lines():
                 if line.startswith("event: ") and line != "event: authenticated":
@@ -135,9 +136,121 @@ async def test_http_and_event_streams_need_no_particular_node(url: str) -> None:
                     if names[-1] in ENDS:
                         break
         names = [name for name in names if name != "queue_position"]
-        assert len(names) == len(await events(url, generation_id, user))
+        assert len(names) == len(await caller.events(generation_id, user))
         snapshots = [(await http.get(f"/generations/{generation_id}")).json() for _ in range(6)]
         assert all(each == snapshots[0] for each in snapshots)
         image = snapshots[0]["editedImageUrl"].partition("/images/")[2]
         pictures = {(await http.get(f"/images/{image}")).content for _ in range(6)}
         assert len(pictures) == 1
+
+
+# --- killed nodes ------------------------------------------------------------------------------------------
+
+
+class Chaos:
+    """Clients that drop at random and work that goes on, while nodes are killed: nobody may miss anything."""
+
+    def __init__(self, cluster: NodeCluster, url: str, everybody: Browsers, count: int) -> None:
+        self.cluster, self.url = cluster, url
+        self.random = random.Random(1)
+        self.users = [f"{url}-{number}" for number in range(max(count // 5, 2))]
+        ways = list(WAYS.values())
+        options = {"agent": None, "reconnectionDelay": 200, "reconnectionDelayMax": 1000}
+        #: Each with its user.
+        self.clients = list[tuple[str, Browser]]()
+        for number in range(count):
+            user = self.users[number % len(self.users)]
+            client = everybody.open(url, first={"userId": user}, transports=ways[number % 3], **options)
+            self.clients.append((user, client))
+        #: The user of each generation.
+        self.owners = dict[str, str]()
+
+    async def run(self, kills: int, *, every: float, internal: bool) -> None:
+        """Kill a node every so many seconds.
+
+        `internal`: the nodes work, too; otherwise only pipelines of the operator's own.
+        """
+        cursors = [(await client.ack())["cursor"] for _, client in self.clients]
+        async with RetryingClient.open(self.url) as caller:
+            async with task_group() as group:
+                killing = group.create_task(self._kill(kills, every))
+                group.create_task(self._drop(killing))
+                while not killing.done():
+                    work = self._start if internal and self.random.random() < 0.3 else self._report
+                    group.create_task(work(caller, self.random.choice(self.users)))
+                    await asyncio.sleep(0.2)
+            await asyncio.gather(*(self._check_generation(caller, *each) for each in self.owners.items()))
+            feeds = list[list[Any]]()
+            for (user, client), cursor in zip(self.clients, cursors, strict=True):
+                feed = await caller.feed(user, cursor)
+                feeds.append(feed)
+                await client.until(lambda client=client, feed=feed: len(client.events) >= len(feed))  # type: ignore[misc]
+        for (user, client), feed in zip(self.clients, feeds, strict=True):
+            assert [data for _, data in client.events] == feed, "I4"
+            assert all(self.owners[data["generationId"]] == user for _, data in client.events), "I5"
+            assert all(line["recovered"] for line in client.on("connect")[1:]), "a session was lost"
+            check(client)
+
+    async def _check_generation(self, caller: RetryingClient, generation_id: str, user: str) -> None:
+        async with asyncio.timeout(90):
+            while (snapshot := await caller.get(f"/generations/{generation_id}", user))["status"] not in STATUSES:
+                await asyncio.sleep(0.5)
+        history = await caller.events(generation_id, user)
+        assert [each["sequence"] for each in history] == list(range(1, len(history) + 1)), "I1"
+        assert [each["status"] in STATUSES for each in history] == [False] * (len(history) - 1) + [True], "I2"
+        assert [snapshot[key] for key in ("status", "progress")] == [history[-1][key] for key in ("status", "progress")]
+
+    async def _kill(self, kills: int, every: float) -> None:
+        due = asyncio.get_running_loop().time()
+        for number in range(kills):
+            due += every
+            await asyncio.sleep(due - asyncio.get_running_loop().time())
+            node = self.cluster.nodes[number % len(self.cluster.nodes)]
+            await node.kill()
+            await asyncio.sleep(0.3)
+            await node.revive()
+
+    async def _drop(self, killing: asyncio.Task[None]) -> None:
+        while not killing.done():
+            self.random.choice(self.clients)[1].do(self.random.choice(["close", "cut"]))
+            await asyncio.sleep(min(5 / len(self.clients), 0.5))
+
+    async def _start(self, caller: RetryingClient, user: str) -> None:
+        key = f"{self.random.getrandbits(64)}"
+        answer = await caller.ask("POST", "/generations/edit", user, key=key, files=parts("a red hat", PHOTO))
+        if answer.status_code != 429:
+            assert answer.status_code == 202, answer.text
+            self.owners[answer.json()["generationId"]] = user
+
+    async def _report(self, caller: RetryingClient, user: str) -> None:
+        key = f"{self.random.getrandbits(64)}"
+        answer = await caller.ask("POST", "/generations/edit?runner=external", user, key=key, files=parts("a red hat"))
+        if answer.status_code == 429:
+            return
+        assert answer.status_code == 202, answer.text
+        generation_id = answer.json()["generationId"]
+        self.owners[generation_id] = user
+        for sequence, status in enumerate(("composition", "composition_completed", "openai_editing", "failed"), 2):
+            await asyncio.sleep(self.random.random() / 2)
+            body = {"status": status, "sequence": sequence}
+            answer = await caller.ask("POST", f"/generations/{generation_id}/transitions", user, json=body)
+            assert answer.status_code == 200, answer.text
+
+
+@needs_node
+async def test_nobody_misses_anything_while_nodes_are_killed(cluster: NodeCluster, everybody: Browsers) -> None:
+    async with balancer(cluster, "haproxy", "random") as url:
+        await Chaos(cluster, url, everybody, count=10).run(2, every=1, internal=False)
+    await everybody.forget_all()
+
+
+@pytest.mark.long
+@needs_node
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", ALGORITHMS)
+async def test_200_clients_miss_nothing_while_a_node_is_killed_every_ten_seconds(
+    cluster: NodeCluster, everybody: Browsers, name: str
+) -> None:
+    async with balancer(cluster, name, "random") as url:
+        await Chaos(cluster, url, everybody, count=200).run(6, every=10, internal=True)
+    await everybody.forget_all()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,10 +112,9 @@ async def balancer(cluster: NodeCluster, name: str, algorithm: str) -> AsyncIter
     assert program is not None, f"{name} is not installed"
     file = EXAMPLES / ("haproxy.cfg" if name == "haproxy" else "nginx.conf")
     port = free_port()
-    text = file.read_text().replace("127.0.0.1:8080", f"127.0.0.1:{port}")
-    for number, node in enumerate(cluster.nodes, 1):
-        assert text.count(f"127.0.0.1:300{number}") == 1
-        text = text.replace(f"127.0.0.1:300{number}", f"127.0.0.1:{node.port}")
+    ports = {"8080": port} | {f"300{number}": node.port for number, node in enumerate(cluster.nodes, 1)}
+    text = re.sub(r"(?<=127\.0\.0\.1:)\d+", lambda found: str(ports.pop(found[0])), file.read_text())
+    assert not ports
     old, new = ALGORITHMS[name][algorithm]
     assert old in text
     text = text.replace(old, new, 1)

@@ -258,7 +258,7 @@ class RetryingClient(Reader):
             while True:
                 with contextlib.suppress(httpx2.TransportError):
                     answer = await self.once(method, path, user, **rest)
-                    if answer.status_code != 503:
+                    if answer.status_code not in (502, 503, 504):  # 502 and 504 are a balancer's.
                         return answer
                 self.unanswered += 1
                 await asyncio.sleep(0.05)
