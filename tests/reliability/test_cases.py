@@ -28,11 +28,15 @@ async def process() -> AsyncIterator[HostProcess]:
         yield process
 
 
+#: Those of several nodes take longer than three seconds in either form. `tests/storage` has what is quick of them.
+MARKS = {number: pytest.mark.long for number in CASES if number > 100} | {8: needs_node}
+
+
 @pytest.mark.parametrize("size", ["quick", pytest.param("long", marks=[pytest.mark.long, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=f"{number}: {case.run.__name__}", marks=needs_node if number == 8 else ())
+        pytest.param(case, id=f"{number}: {case.run.__name__}", marks=MARKS.get(number, ()))
         for number, case in sorted(CASES.items())
     ],
 )

@@ -171,6 +171,8 @@ class Deployment:
     #: What each life does first.
     prelude: str = ""
     durable: bool = True
+    #: The log of several nodes, instead of a file of its own.
+    shared_log: str | None = None
     port: int = field(default_factory=free_port)
 
     def __post_init__(self) -> None:
@@ -197,7 +199,7 @@ class Deployment:
     async def life(self, *, fresh: bool = False, **flags: object) -> AsyncIterator[Life]:
         """The service, perhaps not ready yet. `fresh`: by the command line. Killed in the end, if it still lives."""
         own = {"port": self.port, "images": self.images, "editor": "local", "face_swap": "local"}
-        log = f"sqlite:///{self.log}" if self.durable else "memory://"
+        log = self.shared_log or (f"sqlite:///{self.log}" if self.durable else "memory://")
         chosen = {"log": log, "local_seconds": 0, **own, **self.flags, **flags}
         arguments = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         command = {
@@ -354,19 +356,23 @@ class ReconnectingDevice:
                 while self.wire is wire:
                     await asyncio.sleep(0.01)
 
-    async def keep(self, port: int) -> None:
-        """Reconnect until cancelled."""
+    async def keep(self, *ports: int) -> None:
+        """Reconnect until cancelled, to any of these ports."""
         while True:
             await self.wire.gone.wait()
-            await self.back(port)
+            await self.back(*ports)
 
-    async def back(self, port: int) -> None:
+    async def back(self, *ports: int) -> None:
         """Reconnect, once a server listens, and continue from its cursor."""
         while True:
+            wire = None
             try:
-                wire = await Wire.open(port, received=self.wire.received)
-                await wire.connect(**self.wire.offset)
+                async with asyncio.timeout(5):
+                    wire = await Wire.open(random.choice(ports), received=self.wire.received)
+                    await wire.connect(**self.wire.offset)
             except OSError:
+                if wire is not None:
+                    wire.abort()
                 await asyncio.sleep(0.02)
                 continue
             assert not self.wire.disconnected_by_server, "a DISCONNECT was sent"

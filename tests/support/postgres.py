@@ -9,8 +9,8 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -84,6 +84,30 @@ class Server:
     def stop(self, mode: str = "immediate") -> None:
         self._control("stop", "-m", mode)
 
+    def follow(self, primary: "Server") -> None:
+        """Begin as a standby of this running server, which waits for it from now on."""
+        if options := _as_user():
+            os.chown(self.folder, options["user"], options["group"])
+        self._do(
+            find_program("pg_basebackup") or "", "-D", self.data, "-d", primary.url(), "-X", "stream", "-c", "fast"
+        )
+        (self.data / "standby.signal").touch()
+        if options:
+            os.chown(self.data / "standby.signal", options["user"], options["group"])
+        with (self.data / "postgresql.auto.conf").open("a") as file:
+            file.write(f"unix_socket_directories = '{self.folder}'\nsynchronous_standby_names = ''\n")
+            file.write(f"primary_conninfo = 'host={primary.folder} user=stagecast application_name=standby'\n")
+        self.start()
+        primary.execute("ALTER SYSTEM SET synchronous_standby_names = 'standby'")
+        primary.execute("SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        """Become a primary that waits for nobody."""
+        self._control("promote", "-w")
+
+    def execute(self, statement: str) -> None:
+        self._do(find_program("psql") or "", "-d", self.url(), "-c", statement)
+
     def _control(self, command: str, *arguments: object) -> None:
         self._do(find_program("pg_ctl") or "", "-D", self.data, "-s", command, *arguments)
 
@@ -109,6 +133,29 @@ def new_server(**settings: str) -> Iterator[Server]:
         finally:
             with contextlib.suppress(AssertionError):
                 server.stop()
+
+
+@contextmanager
+def replicated_servers(count: int) -> Iterator[list[Server]]:
+    """A running server, and others that can follow it, one after the other."""
+    with new_server() as primary, ExitStack() as stack:
+        servers = [primary]
+        for _ in range(count - 1):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=IN_MEMORY, prefix="stagecast-pg-"))
+            servers.append(Server(Path(folder)))
+            stack.callback(_stop, servers[-1])
+        yield servers
+
+
+def _stop(server: Server) -> None:
+    with contextlib.suppress(AssertionError):
+        server.stop()
+
+
+def url_of(servers: Sequence[Server]) -> str:
+    """The URL of whichever of these servers takes writes."""
+    folders = ",".join(str(server.folder) for server in servers)
+    return f"postgresql:///postgres?host={folders}&user=stagecast&target_session_attrs=read-write"
 
 
 class SharedServer:
