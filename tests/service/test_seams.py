@@ -73,9 +73,6 @@ OVERRIDDEN = {
         "send": "(self, message: 'ASGISendEvent') -> 'None'",
         "send_receive_event_to_app": "(self) -> 'None'",
     },
-    "api.web.page._Files": {
-        "file_response": "(self, full_path: 'PathLike', stat_result: 'os.stat_result', scope: 'Scope', "
-        "status_code: 'int' = 200) -> 'Response'",
     },
 }
 

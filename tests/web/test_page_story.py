@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, FilePayload, Route, expect
 
-from api.web.page import FOLDER, render
 from support.browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
 from support.doubles import ScriptedFaceSwapper, fails, reports
 from support.harness import Running, running
@@ -262,16 +260,10 @@ async def test_an_image_url_enables_the_face_swap(browser: Browser, service: Run
         await expect(tab["#timeline time"]).to_have_count(8)
 
 
-async def test_the_sample_face_is_added_with_one_click(
-    browser: Browser, service: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    face = f"{service.url}/static/samples/face.webp"
-    shutil.copytree(FOLDER / "vendor", tmp_path / "vendor")
-    page = render((FOLDER / "index.html").read_text("utf-8"), guarded=False, own_client=True, face=face)
-    (tmp_path / "index.html").write_text(page, "utf-8")
-    monkeypatch.setattr("api.web.page.FOLDER", tmp_path)
+async def test_the_sample_face_is_added_with_one_click(browser: Browser, service: Running) -> None:
     async with tabs(browser, service.url, user="lin") as [tab]:
         await tab["#sample-face"].click()
+        await expect(tab["#tray img"]).to_have_js_property("naturalWidth", 600)
         await expect(tab["#face-swap"]).to_be_checked()
         await tab["#face-swap"].uncheck()
         await tab["#try-samples"].click()

@@ -1,7 +1,7 @@
 /** Helpers for the DOM. Texts are set as text, never as HTML. */
 
 /** The URL of the service that the page was loaded from, with its path if it is served below one. */
-export const BASE = new URL("..", import.meta.url).href.slice(0, -1);
+export const BASE = import.meta.url.slice(0, import.meta.url.lastIndexOf("/static/"));
 
 export const byId = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
 

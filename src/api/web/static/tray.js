@@ -189,7 +189,7 @@ export function unmark() {
 function sourceOf(item) {
   if (item.list === "images") return item.src;
   if (item.list === "imageNames") return `${BASE}/images/${item.value}?width=320`;
-  if (item.value === sampleFace) return `${BASE}/static/samples/face.webp`;
+  if (item.value === sampleFace) return new URL("samples/face.webp", import.meta.url).href;
   // A picture on another site is shown as its host only: the page makes no requests to other sites.
   return item.value.startsWith(`${BASE}/static/`) ? item.value : undefined;
 }
