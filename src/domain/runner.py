@@ -41,7 +41,7 @@ _Answer = TypeVar("_Answer")
 _AGAIN: Final = 0.2
 
 #: Seconds between two renewals of the leases.
-_RENEW: Final = 2.0
+_RENEW: Final = 1.0
 
 #: How many generations may fetch image URLs at once, for each that may be worked on.
 _FETCHING: Final = 4

@@ -155,26 +155,23 @@ CREATE FUNCTION stagecast.decide_v1(
     known boolean, ended boolean, last integer, event_there bigint, begun text, begun_fingerprint text,
     unfinished integer, kept bigint, kept_reserved boolean,
     sequence integer, event_id bigint, begins boolean, fingerprint text, most_unfinished integer, change integer,
-    late boolean, credits bigint
-) RETURNS TABLE (outcome text, credit bigint, reserved boolean, shows_credit boolean) LANGUAGE sql IMMUTABLE AS $$
-    SELECT
-        CASE
-            WHEN event_there = $11 THEN 'again'
-            WHEN late THEN 'late'
-            WHEN begins AND begun IS NOT NULL AND begun_fingerprint <> fingerprint THEN 'mismatch'
-            WHEN begins AND begun IS NOT NULL THEN 'started'
-            WHEN sequence <> last + 1 OR known = begins OR ended THEN 'conflict'
-            WHEN begins AND unfinished >= most_unfinished THEN 'too_many'
-            WHEN after.credit < 0 THEN 'no_credit'
-            ELSE 'accepted'
-        END,
-        after.credit, after.reserved, change IS NOT NULL AND credits IS NOT NULL
-    FROM (
-        SELECT counted.reserved,
-            coalesce(kept, credits) + CASE WHEN counted.reserved THEN coalesce(change, 0) ELSE 0 END AS credit
-        FROM (SELECT CASE WHEN begins THEN credits IS NOT NULL ELSE kept_reserved END AS reserved) AS counted
-    ) AS after
-$$;
+    late boolean, credits bigint, OUT outcome text, OUT credit bigint, OUT reserved boolean, OUT shows_credit boolean
+) LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+    reserved := CASE WHEN begins THEN credits IS NOT NULL ELSE kept_reserved END;
+    credit := coalesce(kept, credits) + CASE WHEN reserved THEN coalesce(change, 0) ELSE 0 END;
+    shows_credit := change IS NOT NULL AND credits IS NOT NULL;
+    outcome := CASE
+        WHEN event_there = event_id THEN 'again'
+        WHEN late THEN 'late'
+        WHEN begins AND begun IS NOT NULL AND begun_fingerprint <> fingerprint THEN 'mismatch'
+        WHEN begins AND begun IS NOT NULL THEN 'started'
+        WHEN sequence <> last + 1 OR known = begins OR ended THEN 'conflict'
+        WHEN begins AND unfinished >= most_unfinished THEN 'too_many'
+        WHEN credit < 0 THEN 'no_credit'
+        ELSE 'accepted'
+    END;
+END $$;
 
 
 -- Appends in the order of the arrays, which has to be that of the users: locks are always taken in this order. The lock
@@ -194,7 +191,8 @@ DECLARE
     e record;
     u record;
     g record;
-    begun record;
+    begun_id text;
+    begun_fingerprint text;
     decided record;
     event_there bigint;
     generation_row bigint;
@@ -238,20 +236,21 @@ BEGIN
             SELECT events.event_id INTO event_there FROM stagecast.events
                 WHERE generation = g.id AND sequence = e.sequence AND event IS NOT NULL;
         END IF;
-        SELECT NULL::text AS generation_id, NULL::text AS fingerprint INTO begun;
+        begun_id := NULL;
         IF e.key IS NOT NULL THEN
-            SELECT generations.generation_id, generations.fingerprint INTO begun FROM stagecast.generations
+            SELECT generations.generation_id, generations.fingerprint INTO begun_id, begun_fingerprint
+                FROM stagecast.generations
                 WHERE owner = u.id AND idempotency_key = e.key;
         END IF;
         r_last := CASE WHEN g.id IS NULL OR g.deleted THEN 0 ELSE g.last END;
-        SELECT * INTO decided FROM stagecast.decide_v1(
-            g.id IS NOT NULL, g.end_position IS NOT NULL, r_last, event_there, begun.generation_id, begun.fingerprint,
+        decided := stagecast.decide_v1(
+            g.id IS NOT NULL, g.end_position IS NOT NULL, r_last, event_there, begun_id, begun_fingerprint,
             coalesce(u.active, 0), u.credit, coalesce(g.reserved, false),
             e.sequence, e.event_id, begins, e.fingerprint, e.most_unfinished, e.change,
             clock_timestamp() > e.deadline, credits
         );
         r_outcome := decided.outcome;
-        r_begun := begun.generation_id;
+        r_begun := begun_id;
         IF r_outcome = 'again' THEN
             SELECT events.position, events.event, events.images::text INTO r_position, r_event, r_images
                 FROM stagecast.events WHERE generation = g.id AND sequence = e.sequence;
