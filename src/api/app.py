@@ -70,7 +70,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.readiness = service.readiness
     http.state.metrics = partial(metrics.render, service)
     http.state.authenticator = service.authenticator
-    page.install(http, settings.public_url, settings.path_prefix, openai=settings.editor == "openai")
+    page.install(http, settings)
     routes = problems.Problems(http)
     hosts = None if settings.allow_open else settings.allowed_hosts
     prefix = settings.path_prefix

@@ -73,7 +73,6 @@ OVERRIDDEN = {
         "send": "(self, message: 'ASGISendEvent') -> 'None'",
         "send_receive_event_to_app": "(self) -> 'None'",
     },
-    },
 }
 
 #: What our classes use of the classes they extend, besides what they override.

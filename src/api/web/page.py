@@ -15,6 +15,8 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
+from api.settings import Settings
+
 #: `index.html` and its static files.
 FOLDER: Final = Path(__file__).parent / "static"
 
@@ -110,8 +112,7 @@ def render(page: str, *, guarded: bool, own_client: bool, face: str = "", openai
         openai: whether the editor is OpenAI's, whom the stages name.
     """
     page = page.replace(_NO_FACE, f'data-face="{escape(face)}"', 1)
-    if openai:
-        page = page.replace(_NO_EDITOR, 'data-editor="openai"', 1)
+    page = page.replace(_NO_EDITOR, 'data-editor="openai"', 1) if openai else page
     page = page.replace(_OPEN, _GUARDED, 1) if guarded else page.replace(_WORK, _WORK.replace(" hidden", ""), 1)
     return page if own_client else page.replace(_OWN_CLIENT, _CDN_CLIENT, 1)
 
@@ -166,17 +167,11 @@ def policy(host: str, *, own_client: bool) -> str:
     ))  # fmt: skip
 
 
-def install(app: FastAPI, public_url: str, prefix: str, *, openai: bool) -> None:
+def install(app: FastAPI, settings: Settings) -> None:
     """Serve the page at ``/`` and its files below ``/static``.
 
     A path with the version, which is a hash of all files, may be kept for ever. The page uses such paths. The same path
     with another version, which another node may have named, and the path without one have to be revalidated.
-
-    Args:
-        app: what serves it. Its state has the authenticator.
-        public_url: where the sample face is.
-        prefix: the path that every path of the service begins with.
-        openai: as `render`.
     """
     files = {
         path.relative_to(FOLDER).as_posix(): _File(path.read_bytes(), _TYPES[path.suffix])
@@ -186,12 +181,15 @@ def install(app: FastAPI, public_url: str, prefix: str, *, openai: bool) -> None
     tags = "".join(name + file.tag for name, file in files.items())
     version = f"v-{hashlib.sha256(tags.encode()).hexdigest()[:16]}"
     own_client = _CLIENT in files
-    guarded = not app.state.authenticator.open_mode
-    index = (FOLDER / "index.html").read_text("utf-8")
-    face = f"{public_url}/static/samples/face.webp"
-    index = render(index, guarded=guarded, own_client=own_client, face=face, openai=openai)
+    index = render(
+        (FOLDER / "index.html").read_text("utf-8"),
+        guarded=not settings.open_mode,
+        own_client=own_client,
+        face=f"{settings.public_url}/static/samples/face.webp",
+        openai=settings.editor == "openai",
+    )
     index = index.replace(_MODULES, "\n  ".join([_MODULES, *map(_PRELOAD.format, imported_by("app.js")[1:])]), 1)
-    index = index.replace('="/static/', f'="/static/{version}/').replace('="/', f'="{escape(prefix)}/')
+    index = index.replace('="/static/', f'="/static/{version}/').replace('="/', f'="{escape(settings.path_prefix)}/')
     pages = {
         language: _File(in_language(index, language, texts).encode(), _TYPES[".html"])
         for language, texts in plain_texts().items()
