@@ -28,10 +28,11 @@ test: check
 test-long: check
 	$(BIN)/pytest -m long --numprocesses 1
 
-# What npm and pip install: see docs/javascript.md.
-clients: node_modules/installed-dev
+# What npm and pip install: see docs/javascript.md and docs/python.md.
+clients: .venv/installed node_modules/installed-dev
 	@mkdir -p dist
 	cd clients/javascript && npm pack --silent --pack-destination ../../dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist clients/python
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks --write
