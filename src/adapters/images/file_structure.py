@@ -31,6 +31,8 @@ _EOI: Final = b"\xff\xd9"
 _FILLER: Final = bytes(range(254, 0, -1))
 _END_OF_IMAGE, _START_OF_SCAN, _APP0, _APP1, _APP2, _APP14, _COMMENT = 0xD9, 0xDA, 0xE0, 0xE1, 0xE2, 0xEE, 0xFE
 _BARE: Final = {0x01, *range(0xD0, 0xD9)}
+#: The markers of a baseline JPEG: its frame, its tables, the restart interval and the scan.
+_BASELINE: Final = {0xC0, 0xC4, 0xDB, 0xDD, _START_OF_SCAN}
 _APPLICATION: Final = range(_APP0, 0xF0)
 _ICC: Final = b"ICC_PROFILE\0"
 
@@ -44,6 +46,8 @@ class PictureFile:
     exif: bytes = b""
     #: A JPEG without end marker, with `_FILLER` after its data. It decodes to another image if pixels are missing.
     padded: bytes = b""
+    #: Whether this is a JPEG of one scan with nothing but what it takes to decode it.
+    baseline: bool = False
     #: The number of scans, each of which decodes all pixels.
     scans: int = 1
     #: Whether an ICC profile for greyscale applies.
@@ -162,6 +166,7 @@ def read_jpeg(data: bytes) -> PictureFile:
     kept = [view[:2]]
     profile: dict[tuple[int, int], bytes] = {}
     at, stray, marker = 2, 0, 0
+    unusual = False
     for _ in range(_MAX_CHUNKS):
         found = _search(_AFTER_SCAN if file.scans else _MARKER, data, at)
         start = found.start() if found else len(data)
@@ -184,11 +189,14 @@ def read_jpeg(data: bytes) -> PictureFile:
             file.exif = body[6:]
         elif marker == _APP2 and body.startswith(_ICC) and len(body) > 14:
             profile.setdefault((body[12], body[13]), body[14:])
-        # The decoder reads only these two application segments.
-        adobe = marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12
-        jfif = marker == _APP0 and body.startswith(b"JFIF\0") and len(body) >= 14
-        if marker not in (*_APPLICATION, _COMMENT) or adobe or jfif:
+        # The decoder reads only these two application segments. JFIF may have a thumbnail.
+        if marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
+            kept.append(memoryview(b"\xff\xee\0\x0e" + body[:12]))
+        elif marker == _APP0 and body.startswith(b"JFIF\0") and len(body) >= 14:
+            kept.append(memoryview(b"\xff\xe0\0\x10" + body[:12] + bytes(2)))
+        elif marker not in (*_APPLICATION, _COMMENT):
             kept.append(view[start:end])
+            unusual |= marker not in _BASELINE
     else:
         raise Unreadable
     if stray > _MAX_CHUNKS:
@@ -198,6 +206,7 @@ def read_jpeg(data: bytes) -> PictureFile:
             raise Unreadable
         file.padded = b"".join(kept).rstrip(b"\xff") + _FILLER + _EOI
         file.scans *= 2
+    file.baseline = not (unusual or file.padded) and file.scans == 1 and marker == _START_OF_SCAN
     kept.append(memoryview(_EOI))
     if sorted(profile) == [(number, len(profile)) for number in range(1, len(profile) + 1)]:
         file.icc_profile = b"".join(profile[key] for key in sorted(profile))

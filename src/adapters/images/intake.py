@@ -1,4 +1,4 @@
-"""Validates uploaded pictures, and re-encodes them as sRGB without metadata."""
+"""Validates uploaded pictures, and stores them in sRGB without metadata: re-encoded, unless a JPEG needs no change."""
 
 import mmap
 import os
@@ -41,7 +41,8 @@ _MAGIC: Final = {
     "WEBP": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 }
 
-#: The EXIF orientations that swap width and height.
+#: The EXIF orientations that change the picture, and those that swap width and height.
+_MOVED: Final = range(2, 9)
 _TURNED: Final = range(5, 9)
 
 #: The longest side of a WebP, in pixels.
@@ -116,7 +117,10 @@ def _admit(data: bytes) -> Picture:
     file, image = _opened(data)
     try:
         with reading():
-            return encode(_still(file, image, image.size), quality=97, fine=True)
+            still = _still(file, image, image.size)
+            if still is image and file.baseline and orientation(file.exif) not in _MOVED:
+                return Picture(file.data, "image/jpeg")
+            return encode(still, quality=97, fine=True)
     except Unreadable:
         raise InvalidImage from None
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final, TypeVar, TypeVarTuple
 
 from domain.errors import Draining
@@ -29,7 +28,7 @@ _USUAL: Final = 2_000_000
 #: fewer large pictures are in memory at once.
 _LARGE: Final = 16_000_000
 
-#: In glibc only.
+#: Returns free memory to the system, of which glibc would keep hundreds of MB. After a turn, whose steps use it again.
 _TRIM: Final = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
@@ -88,15 +87,18 @@ class ImageThreads:
             async def run(function: Callable[[*Args], Result], *args: *Args) -> Result:
                 if self._closed:
                     raise Draining
-                call: Callable[..., Result] = partial(_trimmed, function) if cost >= _USUAL else function
-                turn.job = job = self._pool.submit(call, *args)
+                turn.job = job = self._pool.submit(function, *args)
                 return await asyncio.wrap_future(job)
 
             yield run
         finally:
             if turn.job is None:
                 self._leave(turn)
-            else:  # After a cancellation, the thread still runs.
+            else:
+                if _TRIM is not None and cost >= _USUAL:
+                    with contextlib.suppress(RuntimeError):  # The threads are closed.
+                        turn.job = self._pool.submit(_TRIM, 0)
+                # After a cancellation, the thread still runs.
                 turn.job.add_done_callback(lambda _: self._leave(turn))
 
     def close(self) -> None:
@@ -140,15 +142,6 @@ class ImageThreads:
             self._now += turn.cost / len({each.user for each in (*self._waiting, *self._running)})
             with contextlib.suppress(Exception):  # It was cancelled, and will leave at once.
                 turn.granted.set_result(None)
-
-
-def _trimmed(function: Callable[[*Args], Result], *args: *Args) -> Result:
-    """Call the function, then return free memory to the system, of which glibc would keep hundreds of MB."""
-    try:
-        return function(*args)
-    finally:
-        if _TRIM is not None:
-            _TRIM(0)
 
 
 def _lower_priority() -> None:
