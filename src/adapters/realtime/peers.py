@@ -29,7 +29,7 @@ WEBSOCKET: Final = "WEBSOCKET"
 #: Seconds for which its signature is valid.
 _VALID: Final = 30
 #: Seconds in which a connection to another node must be made, and in which a client must complete an upgrade.
-_CONNECT_TIMEOUT: Final = 1.0
+_CONNECT_TIMEOUT: Final = 3.0
 _UPGRADE_TIMEOUT: Final = 6.0
 #: Seconds between two checks whether a node that has not answered still lives.
 _CHECK_INTERVAL: Final = 2.0
