@@ -24,6 +24,7 @@ for _key in ("OPENAI_API_KEY", "REPLICATE_API_TOKEN"):
 #: What takes long begins first, so that no worker is left alone with it in the end.
 _FIRST: Final = (
     "test_install",
+    "test_balancers",
     "test_cases",
     "test_page_story",
     "test_page_connection",

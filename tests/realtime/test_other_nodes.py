@@ -332,14 +332,15 @@ async def test_a_node_that_started_a_moment_ago_is_known_at_once(nodes: list[Run
 
 
 @asynccontextmanager
-async def in_place_of(node: Running, answer: Callable[..., Any]) -> AsyncIterator[str]:
-    """A server at the address that the list of nodes names for an invented node: the beginning of its ids."""
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+async def in_place_of(node: Running, answer: Callable[..., Any] | int) -> AsyncIterator[str]:
+    """A server, or a port, at the address of an invented node in the list of nodes: its id."""
+    server = await asyncio.start_server(answer if callable(answer) else print, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1] if callable(answer) else answer
     known = directory(node)
     beats = known._beat
 
     async def beat() -> Any:
-        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        address = f"127.0.0.1:{port}"
         seen = (await beats())[0]["r_now"]
         return [*await beats(), {"r_id": "abcdef", "r_address": address, "r_seen": seen, "r_now": seen}]
 
@@ -411,6 +412,16 @@ async def test_an_owner_that_answers_with_nonsense_is_no_owner(nodes: list[Runni
                 with pytest.raises(websockets.InvalidStatus) as refused:
                     await websockets.connect(f"ws://127.0.0.1:{nodes[1].port}{path}", **RAW_OPTIONS)
                 assert refused.value.response.status_code == 400
+
+
+async def test_an_id_of_an_earlier_life_at_the_same_address_is_unknown_and_causes_no_loop(
+    nodes: list[Running],
+) -> None:
+    for target in nodes:  # Another node has the address now, or this one itself.
+        async with in_place_of(nodes[1], target.port) as name:
+            for method, body in (("GET", None), ("POST", "40")):
+                answer = await nodes[1].http.request(method, f"{PATH}&sid={name}-{'A' * 20}", content=body)
+                assert (answer.status_code, answer.json()) == (400, UNKNOWN)
 
 
 # --- what nodes believe ------------------------------------------------------------------------------------

@@ -146,6 +146,16 @@ async def test_a_port_in_use_exits_with_3_and_one_sentence(tmp_path: Path) -> No
         assert errors.decode() == f"stagecast: port {port} is taken; choose another with --port.\n"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "LOCALHOST"])
+async def test_a_node_on_loopback_that_would_announce_another_address_exits_with_2(tmp_path: Path, host: str) -> None:
+    flags = ("--port", "0", "--images", f"{tmp_path}", "--host", host, "--node-address")
+    for address in ("10.0.0.1:3000", "node.internal:3000"):
+        process = await stagecast("serve", *flags, address)
+        _, errors = await process.communicate()
+        assert (process.returncode, errors.count(b"\n")) == (2, 1)
+        assert errors.startswith(b"stagecast: STAGECAST_NODE_ADDRESS must be a loopback address")
+
+
 async def test_an_unwritable_folder_exits_with_2_and_one_sentence() -> None:
     process = await stagecast("serve", "--images", "/dev/null/x")
     output, errors = await process.communicate()

@@ -228,3 +228,41 @@ async def test_a_node_knows_whether_others_live_before_it_has_watched_them(url: 
         async with open_node(url) as there:
             assert await there.has_other_nodes()
         assert not await here.has_other_nodes()
+
+
+async def test_nodes_announce_where_they_are_reached(url: str) -> None:
+    async with open_node(url, address="10.0.0.1:3000") as one, open_node(url, address=":7") as two:
+        assert one.nodes is not None
+        assert two.nodes is not None
+        assert one.nodes.secret == two.nodes.secret != ""
+        assert abs(one.nodes.time - two.nodes.time) < 1
+        # It reaches the database by a Unix socket, so it is on the same machine.
+        assert await one.nodes.address(two.nodes.id) == "127.0.0.1:7"
+        assert await two.nodes.address(one.nodes.id) == "10.0.0.1:3000"
+        assert await one.nodes.address("abcdef") is None
+
+
+@pytest.mark.usefixtures("short_lease")
+async def test_an_outage_of_the_database_ends_no_node_and_a_death_ends_one(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_node(url) as here, mortal(url) as node:
+        there: Any = (await node.opened()).nodes
+        nodes: Any = here.nodes
+        assert await nodes.address(there.id)
+
+        async def away() -> None:
+            raise LogUnavailable
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nodes, "_beat", away)
+            async with asyncio.timeout(20):
+                while nodes._seen:
+                    await asyncio.sleep(0.02)
+            await asyncio.sleep(1)  # Longer than a lease.
+            assert nodes.others == {there.id}
+        await node.kill()
+        async with asyncio.timeout(20):
+            while nodes.others:
+                await asyncio.sleep(0.05)
+        assert await nodes.address(there.id) is None

@@ -41,8 +41,8 @@ _SID: Final = re.compile(r"([0-9a-f]{6})-[A-Za-z0-9_-]{20}")
 
 _NOT_IN_TAGS: Final = re.compile(r"[^A-Za-z0-9._-]")
 
-#: What goes wrong between two nodes. `TypeError`: a WebSocket has closed, or has sent another kind of message.
-_FAILURES: Final = (aiohttp.ClientError, OSError, TimeoutError, TypeError)
+#: What goes wrong between two nodes.
+_FAILURES: Final = (aiohttp.ClientError, aiohttp.WSMessageTypeError, OSError, TimeoutError)
 
 
 class Unreachable(Exception):

@@ -73,7 +73,7 @@ def serve(**overrides: Any) -> None:
     announced = (settings.node_address or "localhost:").rpartition(":")[0].strip("[]")
     if is_loopback(listeners[0].getsockname()[0]) and not is_loopback(announced):
         raise SettingsError(
-            "STAGECAST_NODE_ADDRESS must be a loopback address where STAGECAST_HOST is one: nothing else reaches it."
+            "STAGECAST_NODE_ADDRESS must be a loopback address where STAGECAST_HOST is one: nobody else reaches it."
         )
     # These imports take a second: --help and errors in settings do not wait for them.
     from api.app import create_server
