@@ -317,6 +317,7 @@ async def test_ids_that_no_node_gave_out_are_unknown_everywhere(nodes: list[Runn
             url = httpx2.URL(PATH).copy_merge_params({"sid": sid})
             answer = await other.http.request(method, url, content=body)
             assert (answer.status_code, answer.json()) == (400, UNKNOWN), sid
+            assert "Accept-Encoding, Accept-Encoding" not in answer.headers["vary"]
     address = f"ws://127.0.0.1:{other.port}/socket.io/?EIO=4&transport=websocket&sid="
     for node in (directory(owner).id, "abcdef"):
         with pytest.raises(websockets.InvalidStatus) as refused:

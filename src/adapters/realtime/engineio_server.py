@@ -7,7 +7,7 @@ import logging
 import urllib.parse
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import engineio
 from engineio.packet import OPEN, Packet
@@ -119,7 +119,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
         if socket is None and self.peers is not None and not forwarded and FORWARDED not in Headers(scope=scope):
             return await self._pass_on(self.peers, method, sid, tag, scope, receive, send)
         if socket is None or socket.gone or not socket.connected:
-            return _UNKNOWN
+            return _unknown()
         if method == WEBSOCKET:
             await receive()
             await socket.serve(scope, receive, send, forwarded=forwarded)
@@ -146,7 +146,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             await receive()
             held = await peers.relay(sid, partial(accept, scope, send), receive, send)
         except Unreachable:
-            return _UNKNOWN
+            return _unknown()
         if held is None:
             await close(scope, send)
         else:
@@ -198,4 +198,6 @@ def _refusal(code: int = 3, message: str = "Bad request") -> Response:
     return JSONResponse({"code": code, "message": message}, 400)
 
 
-_UNKNOWN: Final = _refusal(1, "Session ID unknown")
+def _unknown() -> Response:
+    """After this answer clients open a new session."""
+    return _refusal(1, "Session ID unknown")
