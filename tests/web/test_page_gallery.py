@@ -217,7 +217,7 @@ async def test_no_english_is_left_on_the_turkish_page(browser: Browser, service:
                 )
             )
         assert shown & english == set()
-        assert {"Yeniden çalıştır", "Yeniden dene", "Düzenleniyor", "Biçim: 2:3 · Kalite: yüksek"} <= shown
+        assert {"Yeniden çalıştır", "Yeniden dene", "Düzenleniyor", "Biçim: 2:3 · Kalite: Yüksek"} <= shown
         pause.released.set()
 
 

@@ -6,13 +6,11 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator
-from io import BytesIO
 from pathlib import Path
 from typing import Final
 
 import pytest
 import pytest_asyncio
-from PIL import Image
 from playwright.async_api import Browser, expect
 
 from domain.errors import FAILURE_CODES
@@ -254,8 +252,9 @@ async def test_editing_fills_the_form_and_the_result_becomes_an_input(browser: B
         await tab.start("the next hat")
         await tab.shows("completed", "the next hat")
         [last, *_] = (await service.get("/generations", "edi"))["generations"]
-        [picture] = (await input_of(service, last["generationId"], "edi"))["images"]
-        assert Image.open(BytesIO(picture)).size == (200, 300)
+        edited = (await service.get(f"/generations/{changed['generationId']}", "edi"))["editedImageUrl"]
+        result = (await service.http.get("/images/" + edited.rpartition("/")[2])).content
+        assert (await input_of(service, last["generationId"], "edi"))["images"] == [result]
 
 
 async def test_a_failed_generation_offers_the_same(browser: Browser, service: Running) -> None:

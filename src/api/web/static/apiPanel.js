@@ -25,7 +25,7 @@ function optionsOf({ input }) {
   return [
     aspectRatio && `${t("shape")}: ${aspectRatio}`, faceSwap && t("faceSwap"),
     ...Object.entries(named).map(([name, value]) =>
-      value && value !== "auto" && `${t(/** @type {keyof typeof named} */ (name))}: ${t("values")[value] ?? value}`),
+      value && value !== "auto" && `${t(/** @type {keyof typeof named} */ (name))}: ${t(value)}`),
   ].filter(Boolean).join(" · ");
 }
 

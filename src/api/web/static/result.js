@@ -8,7 +8,7 @@
  */
 
 import { canCopyPictures, copyPicture, copyText } from "./clipboard.js";
-import { BASE, byId, setText } from "./dom.js";
+import { byId, setText } from "./dom.js";
 import { expiryOf } from "./expiry.js";
 import * as form from "./form.js";
 import { formatDate, showMessage, t, titleOf } from "./i18n.js";
@@ -16,7 +16,6 @@ import { linkTo } from "./link.js";
 import { latestOf, picturesOf, sheetOf } from "./pictures.js";
 import { fileNameOf, requestOf } from "./snippets.js";
 import { isFinished } from "./stagecast.js";
-import * as tray from "./tray.js";
 import * as viewer from "./viewer.js";
 
 /** The generation on the page. @type {Generation | undefined} */
@@ -63,36 +62,17 @@ export function render(generation) {
   setText(byId("kept"), expiry ? t("keptUntil")(formatDate(new Date(expiry).toISOString())) : "");
 }
 
-/** A stored picture as a file. @param {string} url @param {string} name */
-async function asFile(url, name) {
-  const response = await fetch(url);
-  if (!response.ok) throw new Error();
-  const blob = await response.blob();
-  return new File([blob], name, { type: blob.type });
-}
-
-/** Fills the form with the request of a generation, with the pictures that the service or this tab still has. */
-async function edit(/** @type {Generation} */ generation, /** @type {Submission | undefined} */ submission) {
-  const { kind, metadata, input, inputImage } = generation;
-  const { imageNames = [], ...request } = requestOf(generation) ?? {
+/** Fills the form with the request of a generation. @param {Generation} generation @param {Submission} [submission] */
+function edit(generation, submission) {
+  const { kind, metadata, inputImage, failedStage } = generation;
+  const request = requestOf(generation) ?? {
     prompt: String(metadata?.prompt ?? metadata?.title ?? ""), imageUrls: inputImage ? [inputImage] : [],
     faceSwap: metadata?.faceSwap, aspectRatio: metadata?.aspectRatio,
   };
-  const load = (/** @type {string} */ name, /** @type {number} */ index) =>
-    asFile(`${BASE}/images/${name}`, t("inputNumber")(index + 1));
-  const stored = await Promise.all(imageNames.map(load)).catch(() => []);
-  const images = stored.length ? stored : submission?.request.images ?? [];
-  form.fill(kind, submission && !input ? submission.request : { ...request, images });
-}
-
-/** Adds the result to the pictures of the form. @param {Generation} generation */
-async function use(generation) {
-  const url = resultOf(generation) ?? "";
-  const file = await asFile(url, fileName(generation, url));
-  byId("composer").open = true;
-  tray.addFiles([file]);
-  byId("composer").scrollIntoView();
-  byId("prompt").focus({ preventScroll: true });
+  // One that ended while it waited has lost its pictures; this tab may still have them.
+  const { imageNames, ...rest } = request;
+  const kept = failedStage === "started" ? submission?.request ?? rest : request;
+  return form.fill(kind, kept);
 }
 
 /**
@@ -120,12 +100,12 @@ export function init(stagecast, { start, submissionOf }) {
   async function again(generation) {
     const submission = submissionOf(generation);
     const request = await fullRequest(generation);
-    if (!request?.imageNames && !request?.imageUrls) return submission ? start(submission) : edit(generation, undefined);
+    if (!request?.imageNames && !request?.imageUrls) return submission ? start(submission) : edit(generation);
     try {
       await start({ kind: generation.kind, request });
     } catch (/** @type {any} */ error) {
       if (error.code !== "unknown_image") throw error;
-      await (submission ? start(submission) : edit(generation, undefined));
+      await (submission ? start(submission) : edit(generation));
     }
   }
 
@@ -139,7 +119,7 @@ export function init(stagecast, { start, submissionOf }) {
   viewer.init();
   onClick("again", again);
   onClick("edit", (generation) => edit(generation, submissionOf(generation)));
-  onClick("use", use);
+  onClick("use", (generation) => form.useStored([resultOf(generation) ?? ""]));
   onClick("copy-picture", (generation) => copyPicture(byId("copy-picture"), resultOf(generation) ?? ""));
   onClick("copy-link", ({ generationId }) => copyText(byId("copy-link"), linkTo(generationId)));
   onClick("large", (generation) => viewer.open(storedPictures(generation), titleOf(generation)));
