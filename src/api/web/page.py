@@ -64,7 +64,7 @@ _ACCEPTED: Final = re.compile(r"([\w-]+)\s*(?:;\s*q=([0-9.]+))?")
 _LANGUAGE: Final = re.compile(r"(?:^|,)\s*([a-z]{2})")
 _IMPORT: Final = re.compile(r'^(?:import|export|\}).* from "\./([\w.-]+)";$', re.MULTILINE)
 _TEXTS: Final = re.compile(r"^const (en|tr) = \{$(.*?)^\};$", re.MULTILINE | re.DOTALL)
-_TEXT: Final = re.compile(r'^  "?([\w ]+)"?:\s+"(.*)",$', re.MULTILINE)
+_TEXT: Final = re.compile(r'^  (\w+):\s+"((?:[^"\\]|\\.)*)"(?=,)', re.MULTILINE)
 _PLACE: Final = re.compile(r'data-(text|placeholder)="(\w+)"([^>]*>)')
 
 
