@@ -3,18 +3,19 @@
 import base64
 import hashlib
 import re
+import subprocess
 from pathlib import Path
 
 import httpx2
 import pytest
 from playwright.async_api import expect
 
-from api.web.page import CDN, FOLDER, policy, render
+from api.web.page import CDN, FOLDER, policy, render, without_comments
 from support.browser import chromium, needs_chromium, tabs
 from support.guarded import guarded
 from support.harness import running
 from support.http_app import assert_problem
-from support.node import needs_client
+from support.node import ROOT, needs_client, needs_node
 
 INDEX = (FOLDER / "index.html").read_text("utf-8")
 
@@ -101,6 +102,24 @@ async def test_the_page_states_whether_a_token_is_required(tmp_path: Path) -> No
         assert 'data-callers="anybody"' in (await service.http.get("/")).text
     async with guarded(tmp_path / "guarded") as service, httpx2.AsyncClient(base_url=service.url) as stranger:
         assert 'data-callers="token"' in (await stranger.get("/")).text
+
+
+@needs_node
+def test_scripts_lose_only_comments_in_the_page(tmp_path: Path) -> None:
+    for script in FOLDER.glob("*.js"):
+        (tmp_path / script.name).write_bytes(without_comments(script.read_bytes()))
+    compare = """
+      import { readFileSync, readdirSync } from "node:fs";
+      import { tokenizer } from "acorn";
+      const [whole, short] = process.argv.slice(-2);
+      const tokens = (folder, name) =>
+        [...tokenizer(readFileSync(`${folder}/${name}`, "utf8"), { ecmaVersion: 2022, sourceType: "module" })]
+          .map(({ type, value }) => [type.label, value?.pattern ?? value]);
+      const same = (name) => JSON.stringify(tokens(whole, name)) === JSON.stringify(tokens(short, name));
+      console.log(readdirSync(short).filter(same).length);"""
+    command = ["node", "--input-type=module", "-e", compare, str(FOLDER), str(tmp_path)]
+    same = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert int(same) == len(list(FOLDER.glob("*.js"))) > 10
 
 
 @needs_chromium

@@ -65,6 +65,8 @@ _LANGUAGE: Final = re.compile(r"(?:^|,)\s*([a-z]{2})")
 _IMPORT: Final = re.compile(r'^(?:import|export|\}).* from "\./([\w.-]+)";$', re.MULTILINE)
 _TEXTS: Final = re.compile(r"^const (en|tr) = \{$(.*?)^\};$", re.MULTILINE | re.DOTALL)
 _TEXT: Final = re.compile(r'^  (\w+):\s+"((?:[^"\\]|\\.)*)"(?=,)', re.MULTILINE)
+#: Of scripts and style sheets: comments that are lines of their own.
+_COMMENT: Final = re.compile(r"^ *(?:/\*(?:[^*]|\*(?!/))*\*/|// .*)\n", re.MULTILINE)
 _PLACE: Final = re.compile(r'data-(text|placeholder)="(\w+)"([^>]*>)')
 
 
@@ -77,13 +79,13 @@ class _File:
     """A file that is sent as a whole: compressed if it is text, and if the client accepts that."""
 
     def __init__(self, data: bytes, media_type: str) -> None:
-        self._data = data
+        self.data = data
         self.media_type = media_type
         self.tag = hashlib.sha256(data).hexdigest()[:16]
 
     def response(self, request: Request, headers: Mapping[str, str]) -> Response:
         """The response to a GET, with these headers and those that follow from the content."""
-        data, tag, coding = self._data, self.tag, self._coding(request)
+        data, tag, coding = self.data, self.tag, self._coding(request)
         headers = {"Vary": "Accept-Encoding", **headers}
         if coding is not None:
             data, tag = _compressed(data, coding), f"{tag}-{coding}"
@@ -124,6 +126,11 @@ def imported_by(module: str) -> list[str]:
         imported = _IMPORT.findall((FOLDER / name).read_text("utf-8"))
         found += [each for each in imported if each not in found]
     return found
+
+
+def without_comments(code: bytes) -> bytes:
+    """A script or style sheet, shorter by a fifth when compressed."""
+    return _COMMENT.sub("", code.decode()).encode()
 
 
 def plain_texts() -> dict[str, dict[str, str]]:
@@ -173,14 +180,17 @@ def install(app: FastAPI, settings: Settings) -> None:
     A path with the version, which is a hash of all files, may be kept for ever. The page uses such paths. The same path
     with another version, which another node may have named, and the path without one have to be revalidated.
     """
-    files = {
-        path.relative_to(FOLDER).as_posix(): _File(path.read_bytes(), _TYPES[path.suffix])
-        for path in sorted(FOLDER.rglob("*"))
-        if path.suffix in _TYPES
+    paths = [path for path in sorted(FOLDER.rglob("*")) if path.suffix in _TYPES]
+    plain = {path.relative_to(FOLDER).as_posix(): _File(path.read_bytes(), _TYPES[path.suffix]) for path in paths}
+    own_client = _CLIENT in plain
+    short = {
+        name: _File(without_comments(file.data), file.media_type)
+        for name, file in plain.items()
+        if name.endswith((".css", ".js")) and name != _CLIENT
     }
+    files = {**plain, **short}
     tags = "".join(name + file.tag for name, file in files.items())
     version = f"v-{hashlib.sha256(tags.encode()).hexdigest()[:16]}"
-    own_client = _CLIENT in files
     index = render(
         (FOLDER / "index.html").read_text("utf-8"),
         guarded=not settings.open_mode,
@@ -209,11 +219,11 @@ def install(app: FastAPI, settings: Settings) -> None:
         path = request.path_params["path"]
         named = _VERSION.match(path)
         name = path[named.end() + 1 :] if named else path
-        file = files.get(name)
+        file = (files if named else plain).get(name)
         if file is None:
             raise HTTPException(404)
         headers = _IMMUTABLE if named and named[0] == version else _REVALIDATED
-        if "range" in request.headers:
+        if "range" in request.headers and file is plain[name]:
             headers = {**headers, "Vary": "Accept-Encoding", "ETag": f'"{file.tag}"'}
             return FileResponse(FOLDER / name, headers=headers, media_type=file.media_type)
         return file.response(request, headers)
