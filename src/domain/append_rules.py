@@ -1,6 +1,5 @@
 """What an append is checked against: one pure function, which every storage calls with what it has read."""
 
-from datetime import datetime
 from typing import NamedTuple
 
 from domain.errors import (
@@ -13,6 +12,7 @@ from domain.errors import (
 )
 from domain.events import with_credit
 from domain.ports.log import Append, IdempotencyRecord
+from domain.ports.system import Clock
 
 
 class Known(NamedTuple):
@@ -46,7 +46,7 @@ class Accepted(NamedTuple):
     reserved: bool
 
 
-def decide(entry: Append, known: Known, *, credits: int | None, now: datetime) -> Accepted | None:
+def decide(entry: Append, known: Known, *, credits: int | None, clock: Clock) -> Accepted | None:
     """Whether the append is accepted; ``None`` if the log already has this event. `credits`: a new user's balance.
 
     Raises in this order:
@@ -56,7 +56,7 @@ def decide(entry: Append, known: Known, *, credits: int | None, now: datetime) -
     start = entry.start
     if known.event_id == entry.event_id:
         return None
-    if entry.not_after is not None and now > entry.not_after:
+    if entry.not_after is not None and clock() > entry.not_after:
         raise LogUnavailable
     if start is not None and known.begun is not None:
         if known.begun.fingerprint != start.fingerprint:

@@ -88,12 +88,13 @@ class EncodedEntry(dict[Encoder[Any], Any]):
         self._quarantine = quarantine
 
     def __missing__(self, encoder: Encoder[Any]) -> Any:
-        self[encoder] = None
+        frame = None
         try:
-            self[encoder] = encoder.event(self.entry, self._cursor)
+            frame = encoder.event(self.entry, self._cursor)
         except Exception as error:
             self._quarantine.put(self.entry.generation_id, FOLLOWER, error)
-        return self[encoder]
+        self[encoder] = frame
+        return frame
 
 
 class _Announcement(NamedTuple):
@@ -300,13 +301,12 @@ class Device(Generic[F]):
             if not self._buffer.offer(frame):
                 return False
             self.sent += 1
-        if encoded.entry.sequence > 1:
+        if self._announcements and encoded.entry.sequence > 1:
             self._drop_announcements(encoded.entry.generation_id)
         return True
 
     def _drop_announcements(self, waits: str) -> None:
-        if self._announcements:
-            self._announcements = [each for each in self._announcements if each.waits != waits]
+        self._announcements = [each for each in self._announcements if each.waits != waits]
 
     def _put_announcements(self) -> None:
         for name, data, _ in self._announcements:

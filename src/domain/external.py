@@ -42,7 +42,7 @@ class ExternalWork:
 
     def __post_init__(self) -> None:
         self._pause = min(_PAUSE, self.deadline / 10)
-        #: When to check each unfinished generation, external or not. The log has the true deadlines.
+        #: When to check each unfinished generation, external or not: no later than its deadline, which the log has.
         self._due: dict[str, datetime] = {}
         self._missed_entries = True
 
@@ -63,10 +63,11 @@ class ExternalWork:
                         await self._check(generation_id)
 
     def _notice(self, entry: Notice) -> None:
-        if isinstance(entry, Gap):
+        if isinstance(entry, Logged) and entry.end is None:
+            if entry.generation_id not in self._due:
+                self._due[entry.generation_id] = self.clock() + timedelta(seconds=self.deadline)
+        elif isinstance(entry, Gap):
             self._missed_entries = True
-        elif isinstance(entry, Logged) and entry.end is None:
-            self._due[entry.generation_id] = self.clock() + timedelta(seconds=self.deadline)
         elif isinstance(entry, Logged | Removed):
             self._due.pop(entry.generation_id, None)
 

@@ -141,12 +141,13 @@ class Generation:
     @property
     def allowed(self) -> tuple[str, ...]:
         """The statuses that may follow, in the order of the table."""
-        return tuple(status for status in FLOWS[self.kind] if self._allows(status, None))
+        ways = ((status, self._via(status)) for status in FLOWS[self.kind])
+        return tuple(status for status, via in ways if via and self._allows(status, via, None))
 
     def check_fields(self, status: str, names: Iterable[str]) -> None:
         """Refuse fields that the table does not declare for an event of this status. Raises as `propose`."""
         via = self._via(status)
-        if via is None or not self._allows(status, None):
+        if via is None or not self._allows(status, via, None):
             raise IllegalTransition(self.status, status, self.allowed)
         declared = {"message", "progress", *FLOWS[self.kind][status].fields, *via.fields}
         for name in names:
@@ -159,7 +160,7 @@ class Generation:
             via = self._via(status)
             if via is None or status in (self.status, FAILED):
                 continue
-            if self._allows(status, self._draft(status, via, "", fields)):
+            if self._allows(status, via, self._draft(status, via, "", fields)):
                 return status
         raise IllegalTransition(self.status, "", self.allowed)
 
@@ -181,7 +182,7 @@ class Generation:
         if "progress" in fields and status != self.status:
             self._check_progress(status, fields["progress"])
         event = self._draft(status, via, timestamp(at), fields)
-        if not self._allows(status, event):
+        if not self._allows(status, via, event):
             guard = GUARDS[via.guard] if via.guard else None
             if guard and guard.field:
                 raise InvalidEventField(self.status, status, self.allowed, guard.field, guard.requirement)
@@ -265,11 +266,8 @@ class Generation:
         """How this status is reached from the present one. ``None``: there is no such move."""
         return _via(self.kind, self.status, status) if status in FLOWS[self.kind] else None
 
-    def _allows(self, status: str, event: Event | None) -> bool:
+    def _allows(self, status: str, via: Via, event: Event | None) -> bool:
         """Whether the machine makes this move with this event."""
-        via = self._via(status)
-        if via is None:
-            return False
         guards = via.guard is None or getattr(self, via.guard)(event)
         return _allows(self.kind, self.status, status, guards)
 
@@ -284,12 +282,12 @@ class Generation:
 
     def _draft(self, status: str, via: Via, occurred_at: str, fields: Mapping[str, Any]) -> Event:
         stage = FLOWS[self.kind][status]
-        known = {name: self.outcome[name] for name in stage.fields + via.fields if name in self.outcome}
+        names = (*stage.fields, *via.fields)
         return validated(
             {
                 "progress": self.progress if stage.progress is None else stage.progress,
                 "message": via.message or stage.message,
-                **known,
+                **{name: value for name, value in self.outcome.items() if name in names},
                 **fields,
                 "generation_id": self.generation_id,
                 "kind": self.kind,

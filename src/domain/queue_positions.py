@@ -49,15 +49,13 @@ class QueuePositions:
                 await asyncio.sleep(_PAUSE)
 
     def _notice(self, notice: Notice) -> None:
-        match notice:
-            case Gap():
-                self._missed_entries = True
-            case Logged(user_id=user_id, generation_id=generation_id, sequence=1):
-                self._waiting[generation_id] = _Waiting(user_id)
-            case Logged(generation_id=generation_id, sequence=2) if generation_id not in self._waiting:
-                self._begun.add(generation_id)
-            case Logged(generation_id=generation_id):
-                self._waiting.pop(generation_id, None)
+        if isinstance(notice, Logged):
+            if notice.sequence == 1:
+                self._waiting[notice.generation_id] = _Waiting(notice.user_id)
+            elif notice.sequence == 2 and self._waiting.pop(notice.generation_id, None) is None:
+                self._begun.add(notice.generation_id)
+        elif isinstance(notice, Gap):
+            self._missed_entries = True
 
     async def _read_log(self) -> None:
         self._missed_entries = False

@@ -147,16 +147,17 @@ class Recorder:
         if images:
             fields = {**fields, **{field: self._image_url(name) for field, name in images.items()}}
         event, after = generation.propose(status, at, images, **fields)
+        stage = FLOWS[generation.kind][status]
         append = Append(
-            user_id=generation.user_id,
-            generation_id=generation.generation_id,
-            sequence=event.sequence,
-            event_id=self._entropy.event_id() if event_id is None else event_id,
-            event=encode(event),
-            name=event_name(status),
-            at=at,
-            credit=FLOWS[generation.kind][status].credit,
-            terminal=after.finished,
+            generation.user_id,
+            generation.generation_id,
+            event.sequence,
+            self._entropy.event_id() if event_id is None else event_id,
+            encode(event),
+            event_name(status),
+            at,
+            stage.credit,
+            stage.terminal,
             images={field: name for field, name in after.images.items() if getattr(event, field) is not None},
             **rest,
         )

@@ -63,18 +63,18 @@ def test_an_append_is_refused_for_the_first_fault_of_the_order(faults: set[str])
     entry, known = start_with(faults)
     if not faults:
         accepted = Accepted(b'{,"credit":0}', 0, reserved=True)
-        assert decide(entry, known, credits=100, now=LATE) == accepted
+        assert decide(entry, known, credits=100, clock=lambda: LATE) == accepted
         return
     first = next(expected for fault, expected in FAULTS.items() if fault in faults)
     with pytest.raises(first):
-        decide(entry, known, credits=100, now=LATE)
+        decide(entry, known, credits=100, clock=lambda: LATE)
 
 
 @given(faults=st.sets(st.sampled_from(list(FAULTS))))
 @PROPERTY
 def test_an_event_that_the_log_has_is_found_again_whatever_else_is_wrong(faults: set[str]) -> None:
     entry, known = start_with(faults)
-    assert decide(entry, known._replace(event_id=7), credits=100, now=LATE) is None
+    assert decide(entry, known._replace(event_id=7), credits=100, clock=lambda: LATE) is None
 
 
 @given(
@@ -96,9 +96,9 @@ def test_a_balance_changes_only_where_the_start_took_a_credit_and_never_falls_be
     after = before if before is None or change is None or not counts else before + change
     if after is not None and after < 0:
         with pytest.raises(InsufficientCredit):
-            decide(entry, known, credits=credits, now=NOON)
+            decide(entry, known, credits=credits, clock=lambda: NOON)
         return
-    accepted = decide(entry, known, credits=credits, now=NOON)
+    accepted = decide(entry, known, credits=credits, clock=lambda: NOON)
     assert accepted is not None
     assert (accepted.credit, accepted.reserved) == (after, counts)
     shown = change is not None and credits is not None

@@ -33,9 +33,9 @@ def parsed(data: bytes) -> Frame:
 
 @pytest.mark.parametrize("size", [1, 125, 126, 65_535, 65_536])
 def test_a_frame_is_one_unmasked_websocket_message_with_the_packet(size: int) -> None:
-    packet = "4" + "x" * (size - 1)
-    assert parsed(frame(packet)) == Frame(Opcode.TEXT, packet.encode())
-    assert packet_in(frame(packet)) == packet.encode()
+    packet = b"4" + b"x" * (size - 1)
+    assert parsed(frame(packet)) == Frame(Opcode.TEXT, packet)
+    assert packet_in(frame(packet)) == packet
 
 
 def test_both_forms_of_an_event_have_its_bytes_and_its_cursor() -> None:
@@ -100,7 +100,7 @@ async def test_frames_put_while_a_client_is_closed_are_followed_by_the_close(tmp
         connection = await service.raw()
         [socket] = service.service.sockets.eio.sockets.values()
         await service.until(lambda: socket.buffer.write is not None)
-        socket.buffer.put(frame('42["last",{}]'))
+        socket.buffer.put(frame(b'42["last",{}]'))
         socket.close()
         assert await connection.recv() == '42["last",{}]'
         with pytest.raises(websockets.ConnectionClosedOK):

@@ -93,7 +93,7 @@ async def test_the_database_decides_as_the_domain_does(decider: asyncpg.Connecti
             event = with_credit(entry.event, row["credit"]) if row["shows_credit"] else entry.event
             decided = Accepted(event, row["credit"], row["reserved"])
         try:
-            expected: object = decide(entry, known, credits=credits, now=clock())
+            expected: object = decide(entry, known, credits=credits, clock=clock)
         except Refusal as refusal:
             expected = type(refusal)
         assert decided == expected, (entry, known, credits)

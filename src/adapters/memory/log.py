@@ -180,7 +180,7 @@ class MemoryLog:
     async def append(self, entry: Append) -> Logged:
         user = self._users.get(entry.user_id) or self._new_user(entry.user_id)
         record = self._records.get(entry.generation_id)
-        accepted = decide(entry, self._known(entry, user, record), credits=self._credits, now=self._clock())
+        accepted = decide(entry, self._known(entry, user, record), credits=self._credits, clock=self._clock)
         if accepted is None:
             assert record is not None
             return record.entry(entry.sequence - 1, record.json()[entry.sequence - 1])
@@ -195,12 +195,12 @@ class MemoryLog:
             if entry.start.key is not None:
                 user.keys[entry.start.key] = entry.generation_id
         user.feed.append(record)
-        index = entry.sequence - 1
-        if entry.images != record.images_at(index):
+        position, index = user.head, entry.sequence - 1
+        if (entry.images or record.images) and entry.images != record.images_at(index):
             record.images += ((index, *chain(*entry.images.items())),)
         events = record.json()
         events.append(accepted.event)
-        record.places.extend((user.head, entry.event_id))
+        record.places.extend((position, entry.event_id))
         record.free = entry.free
         if entry.terminal:
             record.ended_at, record.end_name = entry.at, entry.name
@@ -210,7 +210,7 @@ class MemoryLog:
             if self._outbox:
                 self._undelivered[entry.generation_id] = record
         logged = Logged(
-            entry.user_id, user.head, entry.event_id, entry.generation_id, entry.sequence, entry.name, accepted.event,
+            entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence, entry.name, accepted.event,
             record.first, record.end, entry.images,
         )  # fmt: skip
         self._followers.deliver(logged)
@@ -380,14 +380,14 @@ class MemoryLog:
         begun = user.keys.get(entry.start.key) if entry.start else None
         sequence = len(record.places) // 2 if record else 0
         return Known(
-            exists=known is not None,
-            ended=known is not None and known.ended_at is not None,
-            sequence=sequence,
-            event_id=record.places[2 * entry.sequence - 1] if record and 0 < entry.sequence <= sequence else None,
-            begun=IdempotencyRecord(begun, self._records[begun].start.fingerprint) if begun else None,
-            unfinished=len(user.active),
-            credit=user.credit if self._credits is not None else None,
-            reserved=self._credits is not None,
+            known is not None,
+            known is not None and known.ended_at is not None,
+            sequence,
+            record.places[2 * entry.sequence - 1] if record and 0 < entry.sequence <= sequence else None,
+            IdempotencyRecord(begun, self._records[begun].start.fingerprint) if begun else None,
+            len(user.active),
+            user.credit if self._credits is not None else None,
+            self._credits is not None,
         )
 
     def _new_user(self, user_id: str) -> _User:

@@ -173,7 +173,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             "pingInterval": int(self.ping_interval * 1000),
             "maxPayload": self.max_http_buffer_size,
         }
-        socket.buffer.put(frame(Packet(OPEN, opening).encode()))
+        socket.buffer.put(frame(Packet(OPEN, opening).encode().encode()))
         return socket
 
     def _add(self, sid: str) -> EngineSocket:

@@ -11,18 +11,15 @@ from socketio import packet as wire
 
 from domain.feed import Logged
 
-_FINAL_TEXT: Final = 0x81
 
-
-def frame(packet: str) -> bytes:
+def frame(packet: bytes) -> bytes:
     """The frame with this Engine.IO packet (RFC 6455, section 5.2: final, text, not masked)."""
-    payload = packet.encode()
-    size = len(payload)
+    size = len(packet)
     if size < 126:
-        return b"%c%c%b" % (_FINAL_TEXT, size, payload)
+        return b"\x81%c%b" % (size, packet)
     if size < 1 << 16:
-        return b"%c\x7e%b%b" % (_FINAL_TEXT, size.to_bytes(2), payload)
-    return b"%c\x7f%b%b" % (_FINAL_TEXT, size.to_bytes(8), payload)
+        return b"\x81\x7e%b%b" % (size.to_bytes(2), packet)
+    return b"\x81\x7f%b%b" % (size.to_bytes(8), packet)
 
 
 def packet_in(frame: bytes) -> bytes:
@@ -31,7 +28,7 @@ def packet_in(frame: bytes) -> bytes:
 
 
 def _control(kind: int) -> bytes:
-    return frame(engine.Packet(kind).encode())
+    return frame(engine.Packet(kind).encode().encode())
 
 
 PING: Final = _control(engine.PING)
@@ -40,21 +37,23 @@ NOOP: Final = _control(engine.NOOP)
 
 class _Announcements:
     def announcement(self, name: str, data: bytes) -> bytes:
-        return frame(f'42["{name}",{data.decode()}]')
+        return frame(b'42["%b",%b]' % (name.encode(), data))
 
 
 class _CursorAsArgument(_Announcements):
     """The cursor is a last argument of the event: clients that recover remember it."""
 
     def event(self, entry: Logged, cursor: str) -> bytes:
-        return frame(f'42["{entry.name}",{_json(entry)},"{cursor}"]')
+        assert entry.event is not None
+        return frame(b'42["%b",%b,"%b"]' % (entry.name.encode(), entry.event, cursor.encode()))
 
 
 class _CursorAsKey(_Announcements):
     """The cursor is a key of the event: for handlers that take exactly one argument."""
 
     def event(self, entry: Logged, cursor: str) -> bytes:
-        return frame(f'42["{entry.name}",{_json(entry)[:-1]},"cursor":"{cursor}"}}]')
+        assert entry.event is not None
+        return frame(b'42["%b",%b,"cursor":"%b"}]' % (entry.name.encode(), entry.event[:-1], cursor.encode()))
 
 
 CURSOR_AS_ARGUMENT: Final = _CursorAsArgument()
@@ -63,7 +62,7 @@ CURSOR_AS_KEY: Final = _CursorAsKey()
 
 def message(packet: wire.Packet) -> bytes:
     """The frame with this Socket.IO packet."""
-    return frame(engine.Packet(engine.MESSAGE, packet.encode()).encode())
+    return frame(engine.Packet(engine.MESSAGE, packet.encode()).encode().encode())
 
 
 def parse(data: object) -> wire.Packet:
@@ -71,8 +70,3 @@ def parse(data: object) -> wire.Packet:
     if not isinstance(data, str) or not data:
         raise ValueError
     return wire.Packet(encoded_packet=data)
-
-
-def _json(entry: Logged) -> str:
-    assert entry.event is not None
-    return entry.event.decode()

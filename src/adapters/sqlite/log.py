@@ -257,7 +257,7 @@ class SqliteLog:
         known = Known._make(state)
         if start is not None and start.key is not None:
             known = known._replace(begun=_begun(connection, entry.user_id, start.key))
-        accepted = decide(entry, known, credits=self._credits, now=self._clock())
+        accepted = decide(entry, known, credits=self._credits, clock=self._clock)
         if accepted is None:
             where = "WHERE events.generation = ? AND events.sequence = ?"
             row = connection.execute(f"{queries.ENTRIES} {where}", (generation, entry.sequence)).fetchone()
