@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from adapters import DESCRIPTOR
 from adapters.realtime import socketio_server
 from adapters.serving.connection_table import ClientLimit, ConnectionTable
 from adapters.system import descriptors
@@ -111,6 +112,36 @@ async def test_an_upload_takes_two_descriptors_until_it_is_answered() -> None:
         assert await closed(third)
         assert not await closed(first)
         assert not await closed(second)
+
+
+@pytest.mark.parametrize("upgrade", [False, True])
+async def test_a_connection_that_is_opened_for_a_request_takes_a_descriptor_until_it_is_closed(upgrade: bool) -> None:
+    opened, closing = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/pass-on":
+            with scope["extensions"][DESCRIPTOR]():
+                opened.set()
+                await closing.wait()
+            opened.clear()
+        await patient(scope, receive, send)
+
+    async with serving(app, table=ConnectionTable(100, descriptors=3)) as port, client(port) as idle:
+        websocket = (
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+        )
+        async with client(port, b"pass-on") if not upgrade else client(port) as passing:
+            if upgrade:
+                passing.writer.write((REQUEST % b"pass-on")[:-2] + websocket + b"Connection: Upgrade\r\n\r\n")
+            await asyncio.wait_for(opened.wait(), TIMEOUT)
+            assert not await closed(idle)
+            async with client(port, b"done") as newcomer:
+                assert await answered(newcomer)
+                assert await closed(idle)
+                closing.set()
+                async with client(port, b"done") as another:
+                    assert await answered(another)
+                    assert not await closed(newcomer)
 
 
 async def test_an_upload_no_longer_counts_once_it_is_answered_even_if_its_end_is_awaited() -> None:

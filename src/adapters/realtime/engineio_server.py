@@ -3,6 +3,7 @@
 python-engineio brings the packets, their encoding and the table of sessions.
 """
 
+import contextlib
 import logging
 import urllib.parse
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from adapters import DESCRIPTOR
 from adapters.realtime.engineio_socket import SEPARATOR, EngineSocket, accept, close
 from adapters.realtime.frames import frame, packet_in
 from adapters.realtime.peers import FORWARDED, WEBSOCKET, Peers, Unreachable
@@ -139,12 +141,16 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
         self, peers: Peers, method: str, sid: str, tag: str, scope: Scope, receive: Receive, send: Send
     ) -> Response | None:
         """The response of the node that the session's id names."""
+        connection = scope.get("extensions", {}).get(DESCRIPTOR, contextlib.nullcontext)
         try:
             if method != WEBSOCKET:
-                status, answer = await peers.ask(method, sid, tag, await self._body(scope, receive))
+                body = await self._body(scope, receive)
+                with connection():
+                    status, answer = await peers.ask(method, sid, tag, body)
                 return _plain(answer) if status == 200 else Response(answer, 400, media_type="application/json")
             await receive()
-            held = await peers.relay(sid, partial(accept, scope, send), receive, send)
+            with connection():
+                held = await peers.relay(sid, partial(accept, scope, send), receive, send)
         except Unreachable:
             return _unknown()
         if held is None:

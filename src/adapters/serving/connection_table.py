@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from itertools import islice
@@ -34,7 +35,8 @@ class ConnectionTable:
     ) -> None:
         """`most`: in all. `per_address` applies to the clients behind `proxies`, not to those. ``None``: no limit.
 
-        `descriptors`: how many the connections may use in all; one that uploads needs another for a temporary file.
+        `descriptors`: how many the connections may use in all; one that uploads needs another for a temporary file,
+        and one whose request another node answers, for the connection to that node.
         """
         self._most, self._per_address, self._descriptors = (
             math.inf if limit is None else limit for limit in (most, per_address, descriptors)
@@ -55,6 +57,15 @@ class ConnectionTable:
         if transport in self._addresses:
             self._uploads.add(transport)
             self._make_room()
+
+    @contextmanager
+    def descriptor(self, transport: asyncio.Transport) -> Iterator[None]:
+        """Count another connection, which is opened for a request on this transport."""
+        self.count_upload(transport)
+        try:
+            yield
+        finally:
+            self.end_upload(transport)
 
     def end_upload(self, transport: asyncio.Transport) -> None:
         """The request has been answered."""

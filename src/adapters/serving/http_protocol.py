@@ -13,7 +13,7 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from adapters import TRANSPORT
+from adapters import DESCRIPTOR, TRANSPORT
 from adapters.serving.connection_table import ATTRIBUTE, ConnectionTable
 
 logger = logging.getLogger(__name__)
@@ -213,6 +213,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Called by uvicorn for each request."""
         attribute = partial(self._table.attribute, self.transport)
         extensions: dict[str, Any] = {ATTRIBUTE: attribute, TRANSPORT: self.transport}
+        extensions[DESCRIPTOR] = partial(self._table.descriptor, self.transport)
         cycle.scope["extensions"] = extensions
         super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
 

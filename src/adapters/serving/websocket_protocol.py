@@ -9,7 +9,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Response
 
-from adapters import TRANSPORT, WRITE_FRAME
+from adapters import DESCRIPTOR, TRANSPORT, WRITE_FRAME
 from adapters.serving.connection_table import ATTRIBUTE, ConnectionTable
 from adapters.serving.http_protocol import problem
 
@@ -66,6 +66,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self.handshake_initiated and not self.handshake_complete:
             extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
             ours = {TRANSPORT: self.transport, ATTRIBUTE: partial(self._table.attribute, self.transport)}
+            ours[DESCRIPTOR] = partial(self._table.descriptor, self.transport)
             if not self.conn.extensions:  # Compressed frames differ from one WebSocket to another.
                 extensions[WRITE_FRAME] = self._write_frame
             self.scope["extensions"] = extensions | ours
