@@ -13,7 +13,7 @@ from benchmarks import peers, report
 from benchmarks.measuring import FULL, QUICK, ROOT, SMOKE, BenchmarkError, Row, cores
 
 #: In the order in which they are run; each is a module with a function `run`.
-NAMES: Final = ("fanout", "connections", "requests", "composing", "storage", "overload")
+NAMES: Final = ("fanout", "connections", "requests", "composing", "storage", "nodes", "overload")
 DOCUMENT: Final = ROOT / "docs" / "performance.md"
 
 

@@ -137,12 +137,24 @@ class Process:
 
     def ask(self, command: str, seconds: float) -> dict[str, Any]:
         """Send the command and return the answer. Raises `BenchmarkError`."""
+        self.tell(command)
+        return self.answer(seconds)
+
+    def tell(self, command: str) -> None:
+        """Send the command. Raises `BenchmarkError`."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{command}\n")
         except BrokenPipeError:
             raise self.failed(f"it ended before {command!r}") from None
-        return self.answer(seconds)
+
+    def end(self, seconds: float) -> None:
+        """End its stdin, and wait so long for it to end by itself."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.stdin = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
 
     def answer(self, seconds: float) -> dict[str, Any]:
         """Its next line. Raises `BenchmarkError`."""

@@ -88,6 +88,11 @@ class Crowd:
         events = [event for owner in self.owners for event in owner.phone.events if event["generationId"] in own]
         return {event["code"] for event in events if event["status"] == "failed"}
 
+    def check_codes(self, *expected: str) -> None:
+        """Generations have failed for these reasons only."""
+        lines = [line for node in self.cluster.nodes for line in node.life.logged if " generation" in line]
+        assert self.codes() <= {"cancelled", *expected}, "\n".join([str(self.codes()), *lines[-50:]])
+
     def count(self, code: str) -> int:
         """How many generations have failed so."""
         return sum(event.get("code") == code for owner in self.owners for event in owner.phone.events)
@@ -185,7 +190,7 @@ async def stopped_nodes(trial: Trial, rounds: int, users: int) -> None:
                 await cluster.stop(fourth)
                 cluster.nodes.remove(fourth)
         crowd.report(trial)
-        assert crowd.codes() <= {"cancelled"}, crowd.codes()
+        crowd.check_codes()
         _check_words(cluster.logged, trial.folder)
     trial.report("stops", 2 * rounds)
 
@@ -243,7 +248,7 @@ async def killed_database(trial: Trial, kills: int, users: int, away: float) -> 
                 await crowd.cluster.reconnect()
                 await crowd.cluster.check_log(CREDITS)
         crowd.report(trial)
-        assert crowd.codes() <= {"cancelled"}, "an outage has ended work"
+        crowd.check_codes()
     trial.report("kills", kills)
     trial.report("ready again after, median", statistics.median(back), "s")
     trial.at_most("ready again after", max(back), 5, "s", time=True)
@@ -303,7 +308,7 @@ async def silent_link(trial: Trial, seconds: float, users: int, rounds: Sequence
                 _resume(links)
                 trial.at_most(f"{name}ready again after", await crowd.cluster.until_ready(), 5, "s", time=True)
         crowd.report(trial)
-        assert crowd.codes() <= {"cancelled", "interrupted"}
+        crowd.check_codes("interrupted")
 
 
 # --- M8 ----------------------------------------------------------------------------------------------------
@@ -331,7 +336,7 @@ async def promoted_standby(trial: Trial, rounds: int, users: int) -> None:
                 await crowd.cluster.reconnect()
                 await crowd.cluster.check_log(CREDITS)
         crowd.report(trial)
-        assert crowd.codes() <= {"cancelled"}, crowd.codes()
+        crowd.check_codes()
     trial.report("promotions", rounds)
     trial.at_most("ready again after", max(back), 10, "s", time=True)
 
@@ -377,5 +382,5 @@ async def two_versions(trial: Trial, users: int, seconds: float) -> None:
             await cluster.start(cluster.nodes[0])  # A node of the present version starts on the next schema.
             await asyncio.sleep(seconds)
         crowd.report(trial)
-        assert crowd.codes() <= {"cancelled"}, crowd.codes()
+        crowd.check_codes()
         _check_words(cluster.logged, trial.folder)

@@ -74,11 +74,18 @@ def test_a_server_that_fails_is_named_with_its_reason(program: str, message: str
 
 @pytest.mark.long
 @pytest.mark.skipif(not PEERS.exists(), reason="`make bench-quick` has not installed the peers")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_benchmark_runs() -> None:
     command = [sys.executable, "-m", "benchmarks", "--smoke"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not done" not in done.stdout
-    for figure in ("append → sockets", "memory per idle socket", "start without images", "SQLite log", "overloaded"):
+    for figure in (
+        "append → sockets",
+        "memory per idle socket",
+        "start without images",
+        "SQLite log",
+        "PostgreSQL log",
+        "overloaded",
+    ):
         assert figure in done.stdout
