@@ -8,10 +8,11 @@ from typing import Any
 import asyncpg
 import pytest
 
+from adapters.postgres import leases as postgres_leases
 from adapters.postgres import nodes as postgres_nodes
-from domain.errors import LogUnavailable
+from domain.errors import Conflict, LogUnavailable
 from domain.ports.storage import Storage
-from support.builders import EventRecorder, SteppableClock
+from support.builders import CountedEntropy, EventRecorder, SteppableClock
 from support.postgres import fresh_database, open_node
 
 
@@ -266,3 +267,63 @@ async def test_an_outage_of_the_database_ends_no_node_and_a_death_ends_one(
             while nodes.others:
                 await asyncio.sleep(0.05)
         assert await nodes.address(there.id) is None
+
+
+async def test_a_claim_that_postgres_has_lost_is_not_handed_out_twice_on_its_node(url: str) -> None:
+    async with open_node(url) as here, open_node(url) as there:
+        for fetching in (True, False):
+            await here.leases.offer("ada", "a1", fetching=fetching)
+            assert await here.leases.claim(fetching=fetching) == "a1"
+        connection = await asyncpg.connect(url)
+        # As after a crash, which loses the last commits that nobody had to wait for.
+        await connection.execute("UPDATE stagecast.leases SET waiting = true, holder = NULL")
+        again = [asyncio.create_task(here.leases.claim()) for _ in range(2)]
+        await here.leases.offer("bob", "b1")
+        async with asyncio.timeout(20):
+            done, waiting = await asyncio.wait(again, return_when=asyncio.FIRST_COMPLETED)
+        assert {each.result() for each in done} == {"b1"}
+        assert await here.leases.renew(["a1", "b1"]) == []
+        await here.leases.release("a1")
+        assert await there.leases.count() == (0, 1)
+        for each in waiting:
+            each.cancel()
+        await connection.close()
+
+
+async def test_what_a_node_holds_without_knowing_it_goes_back_into_the_line(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_leases, "_LOST_AFTER", 0.2)
+    async with open_node(url) as here, open_node(url) as there:
+        log: Any = here.log
+        await here.leases.offer("ada", "a1")
+        connection = await asyncpg.connect(url)
+        # The answer to this claim is lost.
+        await connection.execute("SELECT stagecast.claim_v1($1, false, 1, 2)", log._nodes.id)
+        await connection.close()
+        claimed = asyncio.create_task(there.leases.claim())
+        async with asyncio.timeout(20):
+            while not claimed.done():
+                await here.leases.renew([])
+                await asyncio.sleep(0.05)
+        assert await claimed == "a1"
+        assert await here.leases.renew(["a1"]) == ["a1"]
+
+
+async def test_of_fifty_appends_with_one_sequence_from_three_nodes_one_wins(url: str) -> None:
+    async with open_node(url) as one, open_node(url) as two, open_node(url) as three:
+        nodes: Any = [one, two, three]
+        begun = await recorder(one).start("ada")
+        recorders = [
+            EventRecorder(node.log, SteppableClock(), CountedEntropy(1_000 * number))
+            for number, node in enumerate(nodes, 1)
+        ]
+        outcomes = await asyncio.gather(
+            *(recorders[number % 3].move(begun, "failed") for number in range(50)), return_exceptions=True
+        )
+        conflicts = [each for each in outcomes if isinstance(each, Conflict)]
+        assert len(conflicts) == 49
+        assert {await node.ledger.credit("ada") for node in nodes} == {100}
+        history = await two.log.generation(begun.generation_id)
+        assert history is not None
+        assert [entry.sequence for entry in history.events] == [1, 2]

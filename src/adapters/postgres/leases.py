@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from adapters.postgres.database import Database
+from adapters.postgres.database import TIMEOUT, Database
 from adapters.postgres.nodes import Nodes
 from adapters.postgres.tail import CHANNEL, Tail
 from domain.errors import LogUnavailable
@@ -17,6 +17,8 @@ _FETCHING_PER_USER: Final = 2
 #: Seconds between two claims, if nothing is heard of a line, and after a database that did not answer.
 _CLAIM_EVERY: Final = 0.5
 _AGAIN: Final = 0.2
+#: Seconds after which the answer to a claim has been lost, and its connection with it.
+_LOST_AFTER: Final = 2 * TIMEOUT
 #: Seconds for which counts and positions are good enough.
 _SEEN_FOR: Final = 1.0
 
@@ -52,8 +54,10 @@ class PostgresLeases:
         self._work, self._fetches = _Line(), _Line()
         tail.on_work.append(self._wake)
         self._draining = False
-        #: Held by this node.
-        self._held: set[str] = set()
+        #: Held by this node, and whether that is for fetching.
+        self._held: dict[str, bool] = {}
+        #: Held by this node in the database only, and since when: the answer to a claim was lost.
+        self._unknown: dict[str, float] = {}
         self._released = asyncio.Event()
         #: Not held any more, but the database did not answer.
         self._to_release: set[str] = set()
@@ -116,13 +120,17 @@ class PostgresLeases:
     async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
         for generation_id in self._to_release - set(generation_ids):
             await self.release(generation_id)
-        query = "SELECT generation_id FROM stagecast.leases WHERE holder = $1 AND generation_id = ANY ($2)"
-        rows = await self._database.fetch(query, self._nodes.id, list(generation_ids)) if generation_ids else ()
-        held = {row["generation_id"] for row in rows}
+        query = "SELECT generation_id FROM stagecast.leases WHERE holder = $1"
+        held = {row["generation_id"] for row in await self._database.fetch(query, self._nodes.id)}
+        now = asyncio.get_running_loop().time()
+        self._unknown = {each: self._unknown.get(each, now) for each in held - self._held.keys() - self._to_release}
+        for generation_id, since in self._unknown.items():
+            if now - since > _LOST_AFTER:
+                self._put_back(generation_id)
         return [generation_id for generation_id in generation_ids if generation_id not in held]
 
     async def release(self, generation_id: str) -> None:
-        self._held.discard(generation_id)
+        self._held.pop(generation_id, None)
         self._released.set()
         self._to_release.add(generation_id)
         # If the database does not answer: before the next renewal, or with the end of this node.
@@ -165,7 +173,10 @@ class PostgresLeases:
                     await asyncio.sleep(_AGAIN)
                     continue
                 for row in rows:
-                    self._hand_out(line, row["id"])
+                    # A claim may be lost with PostgreSQL, but not to this node: then it is claimed again.
+                    if self._held.get(row["id"]) not in (False, fetching):
+                        self._held[row["id"]] = fetching
+                        self._hand_out(line, row["id"])
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLAIM_EVERY if line.claims else None):
                     await line.changed.wait()
@@ -173,13 +184,15 @@ class PostgresLeases:
     def _hand_out(self, line: _Line, generation_id: str) -> None:
         """Give a generation that this node holds to the next claim."""
         self._changed()
-        self._held.add(generation_id)
         while line.claims:
             claim = line.claims.popleft()
             if not claim.done():
                 claim.set_result(generation_id)
                 return
         # Everybody who waited for it has gone: it goes back into its place in the line.
-        self._held.discard(generation_id)
+        del self._held[generation_id]
+        self._put_back(generation_id)
+
+    def _put_back(self, generation_id: str) -> None:
         query = "UPDATE stagecast.leases SET waiting = true, holder = NULL WHERE generation_id = $1 AND holder = $2"
         self._database.start(query, generation_id, self._nodes.id)
