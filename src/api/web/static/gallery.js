@@ -6,7 +6,7 @@
  *
  * @typedef {import("./stagecast.js").Generation} Generation
  * @typedef {import("./connection.js").Stagecast} Stagecast
- * @typedef {{root: HTMLElement, part: (selector: string) => any, rendered?: Generation}} Tile
+ * @typedef {{root: HTMLElement, part: (selector: string) => any, rendered?: Generation, current?: boolean}} Tile
  */
 
 import { byId, cloneTemplate, setChildren, setImage, setText } from "./dom.js";
@@ -101,9 +101,10 @@ export function render(stagecast, force = false) {
   const found = filter.set ? finished.filter(filter.accepts) : finished;
   const current = selected(stagecast);
   const shown = found.slice(0, limit).map((generation) => {
-    const { root, part } = renderTile(generation, force);
-    part("a").setAttribute("aria-current", String(generation === current));
-    return root;
+    const tile = renderTile(generation, force);
+    const isCurrent = generation === current;
+    if (tile.current !== isCurrent) tile.part("a").setAttribute("aria-current", String((tile.current = isCurrent)));
+    return tile.root;
   });
   setChildren(byId("history").querySelector("ul"), shown);
   byId("history").hidden = !finished.length;

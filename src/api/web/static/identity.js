@@ -81,9 +81,11 @@ export function init(switchUser) {
     switchUser({ userId });
   });
   byId("user-button").addEventListener("click", () => togglePanel(byId("user-panel").hidden));
-  document.addEventListener("click", ({ target }) => {
-    if (!(/** @type {Element} */ (target).closest("#user-panel, #user-button"))) togglePanel(false);
-  });
+  for (const name of ["click", "focusin"]) {
+    document.addEventListener(name, ({ target }) => {
+      if (!(/** @type {Element} */ (target).closest("#user-panel, #user-button"))) togglePanel(false);
+    });
+  }
   document.addEventListener("keydown", ({ key }) => {
     if (key !== "Escape" || byId("user-panel").hidden) return;
     togglePanel(false);
