@@ -78,6 +78,14 @@ async def test_a_dead_connection_is_replaced_after(browser: Browser, service: Ru
         await expect(tab["#notice"]).to_contain_text("Back: 2 events you missed.")
 
 
+async def test_a_dead_connection_is_replaced_when_the_page_is_used(browser: Browser, service: Running) -> None:
+    async with half_open(browser, service, "used") as (tab, _):
+        await tab.is_connected("live")
+        await tab.page.mouse.move(300, 300)
+        await tab.shows("completed", "used")
+        await expect(tab["#notice"]).to_contain_text("Back: 2 events you missed.")
+
+
 @pytest.mark.parametrize("how", ["Socket.IO", pytest.param("HTTP", marks=pytest.mark.long)])
 async def test_a_dead_network_is_detected_without_a_websocket_too(browser: Browser, service: Running, how: str) -> None:
     async with half_open(browser, service, how, POLLING[how]) as (tab, proxy):

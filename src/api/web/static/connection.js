@@ -17,6 +17,16 @@ let cut = false;
 let pollingDismissed = false;
 /** Hides the notice after a while. @type {any} */
 let hideTimer;
+/** When the connection was checked last because the page was used, and the timer of the next check. */
+let [checkedAt, nextCheck] = [0, /** @type {any} */ (undefined)];
+
+/** Has the client module check a connection that may have died without a close, every two seconds at most. */
+function check(/** @type {Stagecast} */ stagecast) {
+  nextCheck ??= setTimeout(() => {
+    [checkedAt, nextCheck] = [Date.now(), undefined];
+    if (stagecast.state === "live") document.dispatchEvent(new Event("resume"));
+  }, checkedAt + 2_000 - Date.now());
+}
 
 /** @param {import("./stagecast.js").State} state @returns {Notice | undefined} */
 function noticeFor(state) {
@@ -79,6 +89,10 @@ export function init(stagecast) {
     stagecast.cut();
     render(stagecast);
   });
+  // Whoever uses the page soon sees whether it is still connected.
+  for (const name of ["pointerdown", "pointermove", "wheel", "keydown"]) {
+    addEventListener(name, () => check(stagecast), { passive: true });
+  }
   stagecast.on("state", (state) => {
     if (state === "live" || state === "polling" || state === "connecting") cut = false;
     if (state === "offline" || state === "connecting") backNotice = undefined;
