@@ -68,6 +68,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.streams = service.streams
     http.state.stage_times = service.stage_times
     http.state.readiness = service.readiness
+    http.state.overview = service.overview
     http.state.metrics = partial(metrics.render, service)
     http.state.authenticator = service.authenticator
     page.install(http, settings)

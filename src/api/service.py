@@ -18,6 +18,7 @@ from domain.errors import Failure, LogUnavailable
 from domain.external import ExternalWork
 from domain.feed_sessions import FeedSessions
 from domain.housekeeping import Housekeeping
+from domain.overview import Overview
 from domain.quarantine import Quarantine
 from domain.queue_positions import QueuePositions
 from domain.readiness import FOLLOWER, IMAGES, LOG, Readiness, why_not_ready
@@ -114,6 +115,9 @@ class Service:
         )
         self.sockets = parts.socket_server(sockets)
         self.streams = EventStreams(self.hub, self.clock)
+        self.overview = Overview(
+            storage.overview, self.leases, storage.nodes, self.workflow, self.clock, self._count_clients
+        )
         self._housekeeping = Housekeeping(self.log, storage.retention, self.images)
         self._readiness = Readiness(
             self.supervisor,
@@ -207,6 +211,9 @@ class Service:
         await self.leases.drain()
         if not self.leases.shared:
             await self.external.idle()
+
+    def _count_clients(self) -> tuple[int, int]:
+        return len(self.sockets.eio.sockets), len(self.streams.open)
 
     async def readiness(self) -> tuple[str | None, dict[str, str]]:
         """The code of the reason why no start is accepted, if there is one, and the state of each part."""

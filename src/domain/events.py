@@ -4,6 +4,7 @@ Its JSON is made once, by `encode`; the same bytes are stored and sent. Only the
 ``credit`` is the last key, which the log adds to the bytes with `with_credit`.
 """
 
+import contextlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Final
@@ -126,6 +127,13 @@ def with_credit(encoded: bytes, credit: int) -> bytes:
 def decode(encoded: bytes) -> Event:
     """The event with this stored JSON. Keys that a later version added are ignored. Raises `ValueError`."""
     return Event.model_validate_json(encoded, extra="ignore")
+
+
+def failure_code(name: str, encoded: bytes) -> str | None:
+    """The code of the failure, if the event with this name and JSON is one that can be read."""
+    with contextlib.suppress(ValueError):
+        return decode(encoded).code if name == NAMES["failed"] else None
+    return None
 
 
 def timestamp(moment: datetime) -> str:

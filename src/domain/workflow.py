@@ -238,7 +238,7 @@ class Workflow:
             await self._offer(generation)
         except Exception:  # It is in the log, and so accepted.
             self._reconcile(generation_id)
-        return await self._show(generation)
+        return await self._show_one(generation)
 
     async def _offer(self, generation: Generation) -> None:
         if not generation.request.external:
@@ -325,14 +325,14 @@ class Workflow:
 
     async def snapshot(self, user_id: str, generation_id: str) -> Snapshot:
         """The generation as it is now. Raises `NotFound`."""
-        return await self._show(generation_of(await self._summary(user_id, generation_id)))
+        return await self._show_one(generation_of(await self._summary(user_id, generation_id)))
 
     async def page(self, user_id: str, *, active: bool | None, before: int | None, limit: int) -> Page:
         """At most `limit` of this user's generations, newest first, that started before this feed position."""
         found = await self.log.generations(user_id, active=active, before=before, limit=limit + 1)
         shown = found[:limit]
         following = shown[-1].events[0].position if len(found) > limit else None
-        return Page(await self._show_all([*map(generation_of, shown)]), following)
+        return Page(await self.show([*map(generation_of, shown)]), following)
 
     async def recent(self, user_id: str) -> Sequence[Snapshot]:
         """All active generations and the last finished ones, newest first, without `input`."""
@@ -342,7 +342,7 @@ class Workflow:
         generations = [*map(generation_of, histories)]
         for generation in generations:
             generation.input = None
-        return await self._show_all(generations)
+        return await self.show(generations)
 
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` if no balances are kept."""
@@ -367,10 +367,11 @@ class Workflow:
                 digest.update((await asyncio.to_thread(hashlib.sha256, data)).digest())
         return digest.hexdigest()
 
-    async def _show(self, generation: Generation) -> Snapshot:
-        return (await self._show_all([generation]))[0]
+    async def _show_one(self, generation: Generation) -> Snapshot:
+        return (await self.show([generation]))[0]
 
-    async def _show_all(self, generations: Sequence[Generation]) -> Sequence[Snapshot]:
+    async def show(self, generations: Sequence[Generation]) -> Sequence[Snapshot]:
+        """What clients get of these generations."""
         positions: Mapping[str, int] = {}
         if any(each.untouched for each in generations):
             with suppress(LogUnavailable):  # All else is known.

@@ -51,6 +51,9 @@ OPERATIONS: Final = (
     "GET /metrics",
     "GET /health/live",
     "GET /health/ready",
+    "GET /metrics",
+    "GET /admin/overview",
+    "GET /admin/generations",
 )
 
 

@@ -5,6 +5,8 @@ A schema step comes with the log that the version before it wrote. A stored log 
 
 import json
 import sqlite3
+from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +15,8 @@ import pytest
 from adapters.sqlite.files import examine
 from adapters.sqlite.schema import SCHEMA
 from domain.events import decode
+from domain.ports.overview import Filter
+from domain.rehydrate import generation_of
 from support.builders import images_of
 from support.harness import Running, running
 from support.sqlite_files import opened
@@ -87,6 +91,9 @@ async def test_the_images_of_earlier_events_are_known_by_name_and_a_check_only_r
 
     named = 0
     async with opened(file) as life:
+        failed = await life.log.listing(Filter(status="failed"), limit=100)
+        codes = Counter(generation_of(history).outcome["code"] for history in failed.histories)
+        assert codes == await life.log.failures(datetime.fromtimestamp(0, UTC)) != {}
         for user in ("ada", "bob"):
             for entry in (await life.log.feed(user, after=0, anchor=0, limit=1_000)).entries:
                 assert entry.images == (images_of(decode(entry.event)) if entry.event else {})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from hypothesis import HealthCheck, settings
 from pydantic import JsonValue
@@ -28,6 +28,7 @@ from domain.generation import Generation
 from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import Append, EventLog, History, Notice, Removed, Start, UserRemoved
+from domain.ports.overview import Overview
 from domain.ports.retention import Retention
 from domain.ports.storage import Storage
 from domain.ports.system import Clock
@@ -254,6 +255,7 @@ def memory_storage(log: WholeLog | None = None, *, leases: Leases | None = None)
     sessions = MemorySessions(timedelta(days=1))
     return Storage(
         log=log,
+        overview=cast(Overview, log),
         ledger=log,
         retention=log,
         outbox=log,

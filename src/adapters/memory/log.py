@@ -6,20 +6,22 @@ list of generations by position. Once a generation has ended, an event takes les
 
 import bisect
 from array import array
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple
 
 from domain.append_rules import Known, decide
 from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
-from domain.events import CONTINUE, NAMES
+from domain.events import CONTINUE, NAMES, decode, failure_code
 from domain.feed import NO_IMAGES, Cursor, Feed, Logged, zero_id
 from domain.followers import Followers
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed, Start, UserRemoved
+from domain.ports.overview import Filter, Listing
 from domain.ports.system import Clock
 
 
@@ -38,6 +40,9 @@ class _Record:
     places: "array[int]" = field(default_factory=lambda: array("Q"))
     ended_at: datetime | None = None
     end_name: str = ""
+    #: Its rank among all starts, and the code of its failure.
+    number: int = 0
+    code: str | None = None
     free: bool = False
 
     @property
@@ -88,6 +93,24 @@ class _Record:
         """The entry at this position; `events` is what `json` returns."""
         index = self.index_at(position)
         return self.entry(index, None if self.deleted else events[index])
+
+    def matches(self, wanted: Filter) -> bool:
+        ended, status = self.ended_at is not None, wanted.status
+        match status:
+            case None:
+                right = True
+            case "active" | "finished":
+                right = ended == (status == "finished")
+            case _ if ended:
+                right = NAMES.get(status) == self.end_name
+            case _:
+                right = decode(self.json()[-1]).status == status
+        return (
+            right
+            and wanted.generation_id in (None, self.generation_id)
+            and wanted.kind in (None, self.start.kind)
+            and wanted.code in (None, self.code)
+        )
 
     def history(self, *, summary: bool = True) -> History:
         events = self.json()
@@ -168,6 +191,7 @@ class MemoryLog:
         self._clock = clock
         self._users: dict[str, _User] = {}
         self._records: dict[str, _Record] = {}
+        self._starts = 0
         self._unfinished: dict[str, _Record] = {}
         #: In order of their ends, with deleted ones until retention purges them.
         self._finished: dict[str, _Record] = {}
@@ -187,7 +211,8 @@ class MemoryLog:
         user.credit = accepted.credit or 0
         if record is None:
             assert entry.start is not None
-            record = _Record(user, entry.generation_id, entry.start)
+            self._starts += 1
+            record = _Record(user, entry.generation_id, entry.start, number=self._starts)
             self._users[user.user_id] = user
             self._records[entry.generation_id] = record
             user.generations.append(record)
@@ -204,6 +229,7 @@ class MemoryLog:
         record.free = entry.free
         if entry.terminal:
             record.ended_at, record.end_name = entry.at, entry.name
+            record.code = failure_code(entry.name, entry.event)
             record.events = b"\n".join(events)
             del self._unfinished[entry.generation_id], user.active[entry.generation_id]
             self._finished[entry.generation_id] = record
@@ -251,6 +277,18 @@ class MemoryLog:
 
     async def unfinished(self) -> Sequence[History]:
         return [record.history() for record in self._unfinished.values()]
+
+    async def listing(self, wanted: Filter, *, before: int | None = None, limit: int) -> Listing:
+        user = self._users.get(wanted.user_id or "")
+        records = self._records.values() if wanted.user_id is None else user.generations if user else ()
+        older = (each for each in reversed(records) if before is None or each.number < before)
+        found = list(islice((each for each in older if each.matches(wanted)), limit + 1))
+        following = found[limit - 1].number if len(found) > limit else None
+        return Listing([record.history() for record in found[:limit]], following)
+
+    async def failures(self, since: datetime) -> Mapping[str, int]:
+        recent = takewhile(lambda each: each.ended_at and each.ended_at >= since, reversed(self._finished.values()))
+        return Counter(each.code for each in recent if each.code is not None and not each.deleted)
 
     async def images(self, generation_id: str) -> Collection[str]:
         record = self._records.get(generation_id)

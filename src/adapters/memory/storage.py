@@ -12,6 +12,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
     log = MemoryLog(epoch=options.epoch, credits=options.credits, clock=options.clock, outbox=options.outbox)
     return Storage(
         log=log,
+        overview=log,
         ledger=log,
         retention=log,
         outbox=log,

@@ -1,6 +1,6 @@
 """The event log in PostgreSQL."""
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final
@@ -13,6 +13,7 @@ from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord
+from domain.ports.overview import Filter, Listing
 from domain.ports.system import Clock
 from domain.ports.webhook_outbox import CLAIM
 
@@ -25,7 +26,7 @@ _HISTORIES: Final = f"""
         SELECT generations.*, row_number() OVER (ORDER BY {{order}}) AS rank
         FROM stagecast.generations WHERE NOT deleted AND {{condition}} ORDER BY {{order}} LIMIT {{limit}}
     )
-    SELECT chosen.kind, chosen.request_json, chosen.free, chosen.end_position,
+    SELECT chosen.id AS number, chosen.kind, chosen.request_json, chosen.free, chosen.end_position,
         {ENTRY.replace("generations.", "chosen.")}
     FROM chosen
     JOIN stagecast.users ON users.id = chosen.owner
@@ -50,6 +51,23 @@ _LISTS: Final = {
         False: "AND end_position IS NOT NULL",
     }.items()
 }
+
+#: By status; any other one is that of the last event.
+_WITH_STATUS: Final[Mapping[str | None, str]] = {
+    None: "true",
+    "active": "end_position IS NULL",
+    "finished": "end_position IS NOT NULL",
+    "completed": "end_position IS NOT NULL AND code IS NULL",
+    "failed": "code IS NOT NULL",
+}
+_AT_STAGE: Final = """end_position IS NULL AND ${} = (
+    -- The first one: what users sent comes after it, and may be no JSON to PostgreSQL.
+    SELECT substring(convert_from(event, 'UTF8') FROM '"status":"([a-z_]+)"') FROM stagecast.events
+    WHERE generation = generations.id AND sequence = generations.last
+)"""
+_FAILURES: Final = """
+    SELECT code, count(*) FROM stagecast.generations WHERE code IS NOT NULL AND ended_at >= $1 GROUP BY code
+"""
 
 #: A user's feed after $2, with the event id and the open tombstones at the anchor $3.
 _FEED: Final = f"""
@@ -161,6 +179,30 @@ class PostgresLog:
     ) -> Sequence[History]:
         before = _BEYOND if before is None else min(before, _BEYOND)
         return _histories(await self._database.fetch(_LISTS[active], user_id, before, limit))
+
+    async def listing(self, wanted: Filter, *, before: int | None = None, limit: int) -> Listing:
+        given = {
+            "id < ${}": _BEYOND if before is None else before,
+            "generation_id = ${}": wanted.generation_id,
+            "owner = (SELECT id FROM stagecast.users WHERE user_id = ${})": wanted.user_id,
+            "kind = ${}": wanted.kind,
+            "code = ${}": wanted.code,
+            _AT_STAGE: None if wanted.status in _WITH_STATUS else wanted.status,
+        }
+        given = {condition: value for condition, value in given.items() if value is not None}
+        numbered = (condition.format(number) for number, condition in enumerate(given, 1))
+        query = _HISTORIES.format(
+            condition=" AND ".join([_WITH_STATUS.get(wanted.status, "true"), *numbered]),
+            order="id DESC" if wanted.user_id is None else "first_position DESC",
+            limit=limit + 1,
+            events=_SUMMARY,
+        )
+        rows = await self._database.fetch(query, *given.values())
+        numbers = list(dict.fromkeys(row["number"] for row in rows))
+        return Listing(_histories(rows)[:limit], numbers[limit - 1] if len(numbers) > limit else None)
+
+    async def failures(self, since: datetime) -> Mapping[str, int]:
+        return dict(await self._database.fetch(_FAILURES, since))
 
     async def unfinished(self) -> Sequence[History]:
         return _histories(await self._database.fetch(_UNFINISHED))

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from adapters.postgres.database import Database
 from domain.errors import LogUnavailable
+from domain.ports.nodes import Load
 
 #: Seconds between two heartbeats.
 BEAT: Final = 1.0
@@ -32,6 +33,9 @@ class Nodes:
         self._database = database
         #: By node, as of the last heartbeat.
         self._addresses: dict[str, str] = {}
+        self._loads: dict[str, Load] = {}
+        #: How many sockets and streams this node has.
+        self.load: Callable[[], tuple[int, int]] = lambda: (0, 0)
         #: Ends the wait for the next heartbeat; and is set at its end.
         self._hurry, self._beaten = asyncio.Event(), asyncio.Event()
         #: The last heartbeat of each node, and since when this node sees it.
@@ -63,6 +67,11 @@ class Nodes:
     @property
     def others(self) -> Collection[str]:
         return self._addresses.keys() - {self.id, *self.dead}
+
+    @property
+    def loads(self) -> Sequence[Load]:
+        others = self.others
+        return [Load(self.id, *self.load()), *(load for node, load in self._loads.items() if node in others)]
 
     async def address(self, node: str) -> str | None:
         if node not in self._addresses:
@@ -97,6 +106,7 @@ class Nodes:
         self._beat_at = now
         self._database.set_clock(rows[0]["r_now"])
         self._addresses = {row["r_id"]: row["r_address"] for row in rows}
+        self._loads = {row["r_id"]: Load(row["r_id"], row["r_sockets"], row["r_streams"]) for row in rows}
         known, self._seen = self._seen, {}
         for row in rows:
             before = known.get(row["r_id"])
@@ -127,7 +137,8 @@ class Nodes:
         return False
 
     async def _beat(self) -> Sequence[Any]:
-        self._beating = self._database.start("SELECT * FROM stagecast.beat_v1($1, $2)", self.id, self._address)
+        query = "SELECT * FROM stagecast.beat_v1($1, $2, $3, $4)"
+        self._beating = self._database.start(query, self.id, self._address, *self.load())
         return await asyncio.shield(self._beating)
 
     async def leave(self) -> None:

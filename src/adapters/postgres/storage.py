@@ -54,6 +54,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
 
     return Storage(
         log=log,
+        overview=log,
         ledger=log,
         retention=log,
         outbox=log,

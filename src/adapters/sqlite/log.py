@@ -8,7 +8,7 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from functools import partial
@@ -20,10 +20,12 @@ from adapters.sqlite.schema import is_text, microseconds
 from adapters.sqlite.set_aside import DamageFound, log_damage
 from domain.append_rules import Known, decide
 from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
+from domain.events import failure_code
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.followers import Followers
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord, Removed, UserRemoved
+from domain.ports.overview import Filter, Listing
 from domain.ports.system import Clock
 
 #: A position beyond every other.
@@ -87,6 +89,17 @@ class SqliteLog:
         return await self._read(
             lambda connection: _histories(connection, where, parameters, events), generations, parameters
         )
+
+    async def listing(self, wanted: Filter, *, before: int | None = None, limit: int) -> Listing:
+        which, parameters = queries.listing(wanted, _BEYOND if before is None else before, limit + 1)
+        rows = [key for (key,) in await self._rows(which, parameters, which)]
+        keys = (json.dumps(rows[:limit]),)
+        found = await self._histories(queries.CHOSEN, keys, "SELECT value FROM json_each(?)")
+        return Listing(found, rows[limit - 1] if len(rows) > limit else None)
+
+    async def failures(self, since: datetime) -> Mapping[str, int]:
+        query = "SELECT code, count(*) FROM generations WHERE code IS NOT NULL AND ended_at >= ? GROUP BY code"
+        return dict(await self._rows(query, (microseconds(since),)))
 
     async def images(self, generation_id: str) -> Collection[str]:
         query = (
@@ -286,8 +299,12 @@ class SqliteLog:
         if entry.terminal:
             end = position
             connection.execute(
-                "UPDATE generations SET end_position = ?, ended_at = ?, end_event = ?, undelivered = ? WHERE id = ?",
-                (position, microseconds(entry.at), inserted.lastrowid, self._outbox, generation),
+                "UPDATE generations SET end_position = ?, ended_at = ?, end_event = ?, undelivered = ?, code = ?"
+                " WHERE id = ?",
+                (
+                    *(position, microseconds(entry.at), inserted.lastrowid, self._outbox),
+                    *(failure_code(entry.name, entry.event), generation),
+                ),
             )
         place = entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence
         return Logged(*place, entry.name, event, first, end, entry.images), True
@@ -358,7 +375,7 @@ def _remove(connection: sqlite3.Connection, generation_id: str, retention: bool)
     connection.execute("UPDATE events SET event = NULL, images = NULL WHERE generation = ?", (generation,))
     connection.execute(
         "UPDATE generations SET deleted = 1, order_json = x'', idempotency_key = NULL, fingerprint = '',"
-        " undelivered = 0 WHERE id = ?",
+        " undelivered = 0, code = NULL WHERE id = ?",
         (generation,),
     )
     # Deletes their events too (ON DELETE CASCADE).

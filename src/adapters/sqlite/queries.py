@@ -1,6 +1,9 @@
 """What is read from the durable log, in SQL."""
 
+from collections.abc import Mapping, Sequence
 from typing import Final
+
+from domain.ports.overview import Filter
 
 #: A user's balance: NULL if none is kept, and 0 if it cannot be read.
 CREDIT: Final = """
@@ -101,3 +104,39 @@ SINCE_OLDEST: Final = """
     JOIN generations ON generations.id = generation
     WHERE user_id = ?
 """
+
+#: Generations with these row ids in JSON, newest first.
+CHOSEN: Final = "WHERE generations.id IN (SELECT value FROM json_each(?)) ORDER BY generations.id DESC"
+#: By status; any other one is that of the last event.
+_WITH_STATUS: Final[Mapping[str | None, str]] = {
+    None: "1",
+    "active": "end_position IS NULL",
+    "finished": "end_position IS NOT NULL",
+    "completed": "end_position IS NOT NULL AND code IS NULL",
+    "failed": "code IS NOT NULL",
+}
+_AT_STAGE: Final = """end_position IS NULL AND ? = (
+    SELECT iif(json_valid(CAST(event AS TEXT)), json_extract(CAST(event AS TEXT), '$.status'), NULL)
+    FROM events WHERE generation = generations.id ORDER BY sequence DESC LIMIT 1
+)"""
+
+
+def listing(wanted: Filter, before: int, limit: int) -> tuple[str, Sequence[object]]:
+    """The row ids of the generations of all users that this filter applies to, newest first."""
+    given = {
+        "id < ?": before,
+        "generation_id = ?": wanted.generation_id,
+        "owner = (SELECT id FROM users WHERE user_id = ?)": wanted.user_id,
+        "kind = ?": wanted.kind,
+        "code = ?": wanted.code,
+        _AT_STAGE: None if wanted.status in _WITH_STATUS else wanted.status,
+    }
+    given = {condition: value for condition, value in given.items() if value is not None}
+    where = " AND ".join(["deleted = 0", _WITH_STATUS.get(wanted.status, "1"), *given])
+    order, index = "id", ""
+    if wanted.user_id is not None:
+        order = "first_position"  # As the index of this user's generations has them.
+    elif wanted.status == "active" or _AT_STAGE in given:
+        index = "INDEXED BY unfinished_generations"  # SQLite would scan all generations.
+    query = f"SELECT id FROM generations {index} WHERE {where} ORDER BY {order} DESC LIMIT ?"
+    return query, [*given.values(), limit]

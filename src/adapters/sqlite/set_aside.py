@@ -182,6 +182,6 @@ def _write_tombstone(connection: sqlite3.Connection, damaged: Damaged, owner: in
     connection.execute(
         "UPDATE generations SET generation_id = ?, owner = ?, kind = 'edit', order_json = x'', idempotency_key = NULL,"
         " fingerprint = '', reserved = 0, first_position = ?, end_position = ?, end_event = ?, deleted = 1,"
-        " ended_at = coalesce(?, unixepoch() * 1000000), undelivered = 0 WHERE id = ?",
+        " ended_at = coalesce(?, unixepoch() * 1000000), undelivered = 0, code = NULL WHERE id = ?",
         (named, owner, *span, end_event, ended_at, row),
     )

@@ -18,6 +18,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
     log = SqliteLog(opened, credits=options.credits, clock=options.clock, outbox=options.outbox)
     return Storage(
         log=log,
+        overview=log,
         ledger=log,
         retention=log,
         outbox=log,

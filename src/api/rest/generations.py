@@ -34,6 +34,7 @@ def _known_shape(generation_id: str) -> str:
 
 
 GenerationId = Annotated[str, Path(examples=["edit_1763829000123_k3v9x2ab4c6d8e0f"]), AfterValidator(_known_shape)]
+Before = Annotated[int | None, Query(ge=1, le=_MAX_INT, description="`next` of the page before")]
 After = Annotated[int, Query(ge=0, le=_MAX_INT, description="only those with a higher sequence")]
 IdempotencyKey = Annotated[
     str | None,
@@ -132,7 +133,7 @@ async def list_generations(
     workflow: UseCases,
     status: Annotated[Literal["active", "finished"] | None, Query(description="only these")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    before: Annotated[int | None, Query(ge=1, le=_MAX_INT, description="`next` of the page before")] = None,
+    before: Before = None,
 ) -> Response:
     """The caller's generations, newest first."""
     active = None if status is None else status == "active"

@@ -1,14 +1,23 @@
 """HTTP: what operators and their monitoring read. For services."""
 
-from typing import Final
+from typing import Annotated, Final, Literal
 
-from fastapi import Request, Response
+from fastapi import Query, Request, Response
 
 from api.auth import PROBLEMS, service_only
 from api.rest import routes
+from api.rest.generations import Before
 from api.rest.problems import documented
+from api.rest.schemas import GenerationPage, NodeView, OverviewView, json_response
+from api.rest.state import Overviews
+from domain.errors import FailureCode
+from domain.identity import user_id
+from domain.ports.overview import Filter
+from domain.stages import FLOWS, Kind
 
 router: Final = routes.router("operations", dependencies=[service_only])
+
+_STATUSES: Final = ("active", "finished", *dict.fromkeys(status for flow in FLOWS.values() for status in flow))
 
 
 @router.get(
@@ -23,3 +32,42 @@ async def get_metrics(request: Request) -> Response:
     """The metrics of this node. For services."""
     response: Response = await request.app.state.metrics()
     return response
+
+
+@router.get("/admin/overview", response_model=OverviewView, responses=documented(*PROBLEMS))
+async def get_overview(overview: Overviews) -> Response:
+    """The nodes and their clients, the work, and the failures of the last hour. For services."""
+    numbers = await overview.numbers()
+    return json_response(
+        OverviewView(
+            nodes=[NodeView(**load._asdict()) for load in numbers.nodes],
+            sockets=sum(load.sockets for load in numbers.nodes),
+            streams=sum(load.streams for load in numbers.nodes),
+            running=numbers.running,
+            waiting=numbers.waiting,
+            failures=dict(numbers.failures),
+        )
+    )
+
+
+@router.get("/admin/generations", response_model=GenerationPage, responses=documented("invalid_request", *PROBLEMS))
+async def list_all_generations(
+    overview: Overviews,
+    generation_id: Annotated[
+        str | None, Query(alias="id", pattern="^[a-z0-9_]{1,128}$", description="only this one")
+    ] = None,
+    user: Annotated[str | None, Query(description="only those of this user")] = None,
+    kind: Annotated[Kind | None, Query()] = None,
+    status: Annotated[
+        Literal[_STATUSES] | None,  # type: ignore[valid-type]  # made from the table
+        Query(description="`active`, `finished`, or the status of a stage"),
+    ] = None,
+    code: Annotated[FailureCode | None, Query(description="only those that failed with this code")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    before: Before = None,
+) -> Response:
+    """The generations of all users, newest first. For services."""
+    wanted = Filter(generation_id, None if user is None else user_id(user), kind, status, code)
+    page = await overview.page(wanted, before=before, limit=limit)
+    following = None if page.next is None else str(page.next)
+    return json_response(GenerationPage(generations=list(page.generations), next=following))

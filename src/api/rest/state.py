@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from domain.feed_sessions import FeedSessions
+from domain.overview import Overview
 from domain.stage_times import StageTimes
 from domain.thumbnails import Thumbnails
 from domain.user_removal import UserRemoval
@@ -21,5 +22,6 @@ def _state(name: str) -> Any:
 Removals = Annotated[UserRemoval, _state("user_removal")]
 Times = Annotated[StageTimes, _state("stage_times")]
 UseCases = Annotated[Workflow, _state("workflow")]
+Overviews = Annotated[Overview, _state("overview")]
 Feeds = Annotated[FeedSessions, _state("feed_sessions")]
 Images = Annotated[Thumbnails, _state("images")]

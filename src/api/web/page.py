@@ -175,7 +175,7 @@ def policy(host: str, *, own_client: bool) -> str:
 
 
 def install(app: FastAPI, settings: Settings) -> None:
-    """Serve the page at ``/`` and its files below ``/static``.
+    """Serve the page at ``/``, the operator's at ``/admin``, and their files below ``/static``.
 
     A path with the version, which is a hash of all files, may be kept for ever. The page uses such paths. The same path
     with another version, which another node may have named, and the path without one have to be revalidated.
@@ -199,21 +199,31 @@ def install(app: FastAPI, settings: Settings) -> None:
         openai=settings.editor == "openai",
     )
     index = index.replace(_MODULES, "\n  ".join([_MODULES, *map(_PRELOAD.format, imported_by("app.js")[1:])]), 1)
-    index = index.replace('="/static/', f'="/static/{version}/').replace('="/', f'="{escape(settings.path_prefix)}/')
+
+    def placed(page: str) -> str:
+        return page.replace('="/static/', f'="/static/{version}/').replace('="/', f'="{escape(settings.path_prefix)}/')
+
     pages = {
-        language: _File(in_language(index, language, texts).encode(), _TYPES[".html"])
+        language: _File(in_language(placed(index), language, texts).encode(), _TYPES[".html"])
         for language, texts in plain_texts().items()
     }
+    admin_page = _File(placed((FOLDER / "admin.html").read_text("utf-8")).encode(), _TYPES[".html"])
+
+    def respond(request: Request, page: _File, vary: str) -> Response:
+        policies = {
+            "Content-Security-Policy": policy(request.headers.get("host", ""), own_client=own_client),
+            "Referrer-Policy": "no-referrer",
+            "Vary": vary,
+        }
+        return page.response(request, {**_REVALIDATED, **policies})
 
     async def page(request: Request) -> Response:
         wanted = _LANGUAGE.findall(request.headers.get("accept-language", "").lower())
         language = next((each for each in wanted if each in pages), "en")
-        security = {
-            "Content-Security-Policy": policy(request.headers.get("host", ""), own_client=own_client),
-            "Referrer-Policy": "no-referrer",
-            "Vary": "Accept-Encoding, Accept-Language",
-        }
-        return pages[language].response(request, {**_REVALIDATED, **security})
+        return respond(request, pages[language], "Accept-Encoding, Accept-Language")
+
+    async def admin(request: Request) -> Response:
+        return respond(request, admin_page, "Accept-Encoding")
 
     async def static(request: Request) -> Response:
         path = request.path_params["path"]
@@ -229,4 +239,5 @@ def install(app: FastAPI, settings: Settings) -> None:
         return file.response(request, headers)
 
     app.add_route("/", page, include_in_schema=False)
+    app.add_route("/admin", admin, include_in_schema=False)
     app.add_route("/static/{path:path}", static, include_in_schema=False)

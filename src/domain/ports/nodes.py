@@ -1,11 +1,22 @@
 """The nodes that share a storage, as one of them sees the others."""
 
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, Protocol
+
+
+class Load(NamedTuple):
+    """The clients of a node."""
+
+    id: str
+    sockets: int
+    streams: int
 
 
 class Nodes(Protocol):
     """This node, and those that live beside it. An outage of the storage ends none of them."""
+
+    #: How many sockets and streams this node has, to be set by it.
+    load: Callable[[], tuple[int, int]]
 
     @property
     def id(self) -> str:
@@ -22,6 +33,10 @@ class Nodes(Protocol):
     @property
     def others(self) -> Collection[str]:
         """The ids of the other nodes that live."""
+
+    @property
+    def loads(self) -> Sequence[Load]:
+        """The clients of each node that lives: of this one now, of others a moment ago."""
 
     async def address(self, node: str) -> str | None:
         """``host:port`` at which another node is reached. ``None``: it has ended, or never existed.

@@ -9,6 +9,7 @@ from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import EventLog
 from domain.ports.nodes import Nodes
+from domain.ports.overview import Overview
 from domain.ports.quotas import Quotas
 from domain.ports.retention import Retention
 from domain.ports.sessions import Sessions
@@ -47,6 +48,7 @@ class Storage:
     """An open storage."""
 
     log: EventLog
+    overview: Overview
     ledger: Ledger
     retention: Retention
     outbox: WebhookOutbox

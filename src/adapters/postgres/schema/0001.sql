@@ -28,6 +28,7 @@ CREATE TABLE stagecast.generations (
     end_position bigint,                    -- this and the next two: NULL while it runs
     ended_at timestamptz,
     end_event bigint,                       -- events.id
+    code text,                              -- of its failure
     deleted boolean NOT NULL DEFAULT false, -- only its tombstones are left
     undelivered boolean NOT NULL DEFAULT false,
     claimed_by text,                        -- the node that delivers its end, and until when no other one does
@@ -40,6 +41,10 @@ CREATE INDEX active_generations ON stagecast.generations (owner, first_position)
 CREATE INDEX deleted_generations ON stagecast.generations (owner, end_position) WHERE deleted;
 CREATE INDEX ended_generations ON stagecast.generations (ended_at, end_event) WHERE ended_at IS NOT NULL;
 CREATE INDEX undelivered_generations ON stagecast.generations (end_event) WHERE undelivered;
+CREATE INDEX unfinished_generations ON stagecast.generations (id) WHERE end_position IS NULL;
+CREATE INDEX generations_of_kind ON stagecast.generations (kind, id) WHERE NOT deleted;
+CREATE INDEX failed_generations ON stagecast.generations (id) INCLUDE (code) WHERE code IS NOT NULL;
+CREATE INDEX recent_failures ON stagecast.generations (ended_at) INCLUDE (code) WHERE code IS NOT NULL;
 
 CREATE TABLE stagecast.events (
     -- Drawn in the order of the appends of one user; the transactions of several users may commit in another order.
@@ -97,6 +102,8 @@ CREATE TABLE stagecast.nodes (
     id text PRIMARY KEY,
     address text NOT NULL,                  -- host:port at which other nodes reach it
     seen timestamptz NOT NULL,
+    sockets integer NOT NULL DEFAULT 0,
+    streams integer NOT NULL DEFAULT 0,
     webhook_gone boolean NOT NULL DEFAULT false     -- the receiver has told it that it wants no webhook any more
 );
 
@@ -282,7 +289,11 @@ BEGIN
             ) RETURNING events.id INTO event_row;
             IF e.terminal THEN
                 UPDATE stagecast.generations SET last = e.sequence, free = e.free, end_position = r_position,
-                    ended_at = e.at, end_event = event_row, undelivered = outbox WHERE id = generation_row;
+                    ended_at = e.at, end_event = event_row, undelivered = outbox, code = CASE
+                        WHEN e.name = 'generation_failed'
+                        -- The last one: what users sent comes before it.
+                        THEN substring(convert_from(e.content, 'UTF8') FROM '.*"code":"([a-z_]+)"')
+                    END WHERE id = generation_row;
             ELSIF NOT begins THEN
                 UPDATE stagecast.generations SET last = e.sequence, free = e.free WHERE id = generation_row;
             END IF;
@@ -365,7 +376,7 @@ BEGIN
     END IF;
     DELETE FROM stagecast.stored_images WHERE generation_id = the_generation;
     UPDATE stagecast.generations SET deleted = true, request_json = '', idempotency_key = NULL, fingerprint = '',
-        undelivered = false WHERE id = g.id;
+        undelivered = false, code = NULL WHERE id = g.id;
     IF g.end_position > new_floor THEN
         UPDATE stagecast.events SET event = NULL, images = NULL WHERE generation = g.id;
     END IF;
@@ -433,13 +444,17 @@ END $$;
 
 
 -- Notes that the node lives, and returns what each node has noted last. By the clock of this server only.
-CREATE FUNCTION stagecast.beat_v1(node text, its_address text)
-RETURNS TABLE (r_id text, r_address text, r_seen timestamptz, r_now timestamptz)
+CREATE FUNCTION stagecast.beat_v1(node text, its_address text, its_sockets integer, its_streams integer)
+RETURNS TABLE (
+    r_id text, r_address text, r_sockets integer, r_streams integer, r_seen timestamptz, r_now timestamptz
+)
 LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 BEGIN
-    INSERT INTO stagecast.nodes (id, address, seen) VALUES (node, its_address, clock_timestamp())
-        ON CONFLICT (id) DO UPDATE SET seen = excluded.seen;
-    RETURN QUERY SELECT id, address, seen, clock_timestamp() FROM stagecast.nodes;
+    INSERT INTO stagecast.nodes (id, address, seen, sockets, streams)
+        VALUES (node, its_address, clock_timestamp(), its_sockets, its_streams)
+        ON CONFLICT (id)
+        DO UPDATE SET seen = excluded.seen, sockets = excluded.sockets, streams = excluded.streams;
+    RETURN QUERY SELECT id, address, sockets, streams, seen, clock_timestamp() FROM stagecast.nodes;
 END $$;
 
 
