@@ -1,17 +1,19 @@
 # One node of Stagecast. Its log and its images are on the volume /data; nothing else is written but /tmp.
 # It listens beyond the container, so it needs a key: STAGECAST_JWT_SECRET or STAGECAST_JWKS_URL (docs/settings.md).
 
-# The official Socket.IO client, for the page.
+# The official Socket.IO client, for the page, and the viewer of /docs.
 FROM node:22-slim AS client
 WORKDIR /build
 COPY package.json ./
 RUN npm install --omit=dev --no-audit --no-fund --no-package-lock --ignore-scripts
+RUN mkdir vendor && cd node_modules && cp socket.io-client/dist/socket.io.min.js swagger-ui-dist/swagger-ui-bundle.js \
+    swagger-ui-dist/swagger-ui.css ../vendor
 
 FROM python:3.13-slim AS build
 WORKDIR /build
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src
-COPY --from=client /build/node_modules/socket.io-client/dist/socket.io.min.js src/api/web/static/vendor/
+COPY --from=client /build/vendor src/api/web/static/vendor
 RUN python -m venv --without-pip /opt/stagecast
 RUN pip --python /opt/stagecast/bin/python install --constraint constraints.txt '.[all]'
 

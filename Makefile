@@ -101,9 +101,10 @@ clean:
 node_modules/installed-dev: package.json $(CLIENT)
 	@mkdir -p $(dir $@) && if command -v npm > /dev/null; then $(NPM); fi && touch $@
 
-# The official JavaScript client comes from npm where that is installed; the page asks its CDN where it is not.
+# The official JavaScript client and the viewer of /docs come from npm where that is installed. Where it is not, the page
+# takes the client from its CDN, and /docs is a plain list.
 $(CLIENT): package.json
 	@if command -v npm > /dev/null; then \
-		$(NPM) --omit=dev \
-		&& mkdir -p $(dir $@) && cp node_modules/socket.io-client/dist/socket.io.min.js $@; fi; \
+		$(NPM) --omit=dev && mkdir -p $(dir $@) && cp node_modules/socket.io-client/dist/socket.io.min.js \
+		node_modules/swagger-ui-dist/swagger-ui-bundle.js node_modules/swagger-ui-dist/swagger-ui.css $(dir $@); fi; \
 	test -f $@ || echo "socket.io-client is not here (no npm?): the page takes it from its CDN"

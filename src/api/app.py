@@ -19,7 +19,7 @@ from api.service import Service
 from api.settings import SettingsError
 from api.sse import routes as sse
 from api.sse.streams import StreamLayer
-from api.web import page
+from api.web import docs, page
 from api.wiring import ClientLimit, Parts, Server, connection_table
 
 
@@ -47,6 +47,8 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         summary=metadata.metadata("stagecast")["Summary"],
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
         routes=[
             route
             for router in (
@@ -72,6 +74,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
     http.state.metrics = partial(metrics.render, service)
     http.state.authenticator = service.authenticator
     page.install(http, settings)
+    docs.install(http, settings)
     routes = problems.Problems(http)
     hosts = None if settings.allow_open else settings.allowed_hosts
     prefix = settings.path_prefix

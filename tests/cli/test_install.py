@@ -27,7 +27,7 @@ from support.deployment import free_port
 
 ROOT: Final = Path(__file__).parent.parent.parent
 SECRET: Final = "a secret of the container, over 32 bytes"
-CLIENT: Final = ROOT / "src/api/web/static/vendor/socket.io.min.js"
+VENDOR: Final = ROOT / "src/api/web/static/vendor"
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -88,7 +88,7 @@ def run(*command: str, cwd: Path, env: dict[str, str], timeout: float = 570) -> 
 
 @contextmanager
 def built() -> Iterator[Installation]:
-    """The build stage, carried out; the client file is the one that `make` has brought, if it has."""
+    """The build stage, carried out; what npm brings is what `make` has brought, if it has."""
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with TemporaryDirectory() as folder:
         installation = Installation(Path(folder))
@@ -98,9 +98,8 @@ def built() -> Iterator[Installation]:
         for keyword, rest in BUILD.instructions:
             match keyword, rest.split():
                 case "COPY", [str(source), _, target] if source == "--from=client":
-                    if CLIENT.is_file():
-                        (build / target).mkdir(parents=True)
-                        shutil.copy(CLIENT, build / target)
+                    if VENDOR.is_dir():
+                        shutil.copytree(VENDOR, build / target)
                 case "COPY", [*sources, target]:
                     copy_tracked(sources, build / target)
                 case "RUN", _:

@@ -67,7 +67,7 @@ async def test_every_user_route_requires_a_bearer_token(service: Running) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/docs", "/openapi.json", "/stages", "/version", "/health/live", "/health/ready"]
+    "path", ["/", "/docs", "/openapi.json", "/asyncapi.json", "/stages", "/version", "/health/live", "/health/ready"]
 )
 async def test_routes_without_a_user_need_no_token(service: Running, path: str) -> None:
     for bearer in (None, "nonsense", EXPIRED):

@@ -53,7 +53,8 @@ async def place(
 async def test_every_route_is_served_with_and_without_the_path(place: tuple[Running, str]) -> None:
     service, public_url = place
     paths = (
-        *("/", "/docs", "/openapi.json", "/stages", "/me", "/generations", "/events", "/health/live", "/health/ready"),
+        *("/", "/docs", "/openapi.json", "/asyncapi.json", "/stages", "/me", "/generations", "/events"),
+        *("/health/live", "/health/ready"),
         *("/static/stagecast.js", "/static/samples/hat.webp", "/nowhere", "/static/nothing.js", "/%63ast/me"),
     )
     async with httpx2.AsyncClient(verify=False) as http:

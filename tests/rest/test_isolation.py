@@ -82,9 +82,8 @@ ROUTES: Final[dict[tuple[str, str], One | str]] = {
     ("GET", "/static"): PUBLIC,
     ("GET", "/admin"): PUBLIC,
     ("GET", "/docs"): PUBLIC,
-    ("GET", "/docs/oauth2-redirect"): PUBLIC,
-    ("GET", "/redoc"): PUBLIC,
     ("GET", "/openapi.json"): PUBLIC,
+    ("GET", "/asyncapi.json"): PUBLIC,
 }
 
 #: Arguments of the declared events, by what they are to name: a generation, or a place in a feed.

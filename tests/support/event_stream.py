@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import httpx2
 
+from support.asyncapi import check_message
 from support.harness import JSON, TIMEOUT, Running
 
 ACCEPT: Final = {"Accept": "text/event-stream"}
@@ -37,6 +38,8 @@ class Stream:
                 self._take(block)
 
     def _take(self, block: httpx2.ServerSentEvent) -> None:
+        if block.data:
+            check_message(block.event, json.loads(block.data))
         self.blocks.append(block)
         if block.event == "continue" or (block.event.startswith("generation_") and block.event != "generation_removed"):
             self.events.append((block.event, json.loads(block.data)))

@@ -24,6 +24,7 @@ from domain.events import Event, decode, encode, event_name, timestamp
 from domain.ports.log import Append, EventLog, History, Start
 from domain.rehydrate import request_of
 from domain.requests import GenerationRequest
+from support.asyncapi import check_ack, check_message
 from support.builders import fold
 from support.pictures import RED, solid
 
@@ -51,6 +52,7 @@ class Phone:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def take(self, name: str, *arguments: Any) -> None:
+        check_message(name, arguments[0])
         async with self._changed:
             if name in ("authenticated", "authentication_required", "generation_removed", "queue_position"):
                 self.notices.append((name, arguments[0]))
@@ -68,6 +70,7 @@ class Phone:
         """Send an event and return its ack."""
         ack = await self.client.call(name, arguments if len(arguments) != 1 else arguments[0], timeout=TIMEOUT)
         assert isinstance(ack, dict)
+        check_ack(name, ack)
         return ack
 
     async def authenticate(self, user: str, **rest: Any) -> JSON:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pytest
 
+from support.asyncapi import check_message
 from support.harness import JSON
 
 TESTS: Final = Path(__file__).parent.parent / "javascript"
@@ -105,6 +106,7 @@ class Browser:
         self.lines.append(line)
         if line["on"] == "event":
             name = line["name"]
+            check_message(name, line["args"][0])
             if name == "continue" or (name.startswith("generation_") and name != "generation_removed"):
                 self.events.append((line["name"], line["args"][0]))
                 self.further.append(line["args"][1:])

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic.alias_generators import to_camel
@@ -12,7 +12,7 @@ from api.auth import Authenticator, UserMismatch
 from domain.delivery import Hub
 from domain.device import Device, Encoder, SendBuffer
 from domain.errors import LogUnavailable, Refusal
-from domain.events import timestamp
+from domain.events import Wire, timestamp
 from domain.feed_sessions import FeedSessions, StartPosition
 from domain.generation import Snapshot
 from domain.identity import Identity, InvalidUserId, Unauthenticated, user_id
@@ -60,16 +60,31 @@ class _Argument(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel)
 
 
-class _Authenticate(_Argument):
-    user_id: Any = None
-    token: Any = None
-    cursor: Any = None
-    recovery: StrictBool = True
+class Authenticate(_Argument):
+    """Binds the socket to a user."""
+
+    user_id: Annotated[Any, Field(description="text or an integer; with a token, that of its user")] = None
+    token: Annotated[Any, Field(description="a JWT, if the service has a key configured")] = None
+    cursor: Annotated[Any, Field(description="where to go on")] = None
+    recovery: Annotated[StrictBool, Field(description="false: each event has its cursor as a key")] = True
 
 
-class _Subscribe(_Argument):
+class Subscribe(_Argument):
+    """Replays one generation."""
+
     generation_id: StrictStr
     after: Annotated[StrictInt, Field(ge=0)] | None = None
+
+
+class Welcome(Wire):
+    """The answer to `authenticate`, and the first event after a handshake and of the feed's stream."""
+
+    ok: Literal[True]
+    user_id: str
+    cursor: str
+    recovered: Annotated[bool, Field(description="whether the cursor was usable: only the events after it follow")]
+    generations: list[Snapshot]
+    expires_at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,7 @@ class Sockets:
 
     async def authenticate(self, connection: Connection, argument: Any) -> Answer:
         """``{userId, token?, cursor?, recovery?}``: bind the socket to this user and send the user's feed."""
-        fields = _parse(_Authenticate, argument)
+        fields = _parse(Authenticate, argument)
         try:
             identity = await self.authenticator.of_socket(fields.user_id, fields.token, connection.identity)
         except InvalidUserId as error:
@@ -178,7 +193,7 @@ class Sockets:
 
     async def subscribe_to_generation(self, connection: Connection, argument: Any) -> Answer:
         """``{generationId, after?}``: replay one generation to this socket."""
-        fields = _parse(_Subscribe, argument)
+        fields = _parse(Subscribe, argument)
         device = connection.device
         if device is None:
             raise NotAuthenticated
@@ -189,15 +204,14 @@ class Sockets:
 
 def welcome_of(device: Device[Any], identity: Identity, generations: Sequence[Snapshot]) -> dict[str, Any]:
     """What a client is sent before its events: the answer to `authenticate`, and the first event of a feed stream."""
-    until = {} if identity.expires_at is None else {"expiresAt": timestamp(identity.expires_at)}
-    return {
-        "ok": True,
-        "userId": device.user_id,
-        "cursor": device.cursor,
-        "recovered": device.resumed,
-        "generations": [snapshot.model_dump(by_alias=True, exclude_none=True) for snapshot in generations],
-        **until,
-    }
+    return Welcome(
+        ok=True,
+        user_id=device.user_id,
+        cursor=device.cursor,
+        recovered=device.resumed,
+        generations=list(generations),
+        expires_at=None if identity.expires_at is None else timestamp(identity.expires_at),
+    ).model_dump(by_alias=True, exclude_none=True)
 
 
 def _claimed_user(user: object) -> str | None:

@@ -1,0 +1,75 @@
+"""Serves ``/docs`` and ``/asyncapi.json``.
+
+``/docs`` is a plain list of the operations. Swagger UI replaces it where npm has brought that.
+"""
+
+from functools import cache
+from html import escape
+from typing import Any, Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from api.asyncapi import document
+from api.settings import Settings
+from api.web.page import FOLDER
+
+_POLICY: Final = "; ".join((
+    "default-src 'none'",
+    "script-src 'self'",
+    "style-src 'self'",
+    "img-src 'self' data:",
+    "connect-src 'self'",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
+))  # fmt: skip
+_HEADERS: Final = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": _POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_VIEWER: Final = """
+<link rel="stylesheet" href="{prefix}/static/vendor/swagger-ui.css">
+<script src="{prefix}/static/vendor/swagger-ui-bundle.js" defer></script>
+<script src="{prefix}/static/docs.js" defer></script>"""
+_PAGE: Final = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Stagecast: HTTP operations</title>
+<link rel="icon" href="{prefix}/static/icon.svg">{viewer}
+<main id="docs" data-openapi="{prefix}/openapi.json">
+<h1>HTTP operations</h1>
+<p>In full: <a href="{prefix}/openapi.json">OpenAPI</a>. The events: <a href="{prefix}/asyncapi.json">AsyncAPI</a>.</p>
+<ul>{operations}</ul>
+</main>
+</html>"""
+
+
+def page(openapi: dict[str, Any], prefix: str, *, viewer: bool) -> str:
+    """The page. `prefix`: the path that every path of the service begins with."""
+    operations = "\n".join(
+        f"<li><code>{method.upper()} {escape(path)}</code> {escape(operation['description'].splitlines()[0])}</li>"
+        for path, methods in openapi["paths"].items()
+        for method, operation in methods.items()
+    )
+    prefix = escape(prefix)
+    return _PAGE.format(prefix=prefix, operations=operations, viewer=_VIEWER.format(prefix=prefix) if viewer else "")
+
+
+def install(app: FastAPI, settings: Settings) -> None:
+    """Serve both."""
+    viewer = (FOLDER / "vendor/swagger-ui-bundle.js").is_file()
+    text = cache(lambda: page(app.openapi(), settings.path_prefix, viewer=viewer))
+    events = cache(lambda: document(app.version, settings.public_url))
+
+    async def docs(_: Request) -> Response:
+        return HTMLResponse(text(), headers=_HEADERS)
+
+    async def asyncapi(_: Request) -> Response:
+        return JSONResponse(events())
+
+    app.add_route("/docs", docs, include_in_schema=False)
+    app.add_route("/asyncapi.json", asyncapi, include_in_schema=False)
