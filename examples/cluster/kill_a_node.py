@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ async def main(folder: Path, count: int) -> bool:
         photo = (SAMPLES / "portrait.webp").read_bytes()
         ids = []
         for number in range(count):
-            form = {"prompt": (None, f"hat {number}"), "images": ("portrait.webp", photo)}
+            form: dict[str, Any] = {"prompt": (None, f"hat {number}"), "images": ("portrait.webp", photo)}
             answer = await http.post("/generations/edit", files=form)
             answer.raise_for_status()
             ids.append(answer.json()["generationId"])
@@ -95,7 +96,8 @@ async def main(folder: Path, count: int) -> bool:
         print(f"Node {number} is killed.", flush=True)
         async with asyncio.timeout(120):
             for device in devices:
-                await device.until(lambda device=device: all(map(device.ended, ids)))
+                for generation_id in ids:
+                    await device.until(partial(device.ended, generation_id))
         print(f"All {count} edits had ended {time.monotonic() - killed:.0f} seconds later.")
         right = True
         for device in devices:
