@@ -68,9 +68,9 @@ class QueuePositions:
 
     async def _announce(self) -> None:
         positions = await self.leases.positions()
-        for generation_id, waiting in self._waiting.items():
-            position = positions.get(generation_id)
-            if position is not None and position != waiting.position:
+        for generation_id, position in positions.items():
+            waiting = self._waiting.get(generation_id)
+            if waiting is not None and position != waiting.position:
                 waiting.position = position
                 data = {"generationId": generation_id, "queuePosition": position}
                 self.hub.announce(waiting.user_id, QUEUE_POSITION, data, waits=generation_id)
