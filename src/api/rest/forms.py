@@ -7,7 +7,6 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
 from typing import Annotated, Any, Final
 from urllib.parse import unquote
 
@@ -201,12 +200,11 @@ async def read_form(
         Invalid: fields are not valid.
         HTTPException, Failure: as `read_multipart`; 413: a file is too large.
     """
-    names, known = _names(_FORMS[kind]), _names(EditForm)
     sentence = "The request may have 5 files of 10 MB at most."
-    parts = await read_multipart(request, spool, {*known} - {"images"}, MAX_BODY, sentence)
+    parts = await read_multipart(request, spool, _TEXTS, MAX_BODY, sentence)
     fields: dict[str, Any] = {}
     for name, values in parts.items():
-        if name in known and name != "prompt":
+        if name == "images" or (name in _TEXTS and name != "prompt"):
             # A form may have the fields of the other one, as long as they are empty: pages send all of their inputs.
             values = [value for value in values if value and not (isinstance(value, FormFile) and value.is_empty)]
         if values:
@@ -214,13 +212,17 @@ async def read_form(
     try:
         form = _FORMS[kind].model_validate(fields)
     except ValidationError as error:
+        names = _names(_FORMS[kind])
         raise Invalid(*invalid_fields(_explained(each, names) for each in error.errors()[:_MAX_ERRORS])) from None
     return _request(form, external), form.images
 
 
-@cache
 def _names(model: type[GenerateForm]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+#: The fields of both forms that are texts.
+_TEXTS: Final = {*_names(EditForm)} - {"images"}
 
 
 def _explained(error: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:

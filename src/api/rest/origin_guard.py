@@ -59,7 +59,7 @@ class OriginGuard:
             return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        origin_allowed = self._origin_allowed(scope["scheme"], headers)
+        origin_allowed = origin is None or self._origin_allowed(scope["scheme"], headers)
         preflight = origin is not None and scope.get("method") == "OPTIONS" and _REQUESTED_METHOD in headers
         refusal = self._refusal(headers, origin_allowed, preflight)
         if scope["type"] == "websocket":
@@ -104,10 +104,8 @@ class OriginGuard:
         return name is not None and (name in self._hosts or is_loopback(name))
 
     def _origin_allowed(self, scheme: str, headers: Headers) -> bool:
-        """Whether the request has no origin (it needs no permission) or one that is allowed."""
+        """Whether the request's origin is allowed. Without one, it needs no permission."""
         origins = headers.getlist("origin")
-        if not origins:
-            return True
         if len(origins) > 1:
             return False
         origin = _without_default_port(origins[0].lower())
