@@ -39,7 +39,7 @@ async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nod
         node_cluster(log, tmp_path_factory.mktemp("cluster"), max_lag_ms="off", credits="off") as cluster,
     ):
         yield cluster
-        assert cluster.problems() == []
+        assert cluster.failures() == []
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -166,7 +166,7 @@ class Chaos:
         self.owners = dict[str, str]()
 
     async def run(self, kills: int, *, every: float, internal: bool) -> None:
-        """Kill a node every so many seconds.
+        """End a node every so many seconds; two of three are killed, and one is asked to stop.
 
         `internal`: the nodes work, too; otherwise only pipelines of the operator's own.
         """
@@ -206,7 +206,7 @@ class Chaos:
             due += every
             await asyncio.sleep(due - asyncio.get_running_loop().time())
             node = self.cluster.nodes[number % len(self.cluster.nodes)]
-            await node.kill()
+            await (node.stop() if number % 3 == 1 else node.kill())
             await asyncio.sleep(0.3)
             await node.revive()
 

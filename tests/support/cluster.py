@@ -49,6 +49,12 @@ class Node:
     async def kill(self) -> None:
         await self._stack.aclose()
 
+    async def stop(self) -> None:
+        """By SIGTERM."""
+        self.life.send(signal.SIGTERM)
+        assert await self.life.ended() == 0
+        await self.kill()
+
     async def revive(self) -> None:
         self._stack = AsyncExitStack()
         self.life = await self._stack.enter_async_context(self.deployment.serving())
@@ -70,15 +76,10 @@ class NodeCluster:
         await connection.close()
         await asyncio.sleep(1.1)  # The next heartbeat of each.
 
-    def problems(self) -> list[str]:
-        """What the nodes have logged, but for what killed nodes cause."""
-        expected = (
-            "has no synchronous standby",
-            "cannot be reached",
-            "a Socket.IO request was refused: ClientDisconnect",
-        )
+    def failures(self) -> list[str]:
+        """What the nodes have logged that no outage explains."""
         lines = [line for node in self.nodes for line in node.life.logged]
-        return [line for line in lines if not any(each in line for each in expected)]
+        return [line for line in lines if "Traceback" in line or "Exception" in line]
 
 
 @asynccontextmanager
