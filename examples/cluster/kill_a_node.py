@@ -15,7 +15,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ class Device:
 
     async def connect(self, url: str) -> None:
         """Connect, and come back whenever the connection ends: after the last event that has come."""
-        await self.client.connect(url, auth=self._credentials, transports=["websocket"], wait_timeout=30)
+        await self.client.connect(url, auth=self._credentials, wait_timeout=30)
 
     def _credentials(self) -> dict[str, Any]:
         cursor = {} if self.cursor is None else {"cursor": self.cursor}
@@ -64,6 +63,10 @@ class Device:
         """Wait until its events are as expected."""
         async with self._changed:
             await self._changed.wait_for(happened)
+
+    async def until_ended(self, generation_ids: list[str]) -> None:
+        """Wait until it knows how these have ended."""
+        await self.until(lambda: all(map(self.ended, generation_ids)))
 
     def of(self, generation_id: str) -> list[dict[str, Any]]:
         """What it was sent of one generation."""
@@ -85,7 +88,7 @@ async def main(folder: Path, count: int) -> bool:
         photo = (SAMPLES / "portrait.webp").read_bytes()
         ids = []
         for number in range(count):
-            form: dict[str, Any] = {"prompt": (None, f"hat {number}"), "images": ("portrait.webp", photo)}
+            form = {"prompt": (None, f"hat {number}"), "images": ("portrait.webp", photo)}
             answer = await http.post("/generations/edit", files=form)
             answer.raise_for_status()
             ids.append(answer.json()["generationId"])
@@ -96,8 +99,7 @@ async def main(folder: Path, count: int) -> bool:
         print(f"Node {number} is killed.", flush=True)
         async with asyncio.timeout(120):
             for device in devices:
-                for generation_id in ids:
-                    await device.until(partial(device.ended, generation_id))
+                await device.until_ended(ids)
         print(f"All {count} edits had ended {time.monotonic() - killed:.0f} seconds later.")
         right = True
         for device in devices:
