@@ -88,8 +88,8 @@ async def main(folder: Path, count: int) -> bool:
         photo = (SAMPLES / "portrait.webp").read_bytes()
         ids = []
         for number in range(count):
-            form = {"prompt": (None, f"hat {number}"), "images": ("portrait.webp", photo)}
-            answer = await http.post("/generations/edit", files=form)
+            image = {"images": ("portrait.webp", photo)}
+            answer = await http.post("/generations/edit", data={"prompt": f"hat {number}"}, files=image)
             answer.raise_for_status()
             ids.append(answer.json()["generationId"])
         await devices[0].until(lambda: any(event["progress"] >= 60 for event in devices[0].events))
