@@ -21,7 +21,12 @@ EDITOR: Final = PromptedEditor()
 
 DESKTOP, PHONE, NARROW = (1280, 800), (390, 844), (320, 568)
 #: A desktop of 1280 pixels at 200 % has the width of 640.
-SIZES: Final = (DESKTOP, (640, 400), PHONE, NARROW)
+SIZES: Final = (
+    DESKTOP,
+    NARROW,
+    pytest.param(PHONE, marks=pytest.mark.long),
+    pytest.param((640, 400), marks=pytest.mark.long),
+)
 LONG: Final = "A portrait with this hat, by the lake at dusk, and " + "the reeds, the mist and the far hills, " * 60
 
 

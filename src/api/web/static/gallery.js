@@ -109,8 +109,8 @@ export function render(stagecast, force = false) {
   setChildren(byId("history").querySelector("ul"), shown);
   byId("history").hidden = !finished.length;
   byId("filters").hidden = !filter.set && finished.length < 2;
-  const complete = !pages.hasMore();
-  byId("older").hidden = found.length <= limit && (complete || filter.set && !failed);
+  const complete = !pages.mayHaveMore();
+  byId("older").hidden = found.length <= limit && (filter.set ? !failed : !pages.hasNext());
   byId("clear-filters").hidden = !filter.set;
   setText(byId("found"), filter.set ? foundText(found.length, finished.length, complete) : "");
 }

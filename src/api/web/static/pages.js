@@ -14,8 +14,9 @@ const LARGEST = 100;
 let list = { next: /** @type {string | null | undefined} */ (undefined), loading: /** @type {any} */ (undefined) };
 
 export const isUnknown = () => list.next === undefined && !list.loading;
-/** Whether the service may have more generations than the page. */
-export const hasMore = () => list.next !== null;
+/** Whether the service has more generations than the page; and whether it may have, as long as that is not known. */
+export const hasNext = () => Boolean(list.next);
+export const mayHaveMore = () => list.next !== null;
 /** Begins with the first page again, for another user or after the history was lost. */
 export const reset = () => void (list = { next: undefined, loading: undefined });
 
@@ -30,5 +31,5 @@ export function load(stagecast, limit = LARGEST) {
 /** Loads pages until a condition holds, or there are no more. @param {Stagecast} stagecast @param {() => boolean} holds */
 export async function loadUntil(stagecast, holds) {
   const own = list;
-  while (own === list && !holds() && hasMore()) await load(stagecast);
+  while (own === list && !holds() && mayHaveMore()) await load(stagecast);
 }
