@@ -76,7 +76,8 @@ export function render(stagecast, generation, force) {
   const inputs = `${generationId} ${urls} ${document.documentElement.lang}`;
   if (inputs !== renderedInputs) {
     renderedInputs = inputs;
-    byId("inputs").replaceChildren(...urls.map((/** @type {string} */ url, index) => inputItem(generation, url, index)));
+    const item = (/** @type {string} */ url, /** @type {number} */ index) => inputItem(generation, url, index);
+    byId("inputs").replaceChildren(...urls.map(item));
   }
   byId("inputs").hidden = !urls.length;
   if (moved && byId("details").open) setText(byId("code"), "");

@@ -38,12 +38,15 @@ function writePicture(url) {
 
 /** Shows "Copied" on a button for a moment. */
 async function confirmOn(/** @type {HTMLElement} */ button, /** @type {Promise<unknown>} */ copying) {
-  const label = button.querySelector("[data-text]") ?? button;
-  const key = /** @type {"copied" | "notCopied"} */ (await copying.then(() => "copied", () => "notCopied"));
-  setText(/** @type {HTMLElement} */ (label), t(key));
+  const label = /** @type {any} */ (button.querySelector("[data-text]") ?? button);
+  const key = await copying.then(() => /** @type {const} */ ("copied"), () => /** @type {const} */ ("notCopied"));
+  setText(label, t(key));
   announce(t(key));
-  setTimeout(() => setText(/** @type {HTMLElement} */ (label), t(/** @type {any} */ (label.getAttribute("data-text")))), 2_000);
+  setTimeout(() => setText(label, t(label.dataset.text)), 2_000);
 }
 
-export const copyText = (/** @type {HTMLElement} */ button, /** @type {string} */ text) => confirmOn(button, writeText(text));
-export const copyPicture = (/** @type {HTMLElement} */ button, /** @type {string} */ url) => confirmOn(button, writePicture(url));
+/** @param {HTMLElement} button @param {string} text */
+export const copyText = (button, text) => confirmOn(button, writeText(text));
+
+/** @param {HTMLElement} button @param {string} url */
+export const copyPicture = (button, url) => confirmOn(button, writePicture(url));

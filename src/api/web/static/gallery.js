@@ -143,7 +143,8 @@ export function init(stagecast) {
   // The client module already has the newest generations; the first page tells where the next one starts.
   const loadFirstPage = () => {
     pages.reset();
-    pages.load(stagecast, FIRST).then(() => (currentFilter().set ? loadForFilter(stagecast) : render(stagecast)), () => {});
+    const onLoaded = () => (currentFilter().set ? loadForFilter(stagecast) : render(stagecast));
+    pages.load(stagecast, FIRST).then(onLoaded, () => {});
   };
   stagecast.on("state", (state) => {
     if (state === "connecting") [limit] = [FIRST, pages.reset()];

@@ -122,9 +122,10 @@ export function formatRange([low, high, unit]) {
 
 /** A long time in its largest unit, rounded down: days, hours or minutes. */
 export function formatSpan(/** @type {number} */ ms) {
-  const minutes = Math.max(0, ms) / 60_000;
-  const [value, unit] = minutes < 60 ? [minutes, "minute"] : minutes < 2_880 ? [minutes / 60, "hour"] : [minutes / 1_440, "day"];
-  return new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "short" }).format(Math.floor(Number(value)));
+  const hours = Math.max(0, ms) / 3_600_000;
+  const unit = hours < 1 ? "minute" : hours < 48 ? "hour" : "day";
+  const value = Math.floor(hours * { minute: 60, hour: 1, day: 1 / 24 }[unit]);
+  return new Intl.NumberFormat(language, { style: "unit", unit, unitDisplay: "short" }).format(value);
 }
 
 const TIME = /** @type {const} */ ({ hour: "2-digit", minute: "2-digit", hourCycle: "h23" });

@@ -15,8 +15,12 @@ export const linkedId = () => (ID.test(location.hash.slice(1)) ? location.hash.s
 /** The address that opens a generation for its owner. */
 export const linkTo = (/** @type {string} */ id) => `${BASE}/#${id}`;
 
-/** What was found about the linked generation that the page does not have. */
-let lookup = { id: "", userId: /** @type {string | undefined} */ (""), state: /** @type {"looking" | "missing" | "failed"} */ ("looking") };
+/**
+ * What was found about the linked generation that the page does not have.
+ *
+ * @type {{id: string, userId?: string, state: "looking" | "missing" | "failed"}}
+ */
+let lookup = { id: "", state: "looking" };
 
 /**
  * Whether the generation in the address is being looked up, does not exist for this user, or could not be loaded.

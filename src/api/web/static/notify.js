@@ -34,10 +34,10 @@ function iconOf({ done, failed, progress = 0, stale }) {
   const color = failed ? "#c0443b" : stale ? "#8b8f8d" : "#0d8484";
   const disc = `<circle cx="16" cy="16" r="15" fill="${color}"/>`;
   const mark = (/** @type {string} */ path) =>
-    `${disc}<path d="${path}" fill="none" stroke="#fff" stroke-width="4" stroke-linecap="round" stroke-linejoin="round"/>`;
+    `${disc}<path d="${path}" fill="none" stroke="#fff" stroke-width="4" stroke-linecap="round"/>`;
   const ring = (/** @type {string} */ stroke, /** @type {number} */ percent) =>
-    `<circle cx="16" cy="16" r="12" fill="none" stroke="${stroke}" stroke-width="7" pathLength="100" stroke-dasharray="${
-      percent} 100" transform="rotate(-90 16 16)"/>`;
+    `<circle cx="16" cy="16" r="12" fill="none" stroke="${stroke}" stroke-width="7" pathLength="100"
+      stroke-dasharray="${percent} 100" transform="rotate(-90 16 16)"/>`;
   const shape = done ? mark("m9 17 5 5 9-11") : failed ? mark("m11 11 10 10m0-10L11 21")
     : ring("#8b8f8d66", 100) + ring(color, progress);
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">${shape}</svg>`;
@@ -64,7 +64,8 @@ export function render(stagecast) {
   if (ended) words.push(statusName(ended), titleOf(ended));
   else if (running) words.push(formatPercent(running.progress), statusName(running), titleOf(running));
   if (stale && (running || state === "offline")) words.unshift(t(state));
-  document.title = [...words.map((word) => (word.length > 60 ? `${word.slice(0, 59)}…` : word)), "Stagecast"].join(" · ");
+  const short = words.map((word) => (word.length > 60 ? `${word.slice(0, 59)}…` : word));
+  document.title = [...short, "Stagecast"].join(" · ");
   if (ended) setIcon(ended.status === "completed" ? { done: true } : { failed: true });
   else setIcon(running && { progress: running.progress, stale });
   renderButton(Boolean(running));
@@ -82,7 +83,8 @@ function renderButton(running) {
 function notify(generation) {
   const { generationId } = generation;
   try {
-    const notification = new Native(statusName(generation), { body: titleOf(generation), tag: generationId, icon: ownIcon });
+    const options = { body: titleOf(generation), tag: generationId, icon: ownIcon };
+    const notification = new Native(statusName(generation), options);
     notification.onclick = () => {
       focus();
       location.assign(linkTo(generationId));

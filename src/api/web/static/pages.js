@@ -28,7 +28,11 @@ export function load(stagecast, limit = LARGEST) {
     .finally(() => (own.loading = undefined));
 }
 
-/** Loads pages until a condition holds, or there are no more. @param {Stagecast} stagecast @param {() => boolean} holds */
+/**
+ * Loads pages until a condition holds, or there are no more.
+ *
+ * @param {Stagecast} stagecast @param {() => boolean} holds
+ */
 export async function loadUntil(stagecast, holds) {
   const own = list;
   while (own === list && !holds() && mayHaveMore()) await load(stagecast);

@@ -42,6 +42,10 @@ export function render(generation) {
   shown = generation;
   const { status, retryable } = generation;
   const [finished, result] = [isFinished(generation), resultOf(generation)];
+  // A picture that is done comes before what can be done with it, on narrow screens and for the keyboard.
+  const [head, figure, acts] = [".head", "figure", ".acts"].map((part) => byId("stage").querySelector(part));
+  const before = status === "completed" ? figure : head;
+  if (acts.previousElementSibling !== before) before.after(acts);
   const download = byId("download");
   download.hidden = !result;
   if (result) Object.assign(download, { href: result, download: fileName(generation, result) });
@@ -96,8 +100,8 @@ export function init(stagecast, { start, submissionOf }) {
     byId(id).removeAttribute("aria-busy");
   });
 
-  /** Starts the same request once more. If its pictures are gone, fills the form instead. @param {Generation} generation */
-  async function again(generation) {
+  /** Starts the same request once more. If its pictures are gone, fills the form instead. */
+  async function again(/** @type {Generation} */ generation) {
     const submission = submissionOf(generation);
     const request = await fullRequest(generation);
     if (!request?.imageNames && !request?.imageUrls) return submission ? start(submission) : edit(generation);

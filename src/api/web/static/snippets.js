@@ -8,9 +8,9 @@
 
 /** Values that the service assumes if the field is missing. */
 const DEFAULTS = /** @type {Record<string, unknown>} */ ({ quality: "auto", background: "auto" });
-/** Characters that a terminal or an editor acts on, or does not show. With the flag `u`, surrogates are unpaired ones. */
+/** Characters that a terminal or an editor acts on, or does not show; and unpaired surrogates. */
 const INVISIBLE =
-  /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202f\u205f-\u206f\ufe00-\ufe0f\ufeff\ud800-\udfff]/u;
+  /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202f\u205f-\u206f\ufeff\ud800-\udfff]/u;
 const INVISIBLES = new RegExp(INVISIBLE, "gu");
 
 /**
@@ -57,8 +57,8 @@ export function snippetsOf(generation, { url, userId = "", tokenRequired }) {
   const target = `${url}/generations/${generation.kind}`;
   const text = (/** @type {unknown} */ value) => (typeof value === "string" ? value : JSON.stringify(value));
   const list = (/** @type {string[]} */ values) => `[${values.map(literal).join(", ")}]`;
-  /** @param {string} encode the function that makes JSON of a list */
-  const value = (encode) => (/** @type {unknown} */ it) => (Array.isArray(it) ? `${encode}(${list(it)})` : literal(text(it)));
+  /** A value as code. @param {unknown} it @param {string} encode the function that makes JSON of a list */
+  const code = (it, encode) => (Array.isArray(it) ? `${encode}(${list(it)})` : literal(text(it)));
 
   const curl = [
     `curl ${shellWord(target)}`,
@@ -67,22 +67,26 @@ export function snippetsOf(generation, { url, userId = "", tokenRequired }) {
     ...isLost ? ["-F 'images=@picture.png'"] : [],
   ];
 
-  const jsUser = isAscii(userId) ? literal(userId) : `String.fromCharCode(...new TextEncoder().encode(${literal(userId)}))`;
+  // Headers are bytes.
+  const user = literal(userId);
+  const jsUser = isAscii(userId) ? user : `String.fromCharCode(...new TextEncoder().encode(${user}))`;
+  const jsHeader = tokenRequired ? "Authorization: `Bearer ${process.env.STAGECAST_TOKEN}`" : `"X-User-Id": ${jsUser}`;
   const javascript = [
     "const body = new FormData();",
-    ...fields.map(([name, it]) => `body.append("${name}", ${value("JSON.stringify")(it)});`),
+    ...fields.map(([name, it]) => `body.append("${name}", ${code(it, "JSON.stringify")});`),
     ...isLost ? ['body.append("images", picture); // A File or Blob.'] : [],
     "",
     `const response = await fetch(${literal(target)}, {`,
     '  method: "POST",',
-    `  headers: { ${tokenRequired ? "Authorization: `Bearer ${process.env.STAGECAST_TOKEN}`" : `"X-User-Id": ${jsUser}`} },`,
+    `  headers: { ${jsHeader} },`,
     "  body,",
     "});",
     "if (!response.ok) throw new Error(await response.text());",
     "console.log((await response.json()).generationId);",
   ];
 
-  const pythonUser = isAscii(userId) ? literal(userId) : `${literal(userId)}.encode()`;
+  const pythonHeader = tokenRequired ? `"Authorization": f"Bearer {os.environ['STAGECAST_TOKEN']}"`
+    : `"X-User-Id": ${isAscii(userId) ? user : `${user}.encode()`}`;
   const python = [
     "import json",
     ...tokenRequired ? ["import os"] : [],
@@ -91,9 +95,9 @@ export function snippetsOf(generation, { url, userId = "", tokenRequired }) {
     "",
     "response = requests.post(",
     `    ${literal(target)},`,
-    `    headers={${tokenRequired ? "\"Authorization\": f\"Bearer {os.environ['STAGECAST_TOKEN']}\"" : `"X-User-Id": ${pythonUser}`}},`,
+    `    headers={${pythonHeader}},`,
     "    files={",
-    ...fields.map(([name, it]) => `        "${name}": (None, ${value("json.dumps")(it)}),`),
+    ...fields.map(([name, it]) => `        "${name}": (None, ${code(it, "json.dumps")}),`),
     ...isLost ? ['        "images": open("picture.png", "rb"),'] : [],
     "    },",
     ")",

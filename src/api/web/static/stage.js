@@ -67,7 +67,8 @@ export function render(stagecast, stages, force) {
   renderPictures(generation, previous);
   const table = stages[kind] ?? [];
   timeline.render(stagecast, generation, table, force);
-  ahead = { present: table.find((stage) => stage.status === status), upcoming: timeline.upcomingStages(table, generation) };
+  const present = table.find((stage) => stage.status === status);
+  ahead = { present, upcoming: timeline.upcomingStages(table, generation) };
   result.render(generation);
   tick();
 }

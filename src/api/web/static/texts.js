@@ -161,7 +161,9 @@ const en = {
   eventsHint: "Every event of this generation, as the HTTP API returns them.",
 
   missingTitle: "This link opens no picture here",
-  missingText: (/** @type {string} */ user) => `There is no such picture for ${user}. It may have been deleted or have expired, or it belongs to somebody else: a link opens only for its owner.`,
+  missingText: (/** @type {string} */ user) =>
+    `There is no such picture for ${user}. It may have been deleted or have expired, or it belongs to somebody else: ` +
+    "a link opens only for its owner.",
   lookupFailed: "The picture of this link could not be loaded. The page tries again when it is connected.",
   looking: "Looking for the picture of this link…",
   showNewest: "Show my newest picture",
@@ -383,7 +385,9 @@ const tr = {
   eventsHint: "Bu işlemin bütün olayları, HTTP API’nin döndürdüğü gibi.",
 
   missingTitle: "Bu bağlantı burada bir görsel açmıyor",
-  missingText: (user) => `${user} kullanıcısının böyle bir görseli yok. Silinmiş ya da süresi dolmuş olabilir; ya da başka birinindir: bağlantı yalnızca sahibinde açılır.`,
+  missingText: (user) =>
+    `${user} kullanıcısının böyle bir görseli yok. Silinmiş ya da süresi dolmuş olabilir; ya da başka birinindir: ` +
+    "bağlantı yalnızca sahibinde açılır.",
   lookupFailed: "Bu bağlantının görseli yüklenemedi. Sayfa bağlanınca yeniden dener.",
   looking: "Bu bağlantının görseli aranıyor…",
   showNewest: "En yeni görselimi göster",

@@ -103,7 +103,10 @@ export function init() {
     event.preventDefault();
     zoom(Math.exp(-event.deltaY / 400), { x: event.clientX, y: event.clientY });
   }, { passive: false });
-  room.addEventListener("dblclick", ({ clientX: x, clientY: y }) => (view.scale > 1 ? show() : zoom(STEP ** 3, { x, y })));
+  room.addEventListener("dblclick", ({ clientX: x, clientY: y }) => {
+    if (view.scale > 1) show();
+    else zoom(STEP ** 3, { x, y });
+  });
   room.addEventListener("pointerdown", (/** @type {PointerEvent} */ event) => {
     if (pointers.size > 1) return;
     pointers.set(event.pointerId, { x: event.clientX, y: event.clientY });
