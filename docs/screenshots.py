@@ -1,22 +1,25 @@
 """Takes the README's pictures of the page: ``python docs/screenshots.py``, with Chromium installed.
 
 The service is real, and so are the edits: some short ones, so that there is a history, and a long one that two devices
-watch. Only the date is made up, so that the pictures do not change with each run more than they have to.
+watch. Only the date is made up, so that the pictures do not change with each run more than they have to. In the moving
+picture one of the devices loses its connection meanwhile. ``python docs/screenshots.py moving`` takes only that one.
 """
 
 import asyncio
 import shutil
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import httpx2
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from adapters.images.threads import ImageThreads
@@ -45,14 +48,24 @@ _EARLIER: Final = (
     ("A postcard of the lake and the hat", "3:2", ("lake", "hat")),
 )
 #: How long the watched edit takes in each of its two slow stages, in seconds.
-_SLOW: Final = 2.0
+_SLOW: Final = 8.0
 
 #: Width, height and pixels per point.
-_DEVICES: Final = {"desktop": (1280, 940, 1.5), "phone": (390, 780, 1.5)}
+_DEVICES: Final = {
+    "desktop": (1280, 940, 1.5),
+    "phone": (390, 780, 1.5),
+    "left": (720, 640, 1.5),
+    "right": (360, 640, 1.5),
+}
 _SCHEMES: Final[tuple[Scheme, ...]] = ("light", "dark")
 
-#: Bytes that a picture may have.
+#: Bytes that a picture may have, and the moving one.
 _LIMIT: Final = 150_000
+_MOVING_LIMIT: Final = 2_000_000
+
+#: Milliseconds for which a frame of the moving picture is shown, and one in which something is to be read.
+_FRAME: Final = 200
+_READ: Final = 1_800
 
 
 class _Editor:
@@ -144,10 +157,8 @@ async def _shoot(browser: Browser, scheme: Scheme) -> None:
             phone = await _open(browser, url, ahead, "phone", scheme)
             desktop = await _open(browser, url, ahead, "desktop", scheme)
             await expect(desktop.locator("#history .tile")).to_have_count(len(_EARLIER), timeout=30_000)
-            await desktop.click("#samples")
-            await expect(desktop.locator("#tray li")).to_have_count(4)
             await desktop.fill("#prompt", _PROMPT)
-            await desktop.click("#start")
+            await desktop.click("#samples")
             # The preview comes half-way through the stage.
             await expect(phone.locator("#pictures a")).to_have_count(1, timeout=30_000)
             await expect(phone.locator("#after")).not_to_have_class("sheet", timeout=30_000)
@@ -160,8 +171,96 @@ async def _shoot(browser: Browser, scheme: Scheme) -> None:
             await desktop.context.close()
 
 
-async def main() -> None:
-    """Write every picture."""
+@dataclass
+class _Film:
+    """The moving picture: both devices side by side, above a sentence about what happens."""
+
+    pages: tuple[Page, Page]
+    sentence: str = ""
+    frames: list[Image.Image] = field(default_factory=list)
+    durations: list[int] = field(default_factory=list)
+
+    async def take(self, duration: int = _FRAME) -> None:
+        """Take a frame."""
+        shots = [Image.open(BytesIO(await page.screenshot())).convert("RGB") for page in self.pages]
+        gap, below = 36, 96
+        width = sum(shot.width for shot in shots) + 3 * gap
+        frame = Image.new("RGB", (width, shots[0].height + gap + below), "#dfe5e4")
+        draw = ImageDraw.Draw(frame)
+        left = gap
+        for shot in shots:
+            mask = Image.new("L", shot.size)
+            ImageDraw.Draw(mask).rounded_rectangle((0, 0, shot.width - 1, shot.height - 1), 24, fill=255)
+            frame.paste(shot, (left, gap), mask)
+            left += shot.width + gap
+        place = (width / 2, frame.height - below / 2)
+        draw.text(place, self.sentence, fill="#1b2023", font=ImageFont.load_default(40), anchor="mm")
+        if self.frames and self.frames[-1].tobytes() == frame.tobytes():
+            self.durations[-1] += duration
+        else:
+            self.frames.append(frame)
+            self.durations.append(duration)
+
+    async def until(self, page: Page, selector: str) -> None:
+        """Take frames until there is such an element on the page."""
+        while not await page.locator(selector).count():
+            await self.take()
+        await self.take()
+
+    def save(self, file: Path) -> None:
+        """Write all frames, in the best quality that fits."""
+        for quality in (92, 84, 76, 60):
+            options: dict[str, Any] = {
+                "save_all": True,
+                "append_images": self.frames[1:],
+                "duration": self.durations,
+                "loop": 0,
+            }
+            self.frames[0].save(file, quality=quality, method=4, minimize_size=True, **options)
+            if file.stat().st_size < _MOVING_LIMIT:
+                return
+        raise SystemExit(f"{file.name} is too large.")
+
+
+async def _film(browser: Browser) -> None:
+    """One edit on two devices, of which one is cut off and catches up."""
+    ahead = _BEGIN - now()
+    with TemporaryDirectory() as images:
+        async with _service(Path(images), ahead) as url:
+            await _make_a_history(url)
+            left = await _open(browser, url, ahead, "left", "light")
+            right = await _open(browser, url, ahead, "right", "light")
+            for page in (left, right):
+                await expect(page.locator("#history .tile")).to_have_count(len(_EARLIER), timeout=30_000)
+            film = _Film((left, right), "One user, two devices.")
+            await film.take(_READ)
+            film.sentence = "An edit is started on one of them, and both show each step."
+            await left.click("#composer > summary")
+            await left.fill("#prompt", _PROMPT)
+            await film.take(_READ)
+            await left.click("#samples")
+            for page in (left, right):
+                await page.evaluate("document.activeElement.blur(); scrollTo({ top: 0, behavior: 'instant' })")
+            await film.until(right, "[data-state=active] #after:not(.sheet, [hidden])")
+            film.sentence = "The phone loses its connection. The work goes on."
+            await right.context.set_offline(True)
+            await film.until(right, "body[data-connection=offline]")
+            await film.until(left, "#stage[data-state=completed]")
+            await film.take(_READ)
+            film.sentence = "It is back, and has caught up: nothing was missed."
+            await right.context.set_offline(False)
+            await film.until(right, "body[data-connection=live] #stage[data-state=completed]")
+            await film.take(_READ)
+            await right.locator("#timeline li.late").first.scroll_into_view_if_needed()
+            await right.evaluate("document.querySelector('#timeline').scrollIntoView({ block: 'center' })")
+            await film.take(2 * _READ)
+            film.save(FOLDER / "moving.webp")
+            await right.context.close()
+            await left.context.close()
+
+
+async def main(*, only_moving: bool) -> None:
+    """Write every picture, or only the moving one."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     FOLDER.mkdir(exist_ok=True)
     async with async_playwright() as playwright:
@@ -169,9 +268,11 @@ async def main() -> None:
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         )
         for scheme in _SCHEMES:
-            await _shoot(browser, scheme)
+            if not only_moving:
+                await _shoot(browser, scheme)
+        await _film(browser)
         await browser.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(only_moving="moving" in sys.argv))
