@@ -38,7 +38,8 @@ _NO_FACE: Final = 'data-face=""'
 _NO_EDITOR: Final = 'data-editor=""'
 _MODULES: Final = '<script src="/static/app.js" type="module"></script>'
 _PRELOAD: Final = '<link rel="modulepreload" href="/static/{}">'
-_WORK: Final = '<main id="work" hidden>'
+#: What is shown before the scripts have loaded: the form, or where a token is needed, the form that asks for it.
+_FIRST: Final = {False: '<main id="work" hidden>', True: '<main id="sign-in" hidden>'}
 
 _TYPES: Final = {
     ".css": "text/css",
@@ -108,14 +109,15 @@ def render(page: str, *, guarded: bool, own_client: bool, face: str = "", openai
 
     Args:
         page: the text of ``index.html``.
-        guarded: whether callers need a token. If they do not, the form is shown before the scripts have loaded.
+        guarded: whether callers need a token.
         own_client: whether the service has the official Socket.IO client.
         face: the URL of a sample face.
         openai: whether the editor is OpenAI's, whom the stages name.
     """
     page = page.replace(_NO_FACE, f'data-face="{escape(face)}"', 1)
     page = page.replace(_NO_EDITOR, 'data-editor="openai"', 1) if openai else page
-    page = page.replace(_OPEN, _GUARDED, 1) if guarded else page.replace(_WORK, _WORK.replace(" hidden", ""), 1)
+    page = page.replace(_OPEN, _GUARDED, 1) if guarded else page
+    page = page.replace(_FIRST[guarded], _FIRST[guarded].replace(" hidden", ""), 1)
     return page if own_client else page.replace(_OWN_CLIENT, _CDN_CLIENT, 1)
 
 

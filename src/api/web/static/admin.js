@@ -194,7 +194,7 @@ byId("filter").addEventListener("submit", (event) => {
   before = undefined;
   poll();
 });
-byId("filter").addEventListener("change", () => byId("filter").requestSubmit());
+byId("filter").addEventListener("change", () => byId("filter").dispatchEvent(new Event("submit", { cancelable: true })));
 byId("older").addEventListener("click", () => { before = next; poll(); });
 byId("newest").addEventListener("click", () => { before = undefined; poll(); });
 byId("close").addEventListener("click", () => byId("timeline").close());

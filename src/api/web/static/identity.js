@@ -25,6 +25,7 @@ const store = (/** @type {string} */ key, /** @type {string} */ value, allTabs =
 };
 
 function showSignedIn(/** @type {boolean} */ signedIn) {
+  document.documentElement.classList.toggle("signed-in", signedIn);
   byId("sign-in").hidden = signedIn;
   byId("work").hidden = !signedIn;
   byId("user-button").hidden = !signedIn;

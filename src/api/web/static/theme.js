@@ -1,4 +1,5 @@
-// The colours: light, dark, or as the system has them. A classic script in the head, so that the first paint has them.
+// What the first paint depends on, therefore a classic script in the head: the colours, which are light, dark, or as the
+// system has them, and whether this tab has a token and does not ask for one.
 {
   const KEY = "stagecast.theme";
   const root = document.documentElement;
@@ -6,7 +7,10 @@
     if (theme === "light" || theme === "dark") root.dataset.theme = theme;
     else delete root.dataset.theme;
   };
-  try { use(localStorage.getItem(KEY)); } catch {} // The browser denies access to its storage.
+  try {
+    use(localStorage.getItem(KEY));
+    root.classList.toggle("signed-in", Boolean(sessionStorage.getItem("stagecast.token")));
+  } catch {} // The browser denies access to its storage.
   addEventListener("storage", ({ key, newValue }) => key === KEY && use(newValue)); // Chosen in another tab.
   document.addEventListener("DOMContentLoaded", () => {
     for (const input of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=theme]"))) {
