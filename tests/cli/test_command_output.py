@@ -79,7 +79,7 @@ async def test_a_command_reports_a_full_disk(arguments: tuple[str, ...], full: i
 async def test_the_service_starts_with_a_closed_output_pipe(closed: int, tmp_path: Path) -> None:
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        *(*STAGECAST, "serve", "--port", f"{port}"),
+        *(*STAGECAST, "serve", "--port", f"{port}", "--log-level", "warning"),
         stdout=closed,
         stderr=asyncio.subprocess.PIPE,
         env=environment({}),

@@ -87,7 +87,7 @@ Run = Callable[..., Awaitable[CommandResult]]
 SERVE: Final = ("serve", "--images", "/dev/null/none")
 
 
-COMMANDS: Final = ("serve", "demo", "check", "token", "credit", "replay", "watch")
+COMMANDS: Final = ("serve", "demo", "check", "migrate", "token", "credit", "list", "cancel", "replay", "watch")
 
 
 # --- a service that is not there -------------------------------------------------------------------------

@@ -21,6 +21,10 @@ class Refused(Exception):
     """The service refused. The text is one sentence."""
 
 
+class Forbidden(Refused):
+    """The service refused because the token is not that of a service."""
+
+
 def request(
     method: str, url: str, path: str, token: str | None, *, user: str | None = None, json: Any = None
 ) -> dict[str, Any]:
@@ -65,5 +69,6 @@ def content_of(response: "httpx2.Response", url: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise not_stagecast(url)
     if not response.is_success:
-        raise Refused(str(content.get("detail", f"the service answered {response.status_code}")))
+        refused = Forbidden if response.status_code == 403 else Refused
+        raise refused(str(content.get("detail", f"the service answered {response.status_code}")))
     return content

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import json
 import os
 import re
 import resource
@@ -16,7 +17,7 @@ from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NoReturn
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from api import logs
 from api.cli import client
@@ -24,8 +25,11 @@ from api.cli.client import Refused, Unavailable
 from api.loopback import is_loopback
 from api.settings import Setting, Settings, SettingsError, describe_settings, load_remote, load_settings, masked
 from domain.identity import InvalidUserId, user_id
+from domain.stages import FLOWS
 
-_EXIT_CODES: Final[dict[type[Exception], int]] = {Refused: 1, InvalidUserId: 2, SettingsError: 2, Unavailable: 3}
+_EXIT_CODES: Final[dict[type[Exception], int]] = {
+    Refused: 1, client.Forbidden: 1, InvalidUserId: 2, SettingsError: 2, Unavailable: 3
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,7 +200,45 @@ def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
         raise client.not_stagecast(service.url) from None
 
 
-def replay(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803
+def list_(user: str | None, kind: str | None, status: str | None, limit: int, as_json: bool, **remote: Any) -> None:
+    """Print generations of a running service, newest first: of all users with a service token, else your own."""
+    service = load_remote(remote)
+    given = {"user": user, "kind": kind, "status": status, "limit": limit}
+    query = urlencode({name: value for name, value in given.items() if value is not None}, errors="replace")
+    try:
+        page = client.request("GET", service.url, f"/admin/generations?{query}", service.token)
+    except client.Forbidden:
+        page = client.request("GET", service.url, f"/generations?{query}", service.token, user=user)
+    try:
+        for each in page["generations"]:
+            if kind in (None, each["kind"]):  # A user's own are not filtered by the service.
+                print(json.dumps(each) if as_json else _line(each))
+    except (KeyError, TypeError, ValueError):
+        raise client.not_stagecast(service.url) from None
+
+
+def _line(generation: dict[str, Any]) -> str:
+    from api.cli.display import event_line
+
+    return event_line(generation, f"{generation['createdAt']}  {generation['generationId']}  {generation['userId']}  ")
+
+
+def cancel(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803
+    """End a generation on a running service, unless it has ended, and refund its credit."""
+    service = load_remote(remote)
+    try:
+        if user is None:
+            with contextlib.suppress(Refused):  # Only a service has to find the owner.
+                query = urlencode({"id": generationId}, errors="replace")
+                page = client.request("GET", service.url, f"/admin/generations?{query}", service.token)
+                user = next((each["userId"] for each in page["generations"]), None)
+        path = f"/generations/{_segment(generationId)}/cancel"
+        print(client.request("POST", service.url, path, service.token, user=user)["outcome"])
+    except (KeyError, TypeError):
+        raise client.not_stagecast(service.url) from None
+
+
+def replay(generationId: str, user: str | None, as_json: bool, **remote: Any) -> None:  # noqa: N803
     """Print the events of a generation from a running service."""
     from api.cli.display import event_line
 
@@ -205,7 +247,7 @@ def replay(generationId: str, user: str | None, **remote: Any) -> None:  # noqa:
     page = client.request("GET", service.url, path, service.token, user=user)
     try:
         for item in page["events"]:
-            print(event_line(item["data"], f"{item['data']['occurredAt']}  "))
+            print(json.dumps(item) if as_json else event_line(item["data"], f"{item['data']['occurredAt']}  "))
     except (KeyError, TypeError, ValueError):
         raise client.not_stagecast(service.url) from None
 
@@ -256,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(run: Callable[..., None], text: str) -> argparse.ArgumentParser:
         """Add a command, described by the docstring of its function."""
         command: argparse.ArgumentParser = commands.add_parser(
-            run.__name__, help=text, description=run.__doc__, allow_abbrev=False, formatter_class=_formatter
+            run.__name__.rstrip("_"), help=text, description=run.__doc__, allow_abbrev=False, formatter_class=_formatter
         )
         command.set_defaults(run=run)
         return command
@@ -296,8 +338,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("amount", type=int, help="the credits to add; a negative number takes them away")
     _add_remote(command)
 
+    command = add(list_, "print generations")
+    command.add_argument("--user", metavar="ID", help="only those of this user")
+    command.add_argument("--kind", choices=tuple(FLOWS), help="only those of this kind")
+    text = "only those that are active, finished, or at this status"
+    command.add_argument("--status", metavar="STATUS", help=text)
+    command.add_argument("--limit", type=int, default=20, metavar="NUMBER", help="at most so many, up to 100 (20)")
+    _add_json(command)
+    _add_remote(command)
+
+    command = add(cancel, "end a generation")
+    command.add_argument("generationId", help="the generation")
+    _add_remote(command, of_owner=True)
+
     command = add(replay, "print the events of a generation")
     command.add_argument("generationId", help="the generation")
+    _add_json(command)
     _add_remote(command, of_owner=True)
 
     command = add(watch, "show live progress")
@@ -320,6 +376,10 @@ def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting])
             value: Any = {"metavar": setting.placeholder} if setting.placeholder else {"action": "store_true"}
             # A flag that is not given has no attribute, so that the environment decides.
             arguments.add_argument(setting.flag, **value, default=argparse.SUPPRESS, help=text)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
 
 
 def _add_remote(command: argparse.ArgumentParser, *, of_owner: bool = False) -> None:
