@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ from adapters.system import now
 from domain.generation import Generation
 from support.browser import needs_chromium
 from support.builders import EventWriter, SteppableClock
+from support.documents import snippet
 from support.event_stream import of_generation
 from support.harness import JSON, TIMEOUT, Running, running
 from support.node import ROOT, TESTS, needs_node
@@ -129,6 +131,8 @@ async def test_httpx2_resumes_through_a_connection_that_breaks_after_any_number_
     assert seen == await service.events(generation.generation_id, eve)
 
 
+code: Final = partial(snippet, "docs/sse.md")
+
 PAGE: Final = """(url) => {
   const events = [], states = [];
   window.source = new EventSource(url);
@@ -182,13 +186,6 @@ async def test_a_stream_works_below_a_path_behind_a_proxy(tmp_path: Path) -> Non
             url = f"{proxy.url}/stagecast{of_generation(done.generation_id)}"
             async with program("curl", "-sN", "-H", "Accept: text/event-stream", url) as output:
                 assert len(blocks((await output.read()).decode())) == 6
-
-
-def code(language: str, mark: str) -> str:
-    """The one block of docs/sse.md in this language with this text."""
-    document = (ROOT / "docs" / "sse.md").read_text()
-    [block] = [text for text in re.findall(rf"^```{language}\n(.*?)^```", document, re.DOTALL | re.M) if mark in text]
-    return str(block)
 
 
 @needs_curl
