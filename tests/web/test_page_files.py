@@ -180,9 +180,7 @@ async def test_the_page_has_its_texts_before_any_script_and_in_the_language_of_t
         assert re.search(r'data-text="\w+"[^>]*></', response.text) is None
 
 
-async def test_the_form_or_the_sign_in_is_visible_before_the_scripts(
-    service: Running, tmp_path: Path
-) -> None:
+async def test_the_form_or_the_sign_in_is_visible_before_the_scripts(service: Running, tmp_path: Path) -> None:
     assert '<main id="work">' in (await service.http.get("/")).text
     async with guarded(tmp_path) as protected, httpx2.AsyncClient(base_url=protected.url) as stranger:
         page = (await stranger.get("/")).text
