@@ -230,3 +230,23 @@ async def test_a_role_that_may_not_create_gets_the_script_and_works_with_its_res
     async with open_node(restricted) as node:
         assert node.log.epoch == "e7"
         await EventRecorder(node.log, SteppableClock()).run_to_end()  # type: ignore[arg-type]
+
+
+async def test_a_statement_that_is_given_up_between_two_of_its_messages_is_unavailable(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = asyncpg.Connection._get_statement
+
+    async def given_up(connection: Any, *arguments: Any, **options: Any) -> Any:
+        statement = await prepare(connection, *arguments, **options)
+        connection.terminate()
+        return statement
+
+    async with open_node(url) as node:
+        log: Any = node.log
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncpg.Connection, "_get_statement", given_up)
+            for _ in range(2):
+                with pytest.raises(LogUnavailable):
+                    await log._database.fetch("SELECT 1")
+        assert await log._database.fetchval("SELECT 1") == 1

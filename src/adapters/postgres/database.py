@@ -33,11 +33,9 @@ _CONNECTIONS: Final = 4
 #: The oldest PostgreSQL: `pg_current_snapshot`.
 _OLDEST: Final = 13
 
-#: Everything that goes wrong between us and the database.
-FAILURES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-
-#: Those that end the connection.
+#: Those that end the connection. `AttributeError`: it was terminated between two messages of a statement.
 _LOST: Final = (
+    AttributeError,
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.ReadOnlySQLTransactionError,
@@ -45,6 +43,9 @@ _LOST: Final = (
     asyncpg.InternalClientError,
     OSError,
 )
+
+#: Everything that goes wrong between us and the database.
+FAILURES: Final = (asyncpg.PostgresError, TimeoutError, *_LOST)
 
 #: Each step migrates from the version of its index to the next.
 SCHEMA: Final[Sequence[str]] = tuple(
@@ -346,7 +347,7 @@ async def read_epoch(url: str) -> str | None:
 
 def reason_of(error: Exception) -> str:
     """Why the database does not answer, for the operator. It quotes nothing that users sent."""
-    if isinstance(error, asyncpg.InterfaceError | asyncpg.PostgresConnectionError):
+    if isinstance(error, asyncpg.InterfaceError | asyncpg.PostgresConnectionError | AttributeError):
         return "the connection was lost"
     if isinstance(error, asyncpg.PostgresError):
         startup = isinstance(error, asyncpg.InvalidAuthorizationSpecificationError | asyncpg.InvalidCatalogNameError)
