@@ -160,7 +160,7 @@ class Chaos:
         self.clients = list[tuple[str, Browser]]()
         for number in range(count):
             user = self.users[number % len(self.users)]
-            client = everybody.open(url, first={"userId": user}, transports=ways[number % 3], **options)
+            client = everybody.open(url, auth={"userId": user}, transports=ways[number % 3], **options)
             self.clients.append((user, client))
         #: The user of each generation.
         self.owners = dict[str, str]()
@@ -170,7 +170,9 @@ class Chaos:
 
         `internal`: the nodes work, too; otherwise only pipelines of the operator's own.
         """
-        cursors = [(await client.ack())["cursor"] for _, client in self.clients]
+        for _, client in self.clients:
+            await client.until(lambda client=client: bool(client.notices))  # type: ignore[misc]
+        cursors = [client.notices[0][1]["cursor"] for _, client in self.clients]
         async with RetryingClient.open(self.url) as caller:
             async with task_group() as group:
                 killing = group.create_task(self._kill(kills, every))

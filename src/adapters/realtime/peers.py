@@ -28,8 +28,9 @@ FORWARDED: Final = "x-stagecast-forwarded"
 WEBSOCKET: Final = "WEBSOCKET"
 #: Seconds for which its signature is valid.
 _VALID: Final = 30
-#: Seconds in which a connection to another node must be made, and in which a client must complete an upgrade.
-_CONNECT_TIMEOUT: Final = 3.0
+#: Seconds in which a connection to another node must be made, and in which a client must complete an upgrade. A killed
+#: process refuses connections at once; a busy one may take a while.
+_CONNECT_TIMEOUT: Final = 5.0
 _UPGRADE_TIMEOUT: Final = 6.0
 #: Seconds between two checks whether a node that has not answered still lives.
 _CHECK_INTERVAL: Final = 2.0
