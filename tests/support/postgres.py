@@ -106,17 +106,22 @@ class Server:
         self._control("promote", "-w")
 
     def execute(self, statement: str) -> None:
-        self._do(find_program("psql") or "", "-d", self.url(), "-c", statement)
+        self.query(statement)
+
+    def query(self, statement: str) -> str:
+        """The one value that the statement returns."""
+        return self._do(find_program("psql") or "", "-d", self.url(), "-Atc", statement, quiet=False).strip()
 
     def _control(self, command: str, *arguments: object) -> None:
         self._do(find_program("pg_ctl") or "", "-D", self.data, "-s", command, *arguments)
 
-    def _do(self, *command: object) -> None:
+    def _do(self, *command: object, quiet: bool = True) -> str:
         done = subprocess.run(
-            [str(each) for each in command], cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            **_as_user(), check=False,
+            [str(each) for each in command], cwd=self.folder, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL if quiet else subprocess.PIPE, **_as_user(), check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr.decode()
+        return "" if quiet else done.stdout.decode()
 
 
 @contextmanager
