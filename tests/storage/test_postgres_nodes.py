@@ -327,3 +327,17 @@ async def test_of_fifty_appends_with_one_sequence_from_three_nodes_one_wins(url:
         history = await two.log.generation(begun.generation_id)
         assert history is not None
         assert [entry.sequence for entry in history.events] == [1, 2]
+
+
+async def test_nodes_with_other_settings_keep_their_own_and_every_balance_holds(url: str) -> None:
+    async with open_node(url, credits=5, outbox=True) as counts, open_node(url, credits=None) as does_not:
+        one = EventRecorder(counts.log, SteppableClock(), CountedEntropy(1_000), count=10)  # type: ignore[arg-type]
+        two = EventRecorder(does_not.log, SteppableClock(), CountedEntropy(2_000), count=20)  # type: ignore[arg-type]
+        reserved, free = await one.start("ada"), await two.start("ada")
+        assert [await node.ledger.credit("ada") for node in (counts, does_not)] == [4, None]
+        await two.move(reserved, "failed")  # Whoever ends it, what its start has taken is given back.
+        await one.move(free, "failed")
+        assert await counts.ledger.credit("ada") == 5
+        # What a node without a webhook ends, no node posts.
+        assert [entry.generation_id for entry in await counts.outbox.claim_undelivered(9)] == [free.generation_id]
+        assert await does_not.outbox.claim_undelivered(9) == []
