@@ -176,6 +176,10 @@ async def test_the_time_left_is_a_range_that_is_gone_when_it_is_exceeded(browser
         await expect(tab["#left"]).to_have_text(re.compile(r"^usually [123][05]–[56][05] sec more$"))
         await tab.page.clock.fast_forward(20_000)
         await expect(tab["#left"]).to_have_text(re.compile(r"^usually .+(30|35|40) sec more$"))
+        await tab.cut()
+        await expect(tab["#left"]).to_be_hidden()  # Nobody knows what happens meanwhile.
+        await tab["#cut"].click()
+        await expect(tab["#left"]).to_be_visible()
         await tab.page.clock.fast_forward(45_000)
         await expect(tab["#left"]).to_be_hidden()
         pause.released.set()

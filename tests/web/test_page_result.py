@@ -377,8 +377,15 @@ async def test_a_link_opens_an_old_generation_on_another_device_of_its_owner_onl
     for number in range(21):
         await service.start("hedy", prompt=f"hat {number}")
     await service.service.leases.drain()
-    async with tabs(browser, service.url, 2, user="hedy", ignore="status of 404", open_page=False) as [tab, other]:
+    ignore = "status of 404|net::ERR_FAILED"
+    async with tabs(browser, service.url, 2, user="hedy", ignore=ignore, open_page=False) as [tab, other]:
+        await tab.page.route(f"**/generations/{old}", lambda route: route.abort("failed"))
         await tab.page.goto(f"{service.url}/#{old}")
+        await expect(tab["#lookup-failed"]).to_be_visible()
+        await expect(tab["#stage-title"]).to_be_hidden()
+        await tab.page.unroute_all()
+        await tab.cut()
+        await tab["#cut"].click()
         await tab.shows("completed", "an old hat")
         await tab.page.evaluate("location.hash = '#edit_1_k3v9x2ab4c6d8e0f'")
         await expect(tab["#missing-text"]).to_contain_text("There is no such picture for hedy.")

@@ -24,6 +24,8 @@ let shown;
 let expanded = "";
 /** Of the generation on the page: the stage that it is in, and those to come. */
 let ahead = { present: /** @type {Stage | undefined} */ (undefined), upcoming: /** @type {Stage[]} */ ([]) };
+/** Whether what is on the page is up to date. */
+let upToDate = false;
 /** The whole prompt of a generation, if it was started in this tab. */
 let promptOf = (/** @type {Generation} */ _) => /** @type {string | undefined} */ (undefined);
 
@@ -47,6 +49,7 @@ export function render(stagecast, stages, force) {
   const generation = selected(stagecast);
   const stage = byId("stage");
   if (generation?.generationId !== shown?.generationId) setText(byId("note"), "");
+  upToDate = ["live", "polling"].includes(stagecast.state);
   const previous = shown?.generationId === generation?.generationId ? shown : undefined;
   shown = generation;
   apiPanel.render(stagecast, generation, force);
@@ -76,9 +79,8 @@ export function render(stagecast, stages, force) {
 /** What the section shows without a generation. @param {Stagecast} stagecast */
 function emptyState(stagecast) {
   const found = lookupState(stagecast);
-  const synced = ["live", "polling"].includes(stagecast.state);
   if (found) return found === "failed" ? "failed-link" : found;
-  return synced ? "empty" : byId("stage").dataset.state === "empty" ? "empty" : "unknown";
+  return upToDate ? "empty" : byId("stage").dataset.state === "empty" ? "empty" : "unknown";
 }
 
 /** Shows the title, cut off after four lines by CSS, or the whole prompt. @param {Generation} generation */
@@ -103,7 +105,7 @@ export function tick() {
 
 /** How long the generation usually still takes; empty if that is not known. @param {Generation} generation */
 function timeLeft(generation) {
-  if (isFinished(generation) || !ahead.present) return "";
+  if (isFinished(generation) || !ahead.present || !upToDate) return "";
   const waiting = generation.sequence === 1;
   const elapsed = waiting ? 0 : (Date.now() - timeline.enteredAt(generation)) / 1000;
   const range = secondsLeft(waiting ? undefined : ahead.present, ahead.upcoming, elapsed);
