@@ -50,12 +50,30 @@ for requirement in tables["project"]["dependencies"] + tables["dependency-groups
 endef
 export REQUIREMENTS
 
+# Known vulnerabilities of the installed versions. Without a network this is not known, and the tests go on.
+define AUDIT
+import subprocess, sys
+done = subprocess.run([sys.executable, "-m", "pip_audit", "--local", "--skip-editable", "--progress-spinner", "off"],
+                      capture_output=True, text=True)
+unknown = done.stdout.count("could not be audited")
+offline = any(each in done.stderr for each in ("ConnectionError", "Max retries", "ServiceError", "timed out"))
+if unknown or offline:
+    what = f"{unknown} packages were" if unknown else "nothing was"
+    print(f"pip-audit does not reach the vulnerability service: {what} NOT checked", file=sys.stderr)
+else:
+    print(done.stdout, done.stderr)
+sys.exit(0 if offline else done.returncode)
+endef
+export AUDIT
+
 # Whatever versions constraints.txt and pyproject.toml name. Prints which versions differ from constraints.txt.
 newest: $(CLIENT) node_modules/installed-dev
 	$(PYTHON) -m venv --clear --upgrade-deps $(NEWEST)
 	$(NEWEST)/bin/python -c "$$REQUIREMENTS" | xargs $(NEWEST)/bin/pip install --quiet --disable-pip-version-check
 	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	$(NEWEST)/bin/pip freeze --exclude-editable | diff constraints.txt - || true
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check pip-audit
+	$(NEWEST)/bin/python -c "$$AUDIT"
 	$(NEWEST)/bin/mypy
 	$(NEWEST)/bin/pytest
 
