@@ -58,7 +58,7 @@ done = subprocess.run([sys.executable, "-m", "pip_audit", "--local", "--skip-edi
 unknown = done.stdout.count("could not be audited")
 offline = any(each in done.stderr for each in ("ConnectionError", "Max retries", "ServiceError", "timed out"))
 if unknown or offline:
-    what = f"{unknown} packages were" if unknown else "nothing was"
+    what = f"{unknown} packages were" if unknown else "the packages were"
     print(f"pip-audit does not reach the vulnerability service: {what} NOT checked", file=sys.stderr)
 else:
     print(done.stdout, done.stderr)
