@@ -1,5 +1,6 @@
 """The React example as an application of its own: installed by npm, built by Vite, in a browser and on a server."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from playwright.async_api import expect
 
 from support.browser import chromium, needs_chromium
 from support.client_services import GatedEditor, served
+from support.documents import snippet
 from support.doubles import ScriptedComposer
 from support.harness import PHOTO, running
 from support.javascript_package import pack, run
@@ -69,3 +71,23 @@ async def test_the_example_is_built_and_shows_a_bar_that_moves_through_a_cut(tmp
     program = "import { render } from './dist-server/server.js'; console.log(render('http://localhost:1'));"
     page_of_server = run(["node", "--input-type=module", "--eval", program], application, timeout=20)
     assert '<h1>Generations</h1><p role="status">connecting</p>' in page_of_server
+
+
+async def test_the_commands_of_the_page_lead_from_an_empty_folder_to_a_bar(tmp_path: Path) -> None:
+    package = pack(tmp_path / "release")
+    commands = snippet("docs/react.md", "sh").replace("../stagecast/dist/stagecast-client-0.1.0.tgz", str(package))
+    await asyncio.to_thread(run, ["sh", "-ec", commands], tmp_path)
+    application = tmp_path / "my-app"
+    async with running(tmp_path / "service") as service, chromium() as browser:
+        code = snippet("docs/react.md", "tsx").replace("http://localhost:3000", service.url)
+        (application / "src/App.tsx").write_text(code)
+        await asyncio.to_thread(run, ["npm", "run", "--silent", "build"], application)  # It checks the types, too.
+        with served(application / "dist") as origin:
+            page = await browser.new_page()
+            await page.goto(origin)
+            photo: Any = {"name": "ada.jpg", "mimeType": "image/jpeg", "buffer": PHOTO}
+            await page.set_input_files("[name=photo]", photo)
+            await page.click("text=Start")
+            await expect(page.locator("progress")).to_have_js_property("value", 100)
+            await expect(page.locator("a")).to_have_text("Picture")
+            await page.close()
