@@ -361,7 +361,7 @@ async def test_under_overload_starts_are_refused_and_everything_else_is_served(t
         external = await service.http.post(
             "/generations/edit?runner=external", files=[("prompt", (None, "x"))], headers={"X-User-Id": "ada"}
         )
-        lag = vars(service.service)["_lag"]
+        lag: Any = service.service.lag
         lag.overloaded = True
         refused = await service.post("ada", "edit")
         assert_problem(refused, 503, "overloaded")
