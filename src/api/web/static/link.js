@@ -15,11 +15,9 @@ export const linkedId = () => (ID.test(location.hash.slice(1)) ? location.hash.s
 /** The address that opens a generation for its owner. */
 export const linkTo = (/** @type {string} */ id) => `${BASE}/#${id}`;
 
-/**
- * What was found about the linked generation that the page does not have.
- *
- * @type {{id: string, userId?: string, state: "looking" | "missing" | "failed"}}
- */
+/** @typedef {{id: string, userId?: string, state: "looking" | "missing" | "failed"}} Lookup */
+
+/** What was found about the linked generation that the page does not have. @type {Lookup} */
 let lookup = { id: "", state: "looking" };
 
 /**
@@ -39,7 +37,8 @@ async function lookUp(stagecast) {
   const [id, { userId, state }] = [linkedId(), stagecast];
   if (!id || stagecast.get(id) || !["live", "polling"].includes(state)) return;
   if (lookup.id === id && lookup.userId === userId && lookup.state !== "failed") return;
-  const own = (lookup = { id, userId, state: "looking" });
+  /** @type {Lookup} */ const own = { id, userId, state: "looking" };
+  lookup = own;
   try {
     await stagecast.http.generation(id);
     await pages.loadUntil(stagecast, () => Boolean(stagecast.get(id)));

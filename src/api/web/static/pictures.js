@@ -26,7 +26,7 @@ export function ownUrlOf({ generationId }, url) {
 const RATIOS = /** @type {Record<string, number>} */ ({ "2:3": 2 / 3, "1:1": 1, "3:2": 3 / 2 });
 
 /** Width by height of the picture that was asked for. @param {Generation} generation */
-export const ratioOf = ({ input, metadata }) => RATIOS[input?.aspectRatio ?? metadata?.aspectRatio] ?? 2 / 3;
+export const ratioOf = ({ input, metadata }) => RATIOS[String(input?.aspectRatio ?? metadata?.aspectRatio)] ?? 2 / 3;
 
 /** The pictures so far, in the order in which they are made. @param {Generation} generation @returns {Picture[]} */
 export const picturesOf = (generation) =>

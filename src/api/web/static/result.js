@@ -68,10 +68,13 @@ export function render(generation) {
 
 /** Fills the form with the request of a generation. @param {Generation} generation @param {Submission} [submission] */
 function edit(generation, submission) {
-  const { kind, metadata, inputImage, failedStage } = generation;
+  const { kind, inputImage, failedStage } = generation;
+  const metadata = /** @type {Record<string, any>} */ (generation.metadata ?? {});
+  const { faceSwap, aspectRatio } = metadata;
+  /** @type {import("./stagecast.js").GenerationRequest} */
   const request = requestOf(generation) ?? {
-    prompt: String(metadata?.prompt ?? metadata?.title ?? ""), imageUrls: inputImage ? [inputImage] : [],
-    faceSwap: metadata?.faceSwap, aspectRatio: metadata?.aspectRatio,
+    prompt: String(metadata.prompt ?? metadata.title ?? ""), imageUrls: inputImage ? [inputImage] : [],
+    faceSwap, aspectRatio,
   };
   // One that ended while it waited has lost its pictures; this tab may still have them.
   const { imageNames, ...rest } = request;

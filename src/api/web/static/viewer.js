@@ -103,7 +103,7 @@ export function init() {
     event.preventDefault();
     zoom(Math.exp(-event.deltaY / 400), { x: event.clientX, y: event.clientY });
   }, { passive: false });
-  room.addEventListener("dblclick", ({ clientX: x, clientY: y }) => {
+  room.addEventListener("dblclick", (/** @type {MouseEvent} */ { clientX: x, clientY: y }) => {
     if (view.scale > 1) show();
     else zoom(STEP ** 3, { x, y });
   });
