@@ -35,7 +35,7 @@ class Hub:
         self._quarantine = quarantine
         #: Devices by user id. A room exists as long as a device is in it.
         self.rooms: dict[str, set[Device[Any]]] = {}
-        #: By devices that are gone.
+        #: By devices that are gone, and live by all others; see `Device.sent`.
         self._sent = 0
 
     @property
@@ -99,6 +99,7 @@ class Hub:
             if room := self.rooms.get(entry.user_id):
                 after = Cursor(entry.position, entry.event_id, entry.position)
                 encoded = EncodedEntry(entry, after.text(next(iter(room)).feed), self._quarantine)
+                self._sent += len(room)
                 for device in room:
                     device.offer(encoded, after)
         elif isinstance(entry, Gap):
