@@ -174,5 +174,7 @@ def configure(level: str = "warning", *, as_json: bool = False) -> None:
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(_without_details)
     threading.excepthook = sys.unraisablehook = _unhandled
+    # Its warnings quote what clients sent.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     # Python's own line has a path and source code.
     warnings.showwarning = lambda _, category, *rest, **more: logger.warning("Python warning: %s", category.__name__)

@@ -251,7 +251,7 @@ async def test_a_preamble_is_skipped_in_any_chunking(api: Api) -> None:
 
 
 async def test_content_that_resembles_a_delimiter_is_kept_in_any_chunking(api: Api) -> None:
-    content = PNG + b"\r\n--BX\r\n--B-X\r\r\n-\n--B--\r\n--B" + b" " * 200 + b"x\r\n--"
+    content = PNG + b"\r\n--BX\r\n--B-X\r\r\n-\n--B--\r\n--"
     body = form(part('name="images"', content), PROMPT)
     for size in (1, 3, 50, len(body)):
 

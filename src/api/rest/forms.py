@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from tempfile import SpooledTemporaryFile
 from typing import Annotated, Any, Final
 from urllib.parse import unquote
 
@@ -16,7 +17,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError, from_json
 from starlette.exceptions import HTTPException
 
-from api.rest.multipart import FormFile, Spool, read_multipart
+from api.rest.multipart import FormFile, read_multipart
 from api.rest.problems import Invalid, InvalidField, invalid_fields
 from domain.requests import GenerationRequest, Options, Prompt
 from domain.stages import Kind
@@ -190,9 +191,9 @@ def form_body(kind: Kind) -> dict[str, Any]:
 
 
 async def read_form(
-    request: Request, kind: Kind, spool: Spool, *, external: bool
+    request: Request, kind: Kind, files: SpooledTemporaryFile[bytes], *, external: bool
 ) -> tuple[GenerationRequest, Sequence[Upload]]:
-    """The request in the form, and its uploads, which are in the `spool`.
+    """The request in the form, and its uploads, whose content is in `files`.
 
     `external`: the caller's own pipeline does the work, and may have the images already.
 
@@ -201,7 +202,7 @@ async def read_form(
         HTTPException, Failure: as `read_multipart`; 413: a file is too large.
     """
     sentence = "The request may have 5 files of 10 MB at most."
-    parts = await read_multipart(request, spool, _TEXTS, MAX_BODY, sentence)
+    parts = await read_multipart(request, files, _TEXTS, MAX_BODY, sentence)
     fields: dict[str, Any] = {}
     for name, values in parts.items():
         if name == "images" or (name in _TEXTS and name != "prompt"):

@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from api.auth import PROBLEMS, Caller, Identified, StreamIdentity, require_service
 from api.rest import routes
 from api.rest.forms import form_body, read_form
-from api.rest.multipart import Spool
+from api.rest.multipart import spool
 from api.rest.problems import documented
 from api.rest.schemas import LAST_EVENT_ID, STREAM, VARY, CancelOutcome, EventPage, GenerationPage, json_response, named
 from api.rest.state import UseCases
@@ -115,9 +115,9 @@ async def _start(
 ) -> Response:
     if runner is not None:
         require_service(identity)
-    with Spool() as spool:
+    with spool() as files:
         with await workflow.arriving(identity.user_id, key):
-            wanted = await read_form(request, kind, spool, external=runner is not None)
+            wanted = await read_form(request, kind, files, external=runner is not None)
         snapshot = await workflow.start(identity.user_id, kind, *wanted, key)
     location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"
     return json_response(snapshot, 202, {"Location": location})
