@@ -11,6 +11,8 @@ import pytest
 
 from support.command_line import run_main
 from support.harness import Running, running
+from support.postgres import fresh_database
+from support.s3 import S3
 
 SECRET: Final = "a secret that is long enough for HS256"
 PROMPT: Final = "a prompt that nobody may read"
@@ -124,3 +126,18 @@ async def test_check_reads_the_files_of_a_killed_service(tmp_path: Path) -> None
     left = image(tmp_path / "left")
     assert (await run_main("check", **stores(tmp_path / "left"))).code == 0
     assert image(tmp_path / "left") == left
+
+
+async def test_check_reads_a_log_in_postgresql_and_images_in_s3_beside_a_running_service(s3: S3) -> None:
+    images = s3.bucket()
+    async with fresh_database() as url, running(images, log=url) as service:
+        await service.start("ada", prompt=PROMPT)
+        await service.service.leases.drain()
+        stored = await service.get("/generations")
+        done = await run_main("check", STAGECAST_LOG=url, STAGECAST_IMAGES=images)
+        assert (done.code, done.errors) == (0, "")
+        assert done.output.endswith("No damage was found.\n")
+        assert await service.get("/generations") == stored
+    async with fresh_database() as other, running(s3.bucket(), log=other):
+        refused = await run_main("check", STAGECAST_LOG=other, STAGECAST_IMAGES=images)
+        assert (refused.code, "another log" in refused.errors) == (3, True)
