@@ -11,6 +11,7 @@ from typing import Any, Final
 import jwt
 import websockets
 
+from support.asyncapi import check_message
 from support.harness import JSON, Running, frames_until_close, running
 
 SECRET: Final = "correct-horse-battery-staple-0123456789"
@@ -60,6 +61,8 @@ class FrameClient:
     async def next(self) -> str:
         frame = str(await asyncio.wait_for(self.connection.recv(), 30))
         self.frames.append(frame)
+        if frame.startswith("42["):
+            check_message(*json.loads(frame[2:])[:2])
         return frame
 
     async def hello(self, auth: object = None) -> str:
