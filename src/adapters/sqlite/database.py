@@ -23,8 +23,8 @@ from typing import Any, Final, TypeVar, cast
 
 from adapters.sqlite import files
 from adapters.sqlite.batch_thread import BatchThread
+from adapters.sqlite.damage import DamageChecker, log_damage
 from adapters.sqlite.schema import SCHEMA
-from adapters.sqlite.set_aside import DamageChecker, log_damage
 from domain.errors import LogUnavailable
 
 logger = logging.getLogger(__name__)

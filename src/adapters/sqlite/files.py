@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from adapters.sqlite import damage as sqlite_damage
+from adapters.sqlite import damage
 from adapters.sqlite.schema import SCHEMA
 from domain.ports.storage import Examined, StorageRefused
 
@@ -63,11 +63,11 @@ def _examine(path: Path, connection: sqlite3.Connection) -> Examined:
     if epoch is None:
         return Examined()
     if version == len(SCHEMA):
-        return Examined(sqlite_damage.report(connection, epoch), epoch)
+        return Examined(damage.report(connection, epoch), epoch)
     with contextlib.closing(connect("")) as copy:  # A temporary file, which is removed when it is closed.
         connection.backup(copy)
         _migrate(copy, version)
-        return Examined(sqlite_damage.report(copy, epoch), epoch)
+        return Examined(damage.report(copy, epoch), epoch)
 
 
 def connect(name: str, *, uri: bool = False) -> sqlite3.Connection:

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any, Final
 
 from adapters.sqlite import queries
+from adapters.sqlite.damage import DamageFound, log_damage
 from adapters.sqlite.database import Database, Operation, T
 from adapters.sqlite.schema import is_text, microseconds
-from adapters.sqlite.set_aside import DamageFound, log_damage
 from domain.append_rules import Known, decide
 from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
 from domain.events import failure_code
