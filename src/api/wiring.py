@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from adapters import TRANSPORT as TRANSPORT
 from adapters.images.composer import PillowComposer
@@ -53,6 +53,9 @@ from domain.ports.providers import FaceSwapper, ImageEditor
 from domain.ports.storage import Examined, Storage, StorageOptions, StorageRefused
 from domain.ports.system import Clock, Entropy
 from domain.webhooks import Webhooks
+
+if TYPE_CHECKING:
+    from adapters.s3.images import S3Images
 
 #: Seconds within which a provider must deliver one picture, retries included.
 _PROVIDER_TIMEOUT: Final = 300
@@ -184,43 +187,17 @@ async def _open_storage(settings: Settings, clock: Clock) -> Storage:
         raise Unavailable(str(refused)) from None
 
 
-class _Images(NamedTuple):
-    """How images are stored, and what belongs to the log of a kind and an epoch."""
-
-    open: Callable[[Settings, str, str], Awaitable[ImageStore]]
-    #: Checks whether they could be opened, and only reads.
-    examine: Callable[[Settings, str, str | None], None]
-
-
-def _image_folder() -> _Images:
-    async def open_folder(settings: Settings, log: str, epoch: str) -> ImageStore:
-        return ImageFolder(Path(settings.images), log=log, epoch=epoch, shared=settings.shared_images)
-
-    def examine(settings: Settings, log: str, epoch: str | None) -> None:
-        ImageFolder.examine(Path(settings.images), log=log, epoch=epoch)
-
-    return _Images(open_folder, examine)
-
-
-def _s3() -> _Images:
-    """Raises `Unavailable`: the extra with its client is not installed."""
+def _s3_images() -> "type[S3Images]":
+    """The images in S3, imported when they are used: their client is an extra. Raises `Unavailable`."""
     try:
         from adapters.s3.images import S3Images
     except ModuleNotFoundError:
         raise Unavailable("images in S3 need an extra: pip install 'stagecast[s3]'.") from None
-    return _Images(
-        lambda settings, log, epoch: S3Images.open(settings.images, log=log, epoch=epoch),
-        lambda settings, log, epoch: asyncio.run(S3Images.examine(settings.images, log=log, epoch=epoch)),
-    )
+    return S3Images
 
 
-_FOLDER: Final = "folder"
-#: By the scheme of ``STAGECAST_IMAGES``; a path has none.
-_IMAGES: Final[Mapping[str, Callable[[], _Images]]] = {_FOLDER: _image_folder, "s3": _s3}
-
-
-def _images_scheme(settings: Settings) -> str:
-    return settings.images.partition("://")[0] if "://" in settings.images else _FOLDER
+def _in_bucket(settings: Settings) -> bool:
+    return "://" in settings.images
 
 
 async def _open_images(settings: Settings, storage: Storage) -> ImageStore:
@@ -230,15 +207,16 @@ async def _open_images(settings: Settings, storage: Storage) -> ImageStore:
         SettingsError: they are in a folder that other nodes do not share.
         Unavailable: they belong to another log or process, or cannot be used.
     """
-    scheme = _images_scheme(settings)
-    kind = _scheme(settings) if storage.log.durable else "memory"
+    log, epoch = _scheme(settings) if storage.log.durable else "memory", storage.log.epoch
     try:
-        if scheme == _FOLDER and not settings.shared_images and await storage.has_other_nodes():
+        if _in_bucket(settings):
+            return await _s3_images().open(settings.images, log=log, epoch=epoch)
+        if not settings.shared_images and await storage.has_other_nodes():
             raise SettingsError(
                 "STAGECAST_IMAGES must be s3://bucket/prefix, or a folder that all nodes share and "
                 "STAGECAST_SHARED_IMAGES=true: other nodes use this log."
             )
-        return await _IMAGES[scheme]().open(settings, kind, storage.log.epoch)
+        return ImageFolder(Path(settings.images), log=log, epoch=epoch, shared=settings.shared_images)
     except (ImagesRefused, StorageRefused) as refused:
         raise Unavailable(str(refused)) from None
 
@@ -345,8 +323,12 @@ def examine_stores(settings: Settings) -> Sequence[str]:
         threads.close()
     try:
         examined = _TECHNOLOGIES[_scheme(settings)]().examine(settings.log)
-        if not examined.damage or examined.epoch is not None:
-            _IMAGES[_images_scheme(settings)]().examine(settings, _scheme(settings), examined.epoch)
+        if examined.damage and examined.epoch is None:
+            pass  # It is not known whose the images should be.
+        elif _in_bucket(settings):
+            asyncio.run(_s3_images().examine(settings.images, log=_scheme(settings), epoch=examined.epoch))
+        else:
+            ImageFolder.examine(Path(settings.images), log=_scheme(settings), epoch=examined.epoch)
     except (ImagesRefused, StorageRefused) as refused:
         raise Unavailable(str(refused)) from None
     return examined.damage
