@@ -63,16 +63,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
             for route in router.routes
         ],
     )
-    http.state.workflow = service.workflow
-    http.state.user_removal = service.user_removal
-    http.state.feed_sessions = service.feed_sessions
-    http.state.images = service.thumbnails
-    http.state.streams = service.streams
-    http.state.stage_times = service.stage_times
-    http.state.readiness = service.readiness
-    http.state.overview = service.overview
-    http.state.metrics = partial(metrics.render, service)
-    http.state.authenticator = service.authenticator
+    http.state.service = service
     page.install(http, settings)
     docs.install(http, settings)
     routes = problems.Problems(http)
@@ -91,7 +82,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         hosts=hosts,
     )
     outside = ForwardedHeaders(ClientLimit(guard), settings.trusted_proxies, prefix)
-    everywhere = metrics.MetricsAddress(outside, settings.metrics_port, http.state.metrics)
+    everywhere = metrics.MetricsAddress(outside, settings.metrics_port, partial(metrics.render, service))
     return service, service.sockets.eio.for_nodes(RequestLog(everywhere, routes.template, service.refused))
 
 

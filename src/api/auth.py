@@ -39,11 +39,6 @@ class Authenticator:
         self._tokens = tokens
         self._clock = clock
 
-    @property
-    def open_mode(self) -> bool:
-        """Whether anybody may act for any user, without a token."""
-        return self._tokens is None
-
     async def of_request(self, authorization: str | None, acting_for: str | None) -> Identity:
         """The caller of an HTTP request, by its headers ``Authorization`` and ``X-User-Id``. Sets `CALLER`.
 
@@ -52,22 +47,18 @@ class Authenticator:
             Forbidden: it names a user, and its token has not the scope for that.
             InvalidUserId: the user that it names is not valid.
         """
-        identity = await self._of_request(authorization, acting_for)
+        if self._tokens is None:
+            identity = Identity(DEFAULT_USER, None, service=True)
+        else:
+            scheme, _, token = (authorization or "").partition(" ")
+            if scheme.lower() != "bearer" or not token.strip():
+                raise Unauthenticated
+            identity = await self._tokens.verify(token.strip())
+        if acting_for is not None:
+            require_service(identity)
+            identity = identity._replace(user_id=user_id(_decoded(acting_for)))
         CALLER.set(identity.user_id)
         return identity
-
-    async def _of_request(self, authorization: str | None, acting_for: str | None) -> Identity:
-        if self._tokens is None:
-            return Identity(DEFAULT_USER if acting_for is None else user_id(_decoded(acting_for)), None, service=True)
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise Unauthenticated
-        identity = await self._tokens.verify(token.strip())
-        if acting_for is None:
-            return identity
-        if not identity.service:
-            raise Forbidden
-        return identity._replace(user_id=user_id(_decoded(acting_for)))
 
     async def of_socket(self, user: object, token: object, known: Identity | None) -> Identity:
         """The user of a socket. Without a token, the identity that it has already proved, `known`, is used.
@@ -108,11 +99,15 @@ _ActingFor = Annotated[
 ]
 
 
+async def _authenticated(request: Request, authorization: str | None, acting_for: str | None) -> Identity:
+    authenticator: Authenticator = request.app.state.service.authenticator
+    return await authenticator.of_request(authorization, acting_for)
+
+
 async def _identity(
     request: Request, _: Annotated[Any, Depends(_bearer)] = None, x_user_id: _ActingFor = None
 ) -> Identity:
-    authenticator: Authenticator = request.app.state.authenticator
-    return await authenticator.of_request(request.headers.get("authorization"), x_user_id)
+    return await _authenticated(request, request.headers.get("authorization"), x_user_id)
 
 
 async def _stream_identity(
@@ -127,8 +122,7 @@ async def _stream_identity(
     authorization = request.headers.get("authorization", access_token and f"Bearer {access_token}")
     if x_user_id is None and user is not None:
         x_user_id = user.encode().decode("latin-1")  # As a header arrives.
-    authenticator: Authenticator = request.app.state.authenticator
-    return await authenticator.of_request(authorization, x_user_id)
+    return await _authenticated(request, authorization, x_user_id)
 
 
 def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:

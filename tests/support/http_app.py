@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 from typing import Any, Final
 
 import httpx2
@@ -180,14 +181,14 @@ async def serve_api(
 
     routes = [route for part in (generations, accounts, info) for route in part.router.routes]
     app = FastAPI(title="Stagecast", redirect_slashes=False, routes=routes)
-    app.state.workflow = workflow
-    app.state.user_removal = UserRemoval(
-        workflow=workflow, sessions=MemorySessions(timedelta(days=1)), quotas=stored.quotas
+    app.state.service = SimpleNamespace(
+        workflow=workflow,
+        user_removal=UserRemoval(workflow=workflow, sessions=MemorySessions(timedelta(days=1)), quotas=stored.quotas),
+        authenticator=Authenticator(None, now),
+        thumbnails=Thumbnails(stored, FakeIntake()),
+        stage_times=StageTimes(),
+        readiness=readiness,
     )
-    app.state.authenticator = Authenticator(None, now)
-    app.state.images = Thumbnails(stored, FakeIntake())
-    app.state.stage_times = StageTimes()
-    app.state.readiness = readiness
     config = uvicorn.Config(
         OriginGuard(problems.Problems(app), open_mode=True, origins=origins, hosts=hosts),
         lifespan="off",

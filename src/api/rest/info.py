@@ -94,7 +94,7 @@ async def get_live() -> Response:
 )
 async def get_ready(request: Request) -> Response:
     """Whether the service can take a start. `parts` lists every background task, in 200 and 503 alike."""
-    reason, parts = await request.app.state.readiness()
+    reason, parts = await request.app.state.service.readiness()
     if reason is None:
         return json_response(Health(status="ready", parts=parts))
     code = reason if reason in _NOT_READY else "unavailable"

@@ -7,6 +7,7 @@ from fastapi import Query, Request, Response
 from api.auth import PROBLEMS, service_only
 from api.rest import routes
 from api.rest.generations import Before
+from api.rest.metrics import render
 from api.rest.problems import documented
 from api.rest.schemas import GenerationPage, NodeView, OverviewView, json_response
 from api.rest.state import Overviews
@@ -30,8 +31,7 @@ _STATUSES: Final = ("active", "finished", *dict.fromkeys(status for flow in FLOW
 )
 async def get_metrics(request: Request) -> Response:
     """The metrics of this node. For services."""
-    response: Response = await request.app.state.metrics()
-    return response
+    return await render(request.app.state.service)
 
 
 @router.get("/admin/overview", response_model=OverviewView, responses=documented(*PROBLEMS))

@@ -1,9 +1,10 @@
-"""The parts of the service that routes use, as dependencies; `api.app` stores them in ``app.state``."""
+"""The parts of the service that routes use, as dependencies; `api.app` stores it in ``app.state``."""
 
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from api.sse.streams import EventStreams
 from domain.feed_sessions import FeedSessions
 from domain.overview import Overview
 from domain.stage_times import StageTimes
@@ -14,7 +15,7 @@ from domain.workflow import Workflow
 
 def _state(name: str) -> Any:
     def get(request: Request) -> Any:
-        return getattr(request.app.state, name)
+        return getattr(request.app.state.service, name)
 
     return Depends(get)
 
@@ -24,4 +25,5 @@ Times = Annotated[StageTimes, _state("stage_times")]
 UseCases = Annotated[Workflow, _state("workflow")]
 Overviews = Annotated[Overview, _state("overview")]
 Feeds = Annotated[FeedSessions, _state("feed_sessions")]
-Images = Annotated[Thumbnails, _state("images")]
+Streams = Annotated[EventStreams, _state("streams")]
+Images = Annotated[Thumbnails, _state("thumbnails")]

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Final
 
-from fastapi import Depends, Header, Query, Request, Response
+from fastapi import Header, Query, Request, Response
 from pydantic_core import to_json
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -13,9 +13,9 @@ from api.realtime.sockets import welcome_of
 from api.rest import routes
 from api.rest.generations import After, GenerationId
 from api.rest.problems import is_temporary
-from api.rest.state import Feeds, UseCases
+from api.rest.state import Feeds, Streams, UseCases
 from api.sse.blocks import CURSOR_AS_ID, SEQUENCE_AS_ID, block
-from api.sse.streams import EventStreams, try_again
+from api.sse.streams import try_again
 from api.wiring import BoundedSendBuffer
 from domain.device import Device
 from domain.errors import Refusal
@@ -46,12 +46,6 @@ class _StreamRoute(routes.Route):
             return try_again()
 
 
-def _streams(request: Request) -> EventStreams:
-    streams: EventStreams = request.app.state.streams
-    return streams
-
-
-Streams = Annotated[EventStreams, Depends(_streams)]
 LastEventId = Annotated[str | None, Header()]
 
 router: Final = routes.router(route_class=_StreamRoute, include_in_schema=False)
