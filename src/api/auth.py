@@ -11,6 +11,7 @@ from domain.identity import Identity, InvalidToken, TokenExpired, Unauthenticate
 from domain.ports.system import Clock
 
 DEFAULT_USER: Final = "demo"
+_ANYBODY: Final = Identity(DEFAULT_USER, None, service=True)
 
 #: The caller of the HTTP request that the current task answers, once authenticated.
 CALLER: Final = ContextVar("CALLER", default="")
@@ -48,7 +49,7 @@ class Authenticator:
             InvalidUserId: the user that it names is not valid.
         """
         if self._tokens is None:
-            identity = Identity(DEFAULT_USER, None, service=True)
+            identity = _ANYBODY
         else:
             scheme, _, token = (authorization or "").partition(" ")
             if scheme.lower() != "bearer" or not token.strip():
@@ -56,7 +57,7 @@ class Authenticator:
             identity = await self._tokens.verify(token.strip())
         if acting_for is not None:
             require_service(identity)
-            identity = identity._replace(user_id=user_id(_decoded(acting_for)))
+            identity = Identity(user_id(_decoded(acting_for)), identity.expires_at, service=True)
         CALLER.set(identity.user_id)
         return identity
 

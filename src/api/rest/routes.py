@@ -45,9 +45,17 @@ class Route(APIRoute):
             "header": dict(reversed(scope["headers"])),
         }
         results: dict[Any, Any] = {}
-        for step in self._steps:
-            result = step.function(**step.arguments(request, values, results))
-            results[step.function] = await result if step.asynchronous else result
+        for function, asynchronous, dependencies, parameters, request_name in self._steps:
+            arguments = {name: results[each] for name, each in dependencies}
+            errors: list[Any] = []
+            for name, read in parameters:
+                arguments[name] = read(values, errors)
+            if errors:
+                raise RequestValidationError(errors)
+            if request_name is not None:
+                arguments[request_name] = request
+            result = function(**arguments)
+            results[function] = await result if asynchronous else result
         response: Response = results[self.endpoint]
         return response
 
@@ -103,26 +111,30 @@ def _first_segment(path: str) -> str:
     return path[1:].partition("/")[0]
 
 
-class _Parameter(NamedTuple):
-    name: str
-    source: str
-    alias: str | bytes
-    required: bool
-    default: Any
-    #: ``None``: any text is valid.
-    validate: Callable[..., Any] | None
-    loc: tuple[str, str]
+#: Takes one parameter from the values of a request, by source, and adds what is not valid to the errors.
+_Reader = Callable[[Mapping[str, Mapping[Any, Any]], list[Any]], Any]
 
 
-def _parameter(field: Any) -> _Parameter:
+def _reader(field: Any) -> _Reader:
     info = field.field_info
     source = info.in_.value
+    assert source == "path" or not info.is_required()
     alias = field.name.replace("_", "-") if source == "header" and field.alias == field.name else field.alias
-    required = info.is_required()
-    default = None if required else field.default
-    any_text = not info.metadata and set(get_args(info.annotation) or [info.annotation]) <= {str, NoneType}
     key = alias.lower().encode() if source == "header" else alias
-    return _Parameter(field.name, source, key, required, default, None if any_text else field.validate, (source, alias))
+    any_text = not info.metadata and set(get_args(info.annotation) or [info.annotation]) <= {str, NoneType}
+
+    def read(values: Mapping[str, Mapping[Any, Any]], errors: list[Any]) -> Any:
+        value = values[source].get(key)
+        if value is None:
+            return field.default
+        if source == "header":
+            value = value.decode("latin-1")
+        if not any_text:
+            value, invalid = field.validate(value, {}, loc=(source, alias))
+            errors += invalid
+        return value
+
+    return read
 
 
 class _Step(NamedTuple):
@@ -130,34 +142,10 @@ class _Step(NamedTuple):
 
     function: Callable[..., Any]
     asynchronous: bool
-    #: Its arguments that are results of earlier steps, by name.
+    #: Its arguments, by name: results of earlier steps, parameters, and the request.
     dependencies: list[tuple[str, Callable[..., Any]]]
-    parameters: list[_Parameter]
-    #: The name of the argument that is the request.
+    parameters: list[tuple[str, _Reader]]
     request: str | None
-
-    def arguments(
-        self, request: Request, values: Mapping[str, Mapping[Any, Any]], results: Mapping[Any, Any]
-    ) -> dict[str, Any]:
-        """What it is called with. Raises `RequestValidationError`."""
-        arguments = {name: results[function] for name, function in self.dependencies}
-        errors: list[Any] = []
-        for name, source, alias, required, default, validate, loc in self.parameters:
-            value = values[source].get(alias)
-            if value is None and not required:
-                arguments[name] = default
-                continue
-            if isinstance(value, bytes):
-                value = value.decode("latin-1")
-            if validate is not None:
-                value, invalid = validate(value, {}, loc=loc)
-                errors += invalid
-            arguments[name] = value
-        if errors:
-            raise RequestValidationError(errors)
-        if self.request is not None:
-            arguments[self.request] = request
-        return arguments
 
 
 def _steps(dependant: Dependant, known: set[Any] | None = None) -> Iterator[_Step]:
@@ -167,6 +155,7 @@ def _steps(dependant: Dependant, known: set[Any] | None = None) -> Iterator[_Ste
     assert not dependant.body_params
     assert not dependant.cookie_params
     dependencies = [each for each in dependant.dependencies if not isinstance(each.call, SecurityBase)]
+    parameters = [*dependant.path_params, *dependant.query_params, *dependant.header_params]
     for each in dependencies:
         if each.call not in known:
             yield from _steps(each, known)
@@ -175,6 +164,6 @@ def _steps(dependant: Dependant, known: set[Any] | None = None) -> Iterator[_Ste
         dependant.call,
         iscoroutinefunction(dependant.call),
         [(each.name, each.call) for each in dependencies if each.name is not None and each.call is not None],
-        [_parameter(field) for field in (*dependant.path_params, *dependant.query_params, *dependant.header_params)],
+        [(field.name, _reader(field)) for field in parameters],
         dependant.request_param_name or dependant.http_connection_param_name,
     )
