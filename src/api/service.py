@@ -72,12 +72,12 @@ class Service:
         self.external = ExternalWork(self.log, self.leases, recorder, self._quarantine, self.clock, settings.deadline)
         self.workflow = Workflow(
             log=self.log,
-            ledger=storage.ledger,
-            retention=storage.retention,
+            ledger=storage.log,
+            retention=storage.log,
             recorder=recorder,
             leases=self.leases,
             external=self.external,
-            admission=Admission(storage.ledger, self.leases, storage.quotas, limits, lambda: self.lag.overloaded),
+            admission=Admission(storage.log, self.leases, storage.quotas, limits, lambda: self.lag.overloaded),
             images=self.images,
             intake=parts.intake,
             clock=self.clock,
@@ -116,9 +116,9 @@ class Service:
         self.sockets = parts.socket_server(sockets)
         self.streams = EventStreams(self.hub, self.clock)
         self.overview = Overview(
-            storage.overview, self.leases, storage.nodes, self.workflow, self.clock, self._count_clients
+            storage.log, self.leases, storage.nodes, self.workflow, self.clock, self._count_clients
         )
-        self._housekeeping = Housekeeping(self.log, storage.retention, self.images)
+        self._housekeeping = Housekeeping(self.log, storage.log, self.images)
         self._readiness = Readiness(
             self.supervisor,
             {LOG: (self.log.probe, LogUnavailable()), IMAGES: (self.images.store.probe, Failure("storage_failed"))},

@@ -129,7 +129,7 @@ async def wire(
         or SampleFetcher(intake, web, base=f"{settings.public_url}/static/samples", folder=page.FOLDER / "samples"),
         storage=storage,
         images=images,
-        webhooks=None if sender is None else Webhooks(storage.log, storage.outbox, sender, random.random),
+        webhooks=None if sender is None else Webhooks(storage.log, storage.log, sender, random.random),
         tokens=tokens,
         lag=LoopLag(None if settings.max_lag_ms is None else settings.max_lag_ms / 1000),
         socket_server=lambda sockets: SocketServer(

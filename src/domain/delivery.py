@@ -74,9 +74,9 @@ class Hub:
         self, user_id: str, buffer: SendBuffer[F], encoder: Encoder[F], generation_id: str, after: int
     ) -> Device[F]:
         """As `join`, for the events of one generation of this user with a sequence above `after`."""
-        return self._add(
-            GenerationDevice(self._log, self._quarantine, user_id, buffer, encoder, generation_id, after, self._remove)
-        )
+        start = StartPosition(Cursor(after, 0, after), True, after, None)
+        every = self._log, self._quarantine, user_id, buffer, encoder, start, self._remove
+        return self._add(GenerationDevice(*every, generation_id=generation_id))
 
     def device_count(self, user_id: str) -> int:
         """How many devices this user has."""

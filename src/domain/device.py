@@ -13,6 +13,7 @@ How an event looks on the wire is up to an `Encoder`; where it waits for the cli
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from domain.errors import LogUnavailable
@@ -105,52 +106,44 @@ class _Announcement(NamedTuple):
     waits: str | None
 
 
+@dataclass(slots=True, eq=False)
 class Device(Generic[F]):
     """One client of one user. Made by `domain.delivery.Hub.join`."""
 
-    __slots__ = (
-        "_announcements", "_buffer", "_closed", "_cursor", "_encoder", "_head", "_log", "_must_read", "_on_close",
-        "_pulling", "_quarantine", "_reading", "_replayed", "_replays", "_start", "_task", "feed", "resumed", "sent",
-        "user_id",
-    )  # fmt: skip
+    _log: EventLog
+    _quarantine: Quarantine
+    user_id: str
+    _buffer: SendBuffer[F]
+    _encoder: Encoder[F]
+    _start: StartPosition
+    _on_close: Callable[["Device[F]"], None]
+    #: The name of the feed, in the texts of its cursors.
+    feed: str = field(init=False)
+    _cursor: Cursor = field(init=False)
+    #: The newest known position.
+    _head: int = field(init=False)
+    #: The log has to be read even if nothing beyond the cursor is known.
+    _must_read: bool = True
+    _pulling: bool = True
+    #: What has been read from the log may still have to be put. Announcements are put after it.
+    _reading: bool = True
+    _announcements: list[_Announcement] = field(default_factory=list)
+    _replays: list[tuple[str, int | None]] = field(default_factory=list)
+    _replayed: set[str] = field(default_factory=set)
+    _task: asyncio.Task[None] | None = None
+    _closed: bool = False
+    #: Events sent that the hub has not counted, less those that it has counted and that were not sent. It counts
+    #: an entry for all devices at once: counting for each would cost a few percent of live delivery.
+    sent: int = 0
 
-    def __init__(
-        self,
-        log: EventLog,
-        quarantine: Quarantine,
-        user_id: str,
-        buffer: SendBuffer[F],
-        encoder: Encoder[F],
-        start: StartPosition,
-        on_close: Callable[["Device[F]"], None],
-    ) -> None:
-        self.user_id = user_id
-        #: Whether the device continues from a cursor that its client had reached before.
-        self.resumed = start.resumed
-        #: The name of the feed, in the texts of its cursors.
-        self.feed = feed_name(log.epoch, user_id)
-        self._log = log
-        self._quarantine = quarantine
-        self._buffer = buffer
-        self._encoder = encoder
-        self._start = start
-        self._on_close = on_close
-        self._cursor = start.cursor
-        #: The newest known position.
-        self._head = start.cursor.seen
-        #: The log has to be read even if nothing beyond the cursor is known.
-        self._must_read = True
-        self._pulling = True
-        #: What has been read from the log may still have to be put. Announcements are put after it.
-        self._reading = True
-        self._announcements: list[_Announcement] = []
-        self._replays: list[tuple[str, int | None]] = []
-        self._replayed: set[str] = set()
-        self._task: asyncio.Task[None] | None = None
-        self._closed = False
-        #: Events sent that the hub has not counted, less those that it has counted and that were not sent. It counts
-        #: an entry for all devices at once: counting for each would cost a few percent of live delivery.
-        self.sent = 0
+    def __post_init__(self) -> None:
+        self.feed = feed_name(self._log.epoch, self.user_id)
+        self._cursor, self._head = self._start.cursor, self._start.cursor.seen
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the device continues from a cursor that its client had reached before."""
+        return self._start.resumed
 
     @property
     def cursor(self) -> str:
@@ -319,42 +312,28 @@ class Device(Generic[F]):
         self._announcements.clear()
 
 
+@dataclass(slots=True, eq=False)
 class GenerationDevice(Device[F]):
     """A client of one generation: its cursor moves along the sequence of this generation instead of the feed.
 
     The connection ends after the terminal event, or when the generation is removed.
     """
 
-    __slots__ = ("_generation_id",)
-
-    def __init__(
-        self,
-        log: EventLog,
-        quarantine: Quarantine,
-        user_id: str,
-        buffer: SendBuffer[F],
-        encoder: Encoder[F],
-        generation_id: str,
-        after: int,
-        on_close: Callable[["Device[F]"], None],
-    ) -> None:
-        start = StartPosition(Cursor(after, 0, after), True, after, None)
-        super().__init__(log, quarantine, user_id, buffer, encoder, start, on_close)
-        self._generation_id = generation_id
+    generation_id: str = field(kw_only=True)
 
     def offer(self, encoded: EncodedEntry, after: Cursor) -> None:
         """As `Device.offer`; entries of other generations are skipped."""
-        if encoded.entry.generation_id != self._generation_id:
+        if encoded.entry.generation_id != self.generation_id:
             self.sent -= 1
             return
-        super().offer(encoded, _cursor_after(encoded.entry))
+        Device.offer(self, encoded, _cursor_after(encoded.entry))
         self._finish_after(encoded.entry)
 
     def announce(self, name: str, data: bytes, waits: str | None) -> None:
         """Nothing is announced to a client of one generation."""
 
     async def _read_page(self) -> None:
-        history = await self._log.generation(self._generation_id)
+        history = await self._log.generation(self.generation_id)
         if self._closed:
             return
         if history is None:

@@ -125,7 +125,7 @@ async def test_a_generation_whose_end_was_missed_is_shown_as_ended(
         await service.until(lambda: not any(len(each.buffer) for each in service.service.streams.open))
         proxy.strike("reset")
         await writer.finish(lost)
-        await service.service.storage.retention.remove(lost.generation_id, retention=False)
+        await service.service.storage.log.remove(lost.generation_id, retention=False)
         await writer.finish(generation)
         lines = await watching
     assert [int(line.split()[1]) for line in lines] == [0, 0, 20, 100], "each event is shown once"

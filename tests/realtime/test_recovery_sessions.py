@@ -87,7 +87,7 @@ async def test_an_unusable_offset_makes_the_pid_unusable(harness: RecoveryHarnes
         "a place that is not yet": f"{feed}.99.{event_id}.99",
     }.get(fault, f"{feed}.{live}.{event_id}.{seen}")
     if fault == "a generation deleted since":
-        await harness.service.service.storage.retention.remove(generation.generation_id, retention=False)
+        await harness.service.service.storage.log.remove(generation.generation_id, retention=False)
     async with wire(harness, pid=pid, offset=offset) as client:
         assert client.pid != pid
         ack = await client.authenticate(userId=user)
@@ -106,7 +106,7 @@ async def test_an_offset_before_the_floor_is_not_recovered(harness: RecoveryHarn
     client.do("cut")
     await client.disconnected()
     gone = await harness.recorder.run_to_end(user)
-    assert await harness.service.service.storage.retention.remove(gone.generation_id, retention=True)
+    assert await harness.service.service.storage.log.remove(gone.generation_id, retention=True)
     running = await harness.recorder.move(running, "composition")
     client.do("connect")
     again = await client.connected(2)
@@ -129,7 +129,7 @@ async def test_purging_a_finished_generation_keeps_the_offset_usable(harness: Re
     await client.until(lambda: len(client.events) == 7)
     client.do("cut")
     await client.disconnected()
-    assert await harness.service.service.storage.retention.remove(gone.generation_id, retention=True)
+    assert await harness.service.service.storage.log.remove(gone.generation_id, retention=True)
     client.do("connect")
     assert (await client.connected(2))["recovered"] is True
     await harness.complete(user, client, skip=6)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 async def remove(harness: RecoveryHarness, user: str, generation_id: str, *, retention: bool) -> None:
     if retention:
-        assert await harness.service.service.storage.retention.remove(generation_id, retention=True)
+        assert await harness.service.service.storage.log.remove(generation_id, retention=True)
     else:
         answer = await harness.service.http.delete(f"/generations/{generation_id}", headers={"X-User-Id": user})
         assert answer.status_code == 204

@@ -101,7 +101,7 @@ async def test_an_unusable_cursor_is_reported_with_a_usable_one(service: Running
     generation = await recorder.start()
     cursor = (await service.get("/events"))["cursor"]
     await recorder.finish(generation)
-    await service.service.storage.retention.remove(generation.generation_id, retention=False)
+    await service.service.storage.log.remove(generation.generation_id, retention=False)
     for unusable in (bobs, "made-up", "", cursor):
         page = await poll(service, unusable)
         assert (page["recovered"], page["generations"]) == (False, [])
@@ -118,7 +118,7 @@ async def test_a_reader_that_never_saw_a_deleted_generation_reads_past_it(
     knowing = (await poll(service, empty, 1))["cursor"]
     await recorder.finish(kept)
     await recorder.move(gone, "failed")
-    await service.service.storage.retention.remove(gone.generation_id, retention=False)
+    await service.service.storage.log.remove(gone.generation_id, retention=False)
     cursor = (await poll(service, empty, 1))["cursor"]
     events, _ = await read_on(service, empty, limit)
     assert [data for _, data in events] == await service.events(kept.generation_id)

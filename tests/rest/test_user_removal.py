@@ -75,7 +75,7 @@ async def test_nothing_of_a_removed_user_is_left(tmp_path: Path, log_setting: st
         assert await core.images.quotas.stored("eve") == 0
         assert (await core.leases.count()) == (0, 0)
         await core.external.idle()
-        outbox = await core.storage.outbox.claim_undelivered(10)
+        outbox = await core.storage.log.claim_undelivered(10)
         assert {entry.user_id for entry in outbox} == {"ada"}
         await remove(service, "eve")
         await remove(service, "nobody")
@@ -241,7 +241,7 @@ async def test_a_log_that_does_not_answer_is_told_and_the_removal_can_be_repeate
             raise LogUnavailable
 
         with monkeypatch.context() as patch:
-            patch.setattr(service.service.storage.retention, "remove_user", unavailable)
+            patch.setattr(service.service.storage.log, "remove_user", unavailable)
             assert_problem(await service.http.delete("/users/eve"), 503, "log_unavailable")
         await remove(service, "eve")
         assert folders(tmp_path) == []

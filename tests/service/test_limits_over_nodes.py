@@ -210,9 +210,9 @@ async def test_a_receiver_that_is_gone_is_called_by_no_node_until_the_one_it_tol
             recorder = EventRecorder(log)
             for _ in range(3):
                 await recorder.start_and_fail()
-            [first] = await there.outbox.claim_undelivered(1)
-            await there.outbox.receiver_gone()
-            assert await here.outbox.claim_undelivered(9) == []
-        claimed = {entry.generation_id for entry in await here.outbox.claim_undelivered(9)}
+            [first] = await there.log.claim_undelivered(1)
+            await there.log.receiver_gone()
+            assert await here.log.claim_undelivered(9) == []
+        claimed = {entry.generation_id for entry in await here.log.claim_undelivered(9)}
         assert first.generation_id in claimed
         assert len(claimed) == 3

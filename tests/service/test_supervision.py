@@ -245,7 +245,7 @@ async def until_internal(service: Running, generation_id: str) -> None:
     assert history is not None
     event = json.loads(history.events[-1].event or b"")
     assert (event["status"], event["code"]) == ("failed", "internal")
-    await service.service.storage.retention.remove(generation_id, retention=True)
+    await service.service.storage.log.remove(generation_id, retention=True)
 
 
 async def test_an_external_generation_that_cannot_be_read_ends_and_others_keep_their_deadline(tmp_path: Path) -> None:

@@ -454,6 +454,6 @@ async def test_a_log_that_has_lost_its_history_starts_the_feed_anew(tmp_path: Pa
             await stream.named("authenticated")
             done = await writer.run_to_end()
             await stream.until_count(6)
-        await service.service.storage.retention.remove(done.generation_id, retention=False)
+        await service.service.storage.log.remove(done.generation_id, retention=False)
         async with open_stream(service, last=stream.ids[2]) as again:
             assert (await again.named("authenticated"))["recovered"] is False

@@ -148,19 +148,19 @@ async def test_chores_and_webhooks_of_a_dead_node_are_taken_over(url: str) -> No
     async with open_node(url, outbox=True) as here, mortal(url) as node:
         there = await node.opened()
         await recorder(there).start_and_fail()
-        assert len(await there.outbox.claim_undelivered(9)) == 1
-        assert len(await there.outbox.claim_undelivered(9)) == 1
+        assert len(await there.log.claim_undelivered(9)) == 1
+        assert len(await there.log.claim_undelivered(9)) == 1
         assert await there.leases.claim_chore("sweep", 60)
         assert await there.leases.claim_chore("sweep", 60)
         assert not await here.leases.claim_chore("sweep", 60)
         assert await here.leases.claim_chore("retention", 60)
-        assert await here.outbox.claim_undelivered(9) == []
+        assert await here.log.claim_undelivered(9) == []
         await node.kill()
         async with asyncio.timeout(20):
             while not await here.leases.claim_chore("sweep", 60):
                 await asyncio.sleep(0.05)
             await here.leases.abandoned()
-            while not await here.outbox.claim_undelivered(9):
+            while not await here.log.claim_undelivered(9):
                 await asyncio.sleep(0.05)
 
 
@@ -323,7 +323,7 @@ async def test_of_fifty_appends_with_one_sequence_from_three_nodes_one_wins(url:
         )
         conflicts = [each for each in outcomes if isinstance(each, Conflict)]
         assert len(conflicts) == 49
-        assert {await node.ledger.credit("ada") for node in nodes} == {100}
+        assert {await node.log.credit("ada") for node in nodes} == {100}
         history = await two.log.generation(begun.generation_id)
         assert history is not None
         assert [entry.sequence for entry in history.events] == [1, 2]
@@ -334,10 +334,10 @@ async def test_nodes_with_other_settings_keep_their_own_and_every_balance_holds(
         one = EventRecorder(counts.log, SteppableClock(), CountedEntropy(1_000), count=10)  # type: ignore[arg-type]
         two = EventRecorder(does_not.log, SteppableClock(), CountedEntropy(2_000), count=20)  # type: ignore[arg-type]
         reserved, free = await one.start("ada"), await two.start("ada")
-        assert [await node.ledger.credit("ada") for node in (counts, does_not)] == [4, None]
+        assert [await node.log.credit("ada") for node in (counts, does_not)] == [4, None]
         await two.move(reserved, "failed")  # Whoever ends it, what its start has taken is given back.
         await one.move(free, "failed")
-        assert await counts.ledger.credit("ada") == 5
+        assert await counts.log.credit("ada") == 5
         # What a node without a webhook ends, no node posts.
-        assert [entry.generation_id for entry in await counts.outbox.claim_undelivered(9)] == [free.generation_id]
-        assert await does_not.outbox.claim_undelivered(9) == []
+        assert [entry.generation_id for entry in await counts.log.claim_undelivered(9)] == [free.generation_id]
+        assert await does_not.log.claim_undelivered(9) == []

@@ -28,9 +28,8 @@ from domain.generation import Generation
 from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import Append, EventLog, History, Notice, Removed, Start, UserRemoved
-from domain.ports.overview import Overview
 from domain.ports.retention import Retention
-from domain.ports.storage import Storage
+from domain.ports.storage import Log, Storage
 from domain.ports.system import Clock
 from domain.ports.webhook_outbox import WebhookOutbox
 from domain.requests import GenerationRequest
@@ -254,11 +253,7 @@ def memory_storage(log: WholeLog | None = None, *, leases: Leases | None = None)
     log = log or MemoryLog(epoch="e1", credits=100, clock=now)
     sessions = MemorySessions(timedelta(days=1))
     return Storage(
-        log=log,
-        overview=cast(Overview, log),
-        ledger=log,
-        retention=log,
-        outbox=log,
+        log=cast(Log, log),
         sessions=sessions,
         leases=leases or MemoryLeases(),
         quotas=MemoryQuotas(),

@@ -12,10 +12,6 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
     log = MemoryLog(epoch=options.epoch, credits=options.credits, clock=options.clock, outbox=options.outbox)
     return Storage(
         log=log,
-        overview=log,
-        ledger=log,
-        retention=log,
-        outbox=log,
         sessions=MemorySessions(options.retention),
         leases=MemoryLeases(),
         quotas=MemoryQuotas(),

@@ -54,10 +54,6 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
 
     return Storage(
         log=log,
-        overview=log,
-        ledger=log,
-        retention=log,
-        outbox=log,
         sessions=PostgresSessions(database, options.retention),
         leases=leases,
         background={"tail": tail.run, "heartbeat": nodes.run, "lines": leases.run, "devices": quotas.run},

@@ -18,10 +18,6 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
     log = SqliteLog(opened, credits=options.credits, clock=options.clock, outbox=options.outbox)
     return Storage(
         log=log,
-        overview=log,
-        ledger=log,
-        retention=log,
-        outbox=log,
         sessions=SqliteSessions(opened, options.retention),
         leases=MemoryLeases(),  # One process has the file.
         quotas=MemoryQuotas(),

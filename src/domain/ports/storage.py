@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
@@ -43,15 +43,15 @@ async def _alone() -> bool:
     return False
 
 
+class Log(EventLog, Overview, Ledger, Retention, WebhookOutbox, Protocol):
+    """The event log, with everything that is derived from it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Storage:
     """An open storage."""
 
-    log: EventLog
-    overview: Overview
-    ledger: Ledger
-    retention: Retention
-    outbox: WebhookOutbox
+    log: Log
     sessions: Sessions
     leases: Leases
     quotas: Quotas
