@@ -5,8 +5,7 @@ from typing import Final
 from fastapi import Request, Response
 
 from api.auth import PROBLEMS, Caller, service_only
-from api.rest import routes
-from api.rest.bodies import json_body, read_json
+from api.rest import bodies, routes
 from api.rest.generations import IdempotencyKey
 from api.rest.problems import documented
 from api.rest.schemas import Account, Grant, json_response
@@ -25,21 +24,13 @@ async def get_me(caller: Caller, workflow: UseCases) -> Response:
 @router.post(
     "/users/{user_id:path}/credit",
     response_model=Account,
-    responses=documented(
-        "bad_request",
-        "request_timeout",
-        "content_too_large",
-        "invalid_request",
-        "idempotency_mismatch",
-        "credits_off",
-        *PROBLEMS,
-    ),
+    responses=documented(*bodies.PROBLEMS, "idempotency_mismatch", "credits_off", *PROBLEMS),
     dependencies=[service_only],
-    openapi_extra=json_body(Grant),
+    openapi_extra=bodies.json_body(Grant),
 )
 async def grant_credit(request: Request, user_id: str, workflow: UseCases, key: IdempotencyKey = None) -> Response:
     """Grant credit to a user, or take it back, but never below 0. For services."""
-    user, grant = valid_user_id(user_id), await read_json(request, Grant)
+    user, grant = valid_user_id(user_id), await bodies.read_json(request, Grant)
     return json_response(Account(user_id=user, credit=await workflow.grant(user, grant.amount, key)))
 
 

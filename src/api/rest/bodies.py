@@ -6,14 +6,18 @@ from collections.abc import AsyncIterator
 from typing import Any, Final, TypeVar
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.rest.problems import Invalid, invalid_fields, problem
+from api.rest.problems import problem
 
 Model = TypeVar("Model", bound=BaseModel)
+
+#: The codes of the problems of every route that reads a body.
+PROBLEMS: Final = ("bad_request", "request_timeout", "content_too_large", "invalid_request")
 
 _MAX_JSON: Final = 64 * 1024
 #: The slowest body: bytes per second over any window of so many seconds, and seconds until it is complete.
@@ -46,14 +50,14 @@ async def read_json(request: Request, model: type[Model]) -> Model:
     """The body as this model. FastAPI would read it, however large, before it knows the caller.
 
     Raises:
-        Invalid: it is not valid.
+        RequestValidationError: it is not valid.
         HTTPException: 413.
     """
     body = [each async for each in read_body(request, _MAX_JSON, "The request may have 64 kB at most.")]
     try:
         return model.model_validate_json(b"".join(body), by_alias=True, by_name=False)
     except ValidationError as error:
-        raise Invalid(*invalid_fields(error.errors())) from None
+        raise RequestValidationError(error.errors()) from None
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:

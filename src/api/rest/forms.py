@@ -12,13 +12,14 @@ from typing import Annotated, Any, Final
 from urllib.parse import unquote
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
 from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError, from_json
 from starlette.exceptions import HTTPException
 
 from api.rest.multipart import FormFile, read_multipart
-from api.rest.problems import Invalid, InvalidField, invalid_fields
+from api.rest.problems import Invalid
 from domain.requests import GenerationRequest, Options, Prompt
 from domain.stages import Kind
 from domain.workflow import Upload
@@ -198,7 +199,7 @@ async def read_form(
     `external`: the caller's own pipeline does the work, and may have the images already.
 
     Raises:
-        Invalid: fields are not valid.
+        RequestValidationError: fields are not valid.
         HTTPException, Failure: as `read_multipart`; 413: a file is too large.
     """
     sentence = "The request may have 5 files of 10 MB at most."
@@ -214,7 +215,7 @@ async def read_form(
         form = _FORMS[kind].model_validate(fields)
     except ValidationError as error:
         names = _names(_FORMS[kind])
-        raise Invalid(*invalid_fields(_explained(each, names) for each in error.errors()[:_MAX_ERRORS])) from None
+        raise RequestValidationError([_explained(each, names) for each in error.errors()[:_MAX_ERRORS]]) from None
     return _request(form, external), form.images
 
 
@@ -252,17 +253,17 @@ def _request(form: GenerateForm, external: bool) -> GenerationRequest:
     count = len(form.images) + len(form.image_names) + len(form.image_urls)
     if not least <= count <= MAX_IMAGES:
         message = f"There must be {least} to {MAX_IMAGES} images in all: files, names and URLs"
-        raise Invalid(InvalidField(field="images", message=message))
+        raise Invalid("images", message)
     for index, upload in enumerate(form.images):
         if upload.size > MAX_FILE:
             raise HTTPException(413, f"images.{index}: A file may have 10 MB at most.")
     face_swap, face = (form.face_swap, form.face) if isinstance(form, EditForm) else (False, None)
     if face is not None and (face >= count or face_swap is False):
         message = "There is no face without a face swap" if face < count else "There is no image with this index"
-        raise Invalid(InvalidField(field="face", message=message))
+        raise Invalid("face", message)
     if face_swap and face is None and not form.image_urls:
         message = "A face swap needs a face: an image URL, of which the first is the face, or `face`"
-        raise Invalid(InvalidField(field="faceSwap", message=message))
+        raise Invalid("faceSwap", message)
     return GenerationRequest(
         prompt=form.prompt,
         options=Options(**{name: getattr(form, name) for name in Options.model_fields}),

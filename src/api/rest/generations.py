@@ -1,6 +1,7 @@
 """HTTP: start, read, cancel and delete generations."""
 
 import re
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import Header, Path, Query, Request, Response
@@ -8,7 +9,7 @@ from pydantic import AfterValidator
 from pydantic_core import to_json
 
 from api.auth import PROBLEMS, Caller, Identified, StreamIdentity, require_service
-from api.rest import routes
+from api.rest import bodies, routes
 from api.rest.forms import form_body, read_form
 from api.rest.multipart import spool
 from api.rest.problems import documented
@@ -58,13 +59,10 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
         "headers": {"Location": {"description": "/generations/<id>", "schema": {"type": "string"}}},
     },
     **documented(
-        "bad_request",
+        *bodies.PROBLEMS,
         "insufficient_credit",
-        "request_timeout",
-        "content_too_large",
         "unsupported_media_type",
         "unsupported_image_type",
-        "invalid_request",
         "invalid_image",
         "image_too_large",
         "unknown_image",
@@ -79,16 +77,11 @@ _ACCEPTED: Final[dict[int | str, dict[str, Any]]] = {
         *PROBLEMS,
     ),
 }
+_start_at: Final = partial(router.post, status_code=202, response_model=Snapshot, responses=_ACCEPTED)
 _ONE: Final = documented("not_found", *PROBLEMS)
 
 
-@router.post(
-    "/generations/edit",
-    status_code=202,
-    response_model=Snapshot,
-    responses=_ACCEPTED,
-    openapi_extra=form_body("edit"),
-)
+@_start_at("/generations/edit", openapi_extra=form_body("edit"))
 async def start_edit(
     request: Request, identity: Identified, workflow: UseCases, key: IdempotencyKey = None, runner: Runner = None
 ) -> Response:
@@ -96,13 +89,7 @@ async def start_edit(
     return await _start(request, identity, workflow, key, runner, "edit")
 
 
-@router.post(
-    "/generations/generate",
-    status_code=202,
-    response_model=Snapshot,
-    responses=_ACCEPTED,
-    openapi_extra=form_body("generate"),
-)
+@_start_at("/generations/generate", openapi_extra=form_body("generate"))
 async def start_generate(
     request: Request, identity: Identified, workflow: UseCases, key: IdempotencyKey = None, runner: Runner = None
 ) -> Response:
@@ -138,8 +125,7 @@ async def list_generations(
     """The caller's generations, newest first."""
     active = None if status is None else status == "active"
     page = await workflow.page(caller, active=active, before=before, limit=limit)
-    following = None if page.next is None else str(page.next)
-    return json_response(GenerationPage(generations=list(page.generations), next=following))
+    return json_response(GenerationPage(**page._asdict()))
 
 
 @router.get("/generations/{generation_id}", response_model=Snapshot, responses=_ONE)

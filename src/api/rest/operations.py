@@ -69,5 +69,4 @@ async def list_all_generations(
     """The generations of all users, newest first. For services."""
     wanted = Filter(generation_id, None if user is None else user_id(user), kind, status, code)
     page = await overview.page(wanted, before=before, limit=limit)
-    following = None if page.next is None else str(page.next)
-    return json_response(GenerationPage(generations=list(page.generations), next=following))
+    return json_response(GenerationPage(**page._asdict()))

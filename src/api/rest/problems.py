@@ -5,7 +5,7 @@ exception only the name of its type is logged.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Annotated, Any, Final
@@ -107,17 +107,11 @@ def is_temporary(code: str) -> bool:
     return _STATUS[code] in _TEMPORARY
 
 
-class Invalid(Exception):
-    """Fields of the request are not valid: at least one."""
+class Invalid(RequestValidationError):
+    """A field of the request is not valid."""
 
-    def __init__(self, *errors: InvalidField) -> None:
-        super().__init__(errors)
-        self.errors = errors
-
-
-def invalid_fields(errors: Iterable[Mapping[str, Any]], *, skip: int = 0) -> list[InvalidField]:
-    """Pydantic's errors without their values. The first `skip` items of each location are dropped."""
-    return [InvalidField(field=".".join(map(str, error["loc"][skip:])), message=error["msg"]) for error in errors]
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__([{"loc": (field,), "msg": message}])
 
 
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
@@ -185,10 +179,9 @@ def _response(error: Exception) -> Response | None:
     """The problem that an exception stands for; ``None`` if it is unexpected."""
     match error:
         case ImageRefusal():
-            field = InvalidField(field=f"{error.field}.{error.index}", message=str(error))
-            return problem(error.code, f"{field.field}: {field.message}", errors=[field.model_dump()])
+            return _invalid(Invalid(f"{error.field}.{error.index}", str(error)), error.code)
         case InvalidEventField():
-            return _invalid(InvalidField(field=to_camel(error.field), message=error.reason))
+            return _invalid(Invalid(to_camel(error.field), error.reason))
         case IllegalTransition():
             return problem(error.code, str(error), allowed=error.allowed)
         case Refusal():
@@ -196,20 +189,19 @@ def _response(error: Exception) -> Response | None:
             return problem(error.code, str(error), headers=headers)
         case Failure():
             return problem(error.code, error.sentence)
-        case Invalid():
-            return _invalid(*error.errors)
-        case RequestValidationError():  # Its locations begin with path, query or header.
-            return _invalid(*invalid_fields(error.errors(), skip=1))
+        case RequestValidationError():
+            return _invalid(error)
         case HTTPException():
             return _http_problem(error)
         case _:
             return None
 
 
-def _invalid(*errors: InvalidField) -> Response:
-    first = errors[0]
-    detail = f"{first.field}: {first.message}" if first.field else first.message
-    return problem("invalid_request", detail, errors=[field.model_dump() for field in errors])
+def _invalid(error: RequestValidationError, code: str = "invalid_request") -> Response:
+    """The problem, without the values that are not valid."""
+    errors = [{"field": ".".join(map(str, each["loc"])), "message": each["msg"]} for each in error.errors()]
+    field, message = errors[0].values()
+    return problem(code, f"{field}: {message}" if field else message, errors=errors)
 
 
 def _http_problem(error: HTTPException) -> Response:

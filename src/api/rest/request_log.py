@@ -1,8 +1,8 @@
 """Each response gets an id, which is in every log line about its request; refused requests are logged and counted."""
 
 import logging
+import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Callable
 from typing import Final
@@ -36,7 +36,7 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         given = [value for name, value in scope["headers"] if name == _HEADER]
-        request_id = given[0] if len(given) == 1 and _ID.fullmatch(given[0]) else secrets.token_hex(8).encode()
+        request_id = given[0] if len(given) == 1 and _ID.fullmatch(given[0]) else os.urandom(8).hex().encode()
         REQUEST_ID.set(request_id.decode())
         # Those of an earlier request on this connection.
         PROBLEM.set("")

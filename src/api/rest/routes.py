@@ -130,7 +130,7 @@ def _reader(field: Any) -> _Reader:
         if source == "header":
             value = value.decode("latin-1")
         if not any_text:
-            value, invalid = field.validate(value, {}, loc=(source, alias))
+            value, invalid = field.validate(value, {}, loc=(alias,))
             errors += invalid
         return value
 

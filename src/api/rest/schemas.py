@@ -12,12 +12,15 @@ from domain.generation import Snapshot
 from domain.stage_times import StageTimes
 from domain.stages import FLOWS, GUARDS, Kind, moves
 
+#: A number, sent as a string.
+_Number = Annotated[str, Field(coerce_numbers_to_str=True)]
+
 
 class GenerationPage(Wire):
     """The caller's generations, newest first."""
 
     generations: list[Snapshot]
-    next: Annotated[str | None, Field(description="if there are more: `before` of the following page")] = None
+    next: Annotated[_Number | None, Field(description="if there are more: `before` of the following page")] = None
 
 
 class NodeView(Wire):

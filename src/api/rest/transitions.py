@@ -6,8 +6,7 @@ from fastapi import Request, Response
 from pydantic import Field, JsonValue, StrictInt, StringConstraints
 
 from api.auth import PROBLEMS, Caller, service_only
-from api.rest import routes
-from api.rest.bodies import json_body, read_json
+from api.rest import bodies, routes
 from api.rest.forms import HttpUrl
 from api.rest.generations import GenerationId
 from api.rest.problems import documented
@@ -46,25 +45,15 @@ class Transition(Wire):
 @router.post(
     "/generations/{generation_id}/transitions",
     response_model=Event,
-    responses=documented(
-        "bad_request",
-        "not_found",
-        "conflict",
-        "request_timeout",
-        "illegal_transition",
-        "not_external",
-        "content_too_large",
-        "invalid_request",
-        *PROBLEMS,
-    ),
+    responses=documented(*bodies.PROBLEMS, "not_found", "conflict", "illegal_transition", "not_external", *PROBLEMS),
     dependencies=[service_only],
-    openapi_extra=json_body(Transition),
+    openapi_extra=bodies.json_body(Transition),
 )
 async def report_transition(
     request: Request, generation_id: GenerationId, caller: Caller, workflow: UseCases
 ) -> Response:
     """Report a transition of a generation that was started with `runner=external`. A repeat returns the same event."""
-    report = await read_json(request, Transition)
+    report = await bodies.read_json(request, Transition)
     given = {name: value for name, value in vars(report).items() if value is not None}
     status, sequence = given.pop("status"), given.pop("sequence", None)
     content = report.model_dump_json(exclude_none=True).encode()
