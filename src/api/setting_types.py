@@ -14,8 +14,7 @@ from pydantic_settings import NoDecode
 
 #: File descriptors of the process that are kept for everything except clients' connections.
 OTHER_DESCRIPTORS: Final = 64
-_SQLITE: Final = "sqlite:///"
-_POSTGRES: Final = "postgresql://"
+_POSTGRES: Final = r"postgresql://(?s:.*)"
 _S3: Final = r"s3://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[A-Za-z0-9!_.*'()=-]+)*/?"
 #: ``*`` stands for one label of a host name or a part of it; the last two labels have none.
 _ORIGIN: Final = (
@@ -52,6 +51,10 @@ def _valid(is_valid: Callable[[Any], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _like(pattern: str) -> AfterValidator:
+    return _valid(lambda value: re.fullmatch(pattern, value))
+
+
 def _each(pattern: str) -> AfterValidator:
     return _valid(lambda values: all(re.fullmatch(pattern, value) for value in values))
 
@@ -67,18 +70,6 @@ def _base_url(value: str) -> str:
     if not _is_url(value) or parts.query or parts.fragment or "*" in parts.netloc or not path_valid:
         raise ValueError
     return value.rstrip("/")
-
-
-def _is_images(value: str) -> object:
-    return "://" not in value or re.fullmatch(_S3, value)
-
-
-def _is_log(value: str) -> bool:
-    return value == "memory://" or (value.startswith(_SQLITE) and value != _SQLITE) or _is_postgres(value)
-
-
-def _is_postgres(value: str) -> bool:
-    return value.startswith(_POSTGRES)
 
 
 def _is_address(value: str) -> bool:
@@ -159,10 +150,10 @@ JwtSecret = Annotated[Secret, _valid(_is_jwt_secret), Allowed("a secret of at le
 WebhookSecret = Annotated[Secret, _valid(_is_webhook_secret), Allowed("whsec_ and 24 to 64 bytes in base64", "SECRET")]
 Log = Annotated[
     str,
-    _valid(_is_log),
+    _like(rf"memory://|sqlite:///(?s:.+)|{_POSTGRES}"),
     Allowed('"memory://", "sqlite:///" and the path of a file, or "postgresql://" and a database', "URL"),
 ]
-Postgres = Annotated[str | None, _valid(_is_postgres), Allowed('"postgresql://" and a database', "URL")]
+Postgres = Annotated[str | None, _like(_POSTGRES), Allowed('"postgresql://" and a database', "URL")]
 NodeAddress = Annotated[
     str | None,
     BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
@@ -172,7 +163,7 @@ NodeAddress = Annotated[
 Images = Annotated[
     str,
     BeforeValidator(str),
-    _valid(_is_images),
+    _like(rf"(?s:(?!.*://).*)|{_S3}"),
     Allowed('the path of a folder, or "s3://", the name of a bucket, and a prefix', "PATH"),
 ]
 

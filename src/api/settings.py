@@ -230,15 +230,16 @@ class Settings(_Sources):
             "set STAGECAST_JWT_SECRET or STAGECAST_JWKS_URL, or give --allow-open.": (
                 not self.open_mode or self.allow_open or is_loopback(self.host.lower())
             ),
+            "STAGECAST_METRICS_ADDRESS must have another port.": self.port == 0 or self.port != self.metrics_port,
         }
-        if self.metrics_port is not None and self.metrics_port == self.port != 0:
-            raise PydanticCustomError("inconsistent", "STAGECAST_METRICS_ADDRESS must have another port.")
         for sentence, holds in rules.items():
             if not holds:
                 raise PydanticCustomError("inconsistent", sentence)
         return self
 
 
+#: All settings.
+_NAMES: Final = (*Settings.model_fields, *_REMOTE)
 #: The topics of the settings, each by its first field.
 _TOPICS: Final = {
     "host": "Address",
@@ -298,7 +299,7 @@ def masked(url: str) -> str:
 
 
 def _load(model: type[_Model], overrides: Mapping[str, Any]) -> _Model:
-    known = {_variable(name) for name in (*Settings.model_fields, *_REMOTE)}
+    known = {_variable(name) for name in _NAMES}
     for variable in map(str.upper, os.environ):
         if variable.startswith(PREFIX) and variable not in known:
             _refuse_unknown(variable)
@@ -322,8 +323,7 @@ def _allowed(field: FieldInfo) -> Allowed:
 
 
 def _refuse_unknown(variable: str) -> NoReturn:
-    names = (*Settings.model_fields, *_REMOTE)
-    similar = difflib.get_close_matches(variable.removeprefix(PREFIX).lower(), names, n=1)
+    similar = difflib.get_close_matches(variable.removeprefix(PREFIX).lower(), _NAMES, n=1)
     hint = f"; did you mean {_variable(similar[0])}?" if similar else "."
     raise SettingsError(f"{variable} is not a setting{hint}")
 
