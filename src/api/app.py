@@ -51,16 +51,8 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         redoc_url=None,
         routes=[
             route
-            for router in (
-                sse.router,
-                generations.router,
-                transitions.router,
-                feed.router,
-                accounts.router,
-                info.router,
-                operations.router,
-            )
-            for route in router.routes
+            for part in (sse, generations, transitions, feed, accounts, info, operations)
+            for route in part.router.routes
         ],
     )
     http.state.service = service
@@ -75,12 +67,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
             "STAGECAST_PUBLIC_URL must not have a path that begins like one of the service, such as /images."
         )
     everything = service.sockets.app(HeadAsGet(StreamLayer(routes)), f"{prefix}/socket.io")
-    guard = OriginGuard(
-        BodyTimeout(everything),
-        open_mode=settings.open_mode,
-        origins=settings.origins,
-        hosts=hosts,
-    )
+    guard = OriginGuard(BodyTimeout(everything), open_mode=settings.open_mode, origins=settings.origins, hosts=hosts)
     outside = ForwardedHeaders(ClientLimit(guard), settings.trusted_proxies, prefix)
     everywhere = metrics.MetricsAddress(outside, settings.metrics_port, partial(metrics.render, service))
     return service, service.sockets.eio.for_nodes(RequestLog(everywhere, routes.template, service.refused))

@@ -58,9 +58,9 @@ class OriginGuard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        origin = headers.get("origin")
-        origin_allowed = origin is None or self._origin_allowed(scope["scheme"], headers)
-        preflight = origin is not None and scope.get("method") == "OPTIONS" and _REQUESTED_METHOD in headers
+        origins = headers.getlist("origin")
+        origin_allowed = not origins or self._origins_allowed(origins, scope["scheme"], headers)
+        preflight = bool(origins) and scope.get("method") == "OPTIONS" and _REQUESTED_METHOD in headers
         refusal = self._refusal(headers, origin_allowed, preflight)
         if scope["type"] == "websocket":
             if refusal is None:
@@ -74,12 +74,12 @@ class OriginGuard:
         async def send_with_cors(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Without Starlette's classes, which take as long as the rest of this layer.
-                vary = b", ".join([*(value for name, value in message["headers"] if name == b"vary"), b"Origin"])
-                others = (header for header in message["headers"] if header[0] != b"vary")
-                message["headers"] = [*others, (b"vary", vary)]
-                if origin is not None and origin_allowed:
+                vary = [value for name, value in message["headers"] if name == b"vary"]
+                others = [header for header in message["headers"] if header[0] != b"vary"]
+                message["headers"] = [*others, (b"vary", b", ".join([*vary, b"Origin"]))]
+                if origins and origin_allowed:
                     response = MutableHeaders(scope=message)
-                    response["Access-Control-Allow-Origin"] = origin
+                    response["Access-Control-Allow-Origin"] = origins[0]
                     response["Access-Control-Allow-Credentials"] = "true"
                     response["Access-Control-Expose-Headers"] = _EXPOSED
             await send(message)
@@ -103,9 +103,8 @@ class OriginGuard:
         name = _name(hosts[0]) if len(hosts) == 1 else None
         return name is not None and (name in self._hosts or is_loopback(name))
 
-    def _origin_allowed(self, scheme: str, headers: Headers) -> bool:
-        """Whether the request's origin is allowed. Without one, it needs no permission."""
-        origins = headers.getlist("origin")
+    def _origins_allowed(self, origins: list[str], scheme: str, headers: Headers) -> bool:
+        """Whether the request has one origin, which is allowed."""
         if len(origins) > 1:
             return False
         origin = _without_default_port(origins[0].lower())
