@@ -12,21 +12,11 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from api.asyncapi import document
 from api.settings import Settings
-from api.web.page import FOLDER
+from api.web.page import FOLDER, closed_policy
 
-_POLICY: Final = "; ".join((
-    "default-src 'none'",
-    "script-src 'self'",
-    "style-src 'self'",
-    "img-src 'self' data:",
-    "connect-src 'self'",
-    "base-uri 'none'",
-    "form-action 'none'",
-    "frame-ancestors 'none'",
-))  # fmt: skip
 _HEADERS: Final = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": _POLICY,
+    "Content-Security-Policy": closed_policy("script-src 'self'; img-src 'self' data:; connect-src 'self'"),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
