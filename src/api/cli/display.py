@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.segment import Segment, Segments
 from rich.spinner import Spinner
 from rich.style import Style
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _REFRESH_RATE: Final = 10  # frames per second
@@ -137,9 +137,8 @@ class _LiveDisplay(Display):
             details = Group(*(each.details(self._stages[each.event["kind"]]) for each in self._generations.values()))
         if not self._has_pictures:
             return details
-        grid = Table.grid(padding=(0, 3))
-        grid.add_column(width=self._picture_columns)
-        grid.add_column(vertical="middle", max_width=64)
+        columns = Column(width=self._picture_columns), Column(vertical="middle", max_width=64)
+        grid = Table.grid(*columns, padding=(0, 3))
         grid.add_row(self._picture, details)
         return grid
 
@@ -160,31 +159,22 @@ class _Generation:
 
     def line(self) -> RenderableType:
         """One line: the id, the bar and the message."""
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(width=1)
-        grid.add_column(no_wrap=True, overflow="ellipsis")
-        grid.add_column(ratio=1)
-        grid.add_column(width=5, justify="right")
-        grid.add_column(ratio=2, no_wrap=True, overflow="ellipsis", style="dim")
+        name, text = Column(no_wrap=True), Column(ratio=2, no_wrap=True, style="dim")
+        grid = _grid(Column(width=1), name, *_bar_columns(), text)
         generation_id, message = Text(self.event["generationId"]), Text(self._message())
         grid.add_row(self._sign(self.event["status"]), generation_id, *self._bar(), message)
         return grid
 
     def details(self, stages: Sequence[str]) -> RenderableType:
         """The stages with the seconds at which they were entered, the message and the bar."""
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(width=1)
-        grid.add_column(ratio=1)
-        grid.add_column(justify="right", style="dim")
+        grid = _grid(Column(width=1), Column(ratio=1), Column(justify="right", style="dim"))
         current, started = self.event["status"], min(self._entered.values())
         for status in stages if current != "failed" else [*stages, "failed"]:
             entered = self._entered.get(status)
             style = "dim" if entered is None else "bold" if status == current != "completed" else ""
             seconds = f"{(entered - started).total_seconds():.1f} s" if entered else ""
             grid.add_row(self._sign(status), Text(status, style), seconds)
-        bar = Table.grid(padding=(0, 1), expand=True)
-        bar.add_column(ratio=1)
-        bar.add_column(width=5, justify="right")
+        bar = _grid(*_bar_columns())
         bar.add_row(*self._bar())
         return Group(grid, Text(f"\n{self._message()}", "dim", no_wrap=True, overflow="ellipsis"), bar)
 
@@ -206,6 +196,14 @@ class _Generation:
 
     def _message(self) -> str:
         return _place(self.event) or _printable(self.event.get("error") or self.event["message"])
+
+
+def _grid(*columns: Column) -> Table:
+    return Table.grid(*columns, padding=(0, 1), expand=True)
+
+
+def _bar_columns() -> tuple[Column, Column]:
+    return Column(ratio=1), Column(width=5, justify="right")
 
 
 def _place(event: _JSON) -> str:
