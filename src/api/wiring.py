@@ -30,6 +30,9 @@ from adapters.providers import replicate as replicate_face_swap
 from adapters.providers.openai import OpenAIEditor
 from adapters.providers.own_provider import OwnEditor, OwnFaceSwap
 from adapters.providers.replicate import ReplicateFaceSwap
+from adapters.realtime.connection import Answer as Answer
+from adapters.realtime.connection import Connection as Connection
+from adapters.realtime.connection import Handler as Handler
 from adapters.realtime.peers import Peers
 from adapters.realtime.send_buffer import PROGRESS_INTERVAL as PROGRESS_INTERVAL
 from adapters.realtime.send_buffer import BoundedSendBuffer as BoundedSendBuffer
@@ -44,7 +47,6 @@ from adapters.sqlite import storage as sqlite_storage
 from adapters.system import SystemEntropy, descriptors, now
 from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens
 from api.cli.client import Unavailable
-from api.realtime.sockets import Sockets
 from api.setting_types import OTHER_DESCRIPTORS
 from api.settings import Settings, SettingsError
 from api.web import page
@@ -56,6 +58,7 @@ from domain.webhooks import Webhooks
 
 if TYPE_CHECKING:
     from adapters.s3.images import S3Images
+    from api.realtime.sockets import Sockets
 
 #: Seconds within which a provider must deliver one picture, retries included.
 _PROVIDER_TIMEOUT: Final = 300
@@ -81,7 +84,7 @@ class Parts:
     #: ``None``: open mode.
     tokens: Tokens | None
     lag: LoopLag
-    socket_server: Callable[[Sockets], SocketServer]
+    socket_server: Callable[["Sockets"], SocketServer]
 
 
 async def wire(

@@ -15,25 +15,32 @@ from domain.identity import Identity
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """See `api.realtime.sockets.Connection`."""
+    """What is known of the client, and how to reach it."""
 
     sid: str
     socket: EngineSocket
     device: Device[bytes] | None = None
+    #: The authenticated identity.
     identity: Identity | None = None
+    #: Whether the client can recover; it then gets each event's cursor as a last argument.
     recovery: bool = True
+    #: The session that the client may resume, if any.
     pid: str | None = None
+    #: The client's cursor in a session that cannot be resumed.
     offset: object = None
 
     @property
     def buffer(self) -> BoundedSendBuffer[bytes]:
+        """The frames that wait to be sent."""
         return self.socket.buffer
 
     @property
     def gone(self) -> bool:
+        """Whether the transport is closed; a device can no longer be made for it."""
         return self.socket.gone
 
     def encoder(self, *, recovery: bool) -> Encoder[bytes]:
+        """The form of its events: with the cursor as an argument (`recovery`) or as a key."""
         return CURSOR_AS_ARGUMENT if recovery else CURSOR_AS_KEY
 
     def emit(self, name: str, data: Mapping[str, Any]) -> None:

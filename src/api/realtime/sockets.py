@@ -1,16 +1,17 @@
 """Handles the events that clients send over Socket.IO."""
 
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic.alias_generators import to_camel
 
 from api.auth import Authenticator, UserMismatch
+from api.wiring import Answer, Connection, Handler
 from domain.delivery import Hub
-from domain.device import Device, Encoder, SendBuffer
+from domain.device import Device
 from domain.errors import LogUnavailable, Refusal
 from domain.events import Wire, timestamp
 from domain.feed_sessions import FeedSessions, StartPosition
@@ -18,7 +19,6 @@ from domain.generation import Snapshot
 from domain.identity import Identity, InvalidUserId, Unauthenticated, user_id
 from domain.workflow import Workflow
 
-Answer = tuple[Mapping[str, Any], Callable[[], None]]
 _NOTHING: Answer = ({}, lambda: None)
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -29,31 +29,6 @@ class BadRequest(Refusal, code="bad_request"):
 
 class NotAuthenticated(Refusal, code="unauthenticated"):
     """This socket is not authenticated yet. Send authenticate first."""
-
-
-class Connection(Protocol):
-    """The connection of one client."""
-
-    device: Device[Any] | None
-    #: The authenticated identity.
-    identity: Identity | None
-    #: Whether the client can recover; it then gets each event's cursor as a last argument.
-    recovery: bool
-    #: The session that the client may resume, if any.
-    pid: str | None
-    #: The client's cursor in a session that cannot be resumed.
-    offset: object
-
-    @property
-    def buffer(self) -> SendBuffer[Any]:
-        """The frames that wait to be sent."""
-
-    @property
-    def gone(self) -> bool:
-        """Whether the transport is closed; a device can no longer be made for it."""
-
-    def encoder(self, *, recovery: bool) -> Encoder[Any]:
-        """The form of its events: with the cursor as an argument (`recovery`) or as a key."""
 
 
 class _Argument(BaseModel):
@@ -98,7 +73,7 @@ class Sockets:
     new_pid: Callable[[], str]
 
     @property
-    def events(self) -> Mapping[str, Callable[[Connection, Any], Awaitable[Answer]]]:
+    def events(self) -> Mapping[str, Handler]:
         """The handlers by event."""
         return {"authenticate": self.authenticate, "subscribe_to_generation": self.subscribe_to_generation}
 
