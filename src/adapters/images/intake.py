@@ -13,18 +13,8 @@ from typing import Final
 
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
-from adapters.images.codec import (
-    MAX_PIXELS,
-    Unreadable,
-    blank,
-    encode,
-    encode_webp,
-    load,
-    opened,
-    plain,
-    reading,
-    scratch,
-)
+from adapters.images import codec
+from adapters.images.codec import MAX_PIXELS, Unreadable, load, opened, plain, reading
 from adapters.images.colour_profiles import SRGB
 from adapters.images.file_structure import PictureFile, orientation, read_jpeg, read_png
 from adapters.images.threads import GLANCE, ImageThreads
@@ -120,7 +110,7 @@ def _admit(data: bytes) -> Picture:
             still = _still(file, image, image.size)
             if still is image and file.baseline and orientation(file.exif) not in _MOVED:
                 return Picture(file.data, "image/jpeg")
-            return encode(still, quality=97, fine=True)
+            return codec.encode(still, quality=97, fine=True)
     except Unreadable:
         raise InvalidImage from None
 
@@ -136,7 +126,7 @@ def _thumbnail(data: bytes, width: int) -> Picture:
             still = _still(file, image, size[::-1] if turned else size).resize(
                 size, Image.Resampling.LANCZOS, reducing_gap=2.0
             )
-            return encode_webp(still, quality=80)
+            return codec.encode_webp(still, quality=80)
     except Unreadable:
         raise InvalidImage from None
 
@@ -172,7 +162,7 @@ def _webp(image: Image.Image, data: bytes) -> Image.Image:
     """
     command = [sys.executable, "-S", "-P", "-W", "ignore", "-c", _DECODE_WEBP]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with scratch() as file:
+    with codec.scratch() as file:
         run = partial(subprocess.run, command, env=environment, timeout=_DECODE_SECONDS, check=True)
         run(input=data, stdout=file, stderr=subprocess.DEVNULL)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as raw:
@@ -195,7 +185,7 @@ def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
         transform = ImageCms.buildTransform(profile, SRGB, source.mode, mode)
         if source is flat and _changes_nothing(transform, mode):
             return flat
-        converted = transform.apply(source, blank(mode, source.size))
+        converted = transform.apply(source, codec.blank(mode, source.size))
         if flat.mode == "RGBA" and mode == "RGB":
             converted.putalpha(flat.getchannel("A"))
         return converted

@@ -9,7 +9,6 @@ from typing import Final
 
 import httpx2
 
-_ALIASES: Final = {"x-gzip": "gzip", "x-deflate": "deflate", "x-br": "br", "x-zstd": "zstd", "x-compress": "compress"}
 #: The content codings that change the bytes: IANA's registry, plus bzip2 and xz, which servers use too.
 _COMPRESSIONS: Final = frozenset(
     ("aes128gcm", "br", "bzip2", "compress", "dcb", "dcz", "deflate", "exi", "gzip", "pack200-gzip", "xz", "zstd")
@@ -38,7 +37,7 @@ def compressions(headers: Iterable[str]) -> list[str]:
     ``none``, and leave the bytes unchanged.
     """
     names = (name.partition(";")[0].strip(' \t"').lower() for header in headers for name in header.split(","))
-    return [name for name in (_ALIASES.get(name, name) for name in names) if name in _COMPRESSIONS]
+    return [name for name in (name.removeprefix("x-") for name in names) if name in _COMPRESSIONS]
 
 
 def retry_after(header: str) -> float | None:

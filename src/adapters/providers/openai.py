@@ -19,19 +19,8 @@ import httpx2
 
 from adapters.images.threads import ImageThreads
 from adapters.outbound.url_fetcher import UrlFetcher
-from adapters.providers.attempts import (
-    MISCONFIGURED,
-    PROMPT,
-    Declined,
-    answered,
-    attempt,
-    broken,
-    download,
-    joined,
-    log_problem,
-    provider_client,
-    same_origin,
-)
+from adapters.providers import attempts
+from adapters.providers.attempts import Declined, attempt, broken, joined, provider_client, same_origin
 from adapters.providers.pictures import Found, Unusable, candidates, inline, preview, usable
 from domain.errors import Failure
 from domain.ports.images import Picture
@@ -113,7 +102,7 @@ class OpenAIEditor:
             raise ValueError("The OpenAI API key is printable ASCII without spaces.")
 
     async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
-        PROMPT.set(prompt)
+        attempts.PROMPT.set(prompt)
         call = partial(self._call, _request(self.model, sheet, prompt, options), report)
         return await attempt(call, report, within=self.deadline, backoff=self.backoff)
 
@@ -162,7 +151,7 @@ class OpenAIEditor:
         raise outcome
 
     def _log(self, what: str, message: object, request_id: str | None) -> None:
-        log_problem("OpenAI", what, message, request_id=request_id, secret=self.api_key)
+        attempts.log_problem("OpenAI", what, message, request_id=request_id, secret=self.api_key)
 
     async def _read(self, response: "AsyncAPIResponse[Any]", report: Report) -> list[Found | bytes]:
         """The candidates for the finished picture, best first. Reports partial pictures as previews."""
@@ -236,7 +225,7 @@ class OpenAIEditor:
         """
         if same_origin(url, httpx2.URL(self.base_url)) and not url.userinfo:
             async with provider_client(self.deadline, MAX_ANSWER, self.trust) as web:
-                answer = await download(web, url, log)
+                answer = await attempts.download(web, url, log)
             if isinstance(answer, bytes):
                 return answer
             target = _joined(url, answer)
@@ -345,8 +334,8 @@ def _outcome(error: "APIError") -> Failure | Declined:
         if error.code == "rate_limit_exceeded":
             return Failure("provider_rate_limited")
         return refused or Failure("provider_rejected" if error.type in _USER_ERRORS else "provider_unavailable")
-    outcome = answered(error.status_code, error.response.headers)
+    outcome = attempts.answered(error.status_code, error.response.headers)
     failure = outcome.failure if isinstance(outcome, Declined) else outcome
     if error.code in _ACCOUNT:
-        return Failure(failure.code, MISCONFIGURED, retryable=False)
+        return Failure(failure.code, attempts.MISCONFIGURED, retryable=False)
     return refused if refused and failure.code == "provider_rejected" else outcome

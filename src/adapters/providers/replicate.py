@@ -21,16 +21,8 @@ import httpx2
 from pydantic import AliasPath, BaseModel, Field, JsonValue, ValidationError
 
 from adapters.images.threads import ImageThreads
-from adapters.providers.attempts import (
-    Declined,
-    answered,
-    attempt,
-    broken,
-    download,
-    log_problem,
-    provider_client,
-    same_origin,
-)
+from adapters.providers import attempts
+from adapters.providers.attempts import Declined, attempt, broken, provider_client, same_origin
 from adapters.providers.pictures import Unusable, candidates, inline, usable
 from domain.errors import Failure
 from domain.ports.images import Picture
@@ -268,7 +260,7 @@ class _Swap:
                     url = httpx2.URL()
                 if not self.swapper.may_download(url):
                     break
-                answer = await download(web, url, self._log)
+                answer = await attempts.download(web, url, self._log)
                 if isinstance(answer, bytes):
                     return answer
                 output = answer
@@ -293,7 +285,7 @@ class _Swap:
         message, request_id = body.decode(errors="replace"), response.headers.get("cf-ray")
         if not response.is_success:
             self._log(f"{what} was answered with {response.status_code}", message, request_id)
-            raise answered(response.status_code, response.headers)
+            raise attempts.answered(response.status_code, response.headers)
         try:
             return kind.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
         except ValidationError:
@@ -301,4 +293,4 @@ class _Swap:
             raise Failure("provider_unavailable") from None
 
     def _log(self, what: str, message: object = "", request_id: str | None = None) -> None:
-        log_problem("Replicate", what, message, request_id=request_id, secret=self.swapper.token)
+        attempts.log_problem("Replicate", what, message, request_id=request_id, secret=self.swapper.token)

@@ -93,14 +93,7 @@ class Tokens:
             key = await self.keys.find(header.get("alg"), header.get("kid"))
             if key is None:
                 raise InvalidToken
-            claims = jwt.decode(
-                token,
-                key,
-                algorithms=[key.algorithm_name],
-                audience=self.audience,
-                issuer=self.issuer,
-                options=_OPTIONS,
-            )
+            claims = jwt.decode(token, key, [key.algorithm_name], _OPTIONS, audience=self.audience, issuer=self.issuer)
         except jwt.PyJWTError as error:
             if isinstance(error, jwt.InvalidAudienceError) and self.audience is None and not self._warned:
                 self._warned = True
