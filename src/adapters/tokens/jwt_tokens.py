@@ -52,11 +52,8 @@ _RETRY: Final = timedelta(seconds=1)
 #: In bytes.
 _MAX_DOCUMENT: Final = 256 * 1024
 
-#: By algorithm: the members that identify its JWKs, and those of the public key.
-_PUBLIC: Final = {
-    "RS256": ({"kty": "RSA"}, ("n", "e")),
-    "ES256": ({"kty": "EC", "crv": "P-256"}, ("x", "y")),
-}
+#: By algorithm: the members that identify its JWKs.
+_PUBLIC: Final = {"RS256": {"kty": "RSA"}, "ES256": {"kty": "EC", "crv": "P-256"}}
 _MIN_RSA_BITS: Final = 2048
 
 
@@ -253,19 +250,18 @@ def _usable(document: bytes) -> list[jwt.PyJWK]:
 def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
     """The key; ``None`` if it has another use, is too short or malformed, or contains a private key."""
     kid, operations = entry.get("kid"), entry.get("key_ops", ["verify"])
-    for algorithm, (required, members) in _PUBLIC.items():
-        if (
-            required.items() <= entry.items()
-            and entry.get("use", "sig") == "sig"
-            and entry.get("alg", algorithm) == algorithm
-            and isinstance(operations, list)
-            and "verify" in operations
-            and (kid is None or isinstance(kid, str))
-            and "d" not in entry
-        ):
-            try:
-                key = jwt.PyJWK({**required, "kid": kid, **{name: entry[name] for name in members}}, algorithm)
-            except (jwt.PyJWTError, LookupError, TypeError, ValueError):
-                return None
-            return key if algorithm != "RS256" or key.key.key_size >= _MIN_RSA_BITS else None
-    return None
+    algorithm = next((name for name, members in _PUBLIC.items() if members.items() <= entry.items()), None)
+    if algorithm is None or entry.get("alg", algorithm) != algorithm or entry.get("use", "sig") != "sig":
+        return None
+    if (
+        not isinstance(operations, list)
+        or "verify" not in operations
+        or not isinstance(kid, str | None)
+        or "d" in entry
+    ):
+        return None
+    try:
+        key = jwt.PyJWK(entry, algorithm)
+    except (jwt.PyJWTError, LookupError, TypeError, ValueError):
+        return None
+    return key if algorithm != "RS256" or key.key.key_size >= _MIN_RSA_BITS else None
