@@ -70,8 +70,11 @@ class PillowIntake:
         async with self._threads.turn(GLANCE) as run:
             cost = await run(_cost, await read(content))
         async with self._threads.turn(cost) as run:
-            picture: Picture = await run(work, await read(content))
-            return picture
+            try:
+                picture: Picture = await run(work, await read(content))
+                return picture
+            except Unreadable:
+                raise InvalidImage from None
 
 
 def _cost(data: bytes) -> int:
@@ -105,30 +108,22 @@ def _opened(data: bytes) -> tuple[PictureFile, Image.Image]:
 
 def _admit(data: bytes) -> Picture:
     file, image = _opened(data)
-    try:
-        with reading():
-            still = _still(file, image, image.size)
-            if still is image and file.baseline and orientation(file.exif) not in _MOVED:
-                return Picture(file.data, "image/jpeg")
-            return codec.encode(still, quality=97, fine=True)
-    except Unreadable:
-        raise InvalidImage from None
+    with reading():
+        still = _still(file, image, image.size)
+        if still is image and file.baseline and orientation(file.exif) not in _MOVED:
+            return Picture(file.data, "image/jpeg")
+        return codec.encode(still, quality=97, fine=True)
 
 
 def _thumbnail(data: bytes, width: int) -> Picture:
     file, image = _opened(data)
-    try:
-        with reading():
-            turned = orientation(file.exif) in _TURNED
-            upright = image.size[::-1] if turned else image.size
-            scale = min(1, width / upright[0], _WEBP_SIDE / upright[1])
-            size = max(1, round(upright[0] * scale)), max(1, round(upright[1] * scale))
-            still = _still(file, image, size[::-1] if turned else size).resize(
-                size, Image.Resampling.LANCZOS, reducing_gap=2.0
-            )
-            return codec.encode_webp(still, quality=80)
-    except Unreadable:
-        raise InvalidImage from None
+    with reading():
+        turned = orientation(file.exif) in _TURNED
+        upright = image.size[::-1] if turned else image.size
+        scale = min(1, width / upright[0], _WEBP_SIDE / upright[1])
+        size = max(1, round(upright[0] * scale)), max(1, round(upright[1] * scale))
+        still = _still(file, image, size[::-1] if turned else size)
+        return codec.encode_webp(still.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0), quality=80)
 
 
 def _still(file: PictureFile, image: Image.Image, near: tuple[int, int]) -> Image.Image:
