@@ -26,6 +26,7 @@ from domain.ports.images import ImageIntake, Picture
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
+Stream = httpcore2.AsyncNetworkStream
 #: Returns all addresses of a host name. Raises `OSError` if there are none.
 Resolver = Callable[[str], Awaitable[Sequence[IPAddress]]]
 
@@ -145,12 +146,8 @@ class UrlFetcher:
     async def _get(self, url: httpx2.URL, limit: int) -> bytes | httpx2.URL:
         """The body, or the URL of a redirect."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-        request = httpcore2.Request(
-            "GET",
-            target,
-            headers=[(b"Host", url.netloc), *_HEADERS],
-            extensions={"timeout": {"connect": self.connect_timeout}},
-        )
+        timeout = {"timeout": {"connect": self.connect_timeout}}
+        request = httpcore2.Request("GET", target, headers=[(b"Host", url.netloc), *_HEADERS], extensions=timeout)
         backend = _PinnedBackend(self.resolve, self.allow)
         connection = httpcore2.AsyncHTTPConnection(target.origin, self.trust, network_backend=backend)
         try:
@@ -196,14 +193,7 @@ class _PinnedBackend(httpcore2.AsyncNetworkBackend):
     allow: Sequence[IPNetwork]
     stream: "_LimitedStream | None" = None
 
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 (not ours)
-        *args: Any,
-        **kwargs: Any,
-    ) -> httpcore2.AsyncNetworkStream:
+    async def connect_tcp(self, host: str, port: int, timeout: float | None = None, *_: Any, **__: Any) -> Stream:  # noqa: ASYNC109 (not ours)
         async with asyncio.timeout(timeout):
             addresses = await self._addresses(host)
         if not addresses or not all(map(self._may_connect, addresses)):
@@ -241,10 +231,10 @@ class _PinnedBackend(httpcore2.AsyncNetworkBackend):
 
 
 @dataclass
-class _LimitedStream(httpcore2.AsyncNetworkStream):
+class _LimitedStream(Stream):
     """A connection of which at most `remaining` bytes are read, `_READ_SIZE` at a time."""
 
-    stream: httpcore2.AsyncNetworkStream
+    stream: Stream
     remaining: int = _MAX_HEAD
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (not ours)
@@ -257,13 +247,8 @@ class _LimitedStream(httpcore2.AsyncNetworkStream):
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 (not ours)
         await self.stream.write(buffer, timeout)
 
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 (not ours)
-    ) -> httpcore2.AsyncNetworkStream:
-        self.stream = await self.stream.start_tls(ssl_context, server_hostname, timeout)
+    async def start_tls(self, *args: Any, **kwargs: Any) -> Stream:
+        self.stream = await self.stream.start_tls(*args, **kwargs)
         return self
 
     async def aclose(self) -> None:

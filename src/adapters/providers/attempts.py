@@ -141,12 +141,7 @@ def _quotes(text: str, prompt: str) -> bool:
 
 
 def provider_client(
-    timeout: float,
-    limit: int,
-    trust: ssl.SSLContext | None = None,
-    *,
-    base_url: httpx2.URL | str = "",
-    headers: Mapping[str, str] | None = None,
+    timeout: float, limit: int, trust: ssl.SSLContext | None, *, base_url: str = "", headers: Mapping[str, str] = {}
 ) -> httpx2.AsyncClient:
     """A client with `timeout` seconds for each network operation, that reads responses of up to `limit` bytes.
 
@@ -171,7 +166,7 @@ def provider_client(
 
     return httpx2.AsyncClient(
         base_url=base_url,
-        headers={"Accept-Encoding": "identity", **(headers or {})},
+        headers={"Accept-Encoding": "identity", **headers},
         timeout=httpx2.Timeout(timeout, connect=min(timeout, 10)),
         limits=httpx2.Limits(max_keepalive_connections=0),
         verify=trust or ssl_context(),
