@@ -102,7 +102,7 @@ async def test_the_database_decides_as_the_domain_does(decider: asyncpg.Connecti
 
 async def test_appends_of_other_users_do_not_wait_for_a_locked_one() -> None:
     async with fresh_database() as url, open_node(url) as storage:
-        recorder = EventRecorder(storage.log, SteppableClock())  # type: ignore[arg-type]
+        recorder = EventRecorder(storage.log, SteppableClock())
         for user_id in ("ada", "bob"):
             await recorder.start(user_id)
         stranger = await asyncpg.connect(url)
@@ -118,7 +118,7 @@ async def test_appends_of_other_users_do_not_wait_for_a_locked_one() -> None:
 
 async def test_a_locked_user_is_given_up_in_time_and_a_retry_succeeds_once() -> None:
     async with fresh_database() as url, open_node(url) as storage:
-        recorder = EventRecorder(storage.log, SteppableClock())  # type: ignore[arg-type]
+        recorder = EventRecorder(storage.log, SteppableClock())
         await recorder.start()
         append, _ = recorder.prepare_start()
         stranger = await asyncpg.connect(url)
@@ -135,7 +135,7 @@ async def test_a_locked_user_is_given_up_in_time_and_a_retry_succeeds_once() -> 
 
 async def test_a_cancelled_append_is_not_cancelled_in_the_database() -> None:
     async with fresh_database() as url, open_node(url) as storage:
-        recorder = EventRecorder(storage.log, SteppableClock())  # type: ignore[arg-type]
+        recorder = EventRecorder(storage.log, SteppableClock())
         await recorder.start()
         append, _ = recorder.prepare_start()
         stranger = await asyncpg.connect(url)

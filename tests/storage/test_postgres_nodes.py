@@ -107,7 +107,7 @@ async def test_the_work_of_a_dead_node_is_abandoned_after_the_lease_and_that_of_
     async with open_node(url) as here, mortal(url) as node:
         there = await node.opened()
         running = [(await recorder(there).start("ada")).generation_id]
-        mine = (await EventRecorder(here.log, SteppableClock(), count=50).start("bob")).generation_id  # type: ignore[arg-type]
+        mine = (await EventRecorder(here.log, SteppableClock(), count=50).start("bob")).generation_id
         await there.leases.offer("ada", running[0])
         await here.leases.offer("bob", mine)
         assert await there.leases.claim() == running[0]
@@ -125,7 +125,7 @@ async def test_what_a_node_releases_or_leaves_at_its_end_is_abandoned_at_once(ur
     async with open_node(url) as here:
         async with open_node(url) as there:
             one, two = [await recorder(there).start("ada")], None
-            two = await EventRecorder(there.log, SteppableClock(), count=9).start("ada")  # type: ignore[arg-type]
+            two = await EventRecorder(there.log, SteppableClock(), count=9).start("ada")
             for generation in (*one, two):
                 await there.leases.offer("ada", generation.generation_id)
                 await there.leases.claim()
@@ -331,8 +331,8 @@ async def test_of_fifty_appends_with_one_sequence_from_three_nodes_one_wins(url:
 
 async def test_nodes_with_other_settings_keep_their_own_and_every_balance_holds(url: str) -> None:
     async with open_node(url, credits=5, outbox=True) as counts, open_node(url, credits=None) as does_not:
-        one = EventRecorder(counts.log, SteppableClock(), CountedEntropy(1_000), count=10)  # type: ignore[arg-type]
-        two = EventRecorder(does_not.log, SteppableClock(), CountedEntropy(2_000), count=20)  # type: ignore[arg-type]
+        one = EventRecorder(counts.log, SteppableClock(), CountedEntropy(1_000), count=10)
+        two = EventRecorder(does_not.log, SteppableClock(), CountedEntropy(2_000), count=20)
         reserved, free = await one.start("ada"), await two.start("ada")
         assert [await node.log.credit("ada") for node in (counts, does_not)] == [4, None]
         await two.move(reserved, "failed")  # Whoever ends it, what its start has taken is given back.

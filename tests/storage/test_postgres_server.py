@@ -229,7 +229,7 @@ async def test_a_role_that_may_not_create_gets_the_script_and_works_with_its_res
     assert await asyncio.to_thread(postgres_storage.migrate, restricted, "e8", only_print=True) == ""
     async with open_node(restricted) as node:
         assert node.log.epoch == "e7"
-        await EventRecorder(node.log, SteppableClock()).run_to_end()  # type: ignore[arg-type]
+        await EventRecorder(node.log, SteppableClock()).run_to_end()
 
 
 async def test_a_statement_that_is_given_up_between_two_of_its_messages_is_unavailable(
