@@ -12,8 +12,8 @@ import pytest
 
 from adapters.sqlite.batch_thread import BatchThread
 from adapters.sqlite.database import Database
+from adapters.sqlite.files import SCHEMA
 from adapters.sqlite.log import SqliteLog
-from adapters.sqlite.schema import SCHEMA
 from domain.errors import LogUnavailable
 from domain.identity import Identity
 from domain.ports.sessions import Session

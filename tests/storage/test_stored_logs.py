@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from adapters.sqlite.files import examine
-from adapters.sqlite.schema import SCHEMA
+from adapters.sqlite.files import SCHEMA, examine
 from domain.events import decode
 from domain.ports.overview import Filter
 from domain.rehydrate import generation_of

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from adapters.sqlite.database import Database
+from adapters.sqlite.files import SCHEMA
 from adapters.sqlite.log import SqliteLog
-from adapters.sqlite.schema import SCHEMA
 from adapters.sqlite.sessions import SqliteSessions
 from support.builders import NOON, EventRecorder, SteppableClock
 

@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 #: The largest position that a cursor can name.
 _LAST_POSITION: Final = 10**15 - 1
+_LAST: Final = (
+    "SELECT coalesce(max(position), 0) FROM events"
+    " WHERE owner = ? AND position BETWEEN 1 AND ? AND typeof(position) = 'integer'"
+)
 _LAST_MOMENT: Final = 253_402_300_799_999_999  # The end of the year 9999.
 #: The id of the user who owns generations without a readable user. No real user has it.
 _ORPHANS: Final = ""
@@ -108,7 +112,9 @@ def _check_users(connection: sqlite3.Connection, epoch: str) -> Users:
             users.append((user.id, "its balance cannot be read, and counts as 0"))
         heads[user.id] = user.head
         if not _is_feed(connection, user, epoch):
-            heads[user.id] = head = _last_position(connection, user.id)
+            # The highest valid position; 0 if there is none.
+            (head,) = connection.execute(_LAST, (user.id, _LAST_POSITION)).fetchone()
+            heads[user.id] = head
             # Earlier events may be missing, so only cursors at the head stay valid.
             head_id = _event_id_at(connection, user.id, head)
             feeds.append((user.id, head, head, _zero_id(epoch, user) if head_id is None else head_id))
@@ -234,15 +240,6 @@ def _is_feed(connection: sqlite3.Connection, user: UserRow, epoch: str) -> bool:
 
 def _zero_id(epoch: str, user: UserRow) -> int:
     return zero_id(epoch, str(user.user_id).encode(errors="replace").decode())
-
-
-def _last_position(connection: sqlite3.Connection, user: int) -> int:
-    """The highest valid position; 0 if there is none."""
-    query = (
-        "SELECT max(position) FROM events WHERE owner = ? AND position BETWEEN 1 AND ? AND typeof(position) = 'integer'"
-    )
-    (position,) = connection.execute(query, (user, _LAST_POSITION)).fetchone()
-    return position or 0
 
 
 def _event_id_at(connection: sqlite3.Connection, user: int, position: int) -> int | None:

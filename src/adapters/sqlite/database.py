@@ -24,7 +24,6 @@ from typing import Any, Final, TypeVar, cast
 from adapters.sqlite import files
 from adapters.sqlite.batch_thread import BatchThread
 from adapters.sqlite.damage import DamageChecker, log_damage
-from adapters.sqlite.schema import SCHEMA
 from domain.errors import LogUnavailable
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ _WAL_LIMIT: Final = 4_000_000
 class Database:
     """An open database file, used from one event loop and by no other process."""
 
-    def __init__(self, path: Path, *, epoch: str, schema: Sequence[str] = SCHEMA) -> None:
+    def __init__(self, path: Path, *, epoch: str, schema: Sequence[str] = files.SCHEMA) -> None:
         """Open the file, or create it and its folder. `epoch`: for a new log. `schema`: the migration steps.
 
         Raises:
@@ -57,10 +56,12 @@ class Database:
                 # Without symbolic links, so that the file has one lock.
                 path = path.resolve()
                 path.parent.mkdir(parents=True, exist_ok=True)
-                opened.enter_context(contextlib.closing(files.lock(path)))
+                # The file may be replaced while it is open, and have several hard links: a lock on a file beside it
+                # holds for its name, and one on itself for each of its names.
                 # Closed after the connections: closing any descriptor of a file drops SQLite's own locks on it.
-                self._file = files.lock_file(path)
-                opened.callback(os.close, self._file)
+                for file, by in ((f"{path}-lock", ""), (str(path), ", by this or another name")):
+                    self._file = files.lock(file, f"The log {path} is in use by another process{by}.")
+                    opened.callback(os.close, self._file)
                 # Closing the last connection checkpoints the WAL.
                 self._writer = opened.enter_context(contextlib.closing(files.connect(str(path))))
                 files.prepare(path, self._writer, schema)
@@ -109,6 +110,10 @@ class Database:
         if self._closed:
             raise LogUnavailable
         return cast(T, await self._reading.submit(query))
+
+    async def execute(self, query: str, *parameters: object) -> None:
+        """Write one statement. Raises `LogUnavailable`."""
+        await self.write(lambda connection: connection.execute(query, parameters))
 
     async def probe(self) -> None:
         """Commit one row and read it. Raises `LogUnavailable`."""

@@ -6,12 +6,19 @@ import os
 import re
 import sqlite3
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Final
 
 from adapters.sqlite import damage
-from adapters.sqlite.schema import SCHEMA
 from domain.ports.storage import Examined, StorageRefused
+
+#: Each step migrates from the version of its index to the next. A released step is never changed.
+SCHEMA: Final[Sequence[str]] = tuple(
+    file.read_text("utf-8")
+    for file in sorted(resources.files(__package__).joinpath("schema").iterdir(), key=lambda file: file.name)
+    if file.name.endswith(".sql")
+)
 
 #: Distinguishes our files from other SQLite files: "Stag".
 _APPLICATION_ID: Final = 0x53746167
@@ -75,39 +82,21 @@ def connect(name: str, *, uri: bool = False) -> sqlite3.Connection:
     return sqlite3.connect(name, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, uri=uri)
 
 
-def lock(path: Path) -> sqlite3.Connection:
-    """Lock out other processes until the connection is closed or the process ends.
-
-    The lock is a transaction on a separate file: SQLite's locks work on every platform, and SQLite's shell can still
-    read the log.
-    """
-    lock = connect(f"{path}-lock")
-    try:
-        lock.execute("PRAGMA busy_timeout = 0")
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        lock.close()
-        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-            raise StorageRefused(f"The log {path} is in use by another process.") from None
-        raise
-    return lock
-
-
-def lock_file(path: Path) -> int:
-    """Lock the file itself too: two hard links to it would each have their own ``-lock`` file.
+def lock(file: str, refusal: str) -> int:
+    """Lock the file, which is created if it is missing, until its descriptor is closed or the process ends.
 
     Child processes do not inherit the descriptor. flock does not interfere with SQLite's own locks.
+
+    Raises:
+        StorageRefused: another process has locked it.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        raise StorageRefused(f"The log {path} is in use by another process, by this or another name.") from None
-    except BaseException:
-        os.close(file)
-        raise
-    return file
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StorageRefused(refusal) if isinstance(error, BlockingIOError) else error from None
+    return descriptor
 
 
 def _check_version(path: Path, connection: sqlite3.Connection, known: int) -> int:

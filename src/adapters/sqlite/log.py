@@ -17,7 +17,7 @@ from typing import Any, Final
 from adapters.sqlite import queries
 from adapters.sqlite.damage import DamageFound, log_damage
 from adapters.sqlite.database import Database, Operation, T
-from adapters.sqlite.schema import is_text, microseconds
+from adapters.sqlite.values import is_text, microseconds
 from domain.append_rules import Known, decide
 from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
 from domain.events import failure_code
@@ -54,7 +54,7 @@ class SqliteLog:
         return logged
 
     async def mark_paid(self, generation_id: str) -> None:
-        await self._update("UPDATE generations SET free = 0 WHERE generation_id = ?", generation_id)
+        await self._database.execute("UPDATE generations SET free = 0 WHERE generation_id = ?", generation_id)
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
         return await self._read(
@@ -212,7 +212,7 @@ class SqliteLog:
 
     async def delivered(self, generation_id: str) -> None:
         query = "UPDATE generations SET undelivered = 0 WHERE generation_id = ? AND undelivered = 1"
-        await self._update(query, generation_id)
+        await self._database.execute(query, generation_id)
 
     async def examine(self) -> None:
         checker = self._database.checker
@@ -224,9 +224,6 @@ class SqliteLog:
 
     async def probe(self) -> None:
         await self._database.probe()
-
-    async def _update(self, query: str, generation_id: str) -> None:
-        await self._database.write(lambda connection: connection.execute(query, (generation_id,)))
 
     async def _rows(self, query: str, parameters: Sequence[object], generations: str | None = None) -> list[Any]:
         """The rows of the query. `generations` is as in `_read`; ``None``: it reads nothing that may be damaged."""
@@ -260,12 +257,8 @@ class SqliteLog:
     def _append(self, connection: sqlite3.Connection, entry: Append) -> tuple[Logged, bool]:
         """The entry, and whether it is new: not a retry of an append that was committed before."""
         start = entry.start
-        parameters = {
-            "user_id": entry.user_id,
-            "generation_id": entry.generation_id,
-            "sequence": entry.sequence,
-            "begins": start is not None,
-        }
+        named = {"user_id": entry.user_id, "generation_id": entry.generation_id, "sequence": entry.sequence}
+        parameters = {**named, "begins": start is not None}
         user, head, generation, first, free, *state = connection.execute(queries.KNOWN, parameters).fetchone()
         known = Known._make(state)
         if start is not None and start.key is not None:
@@ -298,13 +291,11 @@ class SqliteLog:
             connection.execute("UPDATE generations SET free = ? WHERE id = ?", (entry.free, generation))
         if entry.terminal:
             end = position
+            ended = position, microseconds(entry.at), inserted.lastrowid, self._outbox
             connection.execute(
                 "UPDATE generations SET end_position = ?, ended_at = ?, end_event = ?, undelivered = ?, code = ?"
                 " WHERE id = ?",
-                (
-                    *(position, microseconds(entry.at), inserted.lastrowid, self._outbox),
-                    *(failure_code(entry.name, entry.event), generation),
-                ),
+                (*ended, failure_code(entry.name, entry.event), generation),
             )
         place = entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence
         return Logged(*place, entry.name, event, first, end, entry.images), True

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from adapters.sqlite.database import Database
-from adapters.sqlite.schema import is_text, microseconds, moment
+from adapters.sqlite.values import is_text, microseconds, moment
 from domain.feed import Cursor
 from domain.identity import Identity
 from domain.ports.sessions import Session
@@ -54,13 +54,12 @@ class SqliteSessions:
     async def load(self, pid: str, *, at: datetime) -> Session | None:
         if not is_text(pid):
             return None
-        row = await self._database.read(
-            lambda connection: connection.execute(
-                "SELECT user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag"
-                " FROM sessions WHERE pid = ? AND touched_at > ?",
-                (pid, self._expired(at)),
-            ).fetchone()
+        query = (
+            "SELECT user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag"
+            " FROM sessions WHERE pid = ? AND touched_at > ?"
         )
+        parameters = pid, self._expired(at)
+        row = await self._database.read(lambda connection: connection.execute(query, parameters).fetchone())
         if row is None:
             return None
         user_id, expires, service, live, event_id, seen, open_tombstones, head, tag = row
@@ -75,27 +74,19 @@ class SqliteSessions:
 
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
         touched, expired = microseconds(at), self._expired(at)
-        rows = [(touched, pid, expired) for pid in pids if is_text(pid)]
-        if rows:
-            await self._database.write(
-                lambda connection: connection.executemany(
-                    "UPDATE sessions SET touched_at = ? WHERE pid = ? AND touched_at > ?", rows
-                )
-            )
+        query = "UPDATE sessions SET touched_at = ? WHERE pid = ? AND touched_at > ?"
+        if rows := [(touched, pid, expired) for pid in pids if is_text(pid)]:
+            await self._database.write(lambda connection: connection.executemany(query, rows))
 
     async def taken_over(self) -> Collection[str]:
         return ()
 
     async def end(self, pid: str) -> None:
         if is_text(pid):
-            await self._database.write(
-                lambda connection: connection.execute("DELETE FROM sessions WHERE pid = ?", (pid,))
-            )
+            await self._database.execute("DELETE FROM sessions WHERE pid = ?", pid)
 
     async def end_all(self, user_id: str) -> None:
-        await self._database.write(
-            lambda connection: connection.execute("DELETE FROM sessions WHERE user_id = ?", (user_id,))
-        )
+        await self._database.execute("DELETE FROM sessions WHERE user_id = ?", user_id)
 
     def _expired(self, at: datetime) -> int:
         """Sessions touched at or before this time (microseconds since 1970) have expired."""
