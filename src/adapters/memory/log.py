@@ -67,18 +67,9 @@ class _Record:
 
     def entry(self, index: int, event: bytes | None) -> Logged:
         position = self.places[2 * index]
-        return Logged(
-            self.user.user_id,
-            position,
-            self.places[2 * index + 1],
-            self.generation_id,
-            index + 1,
-            self.end_name if position == self.end else NAMES["started"] if index == 0 else CONTINUE,
-            event,
-            self.first,
-            self.end,
-            self.images_at(index),
-        )
+        name = self.end_name if position == self.end else NAMES["started"] if index == 0 else CONTINUE
+        place = self.user.user_id, position, self.places[2 * index + 1], self.generation_id, index + 1
+        return Logged(*place, name, event, self.first, self.end, self.images_at(index))
 
     def images_at(self, index: int) -> Mapping[str, str]:
         for start, *names in reversed(self.images):
@@ -95,35 +86,21 @@ class _Record:
         return self.entry(index, None if self.deleted else events[index])
 
     def matches(self, wanted: Filter) -> bool:
-        ended, status = self.ended_at is not None, wanted.status
-        match status:
-            case None:
-                right = True
-            case "active" | "finished":
-                right = ended == (status == "finished")
-            case _ if ended:
-                right = NAMES.get(status) == self.end_name
-            case _:
-                right = decode(self.json()[-1]).status == status
-        return (
-            right
-            and wanted.generation_id in (None, self.generation_id)
-            and wanted.kind in (None, self.start.kind)
-            and wanted.code in (None, self.code)
-        )
+        stated = self.generation_id, self.user.user_id, self.start.kind, wanted.status, self.code
+        if any(value not in (None, own) for value, own in zip(wanted, stated, strict=True)):
+            return False
+        if wanted.status in (None, "active", "finished"):
+            return wanted.status in (None, "active" if self.ended_at is None else "finished")
+        if self.ended_at is not None:
+            return NAMES.get(wanted.status) == self.end_name
+        return decode(self.json()[-1]).status == wanted.status
 
     def history(self, *, summary: bool = True) -> History:
         events = self.json()
         count = len(events)
         indexes = sorted({0, max(count - 2, 0), count - 1}) if summary else range(count)
-        return History(
-            self.user.user_id,
-            self.generation_id,
-            self.start.kind,
-            self.start.request,
-            [self.entry(index, events[index]) for index in indexes],
-            self.free,
-        )
+        entries = [self.entry(index, events[index]) for index in indexes]
+        return History(self.user.user_id, self.generation_id, self.start.kind, self.start.request, entries, self.free)
 
 
 @dataclass(slots=True, eq=False)
@@ -143,7 +120,7 @@ class _User:
     #: Deleted generations with tombstones above the floor.
     deleted: list[_Record] = field(default_factory=list)
     #: No key is ``None``.
-    keys: dict[str | None, str] = field(default_factory=dict)
+    keys: dict[str | None, IdempotencyRecord] = field(default_factory=dict)
 
     @property
     def head(self) -> int:
@@ -218,7 +195,7 @@ class MemoryLog:
             user.generations.append(record)
             self._unfinished[entry.generation_id] = user.active[entry.generation_id] = record
             if entry.start.key is not None:
-                user.keys[entry.start.key] = entry.generation_id
+                user.keys[entry.start.key] = IdempotencyRecord(entry.generation_id, entry.start.fingerprint)
         user.feed.append(record)
         position, index = user.head, entry.sequence - 1
         if (entry.images or record.images) and entry.images != record.images_at(index):
@@ -248,10 +225,7 @@ class MemoryLog:
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
         user = self._users.get(user_id)
-        generation_id = user and user.keys.get(key)
-        if not generation_id:
-            return None
-        return IdempotencyRecord(generation_id, self._records[generation_id].start.fingerprint)
+        return user.keys.get(key) if user else None
 
     async def generation(self, generation_id: str) -> History | None:
         record = self._records.get(generation_id)
@@ -268,11 +242,8 @@ class MemoryLog:
         if user is None:
             return []
         records = reversed(user.active.values() if active else user.generations)
-        wanted = (
-            record
-            for record in records
-            if (before is None or record.first < before) and not (active is False and record.ended_at is None)
-        )
+        older = (each for each in records if before is None or each.first < before)
+        wanted = (each for each in older if active is not False or each.ended_at is not None)
         return [record.history() for record in islice(wanted, limit)]
 
     async def unfinished(self) -> Sequence[History]:
@@ -298,20 +269,15 @@ class MemoryLog:
         return False
 
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
-        return [
-            record.generation_id
-            for record in islice(self._finished.values(), limit)
-            if record.ended_at is not None and record.ended_at < moment
-        ]
+        oldest = islice(self._finished.values(), limit)
+        return [each.generation_id for each in oldest if each.ended_at is not None and each.ended_at < moment]
 
     async def head_cursor(self, user_id: str) -> Cursor:
         user = self._users.get(user_id)
         if user is None:
             return Cursor(0, zero_id(self.epoch, user_id), 0)
-        anchor_id = user.id_at(user.head)
-        assert anchor_id is not None
         oldest = next(iter(user.active.values()), None)
-        return Cursor(user.head, anchor_id, oldest.first - 1 if oldest else user.head)
+        return Cursor(user.head, user.id_at(user.head) or 0, oldest.first - 1 if oldest else user.head)
 
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
         user = self._users.get(user_id)
@@ -322,8 +288,7 @@ class MemoryLog:
         position = max(after, user.base)
         while position < user.head and len(entries) < limit:
             position += 1
-            record = user.feed[position - user.base - 1]
-            if record is not None:
+            if (record := user.feed[position - user.base - 1]) is not None:
                 if record not in events:
                     events[record] = record.json()
                 entries.append(record.at(position, events[record]))
@@ -338,10 +303,8 @@ class MemoryLog:
         return (await self.standing(user_id)).credit
 
     async def standing(self, user_id: str) -> Standing:
-        user = self._users.get(user_id)
-        if user is None or self._credits is None:
-            return Standing(self._credits, len(user.active) if user else 0)
-        return Standing(user.credit, len(user.active))
+        user = self._users.get(user_id) or self._new_user(user_id)
+        return Standing(None if self._credits is None else user.credit, len(user.active))
 
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         if self._credits is None:
@@ -415,14 +378,13 @@ class MemoryLog:
 
     def _known(self, entry: Append, user: _User, record: _Record | None) -> Known:
         known = record or self._finished.get(entry.generation_id)  # A deleted one is no longer in `_records`.
-        begun = user.keys.get(entry.start.key) if entry.start else None
         sequence = len(record.places) // 2 if record else 0
         return Known(
             known is not None,
             known is not None and known.ended_at is not None,
             sequence,
             record.places[2 * entry.sequence - 1] if record and 0 < entry.sequence <= sequence else None,
-            IdempotencyRecord(begun, self._records[begun].start.fingerprint) if begun else None,
+            user.keys.get(entry.start.key) if entry.start else None,
             len(user.active),
             user.credit if self._credits is not None else None,
             self._credits is not None,
