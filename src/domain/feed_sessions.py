@@ -100,14 +100,15 @@ class FeedSessions:
         base, or not reached in this session counts as the base.
         """
         session = None if pid in self._ending else await self._sessions.load(pid, at=self._clock())
-        if session is None or not self._valid(session.identity):
+        if session is None or {claimed_user, proof and proof.user_id} - {None, session.identity.user_id}:
             return None
-        if {claimed_user, proof and proof.user_id} - {None, session.identity.user_id}:
+        expiry = session.identity.expires_at
+        if expiry is not None and expiry <= self._clock():
             return None
         identity = proof or session.identity
         cursor = session.base
         given = self._parse(offset, identity.user_id)
-        if given is not None and not _older(given, session.base):
+        if given is not None and (given.live, given.seen) >= (session.base.live, session.base.seen):
             if await self._feed_at(identity.user_id, given) is None:
                 return None
             if given.live > session.head or tag_of(offset) == session.tag:
@@ -134,9 +135,6 @@ class FeedSessions:
         else:
             await self._sessions.touch([pid], at=self._clock())
 
-    def _valid(self, identity: Identity) -> bool:
-        return identity.expires_at is None or identity.expires_at > self._clock()
-
     def _parse(self, text: object, user_id: str) -> Cursor | None:
         return Cursor.parse(text, feed_name(self._log.epoch, user_id))
 
@@ -144,7 +142,3 @@ class FeedSessions:
         """The feed's present state without entries; ``None`` if the cursor is not usable in it."""
         feed = await self._log.feed(user_id, after=cursor.seen, anchor=cursor.live, limit=0)
         return feed if cursor.usable(feed) else None
-
-
-def _older(one: Cursor, other: Cursor) -> bool:
-    return (one.live, one.seen) < (other.live, other.seen)

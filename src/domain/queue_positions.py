@@ -14,15 +14,6 @@ from domain.ports.log import EventLog, Gap, Notice
 _PAUSE: Final = 1.1
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A generation that has only been started."""
-
-    user_id: str
-    #: As its user knows it.
-    position: int | None = None
-
-
 @dataclass(eq=False)
 class QueuePositions:
     """Announces the position of each generation that has only been started, whenever it has changed."""
@@ -32,7 +23,8 @@ class QueuePositions:
     hub: Hub
 
     def __post_init__(self) -> None:
-        self._waiting: dict[str, _Waiting] = {}
+        #: By generation that has only been started: its user, and its position as the user knows it.
+        self._waiting: dict[str, tuple[str, int | None]] = {}
         #: Of those that are not in `_waiting`: they went on while the log was read.
         self._begun: set[str] = set()
         self._missed_entries = True
@@ -51,7 +43,7 @@ class QueuePositions:
     def _notice(self, notice: Notice) -> None:
         if isinstance(notice, Logged):
             if notice.sequence == 1:
-                self._waiting[notice.generation_id] = _Waiting(notice.user_id)
+                self._waiting[notice.generation_id] = notice.user_id, None
             elif notice.sequence == 2 and self._waiting.pop(notice.generation_id, None) is None:
                 self._begun.add(notice.generation_id)
         elif isinstance(notice, Gap):
@@ -63,14 +55,14 @@ class QueuePositions:
         for history in await self.log.unfinished():
             generation_id = history.generation_id
             if len(history.events) == 1 and generation_id not in self._begun:
-                self._waiting[generation_id] = known.get(generation_id) or _Waiting(history.user_id)
+                self._waiting[generation_id] = known.get(generation_id, (history.user_id, None))
         self._begun.clear()
 
     async def _announce(self) -> None:
         positions = await self.leases.positions()
         for generation_id, position in positions.items():
-            waiting = self._waiting.get(generation_id)
-            if waiting is not None and position != waiting.position:
-                waiting.position = position
+            user_id, known = self._waiting.get(generation_id, ("", position))
+            if position != known:
+                self._waiting[generation_id] = user_id, position
                 data = {"generationId": generation_id, "queuePosition": position}
-                self.hub.announce(waiting.user_id, QUEUE_POSITION, data, waits=generation_id)
+                self.hub.announce(user_id, QUEUE_POSITION, data, waits=generation_id)

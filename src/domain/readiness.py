@@ -60,7 +60,7 @@ class Readiness:
         if check.running is not None and not check.running.done():
             await asyncio.wait([check.running], timeout=check.began + _EVERY - clock())
             if not check.running.done():
-                self._supervisor.failed(name, check.late, name)
+                self._supervisor.failed(name, check.late)
 
 
 def why_not_ready(parts: Mapping[str, str]) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
 from domain.feed import Logged
@@ -31,14 +31,9 @@ from domain.requests import Options
 from domain.stage_times import Entered, StageTimes
 from domain.stages import FAILED, FLOWS, STARTED, Provider, Stage, ceiling
 from domain.stored_images import StoredImages
-from domain.supervisor import Supervisor, being_cancelled, reason_of
+from domain.supervisor import Supervisor, being_cancelled, patiently, reason_of
 
 logger = logging.getLogger(__name__)
-
-_Answer = TypeVar("_Answer")
-
-#: Seconds before a log that did not answer is asked again.
-_AGAIN: Final = 0.2
 
 #: Seconds between two renewals of the leases.
 _RENEW: Final = 1.0
@@ -71,10 +66,6 @@ class Runner:
     deadline: float
 
     def __post_init__(self) -> None:
-        self.providers: Mapping[Provider, ImageEditor | FaceSwapper] = {
-            "editor": self.editor,
-            "face_swapper": self.face_swapper,
-        }
         self._jobs: dict[str, _Job] = {}
         #: The seconds of each stage by kind and status, and those that generations waited until their work began.
         self.stage_seconds: defaultdict[tuple[str, str], Histogram] = defaultdict(Histogram)
@@ -171,7 +162,7 @@ class Runner:
     async def _work(self, generation_id: str, *, fetching: bool) -> bool:
         """Work on a generation to its end, or while it fetches. Return whether a worker has taken it over then."""
         if (job := self._jobs.get(generation_id)) is None:
-            history = await self.patiently(lambda: self.log.generation(generation_id))
+            history = await patiently(lambda: self.log.generation(generation_id))
             if history is None:
                 return False
             self._jobs[generation_id] = job = _Job(self, history, fetching=fetching)
@@ -192,14 +183,6 @@ class Runner:
                 await job.clean_up()
         return fetching and job.claimed.done()
 
-    async def patiently(self, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
-        """The log's answer, asked for again until there is one."""
-        while True:
-            try:
-                return await ask()
-            except LogUnavailable:
-                await asyncio.sleep(_AGAIN)
-
     async def _finish(self, job: "_Job") -> None:
         """Run the job to its end, whatever happens on the way."""
         WORKING_FOR.set(job.generation.user_id)
@@ -209,7 +192,7 @@ class Runner:
                 await job.move(*job.generation.ending(failure))
         except Conflict:
             # Another caller has moved it: that event stands, and ours was not appended.
-            history = await self.patiently(lambda: self.log.generation(job.generation.generation_id))
+            history = await patiently(lambda: self.log.generation(job.generation.generation_id))
             job.over = history is None or generation_of(history).finished
         except LogUnavailable:
             what = "generation %s: the log does not answer"
@@ -282,10 +265,10 @@ class _Job:
         if self._interrupted:
             raise Failure("interrupted")
         user_id = self.generation.user_id
-        await runner.patiently(lambda: runner.images.count(generation_id, user_id, self._known_names))
+        await patiently(lambda: runner.images.count(generation_id, user_id, self._known_names))
         if self._recorded_free and not self._free(self._stage):
             # The stage was entered with a free provider, and is repeated with one that is not: only once.
-            await runner.patiently(lambda: runner.log.mark_paid(generation_id))
+            await patiently(lambda: runner.log.mark_paid(generation_id))
         while not self.generation.finished:
             step = self._stage.step
             fields = await getattr(self, step)() if step else {}
@@ -305,7 +288,7 @@ class _Job:
             raise
 
     def _free(self, stage: Stage) -> bool:
-        return stage.provider is not None and self._runner.providers[stage.provider].free
+        return stage.provider is not None and bool(getattr(self._runner, stage.provider).free)
 
     async def _record(self, status: str, fields: Mapping[str, Any], *, free: bool) -> None:
         before = self.generation.status
@@ -374,16 +357,12 @@ class _Job:
         return await self._keep(self._result)
 
     async def _counted(self, provider: Provider, call: Awaitable[Picture]) -> Picture:
-        result = "internal"
+        result = "ok"
         try:
-            picture = await call
-            result = "ok"
-            return picture
-        except Failure as failure:
-            result = failure.code
-            raise
-        except asyncio.CancelledError:
-            result = "cancelled"
+            return await call
+        except BaseException as error:
+            otherwise = "cancelled" if isinstance(error, asyncio.CancelledError) else "internal"
+            result = error.code if isinstance(error, Failure) else otherwise
             raise
         finally:
             self._runner.provider_calls[provider, result] += 1
@@ -434,7 +413,6 @@ class _Job:
         return picture
 
     async def _fetch(self, url: str) -> str:
-        picture = await self._runner.fetcher.fetch(url)
-        name = await self._save(picture)
+        name = await self._save(await self._runner.fetcher.fetch(url))
         self._fetched.append(name)
         return name

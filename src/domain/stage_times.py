@@ -1,9 +1,10 @@
 """How long the stages take on this node."""
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
 from domain.stages import Kind
@@ -34,14 +35,9 @@ class StageTimes:
 
     def typical(self, kind: Kind, status: str) -> float | None:
         """The median of a stage in seconds, with one decimal; ``None`` if it has run less than five times."""
-        runs = self._runs.get((kind, status), Counter())
-        total = runs.total()
-        if total < _MIN_RUNS:
+        runs = sorted(self._runs.get((kind, status), {}).items())
+        passed = list(accumulate(count for _, count in runs))
+        if not passed or (total := passed[-1]) < _MIN_RUNS:
             return None
-        middle, passed = list[int](), 0
-        for milliseconds, count in sorted(runs.items()):
-            for rank in ((total - 1) // 2, total // 2):
-                if passed <= rank < passed + count:
-                    middle.append(milliseconds)
-            passed += count
-        return round(sum(middle) / 2000, 1)
+        lower, upper = (runs[bisect_right(passed, rank)][0] for rank in ((total - 1) // 2, total // 2))
+        return round((lower + upper) / 2000, 1)

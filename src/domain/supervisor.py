@@ -3,11 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, TypeVar
 
-from domain.errors import Failure, Refusal
+from domain.errors import Failure, LogUnavailable, Refusal
 
 logger = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 OK: Final = "ok"
 
@@ -16,6 +18,9 @@ _BACKOFF: Final = 0.1
 _LONGEST: Final = 5.0
 #: Seconds after which a task without rounds counts as working again.
 _STEADY: Final = 1.0
+
+#: Seconds before a log that did not answer is asked again.
+RETRY_DELAY: Final = 0.2
 
 Work = Callable[[], Awaitable[object]]
 
@@ -47,25 +52,22 @@ class Supervisor:
         self._failing.setdefault(name, {})
         while True:
             await asyncio.sleep(pause)
-            pause = seconds if await self.attempt(name, work) else self._pause(name, name)
-
-    async def attempt(self, name: str, work: Work) -> bool:
-        """Do this work of a part once, and return whether it succeeded."""
-        self._failing.setdefault(name, {})
-        return await self._attempt(name, name, work)
+            pause = seconds if await self.attempt(name, work) else self._pause(name)
 
     async def _keep(self, name: str, work: Work) -> None:
         task, loop = object(), asyncio.get_running_loop()
         while True:
             steady = loop.call_later(_STEADY, self._recovered, name, task)
             try:
-                if await self._attempt(name, task, work):
+                if await self.attempt(name, work, task):
                     return
             finally:
                 steady.cancel()
             await asyncio.sleep(self._pause(name, task))
 
-    async def _attempt(self, name: str, task: object, work: Work) -> bool:
+    async def attempt(self, name: str, work: Work, task: object = None) -> bool:
+        """Do this work of a part once, and return whether it succeeded. `task`: see `failed`."""
+        self._failing.setdefault(name, {})
         try:
             await work()
         except (Exception, asyncio.CancelledError) as error:
@@ -76,12 +78,12 @@ class Supervisor:
         self._recovered(name, task)
         return True
 
-    def _pause(self, name: str, task: object) -> float:
+    def _pause(self, name: str, task: object = None) -> float:
         failures, _ = self._failing[name][task]
         return min(_LONGEST, _BACKOFF * 2.0 ** min(failures - 1, 10))
 
-    def failed(self, name: str, error: BaseException, task: object) -> None:
-        """Note that this task of a part (by default its only one: the name) fails, until it succeeds."""
+    def failed(self, name: str, error: BaseException, task: object = None) -> None:
+        """Note that this task of a part (by default its only one) fails, until it succeeds."""
         failing, code = self._failing[name], code_of(error)
         if code not in self._logged.setdefault(name, set()):
             self._logged[name].add(code)
@@ -93,6 +95,15 @@ class Supervisor:
         if self._failing[name].pop(task, None) and not self._failing[name]:
             del self._logged[name]
             logger.warning("%s works again", name)
+
+
+async def patiently(ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    """The log's answer, asked for again until there is one."""
+    while True:
+        try:
+            return await ask()
+        except LogUnavailable:
+            await asyncio.sleep(RETRY_DELAY)
 
 
 def being_cancelled() -> bool:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple, Protocol
@@ -22,7 +22,7 @@ from domain.feed import Logged
 from domain.ports.log import EventLog, Gap, Notice
 from domain.ports.webhook_outbox import CLAIM, WebhookOutbox
 from domain.rehydrate import UNREADABLE
-from domain.supervisor import being_cancelled
+from domain.supervisor import RETRY_DELAY, being_cancelled, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,6 @@ _READ: Final = 10_000
 
 #: The longest ``Retry-After`` that is respected, in seconds.
 _MOST_ASKED: Final = 3600
-
-#: Seconds before a log that did not answer is asked again.
-_AGAIN: Final = 0.2
 
 
 class NotDelivered(Exception):
@@ -129,7 +126,7 @@ class Webhooks:
         try:
             entries = await self.outbox.claim_undelivered(min(len(self._failed), _MOST_FAILED) + 2 * _PARALLEL)
         except LogUnavailable:
-            return clock() + _AGAIN
+            return clock() + RETRY_DELAY
         known = {entry.generation_id for entry in entries}
         self._failed = {each: failed for each, failed in self._failed.items() if each in known}
         if known <= self._failed.keys() and not self._woken.is_set():
@@ -162,7 +159,7 @@ class Webhooks:
             if (message := self._encoded(entry)) is not None:
                 await self.poster.post(*message)
                 self.attempts["delivered"] += 1
-            await _patiently(partial(self.outbox.delivered, entry.generation_id))
+            await patiently(partial(self.outbox.delivered, entry.generation_id))
         except NotDelivered as failure:
             self.attempts["failed"] += 1
             if not failure.gone:
@@ -170,7 +167,7 @@ class Webhooks:
             elif not self._gone:
                 self._gone = True
                 logger.error("webhooks are not sent any more until the service is restarted: the receiver %s", failure)
-                await _patiently(self.outbox.receiver_gone)
+                await patiently(self.outbox.receiver_gone)
         except (Exception, asyncio.CancelledError) as error:
             if being_cancelled():
                 raise
@@ -195,14 +192,6 @@ class Webhooks:
         if attempt.bit_count() == 1:  # Attempts 1, 2, 4, 8 …: there may be many.
             what = "webhook %s:%d was not delivered, attempt %d: %s; again in %.0f s"
             logger.warning(what, entry.generation_id, entry.sequence, attempt, reason, pause)
-
-
-async def _patiently(change: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        try:
-            return await change()
-        except LogUnavailable:
-            await asyncio.sleep(_AGAIN)
 
 
 def message_of(entry: Logged) -> tuple[str, bytes]:

@@ -8,7 +8,7 @@ import pytest
 
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.quotas import MemoryQuotas
-from domain import runner
+from domain import runner, supervisor
 from domain.errors import LogUnavailable
 from domain.generation import Generation
 from domain.rehydrate import generation_of
@@ -147,7 +147,7 @@ async def test_free_work_repeated_by_a_paid_provider_is_called_once() -> None:
 
 
 async def test_the_log_records_a_paid_stage_before_the_provider_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_AGAIN", 0.01)
+    monkeypatch.setattr(supervisor, "RETRY_DELAY", 0.01)
     backend = InMemoryBackend(line=Unwilling)
     left = await leave(backend, *before("composition_completed"), FREE_EDITING)
     log = backend.log
