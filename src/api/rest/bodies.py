@@ -100,18 +100,19 @@ class _Body:
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
+        self._now = asyncio.get_running_loop().time
         self._waited = 0.0
         self._received = 0
         #: Seconds waited and bytes received at points, a second or more apart, since which too little has arrived.
         self._marks = deque([(0.0, 0)])
         self._whole = False
-        self._ends = asyncio.get_running_loop().time() + BODY_TIMEOUT
+        self._ends = self._now() + BODY_TIMEOUT
         #: Whether a response has started, and whether the body was too slow before that.
         self.answered = self.late = False
 
     async def receive(self) -> Message:
         """Wait for the next part."""
-        began = asyncio.get_running_loop().time()
+        began = self._now()
         try:
             async with asyncio.timeout_at(self._limit(began)):
                 message = await self._receive()
@@ -121,7 +122,7 @@ class _Body:
             self.late = True
         if self.late:
             return {"type": "http.disconnect"}
-        self._waited += asyncio.get_running_loop().time() - began
+        self._waited += self._now() - began
         self._received += len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
         while self._marks and self._received - self._marks[0][1] >= _MIN_RATE * BODY_WINDOW:

@@ -108,6 +108,11 @@ _Files = list[Annotated[Any, BeforeValidator(_upload), WithJsonSchema({"type": "
 HttpUrl = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "uri"}), AfterValidator(_http_url)]
 
 
+def _several(description: str, **options: Any) -> Any:
+    """A field with any number of values."""
+    return Field(default_factory=list, json_schema_extra={"maxItems": MAX_IMAGES}, description=description, **options)
+
+
 class GenerateForm(Options):
     """The fields of ``POST /generations/generate``."""
 
@@ -121,31 +126,20 @@ class GenerateForm(Options):
     ]
     images: Annotated[
         _Files,
-        Field(
-            default_factory=list,
-            json_schema_extra={"maxItems": MAX_IMAGES},
-            description="PNG, JPEG or WebP, each at most 10 MB and 25 megapixels; with the two below 1 to 5 in all",
-        ),
+        _several("PNG, JPEG or WebP, each at most 10 MB and 25 megapixels; with the two below 1 to 5 in all"),
     ]
     image_names: Annotated[
         list[Annotated[str, AfterValidator(_image_name)]],
         BeforeValidator(_list),
-        Field(
-            default_factory=list,
-            json_schema_extra={"maxItems": MAX_IMAGES},
-            description="stored images of your own generations, which are copied: each the name or the URL of one;"
-            " the field repeated, or once with a JSON array",
+        _several(
+            "stored images of your own generations, which are copied: each the name or the URL of one;"
+            " the field repeated, or once with a JSON array"
         ),
     ]
     image_urls: Annotated[
         list[HttpUrl],
         BeforeValidator(_list),
-        Field(
-            default_factory=list,
-            json_schema_extra={"maxItems": MAX_IMAGES},
-            description="the field repeated, or once with a JSON array",
-            examples=[["https://example.com/face.jpg"]],
-        ),
+        _several("the field repeated, or once with a JSON array", examples=[["https://example.com/face.jpg"]]),
     ]
     metadata: Annotated[
         dict[str, JsonValue] | None,

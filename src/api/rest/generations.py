@@ -110,11 +110,7 @@ async def _start(
     return json_response(snapshot, 202, {"Location": location})
 
 
-@router.get(
-    "/generations",
-    response_model=GenerationPage,
-    responses=documented("invalid_request", *PROBLEMS),
-)
+@router.get("/generations", response_model=GenerationPage, responses=documented("invalid_request", *PROBLEMS))
 async def list_generations(
     caller: Caller,
     workflow: UseCases,

@@ -86,12 +86,7 @@ async def get_live() -> Response:
     return json_response(Health(status="live"))
 
 
-@router.get(
-    "/health/ready",
-    tags=["health"],
-    response_model=Health,
-    responses=documented(*_NOT_READY),
-)
+@router.get("/health/ready", tags=["health"], response_model=Health, responses=documented(*_NOT_READY))
 async def get_ready(request: Request) -> Response:
     """Whether the service can take a start. `parts` lists every background task, in 200 and 503 alike."""
     reason, parts = await request.app.state.service.readiness()

@@ -9,7 +9,7 @@ from api.rest import routes
 from api.rest.generations import Before
 from api.rest.metrics import render
 from api.rest.problems import documented
-from api.rest.schemas import GenerationPage, NodeView, OverviewView, json_response
+from api.rest.schemas import GenerationPage, OverviewView, json_response
 from api.rest.state import Overviews
 from domain.errors import FailureCode
 from domain.identity import user_id
@@ -38,16 +38,8 @@ async def get_metrics(request: Request) -> Response:
 async def get_overview(overview: Overviews) -> Response:
     """The nodes and their clients, the work, and the failures of the last hour. For services."""
     numbers = await overview.numbers()
-    return json_response(
-        OverviewView(
-            nodes=[NodeView(**load._asdict()) for load in numbers.nodes],
-            sockets=sum(load.sockets for load in numbers.nodes),
-            streams=sum(load.streams for load in numbers.nodes),
-            running=numbers.running,
-            waiting=numbers.waiting,
-            failures=dict(numbers.failures),
-        )
-    )
+    clients = {name: sum(getattr(load, name) for load in numbers.nodes) for name in ("sockets", "streams")}
+    return json_response(OverviewView.model_validate(numbers._asdict() | clients, from_attributes=True))
 
 
 @router.get("/admin/generations", response_model=GenerationPage, responses=documented("invalid_request", *PROBLEMS))
