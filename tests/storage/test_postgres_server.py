@@ -8,6 +8,7 @@ from typing import Any, Final
 import asyncpg
 import pytest
 
+from adapters.postgres import appends as postgres_appends
 from adapters.postgres import database as postgres_database
 from adapters.postgres import nodes as postgres_nodes
 from adapters.postgres import storage as postgres_storage
@@ -114,6 +115,34 @@ async def test_a_killed_server_loses_nothing_acknowledged_and_ends_no_lease(
             assert [entry.position for entry in feed.entries] == positions == list(range(1, len(positions) + 1))
             heard = [entry.position for entry in follower.entries if entry.user_id == user]
             assert heard == positions
+
+
+async def test_appends_that_no_standby_confirms_leave_few_connections_behind(
+    server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_appends, "_MAX_UNREPLICATED", 2)
+    async with open_node(url) as here:
+        log: Any = here.log
+        recorder = EventRecorder(log, SteppableClock())
+        await recorder.start()
+        appends = [recorder.prepare_start(f"user{number}")[0] for number in range(12)]
+        await execute(server.url(), "ALTER SYSTEM SET synchronous_standby_names = 'ghost'", "SELECT pg_reload_conf()")
+        try:
+            monkeypatch.setattr(postgres_database, "TIMEOUT", 0.3)
+            for append in appends:
+                with pytest.raises(LogUnavailable):
+                    await log.append(append)
+            admin = await asyncpg.connect(server.url())
+            waiting = await admin.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%append_v1%'"
+            )
+            await admin.close()
+            assert 1 <= waiting <= 3
+        finally:
+            await execute(server.url(), "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()")
+        monkeypatch.undo()
+        for append in appends:
+            await patiently(log, append)
 
 
 async def test_an_append_that_no_standby_has_is_not_acknowledged(

@@ -25,6 +25,13 @@ _CALLS: Final = 2
 
 _APPEND: Final = f"SELECT * FROM stagecast.append_v1({', '.join(f'${number}' for number in range(1, 23))})"
 
+#: Transactions of this node that wait for a synchronous standby. Those whose statement was given up wait on.
+_UNREPLICATED: Final = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND application_name = $1 AND wait_event = 'SyncRep'
+"""
+_MAX_UNREPLICATED: Final = 8
+
 _Request = tuple[Append, "asyncio.Future[Logged]"]
 
 
@@ -44,6 +51,8 @@ class Appends:
         self._users: set[str] = set()
         self._calls: set[asyncio.Task[None]] = set()
         self._scheduled = False
+        #: The last call was given up.
+        self._given_up = False
 
     async def append(self, entry: Append) -> Logged:
         """As `domain.ports.log.EventLog.append`."""
@@ -85,8 +94,12 @@ class Appends:
 
     async def _call(self, batch: Sequence[_Request], users: set[str], *, wait: bool) -> None:
         try:
+            if self._given_up:
+                await self._check_standby()
             rows = await self._database.fetch(_APPEND, *self._arguments(batch, wait=wait or len(batch) == 1))
+            self._given_up = False
         except Exception as error:
+            self._given_up = True
             for _, future in batch:
                 if not future.done():
                     future.set_exception(LogUnavailable() if isinstance(error, LogUnavailable) else error)
@@ -108,6 +121,11 @@ class Appends:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+    async def _check_standby(self) -> None:
+        """Raise `LogUnavailable` while no more transactions may wait for a standby: each has a connection."""
+        if await self._database.fetchval(_UNREPLICATED, self._database.name) > _MAX_UNREPLICATED:
+            raise LogUnavailable
 
     def _arguments(self, batch: Sequence[_Request], *, wait: bool) -> Sequence[Any]:
         columns: Sequence[Sequence[Any]] = list(zip(*(self._row(entry) for entry, _ in batch), strict=True))

@@ -77,6 +77,8 @@ class Database:
         self.local_host = local_host
         #: This node; new at each start.
         self.node = secrets.token_hex(3)
+        #: Of its connections, in PostgreSQL's views.
+        self.name = f"stagecast {self.node}"
         self._url = url
         #: Behind a pooler in transaction mode, which gives each transaction another connection of its own.
         self.pooled = pooled
@@ -163,7 +165,7 @@ class Database:
 
     async def connect(self, seconds: float = TIMEOUT) -> Connection:
         """A connection of the caller's own, within so many seconds. Raises `FAILURES`."""
-        return await _connect(self._url, seconds, pooled=self.pooled)
+        return await _connect(self._url, seconds, pooled=self.pooled, name=self.name)
 
     async def close(self) -> None:
         """Finish pending statements, and close the connections."""
@@ -233,11 +235,12 @@ async def transaction(connection: Connection, *, needed: bool = True) -> AsyncIt
     await connection.execute("COMMIT")
 
 
-async def _connect(url: str, seconds: float = TIMEOUT, *, pooled: bool) -> Connection:
+async def _connect(url: str, seconds: float = TIMEOUT, *, pooled: bool, name: str = "stagecast") -> Connection:
     connection = await asyncpg.connect(
         url,
         timeout=max(seconds, 0.1),
         target_session_attrs="read-write",
+        server_settings={"application_name": name},
         # The statements that one connection of the pooler has prepared are unknown to the others.
         statement_cache_size=0 if pooled else 100,
     )

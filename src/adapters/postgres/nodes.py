@@ -21,8 +21,8 @@ _STALE: Final = 5.0
 class Nodes:
     """`domain.ports.nodes.Nodes` in PostgreSQL: this node's heartbeat, and what it has seen of the others'.
 
-    A node is dead if its heartbeat has not changed for `LEASE` seconds while this node has read it without a break. So
-    an outage of the database kills nobody, and no clock is compared with another one.
+    A node is dead if its heartbeat has not changed for `LEASE` seconds in which all reads of this node have succeeded.
+    So an outage of the database kills nobody, and no clock is compared with another one.
     """
 
     def __init__(self, database: Database, address: str, secret: str) -> None:
@@ -101,16 +101,16 @@ class Nodes:
         loop = asyncio.get_running_loop()
         rows = await self._beat()
         now = loop.time()
-        if now - self._beat_at > 3 * BEAT:  # This node was paused, or the database was away.
-            self._seen.clear()
+        # This node was late, and the others may have been, too: a pause counts as little as a slow heartbeat.
+        unobserved = max(0.0, now - self._beat_at - 3 * BEAT)
         self._beat_at = now
         self._database.set_clock(rows[0]["r_now"])
         self._addresses = {row["r_id"]: row["r_address"] for row in rows}
         self._loads = {row["r_id"]: Load(row["r_id"], row["r_sockets"], row["r_streams"]) for row in rows}
         known, self._seen = self._seen, {}
         for row in rows:
-            before = known.get(row["r_id"])
-            self._seen[row["r_id"]] = before if before and before[0] == row["r_seen"] else (row["r_seen"], now)
+            seen, since = known.get(row["r_id"], (None, now))
+            self._seen[row["r_id"]] = row["r_seen"], (since + unobserved if seen == row["r_seen"] else now)
 
     async def have_others(self) -> bool:
         """Whether other nodes send heartbeats now. Takes seconds if one has ended without `leave`.
