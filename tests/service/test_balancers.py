@@ -12,10 +12,11 @@ import pytest
 import pytest_asyncio
 import socketio
 
-from support.cluster import ALGORITHMS, NodeCluster, balancer, node_cluster
+from support.balancers import ALGORITHMS, balancer
 from support.deployment import RetryingClient, parts, task_group
 from support.harness import PHOTO
 from support.node import Browser, Browsers, browsers, needs_node
+from support.node_processes import Cluster
 from support.postgres import fresh_database
 from support.recovery import check
 
@@ -33,13 +34,14 @@ STATUSES: Final = ("completed", "failed")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[NodeCluster]:
-    async with (
-        fresh_database() as log,
-        node_cluster(log, tmp_path_factory.mktemp("cluster"), max_lag_ms="off", credits="off") as cluster,
-    ):
+async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
+    flags = {"max_lag_ms": "off", "credits": "off", "trusted_proxies": "127.0.0.1"}
+    folder = tmp_path_factory.mktemp("cluster")
+    async with fresh_database() as log, Cluster.open(folder, log, flags=flags) as cluster:
+        await asyncio.sleep(1.1)  # With its next heartbeat each knows all others.
         yield cluster
-        assert cluster.failures() == []
+        lines = [*cluster.logged, *(line for node in cluster.nodes for line in node.life.logged)]
+        assert [line for line in lines if "Traceback" in line or "Exception" in line] == []
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -55,8 +57,8 @@ async def everybody() -> AsyncIterator[Browsers]:
         for each in ((name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms)
     ],
 )
-async def url(request: pytest.FixtureRequest, cluster: NodeCluster) -> AsyncIterator[str]:
-    async with balancer(cluster, *request.param) as url:
+async def url(request: pytest.FixtureRequest, cluster: Cluster) -> AsyncIterator[str]:
+    async with balancer(cluster.ports, *request.param) as url:
         yield url
 
 
@@ -150,7 +152,7 @@ async def test_http_and_event_streams_need_no_particular_node(url: str, caller: 
 class Chaos:
     """Clients that drop at random and work that goes on, while nodes are killed: nobody may miss anything."""
 
-    def __init__(self, cluster: NodeCluster, url: str, everybody: Browsers, count: int) -> None:
+    def __init__(self, cluster: Cluster, url: str, everybody: Browsers, count: int) -> None:
         self.cluster, self.url = cluster, url
         self.random = random.Random(1)
         self.users = [f"{url}-{number}" for number in range(max(count // 5, 2))]
@@ -208,9 +210,9 @@ class Chaos:
             due += every
             await asyncio.sleep(due - asyncio.get_running_loop().time())
             node = self.cluster.nodes[number % len(self.cluster.nodes)]
-            await (node.stop() if number % 3 == 1 else node.kill())
+            await (self.cluster.stop(node) if number % 3 == 1 else self.cluster.kill(node))
             await asyncio.sleep(0.3)
-            await node.revive()
+            await self.cluster.start(node)
 
     async def _drop(self, killing: asyncio.Task[None]) -> None:
         while not killing.done():
@@ -240,8 +242,8 @@ class Chaos:
 
 
 @needs_node
-async def test_nobody_misses_anything_while_nodes_are_killed(cluster: NodeCluster, everybody: Browsers) -> None:
-    async with balancer(cluster, "haproxy", "random") as url:
+async def test_nobody_misses_anything_while_nodes_are_killed(cluster: Cluster, everybody: Browsers) -> None:
+    async with balancer(cluster.ports, "haproxy", "random") as url:
         await Chaos(cluster, url, everybody, count=10).run(2, every=1, internal=False)
     await everybody.forget_all()
 
@@ -251,8 +253,8 @@ async def test_nobody_misses_anything_while_nodes_are_killed(cluster: NodeCluste
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ALGORITHMS)
 async def test_200_clients_miss_nothing_while_a_node_is_killed_every_ten_seconds(
-    cluster: NodeCluster, everybody: Browsers, name: str
+    cluster: Cluster, everybody: Browsers, name: str
 ) -> None:
-    async with balancer(cluster, name, "random") as url:
+    async with balancer(cluster.ports, name, "random") as url:
         await Chaos(cluster, url, everybody, count=200).run(6, every=10, internal=True)
     await everybody.forget_all()

@@ -13,7 +13,7 @@ import yaml
 
 from api.cli.main import main
 from api.settings import describe_settings, load_settings
-from support.cluster import EXAMPLES
+from support.balancers import EXAMPLES
 from support.node import ROOT
 
 UNIT: Final = ROOT / "examples" / "systemd" / "stagecast.service"
@@ -76,7 +76,7 @@ def test_the_balancer_of_the_cluster_finds_the_nodes(tmp_path: Path) -> None:
     rewrite, _, _ = script.replace("/etc/haproxy.cfg", str(EXAMPLES / "haproxy.cfg")).partition(">")
     done = subprocess.run([shell, "-c", rewrite], capture_output=True, text=True, check=True)
     assert re.findall(r"^ +server (\S+) (\S+)", done.stdout, re.MULTILINE) == [
-        (f"node{n}", f"node{n}:3000") for n in (1, 2, 3)
+        (f"node{n}", f"node{n}:3000") for n in (1, 2, 3) * 2
     ]
     assert re.findall(r"bind (\S+)", done.stdout) == [":8080"]
     haproxy = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")

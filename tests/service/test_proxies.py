@@ -7,14 +7,13 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import httpx2
 import pytest
 from PIL import Image
 
-from support.cluster import Node, NodeCluster, balancer
+from support.balancers import balancer
 from support.event_stream import ACCEPT
 from support.guarded import SERVICE, guarded
 from support.harness import TIMEOUT, Running
@@ -32,8 +31,7 @@ async def service(tmp_path: Path) -> AsyncIterator[Running]:
 
 @pytest.fixture(params=["haproxy", "nginx"])
 async def proxy(request: pytest.FixtureRequest, service: Running) -> AsyncIterator[httpx2.AsyncClient]:
-    nodes = [cast(Node, SimpleNamespace(port=service.port))] * 3
-    async with balancer(NodeCluster("", nodes), request.param, "roundrobin") as url:
+    async with balancer([service.port] * 3, request.param, "roundrobin") as url:
         headers = {"Authorization": f"Bearer {SERVICE}", "X-User-Id": "ada"}
         async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT, trust_env=False) as http:
             yield http
@@ -83,3 +81,25 @@ async def test_headers_that_only_a_proxy_may_set_are_not_believed_from_clients(
     assert own.headers["access-control-allow-origin"] == f"http://{host}"
     lie = await proxy.get("/me", headers={"Origin": origin.format(host=host), **forged})
     assert "access-control-allow-origin" not in lie.headers
+
+
+async def test_nodes_answer_for_themselves_while_none_is_ready() -> None:
+    checks = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal checks
+        head = await reader.readuntil(b"\r\n\r\n")
+        checks += head.startswith(b"GET /health/ready")
+        writer.write(b"HTTP/1.1 503 Unavailable\r\ncontent-length: 15\r\nconnection: close\r\n\r\nlog_unavailable")
+        await writer.drain()
+        writer.close()
+
+    async with (
+        await asyncio.start_server(answer, "127.0.0.1") as node,
+        balancer([node.sockets[0].getsockname()[1]] * 3, "haproxy", "roundrobin") as url,
+        httpx2.AsyncClient(base_url=url) as http,
+    ):
+        async with asyncio.timeout(20):
+            while checks < 12:  # After nine the balancer has given up all three.
+                await asyncio.sleep(0.05)
+        assert (await http.get("/me")).text == "log_unavailable"
