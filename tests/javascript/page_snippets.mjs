@@ -16,6 +16,8 @@ test("a file is named after the prompt, and the name is valid on every system", 
     "two\nlines\r\nand a\u0000nul": "two lines and a nul.png",
     "gnp.\u202Eexe": "gnp. exe.png",
     "Ağaç 🌳 ve şapka": "Ağaç 🌳 ve şapka.png",
+    "COM¹": "gen_1.png", "aux .x": "gen_1.png", "\u200d.\u200c": "gen_1.png",
+    "👨\u200d👩\u200d👧 می\u200cخواهم": "👨\u200d👩\u200d👧 می\u200cخواهم.png",
     ".hidden": "hidden.png", "-rf": "rf.png", "trailing dot.": "trailing dot.png",
   };
   for (const [title, name] of Object.entries(names)) assert.equal(fileNameOf(title, "/images/a-b.png", "gen_1"), name);

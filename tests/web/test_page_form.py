@@ -180,8 +180,9 @@ async def test_a_heic_picture_that_the_browser_cannot_read_is_named(
         ("tr-TR", "IMG_1.HEIC bir HEIC görseli"),
     ):
         async with tabs(browser, service.url, user=eve, locale=locale) as [tab]:
-            await tab["#files"].set_input_files([HEIC, PHOTO])
+            await tab["#files"].set_input_files([HEIC, FilePayload(**{**HEIC, "name": "IMG_2.HEIC"}), PHOTO])
             await expect(tab["#problem"]).to_contain_text(text)
+            await expect(tab["#problem"]).to_contain_text("IMG_2.HEIC")
             await expect(tab["#tray li"]).to_have_count(1)
 
 
@@ -320,6 +321,33 @@ async def test_phones_offer_the_camera_and_take_dropped_and_pasted_pictures_anyw
         await expect(tab["#tray li"]).to_have_count(3)
         await expect(tab["#composer"]).to_have_attribute("open", "")
         await expect(tab["body"]).to_have_class("composing")
+
+
+async def test_text_is_pasted_as_text_and_links_are_dropped_with_their_comments(
+    browser: Browser, service: Running, eve: str
+) -> None:
+    async with tabs(browser, service.url, user=eve) as [tab]:
+        prevented = await tab["#prompt"].evaluate(
+            r"""(prompt) => {
+              const clipboardData = new DataTransfer();
+              clipboardData.items.add(new File(["\x89PNG"], "cells.png", { type: "image/png" }));
+              clipboardData.setData("text/plain", "two cells");
+              const event = new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true });
+              return !prompt.dispatchEvent(event);
+            }"""
+        )
+        assert not prevented
+        await expect(tab["#tray li"]).to_have_count(0)
+        await tab["footer"].evaluate(
+            r"""(footer) => {
+              const dataTransfer = new DataTransfer();
+              const links = "# two pictures\r\nhttps://a.test/1.png\r\nhttps://a.test/2.png\r\n";
+              dataTransfer.setData("text/uri-list", links);
+              footer.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+            }"""
+        )
+        await expect(tab["#tray li"]).to_have_count(2)
+        await expect(tab["#problem"]).to_be_empty()
 
 
 async def test_computers_do_not_offer_a_camera(browser: Browser, service: Running, eve: str) -> None:

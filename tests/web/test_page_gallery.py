@@ -174,6 +174,7 @@ async def test_the_theme_follows_the_system_until_one_is_chosen(browser: Browser
         await tab["label:has([value=light])"].click()
         assert await ground(tab) == light
         await expect(other["html"]).to_have_attribute("data-theme", "light")
+        await expect(other["[name=theme][value=light]"]).to_be_checked()
         await tab.page.reload()
         assert await ground(tab) == light
         await tab.page.emulate_media(color_scheme="light")
@@ -285,7 +286,7 @@ async def test_every_state_fits_every_size(
             assert not await is_covered(tab[button]), button
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+@pytest.mark.parametrize("size", [DESKTOP, (640, 600), PHONE])
 async def test_the_connection_stays_in_view(browser: Browser, service: Running, size: tuple[int, int]) -> None:
     await history_of(service, f"far {size}", *({"prompt": f"hat {number}"} for number in range(8)))
     async with tabs(browser, service.url, user=f"far {size}", viewport=viewport(size)) as [tab]:

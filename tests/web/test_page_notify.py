@@ -126,6 +126,11 @@ async def test_notifications_are_offered_while_something_runs_and_asked_for_by_a
         pauses[0].released.set()
         await tab.shows("completed", "one")
         assert await tab.page.evaluate("shown") == []  # The page was looked at.
+        await expect(tab.page).to_have_title("Completed · one · Stagecast")
+        await icon_has(tab.page, "m9 17 5 5 9-11")
+        await tab["#prompt"].focus()
+        await tab["#prompt"].press("Home")
+        await expect(tab.page).to_have_title("Stagecast")
         await tab.start("two")
         await pauses[1].reached.wait()
         await tab.page.evaluate("hide(true)")

@@ -392,6 +392,16 @@ async def test_a_link_opens_an_old_generation_on_another_device_of_its_owner_onl
         assert await axe_violations(tab.page) == []
         await tab["#show-newest"].click()
         await tab.shows("completed", "hat 20")
+        for damaged in (f"{old}.", old[:-5].upper(), "edit_", "gen_1763829000123", "edit_1/../../me", "edit_%F0%9F"):
+            await tab.page.evaluate("(id) => { location.hash = id; }", damaged)
+            await expect(tab["#stage"]).to_have_attribute("data-state", "missing")
+        await tab.page.evaluate("(id) => { location.hash = id; }", old)
+        await tab.shows("completed", "an old hat")
+        await tab[".skip"].focus()
+        await tab.page.keyboard.press("Enter")
+        await expect(tab["#stage"]).to_be_focused()
+        await expect(tab.page).to_have_url(f"{service.url}/#{old}")
+        await tab.shows("completed", "an old hat")
         await other.page.add_init_script("sessionStorage['stagecast.user'] = 'a stranger'")
         await other.page.goto(f"{service.url}/#{old}")
         await other.page.bring_to_front()

@@ -160,6 +160,11 @@ byId("language").addEventListener("click", () => {
   form.render();
   renderNow(true);
 });
+document.querySelector(".skip")?.addEventListener("click", (event) => {
+  event.preventDefault(); // The address keeps the generation that is shown.
+  byId("stage").scrollIntoView();
+  byId("stage").focus({ preventScroll: true });
+});
 addEventListener("hashchange", () => {
   render();
   byId("stage").scrollIntoView();

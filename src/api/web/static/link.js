@@ -7,10 +7,10 @@
 import { BASE } from "./dom.js";
 import * as pages from "./pages.js";
 
-const ID = /^(?:edit|gen)_(\d+)_[a-z0-9]+$/;
+const ID = /^(?:edit|gen)_\d+_[a-z0-9]+$/;
 
-/** The id in the address; empty if there is none. */
-export const linkedId = () => (ID.test(location.hash.slice(1)) ? location.hash.slice(1) : "");
+/** The id in the address, which may be damaged; empty if there is none. */
+export const linkedId = () => (/^#(?:edit|gen)_/i.test(location.hash) ? location.hash.slice(1) : "");
 
 /** The address that opens a generation for its owner. */
 export const linkTo = (/** @type {string} */ id) => `${BASE}/#${id}`;
@@ -40,8 +40,10 @@ async function lookUp(stagecast) {
   /** @type {Lookup} */ const own = { id, userId, state: "looking" };
   lookup = own;
   try {
-    await stagecast.http.generation(id);
-    await pages.loadUntil(stagecast, () => Boolean(stagecast.get(id)));
+    if (ID.test(id)) {
+      await stagecast.http.generation(id);
+      await pages.loadUntil(stagecast, () => Boolean(stagecast.get(id)));
+    }
     own.state = "missing"; // If the page has it now, nobody asks.
   } catch (/** @type {any} */ error) {
     own.state = error.code === "not_found" ? "missing" : "failed";

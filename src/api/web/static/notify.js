@@ -15,7 +15,7 @@ import { isFinished } from "./stagecast.js";
 
 const STORAGE_KEY = "stagecast.notify";
 
-/** The generation that ended while the page was hidden. @type {Generation | undefined} */
+/** The generation that ended last, until the page is used. @type {Generation | undefined} */
 let ended;
 /** The icon on the tab, as text; the page's own icon at first. */
 let icon = "";
@@ -59,14 +59,15 @@ export function render(stagecast) {
   if (ended && !stagecast.get(ended.generationId)) ended = undefined;
   const current = selected(stagecast);
   const running = current && !isFinished(current) ? current : generations.find((it) => !isFinished(it));
+  const end = document.hidden || !running ? ended : undefined;
   const stale = !["live", "polling"].includes(state);
   const words = /** @type {string[]} */ ([]);
-  if (ended) words.push(statusName(ended), titleOf(ended));
+  if (end) words.push(statusName(end), titleOf(end));
   else if (running) words.push(formatPercent(running.progress), statusName(running), titleOf(running));
   if (stale && (running || state === "offline")) words.unshift(t(state));
   const short = words.map((word) => (word.length > 60 ? `${word.slice(0, 59)}…` : word));
   document.title = [...short, "Stagecast"].join(" · ");
-  if (ended) setIcon(ended.status === "completed" ? { done: true } : { failed: true });
+  if (end) setIcon(end.status === "completed" ? { done: true } : { failed: true });
   else setIcon(running && { progress: running.progress, stale });
   renderButton(Boolean(running));
 }
@@ -96,16 +97,18 @@ function notify(generation) {
 /** @param {Stagecast} stagecast */
 export function init(stagecast) {
   stagecast.on("event", (/** @type {StagecastEvent} */ event, /** @type {Generation} */ generation) => {
-    if (!isFinished(event) || event.sequence < generation.sequence || !document.hidden) return;
+    if (!isFinished(event) || event.sequence < generation.sequence) return;
     if (stagecast.state === "connecting") return; // It ended before the page was opened.
     ended = generation;
-    if (isOn()) notify(generation);
+    if (document.hidden && isOn()) notify(generation);
   });
-  document.addEventListener("visibilitychange", () => {
-    if (document.hidden) return;
+  const onSeen = () => {
+    if (document.hidden || !ended) return;
     ended = undefined;
     render(stagecast);
-  });
+  };
+  document.addEventListener("visibilitychange", onSeen);
+  for (const name of ["pointerdown", "keydown"]) addEventListener(name, onSeen);
   byId("notify").addEventListener("click", async () => {
     const on = !isOn() && (isAllowed() || (await Native["requestPermission"]()) === "granted");
     try { localStorage.setItem(STORAGE_KEY, on ? "on" : "off"); } catch {} // Not remembered, then.

@@ -112,7 +112,9 @@ export function snippetsOf(generation, { url, userId = "", tokenRequired }) {
 }
 
 /** Names that Windows reserves for devices. */
-const RESERVED = /^(con|prn|aux|nul|com\d|lpt\d)$/i;
+const RESERVED = /^(con|prn|aux|nul|(com|lpt)[\d¹²³])$/i;
+/** They join the parts of emoji, and of words in Persian and the languages of India. */
+const JOINERS = /[\u200c\u200d]/;
 
 /**
  * A file name for a picture, made of its title. It is valid on all systems.
@@ -121,7 +123,8 @@ const RESERVED = /^(con|prn|aux|nul|com\d|lpt\d)$/i;
  */
 export function fileNameOf(title, url, fallback) {
   const suffix = /\.(png|jpe?g|webp)$/i.exec(url.split(/[?#]/)[0])?.[0] ?? ".png";
-  const words = title.replace(INVISIBLES, " ").replace(/[\\/:*?"<>|%~#&]+/g, " ").trim().replace(/\s+/g, " ");
-  const name = [...words].slice(0, 60).join("").replace(/^[.\s-]+|[.\s]+$/g, "");
-  return `${!name || RESERVED.test(name.split(".")[0]) ? fallback : name}${suffix.toLowerCase()}`;
+  const visible = title.replace(INVISIBLES, (it) => (JOINERS.test(it) ? it : " "));
+  const words = visible.replace(/[\\/:*?"<>|%~#&]+/g, " ").trim().replace(/\s+/g, " ");
+  const name = [...words].slice(0, 60).join("").replace(/^[.\s\u200c\u200d-]+|[.\s\u200c\u200d]+$/g, "");
+  return `${!name || RESERVED.test(name.split(".")[0].trim()) ? fallback : name}${suffix.toLowerCase()}`;
 }

@@ -138,13 +138,14 @@ function renderPictures(generation, previous) {
   const sheet = status === "completed" && latest !== sheetOf(generation) ? sheetOf(generation) : undefined;
   const ratio = ratioOf(generation);
   frame.style.setProperty("--ratio", String(ratio));
-  byId("stage").dataset.shape = ratio > 1 ? "wide" : "";
+  const none = isFinished(generation) && !picturesOf(generation).length;
+  byId("stage").querySelector("figure").hidden = none;
+  byId("stage").dataset.shape = none || ratio > 1 ? "wide" : "";
   const [before, after] = [byId("before"), byId("after")];
   after.classList.toggle("sheet", latest === sheetOf(generation));
   setImage(after, latest, t("pictureOf")(title));
   setImage(before, sheet, t("sheetOf")(title));
-  const placeholder = isFinished(generation) ? "noPicture" : "noPictureYet";
-  setText(byId("no-picture"), latest ? "" : t(picturesOf(generation).length ? "pictureElsewhere" : placeholder));
+  setText(byId("no-picture"), latest ? "" : t(picturesOf(generation).length ? "pictureElsewhere" : "noPictureYet"));
   for (const id of ["wipe", "sides"]) byId(id).hidden = !sheet;
   if (!previous) setSlider(0);
   if (sheet && previous && !isFinished(previous)) animateSlider(generation);

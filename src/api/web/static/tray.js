@@ -104,7 +104,8 @@ async function makeFit(item, type) {
     item.busy = false;
     // Any other error is one of the canvas, which has no memory for the picture.
     const reason = error instanceof UnusablePicture ? error.reason : "tooLarge";
-    if (items.includes(item)) remove(item, t(reason)(item.file.name));
+    const problems = [byId("problem").textContent, t(reason)(item.file.name)]; // The first may be about another file.
+    if (items.includes(item)) remove(item, problems.join(" ").trim());
   }
 }
 
@@ -243,7 +244,8 @@ export function init(changed) {
   document.addEventListener("paste", (event) => {
     const { files, text } = { files: event.clipboardData?.files, text: event.clipboardData?.getData("text") };
     const typing = event.target instanceof Element && event.target.matches("input:not(#url), textarea");
-    if (files?.length) event.preventDefault(), take([...files]);
+    // Office programs copy a picture of the text along with it.
+    if (files?.length && !(typing && text)) event.preventDefault(), take([...files]);
     else if (!typing && text && addUrls(text)) event.preventDefault();
   });
   for (const name of ["dragover", "dragleave", "drop"]) {
@@ -256,7 +258,7 @@ export function init(changed) {
       document.body.classList.toggle("dragging", name === "dragover" || (name === "dragleave" && event.relatedTarget));
       if (name !== "drop") return;
       if (files.length) take([...files]);
-      else if (!addUrls(event.dataTransfer.getData("text/uri-list"))) onChange(t("notUrl"));
+      else if (!addUrls(event.dataTransfer.getData("text/uri-list").replace(/^#.*$/gm, ""))) onChange(t("notUrl"));
     });
   }
 }
