@@ -3,9 +3,11 @@
 {
   const KEY = "stagecast.theme";
   const root = document.documentElement;
+  const inputs = () => /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=theme]"));
   const use = (/** @type {string | null} */ theme) => {
     if (theme === "light" || theme === "dark") root.dataset.theme = theme;
     else delete root.dataset.theme;
+    for (const input of inputs()) input.checked = input.value === (root.dataset.theme ?? "system");
   };
   try {
     use(localStorage.getItem(KEY));
@@ -13,8 +15,8 @@
   } catch {} // The browser denies access to its storage.
   addEventListener("storage", ({ key, newValue }) => key === KEY && use(newValue)); // Chosen in another tab.
   document.addEventListener("DOMContentLoaded", () => {
-    for (const input of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=theme]"))) {
-      input.checked = input.value === (root.dataset.theme ?? "system");
+    use(root.dataset.theme ?? null);
+    for (const input of inputs()) {
       input.addEventListener("change", () => {
         use(input.value);
         try { localStorage.setItem(KEY, input.value); } catch {} // Not remembered, then.
