@@ -166,7 +166,7 @@ def left_alone(terminal: Terminal) -> None:
     assert "Traceback" not in terminal.written
 
 
-async def test_a_terminal_shows_a_progress_bar_and_the_picture(scratch: Path) -> None:
+async def test_a_terminal_shows_a_progress_bar_and_where_the_picture_is(scratch: Path) -> None:
     async with terminal(scratch, "--local-seconds", "0.3") as shown:
         assert await shown.ended() == 0
     left_alone(shown)
@@ -178,7 +178,6 @@ async def test_a_terminal_shows_a_progress_bar_and_the_picture(scratch: Path) ->
     assert len(set(percentages)) > 4
     for status in STAGES:
         assert re.search(rf"✔\S* {status} +", shown.written), status
-    assert re.search(r"\x1b\[38;2;\d+;\d+;\d+;48;2;\d+;\d+;\d+m▀", shown.written)
     assert str(scratch.parent / "kept" / "face-swapped.jpg") in shown.written
 
 
@@ -190,7 +189,6 @@ async def test_a_failure_exits_with_1_and_one_sentence_that_respects_no_color(
     left_alone(shown)
     assert "━" in shown.written
     assert "✘" in shown.written
-    assert "▀" not in shown.written
     assert not re.search(r"\x1b\[[\d;]*\b[34]\d\b[\d;]*m", shown.written)
     sent = shown.written[shown.written.rfind("\x1b[?25h") :].removeprefix("\x1b[?25h")
     assert sent == "stagecast: The generation took too long and was stopped. Please try again.\r\n"

@@ -36,13 +36,8 @@ PROMPT: Final = "Portrait with hat, by the lake at dusk"
 _SAMPLES: Final = Path(__file__).parent.parent / "web" / "static" / "samples"
 _PHOTOGRAPHS: Final = ("portrait.webp", "hat.webp", "lake.webp")
 _FACE: Final = "/static/samples/face.webp"
-#: The keys of events that hold image URLs, in the order in which they appear, and the file name of each image kept.
-_PICTURES: Final = {
-    "compositionUrl": "composition",
-    "previewUrl": None,
-    "editedImageUrl": "edited",
-    "faceSwapUrl": "face-swapped",
-}
+#: The keys of events that hold image URLs, in the order in which they appear, and the file name of each image.
+_PICTURES: Final = {"compositionUrl": "composition", "editedImageUrl": "edited", "faceSwapUrl": "face-swapped"}
 
 _JSON = dict[str, Any]
 
@@ -153,7 +148,6 @@ async def _run_edit(settings: Settings, folder: Path) -> None:
             if not ack["ok"]:
                 raise Refused(ack["message"])
             with create_display(content_of(await http.get("/stages"), url), detailed=True) as display:
-                display.show_picture((_SAMPLES / _PHOTOGRAPHS[0]).read_bytes())
                 started = time.monotonic()
                 generation = content_of(await http.post("/generations/edit", files=_form(url)), url)
                 received, result = await _follow(events, http, folder, display)
@@ -195,9 +189,6 @@ async def _follow(
         for key, name in _PICTURES.items():
             if (url := event.get(key)) and url not in loaded:
                 loaded.add(url)
-                picture = (await http.get(url)).raise_for_status().content
-                display.show_picture(picture)
-                if name is not None:
-                    result = folder / f"{name}{PurePosixPath(url).suffix}"
-                    result.write_bytes(picture)
+                result = folder / f"{name}{PurePosixPath(url).suffix}"
+                result.write_bytes((await http.get(url)).raise_for_status().content)
     return received, result

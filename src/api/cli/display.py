@@ -1,28 +1,22 @@
 """Show the progress of generations: lines that a terminal redraws in place, or plain lines where there is none."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from io import BytesIO
 from threading import Lock
 from typing import Any, Final, Self
 
-from PIL import Image, ImageOps
-from rich.color import Color
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.segment import Segment, Segments
 from rich.spinner import Spinner
-from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
 _REFRESH_RATE: Final = 10  # frames per second
 _MIN_WIDTH: Final = 46
-#: Rows of a generation with its stages, and the least that a picture takes.
+#: Rows of a generation with its stages.
 _DETAIL_ROWS: Final = 17
-_MAX_PICTURE_ROWS: Final = 28
 _TERMINAL: Final = ("completed", "failed")
 
 _JSON = Mapping[str, Any]
@@ -60,9 +54,6 @@ class Display:
     def remove(self, generation_id: str) -> None:
         """Show a generation no longer."""
 
-    def show_picture(self, data: bytes) -> None:
-        """Show an image file (PNG, JPEG or WebP), in a detailed display on a terminal with colours."""
-
 
 def create_display(stages: Mapping[str, Sequence[_JSON]], *, detailed: bool = False) -> Display:
     """Return the display that suits standard output.
@@ -89,11 +80,6 @@ class _LiveDisplay(Display):
         self._console = console
         self._lock = Lock()
         self._generations: dict[str, _Generation] = {}
-        self._picture: RenderableType = ""
-        self._picture_rows = max(_DETAIL_ROWS, min(_MAX_PICTURE_ROWS, console.height - 8))
-        self._picture_columns = round(self._picture_rows * 4 / 3)
-        colours = console.color_system in ("256", "truecolor") and not console.no_color
-        self._has_pictures = detailed and colours and console.width >= self._picture_columns + _MIN_WIDTH
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=_REFRESH_RATE)
 
     def __enter__(self) -> Self:
@@ -121,26 +107,12 @@ class _LiveDisplay(Display):
         with self._lock:
             self._generations.pop(generation_id, None)
 
-    def show_picture(self, data: bytes) -> None:
-        if self._has_pictures:
-            size = self._picture_columns, 2 * self._picture_rows
-            image = Image.open(BytesIO(data))
-            image.draft("RGB", size)
-            small = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
-            self._picture = Segments(list(_half_blocks(small)))
-
     def _render(self) -> RenderableType:
         with self._lock:
-            if not self.detailed:
-                lines = [generation.line() for generation in self._generations.values()]
-                return Group(*lines) if lines else Text("Waiting for a generation to start…", "dim")
-            details = Group(*(each.details(self._stages[each.event["kind"]]) for each in self._generations.values()))
-        if not self._has_pictures:
-            return details
-        columns = Column(width=self._picture_columns), Column(vertical="middle", max_width=64)
-        grid = Table.grid(*columns, padding=(0, 3))
-        grid.add_row(self._picture, details)
-        return grid
+            if self.detailed:
+                return Group(*(each.details(self._stages[each.event["kind"]]) for each in self._generations.values()))
+            lines = [generation.line() for generation in self._generations.values()]
+            return Group(*lines) if lines else Text("Waiting for a generation to start…", "dim")
 
 
 class _Generation:
@@ -210,15 +182,6 @@ def _place(event: _JSON) -> str:
     """The place in line in words; empty if it does not wait."""
     position = event.get("queuePosition")
     return f"Waiting: {'next' if position == 1 else f'number {position}'} in line" if position else ""
-
-
-def _half_blocks(image: Image.Image) -> Iterator[Segment]:
-    """Each character shows two pixels: the upper in its own colour, the lower in that of its background."""
-    for y in range(0, image.height, 2):
-        for x in range(image.width):
-            upper, lower = (Color.from_rgb(*image.getpixel((x, y + below))) for below in (0, 1))  # type: ignore[misc]
-            yield Segment("▀", Style(color=upper, bgcolor=lower))
-        yield Segment.line()
 
 
 def _printable(text: str) -> str:

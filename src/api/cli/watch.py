@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from math import inf
 from typing import Any, Final
-from urllib.parse import quote
 
 import httpx2
 
@@ -21,8 +20,6 @@ _RETRY: Final = 1.0
 _GIVE_UP = 60.0
 #: What a proxy answers while the service restarts.
 _RESTARTING: Final = (502, 503, 504)
-#: The images of a generation, oldest first.
-_PICTURES: Final = ("compositionUrl", "previewUrl", "editedImageUrl", "generatedImageUrl", "faceSwapUrl")
 _TERMINAL: Final = ("completed", "failed")
 
 _JSON = Mapping[str, Any]
@@ -48,7 +45,6 @@ def run(url: str, token: str | None, *, user: str | None, path: str | None) -> N
 
 def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JSON:
     """Show the events, and return the terminal one of the generation with this path, unless it was removed."""
-    picture = ""
     positions: dict[str, int] = {}
     unfinished: set[str] = set()
     for name, data in _events(http, url, path):
@@ -74,12 +70,6 @@ def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JS
             unfinished.add(data["generationId"])
             position = positions.get(data["generationId"]) if data["status"] == "started" else None
             display.show(data if position is None else {**data, "queuePosition": position})
-            latest = next((data[key] for key in reversed(_PICTURES) if key in data), "")
-            if path and picture != latest:
-                picture = latest
-                with suppress(httpx2.HTTPError, OSError):  # The bar moves without it.
-                    response = http.get(f"{url}/images/{quote(picture.rpartition('/')[2])}", timeout=5)
-                    display.show_picture(response.raise_for_status().content)
             if data["status"] in _TERMINAL:
                 unfinished.remove(data["generationId"])
                 if path:
