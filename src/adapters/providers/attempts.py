@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 import httpx2
 
-from adapters.outbound.responses import TooLarge, bounded, compressions, retry_after
+from adapters.outbound.responses import bounded, compressions, retry_after
 from adapters.outbound.tls import ssl_context
 from domain.errors import Failure
 from domain.ports.providers import Report
@@ -156,8 +156,6 @@ def provider_client(
         codings = compressions(response.headers.get_list("content-encoding"))
         if len(codings) > _MAX_CODINGS or not _DECODABLE.issuperset(codings):
             raise httpx2.DecodingError(f"compressed by {', '.join(codings)[:100]}")
-        if int(response.headers.get("content-length", 0)) > limit:
-            raise TooLarge(f"larger than {limit} bytes")
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = _Bounded(response.stream, limit)
         for coding in reversed(codings):

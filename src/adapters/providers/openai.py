@@ -242,13 +242,8 @@ class OpenAIEditor:
 
 def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[str, Any]:
     """The request's `openai.types.ImageEditParams`. Options that are ``auto`` are omitted."""
-    name = "sheet." + sheet.media_type.removeprefix("image/")
-    request: dict[str, Any] = {
-        "model": model,
-        "image": (name, sheet.data, sheet.media_type),
-        "prompt": prompt,
-        "size": SIZES[options.aspect_ratio],
-    }
+    file = "sheet." + sheet.media_type.removeprefix("image/"), sheet.data, sheet.media_type
+    request: dict[str, Any] = {"model": model, "image": file, "prompt": prompt, "size": SIZES[options.aspect_ratio]}
     if not model.startswith(_GPT_IMAGE):
         return request | {"response_format": "b64_json"}
     # PNG is lossless, and has transparency.

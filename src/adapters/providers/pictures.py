@@ -7,7 +7,7 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
-from adapters.images.codec import FORMATS, MAX_PIXELS, Unreadable, decoded, encode, load, opened, reading
+from adapters.images.codec import FORMATS, MAX_PIXELS, Unreadable, decoded, encode, opened
 from domain.ports.images import Picture
 
 #: The formats that Pillow decodes by itself. EPS is excluded because it starts Ghostscript.
@@ -82,22 +82,13 @@ def usable(data: bytes, min_side: int = 1) -> Picture:
     image = _opened(data)
     if min(image.size) < min_side:
         raise Unusable(f"an image of {image.width} × {image.height} pixels")
-    try:
-        if image.format not in FORMATS:
-            return encode(decoded(image), lossless=True)
-        with reading():
-            load(image)
-    except Unreadable:
-        raise Unusable("a broken image") from None
-    return Picture(data, Image.MIME[image.format])
+    flat = _decoded(image)
+    return Picture(data, Image.MIME[image.format]) if image.format in FORMATS else encode(flat, lossless=True)
 
 
 def preview(data: bytes) -> Picture:
     """A smaller version of the picture. Raises `Unusable`."""
-    try:
-        image = decoded(_opened(data), near=(_PREVIEW, _PREVIEW))
-    except Unreadable:
-        raise Unusable("a broken image") from None
+    image = _decoded(_opened(data), near=(_PREVIEW, _PREVIEW))
     image.thumbnail((_PREVIEW, _PREVIEW))
     return encode(image, quality=80)
 
@@ -110,3 +101,10 @@ def _opened(data: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise Unusable(f"an image of {image.width} × {image.height} pixels")
     return image
+
+
+def _decoded(image: Image.Image, near: tuple[int, int] | None = None) -> Image.Image:
+    try:
+        return decoded(image, near)
+    except Unreadable:
+        raise Unusable("a broken image") from None
