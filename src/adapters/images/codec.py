@@ -95,16 +95,11 @@ def plain(image: Image.Image, transparent_sample: int | None = None) -> Image.Im
             for band, wanted in ((low, transparent_sample & 255), (high, transparent_sample >> 8))
         ]
         image = Image.merge("LA", (high, ImageChops.lighter(*matches)))
-    if not image.has_transparency_data:
-        return _converted(image, "RGB")
-    image = _converted(image, "RGBA")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    if image.mode != mode:  # `convert` would copy it.
+        image = image.convert(mode)
     # Unlike `getextrema`, the histogram releases the GIL.
-    return image if any(image.histogram()[768:1023]) else image.convert("RGB")
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    # `convert` to the same mode would copy the image.
-    return image if image.mode == mode else image.convert(mode)
+    return image if mode == "RGB" or any(image.histogram()[768:1023]) else image.convert("RGB")
 
 
 def encode(image: Image.Image, *, quality: int = 90, fine: bool = False, lossless: bool = False) -> Picture:

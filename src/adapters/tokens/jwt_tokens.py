@@ -35,12 +35,8 @@ _LAST: Final = 253_402_300_799
 # These claims are checked here: PyJWT takes no clock, accepts "1" as a time, and refuses an integer `sub`.
 _OPTIONS: Final[Options] = {
     "require": ["exp"],
-    "verify_exp": False,
-    "verify_nbf": False,
-    "verify_iat": False,
-    "verify_sub": False,
-    "verify_jti": False,
-}
+    "verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_sub": False, "verify_jti": False,
+}  # fmt: skip
 
 #: How long fetched keys are used, and how long while the issuer cannot be reached.
 _FRESH: Final = timedelta(minutes=5)
