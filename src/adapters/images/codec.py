@@ -4,7 +4,6 @@ Decoded images are ``RGB``, or ``RGBA`` if they have transparency.
 """
 
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -25,7 +24,8 @@ MAX_PIXELS: Final = 25_000_000
 #: The longest side of a JPEG, in pixels.
 _JPEG_SIDE: Final = 65_500
 
-_IN_PILLOW: Final = r"PIL\."
+# For the whole process, as `warnings.catch_warnings` is not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Unreadable(Exception):
@@ -34,14 +34,10 @@ class Unreadable(Exception):
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Turn exceptions inside the block into `Unreadable`, and ignore Pillow's warnings.
+    """Turn exceptions inside the block into `Unreadable`.
 
     Pillow raises almost any type for malformed data: SyntaxError, struct.error, OverflowError, MemoryError.
     """
-    # A permanent filter, as `warnings.catch_warnings` is not thread-safe. Checked each time, because others (such as
-    # pytest, for each test) may put their filters before it.
-    if [module for *_, module, _ in warnings.filters[:1]] != [re.compile(_IN_PILLOW)]:
-        warnings.filterwarnings("ignore", module=_IN_PILLOW)
     try:
         yield
     except Exception as error:
