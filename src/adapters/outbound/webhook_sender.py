@@ -52,13 +52,12 @@ class WebhookSender:
 
     async def post(self, message_id: str, body: bytes) -> None:
         headers = {**self._headers, **self._signed(message_id, body)}
+        request = httpx2.Request("POST", self._url, headers=headers, content=body)
         # Not an `AsyncClient`: it follows redirects, keeps cookies, and logs the whole URL.
         async with httpx2.AsyncHTTPTransport(verify=self._trust, trust_env=False) as transport:
             try:
                 async with asyncio.timeout(self._timeout):
-                    response = await transport.handle_async_request(
-                        httpx2.Request("POST", self._url, headers=headers, content=body)
-                    )
+                    response = await transport.handle_async_request(request)
             except (httpx2.HTTPError, OSError) as error:
                 raise NotDelivered(f"no answer ({type(error).__name__})") from None
             # Read a short body, so that the receiver does not see its connection reset while it writes.

@@ -101,7 +101,7 @@ class ConnectionTable:
         address = self._addresses[transport] = _network(host)
         group = self._groups.setdefault(address, {})
         group[transport] = None
-        if host and len(group) > self._per_address and not self._is_proxy(host):
+        if host and len(group) > self._per_address and not any(ip_address(host) in each for each in self._proxies):
             self._abort(transport, "the limit of connections per address is reached")
 
     def _least_needed(self) -> asyncio.Transport:
@@ -112,9 +112,6 @@ class ConnectionTable:
                 return transport
             group[transport] = group.pop(transport)  # To the end, so that others are examined next time.
         return newest
-
-    def _is_proxy(self, host: str) -> bool:
-        return any(ip_address(host) in network for network in self._proxies)
 
     def _abort(self, transport: asyncio.Transport, reason: str) -> None:
         logger.warning("a connection is closed: %s", reason)
