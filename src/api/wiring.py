@@ -3,7 +3,6 @@
 What the rest of the package needs of an adapter, it imports from here (``import Server as Server``).
 """
 
-import asyncio
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -329,7 +328,7 @@ def examine_stores(settings: Settings) -> Sequence[str]:
         if examined.damage and examined.epoch is None:
             pass  # It is not known whose the images should be.
         elif _in_bucket(settings):
-            asyncio.run(_s3_images().examine(settings.images, log=_scheme(settings), epoch=examined.epoch))
+            _s3_images().examine(settings.images, log=_scheme(settings), epoch=examined.epoch)
         else:
             ImageFolder.examine(Path(settings.images), log=_scheme(settings), epoch=examined.epoch)
     except (ImagesRefused, StorageRefused) as refused:

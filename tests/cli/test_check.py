@@ -1,5 +1,6 @@
 """``stagecast check``: the settings in effect and what is damaged, told without changing anything."""
 
+import asyncio
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator
@@ -9,9 +10,10 @@ from typing import Any, Final
 
 import pytest
 
-from support.command_line import run_main
+from support.command_line import run_main, stagecast
 from support.harness import Running, running
 from support.postgres import fresh_database
+from support.provider_faults import closed_port
 from support.s3 import S3
 
 SECRET: Final = "a secret that is long enough for HS256"
@@ -141,3 +143,14 @@ async def test_check_reads_a_log_in_postgresql_and_images_in_s3_beside_a_running
     async with fresh_database() as other, running(s3.bucket(), log=other):
         refused = await run_main("check", STAGECAST_LOG=other, STAGECAST_IMAGES=images)
         assert (refused.code, "another log" in refused.errors) == (3, True)
+
+
+@pytest.mark.long
+async def test_check_of_a_bucket_out_of_reach_exits_with_3(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    with closed_port() as port:
+        unreachable: dict[str, Any] = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "id"}
+        unreachable |= {"AWS_SECRET_ACCESS_KEY": "secret", "STAGECAST_IMAGES": "s3://bucket/prefix"}
+        # Several: a thread of the client that outlives Python aborts the process only now and then.
+        for done in await asyncio.gather(*(stagecast("check", folder=tmp_path, **unreachable) for _ in range(3))):
+            assert (done.code, "the service cannot be reached" in done.errors) == (3, True), done

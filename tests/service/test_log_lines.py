@@ -1,6 +1,7 @@
 """What the service logs: a line for each thing an operator has to know, and nothing private at any level."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -91,7 +92,7 @@ async def test_every_line_at_debug_is_json_with_the_facts_and_nothing_private(tm
         {"method": "GET", "route": "/images/{name}", "status": 404, "code": "not_found"},
         {"method": "GET", "route": "/generations/{generation_id}", "status": 404, "code": "not_found", "user": "ada"},
         {"method": "POST", "route": "/generations/edit", "status": 422, "code": "invalid_request", "user": "ada"},
-        {"method": "POST", "route": "/users/{user_id:path}/credit", "status": 403, "code": "forbidden", "user": "ada"},
+        {"method": "POST", "route": "/users/{user_id}/credit", "status": 403, "code": "forbidden", "user": "ada"},
         {"method": "GET", "route": "unknown", "status": 404, "code": "not_found"},
     ]
     for each in requests:
@@ -169,6 +170,40 @@ async def test_responses_without_the_application_and_websockets_have_a_request_i
         async with websockets.connect(address, additional_headers={"X-Request-Id": "mine"}, **RAW_OPTIONS) as opened:
             assert opened.response is not None
             assert opened.response.headers.get_all("x-request-id") == ["mine"]
+
+
+async def test_a_refused_websocket_is_logged_and_counted_as_a_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "api.rest.request_log")
+    async with running(tmp_path) as service:
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            await websockets.connect(
+                f"ws://127.0.0.1:{service.port}/nowhere", additional_headers={"X-Request-Id": "mine"}, **RAW_OPTIONS
+            )
+        response = refused.value.response
+        assert (response.status_code, response.headers.get_all("x-request-id")) == (404, ["mine"])
+        assert json.loads(response.body)["code"] == "not_found"
+        assert (await service.http.get("/socket.io/?EIO=3&transport=polling")).status_code == 400
+        assert service.service.refused == {"not_found": 1, "bad_request": 1}
+    assert [vars(record)["fields"] for record in caplog.records] == [
+        {"method": "GET", "route": "unknown", "status": 404, "code": "not_found"},
+        {"method": "GET", "route": "/socket.io", "status": 400, "code": "bad_request"},
+    ]
+
+
+async def test_readiness_that_answers_no_is_no_refused_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "api.rest.request_log")
+    async with running(tmp_path) as service:
+        service.service.workflow.drain()
+        assert (await service.http.get("/health/ready")).json()["code"] == "draining"
+        assert service.service.refused == {}
+        assert (await service.http.post("/health/ready")).status_code == 405
+        assert service.service.refused == {"method_not_allowed": 1}
+    [line] = caplog.records
+    assert vars(line)["fields"]["status"] == 405
 
 
 @pytest.mark.parametrize(

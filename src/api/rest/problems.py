@@ -150,8 +150,11 @@ class Problems:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await problem(*_HTTP[404])(scope, receive, send)
             return
         scope["app"] = self._app
         started = False

@@ -19,6 +19,8 @@ _HEADER: Final = b"x-request-id"
 _ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 #: The messages that begin a response, the opening of a WebSocket among them.
 _BEGINNINGS: Final = ("http.response.start", "websocket.accept", "websocket.http.response.start")
+#: The answer to a probe, which refuses nothing. What is not ready is logged by the part that fails.
+_NOT_READY: Final = ("/health/ready", 503)
 
 
 class RequestLog:
@@ -51,13 +53,15 @@ class RequestLog:
         await self._app(scope, receive, send_with_id)
 
     def _log(self, scope: Scope, status: int) -> None:
-        code = PROBLEM.get() or ("bad_request" if status >= 400 else "")
-        if code:
+        if status < 400 and not logger.isEnabledFor(logging.DEBUG):
+            return
+        route = self._template(scope["path"].removeprefix(scope.get("root_path", "")))
+        code = ""
+        if status >= 400 and (route, status) != _NOT_READY:
+            code = PROBLEM.get() or "bad_request"
             self._refused[code] += 1
         level = logging.INFO if code else logging.DEBUG
-        if logger.isEnabledFor(level):
-            route = self._template(scope["path"].removeprefix(scope.get("root_path", "")))
-            fields = {"method": scope.get("method", "GET"), "route": route, "status": status}
-            fields |= {name: value for name, value in (("code", code), ("user", CALLER.get())) if value}
-            extra = {"fields": fields, "repeat_key": (level, code, route)}
-            logger.log(level, "request refused" if code else "request answered", extra=extra)
+        fields = {"method": scope.get("method", "GET"), "route": route, "status": status}
+        fields |= {name: value for name, value in (("code", code), ("user", CALLER.get())) if value}
+        extra = {"fields": fields, "repeat_key": (level, code, route)}
+        logger.log(level, "request refused" if code else "request answered", extra=extra)

@@ -82,7 +82,7 @@ class RouteTable:
         self._own = own
         others = [route for route in http.routes if not isinstance(route, Route)]
         self._others = Router(others, redirect_slashes=False)
-        self._other_segments = {_first_segment(str(getattr(route, "path", ""))) for route in others}
+        self._other_segments = {"socket.io", *(_first_segment(str(getattr(route, "path", ""))) for route in others)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. Raises what the endpoint raises; `HTTPException`: there is no such route."""
@@ -101,8 +101,8 @@ class RouteTable:
         raise HTTPException(405, headers={"Allow": ", ".join(methods).replace("GET", "GET, HEAD")})
 
     def template(self, path: str) -> str:
-        """The declared path of the route that answers this one, whatever the method; its first segment for files."""
-        found = next((route.path for route in self._own if route.path_regex.fullmatch(path)), None)
+        """The documented path of the route that answers this one, whatever the method; its first segment for others."""
+        found = next((route.path_format for route in self._own if route.path_regex.fullmatch(path)), None)
         first = _first_segment(path)
         return found or (f"/{first}" if first in self._other_segments else "unknown")
 
