@@ -202,6 +202,8 @@ def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
 
 def list_(user: str | None, kind: str | None, status: str | None, limit: int, as_json: bool, **remote: Any) -> None:
     """Print generations of a running service, newest first: of all users with a service token, else your own."""
+    from api.cli.display import event_line
+
     service = load_remote(remote)
     given = {"user": user, "kind": kind, "status": status, "limit": limit}
     query = urlencode({name: value for name, value in given.items() if value is not None}, errors="replace")
@@ -212,15 +214,10 @@ def list_(user: str | None, kind: str | None, status: str | None, limit: int, as
     try:
         for each in page["generations"]:
             if kind in (None, each["kind"]):  # A user's own are not filtered by the service.
-                print(json.dumps(each) if as_json else _line(each))
+                beginning = f"{each['createdAt']}  {each['generationId']}  {each['userId']}  "
+                print(json.dumps(each) if as_json else event_line(each, beginning))
     except (KeyError, TypeError, ValueError):
         raise client.not_stagecast(service.url) from None
-
-
-def _line(generation: dict[str, Any]) -> str:
-    from api.cli.display import event_line
-
-    return event_line(generation, f"{generation['createdAt']}  {generation['generationId']}  {generation['userId']}  ")
 
 
 def cancel(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803

@@ -53,34 +53,24 @@ def _families(service: "Service", waiting: int | None) -> Iterator[Metric]:
     attempts = service.webhooks.attempts if service.webhooks else {}
 
     yield _counts("generations", "Generations that have ended", recorder.ends, ("kind", "code"), _ENDS)
-    yield _gauge("running", "Generations that this node works on", runner.running)
+    yield GaugeMetricFamily("stagecast_running", "Generations that this node works on", runner.running)
     if waiting is not None:
-        yield _gauge("waiting", "Generations that wait for a worker, on all nodes", waiting)
+        yield GaugeMetricFamily("stagecast_waiting", "Generations that wait for a worker, on all nodes", waiting)
     yield _seconds("queue", "Seconds from the start of a generation until its work began", {(): runner.queue_seconds})
     yield _seconds("stage", "Seconds that a stage took", runner.stage_seconds, ("kind", "status"))
     yield _seconds("append", "Seconds that the log took for an append", {(): recorder.append_seconds})
-    yield _gauge("sockets", "Open Socket.IO connections", len(sockets.sockets))
-    yield _gauge("streams", "Open event streams", len(streams.open))
-    yield _count("events_sent", "Events sent to clients", service.hub.events_sent)
-    recoveries = service.feed_sessions.recoveries
-    yield _counts(
-        "recoveries", "Clients that came back with a position", recoveries, ("result",), ["recovered", "lost"]
-    )
+    yield GaugeMetricFamily("stagecast_sockets", "Open Socket.IO connections", len(sockets.sockets))
+    yield GaugeMetricFamily("stagecast_streams", "Open event streams", len(streams.open))
+    yield CounterMetricFamily("stagecast_events_sent", "Events sent to clients", service.hub.events_sent)
+    came_back, recoveries = "Clients that came back with a position", service.feed_sessions.recoveries
+    yield _counts("recoveries", came_back, recoveries, ("result",), ["recovered", "lost"])
     slow = sockets.slow_readers + streams.slow_readers
-    yield _count("slow_readers", "Clients disconnected because they did not read", slow)
+    yield CounterMetricFamily("stagecast_slow_readers", "Clients disconnected because they did not read", slow)
     yield _counts("webhook_attempts", "Webhooks sent", attempts, ("result",), ["delivered", "failed"])
     yield _counts("provider_calls", "Calls of a provider", calls, ("provider", "result"))
     yield _counts("refused", "HTTP requests that were refused", service.refused, ("code",))
-    yield _gauge("loop_lag_seconds", "How late the event loop is", service.lag.seconds)
-    yield _gauge("log_age_seconds", "Seconds since the log was last read", service.storage.age())
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"stagecast_{name}", text, value)
-
-
-def _count(name: str, text: str, value: int) -> Metric:
-    return CounterMetricFamily(f"stagecast_{name}", text, value)
+    yield GaugeMetricFamily("stagecast_loop_lag_seconds", "How late the event loop is", service.lag.seconds)
+    yield GaugeMetricFamily("stagecast_log_age_seconds", "Seconds since the log was last read", service.storage.age())
 
 
 def _counts(
