@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import pickle
 import time
 import types
 from collections.abc import AsyncIterator, Callable
@@ -150,6 +151,45 @@ async def test_images_may_be_paths_bytes_and_files(service: Running, connect: Op
         await client.run("edit", prompt="x", images=[tmp_path / "nothing.jpg"])
 
 
+@pytest.mark.parametrize("form", ["path", "text", "bytes", "file"])
+async def test_one_image_needs_no_list(service: Running, connect: Open, tmp_path: Path, form: str) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(PHOTO)
+    with path.open("rb") as file:
+        image = {"path": path, "text": str(path), "bytes": PHOTO, "file": file}[form]
+        started = await connect(service.url).call("start", "edit", prompt="x", images=image)
+    assert len(started.input.images) == 1
+
+
+async def test_one_image_url_needs_no_list(service: Running, connect: Open) -> None:
+    started = await connect(service.url).call("start", "edit", prompt="x", image_urls="https://example.org/a.png")
+    assert started.input.image_urls == ["https://example.org/a.png"]
+
+
+async def test_what_is_no_image_is_named(service: Running, connect: Open, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(PHOTO)
+    with path.open() as text, pytest.raises(TypeError, match="binary mode"):
+        await connect(service.url).run("edit", prompt="x", images=[text])
+    with pytest.raises(TypeError, match="binary mode"):
+        await connect(service.url).run("edit", prompt="x", images=[3])
+
+
+@pytest.mark.parametrize("options", [{"user_id": "a\nb"}, {"user_id": " "}, {"token": "a.b.c\n"}, {"token": "a\x00"}])
+async def test_what_no_header_can_have_is_named_at_once_and_not_shown(
+    service: Running, connect: Open, options: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError, match=r"The header (X-User-Id|Authorization) cannot have") as refusal:
+        await connect(service.url, **options).call("me")
+    assert options.get("token", "a.b.c") not in str(refusal.value)
+
+
+@pytest.mark.parametrize("url", ["localhost:3000", "ws://localhost:3000", ""])
+async def test_an_address_that_is_none_is_named_at_once(connect: Open, url: str) -> None:
+    with pytest.raises(ValueError, match="http://"):
+        connect(url)
+
+
 async def test_a_start_whose_answers_are_lost_is_sent_again_and_starts_one_generation(
     service: Running, proxy: Proxy, connect: Open, tmp_path: Path
 ) -> None:
@@ -256,8 +296,10 @@ async def test_a_failed_generation_is_raised_with_its_code(service: Running, con
     with pytest.raises(GenerationFailed) as failure:
         await running_edit
     assert failure.value.code == failure.value.generation.code == "cancelled"
-    assert str(failure.value) == failure.value.generation.error
+    assert str(failure.value) == failure.value.message == failure.value.generation.error
     assert failure.value.retryable is failure.value.generation.retryable
+    copy = pickle.loads(pickle.dumps(failure.value))  # As it passes from a worker process to its caller.
+    assert (str(copy), vars(copy)) == (str(failure.value), vars(failure.value))
     assert await client.call("cancel", seen[0].generation_id) == "already_finished"
 
 

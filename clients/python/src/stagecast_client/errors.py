@@ -1,6 +1,7 @@
 """What the client raises."""
 
-from typing import TYPE_CHECKING
+import copyreg
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stagecast_client.models import Generation
@@ -23,6 +24,10 @@ class StagecastError(Exception):
         self.field = field
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With all attributes, so that it passes from one process to another."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+
     @property
     def temporary(self) -> bool:
         """Whether the service did not answer, or cannot take the request now."""
@@ -40,9 +45,10 @@ class HistoryLost(StagecastError):
 
 
 class GenerationFailed(StagecastError):
-    """A generation failed: `code` says why, `retryable` whether another attempt may succeed."""
+    """A generation failed: `code` and `message` say why, `retryable` whether another attempt may succeed."""
 
     def __init__(self, generation: "Generation") -> None:
         super().__init__(generation.code or "internal", generation.error or generation.message)
         self.generation = generation
+        self.message = self.detail
         self.retryable = bool(generation.retryable)

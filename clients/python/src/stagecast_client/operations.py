@@ -4,8 +4,10 @@ An operation yields `Command` objects and is sent their results; transport error
 for each value that the caller iterates over, and returns its result.
 """
 
+import io
 import json
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Generic, Literal, TypeVar, Unpack
+from typing import Any, BinaryIO, Final, Generic, Literal, TypeVar, Unpack, cast
 from urllib.parse import quote
 
 import httpx2
@@ -40,6 +42,8 @@ Generations = list[Generation]
 
 #: Codes for which a new token is requested, once.
 _TOKEN_ERRORS: Final = ("unauthenticated", "invalid_token", "token_expired")
+#: What a header's value cannot have: control characters, and spaces at its ends.
+_UNSENDABLE: Final = re.compile(rb"[\x00-\x1f\x7f]|^\s|\s$")
 #: Seconds without a byte after which a stream counts as broken; the service sends a comment every 15.
 SILENCE: Final = 40.0
 #: Seconds between two attempts: it doubles up to the second value, and is taken at random around it.
@@ -53,7 +57,7 @@ class Send:
 
     method: str
     url: str
-    headers: dict[str, Any]
+    headers: dict[str, Any] = field(repr=False)  # It has the token.
     stream: bool = False
     content: dict[str, Any] = field(default_factory=dict)
 
@@ -140,6 +144,8 @@ class Operations:
     """The operations of one client."""
 
     def __init__(self, url: str, user_id: str | int | None, token: Token | None, retry_for: float) -> None:
+        if not url.lower().startswith(("http://", "https://")):
+            raise ValueError("The URL of the service has to begin with http:// or https://.")
         self._url = url.rstrip("/")
         self._user_id = user_id
         self._token = token
@@ -155,9 +161,12 @@ class Operations:
         for renewed in (False, True):
             if self._known_token is None and callable(self._token):
                 self._known_token = yield Call(self._token)
-            own: dict[str, Any] = {"Authorization": f"Bearer {self._known_token}"} if self._known_token else {}
+            own = {"Authorization": f"Bearer {self._known_token}".encode()} if self._known_token else {}
             if self._user_id is not None:
                 own["X-User-Id"] = str(self._user_id).encode()
+            for name, value in own.items():
+                if _UNSENDABLE.search(value):
+                    raise ValueError(f"The header {name} cannot have control characters, or spaces at its ends.")
             try:
                 response: httpx2.Response = yield Send(method, self._url + path, {**own, **headers}, stream, content)
             except httpx2.TransportError as error:
@@ -218,8 +227,8 @@ class Operations:
         kind: Kind,
         *,
         prompt: str,
-        images: Iterable[Image] = (),
-        image_urls: Iterable[str] = (),
+        images: Image | Iterable[Image] = (),
+        image_urls: str | Iterable[str] = (),
         runner: Literal["external"] | None = None,
         **options: Unpack[Options],
     ) -> Operation[Any, Generation]:
@@ -228,13 +237,14 @@ class Operations:
         Files are read once. `runner`: for services, an own pipeline does the work and reports it with `transition`.
         """
         key = options.pop("idempotency_key", None) or secrets.token_hex(16)
-        given = {"prompt": prompt, "image_urls": [*image_urls], **options}
+        urls = [image_urls] if isinstance(image_urls, str) else [*image_urls]
+        given = {"prompt": prompt, "image_urls": urls, **options}
         form: list[tuple[str, Any]] = [
             (camel_case(name), (None, value if isinstance(value, str) else json.dumps(value)))
             for name, value in given.items()
             if value is not None and value != []
         ]
-        chosen = [*images]
+        chosen = _images(images)
         form += [("images", file) for file in (yield ReadFiles(lambda: [*map(_file, chosen)]))]
         path = f"/generations/{kind}{'?runner=external' if runner else ''}"
         snapshot = yield from self._request("POST", path, headers={"Idempotency-Key": key}, files=form)
@@ -245,8 +255,8 @@ class Operations:
         kind: Kind,
         *,
         prompt: str,
-        images: Iterable[Image] = (),
-        image_urls: Iterable[str] = (),
+        images: Image | Iterable[Image] = (),
+        image_urls: str | Iterable[str] = (),
         on_progress: Callable[[Generation], Any] | None = None,
         **options: Unpack[Options],
     ) -> Operation[Any, Generation]:
@@ -415,15 +425,22 @@ def _path(generation_id: str) -> str:
     return f"/generations/{quote(generation_id, safe='').replace('.', '%2E')}"
 
 
+def _images(images: Image | Iterable[Image]) -> list[Image]:
+    """All images, or the only one."""
+    if isinstance(images, str | PathLike | bytes | bytearray | memoryview) or hasattr(images, "read"):
+        return [cast(Image, images)]
+    return [*images]
+
+
 def _file(image: Image) -> tuple[str, bytes]:
     """The name and the content of an image."""
     if isinstance(image, str | PathLike):
         return Path(image).name, Path(image).read_bytes()
     if isinstance(image, bytes | bytearray | memoryview):
         return "image", bytes(image)
+    if not hasattr(image, "read") or isinstance(image, io.TextIOBase):
+        raise TypeError("An image is a path, bytes, or a file that is opened in binary mode.")
     content = image.read()
-    if not isinstance(content, bytes):
-        raise TypeError("An image file has to be opened in binary mode.")
     name = getattr(image, "name", None)
     return Path(name).name if isinstance(name, str) else "image", content
 

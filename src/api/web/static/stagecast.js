@@ -108,7 +108,7 @@
  *   pollEvery?: number}} LiveOptions
  *   `io`: by default the global `io`; null: poll. `socket`: further options for `io`. `pollEvery`: milliseconds.
  * @typedef {ApiOptions & LiveOptions & Identity} ConnectOptions
- * @typedef {Options & {prompt?: string, images?: Blob[], imageNames?: string[], imageUrls?: string[],
+ * @typedef {Options & {prompt?: string, images?: Iterable<Blob>, imageNames?: readonly string[], imageUrls?: readonly string[],
  *   metadata?: Metadata}} GenerationRequest
  * @typedef {(url: string, options: RequestInit) => Promise<Response>} Fetch
  * @typedef {{idempotencyKey?: string, attempts?: number, runner?: "external", signal?: AbortSignal,
