@@ -28,7 +28,6 @@ from domain.stage_times import StageTimes
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.thumbnails import Thumbnails
-from domain.user_removal import UserRemoval
 from domain.workflow import Workflow
 
 logger = logging.getLogger(__name__)
@@ -84,8 +83,8 @@ class Service:
             entropy=entropy,
             limits=limits,
             supervisor=self.supervisor,
+            sessions=self.sessions,
         )
-        self.user_removal = UserRemoval(workflow=self.workflow, sessions=self.sessions, quotas=storage.quotas)
         self.stage_times = StageTimes()
         self.runner = Runner(
             supervisor=self.supervisor,

@@ -204,38 +204,22 @@ class Generation:
         """As it is after its next event, with the names of the pictures that this brings. Does not check either."""
         given = _OUTCOME & event.model_fields_set
         found = {name: value for name in given if (value := getattr(event, name)) is not None}
-        return Generation(
-            self.generation_id,
-            self.kind,
-            self.user_id,
-            self.request,
-            event.status,
-            event.progress,
-            event.sequence,
-            event.message,
-            self.created_at or event.occurred_at,
-            event.occurred_at,
-            {**self.outcome, **found} if found else self.outcome,
-            {**self.images, **images} if images else self.images,
-            event.input or self.input,
-        )
+        constant = self.generation_id, self.kind, self.user_id, self.request
+        stage = event.status, event.progress, event.sequence, event.message
+        times = self.created_at or event.occurred_at, event.occurred_at
+        outcome = {**self.outcome, **found} if found else self.outcome
+        images = {**self.images, **images} if images else self.images
+        return Generation(*constant, *stage, *times, outcome, images, event.input or self.input)
 
     def snapshot(self, expires_at: str | None = None, queue_position: int | None = None) -> Snapshot:
         """What clients get. `expires_at`: when a finished generation is removed."""
+        given = self.input
         return Snapshot(
-            generation_id=self.generation_id,
-            user_id=self.user_id,
-            kind=self.kind,
-            status=self.status,
-            progress=self.progress,
-            message=self.message,
-            sequence=self.sequence,
-            created_at=self.created_at,
-            updated_at=self.updated_at,
+            **{name: getattr(self, name) for name in _SAME},
             expires_at=expires_at,
             queue_position=queue_position,
             metadata=self.request.metadata,
-            input=self.input.model_copy(update={"images": []}) if self.input and self._ended_waiting else self.input,
+            input=given.model_copy(update={"images": []}) if given and self._ended_waiting else given,
             **self.outcome,
         )
 
@@ -298,3 +282,7 @@ class Generation:
                 "failed_stage": self.status if status == FAILED else None,
             }
         )
+
+
+#: What a `Snapshot` has just as its `Generation`.
+_SAME: Final = tuple(name for name in _Header.model_fields if name in Generation.__slots__)

@@ -6,12 +6,12 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from pydantic_core import to_json
 
@@ -24,6 +24,7 @@ from domain.errors import (
     ImageRefusal,
     InsufficientCredit,
     LogUnavailable,
+    NotFinished,
     NotFound,
     QueueFull,
     StorageLimit,
@@ -40,6 +41,7 @@ from domain.ports.leases import Leases
 from domain.ports.ledger import Ledger
 from domain.ports.log import EventLog, History, Start
 from domain.ports.retention import Retention
+from domain.ports.sessions import Sessions
 from domain.ports.system import Clock, Entropy
 from domain.recorder import Recorder, log_fields
 from domain.rehydrate import generation_of, readable_part_of
@@ -49,8 +51,6 @@ from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
-
-_Result = TypeVar("_Result")
 
 _ID_PREFIX: Final[dict[Kind, str]] = {"edit": "edit", "generate": "gen"}
 
@@ -93,6 +93,7 @@ class Workflow:
     entropy: Entropy
     limits: Limits
     supervisor: Supervisor
+    sessions: Sessions
 
     def __post_init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -201,44 +202,33 @@ class Workflow:
         with _Interruptible(self._arriving):
             size = sum([*(upload.size for upload in uploads), *await self._sizes(user_id, request.images)])
             reserved = await self.admission.reserve(user_id, size=size, external=request.external)
-        with reserved:
-            return await self._accept(user_id, kind, request, uploads, key, size)
-
-    async def _accept(
-        self,
-        user_id: str,
-        kind: Kind,
-        request: GenerationRequest,
-        uploads: Sequence[Upload],
-        key: str | None,
-        size: int,
-    ) -> Snapshot:
         generation_id = f"{_ID_PREFIX[kind]}_{int(self.clock().timestamp() * 1000)}_{self.entropy.token()}"
-        try:
-            with _Interruptible(self._admitting):
-                fingerprint = "" if key is None else await self._fingerprint(kind, request, uploads)
-                names = [await self._admit(user_id, generation_id, *each) for each in enumerate(uploads)]
-                names += [await self._copy(user_id, generation_id, *each) for each in enumerate(request.images)]
+        with reserved:
+            try:
+                with _Interruptible(self._admitting):
+                    fingerprint = "" if key is None else await self._fingerprint(kind, request, uploads)
+                    names = [await self._admit(user_id, generation_id, *each) for each in enumerate(uploads)]
+                    names += [await self._copy(user_id, generation_id, *each) for each in enumerate(request.images)]
+                    if names:
+                        await self.admission.check_stored(user_id, size, generation_id)
+                if self._closed:
+                    raise Draining
                 if names:
-                    await self.admission.check_stored(user_id, size, generation_id)
-            if self._closed:
-                raise Draining
-            if names:
-                request = request.model_copy(update={"images": tuple(names)})
-            start = Start(kind, to_json(request), key, fingerprint, self.limits.max_per_user, request.external)
-            generation = await self.recorder.start(Generation(generation_id, kind, user_id, request), start)
-        except LogUnavailable:
-            self._reconcile(generation_id)
-            raise
-        except BaseException:
-            await self.images.remove(generation_id)
-            raise
-        logger.info("generation started", extra={"fields": log_fields(generation)})
-        try:
-            await self._offer(generation)
-        except Exception:  # It is in the log, and so accepted.
-            self._reconcile(generation_id)
-        return await self._show_one(generation)
+                    request = request.model_copy(update={"images": tuple(names)})
+                start = Start(kind, to_json(request), key, fingerprint, self.limits.max_per_user, request.external)
+                generation = await self.recorder.start(Generation(generation_id, kind, user_id, request), start)
+            except LogUnavailable:
+                self._reconcile(generation_id)
+                raise
+            except BaseException:
+                await self.images.remove(generation_id)
+                raise
+            logger.info("generation started", extra={"fields": log_fields(generation)})
+            try:
+                await self._offer(generation)
+            except Exception:  # It is in the log, and so accepted.
+                self._reconcile(generation_id)
+            return await self._show_one(generation)
 
     async def _offer(self, generation: Generation) -> None:
         if not generation.request.external:
@@ -254,13 +244,9 @@ class Workflow:
             else:
                 await self._offer(readable_part_of(history))
 
-        self._spawn(self.supervisor.keep("starts", reconcile))
-
-    def _spawn(self, work: Coroutine[Any, Any, _Result]) -> asyncio.Task[_Result]:
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(self.supervisor.keep("starts", reconcile))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _admit(self, user_id: str, generation_id: str, index: int, upload: Upload) -> str:
         try:
@@ -315,6 +301,27 @@ class Workflow:
         await self._summary(user_id, generation_id)
         await self.retention.remove(generation_id, retention=False)
         await self.images.remove(generation_id)
+
+    async def remove_user(self, user_id: str) -> None:
+        """Remove a user with everything that is stored of it; unfinished work is cancelled.
+
+        An unknown user is removed already. A start that comes meanwhile is that of a new user.
+
+        Raises:
+            LogUnavailable: some of it may have been removed. Try again.
+        """
+        await self.started(user_id)
+        generation_ids: Sequence[str] | None = None
+        while generation_ids is None:
+            for history in await self.log.generations(user_id, active=True, limit=1_000):
+                await self.recorder.end(history.generation_id, Failure("cancelled"))
+                await self.leases.withdraw(history.generation_id)
+            with suppress(NotFinished):  # It has started since.
+                generation_ids = await self.retention.remove_user(user_id)
+        await self.sessions.end_all(user_id)
+        await self.images.quotas.forget_starts(user_id)
+        for generation_id in generation_ids:
+            await self.images.remove(generation_id)
 
     async def history(self, user_id: str, generation_id: str) -> History:
         """This user's generation with all its events. Raises `NotFound`."""

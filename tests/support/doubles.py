@@ -14,6 +14,7 @@ from typing import NamedTuple
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.log import MemoryLog
 from adapters.memory.quotas import MemoryQuotas
+from adapters.memory.sessions import MemorySessions
 from adapters.system import SystemEntropy, now
 from domain.admission import Admission, Limits
 from domain.errors import Failure, FailureCode, InvalidImage, LogUnavailable
@@ -492,6 +493,7 @@ class InMemoryBackend:
             entropy=self.entropy,
             limits=limits,
             supervisor=self.supervisor,
+            sessions=MemorySessions(timedelta(days=1)),
         )
         self.runner = Runner(
             supervisor=self.supervisor,

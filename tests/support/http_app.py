@@ -36,7 +36,6 @@ from domain.stage_times import StageTimes
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.thumbnails import Thumbnails
-from domain.user_removal import UserRemoval
 from domain.workflow import Workflow
 from support.builders import image_url
 
@@ -174,6 +173,7 @@ async def serve_api(
         entropy=SystemEntropy(),
         limits=limits,
         supervisor=Supervisor(),
+        sessions=MemorySessions(timedelta(days=1)),
     )
 
     async def readiness() -> tuple[str | None, dict[str, str]]:
@@ -183,7 +183,6 @@ async def serve_api(
     app = FastAPI(title="Stagecast", redirect_slashes=False, routes=routes)
     app.state.service = SimpleNamespace(
         workflow=workflow,
-        user_removal=UserRemoval(workflow=workflow, sessions=MemorySessions(timedelta(days=1)), quotas=stored.quotas),
         authenticator=Authenticator(None, now),
         thumbnails=Thumbnails(stored, FakeIntake()),
         stage_times=StageTimes(),

@@ -9,7 +9,7 @@ from api.rest import bodies, routes
 from api.rest.generations import IdempotencyKey
 from api.rest.problems import documented
 from api.rest.schemas import Account, Grant, json_response
-from api.rest.state import Removals, UseCases
+from api.rest.state import UseCases
 from domain.identity import user_id as valid_user_id
 
 router: Final = routes.router("accounts")
@@ -41,10 +41,10 @@ async def grant_credit(request: Request, user_id: str, workflow: UseCases, key: 
     responses=documented(*PROBLEMS),
     dependencies=[service_only],
 )
-async def delete_user(user_id: str, removals: Removals) -> Response:
+async def delete_user(user_id: str, workflow: UseCases) -> Response:
     """Remove a user: generations, images, sessions, idempotency keys and the balance. For services.
 
     Unfinished work is cancelled first. An unknown user is removed already.
     """
-    await removals.remove(valid_user_id(user_id))
+    await workflow.remove_user(valid_user_id(user_id))
     return Response(status_code=204)

@@ -9,7 +9,6 @@ from domain.feed_sessions import FeedSessions
 from domain.overview import Overview
 from domain.stage_times import StageTimes
 from domain.thumbnails import Thumbnails
-from domain.user_removal import UserRemoval
 from domain.workflow import Workflow
 
 
@@ -20,7 +19,6 @@ def _state(name: str) -> Any:
     return Depends(get)
 
 
-Removals = Annotated[UserRemoval, _state("user_removal")]
 Times = Annotated[StageTimes, _state("stage_times")]
 UseCases = Annotated[Workflow, _state("workflow")]
 Overviews = Annotated[Overview, _state("overview")]
