@@ -332,6 +332,31 @@ async def test_a_node_that_started_a_moment_ago_is_known_at_once(nodes: list[Run
         assert (await nodes[0].http.post(f"{PATH}&sid={sid}", content="1")).text == "ok"
 
 
+async def test_a_node_that_ends_while_it_passes_requests_on_logs_no_failure(
+    nodes: list[Running], set_wait: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_wait(0)
+    owner = nodes[0]
+    polling, relayed = await opened(owner), await opened(owner)
+    for sid in (polling, relayed):
+        await owner.http.post(f"{PATH}&sid={sid}", content='40{"userId":"eve"}')
+        assert (await owner.http.get(f"{PATH}&sid={sid}")).text.startswith("40{")
+    overrides = {"images": InMemoryImages()}
+    async with running(tmp_path, log=owner.service.settings.log, overrides=overrides) as ending:
+        poll = asyncio.create_task(ending.http.get(f"{PATH}&sid={polling}"))
+        await owner.until(lambda: sessions(owner)[polling]._polling)
+        async with upgrading(ending, relayed) as connection:
+            await connection.send("5")
+            await owner.until(lambda: sessions(owner)[relayed].upgraded)
+            ending.server.begin_shutdown(now=True)
+            await ending.until(lambda: not ending.server.server_state.tasks)
+        with contextlib.suppress(httpx2.TransportError):
+            assert (await poll).status_code == 400
+    assert [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"] == []
+    await close(owner, polling)
+    await owner.until_all_disconnected()
+
+
 @asynccontextmanager
 async def in_place_of(node: Running, answer: Callable[..., Any] | int) -> AsyncIterator[str]:
     """A server, or a port, at the address of an invented node in the list of nodes: its id."""

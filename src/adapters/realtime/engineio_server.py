@@ -3,6 +3,7 @@
 python-engineio brings the packets, their encoding and the table of sessions.
 """
 
+import asyncio
 import contextlib
 import logging
 import urllib.parse
@@ -151,7 +152,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
             await receive()
             with connection():
                 held = await peers.relay(sid, partial(accept, scope, send), receive, send)
-        except Unreachable:
+        except (Unreachable, asyncio.CancelledError):  # Cancelled: this node shuts down.
             return _unknown()
         if held is None:
             await close(scope, send)

@@ -115,7 +115,7 @@ class Peers:
                 stack.push_async_callback(owner.close)
                 owner.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _MAX_UNREAD)
             await accept()
-            with contextlib.suppress(Unreachable, *_FAILURES):
+            with contextlib.suppress(Unreachable, asyncio.CancelledError, *_FAILURES):
                 async with asyncio.timeout(_UPGRADE_TIMEOUT):
                     await _pass_up(receive, owner)  # The probe.
                     await _pass_down(owner, send)
