@@ -43,6 +43,11 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
         yield service
 
 
+async def no_checks(tab: Tab, off: bool = True) -> None:
+    """The page does not check the connection each second while it sends pictures."""
+    await tab["#upload"].evaluate("(upload, off) => { upload.hidden = !off; }", off)
+
+
 @asynccontextmanager
 async def half_open(browser: Browser, service: Running, user: str, *scripts: str) -> AsyncIterator[tuple[Tab, Proxy]]:
     """A tab whose connection died unnoticed while it showed a generation, which has finished meanwhile."""
@@ -59,6 +64,7 @@ async def half_open(browser: Browser, service: Running, user: str, *scripts: str
         await expect(tab["#bar"]).to_have_attribute("aria-valuenow", "60")
         if not scripts:
             await tab.upgraded()
+        await no_checks(tab)
         proxy.strike("half_open")
         async with service.phone(user) as phone:
             [generation] = (await service.get("/generations", user))["generations"]
@@ -83,6 +89,16 @@ async def test_a_dead_connection_is_replaced_when_the_page_is_used(browser: Brow
         await tab.is_connected("live")
         await tab.page.mouse.move(300, 300)
         await tab.shows("completed", "used")
+        await expect(tab["#notice"]).to_contain_text("Back: 2 events you missed.")
+
+
+async def test_a_dead_connection_is_replaced_when_the_page_is_only_looked_at(
+    browser: Browser, service: Running
+) -> None:
+    async with half_open(browser, service, "watched") as (tab, _):
+        await tab.is_connected("live")
+        await no_checks(tab, off=False)
+        await tab.shows("completed", "watched")
         await expect(tab["#notice"]).to_contain_text("Back: 2 events you missed.")
 
 
@@ -115,6 +131,7 @@ async def test_many_signals_cause_one_check_and_keep_a_working_connection(browse
         await tab.is_connected()
         await tab.upgraded()
         [socket] = sockets
+        await no_checks(tab)
         socket.on("framesent", lambda frame: sent.append(str(frame)))
         # Without the clock: after a jump of it, Socket.IO itself disconnects.
         each = [script for signal, script in SIGNALS.items() if signal != "clock"]

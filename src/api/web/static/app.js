@@ -79,6 +79,7 @@ function renderNow(force = false) {
 }
 
 setInterval(() => {
+  connection.tick(stagecast);
   stage.tick();
   lists.tick();
   gallery.tick();

@@ -17,16 +17,23 @@ let cut = false;
 let pollingDismissed = false;
 /** Hides the notice after a while. @type {any} */
 let hideTimer;
-/** When the connection was checked last because the page was used, and the timer of the next check. */
+/** When the connection was checked last, and the timer of the next check. */
 let [checkedAt, nextCheck] = [0, /** @type {any} */ (undefined)];
 
-/** Has the client module check a connection that may have died without a close, every two seconds at most. */
+/** Has the client module check a connection that may have died without a close, once a second at most. */
 function check(/** @type {Stagecast} */ stagecast) {
   nextCheck ??= setTimeout(() => {
     [checkedAt, nextCheck] = [Date.now(), undefined];
     if (stagecast.state === "live") document.dispatchEvent(new Event("resume"));
-  }, checkedAt + 2_000 - Date.now());
+  }, checkedAt + 1_000 - Date.now());
 }
+
+/** Whether pictures use the network or the processor so much that the answer to a check may be late. */
+const isBusy = () => Boolean(document.querySelector('#upload:not([hidden]), #tray [aria-busy="true"]')) ||
+  [...document.images].some(({ complete, hidden, loading, src }) => src && !complete && !hidden && loading !== "lazy");
+
+/** Checks the connection each second while the page is looked at. @param {Stagecast} stagecast */
+export const tick = (stagecast) => document.hidden || isBusy() || check(stagecast);
 
 /** @param {import("./stagecast.js").State} state @returns {Notice | undefined} */
 function noticeFor(state) {
@@ -89,7 +96,7 @@ export function init(stagecast) {
     stagecast.cut();
     render(stagecast);
   });
-  // Whoever uses the page soon sees whether it is still connected.
+  // Also while pictures are sent: whoever uses the page soon sees whether it is still connected.
   for (const name of ["pointerdown", "pointermove", "wheel", "keydown"]) {
     addEventListener(name, () => check(stagecast), { passive: true });
   }
