@@ -5,10 +5,12 @@ import logging
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from itertools import islice
 from typing import Any, Final
+
+from adapters import DESCRIPTOR, TRANSPORT
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,11 @@ class ConnectionTable:
             self._unplace(transport)
             self._place(transport, host)
         return not transport.is_closing()
+
+    def extensions(self, transport: asyncio.Transport) -> dict[str, Any]:
+        """The extensions of the ASGI scopes of this transport's requests."""
+        attribute, descriptor = partial(self.attribute, transport), partial(self.descriptor, transport)
+        return {TRANSPORT: transport, ATTRIBUTE: attribute, DESCRIPTOR: descriptor}
 
     def remove(self, transport: asyncio.Transport) -> None:
         """Stop counting this transport, if it is counted."""

@@ -13,8 +13,7 @@ from typing import Any, Final
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from adapters import DESCRIPTOR, TRANSPORT
-from adapters.serving.connection_table import ATTRIBUTE, ConnectionTable
+from adapters.serving.connection_table import ConnectionTable
 
 logger = logging.getLogger(__name__)
 
@@ -211,10 +210,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Called by uvicorn for each request."""
-        attribute = partial(self._table.attribute, self.transport)
-        extensions: dict[str, Any] = {ATTRIBUTE: attribute, TRANSPORT: self.transport}
-        extensions[DESCRIPTOR] = partial(self._table.descriptor, self.transport)
-        cycle.scope["extensions"] = extensions
+        cycle.scope["extensions"] = self._table.extensions(self.transport)
         super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
 
     async def _answer(self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any) -> None:

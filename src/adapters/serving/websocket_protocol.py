@@ -1,7 +1,6 @@
 """uvicorn's WebSocket protocol with limits for hostile clients, and with its transport for the application."""
 
 import logging
-from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -9,8 +8,8 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.http11 import Response
 
-from adapters import DESCRIPTOR, TRANSPORT, WRITE_FRAME
-from adapters.serving.connection_table import ATTRIBUTE, ConnectionTable
+from adapters import WRITE_FRAME
+from adapters.serving.connection_table import ConnectionTable
 from adapters.serving.http_protocol import problem
 
 logger = logging.getLogger(__name__)
@@ -65,11 +64,9 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
             extensions: dict[str, Any] = dict(self.scope.get("extensions") or {})
-            ours = {TRANSPORT: self.transport, ATTRIBUTE: partial(self._table.attribute, self.transport)}
-            ours[DESCRIPTOR] = partial(self._table.descriptor, self.transport)
             if not self.conn.extensions:  # Compressed frames differ from one WebSocket to another.
                 extensions[WRITE_FRAME] = self._write_frame
-            self.scope["extensions"] = extensions | ours
+            self.scope["extensions"] = extensions | self._table.extensions(self.transport)
 
     def _write_frame(self, frame: bytes) -> bool:
         """Write a finished frame past `send`. False: not now, as the client has not read the last ones, or has left."""
