@@ -42,8 +42,7 @@ class PillowComposer:
                 sheet = await run(blank, "RGB", SHEET, "white")
                 for load, box in zip(pictures, arrange(sizes), strict=True):
                     await run(_paste, sheet, await load(), box)
-                composed: Picture = await run(encode, sheet)
-                return composed
+                return await run(encode, sheet)
         except Unreadable:
             raise Failure("invalid_image") from None
 

@@ -71,8 +71,7 @@ class PillowIntake:
             cost = await run(_cost, await read(content))
         async with self._threads.turn(cost) as run:
             try:
-                picture: Picture = await run(work, await read(content))
-                return picture
+                return await run(work, await read(content))
             except Unreadable:
                 raise InvalidImage from None
 

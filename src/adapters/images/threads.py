@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
 
 from domain.errors import Draining
 from domain.identity import WORKING_FOR
@@ -30,6 +30,12 @@ _LARGE: Final = 16_000_000
 
 #: Returns free memory to the system, of which glibc would keep hundreds of MB. After a turn, whose steps use it again.
 _TRIM: Final = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+class Run(Protocol):
+    """Runs a call on the thread of a turn."""
+
+    def __call__(self, function: Callable[[*Args], Result], *args: *Args) -> Awaitable[Result]: ...
 
 
 @dataclass(eq=False)
@@ -71,11 +77,10 @@ class ImageThreads:
     async def run(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
         """Run the function on a thread. If cancelled while it waits, it is never started."""
         async with self.turn() as run:
-            result: Result = await run(function, *args)
-            return result
+            return await run(function, *args)
 
     @asynccontextmanager
-    async def turn(self, cost: int = _USUAL) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    async def turn(self, cost: int = _USUAL) -> AsyncIterator[Run]:
         """Wait for a thread, and yield a function that runs calls on it. Load data inside, not while waiting.
 
         `cost`: pixels times passes over them. Raises `Draining` once the threads are closed.
