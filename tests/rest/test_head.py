@@ -31,7 +31,10 @@ async def test_head_answers_every_route_as_get_does_without_the_body(service: Ru
     paths += ["/", "/docs", "/openapi.json", "/static/index.html", "/static/", "/nothing", "/generations/edit_1_x"]
     answered = set()
     for path in [*paths, "/events?after=nonsense", "/generations?limit=x"]:
-        get, head = await service.http.get(path), await service.http.head(path)
+        get, head = [
+            await service.http.request(method, path, headers={"Accept-Encoding": "identity"})
+            for method in ("GET", "HEAD")
+        ]
         answered.add(get.status_code)
         assert head.status_code == get.status_code, path
         changing = ("date", "x-request-id")

@@ -79,7 +79,7 @@ ROUTES: Final[dict[tuple[str, str], One | str]] = {
     ("GET", "/health/live"): PUBLIC,
     ("GET", "/health/ready"): PUBLIC,
     ("GET", "/"): PUBLIC,
-    ("GET", "/static"): PUBLIC,
+    ("GET", "/static/{path:path}"): PUBLIC,
     ("GET", "/admin"): PUBLIC,
     ("GET", "/docs"): PUBLIC,
     ("GET", "/openapi.json"): PUBLIC,
