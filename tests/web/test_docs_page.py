@@ -13,7 +13,7 @@ from playwright.async_api import Browser, expect
 from api.web import docs
 from support.asyncapi import check_message
 from support.browser import needs_chromium
-from support.harness import JSON, Running, running
+from support.harness import JSON, PHOTO, Running, running
 from support.node import ROOT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -48,6 +48,12 @@ async def test_the_viewer_makes_no_foreign_request_and_keeps_to_its_policy(servi
     await page.click("text=Try it out")
     await page.click("text=Execute")
     await expect(page.locator(".live-responses-table td.response-col_status").last).to_have_text(re.compile("200"))
+    edit = page.locator(".opblock-post").first
+    await edit.locator(".opblock-summary-control").click()
+    await edit.locator("text=Try it out").click()
+    await edit.locator("input[type=file]").set_input_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": PHOTO})
+    await edit.locator("text=Execute").click()
+    await expect(edit.locator(".live-responses-table td.response-col_status").last).to_have_text(re.compile("202"))
     await page.close()
     assert errors == []
     assert [url for url in urls if not url.startswith((f"{service.url}/", "data:"))] == []

@@ -108,9 +108,11 @@ _Files = list[Annotated[Any, BeforeValidator(_upload), WithJsonSchema({"type": "
 HttpUrl = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "uri"}), AfterValidator(_http_url)]
 
 
-def _several(description: str, **options: Any) -> Any:
+def _several(description: str) -> Any:
     """A field with any number of values."""
-    return Field(default_factory=list, json_schema_extra={"maxItems": MAX_IMAGES}, description=description, **options)
+    limits = {"maxItems": MAX_IMAGES}
+    # The viewer of /docs fills its form with the examples.
+    return Field(default_factory=list, json_schema_extra=limits, description=description, examples=[[]])
 
 
 class GenerateForm(Options):
@@ -139,7 +141,7 @@ class GenerateForm(Options):
     image_urls: Annotated[
         list[HttpUrl],
         BeforeValidator(_list),
-        _several("the field repeated, or once with a JSON array", examples=[["https://example.com/face.jpg"]]),
+        _several("the field repeated, or once with a JSON array"),
     ]
     metadata: Annotated[
         dict[str, JsonValue] | None,
@@ -161,6 +163,7 @@ class EditForm(GenerateForm):
         Field(
             json_schema_extra={"minimum": 0, "maximum": MAX_IMAGES - 1},
             description="the index of the face among all images: first files, then `imageNames`, then `imageUrls`",
+            examples=[0],
         ),
     ] = None
 
