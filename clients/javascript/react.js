@@ -137,7 +137,15 @@ export function useGeneration(id) {
   const get = () => (id === undefined ? undefined : current()?.get(id));
   const generation = useSyncExternalStore(subscribe, get, () => undefined);
   useEffect(() => {
-    if (id !== undefined && !get()) actions.load(id).catch(() => {});
-  }, [id, actions]);
+    if (id === undefined) return;
+    let idle = true; // No request is on its way, and the service has not answered that there is none.
+    const load = () => {
+      if (!idle || get()) return;
+      idle = false;
+      actions.load(id).then(() => true, ({ code }) => code !== "not_found").then((again) => { idle = again; });
+    };
+    load();
+    return subscribe(load); // Again when the connection is back, and when its first snapshot has replaced the list.
+  }, [id, actions, subscribe]);
   return generation;
 }

@@ -9,7 +9,7 @@ import {
 
 const { STAGECAST_PACKAGE: folder } = process.env;
 const { StagecastProvider, useGeneration, useGenerations } = await import(`${folder}/dist/react.js`);
-const { connect } = await import(`${folder}/dist/stagecast.js`);
+const { api, connect } = await import(`${folder}/dist/stagecast.js`);
 
 after(closeAll);
 
@@ -132,6 +132,36 @@ test("in a browser", async (context) => {
     await until(() => text("b") === "completed");
     await act(() => root.render(app({ url: openUrl, userId: ada, token: () => "" }, one("edit_1"))));
     assert.equal(text("b"), "unknown");
+    await act(() => root.unmount());
+  });
+
+  await context.test("a generation that could not be requested is requested again when the connection is back", async () => {
+    const [userId, counter] = [newUser(), await counting(openUrl)];
+    const http = api({ url: openUrl, userId });
+    const ids = [];
+    while (ids.length < 22) { // More than the service names when a client connects.
+      const { generationId } = await http.start("edit", requestFields(), { runner: "external" });
+      await http.cancel(generationId);
+      ids.push(generationId);
+    }
+    let requests = 0;
+    counter.proxy.dropsResponse = (head) => head.includes(`GET /generations/${ids[0]}`) && ++requests <= 2;
+    const root = createRoot(container);
+    await act(() => root.render(app({ url: counter.url, userId }, bars(), one(ids[0]))));
+    await until(() => requests >= 2 && text("p").startsWith("live"));
+    counter.proxy.cut();
+    await until(() => text("b") === "failed");
+    let streams = 0;
+    requests = 0;
+    counter.proxy.dropsResponse = (head) => {
+      requests += head.includes("GET /generations/edit_0");
+      streams += head.includes("text/event-stream");
+    };
+    await act(() => root.render(app({ url: counter.url, userId }, bars(), one("edit_0_aaaaaaaaaaaaaaaa"))));
+    await until(() => requests === 1);
+    counter.proxy.cut();
+    await until(() => streams === 1 && text("p").startsWith("live"));
+    assert.deepEqual([text("b"), requests], ["unknown", 1]);
     await act(() => root.unmount());
   });
 

@@ -49,6 +49,9 @@ async function use() {
   exactly<Generation>()(generation, true);
   exactly<unknown>()(generation.metadata?.title, true);
   exactly<string[] | undefined>()(generation.input?.images, true);
+  await stagecast.start("edit", { images: new DataTransfer().files, imageNames: ["a"] as readonly string[] });
+  // @ts-expect-error names are no files
+  await stagecast.start("edit", { images: ["photo.jpg"] });
   // @ts-expect-error an unknown kind
   await stagecast.start("paint", { prompt: "a hat" });
   // @ts-expect-error an unknown field

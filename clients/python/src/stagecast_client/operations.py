@@ -462,11 +462,13 @@ def _error_of(response: httpx2.Response) -> StagecastError:
         problem = None
     if not isinstance(problem, dict):
         problem = {}
+    errors = problem.get("errors")
+    errors = errors if isinstance(errors, list) else []  # A gateway's may be anything.
     retry_after = response.headers.get("retry-after", "")
     return StagecastError(
         problem.get("code", f"http_{response.status_code}"),
         problem.get("detail", f"The service answered {response.status_code}."),
         status=response.status_code,
-        field=next((each["field"] for each in problem.get("errors", ())), None),
+        field=next((each["field"] for each in errors if isinstance(each, dict) and "field" in each), None),
         retry_after=float(retry_after) if retry_after.isdecimal() else None,
     )
