@@ -56,8 +56,8 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         ],
     )
     http.state.service = service
-    page.install(http, settings)
-    docs.install(http, settings)
+    placed = page.install(http, settings)
+    docs.install(http, settings, placed)
     routes = problems.Problems(http)
     hosts = None if settings.allow_open else settings.allowed_hosts
     prefix = settings.path_prefix

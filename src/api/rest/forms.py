@@ -110,7 +110,7 @@ HttpUrl = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "ur
 
 def _several(description: str) -> Any:
     """A field with any number of values."""
-    limits = {"maxItems": MAX_IMAGES}
+    limits: dict[str, JsonValue] = {"maxItems": MAX_IMAGES}
     # The viewer of /docs fills its form with the examples.
     return Field(default_factory=list, json_schema_extra=limits, description=description, examples=[[]])
 

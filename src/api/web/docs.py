@@ -3,6 +3,7 @@
 ``/docs`` is a plain list of the operations. Swagger UI replaces it where npm has brought that.
 """
 
+from collections.abc import Callable
 from functools import cache
 from html import escape
 from typing import Any, Final
@@ -21,38 +22,37 @@ _HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
 }
 _VIEWER: Final = """
-<link rel="stylesheet" href="{prefix}/static/vendor/swagger-ui.css">
-<script src="{prefix}/static/vendor/swagger-ui-bundle.js" defer></script>
-<script src="{prefix}/static/docs.js" defer></script>"""
+<link rel="stylesheet" href="/static/vendor/swagger-ui.css">
+<script src="/static/vendor/swagger-ui-bundle.js" defer></script>
+<script src="/static/docs.js" defer></script>"""
 _PAGE: Final = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Stagecast: HTTP operations</title>
-<link rel="icon" href="{prefix}/static/icon.svg">{viewer}
-<main id="docs" data-openapi="{prefix}/openapi.json">
+<link rel="icon" href="/static/icon.svg">{viewer}
+<main id="docs" data-openapi="/openapi.json">
 <h1>HTTP operations</h1>
-<p>In full: <a href="{prefix}/openapi.json">OpenAPI</a>. The events: <a href="{prefix}/asyncapi.json">AsyncAPI</a>.</p>
+<p>In full: <a href="/openapi.json">OpenAPI</a>. The events: <a href="/asyncapi.json">AsyncAPI</a>.</p>
 <ul>{operations}</ul>
 </main>
 </html>"""
 
 
-def page(openapi: dict[str, Any], prefix: str, *, viewer: bool) -> str:
-    """The page. `prefix`: the path that every path of the service begins with."""
+def page(openapi: dict[str, Any], *, viewer: bool) -> str:
+    """The page, with paths as without a prefix."""
     operations = "\n".join(
         f"<li><code>{method.upper()} {escape(path)}</code> {escape(operation['description'].splitlines()[0])}</li>"
         for path, methods in openapi["paths"].items()
         for method, operation in methods.items()
     )
-    prefix = escape(prefix)
-    return _PAGE.format(prefix=prefix, operations=operations, viewer=_VIEWER.format(prefix=prefix) if viewer else "")
+    return _PAGE.format(operations=operations, viewer=_VIEWER if viewer else "")
 
 
-def install(app: FastAPI, settings: Settings) -> None:
-    """Serve both."""
+def install(app: FastAPI, settings: Settings, placed: Callable[[str], str]) -> None:
+    """Serve both. `placed` gives the paths in a page the service's prefix, and those of files their version."""
     viewer = (FOLDER / "vendor/swagger-ui-bundle.js").is_file()
-    text = cache(lambda: page(app.openapi(), settings.path_prefix, viewer=viewer))
+    text = cache(lambda: placed(page(app.openapi(), viewer=viewer)))
     events = cache(lambda: document(app.version, settings.public_url))
 
     async def docs(_: Request) -> Response:

@@ -172,11 +172,13 @@ def policy(host: str, *, own_client: bool) -> str:
     return closed_policy(f"{sources}; require-trusted-types-for 'script'; trusted-types 'none'")
 
 
-def install(app: FastAPI, settings: Settings) -> None:
+def install(app: FastAPI, settings: Settings) -> Callable[[str], str]:
     """Serve the page at ``/``, the operator's at ``/admin``, and their files below ``/static``.
 
     A path with the version, which is a hash of all files, may be kept for ever. The page uses such paths. The same path
     with another version, which another node may have named, and the path without one have to be revalidated.
+
+    Returns a function that gives the paths in a page the version and the service's prefix.
     """
     paths = [path for path in sorted(FOLDER.rglob("*")) if path.suffix in _TYPES]
     plain = {path.relative_to(FOLDER).as_posix(): _File(path.read_bytes(), _TYPES[path.suffix]) for path in paths}
@@ -184,7 +186,7 @@ def install(app: FastAPI, settings: Settings) -> None:
     short = {
         name: _File(without_comments(file.data), file.media_type)
         for name, file in plain.items()
-        if name.endswith((".css", ".js")) and name != _CLIENT
+        if name.endswith((".css", ".js")) and not name.startswith("vendor/")
     }
     files = {**plain, **short}
     tags = "".join(name + file.tag for name, file in files.items())
@@ -239,3 +241,4 @@ def install(app: FastAPI, settings: Settings) -> None:
     app.add_route("/", page, include_in_schema=False)
     app.add_route("/admin", admin, include_in_schema=False)
     app.add_route("/static/{path:path}", static, include_in_schema=False)
+    return placed
