@@ -330,7 +330,7 @@ class _Job:
             await self._until_claimed()
         names = (*self._request.images, *self._fetched)
         self._sheet = await self._runner.composer.compose([partial(self._stored, name) for name in names])
-        return {"composition_url": await self._keep(self._sheet)}
+        return {"composition_url": await self._keep(self._sheet, self._unnamed)}
 
     async def _until_claimed(self) -> None:
         """Wait in line for a worker. That is no work: the deadline moves by as much."""
@@ -354,7 +354,7 @@ class _Job:
     async def _make(self, work: Callable[[Picture, str, Options, Report], Awaitable[Picture]]) -> str:
         sheet, request = self._sheet or await self._known("composition_url"), self._request
         self._result = await self._counted("editor", work(sheet, request.prompt, request.options, self._report))
-        return await self._keep(self._result)
+        return await self._keep(self._result, self._unnamed)
 
     async def _counted(self, provider: Provider, call: Awaitable[Picture]) -> Picture:
         result = "ok"
@@ -378,7 +378,7 @@ class _Job:
         face = await self._stored(name)
         picture = self._result or await self._known("edited_image_url")
         swapped = await self._counted("face_swapper", self._runner.face_swapper.swap(picture, face, self._report))
-        return {"face_swap_url": await self._keep(swapped)}
+        return {"face_swap_url": await self._keep(swapped, self._unnamed)}
 
     async def _report(self, fraction: float, message: str, preview: Picture | None = None) -> None:
         """Repeat the stage with the percentage that this fraction of it comes to, if that is higher."""
@@ -391,16 +391,13 @@ class _Job:
             fields: dict[str, Any] = {"progress": progress, "message": message}
             if preview is not None:
                 with contextlib.suppress(Failure):  # A preview is not worth a paid picture.
-                    fields["preview_url"] = await self._keep(preview)
+                    fields["preview_url"] = await self._keep(preview, self._unnamed)
             await self.move(generation.status, fields)
 
-    async def _save(self, picture: Picture) -> str:
+    async def _keep(self, picture: Picture, among: list[str]) -> str:
         generation = self.generation
-        return await self._runner.images.save(generation.generation_id, picture, user_id=generation.user_id)
-
-    async def _keep(self, picture: Picture) -> str:
-        name = await self._save(picture)
-        self._unnamed.append(name)
+        name = await self._runner.images.save(generation.generation_id, picture, user_id=generation.user_id)
+        among.append(name)
         return name
 
     async def _known(self, field: str) -> Picture:
@@ -413,6 +410,4 @@ class _Job:
         return picture
 
     async def _fetch(self, url: str) -> str:
-        name = await self._save(await self._runner.fetcher.fetch(url))
-        self._fetched.append(name)
-        return name
+        return await self._keep(await self._runner.fetcher.fetch(url), self._fetched)

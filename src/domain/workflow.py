@@ -353,7 +353,7 @@ class Workflow:
 
     async def credit(self, user_id: str) -> int | None:
         """The user's balance; ``None`` if no balances are kept."""
-        return await self.ledger.credit(user_id)
+        return (await self.ledger.standing(user_id)).credit
 
     async def grant(self, user_id: str, amount: int, key: str | None) -> int:
         """Add to the balance, or take from it, and return it. Raises `IdempotencyMismatch`, `CreditsOff`."""

@@ -151,7 +151,7 @@ async def test_a_generation_id_in_use_cannot_be_started_again(recorder: EventRec
     for user_id in ("ada", "bob"):
         with pytest.raises(Conflict):
             await log.append(from_another_writer(append, 7)._replace(user_id=user_id))
-    assert (await log.credit("ada"), await log.credit("bob")) == (99, 100)
+    assert ((await log.standing("ada")).credit, (await log.standing("bob")).credit) == (99, 100)
 
 
 # --- many writers ----------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ async def test_a_racing_cancel_and_completion_make_one_end(recorder: EventRecord
     assert (len(won), len(refused)) == (1, 1)
     sent = statuses(await log.generation(generation.generation_id))
     assert [status for status in sent if status in ("completed", "failed")] == sent[-1:]
-    assert await log.credit("ada") == (100 if sent[-1] == "failed" else 99)
+    assert (await log.standing("ada")).credit == (100 if sent[-1] == "failed" else 99)
 
 
 # --- a reply that was lost -------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ async def test_a_retried_failure_refunds_once(recorder: EventRecorder, log: Whol
     append, _ = recorder.prepare(generation, "failed")
     logged = await log.append(append)
     assert await log.append(append) == logged
-    assert await log.credit("ada") == 100
+    assert (await log.standing("ada")).credit == 100
     assert statuses(await log.generation(generation.generation_id)) == ["started", "failed"]
 
 
@@ -236,7 +236,7 @@ async def test_a_retried_start_debits_once(opener: LogOpener, key: str | None) -
     append, generation = recorder.prepare_start(key=key, max_unfinished=1)
     logged = await recorder.log.append(append)
     assert await recorder.log.append(append) == logged
-    assert await recorder.log.credit("ada") == 0
+    assert (await recorder.log.standing("ada")).credit == 0
     await recorder.move(generation, "composition")
     assert await recorder.log.append(append) == logged
     assert (await full_feed(recorder.log)).head == 2
@@ -288,7 +288,7 @@ async def test_a_retry_is_recognised_after_its_deadline(recorder: EventRecorder,
     logged = await log.append(append)
     recorder.clock.step(3_600)
     assert await log.append(append) == logged
-    assert await log.credit("ada") == 99
+    assert (await log.standing("ada")).credit == 99
 
 
 # --- the order of the checks -----------------------------------------------------------------------------
@@ -366,11 +366,11 @@ async def test_interleaved_generations_share_one_feed_in_the_order_of_their_appe
 
 
 async def test_a_start_reserves_a_credit_and_a_completion_spends_it(recorder: EventRecorder, log: WholeLog) -> None:
-    assert await log.credit("ada") == 100
+    assert (await log.standing("ada")).credit == 100
     generation = await recorder.start()
-    assert await log.credit("ada") == 99
+    assert (await log.standing("ada")).credit == 99
     await recorder.finish(generation)
-    assert await log.credit("ada") == 99
+    assert (await log.standing("ada")).credit == 99
     sent = bodies(await log.generation(generation.generation_id))
     assert [event.get("credit") for event in sent] == [99, None, None, None, None, 99]
 
@@ -378,7 +378,7 @@ async def test_a_start_reserves_a_credit_and_a_completion_spends_it(recorder: Ev
 async def test_a_failure_refunds_the_credit(recorder: EventRecorder, log: WholeLog) -> None:
     generation = await recorder.start()
     await recorder.move(generation, "composition", "failed")
-    assert await log.credit("ada") == 100
+    assert (await log.standing("ada")).credit == 100
     sent = bodies(await log.generation(generation.generation_id))
     assert [event.get("credit") for event in sent] == [99, None, 100]
     assert list(sent[-1])[-1] == "credit"
@@ -399,7 +399,7 @@ async def test_one_of_two_racing_starts_gets_the_last_credit(opener: LogOpener) 
     won, refused = await race(*(recorder.log.append(recorder.prepare_start()[0]) for _ in range(2)))
     assert len(won) == 1
     assert [type(refusal) for refusal in refused] == [InsufficientCredit]
-    assert await recorder.log.credit("ada") == 0
+    assert (await recorder.log.standing("ada")).credit == 0
     assert (await full_feed(recorder.log)).head == 1
 
 
@@ -407,20 +407,20 @@ async def test_a_refunded_credit_can_be_reserved_again(opener: LogOpener) -> Non
     recorder = await opener(credits=1)
     for _ in range(3):
         await recorder.start_and_fail()
-    assert await recorder.log.credit("ada") == 1
+    assert (await recorder.log.standing("ada")).credit == 1
 
 
 async def test_balances_are_separate_per_user(recorder: EventRecorder, log: WholeLog) -> None:
     await recorder.start("ada")
     await recorder.start("ada")
     await recorder.start("bob")
-    assert [await log.credit(user_id) for user_id in ("ada", "bob", "cy")] == [98, 99, 100]
+    assert [(await log.standing(user_id)).credit for user_id in ("ada", "bob", "cy")] == [98, 99, 100]
 
 
 async def test_without_balances_no_event_has_one_and_every_start_is_accepted(opener: LogOpener) -> None:
     recorder = await opener(credits=None)
     generations = [await recorder.run_to_end() for _ in range(3)] + [await recorder.start_and_fail()]
-    assert await recorder.log.credit("ada") is None
+    assert (await recorder.log.standing("ada")).credit is None
     for generation in generations:
         assert not [
             event for event in bodies(await recorder.log.generation(generation.generation_id)) if "credit" in event
@@ -439,7 +439,7 @@ async def test_twenty_racing_starts_with_one_key_start_and_charge_once(recorder:
         won[0].generation_id
     }
     assert len(refused) == 19
-    assert await log.credit("ada") == 99
+    assert (await log.standing("ada")).credit == 99
     assert len(await log.generations("ada", limit=100)) == 1
     assert await log.find_by_idempotency_key("ada", "k") == IdempotencyRecord(won[0].generation_id, "same")
 
@@ -487,7 +487,7 @@ async def test_racing_starts_never_exceed_the_limit_of_unfinished_generations(
     won, refused = await race(*map(log.append, appends))
     assert len(won) == 3
     assert [type(refusal) for refusal in refused] == [TooManyGenerations] * 17
-    assert await log.credit("ada") == 97
+    assert (await log.standing("ada")).credit == 97
     assert len(await log.unfinished()) == 3
 
 

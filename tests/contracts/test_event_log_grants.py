@@ -23,7 +23,7 @@ async def grant(
 async def test_a_grant_changes_the_balance_and_never_below_zero(recorder: EventRecorder, log: WholeLog) -> None:
     for amount, left in ((5, 105), (0, 105), (-100, 5), (-6, 0), (-1, 0), (3, 3), (-3, 0), (10**9, 10**9)):
         assert await grant(recorder, amount) == left
-        assert await log.credit("ada") == left
+        assert (await log.standing("ada")).credit == left
 
 
 async def test_a_grant_appends_no_event_and_followers_get_none(recorder: EventRecorder, log: WholeLog) -> None:
@@ -68,14 +68,14 @@ async def test_a_grant_with_a_key_is_made_once_and_repeats_return_its_balance(
     await recorder.start()
     recorder.clock.step(59)
     assert await grant(recorder, 5, "k") == 105
-    assert await log.credit("ada") == 54
+    assert (await log.standing("ada")).credit == 54
 
 
 async def test_a_repeated_grant_that_was_clamped_at_zero_returns_zero(recorder: EventRecorder, log: WholeLog) -> None:
     assert await grant(recorder, -1_000, "k") == 0
     await grant(recorder, 7)
     assert await grant(recorder, -1_000, "k") == 0
-    assert await log.credit("ada") == 7
+    assert (await log.standing("ada")).credit == 7
 
 
 async def test_a_grant_key_with_another_amount_is_a_mismatch_and_grants_nothing(
@@ -85,7 +85,7 @@ async def test_a_grant_key_with_another_amount_is_a_mismatch_and_grants_nothing(
     for other in (6, -5, 0):
         with pytest.raises(IdempotencyMismatch):
             await grant(recorder, other, "k")
-    assert await log.credit("ada") == 105
+    assert (await log.standing("ada")).credit == 105
     assert await grant(recorder, 5, "k") == 105
 
 
@@ -95,7 +95,7 @@ async def test_a_grant_key_expires(recorder: EventRecorder, log: WholeLog) -> No
     assert await grant(recorder, 6, "k") == 111
     recorder.clock.step(59)
     assert await grant(recorder, 6, "k") == 111
-    assert await log.credit("ada") == 111
+    assert (await log.standing("ada")).credit == 111
 
 
 async def test_a_repeated_grant_does_not_extend_its_key(recorder: EventRecorder) -> None:
@@ -125,7 +125,7 @@ async def test_grant_keys_are_separate_per_user_and_from_start_keys(recorder: Ev
     assert await grant(recorder, 6, "k", "bob") == 106
     assert await log.find_by_idempotency_key("bob", "k") is None
     await recorder.start("bob", key="k")
-    assert (await log.credit("ada"), await log.credit("bob")) == (104, 105)
+    assert ((await log.standing("ada")).credit, (await log.standing("bob")).credit) == (104, 105)
 
 
 async def test_without_balances_a_grant_is_refused(opener: LogOpener) -> None:
@@ -133,7 +133,7 @@ async def test_without_balances_a_grant_is_refused(opener: LogOpener) -> None:
     for amount, key in ((5, None), (0, None), (5, "k"), (6, "k")):
         with pytest.raises(CreditsOff):
             await grant(recorder, amount, key)
-    assert await recorder.log.credit("ada") is None
+    assert (await recorder.log.standing("ada")).credit is None
 
 
 async def test_a_user_without_generations_left_keeps_balance_and_grant_keys(
@@ -142,14 +142,14 @@ async def test_a_user_without_generations_left_keeps_balance_and_grant_keys(
     await grant(recorder, 5, "k")
     generation = await recorder.run_to_end()
     assert await log.remove(generation.generation_id, retention=True)
-    assert await log.credit("ada") == 104
+    assert (await log.standing("ada")).credit == 104
     assert await grant(recorder, 5, "k") == 105
-    assert await log.credit("ada") == 104
+    assert (await log.standing("ada")).credit == 104
 
 
 async def test_twenty_racing_grants_with_one_key_grant_once(recorder: EventRecorder, log: WholeLog) -> None:
     assert await asyncio.gather(*(grant(recorder, 5, "k") for _ in range(20))) == [105] * 20
-    assert await log.credit("ada") == 105
+    assert (await log.standing("ada")).credit == 105
 
 
 async def test_racing_grants_with_one_key_and_two_amounts_grant_one_of_them(
@@ -158,7 +158,7 @@ async def test_racing_grants_with_one_key_and_two_amounts_grant_one_of_them(
     results = await asyncio.gather(*(grant(recorder, 5 + n % 2, "k") for n in range(10)), return_exceptions=True)
     won = {result for result in results if isinstance(result, int)}
     assert sum(isinstance(result, IdempotencyMismatch) for result in results) == 5
-    assert won == {await log.credit("ada")}
+    assert won == {(await log.standing("ada")).credit}
 
 
 async def test_grants_that_race_with_starts_lose_no_credit(opener: LogOpener) -> None:
@@ -171,7 +171,7 @@ async def test_grants_that_race_with_starts_lose_no_credit(opener: LogOpener) ->
     assert len(won) + len(lost) == 60
     assert all(isinstance(refusal, InsufficientCredit) for refusal in lost)
     assert 10 <= len(won) <= 30
-    assert await recorder.log.credit("ada") == 10 + 20 - len(won)
+    assert (await recorder.log.standing("ada")).credit == 10 + 20 - len(won)
     assert all(0 <= balance <= 30 for balance in balances)
     seen = [body(entry)["credit"] for entry in won]
     assert all(balance >= 0 for balance in seen)
@@ -183,7 +183,7 @@ async def test_a_refund_after_a_negative_grant_is_added_to_the_balance(recorder:
     failed = await recorder.move(running[0], "failed")
     assert bodies(await log.generation(failed.generation_id))[-1]["credit"] == 1
     await asyncio.gather(grant(recorder, -1_000), *(recorder.move(each, "failed") for each in running[1:]))
-    left = await log.credit("ada")
+    left = (await log.standing("ada")).credit
     assert left is not None
     assert 0 <= left <= 2
 
@@ -196,7 +196,7 @@ async def test_a_retried_start_of_a_deleted_generation_is_refused(log: WholeLog)
     await log.remove(generation.generation_id, retention=False)
     with pytest.raises(Conflict):
         await log.append(append)
-    assert await log.credit("ada") == 100
+    assert (await log.standing("ada")).credit == 100
 
 
 async def test_a_deleted_generation_below_the_floor_is_forgotten(log: WholeLog) -> None:

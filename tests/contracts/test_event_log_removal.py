@@ -23,14 +23,14 @@ async def test_a_removed_generation_looks_like_an_unknown_one(
     recorder: EventRecorder, log: WholeLog, retention: bool
 ) -> None:
     ended, other = await recorder.run_to_end(key="k"), await recorder.run_to_end()
-    credit = await log.credit("ada")
+    credit = (await log.standing("ada")).credit
     assert await log.remove(ended.generation_id, retention=retention) is True
     assert await log.generation(ended.generation_id) is None
     assert [history.generation_id for history in await log.generations("ada", limit=10)] == [other.generation_id]
     assert await log.find_by_idempotency_key("ada", "k") is None
     kept = [entry for entry in (await full_feed(log)).entries if entry.event is not None]
     assert {entry.generation_id for entry in kept} == {other.generation_id}
-    assert await log.credit("ada") == credit
+    assert (await log.standing("ada")).credit == credit
     assert await log.remove(ended.generation_id, retention=retention) is False
     append, _ = recorder.prepare(await recorder.start(), "composition")
     with pytest.raises(Conflict) as refusal:
@@ -58,7 +58,7 @@ async def test_user_ids_of_any_characters_stay_distinct(recorder: EventRecorder,
     running = await recorder.start(user_id, key="k")
     assert [entry.user_id for entry in (await full_feed(log, user_id)).entries] == [user_id]
     assert [history.generation_id for history in await log.generations(user_id, limit=10)] == [running.generation_id]
-    assert (await log.credit("ada"), await log.credit(user_id)) == (100, 99)
+    assert ((await log.standing("ada")).credit, (await log.standing(user_id)).credit) == (100, 99)
 
 
 @retentions
@@ -401,7 +401,7 @@ async def test_appends_sent_by_many_writers_leave_a_consistent_log(recorder: Eve
     await asyncio.gather(*(drive() for _ in range(8)))
     for generation in running:
         assert statuses(await log.generation(generation.generation_id)) == ["started", *steps]
-    assert await log.credit("ada") == 97
+    assert (await log.standing("ada")).credit == 97
 
 
 # --- users -----------------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ async def test_a_removed_user_leaves_nothing_and_others_are_unchanged(recorder: 
     assert await log.generation(ended.generation_id) is None
     assert list(await log.generations("ada", limit=10)) == []
     assert await log.find_by_idempotency_key("ada", "two") is None
-    assert await log.credit("ada") == 100
+    assert (await log.standing("ada")).credit == 100
     assert await log.grant("ada", 7, key="g", at=now, until=now + timedelta(days=1)) == 107
     assert await log.find_by_idempotency_key("bob", "one") is not None
     assert list(await log.finished_before(recorder.clock.step(), 10)) == [

@@ -354,7 +354,7 @@ class LogMachine(RuleBasedStateMachine):
         for user_id in USERS:
             ever = [known for known in self.ever.values() if known.user_id == user_id]
             refunded = sum(known.statuses[-1] == "failed" for known in ever)
-            assert self.run(self.log.credit(user_id)) == CREDITS - len(ever) + refunded  # I6
+            assert self.run(self.log.standing(user_id)).credit == CREDITS - len(ever) + refunded  # I6
 
     @invariant()
     def lists_tell_who_is_there(self) -> None:

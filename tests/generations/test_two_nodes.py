@@ -125,7 +125,9 @@ async def test_the_work_of_a_dead_node_is_repeated_if_it_is_free_and_otherwise_i
         await all_nodes.all_ended()
         end = (await other.events(begun))[-1]
         assert (end["status"], end.get("code")) == (("completed", None) if free else ("failed", "interrupted"))
-        assert (len(other.editor.calls), await all_nodes.log.credit("ada")) == ((1, 99) if free else (0, 100))
+        assert (len(other.editor.calls), (await all_nodes.log.standing("ada")).credit) == (
+            (1, 99) if free else (0, 100)
+        )
         await other.check()
 
 

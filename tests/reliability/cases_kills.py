@@ -115,7 +115,7 @@ async def lost_replies(trial: Trial, generations: int) -> None:
             conflicts = await together(functools.partial(_write, recorder, line), generations)
             for number in range(generations):
                 assert statuses(await log.generation(_id(number))) == list(EDIT), "not each event once"
-            assert await log.credit("ada") == 0
+            assert (await log.standing("ada")).credit == 0
             ids = [entry.event_id for entry in follower.entries]
             assert len(ids) == len(set(ids)) == (await log.feed("ada", after=0, anchor=0, limit=0)).head
             # Who was overtaken finds out with the next append, and only then.

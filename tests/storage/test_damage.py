@@ -254,8 +254,8 @@ async def test_a_cursor_that_follows_a_damaged_generation_is_not_recovered(path:
 async def test_an_unreadable_balance_counts_as_0_until_a_grant(path: Path, credit: str) -> None:
     change(path, f"UPDATE users SET credit = {credit} WHERE id = 1")
     async with opened(path) as life:
-        assert await life.log.credit("ada") == (await life.log.standing("ada")).credit == 0
-        assert await life.log.credit("bob") == 102
+        assert (await life.log.standing("ada")).credit == (await life.log.standing("ada")).credit == 0
+        assert (await life.log.standing("bob")).credit == 102
         [line] = examine(path).damage
         assert "user ada: its balance cannot be read" in line
         assert await life.log.grant("ada", 7, key=None, at=NOON, until=NOON) == 7
@@ -345,7 +345,7 @@ async def serves(path: Path, *, examined: bool) -> None:
             await shown(life, user)
             present = await life.log.head_cursor(user)
             assert present.usable(await life.log.feed(user, after=present.seen, anchor=present.live, limit=1_000))
-            assert (await life.log.credit(user) or 0) >= 0
+            assert ((await life.log.standing(user)).credit or 0) >= 0
             with contextlib.suppress(IdempotencyMismatch):  # Another amount may be written there.
                 await life.log.grant(user, 5, key="k", at=NOON, until=NOON + DAY)
             await life.log.grant(user, 5, key=None, at=NOON, until=NOON)

@@ -329,7 +329,7 @@ async def test_of_fifty_appends_with_one_sequence_from_three_nodes_one_wins(url:
         )
         conflicts = [each for each in outcomes if isinstance(each, Conflict)]
         assert len(conflicts) == 49
-        assert {await node.log.credit("ada") for node in nodes} == {100}
+        assert {(await node.log.standing("ada")).credit for node in nodes} == {100}
         history = await two.log.generation(begun.generation_id)
         assert history is not None
         assert [entry.sequence for entry in history.events] == [1, 2]
@@ -340,10 +340,10 @@ async def test_nodes_with_other_settings_keep_their_own_and_every_balance_holds(
         one = EventRecorder(counts.log, SteppableClock(), CountedEntropy(1_000), count=10)
         two = EventRecorder(does_not.log, SteppableClock(), CountedEntropy(2_000), count=20)
         reserved, free = await one.start("ada"), await two.start("ada")
-        assert [await node.log.credit("ada") for node in (counts, does_not)] == [4, None]
+        assert [(await node.log.standing("ada")).credit for node in (counts, does_not)] == [4, None]
         await two.move(reserved, "failed")  # Whoever ends it, what its start has taken is given back.
         await one.move(free, "failed")
-        assert await counts.log.credit("ada") == 5
+        assert (await counts.log.standing("ada")).credit == 5
         # What a node without a webhook ends, no node posts.
         assert [entry.generation_id for entry in await counts.log.claim_undelivered(9)] == [free.generation_id]
         assert await does_not.log.claim_undelivered(9) == []

@@ -230,7 +230,7 @@ async def test_through_pgbouncer_in_transaction_mode_everything_works(
             await asyncio.gather(*(one.recorder.run_to_end(f"user{number}") for number in range(20)))
             for each in (two, three):
                 await each.follower.until(lambda entries: len(entries) == 120)
-            assert await two.log.credit("user1") == 99
+            assert (await two.log.standing("user1")).credit == 99
         assert "STAGECAST_LOG_DIRECT" not in caplog.text
 
 

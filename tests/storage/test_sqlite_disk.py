@@ -118,7 +118,7 @@ async def test_closing_finishes_pending_operations_and_refuses_new_ones(path: Pa
         await asyncio.sleep(0)
         await here.database.close()
         assert len(await asyncio.gather(*appends)) == len(follower) == 300
-        for refused in (here.recorder.start(), here.log.credit("ada"), here.sessions.end("pid")):
+        for refused in (here.recorder.start(), here.log.standing("ada"), here.sessions.end("pid")):
             with pytest.raises(LogUnavailable):
                 await refused
         await here.database.close()
@@ -139,7 +139,7 @@ from support.builders import EventRecorder, SteppableClock
 async def main():
     recorder = EventRecorder(SqliteLog(Database(Path(sys.argv[1]), epoch="e1"), credits=1, clock=SteppableClock()))
     await recorder.start()
-    await recorder.log.credit("ada")
+    (await recorder.log.standing("ada")).credit
     global under_way
     under_way = asyncio.create_task(recorder.start("bob"))
     await asyncio.sleep(0)
@@ -152,7 +152,7 @@ async def test_a_program_that_does_not_close_the_log_exits_and_loses_nothing(pat
     process = await python(_FORGETTING, path)
     assert await process.wait() == 0
     async with opened(path) as again:
-        assert await again.log.credit("ada") == 0
+        assert (await again.log.standing("ada")).credit == 0
 
 
 # --- what was deleted, and what it costs -----------------------------------------------------------------

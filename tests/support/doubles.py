@@ -333,10 +333,6 @@ class ForwardingLog:
     def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
         return self.inner.follow(deliver)
 
-    async def credit(self, user_id: str) -> int | None:
-        await self.forward()
-        return await self.inner.credit(user_id)
-
     async def standing(self, user_id: str) -> Standing:
         await self.forward()
         return await self.inner.standing(user_id)
@@ -590,7 +586,7 @@ class InMemoryBackend:
                     credit -= told[-1]["status"] == "completed"
                 for event in told:
                     named |= {str(url).removeprefix(BASE) for key, url in event.items() if key.endswith("Url")}
-            assert await self.memory.credit(user_id) == credit
+            assert (await self.memory.standing(user_id)).credit == credit
         assert inputs <= set(self.images.kept), "input images are lost"
         assert set(self.images.kept) <= named | inputs, "pictures are left that no event names"
         assert await self.leases.count() == (0, 0)

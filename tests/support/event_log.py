@@ -56,7 +56,7 @@ async def image(log: WholeLog, user_id: str, *generation_ids: str) -> object:
     """Everything that a log has of a user, to check that nothing has changed."""
     return (
         await full_feed(log, user_id),
-        await log.credit(user_id),
+        (await log.standing(user_id)).credit,
         await log.generations(user_id, limit=1_000),
         [await log.generation(generation_id) for generation_id in generation_ids],
         await log.unfinished(),

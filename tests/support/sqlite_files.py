@@ -59,7 +59,7 @@ async def image(log: SqliteLog, *user_ids: str) -> object:
     return [
         (
             await log.feed(user_id, after=0, anchor=0, limit=10_000),
-            await log.credit(user_id),
+            (await log.standing(user_id)).credit,
             await log.generations(user_id, limit=1_000),
             await log.head_cursor(user_id),
             await log.find_by_idempotency_key(user_id, "k"),

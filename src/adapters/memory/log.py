@@ -299,9 +299,6 @@ class MemoryLog:
     def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
         return self._followers.follow(deliver)
 
-    async def credit(self, user_id: str) -> int | None:
-        return (await self.standing(user_id)).credit
-
     async def standing(self, user_id: str) -> Standing:
         user = self._users.get(user_id) or self._new_user(user_id)
         return Standing(None if self._credits is None else user.credit, len(user.active))

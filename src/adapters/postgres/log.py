@@ -234,9 +234,6 @@ class PostgresLog:
         self._nodes.check()
         self._tail.check()
 
-    async def credit(self, user_id: str) -> int | None:
-        return (await self.standing(user_id)).credit
-
     async def standing(self, user_id: str) -> Standing:
         row = await self._database.fetchrow("SELECT credit, active FROM stagecast.users WHERE user_id = $1", user_id)
         credit, active = row or (None, 0)

@@ -143,9 +143,6 @@ class SqliteLog:
     def follow(self, deliver: Deliver) -> AbstractAsyncContextManager[None]:
         return self._followers.follow(deliver)
 
-    async def credit(self, user_id: str) -> int | None:
-        return (await self.standing(user_id)).credit
-
     async def standing(self, user_id: str) -> Standing:
         for credit, unfinished in await self._rows(queries.STANDING, (user_id,)):
             return Standing(self._credits if credit is None or self._credits is None else credit, unfinished)

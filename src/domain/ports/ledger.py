@@ -19,9 +19,6 @@ class Ledger(Protocol):
     Every method may raise `LogUnavailable`.
     """
 
-    async def credit(self, user_id: str) -> int | None:
-        """The user's balance; ``None`` where this log keeps no balances."""
-
     async def standing(self, user_id: str) -> Standing:
         """What a start by this user is checked against: one atomic read."""
 
