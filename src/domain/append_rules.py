@@ -2,14 +2,7 @@
 
 from typing import NamedTuple
 
-from domain.errors import (
-    AlreadyStarted,
-    Conflict,
-    IdempotencyMismatch,
-    InsufficientCredit,
-    LogUnavailable,
-    TooManyGenerations,
-)
+from domain import errors
 from domain.events import with_credit
 from domain.ports.log import Append, IdempotencyRecord
 from domain.ports.system import Clock
@@ -57,16 +50,16 @@ def decide(entry: Append, known: Known, *, credits: int | None, clock: Clock) ->
     if known.event_id == entry.event_id:
         return None
     if entry.not_after is not None and clock() > entry.not_after:
-        raise LogUnavailable
+        raise errors.LogUnavailable
     if start is not None and known.begun is not None:
         if known.begun.fingerprint != start.fingerprint:
-            raise IdempotencyMismatch
-        raise AlreadyStarted(known.begun.generation_id)
+            raise errors.IdempotencyMismatch
+        raise errors.AlreadyStarted(known.begun.generation_id)
     # Tombstones keep the id of a deleted generation taken.
     if entry.sequence != known.sequence + 1 or known.exists == (start is not None) or known.ended:
-        raise Conflict(entry.sequence, known.sequence)
+        raise errors.Conflict(entry.sequence, known.sequence)
     if start is not None and known.unfinished >= start.max_unfinished:
-        raise TooManyGenerations
+        raise errors.TooManyGenerations
     # A generation that started while no balances were kept has reserved nothing, and gets no refund.
     reserved = known.reserved if start is None else credits is not None
     credit = credits if known.credit is None else known.credit
@@ -74,5 +67,5 @@ def decide(entry: Append, known: Known, *, credits: int | None, clock: Clock) ->
         return Accepted(entry.event, credit, reserved)
     credit += entry.credit if reserved else 0
     if credit < 0:
-        raise InsufficientCredit
+        raise errors.InsufficientCredit
     return Accepted(entry.event if credits is None else with_credit(entry.event, credit), credit, reserved)

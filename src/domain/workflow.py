@@ -15,22 +15,8 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from pydantic_core import to_json
 
+from domain import errors
 from domain.admission import Admission, Limits
-from domain.errors import (
-    AlreadyStarted,
-    Draining,
-    Failure,
-    IdempotencyMismatch,
-    ImageRefusal,
-    InsufficientCredit,
-    LogUnavailable,
-    NotFinished,
-    NotFound,
-    QueueFull,
-    StorageLimit,
-    TooManyGenerations,
-    UnknownImage,
-)
 from domain.events import timestamp
 from domain.external import ExternalWork
 from domain.feed import Logged
@@ -129,13 +115,13 @@ class Workflow:
         while key is not None:
             if (known := await self.log.find_by_idempotency_key(user_id, key)) is not None:
                 if known.fingerprint != await self._fingerprint(kind, request, uploads):
-                    raise IdempotencyMismatch
+                    raise errors.IdempotencyMismatch
                 return await self.snapshot(user_id, known.generation_id)
             if (first := self._keys.get((user_id, key))) is None:
                 break
             await asyncio.wait([first])  # A request with the same key is being accepted or refused.
         if self.draining:
-            raise Draining
+            raise errors.Draining
         starting = asyncio.create_task(self._start(user_id, kind, request, uploads, key))
         self._starting[starting] = user_id
         if key is not None:
@@ -143,9 +129,9 @@ class Workflow:
         starting.add_done_callback(partial(self._started, user_id, key))
         try:
             return await asyncio.shield(starting)
-        except AlreadyStarted as started:
+        except errors.AlreadyStarted as started:
             return await self.snapshot(user_id, started.generation_id)
-        except (InsufficientCredit, QueueFull, StorageLimit, TooManyGenerations):
+        except (errors.InsufficientCredit, errors.QueueFull, errors.StorageLimit, errors.TooManyGenerations):
             if key is None or await self.log.find_by_idempotency_key(user_id, key) is None:
                 raise
             # Another node has accepted a request with this key meanwhile.
@@ -162,7 +148,7 @@ class Workflow:
             Overloaded, TooManyStarts, LogUnavailable
         """
         if self._closed or (self.draining and key is None):
-            raise Draining
+            raise errors.Draining
         if key is None or (
             (user_id, key) not in self._keys and await self.log.find_by_idempotency_key(user_id, key) is None
         ):
@@ -212,12 +198,12 @@ class Workflow:
                     if names:
                         await self.admission.check_stored(user_id, size, generation_id)
                 if self._closed:
-                    raise Draining
+                    raise errors.Draining
                 if names:
                     request = request.model_copy(update={"images": tuple(names)})
                 start = Start(kind, to_json(request), key, fingerprint, self.limits.max_per_user, request.external)
                 generation = await self.recorder.start(Generation(generation_id, kind, user_id, request), start)
-            except LogUnavailable:
+            except errors.LogUnavailable:
                 self._reconcile(generation_id)
                 raise
             except BaseException:
@@ -251,7 +237,7 @@ class Workflow:
     async def _admit(self, user_id: str, generation_id: str, index: int, upload: Upload) -> str:
         try:
             picture = await self.intake.admit(upload.read)
-        except ImageRefusal as refusal:
+        except errors.ImageRefusal as refusal:
             refusal.index = index
             raise
         return await self.images.save(generation_id, picture, user_id=user_id)
@@ -263,7 +249,7 @@ class Workflow:
             history = await self.log.summary(name.rpartition("-")[0])
             size = await self.images.store.size(name)
             if history is None or history.user_id != user_id or not size:
-                raise UnknownImage(index)
+                raise errors.UnknownImage(index)
             sizes.append(size)
         return sizes
 
@@ -271,13 +257,13 @@ class Workflow:
         async with self._in_memory:
             copy = await self.images.copy(name, generation_id, user_id)
         if copy is None:  # Removed in the meantime.
-            raise UnknownImage(index)
+            raise errors.UnknownImage(index)
         return copy
 
     async def cancel(self, user_id: str, generation_id: str) -> Literal["cancelled", "already_finished"]:
         """End a generation unless it has ended, whoever works on it. Raises `NotFound`."""
         await self._summary(user_id, generation_id)
-        if not await self.recorder.end(generation_id, Failure("cancelled")):
+        if not await self.recorder.end(generation_id, errors.Failure("cancelled")):
             return "already_finished"
         await self.leases.withdraw(generation_id)
         return "cancelled"
@@ -314,9 +300,9 @@ class Workflow:
         generation_ids: Sequence[str] | None = None
         while generation_ids is None:
             for history in await self.log.generations(user_id, active=True, limit=1_000):
-                await self.recorder.end(history.generation_id, Failure("cancelled"))
+                await self.recorder.end(history.generation_id, errors.Failure("cancelled"))
                 await self.leases.withdraw(history.generation_id)
-            with suppress(NotFinished):  # It has started since.
+            with suppress(errors.NotFinished):  # It has started since.
                 generation_ids = await self.retention.remove_user(user_id)
         await self.sessions.end_all(user_id)
         await self.images.quotas.forget_starts(user_id)
@@ -381,7 +367,7 @@ class Workflow:
         """What clients get of these generations."""
         positions: Mapping[str, int] = {}
         if any(each.untouched for each in generations):
-            with suppress(LogUnavailable):  # All else is known.
+            with suppress(errors.LogUnavailable):  # All else is known.
                 positions = await self.leases.positions()
         return [
             each.snapshot(self._expiry(each), positions.get(each.generation_id) if each.untouched else None)
@@ -396,7 +382,7 @@ class Workflow:
 
 def _owned(history: History | None, user_id: str) -> History:
     if history is None or history.user_id != user_id:
-        raise NotFound
+        raise errors.NotFound
     return history
 
 
@@ -424,7 +410,7 @@ class _Interruptible:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._scopes.discard(self)
         if self._ended and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise Draining from None
+            raise errors.Draining from None
 
 
 def _end(scopes: Iterable[_Interruptible]) -> None:
