@@ -368,7 +368,8 @@ async def in_place_of(node: Running, answer: Callable[..., Any] | int) -> AsyncI
     async def beat() -> Any:
         address = f"127.0.0.1:{port}"
         seen = (await beats())[0]["r_now"]
-        return [*await beats(), {"r_id": "abcdef", "r_address": address, "r_seen": seen, "r_now": seen}]
+        row = {"r_id": "abcdef", "r_address": address, "r_sockets": 0, "r_streams": 0, "r_seen": seen, "r_now": seen}
+        return [*await beats(), row]
 
     known._beat = beat
     try:

@@ -10,8 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from adapters.postgres import nodes as postgres_nodes
-from adapters.postgres import tail as postgres_tail
+from adapters.postgres import log as postgres_log
 from support.command_line import run_main
 from support.doubles import InMemoryImages, Pause, ScriptedEditor
 from support.harness import Running, running
@@ -88,8 +87,7 @@ async def test_a_node_that_starts_or_stops_disturbs_no_work_of_another(
 async def test_while_postgres_is_away_starts_get_503_and_work_goes_on_afterwards(
     tmp_path: Path, pause: Pause, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for module in (postgres_nodes, postgres_tail):
-        monkeypatch.setattr(module, "_STALE", 1.0)
+    monkeypatch.setattr(postgres_log, "_STALE", 1.0)
     caplog.set_level(logging.CRITICAL, "domain")
     with new_server() as server:
         await _outage(server, tmp_path, pause)

@@ -10,9 +10,9 @@ import pytest
 
 from adapters.postgres import appends as postgres_appends
 from adapters.postgres import database as postgres_database
+from adapters.postgres import log as postgres_log
 from adapters.postgres import nodes as postgres_nodes
 from adapters.postgres import storage as postgres_storage
-from adapters.postgres import tail as postgres_tail
 from domain.errors import LogUnavailable, Refusal
 from domain.ports.log import Append
 from domain.ports.storage import StorageRefused
@@ -58,8 +58,7 @@ async def test_a_killed_server_loses_nothing_acknowledged_and_ends_no_lease(
 ) -> None:
     monkeypatch.setattr(postgres_nodes, "BEAT", 0.1)
     monkeypatch.setattr(postgres_nodes, "LEASE", 1.0)
-    for module in (postgres_nodes, postgres_tail):
-        monkeypatch.setattr(module, "_STALE", 0.5)
+    monkeypatch.setattr(postgres_log, "_STALE", 0.5)
     acknowledged = dict[str, list[int]]()
     stopping = False
 

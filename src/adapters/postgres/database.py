@@ -100,7 +100,7 @@ class Database:
         Raises:
             StorageRefused: it cannot be reached, or cannot keep what the log promises.
         """
-        async with _refusing(), _connected(url) as (connection, pooled):
+        async with _connected(url) as (connection, pooled):
             await _check_server(connection)
             kept = await _migrate(connection, epoch)
             local = connection._transport.get_extra_info("sockname")
@@ -109,18 +109,20 @@ class Database:
 
     async def directly(self, url: str) -> "Database":
         """The same database by a URL past the pooler. Raises `StorageRefused`."""
-        async with _refusing(), _connected(url) as (connection, pooled), transaction(connection):
+        async with _connected(url) as (connection, pooled), transaction(connection):
             epoch, _ = await _state(connection)
         if epoch != self.epoch:
             raise StorageRefused("STAGECAST_LOG_DIRECT leads to another database than STAGECAST_LOG.")
         return Database(url, pooled=pooled, epoch=self.epoch)
 
     async def fetch(self, query: str, *arguments: object) -> Sequence[asyncpg.Record]:
-        """Run one statement. It goes on if the caller is cancelled.
+        """Run one statement. It goes on if the caller is cancelled. A text that cannot be stored matches nothing.
 
         Raises:
             LogUnavailable: it may or may not have been committed.
         """
+        if not all(is_text(value) for value in arguments if isinstance(value, str)):
+            return []
         return await asyncio.shield(self.start(query, *arguments))
 
     async def fetchrow(self, query: str, *arguments: object) -> asyncpg.Record | None:
@@ -128,8 +130,8 @@ class Database:
         return next(iter(await self.fetch(query, *arguments)), None)
 
     async def fetchval(self, query: str, *arguments: object) -> Any:
-        """The first value of `fetch`, which returns a row."""
-        return (await self.fetch(query, *arguments))[0][0]
+        """The first value of `fetch`; ``None``: there is no row."""
+        return next((row[0] for row in await self.fetch(query, *arguments)), None)
 
     def start(self, query: str, *arguments: object) -> asyncio.Task[Sequence[asyncpg.Record]]:
         """Start one statement. Nobody has to wait for it."""
@@ -256,20 +258,15 @@ def _on_message(connection: Any, message: asyncpg.PostgresLogMessage) -> None:
 
 @asynccontextmanager
 async def _connected(url: str) -> AsyncIterator[tuple[Connection, bool]]:
-    """A connection, and whether it goes through a pooler, which has process ids of its own."""
-    connection = await _connect(url, pooled=True)
+    """A connection, and whether it goes through a pooler, which has process ids of its own. Raises `StorageRefused`."""
     try:
-        async with transaction(connection):
-            pid = await connection.fetchval("SELECT pg_backend_pid()")
-        yield connection, pid != connection.get_server_pid()
-    finally:
-        connection.terminate()
-
-
-@asynccontextmanager
-async def _refusing() -> AsyncIterator[None]:
-    try:
-        yield
+        connection = await _connect(url, pooled=True)
+        try:
+            async with transaction(connection):
+                pid = await connection.fetchval("SELECT pg_backend_pid()")
+            yield connection, pid != connection.get_server_pid()
+        finally:
+            connection.terminate()
     except asyncpg.InsufficientPrivilegeError:
         raise StorageRefused(
             "The log cannot be opened: its role may not create the schema; run the output of"
@@ -333,7 +330,7 @@ async def _state(connection: Connection) -> tuple[str | None, int]:
 
 async def migrate(url: str, epoch: str, *, only_print: bool) -> str:
     """Bring the schema to the present version. Return the SQL that does. Raises `StorageRefused`."""
-    async with _refusing(), _connected(url) as (connection, _):
+    async with _connected(url) as (connection, _):
         async with transaction(connection):
             script = _script(*await _state(connection), epoch)
         if not only_print:
@@ -343,7 +340,7 @@ async def migrate(url: str, epoch: str, *, only_print: bool) -> str:
 
 async def read_epoch(url: str) -> str | None:
     """The epoch of the log, which is only read. Raises `StorageRefused`."""
-    async with _refusing(), _connected(url) as (connection, _), transaction(connection):
+    async with _connected(url) as (connection, _), transaction(connection):
         epoch, _ = await _state(connection)
         return epoch
 

@@ -6,10 +6,10 @@ from datetime import datetime
 from typing import Any, Final
 
 from adapters.postgres.appends import Appends
-from adapters.postgres.database import Database, is_text
+from adapters.postgres.database import Database
 from adapters.postgres.nodes import Nodes
 from adapters.postgres.tail import CHANNEL, ENTRY, Tail, logged
-from domain.errors import CreditsOff, IdempotencyMismatch, NotFinished
+from domain.errors import CreditsOff, IdempotencyMismatch, LogUnavailable, NotFinished
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.ports.ledger import Standing
 from domain.ports.log import Append, Deliver, History, IdempotencyRecord
@@ -17,6 +17,8 @@ from domain.ports.overview import Filter, Listing
 from domain.ports.system import Clock
 from domain.ports.webhook_outbox import CLAIM
 
+#: Seconds after which a tail that could not read, or the heartbeat of this node, has failed.
+_STALE: Final = 5.0
 #: A position beyond every other.
 _BEYOND: Final = 2**63 - 1
 
@@ -153,8 +155,6 @@ class PostgresLog:
         )
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
-        if not is_text(key):
-            return None
         row = await self._database.fetchrow(
             "SELECT generation_id, fingerprint FROM stagecast.generations"
             " WHERE owner = (SELECT id FROM stagecast.users WHERE user_id = $1) AND idempotency_key = $2",
@@ -170,8 +170,6 @@ class PostgresLog:
         return await self._generation(_SUMMARY_OF_ONE, generation_id)
 
     async def _generation(self, query: str, generation_id: str) -> History | None:
-        if not is_text(generation_id):
-            return None
         return next(iter(_histories(await self._database.fetch(query, generation_id))), None)
 
     async def generations(
@@ -231,8 +229,8 @@ class PostgresLog:
             yield
 
     async def probe(self) -> None:
-        self._nodes.check()
-        self._tail.check()
+        if max(self._nodes.age(), self._tail.age()) > _STALE:
+            raise LogUnavailable
 
     async def standing(self, user_id: str) -> Standing:
         row = await self._database.fetchrow("SELECT credit, active FROM stagecast.users WHERE user_id = $1", user_id)
@@ -260,8 +258,6 @@ class PostgresLog:
         return [row["generation_id"] for row in rows]
 
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
-        if not is_text(generation_id):
-            return False
         outcome = await self._database.fetchval("SELECT stagecast.remove_v1($1, $2)", generation_id, retention)
         if outcome == "unfinished":
             raise NotFinished
@@ -269,8 +265,6 @@ class PostgresLog:
         return bool(outcome == "removed")
 
     async def images(self, generation_id: str) -> Collection[str]:
-        if not is_text(generation_id):
-            return ()
         rows = await self._database.fetch(
             "SELECT DISTINCT named.value FROM stagecast.generations"
             " JOIN stagecast.events ON events.generation = generations.id, jsonb_each_text(events.images) AS named"

@@ -14,8 +14,6 @@ from domain.ports.nodes import Load
 BEAT: Final = 1.0
 #: Seconds without a heartbeat after which a node is dead.
 LEASE: Final = 10.0
-#: Seconds after which the heartbeat of this node has failed (H19).
-_STALE: Final = 5.0
 
 
 class Nodes:
@@ -42,10 +40,9 @@ class Nodes:
         self._seen: dict[str, tuple[datetime, float]] = {}
         self._beat_at = float("-inf")
 
-    def check(self) -> None:
-        """Raise `LogUnavailable` if the last heartbeat that was committed is some seconds old."""
-        if asyncio.get_running_loop().time() - self._beat_at > _STALE:
-            raise LogUnavailable
+    def age(self) -> float:
+        """Seconds since the last heartbeat that was committed."""
+        return asyncio.get_running_loop().time() - self._beat_at
 
     @property
     def alone(self) -> bool:
@@ -55,9 +52,9 @@ class Nodes:
     @property
     def dead(self) -> list[str]:
         """The nodes that are dead, as far as this node knows."""
-        now = asyncio.get_running_loop().time()
-        if now - self._beat_at > 2 * BEAT:
+        if self.age() > 2 * BEAT:
             return []
+        now = asyncio.get_running_loop().time()
         return [node for node, (_, since) in self._seen.items() if now - since > LEASE and node != self.id]
 
     @property

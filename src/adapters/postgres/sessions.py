@@ -30,8 +30,6 @@ class PostgresSessions:
         )
 
     async def load(self, pid: str, *, at: datetime) -> Session | None:
-        if not is_text(pid):
-            return None
         row = await self._database.fetchrow(
             "SELECT user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag"
             " FROM stagecast.sessions WHERE pid = $1 AND touched_at > $2",
@@ -58,8 +56,7 @@ class PostgresSessions:
         return [row["pid"] for row in await self._database.fetch(query, self._database.node)]
 
     async def end(self, pid: str) -> None:
-        if is_text(pid):
-            await self._database.fetch("DELETE FROM stagecast.sessions WHERE pid = $1", pid)
+        await self._database.fetch("DELETE FROM stagecast.sessions WHERE pid = $1", pid)
 
     async def end_all(self, user_id: str) -> None:
         await self._database.fetch("DELETE FROM stagecast.sessions WHERE user_id = $1", user_id)

@@ -15,6 +15,7 @@ import json
 import logging
 import random
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, Final
 
 from adapters.postgres.database import FAILURES, TIMEOUT, Connection, Database, reason_of, transaction
@@ -31,6 +32,9 @@ CHANNEL: Final = "stagecast"
 #: For `logged`; from the tables events, generations and users.
 ENTRY: Final = """users.user_id, events.position, events.event_id, generations.generation_id, events.sequence,
     events.name, events.event, generations.first_position, events.images"""
+_PLACE: Final = itemgetter(
+    "user_id", "position", "event_id", "generation_id", "sequence", "name", "event", "first_position"
+)
 
 _READ: Final = f"""
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS oldest, entry.*
@@ -81,8 +85,6 @@ _REMOVALS_EVERY: Final = 1.0
 #: Seconds between two looks for gaps that will not be filled.
 _GIVE_UP_EVERY: Final = 1.0
 
-#: Seconds after which a tail that could not read has failed (H19).
-_STALE: Final = 5.0
 _BACKOFF: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -121,11 +123,6 @@ class Tail:
     def age(self) -> float:
         """Seconds since the log was last read."""
         return asyncio.get_running_loop().time() - self._read_at
-
-    def check(self) -> None:
-        """Raise `LogUnavailable` if the log could not be read for some seconds."""
-        if self.age() > _STALE:
-            raise LogUnavailable
 
     async def caught_up(self) -> None:
         """Wait until everything that has been committed by now was delivered. Raises `LogUnavailable`."""
@@ -291,15 +288,4 @@ class Tail:
 
 def logged(row: Any, *, end: int | None) -> Logged:
     """The entry of a row that has the columns `ENTRY`."""
-    return Logged(
-        row["user_id"],
-        row["position"],
-        row["event_id"],
-        row["generation_id"],
-        row["sequence"],
-        row["name"],
-        row["event"],
-        row["first_position"],
-        end,
-        json.loads(row["images"]) if row["images"] else {},
-    )
+    return Logged._make((*_PLACE(row), end, json.loads(row["images"]) if row["images"] else {}))

@@ -35,29 +35,25 @@ PING: Final = _control(engine.PING)
 NOOP: Final = _control(engine.NOOP)
 
 
-class _Announcements:
+class _Encoder:
+    """`domain.device.Encoder`."""
+
+    def __init__(self, template: bytes, end: int | None) -> None:
+        """`template`: of the packet, with name, event up to `end`, and cursor."""
+        self._template, self._end = template, end
+
+    def event(self, entry: Logged, cursor: str) -> bytes:
+        assert entry.event is not None
+        return frame(self._template % (entry.name.encode(), entry.event[: self._end], cursor.encode()))
+
     def announcement(self, name: str, data: bytes) -> bytes:
         return frame(b'42["%b",%b]' % (name.encode(), data))
 
 
-class _CursorAsArgument(_Announcements):
-    """The cursor is a last argument of the event: clients that recover remember it."""
-
-    def event(self, entry: Logged, cursor: str) -> bytes:
-        assert entry.event is not None
-        return frame(b'42["%b",%b,"%b"]' % (entry.name.encode(), entry.event, cursor.encode()))
-
-
-class _CursorAsKey(_Announcements):
-    """The cursor is a key of the event: for handlers that take exactly one argument."""
-
-    def event(self, entry: Logged, cursor: str) -> bytes:
-        assert entry.event is not None
-        return frame(b'42["%b",%b,"cursor":"%b"}]' % (entry.name.encode(), entry.event[:-1], cursor.encode()))
-
-
-CURSOR_AS_ARGUMENT: Final = _CursorAsArgument()
-CURSOR_AS_KEY: Final = _CursorAsKey()
+#: The cursor is a last argument of the event: clients that recover remember it.
+CURSOR_AS_ARGUMENT: Final = _Encoder(b'42["%b",%b,"%b"]', None)
+#: The cursor is a key of the event: for handlers that take exactly one argument.
+CURSOR_AS_KEY: Final = _Encoder(b'42["%b",%b,"cursor":"%b"}]', -1)
 
 
 def message(packet: wire.Packet) -> bytes:
