@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 from collections.abc import AsyncIterator
 from io import BytesIO
 from typing import Any, Final
@@ -348,6 +349,16 @@ async def test_text_is_pasted_as_text_and_links_are_dropped_with_their_comments(
         )
         await expect(tab["#tray li"]).to_have_count(2)
         await expect(tab["#problem"]).to_be_empty()
+
+
+async def test_a_picture_of_the_history_is_dragged_onto_the_form(browser: Browser, service: Running, eve: str) -> None:
+    started = await service.start(eve)
+    async with tabs(browser, service.url, user=eve) as [tab]:
+        await tab.shows("completed")
+        await tab["#history .tile .picture"].drag_to(tab["#drop"])
+        await expect(tab["#tray li"]).to_have_count(1)
+        await expect(tab["#tray li"]).to_have_attribute("data-list", "imageNames")
+        await expect(tab["#tray img"]).to_have_attribute("src", re.compile(rf"/images/{started}-\w+\.\w+\?width=320$"))
 
 
 async def test_computers_do_not_offer_a_camera(browser: Browser, service: Running, eve: str) -> None:

@@ -61,8 +61,9 @@ function currentFilter() {
 function renderTile(generation, force) {
   const { generationId: id, status } = generation;
   const tile = tiles.get(id) ?? /** @type {Tile} */ (cloneTemplate("tile-template"));
-  tiles.set(id, tile);
   const { root, part, rendered } = tile;
+  if (!tiles.has(id)) root.addEventListener("dragstart", (event) => onDrag(event, tile));
+  tiles.set(id, tile);
   if (rendered === generation && !force) return tile;
   tile.rendered = generation;
   root.dataset.state = status;
@@ -75,6 +76,12 @@ function renderTile(generation, force) {
   root.style.setProperty("--shape", String(ratioOf(generation)));
   renderDates(tile);
   return tile;
+}
+
+/** Has a tile dragged as its picture, for example onto the form. @param {DragEvent} event @param {Tile} tile */
+function onDrag({ dataTransfer }, { rendered }) {
+  const picture = rendered && latestOf(rendered);
+  if (picture) dataTransfer?.setData("text/uri-list", picture);
 }
 
 /** @param {Tile} tile */

@@ -257,8 +257,11 @@ export function init(changed) {
       document.body.dataset.drop = t("dropHere");
       document.body.classList.toggle("dragging", name === "dragover" || (name === "dragleave" && event.relatedTarget));
       if (name !== "drop") return;
-      if (files.length) take([...files]);
-      else if (!addUrls(event.dataTransfer.getData("text/uri-list").replace(/^#.*$/gm, ""))) onChange(t("notUrl"));
+      const links = event.dataTransfer.getData("text/uri-list").replace(/^#.*$/gm, "");
+      byId("composer").open = true;
+      if (links.startsWith(`${BASE}/images/`)) addUrls(links); // The file that comes with it may be a thumbnail.
+      else if (files.length) take([...files]);
+      else if (!addUrls(links)) onChange(t("notUrl"));
     });
   }
 }
