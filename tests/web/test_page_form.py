@@ -355,7 +355,17 @@ async def test_a_picture_of_the_history_is_dragged_onto_the_form(browser: Browse
     started = await service.start(eve)
     async with tabs(browser, service.url, user=eve) as [tab]:
         await tab.shows("completed")
-        await tab["#history .tile .picture"].drag_to(tab["#drop"])
+        await expect(tab["#history .tile"]).to_have_count(1)
+        await tab["#history .tile .picture"].evaluate(
+            """(picture) => {
+              const dataTransfer = new DataTransfer();
+              const fire = (target, type) =>
+                target.dispatchEvent(new DragEvent(type, { dataTransfer, bubbles: true, cancelable: true }));
+              fire(picture, "dragstart");
+              dataTransfer.items.add(new File(["as browsers add it"], "thumbnail.webp"));
+              fire(document.querySelector("#drop"), "drop");
+            }"""
+        )
         await expect(tab["#tray li"]).to_have_count(1)
         await expect(tab["#tray li"]).to_have_attribute("data-list", "imageNames")
         await expect(tab["#tray img"]).to_have_attribute("src", re.compile(rf"/images/{started}-\w+\.\w+\?width=320$"))
