@@ -133,6 +133,11 @@ class Database:
         """The first value of `fetch`; ``None``: there is no row."""
         return next((row[0] for row in await self.fetch(query, *arguments)), None)
 
+    async def call(self, function: str, *arguments: object) -> Any:
+        """The value of one of our functions."""
+        places = ", ".join(f"${number}" for number in range(1, len(arguments) + 1))
+        return await self.fetchval(f"SELECT stagecast.{function}({places})", *arguments)
+
     def start(self, query: str, *arguments: object) -> asyncio.Task[Sequence[asyncpg.Record]]:
         """Start one statement. Nobody has to wait for it."""
         task = asyncio.create_task(self._fetch(query, *arguments))

@@ -93,15 +93,14 @@ class PostgresLeases:
         return self._seen
 
     async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
-        query = "SELECT stagecast.offer_v1($1, $2, $3, $4)"
-        offered = await self._database.fetchval(query, self._nodes.id, user_id, generation_id, fetching)
+        offered = await self._database.call("offer_v1", self._nodes.id, user_id, generation_id, fetching)
         if offered:
             self._wake()
             self._database.notify(f"{CHANNEL}_work")
         return bool(offered)
 
     async def withdraw(self, generation_id: str) -> bool:
-        withdrawn = await self._database.fetchval("SELECT stagecast.withdraw_v1($1)", generation_id)
+        withdrawn = await self._database.call("withdraw_v1", generation_id)
         self._changed()
         return bool(withdrawn)
 
@@ -135,7 +134,7 @@ class PostgresLeases:
         self._to_release.add(generation_id)
         # If the database does not answer: before the next renewal, or with the end of this node.
         with contextlib.suppress(LogUnavailable):
-            await self._database.fetch("SELECT stagecast.release_v1($1, $2)", self._nodes.id, generation_id)
+            await self._database.call("release_v1", self._nodes.id, generation_id)
             self._to_release.discard(generation_id)
         self._wake()
 
@@ -144,8 +143,7 @@ class PostgresLeases:
         return [row["id"] for row in rows]
 
     async def claim_chore(self, name: str, seconds: float) -> bool:
-        query = "SELECT stagecast.claim_chore_v1($1, $2, $3, $4)"
-        return bool(await self._database.fetchval(query, self._nodes.id, name, seconds, self._nodes.dead))
+        return bool(await self._database.call("claim_chore_v1", self._nodes.id, name, seconds, self._nodes.dead))
 
     async def drain(self) -> None:
         self._draining = True

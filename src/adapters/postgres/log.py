@@ -258,7 +258,7 @@ class PostgresLog:
         return [row["generation_id"] for row in rows]
 
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
-        outcome = await self._database.fetchval("SELECT stagecast.remove_v1($1, $2)", generation_id, retention)
+        outcome = await self._database.call("remove_v1", generation_id, retention)
         if outcome == "unfinished":
             raise NotFinished
         self._tail.wake(removals=True)
@@ -274,7 +274,7 @@ class PostgresLog:
         return [row["value"] for row in rows]
 
     async def remove_user(self, user_id: str) -> Sequence[str]:
-        removed: Sequence[str] | None = await self._database.fetchval("SELECT stagecast.remove_user_v1($1)", user_id)
+        removed: Sequence[str] | None = await self._database.call("remove_user_v1", user_id)
         if removed is None:
             raise NotFinished
         self._tail.wake(removals=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from adapters.postgres.database import Database
 from domain.errors import LogUnavailable
@@ -31,7 +31,7 @@ class PostgresQuotas:
                 self._woken.clear()
                 counts = [here() for here in left.values()]
                 try:
-                    await self._call("note_devices_v1", self._database.node, list(left), counts)
+                    await self._database.call("note_devices_v1", self._database.node, list(left), counts)
                     continue
                 except LogUnavailable:
                     self._left = left | self._left
@@ -39,7 +39,7 @@ class PostgresQuotas:
             await asyncio.sleep(_AGAIN)
 
     async def count_start(self, user_id: str, most: int) -> float | None:
-        wait: float | None = await self._call("count_start_v1", user_id, most)
+        wait: float | None = await self._database.call("count_start_v1", user_id, most)
         return wait
 
     async def forget_starts(self, user_id: str) -> None:
@@ -47,14 +47,14 @@ class PostgresQuotas:
 
     async def admit_device(self, user_id: str, here: Callable[[], int], most: int) -> bool:
         async with self._counting:
-            return bool(await self._call("admit_device_v1", self._database.node, user_id, here() + 1, most))
+            return bool(await self._database.call("admit_device_v1", self._database.node, user_id, here() + 1, most))
 
     def device_left(self, user_id: str, here: Callable[[], int]) -> None:
         self._left[user_id] = here
         self._woken.set()
 
     async def add_stored(self, generation_id: str, size: int, user_id: str | None = None) -> None:
-        await self._call("add_stored_v1", generation_id, user_id, size)
+        await self._database.call("add_stored_v1", generation_id, user_id, size)
 
     async def forget_stored(self, generation_id: str) -> None:
         await self._database.fetch("DELETE FROM stagecast.stored_images WHERE generation_id = $1", generation_id)
@@ -71,7 +71,3 @@ class PostgresQuotas:
             " WHERE user_id = $1 AND generation_id IS DISTINCT FROM $2"
         )
         return int(await self._database.fetchval(query, user_id, besides))
-
-    async def _call(self, function: str, *arguments: object) -> Any:
-        places = ", ".join(f"${number}" for number in range(1, len(arguments) + 1))
-        return await self._database.fetchval(f"SELECT stagecast.{function}({places})", *arguments)

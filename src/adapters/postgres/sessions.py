@@ -23,8 +23,8 @@ class PostgresSessions:
     async def save(self, pid: str, session: Session, *, at: datetime) -> None:
         user_id, expires_at, service = session.identity
         live, event_id, seen, tombstones = session.base
-        await self._database.fetch(
-            "SELECT stagecast.save_session_v1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+        await self._database.call(
+            "save_session_v1",
             *(pid, user_id, expires_at, service, live, event_id, seen, tombstones, session.head, session.tag, at),
             *(at - self._retention, _PER_USER, self._database.node),
         )
