@@ -133,14 +133,14 @@ async def test_check_reads_the_files_of_a_killed_service(tmp_path: Path) -> None
 async def test_check_reads_a_log_in_postgresql_and_images_in_s3_beside_a_running_service(s3: S3) -> None:
     images = s3.bucket()
     async with fresh_database() as url, running(images, log=url) as service:
-        await service.start("ada", prompt=PROMPT)
-        await service.service.leases.drain()
+        async with service.phone("ada") as phone:
+            await phone.until_over(await service.start("ada", prompt=PROMPT))
         stored = await service.get("/generations")
         done = await run_main("check", STAGECAST_LOG=url, STAGECAST_IMAGES=images)
         assert (done.code, done.errors) == (0, "")
         assert done.output.endswith("No damage was found.\n")
         assert await service.get("/generations") == stored
-    async with fresh_database() as other, running(s3.bucket(), log=other):
+    async with fresh_database("e2") as other, running(s3.bucket(), log=other):
         refused = await run_main("check", STAGECAST_LOG=other, STAGECAST_IMAGES=images)
         assert (refused.code, "another log" in refused.errors) == (3, True)
 

@@ -109,9 +109,10 @@ _ROOM: Final = 500_000
 
 
 def _noise() -> bytes:
-    """A photo of less than `_ROOM` bytes, of which everything that is made is larger."""
+    """A photo of less than `_ROOM` bytes, of which everything that is made is larger. Progressive: it is encoded anew."""
     size = (1_000, 750)
-    return encoded(Image.frombytes("RGB", size, random.Random(22).randbytes(3 * size[0] * size[1])), "JPEG", quality=40)
+    noise = Image.frombytes("RGB", size, random.Random(22).randbytes(3 * size[0] * size[1]))
+    return encoded(noise, "JPEG", quality=40, progressive=True)
 
 
 async def _no_room_for_pictures(trial: Trial, deployment: Deployment) -> None:

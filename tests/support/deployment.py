@@ -204,7 +204,8 @@ class Deployment:
         arguments = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         command = {
             "folder": str(self.folder),
-            "environment": dict(self.environment),
+            # Lives are checked for warnings.
+            "environment": {"STAGECAST_LOG_LEVEL": "warning", **self.environment},
             "imports": list(self.imports),
             "fresh": fresh,
             "prelude": self.prelude,

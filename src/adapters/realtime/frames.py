@@ -43,8 +43,11 @@ class _Encoder:
         self._template, self._end = template, end
 
     def event(self, entry: Logged, cursor: str) -> bytes:
-        assert entry.event is not None
-        return frame(self._template % (entry.name.encode(), entry.event[: self._end], cursor.encode()))
+        event = entry.event
+        assert event is not None
+        if not event.isascii():
+            event.decode()  # Browsers close a connection on which text is not UTF-8.
+        return frame(self._template % (entry.name.encode(), event[: self._end], cursor.encode()))
 
     def announcement(self, name: str, data: bytes) -> bytes:
         return frame(b'42["%b",%b]' % (name.encode(), data))
