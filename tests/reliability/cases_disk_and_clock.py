@@ -109,7 +109,7 @@ _ROOM: Final = 500_000
 
 
 def _noise() -> bytes:
-    """A photo of less than `_ROOM` bytes, of which everything that is made is larger. Progressive: it is encoded anew."""
+    """A photo of less than `_ROOM` bytes, of which all that is made is larger. Progressive: it is encoded anew."""
     size = (1_000, 750)
     noise = Image.frombytes("RGB", size, random.Random(22).randbytes(3 * size[0] * size[1]))
     return encoded(noise, "JPEG", quality=40, progressive=True)
