@@ -31,6 +31,8 @@ async def test_head_answers_every_route_as_get_does_without_the_body(service: Ru
     paths += ["/", "/docs", "/openapi.json", "/static/index.html", "/static/", "/nothing", "/generations/edit_1_x"]
     answered = set()
     for path in [*paths, "/events?after=nonsense", "/generations?limit=x"]:
+        if path == "/metrics":
+            continue  # Each request changes them.
         get, head = [
             await service.http.request(method, path, headers={"Accept-Encoding": "identity"})
             for method in ("GET", "HEAD")

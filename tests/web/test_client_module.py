@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
 from playwright.async_api import expect
 
 from support.browser import chromium, needs_chromium
@@ -20,9 +21,10 @@ async def test_the_reducer_accepts_updates_in_any_order() -> None:
 
 
 @needs_node
-async def test_the_client_emits_each_event_once_whatever_the_network_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", LIVE)
+async def test_the_client_emits_each_event_once_whatever_the_network_does(tmp_path: Path, program: str) -> None:
     async with services_for_node(tmp_path) as services:
-        await node_test(*LIVE, services=services)
+        await node_test(program, services=services)
 
 
 @needs_node

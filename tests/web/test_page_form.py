@@ -159,6 +159,7 @@ def profile_of(image: Image.Image) -> str:
     return ImageCms.getProfileDescription(profile).strip()
 
 
+@pytest.mark.long
 async def test_files_above_ten_megabytes_are_made_smaller(browser: Browser, service: Running, eve: str) -> None:
     noise = Image.frombytes("RGB", (2200, 2200), os.urandom(3 * 2200 * 2200))
     large = encoded(noise, "JPEG", quality=100, subsampling=0)

@@ -108,11 +108,13 @@ _Files = list[Annotated[Any, BeforeValidator(_upload), WithJsonSchema({"type": "
 HttpUrl = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "uri"}), AfterValidator(_http_url)]
 
 
-def _several(description: str) -> Any:
+def _several(description: str, **options: Any) -> Any:
     """A field with any number of values."""
-    limits: dict[str, JsonValue] = {"maxItems": MAX_IMAGES}
-    # The viewer of /docs fills its form with the examples.
-    return Field(default_factory=list, json_schema_extra=limits, description=description, examples=[[]])
+    return Field(default_factory=list, json_schema_extra={"maxItems": MAX_IMAGES}, description=description, **options)
+
+
+#: The viewer of /docs fills its form with the examples.
+_NO_EXAMPLE: Final = [list[str]()]
 
 
 class GenerateForm(Options):
@@ -135,13 +137,14 @@ class GenerateForm(Options):
         BeforeValidator(_list),
         _several(
             "stored images of your own generations, which are copied: each the name or the URL of one;"
-            " the field repeated, or once with a JSON array"
+            " the field repeated, or once with a JSON array",
+            examples=_NO_EXAMPLE,
         ),
     ]
     image_urls: Annotated[
         list[HttpUrl],
         BeforeValidator(_list),
-        _several("the field repeated, or once with a JSON array"),
+        _several("the field repeated, or once with a JSON array", examples=_NO_EXAMPLE),
     ]
     metadata: Annotated[
         dict[str, JsonValue] | None,
