@@ -285,6 +285,33 @@ async def test_watch_shows_each_state_of_all_generations(
     assert await client.collect("watch", held) == [await client.call("get", held)]
 
 
+async def test_watch_passes_over_what_was_removed_before_it_could_be_read(
+    service: Running, proxy: Proxy, connect: Open, eve: str
+) -> None:
+    client, later = connect(proxy.url), asyncio.Event()
+    shown = list[Generation]()
+
+    async def watch() -> None:
+        async with aclosing(client.iterate("watch")) as watching:
+            async for generation in watching:
+                shown.append(generation)
+                if later.is_set() and generation.finished:
+                    return
+
+    watching = asyncio.create_task(watch())
+    before = len(service.service.streams.open)
+    await service.until(lambda: len(service.service.streams.open) == before + 1)
+    proxy.strike("stall")
+    gone = await service.start(eve)
+    await service.service.leases.drain()
+    assert (await service.http.delete(f"/generations/{gone}", headers={"X-User-Id": eve})).status_code == 204
+    proxy.resume()
+    later.set()
+    kept = await service.start(eve)
+    await watching
+    assert {each.generation_id for each in shown} == {kept}
+
+
 async def test_a_failed_generation_is_raised_with_its_code(service: Running, connect: Open, eve: str) -> None:
     client = connect(service.url)
     seen = list[Generation]()

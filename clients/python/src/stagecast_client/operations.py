@@ -342,7 +342,12 @@ class Operations:
                 yield from show(replace(generation, queue_position=data["queuePosition"]))
             elif "sequence" in data and data["sequence"] > (generation.sequence if generation else 0):
                 if generation is None or data["sequence"] > generation.sequence + 1:
-                    generation = yield from self.get(data["generationId"])
+                    try:
+                        generation = yield from self.get(data["generationId"])
+                    except StagecastError as error:
+                        if generation_id is not None or error.code != "not_found":
+                            raise
+                        return False  # It has been removed since.
                 else:
                     generation = generation.after(Event.from_json(data))
                 yield from show(generation)
