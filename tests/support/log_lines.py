@@ -5,9 +5,11 @@ import io
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Final
 
 from api.logs import JsonLine, RepeatHandler
+from support.node import ROOT
 
 #: A stored picture's name, a token, a query string, a traceback, and the prompts and texts of the tests' requests.
 _PRIVATE: Final = (
@@ -17,7 +19,7 @@ _PRIVATE: Final = (
     r"Traceback|File \\?\"",
     r"(?i)a red hat|stolen|evil\.example|SECRET\b",
     r"correct-horse-battery",
-    r"/tmp/|/root/|/work/|\.py\b",
+    rf"/tmp/|{re.escape(str(ROOT))}|{re.escape(str(Path.home()))}/|\.py\b",
 )
 
 
