@@ -288,7 +288,7 @@ async def test_watch_shows_each_state_of_all_generations(
 async def test_watch_passes_over_what_was_removed_before_it_could_be_read(
     service: Running, proxy: Proxy, connect: Open, eve: str
 ) -> None:
-    client, later = connect(proxy.url), asyncio.Event()
+    client, later, before = connect(proxy.url), asyncio.Event(), set(service.service.streams.open)
     shown = list[Generation]()
 
     async def watch() -> None:
@@ -299,8 +299,7 @@ async def test_watch_passes_over_what_was_removed_before_it_could_be_read(
                     return
 
     watching = asyncio.create_task(watch())
-    before = len(service.service.streams.open)
-    await service.until(lambda: len(service.service.streams.open) == before + 1)
+    await service.until(lambda: bool(service.service.streams.open - before))
     proxy.strike("stall")
     gone = await service.start(eve)
     await service.service.leases.drain()
@@ -433,7 +432,7 @@ async def test_streams_go_on_after_a_restart(connect: Open, tmp_path: Path) -> N
 async def test_a_lost_history_is_raised_by_events_and_healed_by_watch(
     service: Running, proxy: Proxy, connect: Open, eve: str, tmp_path: Path
 ) -> None:
-    client = connect(proxy.url)
+    client, before = connect(proxy.url), set(service.service.streams.open)
     one = asyncio.create_task(client.run("edit", prompt=f"wait for ever-{id(client)}", images=[PHOTO]))
     following = asyncio.create_task(client.collect("events"))
     async with running(tmp_path) as other:
@@ -441,7 +440,7 @@ async def test_a_lost_history_is_raised_by_events_and_healed_by_watch(
         watching = asyncio.create_task(
             client.collect("watch", until=lambda each: each.generation_id == kept and each.finished)
         )
-        await service.until(lambda: len(service.service.streams.open) == 3)
+        await service.until(lambda: len(service.service.streams.open - before) == 3)
         proxy.target = other.port
         proxy.strike("reset")
         with pytest.raises(HistoryLost):

@@ -80,8 +80,8 @@ async def test_it_shows_the_service_filters_opens_a_timeline_and_cancels(browser
             await expect(page.locator("#failures")).to_contain_text("cancelled2")
             await page.locator("[name=code]").select_option("cancelled")
             await expect(page.locator("#none")).to_be_visible()
-        pause.released.set()
         async with service.phone("ada") as phone:
+            pause.released.set()
             await phone.until_over(works)
 
 
