@@ -58,6 +58,7 @@ def test_the_types_are_right_in_strict_projects(installed: Path, compiler: str, 
     run(["node", f"node_modules/{compiler}/bin/tsc", *options.split(), "usage.tsx"], installed)
 
 
+@pytest.mark.long
 async def test_the_react_entry_works_on_a_server_in_strict_mode_and_with_a_real_service(
     installed: Path, tmp_path: Path
 ) -> None:
