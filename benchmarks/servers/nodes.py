@@ -277,7 +277,7 @@ async def connects(ports: Sequence[int], sockets: int) -> float:
 async def taken_over(nodes: Cluster) -> float:
     """Seconds after which what a killed node held is another one's."""
     node = nodes.nodes[0]
-    await asyncio.sleep(10)  # Who has just begun takes nothing over.
+    await asyncio.sleep(10)  # A node takes work over only after it has watched the others for a lease.
     async with httpx2.AsyncClient(base_url=node.deployment.url, timeout=30) as http:
         for _ in range(6):
             await http.post("/generations/generate", files={"prompt": (None, "a red hat"), "images": ("a.jpg", PHOTO)})
