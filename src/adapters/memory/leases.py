@@ -14,10 +14,10 @@ _FETCHING_PER_USER: Final = 2
 class _Line:
     """A FIFO per user. The user at the front is served next and then goes to the back."""
 
-    def __init__(self, lock: asyncio.Lock) -> None:
+    def __init__(self) -> None:
         self.users: OrderedDict[str, deque[str]] = OrderedDict()
-        #: Notified when a generation may be claimed.
-        self.changed = asyncio.Condition(lock)
+        #: Set when a generation may be claimed.
+        self.changed = asyncio.Event()
 
     def remove(self, user_id: str, generation_id: str) -> None:
         self.users[user_id].remove(generation_id)
@@ -47,83 +47,68 @@ class MemoryLeases:
     shared = False
 
     def __init__(self) -> None:
-        self._lock = asyncio.Lock()
-        self._work, self._fetches = _Line(self._lock), _Line(self._lock)
+        self._work, self._fetches = _Line(), _Line()
         #: The line and the user of each generation that waits.
         self._waiting: dict[str, tuple[_Line, str]] = {}
-        self._held: set[str] = set()
-        #: The user of each generation that is held for fetching.
-        self._fetching: dict[str, str] = {}
-        #: See `positions`, until something changes.
-        self._positions: Mapping[str, int] | None = None
-        #: Notified when a generation was withdrawn or released.
-        self._removed = asyncio.Condition(self._lock)
+        #: The user of each generation that is held, and whether it is held for fetching.
+        self._held: dict[str, tuple[str, bool]] = {}
+        #: Set when a generation was withdrawn or released.
+        self._removed = asyncio.Event()
 
     async def count(self) -> Counts:
-        return Counts(len(self._waiting), len(self._held) + len(self._fetching))
+        return Counts(len(self._waiting), len(self._held))
 
     async def positions(self) -> Mapping[str, int]:
-        if self._positions is None:
-            busy = Counter(self._fetching.values())
-            lines = self._work.order(Counter()), self._fetches.order(busy)
-            self._positions = {each: rank for line in lines for rank, each in enumerate(line, 1)}
-        return self._positions
+        lines = self._work.order(Counter()), self._fetches.order(self._busy())
+        return {each: rank for line in lines for rank, each in enumerate(line, 1)}
 
     async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
-        async with self._lock:
-            known = generation_id in self._waiting or generation_id in self._held
-            if known or (fetching and generation_id in self._fetching):
-                return False
-            self._positions = None
-            line = self._fetches if fetching else self._work
-            line.users.setdefault(user_id, deque()).append(generation_id)
-            self._waiting[generation_id] = line, user_id
-            line.changed.notify_all()
-            return True
+        held = self._held.get(generation_id)
+        if generation_id in self._waiting or (held is not None and (fetching or held != (user_id, True))):
+            return False
+        line = self._fetches if fetching else self._work
+        line.users.setdefault(user_id, deque()).append(generation_id)
+        self._waiting[generation_id] = line, user_id
+        line.changed.set()
+        return True
 
     async def withdraw(self, generation_id: str) -> bool:
-        async with self._lock:
-            self._positions = None
-            self._removed.notify_all()
-            line, user_id = self._waiting.pop(generation_id, (None, ""))
-            if line is not None:
-                line.remove(user_id, generation_id)
-            return line is not None
+        self._removed.set()
+        line, user_id = self._waiting.pop(generation_id, (None, ""))
+        if line is not None:
+            line.remove(user_id, generation_id)
+        return line is not None
 
     async def claim(self, *, fetching: bool = False) -> str:
-        async with self._lock:
-            line = self._fetches if fetching else self._work
-            while (user_id := self._next_user(fetching)) is None:
-                await line.changed.wait()
-            self._positions = None
-            generation_id = line.take(user_id)
-            del self._waiting[generation_id]
-            if fetching:
-                self._fetching[generation_id] = user_id
-            else:
-                self._release_fetch(generation_id)
-                self._held.add(generation_id)
-            return generation_id
+        line = self._fetches if fetching else self._work
+        while (user_id := self._next_user(line)) is None:
+            line.changed.clear()
+            await line.changed.wait()
+        generation_id = line.take(user_id)
+        del self._waiting[generation_id]
+        self._let_go(generation_id)
+        self._held[generation_id] = user_id, fetching
+        return generation_id
 
-    def _next_user(self, fetching: bool) -> str | None:
-        if not fetching:
-            return next(iter(self._work.users), None)
-        counts = Counter(self._fetching.values())
-        return next((user for user in self._fetches.users if counts[user] < _FETCHING_PER_USER), None)
+    def _busy(self) -> Counter[str]:
+        """How many generations of each user are held for fetching."""
+        return Counter(user_id for user_id, fetching in self._held.values() if fetching)
 
-    def _release_fetch(self, generation_id: str) -> None:
-        if self._fetching.pop(generation_id, None) is not None:
-            self._fetches.changed.notify_all()
+    def _next_user(self, line: _Line) -> str | None:
+        busy = self._busy() if line is self._fetches else Counter[str]()
+        return next((user_id for user_id in line.users if busy[user_id] < _FETCHING_PER_USER), None)
+
+    def _let_go(self, generation_id: str) -> None:
+        _, fetching = self._held.pop(generation_id, ("", False))
+        if fetching:
+            self._fetches.changed.set()
 
     async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
-        return [each for each in generation_ids if each not in self._held and each not in self._fetching]
+        return [each for each in generation_ids if each not in self._held]
 
     async def release(self, generation_id: str) -> None:
-        async with self._lock:
-            self._positions = None
-            self._held.discard(generation_id)
-            self._release_fetch(generation_id)
-            self._removed.notify_all()
+        self._let_go(generation_id)
+        self._removed.set()
 
     async def abandoned(self) -> Collection[str]:
         return ()
@@ -132,5 +117,6 @@ class MemoryLeases:
         return True
 
     async def drain(self) -> None:
-        async with self._lock:
-            await self._removed.wait_for(lambda: not (self._waiting or self._held or self._fetching))
+        while self._waiting or self._held:
+            self._removed.clear()
+            await self._removed.wait()
