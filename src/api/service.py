@@ -142,7 +142,6 @@ class Service:
             await self.supervisor.attempt("sweep", self._sweep)
         self._work = asyncio.create_task(self.runner.run())
         self._background = asyncio.create_task(self._run())
-        await self.runner.resumed()
 
     async def _run(self) -> None:
         """Run all background tasks except the runner, which ends before the others."""
@@ -157,7 +156,7 @@ class Service:
             for name, work in self.storage.background.items():
                 tasks.create_task(keep(name, work))
             tasks.create_task(self._chore(pause, "retention", self._purge))
-            tasks.create_task(self._chore(_SWEEP_EVERY, "sweep", self._sweep, after=0))
+            tasks.create_task(self._chore(_SWEEP_EVERY, "sweep", self._sweep))
             tasks.create_task(every(pause, "sessions", self._touch))
             tasks.create_task(every(_TAKEN_OVER_EVERY, "sessions", self._close_taken_over))
             tasks.create_task(keep("lag", self.lag.run))
@@ -166,16 +165,14 @@ class Service:
             if self.webhooks is not None:
                 tasks.create_task(keep("webhooks", self.webhooks.run))
 
-    async def _chore(
-        self, seconds: float, name: str, work: Callable[[], Awaitable[object]], *, after: float | None = None
-    ) -> None:
+    async def _chore(self, seconds: float, name: str, work: Callable[[], Awaitable[object]]) -> None:
         """Do this work every so many seconds, on one node."""
 
         async def on_one_node() -> None:
             if await self.leases.claim_chore(name, 2 * seconds):
                 await work()
 
-        await self.supervisor.every(seconds, name, on_one_node, after=after)
+        await self.supervisor.every(seconds, name, on_one_node)
 
     async def shutdown(self, force: asyncio.Event) -> None:
         """Refuse starts, finish work until the drain ends or `force` is set, notify clients, and close the parts."""

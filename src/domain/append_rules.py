@@ -57,7 +57,7 @@ def decide(entry: Append, known: Known, *, credits: int | None, clock: Clock) ->
         raise errors.AlreadyStarted(known.begun.generation_id)
     # Tombstones keep the id of a deleted generation taken.
     if entry.sequence != known.sequence + 1 or known.exists == (start is not None) or known.ended:
-        raise errors.Conflict(entry.sequence, known.sequence)
+        raise errors.Conflict
     if start is not None and known.unfinished >= start.max_unfinished:
         raise errors.TooManyGenerations
     # A generation that started while no balances were kept has reserved nothing, and gets no refund.

@@ -105,13 +105,6 @@ class NotExternal(Refusal, code="not_external"):
 class Conflict(Refusal, code="conflict"):
     """The generation has moved on in the meantime."""
 
-    def __init__(self, proposed: int, actual: int) -> None:
-        super().__init__(proposed, actual)
-        #: The sequence that the event was to get.
-        self.proposed = proposed
-        #: The sequence of the last event in the log; 0 where there is none.
-        self.actual = actual
-
 
 class IdempotencyMismatch(Refusal, code="idempotency_mismatch"):
     """This Idempotency-Key was used before with a different request."""

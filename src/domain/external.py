@@ -98,7 +98,7 @@ class ExternalWork:
             if last.event_id == _event_id(last.generation_id, last.sequence, content):
                 return last
             if sequence not in (None, last.sequence + 1):
-                raise Conflict(sequence or 0, last.sequence)
+                raise Conflict
             generation.check_fields(status, fields)
             complete = _with_failure(generation, status, fields)
             event_id = _event_id(last.generation_id, last.sequence + 1, content)

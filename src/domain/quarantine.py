@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+from functools import partial
 from typing import Final
 
-from domain.errors import Failure, LogUnavailable
+from domain.errors import Failure
 from domain.recorder import Recorder
-from domain.supervisor import being_cancelled, reason_of
+from domain.supervisor import being_cancelled, patiently, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +38,12 @@ class Quarantine:
     async def end(self, generation_id: str, part: str, error: BaseException) -> None:
         """End the generation, as soon as the log answers."""
         logger.error("generation %s is set aside: %s in %s (internal)", generation_id, reason_of(error), part)
-        attempts = 0
-        while attempts < _ATTEMPTS:
+        for _ in range(_ATTEMPTS):
             try:
-                await self._recorder.end(generation_id, Failure("internal"))
+                await patiently(partial(self._recorder.end, generation_id, Failure("internal")))
                 return
-            except LogUnavailable:
-                pass
             except (Exception, asyncio.CancelledError):
                 if being_cancelled():
                     raise
-                attempts += 1
             await asyncio.sleep(_PAUSE)
         logger.error("generation %s cannot be ended (internal)", generation_id)

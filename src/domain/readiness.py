@@ -1,7 +1,9 @@
 """Whether the service can take a start: what its readiness probe answers."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from domain.errors import Failure, Refusal
@@ -18,16 +20,16 @@ NEEDED: Final = (LOG, FOLLOWER, RUNNER, IMAGES)
 _EVERY: Final = 1.0
 
 
+@dataclass
 class _Check:
     """A check that runs on request, at most once a second, and once for all callers that wait for it."""
 
-    def __init__(self, check: Callable[[], Awaitable[object]], late: Refusal | Failure) -> None:
-        self.check = check
-        #: What it fails with where it does not return in time.
-        self.late = late
-        self.began = float("-inf")
-        #: It goes on also when it is late: another one would only wait behind it.
-        self.running: asyncio.Task[bool] | None = None
+    check: Callable[[], Awaitable[object]]
+    #: What it fails with where it does not return in time.
+    late: Refusal | Failure
+    began: float = -math.inf
+    #: It goes on also when it is late: another one would only wait behind it.
+    running: asyncio.Task[bool] | None = None
 
 
 class Readiness:

@@ -25,7 +25,7 @@ from domain.ports.log import EventLog, History, Notice
 from domain.ports.providers import FaceSwapper, ImageEditor, Report
 from domain.quarantine import Quarantine
 from domain.readiness import RUNNER
-from domain.recorder import ATTENTION, Recorder
+from domain.recorder import Recorder
 from domain.rehydrate import UNREADABLE, generation_of, is_external, seconds_worked, was_interrupted
 from domain.requests import Options
 from domain.stage_times import Entered, StageTimes
@@ -72,9 +72,6 @@ class Runner:
         self.queue_seconds = Histogram()
         #: By ``ok`` or the code of the failure.
         self.provider_calls: Counter[tuple[Provider, str]] = Counter()
-        #: Interrupted generations that this node has offered, until they have ended.
-        self._interrupted: set[str] = set()
-        self._resumed = asyncio.Event()
 
     @property
     def running(self) -> int:
@@ -85,20 +82,12 @@ class Runner:
         """Offer all unfinished generations to all nodes, first those that were interrupted in a paid stage."""
         for history in sorted(await self.log.unfinished(), key=was_interrupted, reverse=True):
             await self._offer(history)
-        if not self._interrupted:
-            self._resumed.set()
 
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
         workers = [partial(self._worker, fetching=False)] * self.max_running
         fetchers = [partial(self._worker, fetching=True)] * (_FETCHING * self.max_running)
         await self.supervisor.keep(RUNNER, self._follow, self._hold, *workers, *fetchers)
-
-    async def resumed(self) -> None:
-        """Wait until the interrupted generations that `resume` has offered have ended, or the log does not answer."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(ATTENTION):
-                await self._resumed.wait()
 
     async def interrupt(self) -> None:
         """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
@@ -112,11 +101,10 @@ class Runner:
         """Offer an unfinished generation, unless it is external."""
         if is_external(history):
             return
-        fetching = interrupted = was_interrupted(history)
+        fetching = was_interrupted(history)
         with contextlib.suppress(*UNREADABLE):  # Whoever works on it sets it aside.
-            fetching = interrupted or generation_of(history).needs_fetching
-        if await self.leases.offer(history.user_id, history.generation_id, fetching=fetching) and interrupted:
-            self._interrupted.add(history.generation_id)
+            fetching = fetching or generation_of(history).needs_fetching
+        await self.leases.offer(history.user_id, history.generation_id, fetching=fetching)
 
     async def _follow(self) -> None:
         async with self.log.follow(self._notice):
@@ -125,9 +113,6 @@ class Runner:
     def _notice(self, entry: Notice) -> None:
         if not isinstance(entry, Logged) or entry.end != entry.position:
             return
-        self._interrupted.discard(entry.generation_id)
-        if not self._interrupted:
-            self._resumed.set()
         job = self._jobs.get(entry.generation_id)
         if job is not None and not job.ending:
             job.over = True

@@ -41,18 +41,15 @@ class Supervisor:
 
     async def keep(self, name: str, *works: Work) -> None:
         """Run these works of one part side by side, each until it returns. One that fails is started again."""
-        self._failing.setdefault(name, {})
         async with asyncio.TaskGroup() as tasks:
             for work in works:
                 tasks.create_task(self._keep(name, work))
 
-    async def every(self, seconds: float, name: str, work: Work, *, after: float | None = None) -> None:
-        """Do this work again and again, for the first time `after` so many seconds (by default, one pause)."""
-        pause = seconds if after is None else after
-        self._failing.setdefault(name, {})
+    async def every(self, seconds: float, name: str, work: Work) -> None:
+        """Do this work now, and again whenever so many seconds have passed."""
         while True:
-            await asyncio.sleep(pause)
             pause = seconds if await self.attempt(name, work) else self._pause(name)
+            await asyncio.sleep(pause)
 
     async def _keep(self, name: str, work: Work) -> None:
         task, loop = object(), asyncio.get_running_loop()

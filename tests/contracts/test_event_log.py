@@ -115,9 +115,8 @@ async def test_only_the_next_sequence_is_accepted(recorder: EventRecorder, log: 
     append, _ = recorder.prepare(generation, "composition")
     before = await image(log, "ada", generation.generation_id)
     for sequence in (0, 1, 3, 4, 100):
-        with pytest.raises(Conflict) as refusal:
+        with pytest.raises(Conflict):
             await log.append(append._replace(sequence=sequence))
-        assert (refusal.value.proposed, refusal.value.actual) == (sequence, 1)
     assert await image(log, "ada", generation.generation_id) == before
     await log.append(append)
 
@@ -128,9 +127,8 @@ async def test_nothing_follows_the_terminal_event(recorder: EventRecorder, log: 
     append, _ = recorder.prepare(running, "composition")
     before = await image(log, "ada", running.generation_id)
     for sequence in (2, 3):
-        with pytest.raises(Conflict) as refusal:
+        with pytest.raises(Conflict):
             await log.append(append._replace(sequence=sequence))
-        assert refusal.value.actual == 2
     assert await image(log, "ada", running.generation_id) == before
 
 
@@ -138,9 +136,8 @@ async def test_an_event_without_a_start_is_refused(recorder: EventRecorder, log:
     _, unborn = recorder.prepare_start()
     append, _ = recorder.prepare(unborn, "composition")
     for sequence in (1, 2):
-        with pytest.raises(Conflict) as refusal:
+        with pytest.raises(Conflict):
             await log.append(append._replace(sequence=sequence))
-        assert refusal.value.actual == 0
     assert await log.generation(unborn.generation_id) is None
     assert (await full_feed(log)).head == 0
 

@@ -33,9 +33,8 @@ async def test_a_removed_generation_looks_like_an_unknown_one(
     assert (await log.standing("ada")).credit == credit
     assert await log.remove(ended.generation_id, retention=retention) is False
     append, _ = recorder.prepare(await recorder.start(), "composition")
-    with pytest.raises(Conflict) as refusal:
+    with pytest.raises(Conflict):
         await log.append(append._replace(generation_id=ended.generation_id, sequence=7))
-    assert refusal.value.actual == 0
 
 
 @retentions

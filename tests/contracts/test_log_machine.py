@@ -220,10 +220,8 @@ class LogMachine(RuleBasedStateMachine):
         path = path_of(generation.kind, face_swap=generation.request.face_swap)
         status = "failed" if cancels else path[path.index(generation.status) + 1]
         append, _ = self.recorder.prepare(generation, status)
-        with pytest.raises(Conflict) as refusal:
+        with pytest.raises(Conflict):
             self.run(self.log.append(append))
-        there = generation.generation_id in self.alive
-        assert refusal.value.actual == (len(known.statuses) if there else 0)
 
     @precondition(lambda self: self.lost)
     @rule(index=st.integers(0, 9), same_writer=st.booleans())

@@ -139,7 +139,6 @@ async def test_a_node_that_starts_disturbs_no_work_of_another() -> None:
         await paid.reached.wait()
         await fetching.reached.wait()
         two = await all_nodes.add(ScriptedEditor())
-        await asyncio.wait_for(two.runner.resumed(), 1)
         third = await two.start(user_id="cy")
         await two.reached(third.generation_id, "completed")
         assert [(await one.statuses(each))[-1] for each in (edit, fetch)] == ["openai_editing", "composition"]

@@ -126,7 +126,7 @@ ACTS = {{
     "interrupt": lambda report: _raise(KeyboardInterrupt(SECRET)),
     "base": lambda report: _raise(Stopped(SECRET)),
     "stop": lambda report: _raise(StopAsyncIteration(SECRET)),
-    "conflict": lambda report: _raise(Conflict(1, 2)),
+    "conflict": lambda report: _raise(Conflict()),
     "log": lambda report: _raise(LogUnavailable()),
     "cancelled": _cancels_itself,
     "own code": lambda report: _raise(Failure("cancelled")),

@@ -169,7 +169,7 @@ def _outcome(entry: Append, row: Any) -> Logged | Refusal:
         case "started":
             return AlreadyStarted(row["r_begun"])
         case "conflict":
-            return Conflict(entry.sequence, row["r_last"])
+            return Conflict()
         case "too_many":
             return TooManyGenerations()
         case "no_credit":
