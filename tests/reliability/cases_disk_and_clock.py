@@ -53,7 +53,7 @@ from support.wire import JSON, Wire, hang_up
 async def no_room_and_wrong_time(trial: Trial, rounds: int) -> None:
     for number in range(rounds):
         async with task_group() as group:
-            pictures = Deployment(trial.folder / f"pictures-{number}", prelude=SCRATCH_IS_NO_FILE)
+            pictures = Deployment(trial.folder / f"pictures-{number}")
             group.create_task(_no_room_for_pictures(trial, pictures))
             group.create_task(_no_room_for_the_log(trial, Deployment(trial.folder / f"log-{number}")))
             for name in LOGS:
@@ -61,10 +61,6 @@ async def no_room_and_wrong_time(trial: Trial, rounds: int) -> None:
                 folder.mkdir()
                 log = "memory://" if name == "memory" else f"sqlite:///{folder}/log.db"
                 group.create_task(_the_clock_jumps(trial, folder / "images", log))
-
-
-#: The limit counts files without a name, in memory, too. A full disk does not.
-SCRATCH_IS_NO_FILE: Final = "import io, adapters.images.codec as codec; codec.scratch = io.BytesIO"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from domain.feed import Logged
 from domain.ports.log import Append, History
 from domain.supervisor import Supervisor
 from reliability.cases import Trial, case
-from reliability.cases_disk_and_clock import SCRATCH_IS_NO_FILE, no_room
+from reliability.cases_disk_and_clock import no_room
 from support.builders import OpenLog, WholeLog, memory_storage, open_memory_log, open_sqlite_log
 from support.deployment import Deployment, Life, RetryingClient, parts
 from support.doubles import ForwardingLog
@@ -282,7 +282,7 @@ async def readiness_tells(trial: Trial, rounds: int, askers: int) -> None:
 
     async def one(name: str, number: int) -> None:
         fault, part = _FAULTS[name]
-        deployment = Deployment(trial.folder / f"{name.replace(' ', '-')}-{number}", prelude=SCRATCH_IS_NO_FILE)
+        deployment = Deployment(trial.folder / f"{name.replace(' ', '-')}-{number}")
         async with RetryingClient.open(deployment.url) as caller, deployment.serving() as life:
             async with _asked_by(caller, askers):
                 await _until(caller, 200)

@@ -3,14 +3,11 @@
 Decoded images are ``RGB``, or ``RGBA`` if they have transparency.
 """
 
-import os
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import IO, Final
+from typing import Final
 
 from PIL import Image, ImageChops
 
@@ -58,22 +55,8 @@ def decoded(image: Image.Image, near: tuple[int, int] | None = None) -> Image.Im
     with reading():
         if near is not None:
             image.draft("RGB", near)
-        load(image)
+        image.load()
         return plain(image)
-
-
-def load(image: Image.Image) -> None:
-    """Decode the image in place. Raises what Pillow raises."""
-    # Into memory allocated here: Pillow would clear its own while it holds the GIL, 30 ms for 12 megapixels.
-    # These two decoders would take the image for already decoded.
-    if image.format not in ("ICNS", "ICO"):
-        image.im = blank(image.mode, image.size).im
-    image.load()
-
-
-def blank(mode: str, size: tuple[int, int], colour: str | int = 0) -> Image.Image:
-    """An image of one colour, filled without holding the GIL."""
-    return Image.new(mode, (1, 1), colour).resize(size, Image.Resampling.NEAREST)
 
 
 def plain(image: Image.Image, transparent_sample: int | None = None) -> Image.Image:
@@ -103,29 +86,18 @@ def encode(image: Image.Image, *, quality: int = 90, fine: bool = False, lossles
 
     `fine`: no chroma subsampling, for drawings. `lossless`: always a PNG.
     """
-    image.info.clear()
-    # Pillow releases the GIL only when it encodes into a real file.
-    with scratch() as file:
-        if lossless or image.mode == "RGBA" or max(image.size) > _JPEG_SIDE:
-            media_type = "image/png"
-            image.save(file, "PNG", compress_level=1)
-        else:
-            media_type = "image/jpeg"
-            image.save(file, "JPEG", quality=quality, subsampling=0 if fine else 2)
-        file.seek(0)
-        return Picture(file.read(), media_type)
+    if lossless or image.mode == "RGBA" or max(image.size) > _JPEG_SIDE:
+        return _saved(image, "PNG", compress_level=1)
+    return _saved(image, "JPEG", quality=quality, subsampling=0 if fine else 2)
 
 
 def encode_webp(image: Image.Image, *, quality: int) -> Picture:
     """Encode as WebP, without metadata."""
+    return _saved(image, "WEBP", quality=quality)
+
+
+def _saved(image: Image.Image, kind: str, **options: int) -> Picture:
     image.info.clear()
     file = BytesIO()
-    image.save(file, "WEBP", quality=quality)
-    return Picture(file.getvalue(), "image/webp")
-
-
-def scratch() -> IO[bytes]:
-    """A temporary file without a name; on Linux in memory."""
-    if sys.platform == "linux":
-        return open(os.memfd_create("picture"), "w+b")  # noqa: PTH123 (a descriptor, not a path)
-    return tempfile.TemporaryFile()
+    image.save(file, kind, **options)
+    return Picture(file.getvalue(), Image.MIME[kind])

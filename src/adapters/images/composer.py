@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from PIL import Image
 
-from adapters.images.codec import Unreadable, blank, decoded, encode, opened
+from adapters.images.codec import Unreadable, decoded, encode, opened
 from adapters.images.threads import GLANCE, ImageThreads
 from domain.errors import Failure
 from domain.ports.images import Load, Picture
@@ -39,7 +39,7 @@ class PillowComposer:
             async with self._threads.turn(GLANCE) as run:
                 sizes = [(await run(opened, (await load()).data)).size for load in pictures]
             async with self._threads.turn(sum(width * height for width, height in sizes)) as run:
-                sheet = await run(blank, "RGB", SHEET, "white")
+                sheet = await run(Image.new, "RGB", SHEET, "white")
                 for load, box in zip(pictures, arrange(sizes), strict=True):
                     await run(_paste, sheet, await load(), box)
                 return await run(encode, sheet)

@@ -1,10 +1,6 @@
 """Validates uploaded pictures, and stores them in sRGB without metadata: re-encoded, unless a JPEG needs no change."""
 
-import mmap
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from io import BytesIO
@@ -14,7 +10,7 @@ from typing import Final
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
 from adapters.images import codec
-from adapters.images.codec import MAX_PIXELS, Unreadable, load, opened, plain, reading
+from adapters.images.codec import MAX_PIXELS, Unreadable, opened, plain, reading
 from adapters.images.colour_profiles import SRGB
 from adapters.images.file_structure import PictureFile, orientation, read_jpeg, read_png
 from adapters.images.threads import GLANCE, ImageThreads
@@ -37,15 +33,6 @@ _TURNED: Final = range(5, 9)
 
 #: The longest side of a WebP, in pixels.
 _WEBP_SIDE: Final = 16_383
-
-#: Run in a separate Python process: reads WebP from stdin, and writes the raw pixels of the first frame to stdout.
-_DECODE_WEBP: Final = """
-import sys
-from PIL import Image
-with Image.open(sys.stdin.buffer, formats=("WEBP",)) as image:
-    sys.stdout.buffer.write(image.tobytes())
-"""
-_DECODE_SECONDS: Final = 60
 
 _READERS: Final = {"PNG": read_png, "JPEG": read_jpeg, "WEBP": PictureFile}
 
@@ -127,14 +114,11 @@ def _thumbnail(data: bytes, width: int) -> Picture:
 
 def _still(file: PictureFile, image: Image.Image, near: tuple[int, int]) -> Image.Image:
     """The first frame, upright and in sRGB; of a JPEG, at a size that may be reduced to not below `near`."""
-    if image.format == "WEBP":
-        still = _webp(image, file.data)
-    else:
-        image.draft("RGB", near)
-        load(still := image)
-        if file.padded and not _is_complete(image, file.padded, near):
-            raise Unreadable
-    still = _in_srgb(still, file)
+    image.draft("RGB", near)
+    image.load()
+    if file.padded and not _is_complete(image, file.padded, near):
+        raise Unreadable
+    still = _in_srgb(image, file)
     still.getexif()[ExifTags.Base.Orientation] = orientation(file.exif)
     ImageOps.exif_transpose(still, in_place=True)
     return still
@@ -144,23 +128,8 @@ def _is_complete(image: Image.Image, padded: bytes, near: tuple[int, int]) -> bo
     """Whether the image has all its pixels, so that padding does not change them."""
     other = opened(padded, ("JPEG",))
     other.draft("RGB", near)
-    load(other)
-    # `ImageChops` would hold the GIL for 100 ms.
+    other.load()
     return image.histogram() == other.histogram()
-
-
-def _webp(image: Image.Image, data: bytes) -> Image.Image:
-    """The pixels of a WebP, decoded in a subprocess without our environment.
-
-    Pillow holds the GIL while it decodes WebP, 200 ms for 12 megapixels, which would block the event loop.
-    """
-    command = [sys.executable, "-S", "-P", "-W", "ignore", "-c", _DECODE_WEBP]
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with codec.scratch() as file:
-        run = partial(subprocess.run, command, env=environment, timeout=_DECODE_SECONDS, check=True)
-        run(input=data, stdout=file, stderr=subprocess.DEVNULL)
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as raw:
-            return Image.frombytes(image.mode, image.size, raw)
 
 
 def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
@@ -179,7 +148,7 @@ def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
         transform = ImageCms.buildTransform(profile, SRGB, source.mode, mode)
         if source is flat and _changes_nothing(transform, mode):
             return flat
-        converted = transform.apply(source, codec.blank(mode, source.size))
+        converted = transform.apply(source)
         if flat.mode == "RGBA" and mode == "RGB":
             converted.putalpha(flat.getchannel("A"))
         return converted
