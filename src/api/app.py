@@ -19,7 +19,7 @@ from api.service import Service
 from api.settings import SettingsError
 from api.sse import routes as sse
 from api.sse.streams import StreamLayer
-from api.web import docs, page
+from api.web import page
 from api.wiring import ClientLimit, Parts, Server, connection_table
 
 
@@ -56,8 +56,7 @@ def create_service(parts: Parts) -> tuple[Service, ASGIApp]:
         ],
     )
     http.state.service = service
-    placed = page.install(http, settings)
-    docs.install(http, settings, placed)
+    page.install(http, settings)
     routes = problems.Problems(http)
     hosts = None if settings.allow_open else settings.allowed_hosts
     prefix = settings.path_prefix

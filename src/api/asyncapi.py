@@ -1,5 +1,7 @@
 """``GET /asyncapi.json``: the events of Socket.IO and event streams as AsyncAPI 3, from the models of OpenAPI."""
 
+from collections.abc import Iterable
+from functools import cache
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
@@ -68,7 +70,7 @@ _EVENTS: Final[dict[str, dict[str, Any]]] = {
 } | {CONTINUE: {"properties": {"status": {"not": {"enum": list(NAMES)}}}}}
 _EVENTS[NAMES["failed"]]["required"] = ["error", "code", "failedStage", "retryable"]
 
-#: The models of the other messages.
+#: The models of the other messages: what the service sends, and what clients send with its acks.
 _NOTICES: Final[dict[str, tuple[type[BaseModel], ...]]] = {
     "authenticated": (Welcome, Refused),
     QUEUE_POSITION: (QueuePosition,),
@@ -76,44 +78,40 @@ _NOTICES: Final[dict[str, tuple[type[BaseModel], ...]]] = {
     "authentication_required": (ConnectionEnd,),
     "authentication_expired": (ConnectionEnd,),
 }
-_REQUESTS: Final[dict[str, tuple[type[BaseModel], type[BaseModel]]]] = {
-    "authenticate": (Authenticate, Welcome),
-    "subscribe_to_generation": (Subscribe, Subscribed),
+_REQUESTS: Final[dict[str, tuple[type[BaseModel], ...]]] = {
+    "authenticate": (Authenticate,),
+    "authenticate_ack": (Welcome, Refused),
+    "subscribe_to_generation": (Subscribe,),
+    "subscribe_to_generation_ack": (Subscribed, Refused),
 }
+_ON_STREAMS: Final = [*_EVENTS, "authentication_expired"]
 
 
+@cache
 def document(version: str, public_url: str) -> dict[str, Any]:
     """The description of this service."""
-    models: set[type[BaseModel]] = {
-        SocketEvent,
-        Refused,
-        *(each for group in (*_NOTICES.values(), *_REQUESTS.values()) for each in group),
-    }
-    inputs: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in models]
+    others = _NOTICES | _REQUESTS
+    inputs: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (model, "validation") for model in {SocketEvent}.union(*others.values())
+    ]
     schemas = models_json_schema(inputs, ref_template=_SCHEMAS, schema_generator=_NeverNull)[1]["$defs"]
     messages = {
-        name: _message(name, {"allOf": [_schema(SocketEvent), rule]}, f"A generation's event: `{name}`.")
+        name: {"summary": f"A generation's event: `{name}`.", "payload": {"allOf": [_schema(SocketEvent), rule]}}
         for name, rule in _EVENTS.items()
+    } | {
+        name: {"summary": models[0].__doc__, "payload": {"oneOf": [_schema(model) for model in models]}}
+        for name, models in others.items()
     }
-    messages |= {name: _message(name, _one_of(models), models[0].__doc__) for name, models in _NOTICES.items()}
-    for name, (argument, ack) in _REQUESTS.items():
-        messages[name] = _message(name, _schema(argument), "Sent by the client.")
-        messages[f"{name}_ack"] = _message(f"{name}_ack", _one_of((ack, Refused)), ack.__doc__)
     public = urlsplit(public_url)
     host = {"host": public.netloc, "pathname": public.path or "/"}
-    feed = [*_EVENTS, "authenticated", QUEUE_POSITION, GENERATION_REMOVED, "authentication_expired"]
-    generation = [*_EVENTS, "authentication_expired"]
-    channels = {
-        "socket": ("/socket.io", "The default namespace of Socket.IO.", [*messages]),
-        "feed": ("/events", "With `Accept: text/event-stream`: everything of the caller.", feed),
-        "generation": ("/generations/{generationId}/events", "With the same header: one generation.", generation),
-    }
+    generation = _channel("http", "/generations/{generationId}/events", "A stream of one generation.", _ON_STREAMS)
+    on_feed = [*_ON_STREAMS, "authenticated", QUEUE_POSITION, GENERATION_REMOVED]
     return {
         "asyncapi": "3.0.0",
         "info": {
             "title": "Stagecast",
             "version": version,
-            "description": "HTTP operations are in `/openapi.json`.",
+            "description": "HTTP operations are in `/openapi.json`. Streams need `Accept: text/event-stream`.",
         },
         "servers": {
             "socketio": {**host, "protocol": "socket.io", "protocolVersion": "5"},
@@ -121,27 +119,18 @@ def document(version: str, public_url: str) -> dict[str, Any]:
         },
         "defaultContentType": "application/json",
         "channels": {
-            key: {
-                "address": address,
-                "description": description,
-                "servers": [{"$ref": f"#/servers/{'socketio' if key == 'socket' else 'http'}"}],
-                "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in names},
-                **({"parameters": {"generationId": {}}} if "{" in address else {}),
-            }
-            for key, (address, description, names) in channels.items()
+            "socket": _channel("socketio", "/socket.io", "The default namespace of Socket.IO.", messages),
+            "feed": _channel("http", "/events", "A stream of everything of the caller.", on_feed),
+            "generation": {**generation, "parameters": {"generationId": {}}},
         },
         "operations": {
-            "socketEvents": {"action": "send", **_messages("socket", [*_EVENTS, *_NOTICES])},
-            "feedEvents": {"action": "send", **_messages("feed", feed)},
-            "generationEvents": {"action": "send", **_messages("generation", generation)},
+            "socketEvents": _operation("send", "socket", *_EVENTS, *_NOTICES),
+            "feedEvents": _operation("send", "feed", *on_feed),
+            "generationEvents": _operation("send", "generation", *_ON_STREAMS),
         }
         | {
-            name: {
-                "action": "receive",
-                **_messages("socket", [name]),
-                "reply": _messages("socket", [f"{name}_ack"]),
-            }
-            for name in _REQUESTS
+            name: {**_operation("receive", "socket", name), "reply": _messages("socket", f"{name}_ack")}
+            for name in ("authenticate", "subscribe_to_generation")
         },
         "components": {"messages": messages, "schemas": schemas},
     }
@@ -151,14 +140,19 @@ def _schema(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _SCHEMAS.format(model=model.__name__)}
 
 
-def _one_of(models: tuple[type[BaseModel], ...]) -> dict[str, Any]:
-    return {"oneOf": [_schema(each) for each in models]} if len(models) > 1 else _schema(models[0])
+def _channel(server: str, address: str, description: str, names: Iterable[str]) -> dict[str, Any]:
+    return {
+        "address": address,
+        "description": description,
+        "servers": [{"$ref": f"#/servers/{server}"}],
+        "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in names},
+    }
 
 
-def _message(name: str, payload: dict[str, Any], summary: str | None) -> dict[str, Any]:
-    return {"name": name, "summary": summary, "payload": payload}
+def _operation(action: str, channel: str, *names: str) -> dict[str, Any]:
+    return {"action": action, **_messages(channel, *names)}
 
 
-def _messages(channel: str, names: list[str]) -> dict[str, Any]:
+def _messages(channel: str, *names: str) -> dict[str, Any]:
     where = f"#/channels/{channel}"
     return {"channel": {"$ref": where}, "messages": [{"$ref": f"{where}/messages/{name}"} for name in names]}

@@ -4,7 +4,9 @@ import re
 from typing import Annotated, Final, Literal
 
 from fastapi import Query, Request, Response
+from fastapi.responses import JSONResponse
 
+from api.asyncapi import document
 from api.rest import routes
 from api.rest.problems import documented, problem
 from api.rest.schemas import Health, Stages, Version, json_response, stages
@@ -78,6 +80,12 @@ class NoSuchImage(NotFound):
 async def get_version(request: Request) -> Response:
     """The version of the running service."""
     return json_response(Version(version=request.app.version))
+
+
+@router.get("/asyncapi.json", include_in_schema=False)
+async def get_asyncapi(request: Request) -> Response:
+    """The events of Socket.IO and of streams."""
+    return JSONResponse(document(request.app.version, request.app.state.service.settings.public_url))
 
 
 @router.get("/health/live", tags=["health"], response_model=Health, responses=documented())
