@@ -241,7 +241,7 @@ async def test_client_addresses_are_normalised() -> None:
         ([":80"], "10.0.0.1"),
         (["%"], "10.0.0.1"),
         ([""], "10.0.0.1"),
-        ([",".join(["1.1.1.1"] + ["10.2.2.2"] * 10_000)], "10.2.2.2"),
+        ([",".join(["1.1.1.1"] + ["10.2.2.2"] * 1_000)], "1.1.1.1"),
     ],
 )
 async def test_the_client_is_the_rightmost_address_that_is_not_a_trusted_proxy(values: list[str], address: str) -> None:

@@ -102,7 +102,7 @@ async def fetch(page: Page | Frame, url: str, **init: Any) -> JSON:
 
 
 async def preflight(
-    service: Running, origin: str, method: str = "POST", headers: str | Sequence[str] = (), **more: str
+    service: Running, origin: str, method: str = "POST", headers: str | Sequence[str] = ()
 ) -> httpx2.Response:
     lines = [headers] if isinstance(headers, str) else headers
     return await service.http.request(
@@ -114,7 +114,6 @@ async def preflight(
                 ("Origin", origin),
                 ("Access-Control-Request-Method", method),
                 *(("Access-Control-Request-Headers", line) for line in lines),
-                *(("Access-Control-Request-Private-Network", value) for value in more.values()),
             )
         ],
     )
@@ -220,13 +219,7 @@ async def test_a_preflight_allows_what_was_asked_for_except_headers_of_proxies_a
         assert answer.headers["access-control-allow-credentials"] == "true"
         assert answer.headers["access-control-allow-headers"] == "traceparent, X-Own, authorization"
         assert method in answer.headers["access-control-allow-methods"].split(", ")
-        assert {name.strip() for name in answer.headers["vary"].split(",")} == {
-            "Origin",
-            "Access-Control-Request-Method",
-            "Access-Control-Request-Headers",
-            "Access-Control-Request-Private-Network",
-        }
-        assert "access-control-allow-private-network" not in answer.headers
+        assert answer.headers["vary"] == "Origin"
 
 
 @pytest.mark.parametrize("asked", ["*", "x-a, *", "", ",", "x a", "x:a", "x/a", '"x"', "x\x80"])
@@ -235,13 +228,6 @@ async def test_a_preflight_allows_no_wildcard_and_no_malformed_name(service: Run
     names = answer.headers["access-control-allow-headers"].split(", ")
     assert names == (["x-a", "x-b"] if "x-a" in asked else ["x-b"])
     assert "*" not in "".join(cors_headers(answer).values())
-
-
-async def test_a_preflight_to_a_private_network_is_allowed_for_allowed_origins(service: Running) -> None:
-    answer = await preflight(service, APP, private="true")
-    assert (answer.status_code, answer.headers["access-control-allow-private-network"]) == (200, "true")
-    refused = await preflight(service, "http://evil.example.com", private="true")
-    assert cors_headers(refused) == {}
 
 
 @pytest.mark.parametrize(

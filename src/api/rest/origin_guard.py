@@ -10,22 +10,17 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Final
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.loopback import HOST, is_loopback
 from api.rest.problems import problem
 
-_SCHEMES: Final = {"ws": "http", "wss": "https"}
 _DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
 
-_REQUESTED_METHOD: Final = "access-control-request-method"
-_REQUESTED_HEADERS: Final = "access-control-request-headers"
-_PRIVATE_NETWORK: Final = "access-control-request-private-network"
-
 _METHODS: Final = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
-_EXPOSED: Final = "Location, Retry-After, X-Request-Id"
+_EXPOSED: Final = b"Location, Retry-After, X-Request-Id"
 #: A header name. Not ``*``: without credentials, browsers would take it as a wildcard.
 _HEADER: Final = re.compile(r"[!#$%&'+.^_`|~0-9a-z-]+", re.IGNORECASE)
 #: Headers that only browsers, proxies and other nodes may set.
@@ -59,16 +54,11 @@ class OriginGuard:
             return
         headers = Headers(scope=scope)
         origins = headers.getlist("origin")
-        origin_allowed = not origins or self._origins_allowed(origins, scope["scheme"], headers)
-        preflight = bool(origins) and scope.get("method") == "OPTIONS" and _REQUESTED_METHOD in headers
-        refusal = self._refusal(headers, origin_allowed, preflight)
+        allowed = not origins or self._origins_allowed(origins, scope["scheme"], headers)
+        preflight = bool(origins) and scope.get("method") == "OPTIONS" and "access-control-request-method" in headers
+        answer = self._refusal(headers, allowed, preflight) or (_preflight(headers) if preflight else self._app)
         if scope["type"] == "websocket":
-            if refusal is None:
-                await self._app(scope, receive, send)
-            elif "websocket.http.response" in scope.get("extensions", {}):
-                await refusal(scope, receive, send)
-            else:
-                await send({"type": "websocket.close", "code": 1008})
+            await answer(scope, receive, send)
             return
 
         async def send_with_cors(message: Message) -> None:
@@ -77,14 +67,14 @@ class OriginGuard:
                 vary = [value for name, value in message["headers"] if name == b"vary"]
                 others = [header for header in message["headers"] if header[0] != b"vary"]
                 message["headers"] = [*others, (b"vary", b", ".join([*vary, b"Origin"]))]
-                if origins and origin_allowed:
-                    response = MutableHeaders(scope=message)
-                    response["Access-Control-Allow-Origin"] = origins[0]
-                    response["Access-Control-Allow-Credentials"] = "true"
-                    response["Access-Control-Expose-Headers"] = _EXPOSED
+                if origins and allowed:
+                    message["headers"] += [
+                        (b"access-control-allow-origin", origins[0].encode("latin-1")),
+                        (b"access-control-allow-credentials", b"true"),
+                        (b"access-control-expose-headers", _EXPOSED),
+                    ]
             await send(message)
 
-        answer = refusal or (_preflight(headers) if preflight else self._app)
         await answer(scope, receive, send_with_cors)
 
     def _refusal(self, headers: Headers, origin_allowed: bool, preflight: bool) -> Response | None:
@@ -108,8 +98,7 @@ class OriginGuard:
         if len(origins) > 1:
             return False
         origin = _without_default_port(origins[0].lower())
-        scheme = _SCHEMES.get(scheme, scheme)
-        same = _without_default_port(f"{scheme}://{headers.get('host', '').lower()}")
+        same = _without_default_port(f"{scheme.replace('ws', 'http')}://{headers.get('host', '').lower()}")
         origin_scheme, _, host = origin.partition("://")
         name = _name(host) if origin_scheme in _DEFAULT_PORTS else None
         loopback = self._open_mode and name is not None and is_loopback(name)
@@ -118,18 +107,10 @@ class OriginGuard:
 
 def _preflight(headers: Headers) -> Response:
     """The answer to a preflight of an allowed origin: what it requests is allowed, except the denied headers."""
-    requested = [name.strip() for line in headers.getlist(_REQUESTED_HEADERS) for name in line.split(",")]
-    allowed = {
-        "Access-Control-Allow-Methods": _METHODS,
-        "Access-Control-Allow-Headers": ", ".join(
-            name for name in requested if _HEADER.fullmatch(name) and not _DENIED.fullmatch(name)
-        ),
-        "Access-Control-Max-Age": "600",
-        "Vary": ", ".join((_REQUESTED_METHOD, _REQUESTED_HEADERS, _PRIVATE_NETWORK)).title(),
-    }
-    if _PRIVATE_NETWORK in headers:
-        allowed["Access-Control-Allow-Private-Network"] = "true"
-    return Response(headers=allowed)
+    requested = ",".join(headers.getlist("access-control-request-headers")).split(",")
+    names = [name for each in requested if _HEADER.fullmatch(name := each.strip()) and not _DENIED.fullmatch(name)]
+    allowed = {"Access-Control-Allow-Methods": _METHODS, "Access-Control-Allow-Headers": ", ".join(names)}
+    return Response(headers={**allowed, "Access-Control-Max-Age": "600"})
 
 
 def _without_default_port(origin: str) -> str:
