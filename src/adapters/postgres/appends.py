@@ -83,13 +83,16 @@ class Appends:
     def _next_batch(self) -> list[_Request]:
         batch: list[_Request] = []
         kept: list[_Request] = []
+        users = set(self._users)
         for request in self._waiting:
             entry, future = request
             if not future.done():  # Its caller has not been cancelled.
-                fits = len(batch) < _BATCH and entry.user_id not in self._users
-                (batch if fits else kept).append(request)
+                if len(batch) < _BATCH and entry.user_id not in users:
+                    users.add(entry.user_id)
+                    batch.append(request)
+                else:
+                    kept.append(request)
         self._waiting = kept
-        batch.sort(key=lambda request: request[0].user_id)
         return batch
 
     async def _call(self, batch: Sequence[_Request], users: set[str], *, wait: bool) -> None:
@@ -161,7 +164,8 @@ def _outcome(entry: Append, row: Any) -> Logged | Refusal:
         case "accepted" | "again":
             images = json.loads(row["r_images"]) if row["r_images"] else entry.images
             place = entry.user_id, row["r_position"], entry.event_id, entry.generation_id, entry.sequence
-            return Logged(*place, entry.name, row["r_event"], row["r_first"], row["r_end"], images)
+            event = row["r_event"] or entry.event  # It is sent back only if it is another one.
+            return Logged(*place, entry.name, event, row["r_first"], row["r_end"], images)
         case "late":
             return LogUnavailable()
         case "mismatch":

@@ -157,34 +157,36 @@ CREATE TABLE stagecast.chores (
 );
 
 
--- `domain.append_rules.decide` in SQL: its order of checks, and what an accepted append stores.
+-- `domain.append_rules.decide` in SQL: its order of checks, and what an accepted append stores. Inlined by its caller.
 CREATE FUNCTION stagecast.decide_v1(
     known boolean, ended boolean, last integer, event_there bigint, begun text, begun_fingerprint text,
     unfinished integer, kept bigint, kept_reserved boolean,
     sequence integer, event_id bigint, begins boolean, fingerprint text, most_unfinished integer, change integer,
-    late boolean, credits bigint, OUT outcome text, OUT credit bigint, OUT reserved boolean, OUT shows_credit boolean
-) LANGUAGE plpgsql IMMUTABLE AS $$
-BEGIN
-    reserved := CASE WHEN begins THEN credits IS NOT NULL ELSE kept_reserved END;
-    credit := coalesce(kept, credits) + CASE WHEN reserved THEN coalesce(change, 0) ELSE 0 END;
-    shows_credit := change IS NOT NULL AND credits IS NOT NULL;
-    outcome := CASE
-        WHEN event_there = event_id THEN 'again'
-        WHEN late THEN 'late'
-        WHEN begins AND begun IS NOT NULL AND begun_fingerprint <> fingerprint THEN 'mismatch'
-        WHEN begins AND begun IS NOT NULL THEN 'started'
-        WHEN sequence <> last + 1 OR known = begins OR ended THEN 'conflict'
-        WHEN begins AND unfinished >= most_unfinished THEN 'too_many'
-        WHEN credit < 0 THEN 'no_credit'
-        ELSE 'accepted'
-    END;
-END $$;
+    late boolean, credits bigint
+) RETURNS TABLE (outcome text, credit bigint, reserved boolean, shows_credit boolean) LANGUAGE sql IMMUTABLE AS $$
+    SELECT
+        CASE
+            WHEN event_there = event_id THEN 'again'
+            WHEN late THEN 'late'
+            WHEN begins AND begun IS NOT NULL AND begun_fingerprint <> fingerprint THEN 'mismatch'
+            WHEN begins AND begun IS NOT NULL THEN 'started'
+            WHEN sequence <> last + 1 OR known = begins OR ended THEN 'conflict'
+            WHEN begins AND unfinished >= most_unfinished THEN 'too_many'
+            WHEN after.credit < 0 THEN 'no_credit'
+            ELSE 'accepted'
+        END,
+        after.credit, after.reserved, change IS NOT NULL AND credits IS NOT NULL
+    FROM (SELECT CASE WHEN begins THEN credits IS NOT NULL ELSE kept_reserved END AS reserved) AS work,
+        LATERAL (
+            SELECT work.reserved, coalesce(kept, credits) + CASE WHEN work.reserved THEN coalesce(change, 0) ELSE 0 END
+        ) AS after (reserved, credit)
+$$;
 
 
--- Appends in the order of the arrays, which has to be that of the users: locks are always taken in this order. The lock
--- on the user's row is the order of the feed. It is also taken before a look for the append's own event, so that a
--- retry has a commit of its own that waits for the standby. Nothing is raised for a refusal, so no id is wasted.
--- Without `wait`, an append whose user is locked by another node is 'busy'.
+-- Appends at most one event per user. The lock on the user's row is the order of the feed. It is also taken before a
+-- look for the append's own event, so that a retry has a commit of its own that waits for the standby. Locks are taken in
+-- the order of users. Without `wait`, an append whose user is locked by another node is 'busy'. Nothing is raised for a
+-- refusal, so no id is wasted. The plan is kept, and is one of index scans however small the tables are when it is made.
 CREATE FUNCTION stagecast.append_v1(
     user_ids text[], zero_ids bigint[], generation_ids text[], sequences integer[], event_ids bigint[],
     contents bytea[], names text[], pictures text[], times timestamptz[], changes integer[], ends boolean[],
@@ -193,115 +195,104 @@ CREATE FUNCTION stagecast.append_v1(
 ) RETURNS TABLE (
     r_outcome text, r_position bigint, r_first bigint, r_end bigint, r_event bytea, r_images text, r_begun text,
     r_last integer
-) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+) LANGUAGE plpgsql SET lock_timeout = '1s' SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
-    e record;
-    u record;
-    g record;
-    begun_id text;
-    begun_fingerprint text;
-    decided record;
-    event_there bigint;
-    generation_row bigint;
-    event_row bigint;
-    begins boolean;
+    locked bigint[];
 BEGIN
-    FOR e IN
-        SELECT * FROM unnest(
-            user_ids, zero_ids, generation_ids, sequences, event_ids, contents, names, pictures, times, changes, ends,
-            frees, deadlines, kinds, orders, keys, fingerprints, limits,
-            externals
-        ) AS entry (
-            user_id, zero_id, generation_id, sequence, event_id, content, name, pictures, at, change, terminal,
-            free, deadline, kind, request_json, key, fingerprint, most_unfinished,
-            external
-        )
-    LOOP
-        begins := e.kind IS NOT NULL;
-        r_position := NULL; r_first := NULL; r_end := NULL; r_event := NULL; r_images := NULL; r_begun := NULL;
-        IF wait THEN
-            SELECT users.* INTO u FROM stagecast.users WHERE user_id = e.user_id FOR NO KEY UPDATE;
-        ELSE
-            SELECT users.* INTO u FROM stagecast.users WHERE user_id = e.user_id FOR NO KEY UPDATE SKIP LOCKED;
-        END IF;
-        IF NOT FOUND AND begins THEN
-            INSERT INTO stagecast.users AS users (user_id, floor_id) VALUES (e.user_id, e.zero_id)
-                ON CONFLICT DO NOTHING RETURNING users.* INTO u;
-            IF NOT FOUND AND wait THEN
-                SELECT users.* INTO u FROM stagecast.users WHERE user_id = e.user_id FOR NO KEY UPDATE;
-            END IF;
-        END IF;
-        IF u.id IS NULL AND NOT wait THEN
-            r_outcome := 'busy';
-            RETURN NEXT;
-            CONTINUE;
-        END IF;
-        SELECT generations.* INTO g FROM stagecast.generations
-            WHERE generation_id = e.generation_id AND (begins OR owner = u.id);
-        event_there := NULL;
-        IF g.last >= e.sequence THEN
-            SELECT events.event_id INTO event_there FROM stagecast.events
-                WHERE generation = g.id AND sequence = e.sequence AND event IS NOT NULL;
-        END IF;
-        begun_id := NULL;
-        IF e.key IS NOT NULL THEN
-            SELECT generations.generation_id, generations.fingerprint INTO begun_id, begun_fingerprint
-                FROM stagecast.generations
-                WHERE owner = u.id AND idempotency_key = e.key;
-        END IF;
-        r_last := CASE WHEN g.id IS NULL OR g.deleted THEN 0 ELSE g.last END;
-        decided := stagecast.decide_v1(
-            g.id IS NOT NULL, g.end_position IS NOT NULL, r_last, event_there, begun_id, begun_fingerprint,
-            coalesce(u.active, 0), u.credit, coalesce(g.reserved, false),
-            e.sequence, e.event_id, begins, e.fingerprint, e.most_unfinished, e.change,
-            clock_timestamp() > e.deadline, credits
+    INSERT INTO stagecast.users (user_id, floor_id)
+        SELECT new.user_id, new.zero_id FROM unnest(user_ids, zero_ids, kinds) AS new (user_id, zero_id, kind)
+        WHERE kind IS NOT NULL AND NOT EXISTS (SELECT FROM stagecast.users WHERE users.user_id = new.user_id)
+        ORDER BY user_id COLLATE "C"
+        ON CONFLICT DO NOTHING;
+    IF wait THEN
+        locked := ARRAY(
+            SELECT id FROM stagecast.users WHERE user_id = ANY (user_ids) ORDER BY user_id FOR NO KEY UPDATE
         );
-        r_outcome := decided.outcome;
-        r_begun := begun_id;
-        IF r_outcome = 'again' THEN
-            SELECT events.position, events.event, events.images::text INTO r_position, r_event, r_images
-                FROM stagecast.events WHERE generation = g.id AND sequence = e.sequence;
-            r_first := g.first_position;
-            r_end := g.end_position;
-        ELSIF r_outcome = 'accepted' THEN
-            r_position := u.head + 1;
-            r_first := coalesce(g.first_position, r_position);
-            r_end := CASE WHEN e.terminal THEN r_position END;
-            r_event := e.content;
-            IF decided.shows_credit THEN
-                r_event := substring(e.content FROM 1 FOR length(e.content) - 1)
-                    || convert_to(',"credit":' || decided.credit || '}', 'UTF8');
-            END IF;
-            generation_row := g.id;
-            IF begins THEN
-                INSERT INTO stagecast.generations AS generations (
-                    generation_id, owner, kind, request_json, idempotency_key, fingerprint, external, reserved, free,
-                    last, first_position
-                ) VALUES (
-                    e.generation_id, u.id, e.kind, e.request_json, e.key, e.fingerprint, e.external, decided.reserved,
-                    e.free, e.sequence, r_position
-                ) RETURNING generations.id INTO generation_row;
-            END IF;
-            INSERT INTO stagecast.events AS events (
-                owner, position, generation, sequence, event_id, name, event, images
-            ) VALUES (
-                u.id, r_position, generation_row, e.sequence, e.event_id, e.name, r_event, e.pictures::jsonb
-            ) RETURNING events.id INTO event_row;
-            IF e.terminal THEN
-                UPDATE stagecast.generations SET last = e.sequence, free = e.free, end_position = r_position,
-                    ended_at = e.at, end_event = event_row, undelivered = outbox, code = CASE
-                        WHEN e.name = 'generation_failed'
-                        -- The last one: what users sent comes before it.
-                        THEN substring(convert_from(e.content, 'UTF8') FROM '.*"code":"([a-z_]+)"')
-                    END WHERE id = generation_row;
-            ELSIF NOT begins THEN
-                UPDATE stagecast.generations SET last = e.sequence, free = e.free WHERE id = generation_row;
-            END IF;
-            UPDATE stagecast.users SET head = r_position, credit = decided.credit,
-                active = active + begins::integer - e.terminal::integer WHERE id = u.id;
-        END IF;
-        RETURN NEXT;
-    END LOOP;
+    ELSE
+        locked := ARRAY(
+            SELECT id FROM stagecast.users WHERE user_id = ANY (user_ids) ORDER BY user_id
+            FOR NO KEY UPDATE SKIP LOCKED
+        );
+    END IF;
+    -- A statement of its own, which sees all that was committed before the locks were free.
+    RETURN QUERY
+    WITH entry AS MATERIALIZED (
+        SELECT given.*, kind IS NOT NULL AS begins, clock_timestamp() > deadline AS late
+        FROM unnest(
+            user_ids, generation_ids, sequences, event_ids, contents, names, pictures, times, changes, ends, frees,
+            deadlines, kinds, orders, keys, fingerprints, limits, externals
+        ) WITH ORDINALITY AS given (
+            user_id, generation_id, sequence, event_id, content, name, images, at, change, terminal, free,
+            deadline, kind, request_json, key, fingerprint, most_unfinished, external, number
+        )
+    ), decided AS MATERIALIZED (
+        SELECT entry.*, u.id AS owner, g.id AS generation, begun.generation_id AS begun, g.first_position AS first_there,
+            g.end_position AS end_there, there.position AS position_there, there.event AS event_there,
+            there.images AS images_there, before.last, u.head + 1 AS position, decision.credit, decision.reserved,
+            CASE WHEN u.id IS NULL AND (begins OR NOT wait) THEN 'busy' ELSE decision.outcome END AS outcome,
+            CASE WHEN decision.shows_credit
+                THEN substring(content FROM 1 FOR length(content) - 1)
+                    || convert_to(',"credit":' || decision.credit || '}', 'UTF8')
+            END AS with_credit
+        FROM entry
+        LEFT JOIN LATERAL (
+            SELECT * FROM stagecast.users WHERE user_id = entry.user_id AND id = ANY (locked) OFFSET 0
+        ) AS u ON true
+        LEFT JOIN stagecast.generations AS g ON g.generation_id = entry.generation_id AND (begins OR g.owner = u.id)
+        LEFT JOIN LATERAL (
+            SELECT * FROM stagecast.events
+            WHERE generation = g.id AND sequence = entry.sequence AND event IS NOT NULL AND g.last >= entry.sequence
+            OFFSET 0
+        ) AS there ON true
+        LEFT JOIN LATERAL (
+            SELECT * FROM stagecast.generations WHERE owner = u.id AND idempotency_key = entry.key OFFSET 0
+        ) AS begun ON true
+        CROSS JOIN LATERAL (SELECT CASE WHEN g.id IS NULL OR g.deleted THEN 0 ELSE g.last END AS last) AS before
+        CROSS JOIN LATERAL stagecast.decide_v1(
+            g.id IS NOT NULL, g.end_position IS NOT NULL, before.last, there.event_id, begun.generation_id,
+            begun.fingerprint, coalesce(u.active, 0), u.credit, coalesce(g.reserved, false),
+            entry.sequence, entry.event_id, begins, entry.fingerprint, most_unfinished, change, late, credits
+        ) AS decision
+    ), accepted AS MATERIALIZED (
+        SELECT numbered.*, CASE WHEN begins THEN nextval('stagecast.generations_id_seq') ELSE generation END
+                AS generation_row,
+            CASE WHEN terminal THEN position END AS end_position, CASE WHEN terminal THEN at END AS ended_at,
+            CASE WHEN terminal THEN event_row END AS end_event, terminal AND outbox AS undelivered,
+            -- The last code: what users sent comes before it.
+            CASE WHEN terminal AND name = 'generation_failed'
+                THEN substring(convert_from(content, 'UTF8') FROM '.*"code":"([a-z_]+)"')
+            END AS code
+        FROM (SELECT *, nextval('stagecast.events_id_seq') AS event_row FROM decided WHERE outcome = 'accepted')
+            AS numbered
+    ), begun AS (
+        INSERT INTO stagecast.generations (
+            id, generation_id, owner, kind, request_json, idempotency_key, fingerprint, external, reserved, free, last,
+            first_position, end_position, ended_at, end_event, undelivered, code
+        ) OVERRIDING SYSTEM VALUE
+        SELECT generation_row, generation_id, owner, kind, request_json, key, fingerprint, external, reserved, free,
+            sequence, position, end_position, ended_at, end_event, undelivered, code
+        FROM accepted WHERE begins
+    ), moved AS (
+        UPDATE stagecast.generations AS g SET last = sequence, free = a.free, end_position = a.end_position,
+            ended_at = a.ended_at, end_event = a.end_event, undelivered = a.undelivered, code = a.code
+        FROM accepted AS a WHERE g.id = a.generation AND NOT begins
+    ), charged AS (
+        UPDATE stagecast.users SET head = position, credit = a.credit,
+            active = active + begins::integer - terminal::integer
+        FROM accepted AS a WHERE users.id = a.owner
+    ), stored AS (
+        INSERT INTO stagecast.events (id, owner, position, generation, sequence, event_id, name, event, images)
+        OVERRIDING SYSTEM VALUE
+        SELECT event_row, owner, position, generation_row, sequence, event_id, name, coalesce(with_credit, content),
+            images::jsonb
+        FROM accepted
+    )
+    SELECT outcome, CASE outcome WHEN 'again' THEN position_there ELSE position END,
+        coalesce(first_there, position),
+        CASE WHEN outcome = 'again' THEN end_there WHEN terminal THEN position END,
+        CASE outcome WHEN 'again' THEN event_there ELSE with_credit END, images_there::text, begun, last
+    FROM decided ORDER BY number;
 END $$;
 
 
