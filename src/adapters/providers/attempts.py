@@ -20,16 +20,19 @@ import httpx2
 
 from adapters.outbound.responses import bounded, compressions, retry_after
 from adapters.outbound.tls import ssl_context
-from domain.errors import Failure
+from domain.errors import Failure, FailureCode
 from domain.ports.providers import Report
 
 T = TypeVar("T")
+#: Logs what failed, and the details.
+Log = Callable[[str, object], None]
 
 logger = logging.getLogger(__name__)
 
 #: For errors of the operator: a wrong key, an account without credit, an unknown model.
 MISCONFIGURED: Final = "The image service does not work with this server's settings. Please tell whoever runs it."
 
+_TRIES: Final = 4
 #: The share of the stage's progress that waits for retries may take.
 _WAITING: Final = 0.4
 #: Seconds; for a longer Retry-After there is no retry.
@@ -56,55 +59,51 @@ _PLAIN: Final = re.compile(
 )
 
 
-@dataclass(eq=False)
-class Declined(Exception):
+class Declined(Failure):
     """The provider refused before it did any work, so a retry cannot pay twice."""
 
-    #: Raised if there is no retry.
-    failure: Failure
-    #: Seconds, from Retry-After.
-    after: float | None = None
+    def __init__(self, code: FailureCode, *, after: float | None = None) -> None:
+        """`after`: seconds, from Retry-After."""
+        super().__init__(code)
+        self.after = after
 
 
-async def attempt(
-    call: Callable[[], Awaitable[T]], report: Report, *, within: float, tries: int = 4, backoff: float = 1
-) -> T:
-    """Return the result of `call`, made at most `tries` times in `within` seconds while it raises `Declined`.
+async def attempt(call: Callable[[], Awaitable[T]], report: Report, *, within: float, backoff: float = 1) -> T:
+    """Return the result of `call`, made at most four times in `within` seconds while it raises `Declined`.
 
     Before each retry it waits for the Retry-After, plus a random time of up to `backoff` seconds that doubles each
     time (jittered exponential backoff). Each wait is reported. If it would be too long, there is no retry.
 
     Raises:
-        Failure: ``provider_timeout`` after `within` seconds, that of the last `Declined`, or what `call` raises.
+        Failure: ``provider_timeout`` after `within` seconds, the last `Declined`, or what `call` raises.
     """
     clock = asyncio.get_running_loop().time
-    end = clock() + within
+    end, count = clock() + within, 0
     try:
         async with asyncio.timeout_at(end):
-            for count in range(1, tries + 1):
+            while True:
                 try:
                     return await call()
-                except Declined as error:
-                    declined = error
-                wait = (declined.after or 0) + random.uniform(0, backoff * 2 ** (count - 1))  # noqa: S311 (no secret)
-                if count == tries or wait > _MAX_WAIT or clock() + wait >= end:
-                    break
-                state = "is busy" if declined.failure.code == "provider_rate_limited" else "cannot be reached"
+                except Declined as declined:
+                    wait = (declined.after or 0) + random.uniform(0, backoff * 2**count)  # noqa: S311 (no secret)
+                    count += 1
+                    if count == _TRIES or wait > _MAX_WAIT or clock() + wait >= end:
+                        raise
+                    state = "is busy" if declined.code == "provider_rate_limited" else "cannot be reached"
                 message = f"The image service {state}; trying again in {math.ceil(wait)} s."
-                await report(_WAITING * count / tries, message, None)
+                await report(_WAITING * count / _TRIES, message, None)
                 await asyncio.sleep(wait)
     except TimeoutError:
         raise Failure("provider_timeout") from None
-    raise declined.failure
 
 
-def answered(status: int, headers: Mapping[str, str]) -> Failure | Declined:
+def answered(status: int, headers: Mapping[str, str]) -> Failure:
     """The failure for an unsuccessful response. `headers` are case-insensitive, or have lower-case names."""
     after = retry_after(headers.get("retry-after", ""))
     if status == 429:
-        return Declined(Failure("provider_rate_limited"), after=after)
+        return Declined("provider_rate_limited", after=after)
     if status == 503 and after is not None:
-        return Declined(Failure("provider_unavailable"), after=after)
+        return Declined("provider_unavailable", after=after)
     if status in (401, 402, 403, 404):
         return Failure("provider_rejected", MISCONFIGURED)
     if 400 <= status < 500:
@@ -112,10 +111,10 @@ def answered(status: int, headers: Mapping[str, str]) -> Failure | Declined:
     return Failure("provider_unavailable")
 
 
-def broken(error: BaseException | None) -> Failure | Declined:
-    """The failure for a call without a complete response; `error` is the exception of httpx2."""
+def broken(error: BaseException | None) -> Failure:
+    """The failure for a call without a complete or usable response."""
     if isinstance(error, httpx2.ConnectError):
-        return Declined(Failure("provider_unavailable"))
+        return Declined("provider_unavailable")
     return Failure("provider_timeout" if isinstance(error, httpx2.TimeoutException) else "provider_unavailable")
 
 
@@ -141,7 +140,13 @@ def _quotes(text: str, prompt: str) -> bool:
 
 
 def provider_client(
-    timeout: float, limit: int, trust: ssl.SSLContext | None, *, base_url: str = "", headers: Mapping[str, str] = {}
+    timeout: float,
+    limit: int,
+    trust: ssl.SSLContext | None,
+    *,
+    base_url: str = "",
+    headers: Mapping[str, str] = {},
+    check: Callable[[httpx2.Request], Awaitable[None]] | None = None,
 ) -> httpx2.AsyncClient:
     """A client with `timeout` seconds for each network operation, that reads responses of up to `limit` bytes.
 
@@ -149,7 +154,8 @@ def provider_client(
     `httpx2.DecodingError`. Compression is not requested, but some gateways compress anyway.
 
     Connections are not reused: a kept-alive one may break under a paid request, which then may have arrived or not.
-    Redirects are not followed. Of the environment, only proxies and certificates are used.
+    Redirects are followed only with a `check`, which gets every request, the first one too, and may raise. Of the
+    environment, only proxies and certificates are used.
     """
 
     async def bound(response: httpx2.Response) -> None:
@@ -168,8 +174,9 @@ def provider_client(
         timeout=httpx2.Timeout(timeout, connect=min(timeout, 10)),
         limits=httpx2.Limits(max_keepalive_connections=0),
         verify=trust or ssl_context(),
-        follow_redirects=False,
-        event_hooks={"response": [bound]},
+        follow_redirects=check is not None,
+        max_redirects=3,
+        event_hooks={"request": [check] if check else [], "response": [bound]},
     )
 
 
@@ -208,26 +215,21 @@ def same_origin(one: httpx2.URL, other: httpx2.URL) -> bool:
     return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
 
 
-async def download(web: httpx2.AsyncClient, url: httpx2.URL, log: Callable[[str, object], None]) -> bytes | str:
-    """The finished picture at this URL, or the target of a redirect. `log` gets what failed, and the details.
+async def download(web: httpx2.AsyncClient, url: httpx2.URL | str, log: Log) -> httpx2.Response:
+    """The response with the finished picture, or a redirect.
 
     Raises:
         Declined: it may be there later; a retry costs nothing.
         Failure: it is not there.
     """
     try:
-        async with web.stream("GET", url) as response:
-            if response.has_redirect_location:
-                return str(response.headers["location"])
-            body = await response.aread()
-    except httpx2.HTTPError as error:
+        response = await web.get(url)
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         log(f"the picture could not be fetched: {type(error).__name__}", error)
-        failed = broken(error)
-        if isinstance(failed, Failure) and isinstance(error, httpx2.TransportError):
-            failed = Declined(failed)
-        raise failed from None
-    if response.status_code == 200:
-        return body
+        failure = broken(error)
+        raise (Declined(failure.code) if isinstance(error, httpx2.TransportError) else failure) from None
+    if response.status_code == 200 or response.next_request:
+        return response
     log(f"the picture was answered with {response.status_code}", "")
-    failure = Failure("provider_unavailable")
-    raise Declined(failure) if response.status_code == 429 or response.status_code >= 500 else failure
+    again = response.status_code == 429 or response.status_code >= 500
+    raise Declined("provider_unavailable") if again else Failure("provider_unavailable")

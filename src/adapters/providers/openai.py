@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -28,7 +28,7 @@ from domain.ports.providers import Report
 from domain.requests import Options
 
 if TYPE_CHECKING:
-    from openai import APIError, AsyncAPIResponse
+    from openai import AsyncAPIResponse
     from openai.resources import AsyncImages
 
 DEFAULT_MODEL: Final = "gpt-image-2.5-flare"
@@ -136,17 +136,10 @@ class OpenAIEditor:
             # By the deadline or by the user. The call may be charged.
             self._log("gave up waiting", "", request_id)
             raise
-        except APIError as error:
+        except (APIError, httpx2.HTTPError, Unusable, ValueError, RecursionError) as error:
             outcome = _outcome(error)
-            request_id = request_id or getattr(error, "request_id", None)
-            what, message = f"{type(error.__cause__ or error).__name__} {error.code or ''}".strip(), error.message
-        except httpx2.HTTPError as error:
-            outcome = broken(error)
-            what, message = type(error).__name__, str(error)
-        except (Unusable, ValueError, RecursionError) as error:
-            outcome = Failure("provider_unavailable")
-            what, message = "unusable answer", str(error)
-        self._log(what, message, request_id)
+            what = f"{type(error.__cause__ or error).__name__} {getattr(error, 'code', None) or ''}".strip()
+            self._log(what, error, request_id or getattr(error, "request_id", None))
         # Outside the except block: the SDK's error, which contains the key, must not become the context.
         raise outcome
 
@@ -218,17 +211,17 @@ class OpenAIEditor:
                 reasons.append(each.decode(errors="replace") if isinstance(each, bytes) else str(error))
         raise Unusable("; ".join(reasons))
 
-    async def _get(self, url: httpx2.URL, log: Callable[[str, object], None]) -> bytes:
+    async def _get(self, url: httpx2.URL, log: attempts.Log) -> bytes:
         """The picture at this URL, fetched without the key.
 
         On the API's own host it is fetched directly; from other hosts, and after a redirect, like users' image URLs.
         """
         if same_origin(url, httpx2.URL(self.base_url)) and not url.userinfo:
             async with provider_client(self.deadline, MAX_ANSWER, self.trust) as web:
-                answer = await attempts.download(web, url, log)
-            if isinstance(answer, bytes):
-                return answer
-            target = _joined(url, answer)
+                response = await attempts.download(web, url, log)
+            if response.next_request is None:
+                return response.content
+            target = response.next_request.url
             if (url.scheme, target.scheme) == ("https", "http"):
                 raise Unusable("a redirect from https to http")
             url = target
@@ -236,8 +229,8 @@ class OpenAIEditor:
             return await self.fetcher.download(str(url), MAX_ANSWER)
         except Failure as failure:
             log("the picture could not be fetched", failure.sentence)
-            unavailable = Failure("provider_unavailable")
-            raise (Declined(unavailable) if failure.retryable else unavailable) from None
+            kind = Declined if failure.retryable else Failure
+            raise kind("provider_unavailable") from None
 
 
 def _request(model: str, sheet: Picture, prompt: str, options: Options) -> dict[str, Any]:
@@ -309,28 +302,23 @@ def _url(found: Found, base: httpx2.URL) -> httpx2.URL:
     text = found.text.strip()
     if found.key not in ("url", "image_url") and not text[:8].lower().startswith(("http://", "https://")):
         raise Unusable("no image")
-    return _joined(base, text)
-
-
-def _joined(base: httpx2.URL, text: str) -> httpx2.URL:
     try:
         return base.join(text)
     except (httpx2.InvalidURL, ValueError):
         raise Unusable("an invalid URL") from None
 
 
-def _outcome(error: "APIError") -> Failure | Declined:
-    from openai import APIConnectionError, APIStatusError
+def _outcome(error: Exception) -> Failure:
+    from openai import APIConnectionError, APIError, APIStatusError
 
-    if isinstance(error, APIConnectionError):
-        return broken(error.__cause__)
+    if isinstance(error, APIConnectionError) or not isinstance(error, APIError):
+        return broken(error.__cause__ or error)
     refused = Failure("provider_rejected", _CONTENT_REFUSED) if error.code in _CONTENT_RULES else None
     if not isinstance(error, APIStatusError):  # An error event in the middle of a stream.
         if error.code == "rate_limit_exceeded":
             return Failure("provider_rate_limited")
         return refused or Failure("provider_rejected" if error.type in _USER_ERRORS else "provider_unavailable")
     outcome = attempts.answered(error.status_code, error.response.headers)
-    failure = outcome.failure if isinstance(outcome, Declined) else outcome
     if error.code in _ACCOUNT:
-        return Failure(failure.code, attempts.MISCONFIGURED, retryable=False)
-    return refused if refused and failure.code == "provider_rejected" else outcome
+        return Failure(outcome.code, attempts.MISCONFIGURED, retryable=False)
+    return refused if refused and outcome.code == "provider_rejected" else outcome

@@ -1,7 +1,7 @@
 """Face swap with a model on Replicate, over its HTTP API.
 
 A prediction is created once, as after a lost response it may run and be charged. All other requests cost nothing and
-are retried. An abandoned prediction is cancelled; if that request fails, Replicate ends it soon after our deadline
+are retried. An abandoned prediction is cancelled; if that request fails, Replicate ends it by itself
 (``Cancel-After``). Of the URLs in its responses only the output's is used.
 """
 
@@ -40,7 +40,6 @@ MAX_DATA_URL: Final = 256 * 1024
 #: Bytes of an API response, which repeats the request, and of an output.
 _MAX_ANSWER: Final = 2 * 1024 * 1024
 MAX_OUTPUT: Final = 32 * 1024 * 1024
-_MAX_REDIRECTS: Final = 3
 
 #: Seconds for each network operation of a request, and the maximum of a Retry-After between polls.
 _STEP: Final = 30
@@ -126,7 +125,7 @@ class ReplicateFaceSwap:
 
     async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
         # In a task, which can still cancel the prediction after this call was cancelled.
-        swap = asyncio.create_task(self._swapped(picture, face, report))
+        swap = asyncio.create_task(_Swap(self, report).run(picture, face))
         self._swaps.add(swap)
         swap.add_done_callback(self._swaps.discard)
         try:
@@ -136,11 +135,6 @@ class ReplicateFaceSwap:
             await asyncio.wait([swap], timeout=_LINGER)
             raise
 
-    async def _swapped(self, picture: Picture, face: Picture, report: Report) -> Picture:
-        headers = {"Authorization": f"Bearer {self.token}"}
-        async with provider_client(_STEP, _MAX_ANSWER, self.trust, base_url=self.base_url, headers=headers) as api:
-            return await _Swap(self, api, report).run(picture, face)
-
     def may_download(self, url: httpx2.URL) -> bool:
         """Whether outputs may be fetched from this URL."""
         there = url.scheme == "https" and any(f".{url.host}".endswith(f".{host}") for host in self.output_hosts)
@@ -149,39 +143,42 @@ class ReplicateFaceSwap:
 
 @dataclass(eq=False)
 class _Swap:
-    """One swap. Its methods raise `Failure`, and those run by `attempt` also `Declined`."""
+    """One swap. Its methods raise `Failure`."""
 
     swapper: ReplicateFaceSwap
-    api: httpx2.AsyncClient
     report: Report
     creating: asyncio.Task[_Prediction] | None = None
     #: Whether the prediction has ended.
     ended: bool = False
 
     def __post_init__(self) -> None:
-        self.end = asyncio.get_running_loop().time() + self.swapper.deadline
+        headers = {"Authorization": f"Bearer {self.swapper.token}"}
+        self.api = provider_client(
+            _STEP, _MAX_ANSWER, self.swapper.trust, base_url=self.swapper.base_url, headers=headers
+        )
 
     async def run(self, picture: Picture, face: Picture) -> Picture:
         picture_input, face_input = self.swapper.inputs
-        try:
-            async with asyncio.timeout_at(self.end):
-                sent = {picture_input: await self._input(picture), face_input: await self._input(face)}
-                prediction = await self._attempt(partial(self._created, sent))
-                output = self._output(await self._wait(prediction))
-                await self.report(_PROCESSING[0], "Fetching the picture...", None)
-                return await self._checked(await self._attempt(partial(self._downloaded, output)))
-        except TimeoutError:
-            self._log(f"there was no result within {self.swapper.deadline} s")
-            raise Failure("provider_timeout") from None
-        finally:
-            await self._cancel()
-
-    @property
-    def _remaining(self) -> float:
-        return max(0.0, self.end - asyncio.get_running_loop().time())
+        async with self.api:
+            try:
+                async with asyncio.timeout(self.swapper.deadline):
+                    sent = {picture_input: await self._input(picture), face_input: await self._input(face)}
+                    prediction = await self._attempt(partial(self._created, sent))
+                    output = self._output(await self._wait(prediction))
+                    await self.report(_PROCESSING[0], "Fetching the picture...", None)
+                    data = await self._attempt(partial(self._downloaded, output))
+                    return await self.swapper.threads.run(usable, data)
+            except TimeoutError:
+                self._log(f"there was no result within {self.swapper.deadline} s")
+                raise Failure("provider_timeout") from None
+            except Unusable as error:
+                self._log("the output is no picture", error)
+                raise Failure("provider_unavailable") from None
+            finally:
+                await self._cancel()
 
     async def _attempt(self, call: Callable[[], Awaitable[T]]) -> T:
-        return await attempt(call, self.report, within=self._remaining, backoff=self.swapper.pace)
+        return await attempt(call, self.report, within=self.swapper.deadline, backoff=self.swapper.pace)
 
     async def _input(self, picture: Picture) -> str:
         if len(picture.data) <= MAX_DATA_URL:
@@ -193,13 +190,13 @@ class _Swap:
         try:
             return await self._call(_File, "POST", "files", files={"content": (name, *picture)})
         except Failure as failure:
-            raise (Declined(failure) if failure.retryable else failure) from None
+            raise (Declined(failure.code) if failure.retryable else failure) from None
 
     async def _created(self, sent: dict[str, str]) -> _Prediction:
         name, version = self.swapper.name, self.swapper.version
         path = "predictions" if version else f"models/{name}/predictions"
         body = {"input": sent} | ({"version": version} if version else {})
-        headers = {"Cancel-After": f"{math.ceil(self._remaining) + 5}s"}
+        headers = {"Cancel-After": f"{math.ceil(self.swapper.deadline) + 5}s"}
         # In a task: cancelling the prediction needs the id in its response.
         self.creating = asyncio.create_task(self._call(_Prediction, "POST", path, json=body, headers=headers))
         return await asyncio.shield(self.creating)
@@ -242,7 +239,7 @@ class _Swap:
         try:
             # Without a prediction, or after its end, there is an error, which has been logged.
             async with asyncio.timeout(self.swapper.grace):
-                with suppress(Declined, Failure):
+                with suppress(Failure):
                     prediction = await self.creating
                     await self._call(_Prediction, "POST", f"predictions/{prediction.id}/cancel")
         except TimeoutError:
@@ -251,46 +248,26 @@ class _Swap:
     async def _downloaded(self, output: str) -> bytes:
         with suppress(Unusable):
             return inline(output)
-        async with provider_client(_STEP, MAX_OUTPUT, self.swapper.trust) as web:
-            url = httpx2.URL()
-            for _ in range(1 + _MAX_REDIRECTS):
-                try:
-                    url = url.join(output)
-                except (httpx2.InvalidURL, ValueError):
-                    url = httpx2.URL()
-                if not self.swapper.may_download(url):
-                    break
-                answer = await attempts.download(web, url, self._log)
-                if isinstance(answer, bytes):
-                    return answer
-                output = answer
-        self._log("the output is not where it may be", output)
-        raise Failure("provider_unavailable")
+        async with provider_client(_STEP, MAX_OUTPUT, self.swapper.trust, check=self._check) as web:
+            return (await attempts.download(web, output, self._log)).content
 
-    async def _checked(self, data: bytes) -> Picture:
-        try:
-            return await self.swapper.threads.run(usable, data)
-        except Unusable as error:
-            self._log("the output is no picture", error)
-            raise Failure("provider_unavailable") from None
+    async def _check(self, request: httpx2.Request) -> None:
+        if not self.swapper.may_download(request.url):
+            self._log("the output is not where it may be", request.url)
+            raise Failure("provider_unavailable")
 
     async def _call(self, kind: type[Answer], method: str, path: str, **content: Any) -> Answer:
-        what = f"{method} {path}"
         try:
-            async with self.api.stream(method, path, **content) as response:
-                body = await response.aread()
+            response = await self.api.request(method, path, **content)
         except httpx2.HTTPError as error:
-            self._log(f"{what} brought no answer: {type(error).__name__}", error)
+            self._log(f"{method} {path} brought no answer: {type(error).__name__}", error)
             raise broken(error) from None
-        message, request_id = body.decode(errors="replace"), response.headers.get("cf-ray")
-        if not response.is_success:
-            self._log(f"{what} was answered with {response.status_code}", message, request_id)
-            raise attempts.answered(response.status_code, response.headers)
-        try:
-            return kind.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
-        except ValidationError:
-            self._log(f"{what} was answered with something else", message, request_id)
-            raise Failure("provider_unavailable") from None
+        if response.is_success:
+            with suppress(ValidationError):
+                return kind.model_validate_json(response.content.removeprefix(codecs.BOM_UTF8))
+        what = f"{method} {path} was answered with {response.status_code}"
+        self._log(what, response.text, response.headers.get("cf-ray"))
+        raise attempts.answered(response.status_code, response.headers)
 
     def _log(self, what: str, message: object = "", request_id: str | None = None) -> None:
         attempts.log_problem("Replicate", what, message, request_id=request_id, secret=self.swapper.token)
