@@ -8,17 +8,17 @@ their warnings are.
 import copy
 import json
 import logging
+import math
 import re
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 
 from domain.events import timestamp
 
@@ -39,54 +39,39 @@ _FUNCTION: Final = re.compile(r"<(?:function|bound method|built-in \w+) (\S+) .*
 REPEAT_INTERVAL = 10.0
 
 
-def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
-    fields: Mapping[str, Any] = getattr(record, "fields", {})
-    request_id = getattr(record, "request_id", "")
-    return {**fields, "requestId": request_id} if request_id else fields
-
-
 class OneLine(logging.Formatter):
-    """Escapes control characters, so that no line can be forged, and names only the type of an exception."""
+    """A record as one line. Of an exception only the type is named."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
-        line = f"{self.formatTime(record)} {record.levelname} {record.name}: {record.getMessage().strip()}"
-        for name, value in _fields(record).items():
+        """As JSON, or as text with control characters escaped, so that no line can be forged."""
+        message, fields = record.getMessage().strip(), dict(getattr(record, "fields", {}))
+        if request_id := getattr(record, "request_id", ""):
+            fields["requestId"] = request_id
+        if record.exc_info and record.exc_info[0]:
+            fields["error"] = record.exc_info[0].__name__
+        if repeats := getattr(record, "repeats", 0):
+            fields["repeats"] = repeats
+        if self._as_json:
+            time = timestamp(datetime.fromtimestamp(record.created, UTC))
+            level = record.levelname.lower()
+            return json.dumps({"time": time, "level": level, "logger": record.name, "message": message, **fields})
+        line = f"{self.formatTime(record)} {record.levelname} {record.name}: {message}"
+        for name, value in fields.items():
             line += f" {name}={value if _PLAIN.fullmatch(str(value)) else json.dumps(value)}"
-        if record.exc_info and record.exc_info[0]:
-            line += f" ({record.exc_info[0].__name__})"
-        if repeats := getattr(record, "repeats", 0):
-            line += f" (repeats in {REPEAT_INTERVAL:g} s: {repeats})"
         return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", line)
-
-
-class JsonLine(logging.Formatter):
-    """One JSON object for each record, with its fields beside the message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
-        content = {
-            "time": timestamp(datetime.fromtimestamp(record.created, UTC)),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage().strip(),
-            **_fields(record),
-        }
-        if record.exc_info and record.exc_info[0]:
-            content["error"] = record.exc_info[0].__name__
-        if repeats := getattr(record, "repeats", 0):
-            content["repeats"] = repeats
-        return json.dumps(content)
 
 
 @dataclass(slots=True)
 class _Interval:
-    """The repeats of one record."""
+    """The repeats of one record, until a moment of the monotonic clock."""
 
-    ends: float = field(default_factory=lambda: time.monotonic() + REPEAT_INTERVAL)
+    end: float
     repeats: int = 0
     last: logging.LogRecord | None = None
-    timer: threading.Timer | None = None
 
 
 class RepeatHandler(logging.StreamHandler[TextIO]):
@@ -99,56 +84,45 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        #: By key of the record, oldest end first.
         self._intervals: dict[Hashable, _Interval] = {}
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write or count the record. The handler's lock is held."""
         record.request_id = REQUEST_ID.get()  # Repeats are written by another thread.
-        try:
-            fields = tuple(getattr(record, "fields", {}).items())
-            key = getattr(record, "repeat_key", (record.name, record.levelno, record.getMessage(), fields))
-        except Exception:
-            self.handleError(record)
-            return
-        self._forget(key)
+        same = (record.name, record.levelno, record.msg, record.args, getattr(record, "fields", None))
+        key = getattr(record, "repeat_key", repr(same))
         interval = self._intervals.get(key)
         if interval is None:
-            self._intervals[key] = _Interval()
             super().emit(record)
+            self._intervals[key] = _Interval(time.monotonic() + REPEAT_INTERVAL)
             return
-        interval.repeats += 1
         interval.last = copy.copy(record)
+        interval.repeats += 1
+        interval.last.repeats = interval.repeats
         if record.exc_info:
             interval.last.exc_info = (record.exc_info[0], None, None)  # type: ignore[assignment]  # no frames are kept
-        if interval.timer is None:
-            interval.timer = threading.Timer(interval.ends - time.monotonic(), self._write_repeats, [key])
-            interval.timer.daemon = True
-            interval.timer.start()
 
     def close(self) -> None:
         """Write the pending counts."""
-        for key in list(self._intervals):
-            self._write_repeats(key)
+        self._stopped.set()
+        self._end_intervals(math.inf)
         super().close()
 
-    def _forget(self, key: Hashable) -> None:
-        """Drop the intervals of this record and of up to two others if they have ended without repeats."""
-        now = time.monotonic()
-        for each in {key, *islice(self._intervals, 2)} & self._intervals.keys():
-            if self._intervals[each].timer is None and self._intervals[each].ends <= now:
-                del self._intervals[each]
+    def _run(self) -> None:
+        while not self._stopped.wait(REPEAT_INTERVAL / 10):
+            self._end_intervals(time.monotonic())
 
-    def _write_repeats(self, key: Hashable) -> None:
+    def _end_intervals(self, now: float) -> None:
+        """Write the counts of the intervals that have ended, and forget those without a repeat."""
         assert self.lock is not None
         with self.lock:
-            interval = self._intervals.pop(key, None)
-            if interval is None or interval.last is None or interval.timer is None:
-                return
-            interval.timer.cancel()
-            interval.last.repeats = interval.repeats
-            super().emit(interval.last)
-            self._intervals[key] = _Interval()
+            for key in [key for key, interval in self._intervals.items() if interval.end <= now]:
+                last = self._intervals.pop(key).last
+                if last is not None:
+                    super().emit(last)
+                    self._intervals[key] = _Interval(time.monotonic() + REPEAT_INTERVAL)
 
 
 def _without_details(record: logging.LogRecord) -> bool:
@@ -166,7 +140,7 @@ def _unhandled(hook: "threading.ExceptHookArgs | sys.UnraisableHookArgs") -> Non
 def configure(level: str = "warning", *, as_json: bool = False) -> None:
     """Log to standard error from this level on, also unhandled exceptions, without tracebacks."""
     handler = RepeatHandler(sys.stderr)
-    handler.setFormatter(JsonLine() if as_json else OneLine())
+    handler.setFormatter(OneLine(as_json=as_json))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in _OWN:
         logging.getLogger(package).setLevel(level.upper())

@@ -329,9 +329,9 @@ async def test_module_in_the_current_folder_is_found_and_its_errors_are_logged_b
     logged = [line.partition(" ERROR ")[2] for line in errors.decode().splitlines() if " ERROR " in line]
     assert sorted(logged) == [
         "api.logs: Unhandled exception: ValueError",
-        "api.logs: Unhandled exception: ValueError (repeats in 10 s: 1)",
-        "asyncio: Exception in callback _raise (ValueError)",
-        "asyncio: Task exception was never retrieved (ValueError)",
+        "api.logs: Unhandled exception: ValueError repeats=1",
+        "asyncio: Exception in callback _raise error=ValueError",
+        "asyncio: Task exception was never retrieved error=ValueError",
     ]
 
 

@@ -12,9 +12,17 @@ from api.logs import OneLine, RepeatHandler
 
 
 @pytest.fixture
-def handler() -> Iterator[RepeatHandler]:
+def interval(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The seconds for which repeats are counted."""
+    seconds: float = getattr(request, "param", logs.REPEAT_INTERVAL)
+    monkeypatch.setattr(logs, "REPEAT_INTERVAL", seconds)
+    return seconds
+
+
+@pytest.fixture
+def handler(interval: float) -> Iterator[RepeatHandler]:
     handler = RepeatHandler(io.StringIO())
-    handler.setFormatter(OneLine())
+    handler.setFormatter(OneLine(as_json=False))
     names = ("repeats.one", "repeats.two")
     for name in names:
         logging.getLogger(name).addHandler(handler)
@@ -35,7 +43,7 @@ def test_a_record_is_written_at_once_and_its_repeats_are_counted(handler: Repeat
         logging.getLogger("repeats.one").warning("the disk is %s", "full")
     assert lines(handler) == ["WARNING repeats.one: the disk is full"]
     handler.close()
-    assert lines(handler)[1:] == ["WARNING repeats.one: the disk is full (repeats in 10 s: 999)"]
+    assert lines(handler)[1:] == ["WARNING repeats.one: the disk is full repeats=999"]
 
 
 def test_other_texts_levels_and_loggers_are_not_counted_as_repeats(handler: RepeatHandler) -> None:
@@ -53,13 +61,11 @@ def test_a_record_may_say_what_it_repeats(handler: RepeatHandler) -> None:
         logging.getLogger("repeats.one").warning("refused for user %d", number, extra={"repeat_key": ("code", "route")})
     logging.getLogger("repeats.one").warning("refused for user 9", extra={"repeat_key": ("code", "another route")})
     handler.close()
-    assert [line.partition("user ")[2] for line in lines(handler)] == ["0", "9", "4 (repeats in 10 s: 4)"]
+    assert [line.partition("user ")[2] for line in lines(handler)] == ["0", "9", "4 repeats=4"]
 
 
-def test_while_it_repeats_one_line_is_written_per_interval(
-    handler: RepeatHandler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logs, "REPEAT_INTERVAL", 0.2)
+@pytest.mark.parametrize("interval", [0.2], indirect=True)
+def test_while_it_repeats_one_line_is_written_per_interval(handler: RepeatHandler) -> None:
     began, sent = time.monotonic(), 0
     while time.monotonic() < began + 0.7:
         logging.getLogger("repeats.one").warning("again")
@@ -69,11 +75,11 @@ def test_while_it_repeats_one_line_is_written_per_interval(
     first, *rest = lines(handler)
     assert first == "WARNING repeats.one: again"
     assert 3 <= len(rest) <= 5
-    assert sum(int(line.rpartition(": ")[2].rstrip(")")) for line in rest) == sent - 1
+    assert sum(int(line.rpartition("=")[2]) for line in rest) == sent - 1
 
 
-def test_records_that_are_not_repeated_are_forgotten(handler: RepeatHandler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "REPEAT_INTERVAL", 0.01)
+@pytest.mark.parametrize("interval", [0.01], indirect=True)
+def test_records_that_are_not_repeated_are_forgotten(handler: RepeatHandler) -> None:
     for number in range(100):
         logging.getLogger("repeats.one").warning("number %d", number)
     time.sleep(0.02)
@@ -90,12 +96,12 @@ def test_repeats_of_exceptions_name_their_type_and_keep_nothing_else(handler: Re
             raise ValueError(secret)
         except ValueError:
             logging.getLogger("repeats.one").exception("it failed\n")
-    [interval] = handler._intervals.values()
-    assert interval.last is not None
-    assert interval.last.exc_info is not None
-    assert interval.last.exc_info[1:] == (None, None)
+    [pending] = handler._intervals.values()
+    assert pending.last is not None
+    assert pending.last.exc_info is not None
+    assert pending.last.exc_info[1:] == (None, None)
     handler.close()
     assert lines(handler) == [
-        "ERROR repeats.one: it failed (ValueError)",
-        "ERROR repeats.one: it failed (ValueError) (repeats in 10 s: 1)",
+        "ERROR repeats.one: it failed error=ValueError",
+        "ERROR repeats.one: it failed error=ValueError repeats=1",
     ]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from api.logs import JsonLine, RepeatHandler
+from api.logs import OneLine, RepeatHandler
 from support.node import ROOT
 
 #: A stored picture's name, a token, a query string, a traceback, and the prompts and texts of the tests' requests.
@@ -35,7 +35,7 @@ def debug_log(*private: str) -> Iterator[io.StringIO]:
     """Everything that is logged meanwhile. In the end nothing private may be in it."""
     lines = io.StringIO()
     handler = RepeatHandler(lines)
-    handler.setFormatter(JsonLine())
+    handler.setFormatter(OneLine(as_json=True))
     root, own = logging.getLogger(), [logging.getLogger(name) for name in ("api", "adapters", "domain")]
     before = [logger.level for logger in own]
     root.addHandler(handler)
