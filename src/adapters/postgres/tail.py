@@ -36,21 +36,6 @@ _PLACE: Final = itemgetter(
     "user_id", "position", "event_id", "generation_id", "sequence", "name", "event", "first_position"
 )
 
-_READ: Final = f"""
-    SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS oldest, entry.*
-    FROM (SELECT) AS once LEFT JOIN (
-        SELECT events.id, {ENTRY}, generations.end_position
-        FROM (
-            (SELECT id FROM stagecast.events WHERE id > $1 ORDER BY id LIMIT $3)
-            UNION ALL SELECT id FROM stagecast.events WHERE id = ANY ($2::bigint[])
-        ) AS wanted
-        JOIN stagecast.events ON events.id = wanted.id
-        JOIN stagecast.generations ON generations.id = events.generation
-        JOIN stagecast.users ON users.id = events.owner
-    ) AS entry ON true
-    ORDER BY entry.id
-"""
-
 #: The last id drawn, and the ids below it that are not there, or not yet.
 _START: Final = """
     SELECT last.id, ARRAY(
@@ -216,7 +201,8 @@ class Tail:
     async def _read(self, connection: Connection) -> bool:
         """Read and deliver once. Return whether there may be more already."""
         assert self._last is not None
-        rows = await self._ask(connection, _READ, self._last, list(self._gaps), _PAGE)
+        query = "SELECT * FROM stagecast.read_v1($1, $2, $3)"
+        rows = await self._ask(connection, query, self._last, list(self._gaps), _PAGE)
         oldest = rows[0]["oldest"]
         entries = [row for row in rows if row["id"] is not None]
         new = [row["id"] for row in entries if row["id"] > self._last]

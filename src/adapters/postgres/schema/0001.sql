@@ -296,6 +296,31 @@ BEGIN
 END $$;
 
 
+-- The entries after an id, and those of gaps that have been filled, in the order of ids; at least one row, without an
+-- entry if there is none. `oldest`: the oldest open transaction.
+CREATE FUNCTION stagecast.read_v1(after bigint, gaps bigint[], most integer) RETURNS TABLE (
+    oldest bigint, id bigint, user_id text, "position" bigint, event_id bigint, generation_id text, sequence integer,
+    name text, event bytea, first_position bigint, images jsonb, end_position bigint
+) LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET jit = off
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, entry.*
+    FROM (SELECT) AS once LEFT JOIN (
+        SELECT events.id, user_id, position, event_id, generation_id, sequence, name, event, first_position, images,
+            end_position
+        FROM (
+            (SELECT * FROM stagecast.events WHERE id > after ORDER BY id LIMIT most)
+            UNION ALL SELECT * FROM stagecast.events WHERE id = ANY (gaps)
+        ) AS events
+        JOIN stagecast.generations ON generations.id = events.generation
+        JOIN stagecast.users ON users.id = events.owner
+    ) AS entry ON true
+    ORDER BY entry.id;
+END $$;
+
+
 CREATE FUNCTION stagecast.grant_v1(
     the_user text, zero_id bigint, change bigint, key text, at timestamptz, key_until timestamptz, credits bigint
 ) RETURNS TABLE (r_outcome text, r_credit bigint) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
