@@ -2,8 +2,6 @@
 
 import base64
 import re
-import resource
-import sys
 from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Final, Literal, NamedTuple
@@ -73,8 +71,7 @@ def _base_url(value: str) -> str:
 
 
 def _is_address(value: str) -> bool:
-    found = re.fullmatch(r"(?:[a-z0-9._-]+|\[[0-9a-f:.]+\]):([0-9]{1,5})", value)
-    return found is not None and 0 < int(found[1]) < 65536
+    return re.fullmatch(_ADDRESS, value) is not None and int(value.rpartition(":")[2]) < 2**16
 
 
 def _is_jwt_secret(value: SecretStr) -> bool:
@@ -90,11 +87,6 @@ def _is_webhook_secret(value: SecretStr) -> bool:
 def _split(value: object) -> object:
     """``"A, b,"`` becomes ``("a", "b")``, because host names and origins are case-insensitive."""
     return tuple(filter(None, map(str.strip, value.lower().split(",")))) if isinstance(value, str) else value
-
-
-def _max_connections() -> int:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # The hard limit: `serve` raises the soft one to it.
-    return sys.maxsize if limit == resource.RLIM_INFINITY else max(limit - OTHER_DESCRIPTORS, 1)
 
 
 def provider(what: str, online: str, key: str) -> tuple[Any, ...]:
@@ -119,6 +111,7 @@ def _default_url(known: dict[str, Any]) -> str:
 _List = (NoDecode, BeforeValidator(_split))
 #: Reads "off" as None.
 Off: Final = BeforeValidator(lambda value: None if value == "off" else value)
+_LowerCase: Final = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 
 Port = Annotated[int, Field(ge=0, le=65535), Allowed("a whole number from 0 to 65535", "PORT")]
 Seconds = Annotated[float, Field(ge=0, le=CENTURY), Allowed("a number of seconds, 0 or more", "SECONDS")]
@@ -128,20 +121,17 @@ _COUNT_OR_OFF: Final = 'a whole number, 1 or more, or "off"'
 CountOrOff = Annotated[Annotated[int, Field(ge=1)] | None, Off, Allowed(_COUNT_OR_OFF, "NUMBER", "off")]
 BytesOrOff = Annotated[CountOrOff, Allowed(_COUNT_OR_OFF, "BYTES", "off")]
 Descriptors = Annotated[
-    int,
-    Field(ge=1, default_factory=_max_connections),
+    Annotated[int, Field(ge=1)] | None,
     Allowed("a whole number, 1 or more", "NUMBER", f"descriptors - {OTHER_DESCRIPTORS}"),
 ]
 
 Level = Annotated[
     Literal["debug", "info", "warning", "error"],
-    BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
+    _LowerCase,
     Allowed('"debug", "info", "warning" or "error"', "LEVEL"),
 ]
 Address = Annotated[
-    str | None,
-    _valid(lambda value: re.fullmatch(_ADDRESS, value.lower()) and int(value.rpartition(":")[2]) < 2**16),
-    Allowed("an address and a port such as 127.0.0.1:9090", "ADDRESS"),
+    str | None, _LowerCase, _valid(_is_address), Allowed("an address and a port such as 127.0.0.1:9090", "ADDRESS")
 ]
 
 Name = Annotated[str | None, Field(min_length=1), Allowed("a name, or unset", "NAME")]
@@ -156,8 +146,8 @@ Log = Annotated[
 Postgres = Annotated[str | None, _like(_POSTGRES), Allowed('"postgresql://" and a database', "URL")]
 NodeAddress = Annotated[
     str | None,
-    BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value),
-    _valid(_is_address),
+    _LowerCase,
+    _valid(lambda value: _is_address(value) and not re.search(":0+$", value)),
     Allowed("a host and a port, host:port", "HOST:PORT", "STAGECAST_HOST and the port"),
 ]
 Images = Annotated[

@@ -167,7 +167,7 @@ class Settings(_Sources):
     """Seconds of work, waiting excluded, after which a generation is stopped."""
     drain: types.Seconds = 25
     """Seconds that a shutdown waits for running work."""
-    max_connections: types.Descriptors
+    max_connections: types.Descriptors = None
     """How many connections there may be in total; never more than the file descriptors of the process less 64. A new
     connection beyond it replaces an idle one, or is closed."""
     max_connections_per_address: types.CountOrOff = None

@@ -45,7 +45,6 @@ from adapters.serving.uvicorn_server import Server as Server
 from adapters.sqlite import storage as sqlite_storage
 from adapters.system import SystemEntropy, descriptors, now
 from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens
-from api.cli.client import Unavailable
 from api.setting_types import OTHER_DESCRIPTORS
 from api.settings import Settings, SettingsError
 from api.web import page
@@ -102,7 +101,7 @@ async def wire(
 
     Raises:
         SettingsError: a setting is wrong that only its adapter understands.
-        Unavailable: a store cannot be opened.
+        StorageRefused, ImagesRefused
     """
     threads = ImageThreads()
     intake = PillowIntake(threads)
@@ -152,11 +151,11 @@ class _Technology(NamedTuple):
 
 
 def _postgres() -> ModuleType:
-    """The storage in PostgreSQL, imported when it is used: its driver is an extra. Raises `Unavailable`."""
+    """The storage in PostgreSQL, imported when it is used: its driver is an extra. Raises `StorageRefused`."""
     try:
         from adapters.postgres import storage
     except ModuleNotFoundError:
-        raise Unavailable("a log in PostgreSQL needs an extra: pip install 'stagecast[postgres]'.") from None
+        raise StorageRefused("a log in PostgreSQL needs an extra: pip install 'stagecast[postgres]'.") from None
     return storage
 
 
@@ -173,7 +172,7 @@ def _scheme(settings: Settings) -> str:
 
 
 async def _open_storage(settings: Settings, clock: Clock) -> Storage:
-    """Raises `Unavailable`: the storage cannot be opened."""
+    """Raises `StorageRefused`."""
     options = StorageOptions(
         epoch=secrets.token_hex(8),
         credits=settings.credits,
@@ -183,18 +182,15 @@ async def _open_storage(settings: Settings, clock: Clock) -> Storage:
         direct=settings.log_direct,
         address=settings.announced_address,
     )
-    try:
-        return await _TECHNOLOGIES[_scheme(settings)]().open(settings.log, options)
-    except StorageRefused as refused:
-        raise Unavailable(str(refused)) from None
+    return await _TECHNOLOGIES[_scheme(settings)]().open(settings.log, options)
 
 
 def _s3_images() -> "type[S3Images]":
-    """The images in S3, imported when they are used: their client is an extra. Raises `Unavailable`."""
+    """The images in S3, imported when they are used: their client is an extra. Raises `ImagesRefused`."""
     try:
         from adapters.s3.images import S3Images
     except ModuleNotFoundError:
-        raise Unavailable("images in S3 need an extra: pip install 'stagecast[s3]'.") from None
+        raise ImagesRefused("images in S3 need an extra: pip install 'stagecast[s3]'.") from None
     return S3Images
 
 
@@ -207,20 +203,18 @@ async def _open_images(settings: Settings, storage: Storage) -> ImageStore:
 
     Raises:
         SettingsError: they are in a folder that other nodes do not share.
-        Unavailable: they belong to another log or process, or cannot be used.
+        ImagesRefused: they belong to another log or process, or cannot be used.
+        StorageRefused: it cannot be asked whether there are other nodes.
     """
     log, epoch = _scheme(settings) if storage.log.durable else "memory", storage.log.epoch
-    try:
-        if _in_bucket(settings):
-            return await _s3_images().open(settings.images, log=log, epoch=epoch)
-        if not settings.shared_images and await storage.has_other_nodes():
-            raise SettingsError(
-                "STAGECAST_IMAGES must be s3://bucket/prefix, or a folder that all nodes share and "
-                "STAGECAST_SHARED_IMAGES=true: other nodes use this log."
-            )
-        return ImageFolder(Path(settings.images), log=log, epoch=epoch, shared=settings.shared_images)
-    except (ImagesRefused, StorageRefused) as refused:
-        raise Unavailable(str(refused)) from None
+    if _in_bucket(settings):
+        return await _s3_images().open(settings.images, log=log, epoch=epoch)
+    if not settings.shared_images and await storage.has_other_nodes():
+        raise SettingsError(
+            "STAGECAST_IMAGES must be s3://bucket/prefix, or a folder that all nodes share and "
+            "STAGECAST_SHARED_IMAGES=true: other nodes use this log."
+        )
+    return ImageFolder(Path(settings.images), log=log, epoch=epoch, shared=settings.shared_images)
 
 
 @contextmanager
@@ -313,7 +307,7 @@ def examine_stores(settings: Settings) -> Sequence[str]:
 
     Raises:
         SettingsError: a setting is wrong that only its adapter understands.
-        Unavailable: a store cannot be opened.
+        StorageRefused, ImagesRefused
     """
     threads = ImageThreads()
     try:
@@ -323,16 +317,13 @@ def examine_stores(settings: Settings) -> Sequence[str]:
         _webhook_sender(settings, now)
     finally:
         threads.close()
-    try:
-        examined = _TECHNOLOGIES[_scheme(settings)]().examine(settings.log)
-        if examined.damage and examined.epoch is None:
-            pass  # It is not known whose the images should be.
-        elif _in_bucket(settings):
-            _s3_images().examine(settings.images, log=_scheme(settings), epoch=examined.epoch)
-        else:
-            ImageFolder.examine(Path(settings.images), log=_scheme(settings), epoch=examined.epoch)
-    except (ImagesRefused, StorageRefused) as refused:
-        raise Unavailable(str(refused)) from None
+    examined = _TECHNOLOGIES[_scheme(settings)]().examine(settings.log)
+    if examined.damage and examined.epoch is None:
+        pass  # It is not known whose the images should be.
+    elif _in_bucket(settings):
+        _s3_images().examine(settings.images, log=_scheme(settings), epoch=examined.epoch)
+    else:
+        ImageFolder.examine(Path(settings.images), log=_scheme(settings), epoch=examined.epoch)
     return examined.damage
 
 
@@ -340,16 +331,13 @@ def migrate(settings: Settings, *, only_print: bool) -> str:
     """Bring the schema of the log in PostgreSQL to the present version, or only return the SQL that does.
 
     Raises:
-        Unavailable: the log cannot be opened.
+        StorageRefused
     """
-    try:
-        return str(_postgres().migrate(settings.log, secrets.token_hex(8), only_print=only_print))
-    except StorageRefused as refused:
-        raise Unavailable(str(refused)) from None
+    return str(_postgres().migrate(settings.log, secrets.token_hex(8), only_print=only_print))
 
 
 def connection_table(settings: Settings) -> ConnectionTable:
     """The connection limits: at most the descriptors of this process, less some for files."""
     room = max(descriptors() - OTHER_DESCRIPTORS, 1)
-    most = min(settings.max_connections, room)
+    most = min(settings.max_connections or room, room)
     return ConnectionTable(most, settings.max_connections_per_address, settings.trusted_proxies, room)

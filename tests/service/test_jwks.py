@@ -143,6 +143,8 @@ ODD: dict[str, Callable[[], object]] = {
     "too short": lambda: jwk(rsa_key("short", 1024), kid="odd"),
     "a secret": lambda: {"kty": "oct", "kid": "odd", "alg": "HS256", "k": part(SECRET)},
     "of another curve": lambda: jwk(ec_key("wide", ec.SECP384R1), kid="odd"),
+    "of another curve for ES256": lambda: jwk(ec_key("wide", ec.SECP384R1), kid="odd", alg="ES256"),
+    "of another curve of 256 bits": lambda: jwk(ec_key("other", ec.SECP256K1), kid="odd", alg="ES256"),
     "of a curve that it is not": lambda: jwk(ec_key("wide", ec.SECP384R1), kid="odd", crv="P-256"),
     "not on its curve": lambda: jwk(ec_key("ours"), kid="odd", x=part(b"\x01" * 32)),
     "without a curve": lambda: jwk(ec_key("ours"), kid="odd", crv=None),

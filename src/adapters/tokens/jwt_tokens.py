@@ -41,16 +41,14 @@ _OPTIONS: Final[Options] = {
 #: How long fetched keys are used, and how long while the issuer cannot be reached.
 _FRESH: Final = timedelta(minutes=5)
 _STALE: Final = timedelta(hours=1)
-#: The minimum time between requests to the issuer for unknown key ids, or after a failure while stale keys are usable.
-_MIN_INTERVAL: Final = timedelta(seconds=10)
-#: The minimum time after a failure without a usable key.
+#: How long the issuer is not asked again: for an unknown key id, or after a failure with usable keys, or without any.
+_PAUSE: Final = timedelta(seconds=10)
 _RETRY: Final = timedelta(seconds=1)
 #: In bytes.
 _MAX_DOCUMENT: Final = 256 * 1024
 
-#: By algorithm: the members that identify its JWKs.
-_PUBLIC: Final = {"RS256": {"kty": "RSA"}, "ES256": {"kty": "EC", "crv": "P-256"}}
-_MIN_RSA_BITS: Final = 2048
+#: The algorithms of public keys, and the fewest bits of such a key.
+_PUBLIC: Final = {"RS256": 2048, "ES256": 256}
 
 
 @dataclass(repr=False, eq=False)
@@ -135,11 +133,9 @@ def _moment(value: object) -> datetime:
 
 
 class SecretKey:
-    """A secret for HS256. Raises `ValueError` if it has fewer than 32 bytes, or is a public key."""
+    """A secret of at least 32 bytes for HS256. Raises `ValueError` if it is a public key."""
 
     def __init__(self, secret: bytes) -> None:
-        if len(secret) < 32:
-            raise ValueError("the secret must have at least 32 bytes")
         try:
             jwt.encode({}, secret, "HS256")
         except jwt.InvalidKeyError:
@@ -165,11 +161,11 @@ class JwksKeys:
     timeout: float = 5
     trust: ssl.SSLContext = field(default_factory=ssl_context)
     _keys: Sequence[jwt.PyJWK] = field(default=(), init=False)
+    #: When they were fetched, when the issuer was last asked, and for how long it is not asked again.
     _fetched: datetime | None = field(default=None, init=False)
-    #: When an unknown key id last caused a fetch while the keys were fresh.
-    _searched: datetime | None = field(default=None, init=False)
-    #: When the last fetch failed; ``None`` if it succeeded.
-    _failed: datetime | None = field(default=None, init=False)
+    _asked: datetime | None = field(default=None, init=False)
+    _pause: timedelta = field(default=timedelta(), init=False)
+    _failed: bool = field(default=False, init=False)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def find(self, algorithm: object, kid: str | None) -> jwt.PyJWK | None:
@@ -183,7 +179,7 @@ class JwksKeys:
                 if self._due(self._known(algorithm, kid)):
                     await self._refresh()
             key = self._known(algorithm, kid)
-        if key is None and self._failed is not None:
+        if key is None and self._failed:
             raise KeysUnavailable
         return key
 
@@ -201,25 +197,24 @@ class JwksKeys:
         return keys[0] if len(keys) == 1 and None in (kid, keys[0].key_id) else None
 
     def _due(self, key: jwt.PyJWK | None) -> bool:
-        if not self._within(_FRESH, self._fetched):
-            return not self._within(_MIN_INTERVAL if key else _RETRY, self._failed)
-        return key is None and not self._within(_MIN_INTERVAL, self._searched)
+        wanted = key is None or not self._within(_FRESH, self._fetched)
+        return wanted and not self._within(self._pause, self._asked)
 
     async def _refresh(self) -> None:
-        started_at = self.clock()
-        was_fresh = self._within(_FRESH, self._fetched)
         try:
             async with asyncio.timeout(self.timeout):
                 keys = _usable(await self._fetch())
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RecursionError) as error:
-            self._failed = self.clock()
+            self._failed = True
+            self._pause = _PAUSE if self._within(_STALE, self._fetched) else _RETRY
             # Other messages may contain the URL, or data that the issuer sent.
             reason = error if isinstance(error, _BadResponse | TooLarge) else type(error).__name__
             logger.warning("the issuer's keys cannot be fetched: %s", reason)
         else:
-            self._keys, self._fetched, self._failed = keys, started_at, None
-        if was_fresh:
-            self._searched = self.clock()
+            # Fresh keys were fetched again because of an unknown key id.
+            self._pause = _PAUSE if self._within(_FRESH, self._fetched) else timedelta()
+            self._keys, self._fetched, self._failed = keys, self.clock(), False
+        self._asked = self.clock()
 
     async def _fetch(self) -> bytes:
         client = httpx2.AsyncClient(trust_env=False, timeout=self.timeout, verify=self.trust)
@@ -244,20 +239,15 @@ def _usable(document: bytes) -> list[jwt.PyJWK]:
 
 
 def _public_key(entry: dict[str, Any]) -> jwt.PyJWK | None:
-    """The key; ``None`` if it has another use, is too short or malformed, or contains a private key."""
-    kid, operations = entry.get("kid"), entry.get("key_ops", ["verify"])
-    algorithm = next((name for name, members in _PUBLIC.items() if members.items() <= entry.items()), None)
-    if algorithm is None or entry.get("alg", algorithm) != algorithm or entry.get("use", "sig") != "sig":
-        return None
-    if (
-        not isinstance(operations, list)
-        or "verify" not in operations
-        or not isinstance(kid, str | None)
-        or "d" in entry
-    ):
+    """The key; ``None`` if it is for another algorithm or use, too short, malformed, or contains a private key."""
+    operations = entry.get("key_ops", ["verify"])
+    to_verify = entry.get("use", "sig") == "sig" and isinstance(operations, list) and "verify" in operations
+    known = isinstance(entry.get("kid"), str | None) and entry.get("crv", "P-256") == "P-256"
+    if not to_verify or not known or "d" in entry:
         return None
     try:
-        key = jwt.PyJWK(entry, algorithm)
+        key = jwt.PyJWK(entry)
+        least = _PUBLIC[key.algorithm_name]
+        return key if key.key.key_size >= least else None
     except (jwt.PyJWTError, LookupError, TypeError, ValueError):
         return None
-    return key if algorithm != "RS256" or key.key.key_size >= _MIN_RSA_BITS else None

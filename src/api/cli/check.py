@@ -21,7 +21,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         Refused: something is damaged. It has been printed.
-        SettingsError, Unavailable: as `examine_stores`.
+        SettingsError, StorageRefused, ImagesRefused: as `examine_stores`.
     """
     for line in _effective(settings):
         print(line)

@@ -25,10 +25,12 @@ from api.cli.client import Refused, Unavailable
 from api.loopback import is_loopback
 from api.settings import Setting, Settings, SettingsError, describe_settings, load_remote, load_settings, masked
 from domain.identity import InvalidUserId, user_id
+from domain.ports.images import ImagesRefused
+from domain.ports.storage import StorageRefused
 from domain.stages import FLOWS
 
 _EXIT_CODES: Final[dict[type[Exception], int]] = {
-    Refused: 1, client.Forbidden: 1, InvalidUserId: 2, SettingsError: 2, Unavailable: 3
+    Refused: 1, InvalidUserId: 2, SettingsError: 2, Unavailable: 3, StorageRefused: 3, ImagesRefused: 3
 }  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(end="", flush=True)
     except tuple(_EXIT_CODES) as error:
         print(f"stagecast: {error}", file=sys.stderr)
-        return _EXIT_CODES[type(error)]
+        return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:
