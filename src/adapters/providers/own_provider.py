@@ -30,8 +30,10 @@ class UnfitProvider(ValueError):
 
 
 class _Own:
-    #: The port's methods, and how many arguments they take.
-    methods: ClassVar[Sequence[tuple[str, int]]]
+    #: The port's methods, and how many arguments each takes.
+    methods: ClassVar[Sequence[str]]
+    arguments: ClassVar[int]
+    free: bool
 
     def __init__(self, name: str, threads: ImageThreads) -> None:
         """Import and call the factory. Raises `UnfitProvider`."""
@@ -40,36 +42,28 @@ class _Own:
         self._threads = threads
         if "" not in sys.path:
             sys.path.append("")  # The current directory, after installed packages.
-        step = f"importing {self._module}"
         try:
-            module = import_module(self._module)
-            step = f"looking for {factory} in {self._module}"
-            make = attrgetter(factory)(module)
-            step = f"calling {name}"
-            self._provider = make()
+            self._provider = attrgetter(factory)(import_module(self._module))()
             if inspect.iscoroutine(self._provider):
                 self._provider.close()  # Or Python warns that it was never awaited.
-            step = f"looking at what {name} returned"
-            self._check()
-        except UnfitProvider:
-            raise
+            self.free = getattr(self._provider, "free", None)  # type: ignore[assignment]
+            is_fit = isinstance(self.free, bool) and all(map(self._has, self.methods))
         except BaseException as error:
-            raise UnfitProvider(f"{step} failed with {self._describe(error)}") from None
+            raise UnfitProvider(f"{name} failed with {self._describe(error)}") from None
+        if not is_fit:
+            raise UnfitProvider(
+                f"{name} returned an object of the type {type(self._provider).__name__}; it needs free (True or False) "
+                f"and, with {self.arguments} arguments, async {' and '.join(self.methods)}"
+            )
 
-    def _check(self) -> None:
-        returned = f"{self._name} returned an object of the type {type(self._provider).__name__}"
-        free = getattr(self._provider, "free", None)
-        if not isinstance(free, bool):
-            raise UnfitProvider(f"{returned}, which has no attribute free that is True or False")
-        self.free = free
-        for method, count in self.methods:
-            function = getattr(self._provider, method, None)
-            if not callable(function) or _is_blocking(inspect.unwrap(function)):
-                raise UnfitProvider(f"{returned}, which has no async method {method}")
-            try:
-                inspect.signature(function).bind(*range(count))
-            except TypeError:
-                raise UnfitProvider(f"{returned}, whose method {method} does not take {count} arguments") from None
+    def _has(self, method: str) -> bool:
+        """Whether the provider has this async method, for the right number of arguments."""
+        function = getattr(self._provider, method, None)
+        try:
+            inspect.signature(function).bind(*range(self.arguments))  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return False
+        return inspect.iscoroutinefunction(inspect.unwrap(function))  # type: ignore[arg-type]
 
     async def _work(self, method: str, *arguments: Any, report: Report) -> Picture:
         """Call the method. Its reports are serialised, and ignored once it has returned."""
@@ -117,12 +111,6 @@ class _Own:
         return name if line is None else f"{name} in line {line} of {self._module}"
 
 
-def _is_blocking(function: object) -> bool:
-    """Whether it is a Python function that is not declared with ``async def``."""
-    plain = inspect.isfunction(function) or inspect.ismethod(function)
-    return plain and not inspect.iscoroutinefunction(function)
-
-
 def _is_fit(failure: Failure) -> bool:
     """Whether it has a provider's code, and can be sent to clients."""
     try:
@@ -135,7 +123,7 @@ def _is_fit(failure: Failure) -> bool:
 class OwnEditor(_Own):
     """`domain.ports.providers.ImageEditor` around the operator's implementation."""
 
-    methods = (("edit", 4), ("generate", 4))
+    methods, arguments = ("edit", "generate"), 4
 
     async def edit(self, sheet: Picture, prompt: str, options: Options, report: Report) -> Picture:
         return await self._work("edit", sheet, prompt, options, report=report)
@@ -147,7 +135,7 @@ class OwnEditor(_Own):
 class OwnFaceSwap(_Own):
     """`domain.ports.providers.FaceSwapper` around the operator's implementation."""
 
-    methods = (("swap", 3),)
+    methods, arguments = ("swap",), 3
 
     async def swap(self, picture: Picture, face: Picture, report: Report) -> Picture:
         return await self._work("swap", picture, face, report=report)
