@@ -14,7 +14,7 @@ from contextlib import aclosing, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from threading import Thread
-from typing import Any, Final
+from typing import Final
 
 import httpcore2
 import httpx2
@@ -146,68 +146,36 @@ class UrlFetcher:
     async def _get(self, url: httpx2.URL, limit: int) -> bytes | httpx2.URL:
         """The body, or the URL of a redirect."""
         target = httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-        timeout = {"timeout": {"connect": self.connect_timeout}}
-        request = httpcore2.Request("GET", target, headers=[(b"Host", url.netloc), *_HEADERS], extensions=timeout)
-        backend = _PinnedBackend(self.resolve, self.allow)
-        connection = httpcore2.AsyncHTTPConnection(target.origin, self.trust, network_backend=backend)
+        request = httpcore2.Request("GET", target, headers=[(b"Host", url.netloc), *_HEADERS])
+        connection = await self._connect(url)
         try:
-            response = await connection.handle_async_request(request)
-            headers = {name.lower(): value for name, value in response.headers}
-            if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
-                return _parsed(headers[b"location"].decode(errors="replace"), url)
-            if backend.stream is not None:
-                backend.stream.remaining = limit + _MAX_FRAMING
+            if url.scheme == "https":
+                connection = await connection.start_tls(self.trust, url.raw_host.decode(), self.connect_timeout)
+            stream = _LimitedStream(connection)
+            response = await httpcore2.AsyncHTTP11Connection(target.origin, stream).handle_async_request(request)
+            headers = httpx2.Headers(response.headers)
+            if response.status in (301, 302, 303, 307, 308) and "location" in headers:
+                return _parsed(headers["location"], url)
+            stream.remaining = limit + _MAX_FRAMING
             return await _body(response, headers, limit)
         finally:
-            await backend.aclose()
+            await connection.aclose()
 
-
-async def _body(response: httpcore2.Response, headers: dict[bytes, bytes], limit: int) -> bytes:
-    if response.status in (404, 410):
-        raise _failure(f"there is nothing there ({response.status}).")
-    if response.status != 200:
-        again = response.status in (408, 425, 429) or response.status >= 500
-        raise _failure(f"its site answered with status {response.status}.", retryable=again)
-    encodings = (value.decode("latin-1") for name, value in response.headers if name.lower() == b"content-encoding")
-    if compressions(encodings):
-        raise _failure("its site sends it compressed, which was not asked for.")
-    chunks: list[bytes] = []
-    try:
-        if int(headers.get(b"content-length", 0)) > limit:
-            raise TooLarge("")
-        async with aclosing(bounded(response.aiter_stream(), limit)) as body:
-            async for chunk in body:
-                chunks.append(chunk)
-                if len(chunks) > limit // _MIN_AVERAGE_CHUNK:
-                    raise httpcore2.RemoteProtocolError
-    except TooLarge:
-        raise _failure(f"it is larger than {limit // 2**20} MB.") from None
-    return b"".join(chunks)
-
-
-@dataclass
-class _PinnedBackend(httpcore2.AsyncNetworkBackend):
-    """Opens one connection, to the very address that was resolved and checked (no DNS rebinding)."""
-
-    resolve: Resolver
-    allow: Sequence[IPNetwork]
-    stream: "_LimitedStream | None" = None
-
-    async def connect_tcp(self, host: str, port: int, timeout: float | None = None, *_: Any, **__: Any) -> Stream:  # noqa: ASYNC109 (not ours)
-        async with asyncio.timeout(timeout):
-            addresses = await self._addresses(host)
+    async def _connect(self, url: httpx2.URL) -> Stream:
+        """Connect to the very address that was resolved and checked (no DNS rebinding)."""
+        async with asyncio.timeout(self.connect_timeout):
+            addresses = await self._addresses(url.raw_host.decode())
         if not addresses or not all(map(self._may_connect, addresses)):
             # The same message for both, so that it does not reveal which internal names exist.
             raise _failure("its address does not exist or is not allowed.")
-        failed: Exception | None = None
+        port = url.port or (443 if url.scheme == "https" else 80)
+        failed: Exception = httpcore2.ConnectError()
         for address in addresses[:_MAX_ADDRESSES_TRIED]:
             try:
-                connection = await httpcore2.AnyIOBackend().connect_tcp(str(address), port, timeout)
-                self.stream = _LimitedStream(connection)
-                return self.stream
+                return await httpcore2.AnyIOBackend().connect_tcp(str(address), port, self.connect_timeout)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failed = error
-        raise failed or httpcore2.ConnectError
+        raise failed
 
     async def _addresses(self, host: str) -> Sequence[IPAddress]:
         with suppress(ValueError):
@@ -225,9 +193,27 @@ class _PinnedBackend(httpcore2.AsyncNetworkBackend):
         scoped = isinstance(address, IPv6Address) and address.scope_id is not None
         return is_public(address) or (not scoped and any(address in network for network in self.allow))
 
-    async def aclose(self) -> None:
-        if self.stream is not None:
-            await self.stream.aclose()
+
+async def _body(response: httpcore2.Response, headers: httpx2.Headers, limit: int) -> bytes:
+    if response.status in (404, 410):
+        raise _failure(f"there is nothing there ({response.status}).")
+    if response.status != 200:
+        again = response.status in (408, 425, 429) or response.status >= 500
+        raise _failure(f"its site answered with status {response.status}.", retryable=again)
+    if compressions(headers.get_list("content-encoding")):
+        raise _failure("its site sends it compressed, which was not asked for.")
+    chunks: list[bytes] = []
+    try:
+        if int(headers.get("content-length", 0)) > limit:
+            raise TooLarge("")
+        async with aclosing(bounded(response.aiter_stream(), limit)) as body:
+            async for chunk in body:
+                chunks.append(chunk)
+                if len(chunks) > limit // _MIN_AVERAGE_CHUNK:
+                    raise httpcore2.RemoteProtocolError
+    except TooLarge:
+        raise _failure(f"it is larger than {limit // 2**20} MB.") from None
+    return b"".join(chunks)
 
 
 @dataclass
@@ -247,15 +233,8 @@ class _LimitedStream(Stream):
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 (not ours)
         await self.stream.write(buffer, timeout)
 
-    async def start_tls(self, *args: Any, **kwargs: Any) -> Stream:
-        self.stream = await self.stream.start_tls(*args, **kwargs)
-        return self
-
     async def aclose(self) -> None:
         await self.stream.aclose()
-
-    def get_extra_info(self, info: str) -> Any:
-        return self.stream.get_extra_info(info)
 
 
 def _parsed(text: str, base: httpx2.URL | None = None) -> httpx2.URL:
