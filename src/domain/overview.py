@@ -3,8 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, NamedTuple
+from typing import Annotated, Final
 
+from pydantic import Field
+
+from domain.events import Wire
 from domain.ports.leases import Leases
 from domain.ports.nodes import Load, Nodes
 from domain.ports.overview import Filter
@@ -18,15 +21,15 @@ _FAILURES_OF: Final = timedelta(hours=1)
 _ALONE: Final = "local"
 
 
-class Numbers(NamedTuple):
-    """The service as a whole."""
+class Numbers(Wire):
+    """The service as a whole. All numbers but those of a node are over all nodes."""
 
     nodes: Sequence[Load]
-    #: Generations that are worked on, and that wait.
+    sockets: int
+    streams: int
     running: int
     waiting: int
-    #: Of the last hour, by code.
-    failures: Mapping[str, int]
+    failures: Annotated[Mapping[str, int], Field(description="generations that failed in the last hour, by code")]
 
 
 @dataclass(eq=False)
@@ -50,7 +53,14 @@ class Overview:
         nodes = [Load(_ALONE, *self.load())] if self.nodes is None else self.nodes.loads
         counts = await self.leases.count()
         failures = await self.reads.failures(self.clock() - _FAILURES_OF)
-        return Numbers(nodes, counts.held, counts.waiting, failures)
+        return Numbers(
+            nodes=nodes,
+            sockets=sum(node.sockets for node in nodes),
+            streams=sum(node.streams for node in nodes),
+            running=counts.held,
+            waiting=counts.waiting,
+            failures=failures,
+        )
 
     async def page(self, wanted: Filter, *, before: int | None, limit: int) -> Page:
         """Generations of all users, newest first; of one that cannot be read, what can. Raises `LogUnavailable`."""

@@ -9,10 +9,11 @@ from api.rest import routes
 from api.rest.generations import Before
 from api.rest.metrics import render
 from api.rest.problems import documented
-from api.rest.schemas import GenerationPage, OverviewView, json_response
+from api.rest.schemas import GenerationPage, json_response
 from api.rest.state import Overviews
 from domain.errors import FailureCode
 from domain.identity import user_id
+from domain.overview import Numbers
 from domain.ports.overview import Filter
 from domain.stages import FLOWS, Kind
 
@@ -34,12 +35,10 @@ async def get_metrics(request: Request) -> Response:
     return await render(request.app.state.service)
 
 
-@router.get("/admin/overview", response_model=OverviewView, responses=documented(*PROBLEMS))
+@router.get("/admin/overview", response_model=Numbers, responses=documented(*PROBLEMS))
 async def get_overview(overview: Overviews) -> Response:
     """The nodes and their clients, the work, and the failures of the last hour. For services."""
-    numbers = await overview.numbers()
-    clients = {name: sum(getattr(load, name) for load in numbers.nodes) for name in ("sockets", "streams")}
-    return json_response(OverviewView.model_validate(numbers._asdict() | clients, from_attributes=True))
+    return json_response(await overview.numbers())
 
 
 @router.get("/admin/generations", response_model=GenerationPage, responses=documented("invalid_request", *PROBLEMS))

@@ -23,25 +23,6 @@ class GenerationPage(Wire):
     next: Annotated[_Number | None, Field(description="if there are more: `before` of the following page")] = None
 
 
-class NodeView(Wire):
-    """A node, and its clients."""
-
-    id: str
-    sockets: int
-    streams: int
-
-
-class OverviewView(Wire):
-    """The service as a whole. All numbers but those of a node are over all nodes."""
-
-    nodes: list[NodeView]
-    sockets: int
-    streams: int
-    running: int
-    waiting: int
-    failures: Annotated[dict[str, int], Field(description="generations that failed in the last hour, by code")]
-
-
 class NamedEvent(Wire):
     """An event, and the name of the Socket.IO event that carries it."""
 

@@ -25,16 +25,11 @@ _STREAM: Final = re.compile(r"\s*text/event-stream\s*(;(?!\s*q\s*=\s*0(\.0*)?\s*
 _SEQUENCE: Final = re.compile("[0-9]{1,18}")
 
 
-def accepts_stream(headers: Headers) -> bool:
-    """Whether ``Accept`` names the media type of event streams, with q > 0."""
-    return any(map(_STREAM.fullmatch, ",".join(headers.getlist("accept")).split(",")))
-
-
 class _StreamRoute(routes.Route):
     """Matches only requests that accept an event stream; the others go to the route of the same path."""
 
     def accepts(self, scope: Scope) -> bool:
-        return accepts_stream(Headers(scope=scope))
+        return any(map(_STREAM.fullmatch, ",".join(Headers(scope=scope).getlist("accept")).split(",")))
 
     async def answer(self, request: Request) -> Response:
         """The stream; an empty one, after which the client tries again, if the service refuses for a while."""

@@ -63,25 +63,21 @@ class EventStream(Response):
     """One stream: it ends when its buffer is closed, its token expires, or its client leaves."""
 
     def __init__(self, streams: EventStreams, identity: Identity, join: Join) -> None:
-        super().__init__()
+        self.init_headers(HEADERS)
         self.buffer = BoundedSendBuffer[bytes](len, self._abort)
+        self.buffer.put(RETRY)
         self._streams = streams
         self._expires_at = identity.expires_at
-        self._join: Join | None = join
+        self._device = join(self.buffer)
         self._transport: asyncio.Transport | None = None
         #: Calls of `check_progress`.
         self._checks = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Begin the stream; `StreamLayer` continues it."""
-        assert self._join is not None
         self._transport = scope.get("extensions", {}).get(TRANSPORT)
         _limit_silence(self._transport)
-        headers = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-        self.buffer.put(RETRY)
-        self._device = self._join(self.buffer)
-        self._join = None  # It holds the snapshots of the first event.
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         scope[_STREAM] = self
 
     async def run(self, receive: Receive, send: Send) -> None:

@@ -1,10 +1,12 @@
 """The nodes that share a storage, as one of them sees the others."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 
-class Load(NamedTuple):
+@dataclass(frozen=True)
+class Load:
     """The clients of a node."""
 
     id: str
