@@ -100,30 +100,38 @@ _ActingFor = Annotated[
 ]
 
 
-async def _authenticated(request: Request, authorization: str | None, acting_for: str | None) -> Identity:
+_Authorization = Annotated[str | None, Header(include_in_schema=False)]  # `_bearer` documents it.
+
+
+def _authenticator(request: Request) -> Authenticator:
     authenticator: Authenticator = request.app.state.service.authenticator
-    return await authenticator.of_request(authorization, acting_for)
+    return authenticator
 
 
 async def _identity(
-    request: Request, _: Annotated[Any, Depends(_bearer)] = None, x_user_id: _ActingFor = None
+    request: Request,
+    _: Annotated[Any, Depends(_bearer)] = None,
+    authorization: _Authorization = None,
+    x_user_id: _ActingFor = None,
 ) -> Identity:
-    return await _authenticated(request, request.headers.get("authorization"), x_user_id)
+    return await _authenticator(request).of_request(authorization, x_user_id)
 
 
 async def _stream_identity(
     request: Request,
     _: Annotated[Any, Depends(_bearer)] = None,
+    authorization: _Authorization = None,
     access_token: Annotated[
         str | None, Query(description="a JWT, for an EventSource, which cannot send headers; a header comes first")
     ] = None,
     user: Annotated[str | None, Query(alias="userId", description="as `X-User-Id`, which comes first")] = None,
     x_user_id: _ActingFor = None,
 ) -> Identity:
-    authorization = request.headers.get("authorization", access_token and f"Bearer {access_token}")
+    if authorization is None and access_token:
+        authorization = f"Bearer {access_token}"
     if x_user_id is None and user is not None:
         x_user_id = user.encode().decode("latin-1")  # As a header arrives.
-    return await _authenticated(request, authorization, x_user_id)
+    return await _authenticator(request).of_request(authorization, x_user_id)
 
 
 def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:

@@ -66,10 +66,12 @@ class _Record:
         return self.events.split(b"\n") if isinstance(self.events, bytes) else self.events
 
     def entry(self, index: int, event: bytes | None) -> Logged:
-        position = self.places[2 * index]
-        name = self.end_name if position == self.end else NAMES["started"] if index == 0 else CONTINUE
-        place = self.user.user_id, position, self.places[2 * index + 1], self.generation_id, index + 1
-        return Logged(*place, name, event, self.first, self.end, self.images_at(index))
+        places, end = self.places, self.end
+        position = places[2 * index]
+        name = self.end_name if position == end else CONTINUE if index else NAMES["started"]
+        images = self.images_at(index) if self.images else NO_IMAGES
+        place = self.user.user_id, position, places[2 * index + 1], self.generation_id, index + 1
+        return Logged(*place, name, event, places[0], end, images)
 
     def images_at(self, index: int) -> Mapping[str, str]:
         for start, *names in reversed(self.images):

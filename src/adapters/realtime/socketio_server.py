@@ -13,13 +13,13 @@ handlers itself:
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import socketio
 from socketio import packet as wire
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapters.realtime.connection import Answer, Connection, Handler
 from adapters.realtime.engineio_server import EngineServer
@@ -101,8 +101,13 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
 
     def app(self, other: ASGIApp, path: str) -> ASGIApp:
         """The ASGI application that serves this server under `path`, and everything else from `other`."""
-        app: ASGIApp = socketio.ASGIApp(self, other_asgi_app=other, socketio_path=path)
-        return app
+        beginning = f"{path}/"
+
+        def answer(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+            own = scope["type"] != "lifespan" and f"{scope['path']}/".startswith(beginning)
+            return (self.eio.handle_request if own else other)(scope, receive, send)
+
+        return answer
 
     def close_all(self) -> None:
         """Close every transport; what is queued is still sent."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -136,14 +136,18 @@ class ClientLimit:
     def __init__(self, app: Any) -> None:
         self._app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    def __call__(self, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
         """Handle one request or connection."""
         attribute = scope.get("extensions", {}).get(ATTRIBUTE)
         if attribute is None or scope["client"] is None or attribute(scope["client"][0]):
-            await self._app(scope, receive, send)
-            return
-        while not (await receive())["type"].endswith(".disconnect"):
-            pass
+            answer: Awaitable[None] = self._app(scope, receive, send)
+            return answer
+        return _disconnect(receive)
+
+
+async def _disconnect(receive: Any) -> None:
+    while not (await receive())["type"].endswith(".disconnect"):
+        pass
 
 
 @lru_cache(maxsize=4096)

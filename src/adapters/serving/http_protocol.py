@@ -6,8 +6,10 @@ import json
 import logging
 import secrets
 import socket
+from collections.abc import Awaitable
 from functools import partial
 from http import HTTPStatus
+from itertools import chain
 from typing import Any, Final
 
 import httptools
@@ -77,6 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT)
         super().connection_made(transport)
+        self._extensions = self._table.extensions(transport)
         self._set_deadline(HEADER_TIMEOUT)
         self._table.add(transport, self._host)
 
@@ -107,17 +110,12 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > _MAX_HEAD:
+        if len(self.url) + sum(map(len, chain.from_iterable(self.headers))) > _MAX_HEAD:
             raise httptools.HttpParserError  # Too much remains counted, so that this is answered with 431.
         self._in_head, self._unparsed = False, 0
         self._cancel_deadline()
         super().on_headers_complete()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Called with a header, and with a trailer after the body: trailers are dropped."""
-        if self._in_head:
-            super().on_header(name, value)
+        self.headers = []  # Trailers, which come after the body, are dropped.
 
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
@@ -168,7 +166,7 @@ class HttpProtocol(HttpToolsProtocol):
                 except httptools.HttpParserUpgrade as stopped:
                     rest = rest[stopped.args[0] :]
                 if self._is_websocket_handshake():
-                    self.headers.append((b"upgrade", b"websocket"))
+                    self.scope["headers"] = [*self.scope["headers"], (b"upgrade", b"websocket")]
                     self.handle_websocket_upgrade()
                     return
                 # A new parser, as the old one takes nothing after a request with ``Connection: close``.
@@ -191,9 +189,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _is_websocket_handshake(self) -> bool:
         """Remove the ``Upgrade`` headers, and return whether the request is a WebSocket handshake."""
-        wanted = b",".join(value for name, value in self.headers if name == b"upgrade")
-        self.headers[:] = [header for header in self.headers if header[0] != b"upgrade"]
-        names = {name for name, value in self.headers if value != b"0" or name not in _BODY}
+        headers = self.scope["headers"]
+        wanted = b",".join(value for name, value in headers if name == b"upgrade")
+        self.scope["headers"] = others = [header for header in headers if header[0] != b"upgrade"]
+        names = {name for name, value in others if value != b"0" or name not in _BODY}
         return (
             (self.scope["method"], self.scope["http_version"]) == ("GET", "1.1")
             and b"websocket" in [token.strip() for token in wanted.lower().split(b",")]
@@ -206,32 +205,29 @@ class HttpProtocol(HttpToolsProtocol):
         if self.scope["method"] == "CONNECT":
             raise httptools.HttpParserError  # The parser always takes it for an upgrade, and this is no proxy.
         request = b"%b %b HTTP/%b" % (self.scope["method"].encode(), self.url, self.scope["http_version"].encode())
-        return b"\r\n".join([request, *(name + b": " + value for name, value in self.headers), b"\r\n"])
+        return b"\r\n".join([request, *(name + b": " + value for name, value in self.scope["headers"]), b"\r\n"])
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Called by uvicorn for each request."""
-        cycle.scope["extensions"] = self._table.extensions(self.transport)
+        cycle.scope["extensions"] = self._extensions
         super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
 
-    async def _answer(self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any) -> None:
-        """The ASGI application `app` for one request, with what uvicorn's `cycle` lacks."""
-        uploads = any(name in _BODY for name, _ in scope["headers"])
+    def _answer(self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        """Call the ASGI application `app` for one request, with what uvicorn's `cycle` lacks."""
         old = scope["http_version"] == "1.0"
         unsized = False
+        cycle.transport = response = _Response(self.transport)  # type: ignore[assignment]  # has all that it uses
         if old:
             cycle.waiting_for_100_continue = False
 
         async def receive_counted() -> Any:
-            nonlocal uploads
-            if uploads and not cycle.response_complete:
+            if not cycle.response_complete:
                 # Only a body that is read needs a temporary file: a request that is refused first does not count.
-                uploads = False
                 self._table.count_upload(self.transport)
             return await receive()
 
         async def send_corrected(message: Any) -> None:
             nonlocal unsized
-            early = False
             if message["type"] == "http.response.start":
                 early = cycle.more_body
                 if early:
@@ -240,11 +236,39 @@ class HttpProtocol(HttpToolsProtocol):
                     # The end of the connection ends a response of unknown length: there are no chunks.
                     unsized = not any(name.lower() == b"content-length" for name, _ in message["headers"])
                     cycle.chunked_encoding = False if unsized else None
-            elif unsized:
+                response.holds = scope["method"] != "HEAD"
+                await send(message)
+                if early:
+                    # The header says close. Keep uvicorn from closing after the response, which would send RST.
+                    self._lingering = cycle.keep_alive = True
+                return
+            if unsized:
                 cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
-            if early:
-                # The header has been sent. Keep uvicorn from closing after the response, which would send RST.
-                self._lingering = cycle.keep_alive = True
 
-        await app(scope, receive_counted, send_corrected)
+        uploads = any(name in _BODY for name, _ in scope["headers"])
+        answer: Awaitable[None] = app(scope, receive_counted if uploads else receive, send_corrected)
+        return answer
+
+
+class _Response:
+    """The transport of one response, whose head is written together with the beginning of its body."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held = b""
+        #: Whether what is written next is kept until more is written.
+        self.holds = False
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if self.holds:
+            self._held, self.holds = data, False
+        else:
+            self._transport.writelines((self._held, data) if self._held else (data,))
+            self._held = b""
+
+    def close(self) -> None:
+        if self._held:
+            self.write(b"")
+        self._transport.close()

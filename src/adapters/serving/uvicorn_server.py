@@ -56,6 +56,7 @@ class Server(uvicorn.Server):
                 ws_max_size=64 * 1024,
                 ws_per_message_deflate=False,
                 ws_ping_interval=None,  # Engine.IO has pings of its own.
+                interface="asgi3",
                 log_config=None,
                 log_level=logging.WARNING,
                 access_log=False,

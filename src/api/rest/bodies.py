@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Final, TypeVar
 
 from fastapi import Request
@@ -77,11 +77,12 @@ class BodyTimeout:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Handle one request or connection."""
-        if scope["type"] != "http" or not any(name in _BODY_HEADERS for name, _ in scope["headers"]):
-            await self._app(scope, receive, send)
-            return
+        has_body = scope["type"] == "http" and any(name in _BODY_HEADERS for name, _ in scope["headers"])
+        return (self._with_body if has_body else self._app)(scope, receive, send)
+
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = _Body(receive)
 
         async def send_unless_late(message: Message) -> None:

@@ -101,11 +101,15 @@ class MetricsAddress:
         self._port = port
         self._metrics = metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer one request or connection."""
         if self._port is None or (scope.get("server") or ("", None))[1] != self._port:
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] == "/metrics":
-            await (await self._metrics())(scope, receive, send)
+            return self._app(scope, receive, send)
+        return self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] == "/metrics":
+            response = await self._metrics()
         else:
-            await problem("not_found", "Only /metrics is here.")(scope, receive, send)
+            response = problem("not_found", "Only /metrics is here.")
+        await response(scope, receive, send)

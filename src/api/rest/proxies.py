@@ -1,7 +1,7 @@
 """What proxies in front of the service change: the client's address, scheme and host, and the path."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
@@ -34,7 +34,7 @@ class ForwardedHeaders:
         self._trusted = trusted
         self._resolve_peer = lru_cache(maxsize=4096)(self._resolve)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Handle one request or connection."""
         if scope["type"] != "lifespan":
             host, port = scope.get("client") or ("", 0)  # None for a Unix socket.
@@ -48,7 +48,7 @@ class ForwardedHeaders:
                 scope["path"] += "/"
             elif not scope["path"].startswith(f"{self._prefix}/"):
                 scope["path"] = self._prefix + scope["path"]
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
     def _resolve(self, entry: str) -> tuple[str, bool]:
         """The IP address in an entry of X-Forwarded-For, canonical, or ``""``; and whether it is a trusted proxy's."""

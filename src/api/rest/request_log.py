@@ -1,10 +1,10 @@
 """Each response gets an id, which is in every log line about its request; refused requests are logged and counted."""
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from random import getrandbits
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,7 +38,8 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         given = [value for name, value in scope["headers"] if name == _HEADER]
-        request_id = given[0] if len(given) == 1 and _ID.fullmatch(given[0]) else os.urandom(8).hex().encode()
+        valid = len(given) == 1 and _ID.fullmatch(given[0])
+        request_id = given[0] if valid else b"%016x" % getrandbits(64)
         REQUEST_ID.set(request_id.decode())
         # Those of an earlier request on this connection.
         PROBLEM.set("")

@@ -48,8 +48,17 @@ class Route(APIRoute):
         for function, asynchronous, dependencies, parameters, request_name in self._steps:
             arguments = {name: results[each] for name, each in dependencies}
             errors: list[Any] = []
-            for name, read in parameters:
-                arguments[name] = read(values, errors)
+            for name, source, key, alias, default, validate in parameters:
+                value = values[source].get(key)
+                if value is None:
+                    value = default
+                else:
+                    if source == "header":
+                        value = value.decode("latin-1")
+                    if validate is not None:
+                        value, invalid = validate(value, {}, loc=(alias,))
+                        errors += invalid
+                arguments[name] = value
             if errors:
                 raise RequestValidationError(errors)
             if request_name is not None:
@@ -101,7 +110,7 @@ class RouteTable:
         raise HTTPException(405, headers={"Allow": ", ".join(methods).replace("GET", "GET, HEAD")})
 
     def template(self, path: str) -> str:
-        """The documented path of the route that answers this one, whatever the method; its first segment for others."""
+        """The documented path of the route for this path, whatever the method; its first segment for other routes."""
         found = next((route.path_format for route in self._own if route.path_regex.fullmatch(path)), None)
         first = _first_segment(path)
         return found or (f"/{first}" if first in self._other_segments else "unknown")
@@ -111,30 +120,27 @@ def _first_segment(path: str) -> str:
     return path[1:].partition("/")[0]
 
 
-#: Takes one parameter from the values of a request, by source, and adds what is not valid to the errors.
-_Reader = Callable[[Mapping[str, Mapping[Any, Any]], list[Any]], Any]
+class _Parameter(NamedTuple):
+    """A value in the path, the query or the headers."""
+
+    name: str
+    source: str
+    key: str | bytes
+    #: Its name in errors.
+    alias: str
+    default: Any
+    #: Returns the value and what is wrong with it. ``None``: any text is valid.
+    validate: Callable[..., tuple[Any, list[Any]]] | None
 
 
-def _reader(field: Any) -> _Reader:
+def _parameter(field: Any) -> _Parameter:
     info = field.field_info
     source = info.in_.value
     assert source == "path" or not info.is_required()
     alias = field.name.replace("_", "-") if source == "header" and field.alias == field.name else field.alias
     key = alias.lower().encode() if source == "header" else alias
     any_text = not info.metadata and set(get_args(info.annotation) or [info.annotation]) <= {str, NoneType}
-
-    def read(values: Mapping[str, Mapping[Any, Any]], errors: list[Any]) -> Any:
-        value = values[source].get(key)
-        if value is None:
-            return field.default
-        if source == "header":
-            value = value.decode("latin-1")
-        if not any_text:
-            value, invalid = field.validate(value, {}, loc=(alias,))
-            errors += invalid
-        return value
-
-    return read
+    return _Parameter(field.name, source, key, alias, field.default, None if any_text else field.validate)
 
 
 class _Step(NamedTuple):
@@ -144,7 +150,7 @@ class _Step(NamedTuple):
     asynchronous: bool
     #: Its arguments, by name: results of earlier steps, parameters, and the request.
     dependencies: list[tuple[str, Callable[..., Any]]]
-    parameters: list[tuple[str, _Reader]]
+    parameters: list[_Parameter]
     request: str | None
 
 
@@ -164,6 +170,6 @@ def _steps(dependant: Dependant, known: set[Any] | None = None) -> Iterator[_Ste
         dependant.call,
         iscoroutinefunction(dependant.call),
         [(each.name, each.call) for each in dependencies if each.name is not None and each.call is not None],
-        [(field.name, _reader(field)) for field in parameters],
+        [*map(_parameter, parameters)],
         dependant.request_param_name or dependant.http_connection_param_name,
     )
