@@ -34,34 +34,27 @@ class Housekeeping:
         #: Generations that could not be removed: they are logged once, and tried again in each round.
         self._stuck: set[str] = set()
 
-    async def purge(self, *, ended_before: datetime) -> int:
-        """Remove finished generations that ended before that moment, whole. Return how many."""
-        purged, tried = 0, set[str]()
+    async def purge(self, *, ended_before: datetime) -> None:
+        """Remove finished generations that ended before that moment, whole."""
+        tried = set[str]()
         while True:
             expired = await self._retention.finished_before(ended_before, _BATCH + len(tried))
             batch = [generation_id for generation_id in expired if generation_id not in tried]
             if not batch:
                 self._stuck &= tried
-                return purged
-            failed = await self._each(self._purge, batch)
-            tried |= failed
-            purged += len(batch) - len(failed)
+                return
+            tried |= await self._each(self._purge, batch)
 
-    async def sweep(self, *, now: datetime) -> int:
-        """Remove the pictures that nothing needs, if they are older than `GRACE`. Return how many.
+    async def sweep(self, *, now: datetime) -> None:
+        """Remove the pictures that nothing needs, if they are older than `GRACE`.
 
         Those that an event or the request names are needed, those of unfinished generations, and those of what was set
         aside.
         """
-        names, swept = await self._images.store.names(older_than=now - GRACE), list[str]()
-
-        async def sweep(generation_id: str) -> None:
-            swept.extend(await self._sweep(generation_id, names[generation_id]))
-
+        names = await self._images.store.names(older_than=now - GRACE)
         generation_ids = list(names)
         for start in range(0, len(generation_ids), _BATCH):
-            await self._each(sweep, generation_ids[start : start + _BATCH])
-        return len(swept)
+            await self._each(lambda each: self._sweep(each, names[each]), generation_ids[start : start + _BATCH])
 
     async def _each(self, do: Callable[[str], Awaitable[None]], generation_ids: Sequence[str]) -> set[str]:
         """Do this to all of them at once, and return those with which it failed. Raises where it failed with all."""
@@ -80,17 +73,14 @@ class Housekeeping:
         await self._retention.remove(generation_id, retention=True)
         await self._images.remove(generation_id)
 
-    async def _sweep(self, generation_id: str, names: Sequence[str]) -> Sequence[str]:
+    async def _sweep(self, generation_id: str, names: Sequence[str]) -> None:
         history = await self._log.summary(generation_id)
-        if history is None and await self._retention.set_aside(generation_id):
-            return ()  # A person decides what becomes of it.
         if history is None:
-            await self._images.remove(generation_id)
-            return names
+            if not await self._retention.set_aside(generation_id):  # Else a person decides what becomes of it.
+                await self._images.remove(generation_id)
+            return
         await self._images.count(generation_id, history.user_id, names)
         if history.events[-1].end is None:
-            return ()  # A node may be about to append an event that names them.
+            return  # A node may be about to append an event that names them.
         named = {*await self._retention.images(generation_id), *readable_part_of(history).input_images}
-        unneeded = [name for name in names if original_name(name) not in named]
-        await self._images.discard(*unneeded)
-        return unneeded
+        await self._images.discard(*(name for name in names if original_name(name) not in named))

@@ -353,13 +353,9 @@ class _Job:
             self._runner.provider_calls[provider, result] += 1
 
     async def swap_face(self) -> dict[str, Any]:
-        stored, index = self._request.images, self._request.face_index
-        if index < len(stored):
-            name = stored[index]
-        elif self._fetched:
-            name = self._fetched[index - len(stored)]
-        else:
-            name = await self._fetch(self._request.image_urls[index - len(stored)])
+        names = (*self._request.images, *self._fetched)
+        index, urls = self._request.face_index, self._request.image_urls
+        name = names[index] if index < len(names) else await self._fetch(urls[index - len(names)])
         face = await self._stored(name)
         picture = self._result or await self._known("edited_image_url")
         swapped = await self._counted("face_swapper", self._runner.face_swapper.swap(picture, face, self._report))

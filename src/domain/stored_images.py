@@ -2,10 +2,8 @@
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import partial
 
 from domain.errors import LogUnavailable
 from domain.ports.images import WIDTHS, ImageStore, Picture, thumbnail_name
@@ -20,9 +18,8 @@ class StoredImages:
     def __init__(self, store: ImageStore, quotas: Quotas) -> None:
         self.store = store
         self.quotas = quotas
-        self._discarding: set[str] = set()
-        #: The pictures that are being stored, and the generations that are being removed.
-        self._saving: defaultdict[str, set[asyncio.Task[str]]] = defaultdict(set)
+        #: The generation of each picture that is being stored, and the generations that are being removed.
+        self._saving: dict[asyncio.Task[str], str] = {}
         self._removing: set[str] = set()
 
     async def count(self, generation_id: str, user_id: str, names: Iterable[str]) -> None:
@@ -40,8 +37,8 @@ class StoredImages:
         `user_id`: for whom it is counted; by default, for the user of the other pictures of the generation, if any.
         """
         saving = asyncio.create_task(self._save(generation_id, picture, name, user_id))
-        self._saving[generation_id].add(saving)
-        saving.add_done_callback(partial(self._saved, generation_id))
+        self._saving[saving] = generation_id
+        saving.add_done_callback(self._saving.pop)
         try:
             return await asyncio.shield(saving)
         except asyncio.CancelledError:
@@ -56,11 +53,6 @@ class StoredImages:
         with suppress(LogUnavailable):
             await self.quotas.add_stored(generation_id, len(picture.data), user_id)
         return name
-
-    def _saved(self, generation_id: str, saving: asyncio.Task[str]) -> None:
-        self._saving[generation_id].discard(saving)
-        if not self._saving[generation_id]:
-            del self._saving[generation_id]
 
     async def copy(self, name: str, generation_id: str, user_id: str) -> str | None:
         """Store the picture of this name once more, for this generation. ``None`` where there is none."""
@@ -86,21 +78,16 @@ class StoredImages:
                 logger.error("a picture could not be discarded: %s", type(error).__name__)
 
     async def _discard(self, name: str) -> None:
-        if name not in self._discarding:
-            self._discarding.add(name)
-            try:
-                size = await self.store.size(name)
-                await self.store.discard(name)
-                with suppress(LogUnavailable):
-                    await self.quotas.add_stored(name.rpartition("-")[0], -size)
-            finally:
-                self._discarding.discard(name)
+        size = await self.store.size(name)
+        await self.store.discard(name)
+        with suppress(LogUnavailable):
+            await self.quotas.add_stored(name.rpartition("-")[0], -size)
 
     async def remove(self, generation_id: str) -> None:
         """Remove all pictures of one generation, also those that are being stored for work that was cancelled."""
         self._removing.add(generation_id)
         try:
-            while saving := self._saving.get(generation_id):
+            while saving := [task for task, owner in self._saving.items() if owner == generation_id]:
                 await asyncio.wait(saving)
             await self.quotas.forget_stored(generation_id)
             await self.store.remove(generation_id)

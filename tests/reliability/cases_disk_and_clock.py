@@ -252,7 +252,7 @@ async def _the_clock_jumps(trial: Trial, images: Path, log: str) -> None:
             for generation_id in ids:
                 assert (await _until_ended(phone, generation_id))["status"] == "completed"
             keeper = Housekeeping(service.service.log, service.service.storage.log, service.service.images)
-            assert await keeper.purge(ended_before=clock() - timedelta(days=1)) == 0
+            await keeper.purge(ended_before=clock() - timedelta(days=1))
         page = await service.get(f"/events?after={phone.beginning}&limit=1000")
         assert (page["recovered"], [each["data"] for each in page["events"]]) == (True, phone.events)
         listed = (await service.get("/generations"))["generations"]
