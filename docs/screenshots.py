@@ -91,8 +91,8 @@ async def _service(images: Path, ahead: timedelta) -> AsyncIterator[str]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         settings = Settings(_env_file=None, images=images, public_url=url, fetch_allow="127.0.0.1/32")
         ready = asyncio.Event()
-        face_swapper = LocalFaceSwap(threads, _SLOW)
-        parts = await wire(settings, clock=lambda: now() + ahead, editor=_Editor(threads), face_swapper=face_swapper)
+        parts = await wire(settings, clock=lambda: now() + ahead)
+        parts.editor, parts.face_swapper = _Editor(threads), LocalFaceSwap(threads, _SLOW)
         server = create_server(parts, ready.set)
         serving = asyncio.create_task(server.serve([listener]))
         await ready.wait()

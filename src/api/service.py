@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -14,20 +15,20 @@ from api.sse.streams import EventStreams
 from api.wiring import PROGRESS_INTERVAL, Parts
 from domain.admission import Admission, Limits
 from domain.delivery import Hub
-from domain.errors import Failure, LogUnavailable
 from domain.external import ExternalWork
 from domain.feed_sessions import FeedSessions
 from domain.housekeeping import Housekeeping
 from domain.overview import Overview
 from domain.quarantine import Quarantine
 from domain.queue_positions import QueuePositions
-from domain.readiness import FOLLOWER, IMAGES, LOG, Readiness, why_not_ready
+from domain.readiness import FOLLOWER, Readiness, why_not_ready
 from domain.recorder import Recorder
 from domain.runner import Runner
 from domain.stage_times import StageTimes
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.thumbnails import Thumbnails
+from domain.webhooks import Webhooks
 from domain.workflow import Workflow
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ class Service:
         self.log, self.sessions, self.leases = storage.log, storage.sessions, storage.leases
         self.images = StoredImages(parts.images, storage.quotas)
         self.thumbnails = Thumbnails(self.images, parts.intake)
-        self.webhooks = parts.webhooks
+        sender = parts.webhook_sender
+        self.webhooks = None if sender is None else Webhooks(self.log, self.log, sender, random.random)
         self._threads = parts.threads
         self.lag = parts.lag
         limits = Limits(
@@ -118,10 +120,7 @@ class Service:
             storage.log, self.leases, storage.nodes, self.workflow, self.clock, self._count_clients
         )
         self._housekeeping = Housekeeping(self.log, storage.log, self.images)
-        self._readiness = Readiness(
-            self.supervisor,
-            {LOG: (self.log.probe, LogUnavailable()), IMAGES: (self.images.store.probe, Failure("storage_failed"))},
-        )
+        self._readiness = Readiness(self.supervisor, self.log, self.images.store)
         #: Refused HTTP requests by code.
         self.refused: Counter[str] = Counter()
         self._starting: asyncio.Task[None] | None = None

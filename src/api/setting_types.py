@@ -49,14 +49,6 @@ def _valid(is_valid: Callable[[Any], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _like(pattern: str) -> AfterValidator:
-    return _valid(lambda value: re.fullmatch(pattern, value))
-
-
-def _each(pattern: str) -> AfterValidator:
-    return _valid(lambda values: all(re.fullmatch(pattern, value) for value in values))
-
-
 def _is_url(value: str) -> bool:
     parts = urlsplit(value)
     return parts.scheme in ("http", "https") and bool(parts.hostname)
@@ -140,10 +132,10 @@ JwtSecret = Annotated[Secret, _valid(_is_jwt_secret), Allowed("a secret of at le
 WebhookSecret = Annotated[Secret, _valid(_is_webhook_secret), Allowed("whsec_ and 24 to 64 bytes in base64", "SECRET")]
 Log = Annotated[
     str,
-    _like(rf"memory://|sqlite:///(?s:.+)|{_POSTGRES}"),
+    Field(pattern=rf"^(memory://|sqlite:///(?s:.+)|{_POSTGRES})$"),
     Allowed('"memory://", "sqlite:///" and the path of a file, or "postgresql://" and a database', "URL"),
 ]
-Postgres = Annotated[str | None, _like(_POSTGRES), Allowed('"postgresql://" and a database', "URL")]
+Postgres = Annotated[str | None, Field(pattern=f"^{_POSTGRES}$"), Allowed('"postgresql://" and a database', "URL")]
 NodeAddress = Annotated[
     str | None,
     _LowerCase,
@@ -153,7 +145,7 @@ NodeAddress = Annotated[
 Images = Annotated[
     str,
     BeforeValidator(str),
-    _like(rf"(?s:(?!.*://).*)|{_S3}"),
+    _valid(lambda value: "://" not in value or re.fullmatch(_S3, value)),
     Allowed('the path of a folder, or "s3://", the name of a bucket, and a prefix', "PATH"),
 ]
 
@@ -170,16 +162,17 @@ BaseUrl = Annotated[
     ),
 ]
 Origins = Annotated[
-    tuple[str, ...],
+    tuple[Annotated[str, Field(pattern=f"^({_ORIGIN})$")], ...],
     *_List,
-    _each(_ORIGIN),
     Allowed(
         "origins such as https://app.example.com, separated by commas, with * only before the last two labels",
         "ORIGINS",
     ),
 ]
 Hosts = Annotated[
-    tuple[str, ...], *_List, _each(_HOST), Allowed("host names without ports, separated by commas", "HOSTS")
+    tuple[Annotated[str, Field(pattern=f"^({_HOST})$")], ...],
+    *_List,
+    Allowed("host names without ports, separated by commas", "HOSTS"),
 ]
 Networks = Annotated[
     tuple[IPv4Network | IPv6Network, ...],

@@ -3,11 +3,9 @@
 What the rest of the package needs of an adapter, it imports from here (``import Server as Server``).
 """
 
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -48,11 +46,10 @@ from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens
 from api.setting_types import OTHER_DESCRIPTORS
 from api.settings import Settings, SettingsError
 from api.web import page
-from domain.ports.images import Composer, ImageFetcher, ImageIntake, ImagesRefused, ImageStore
+from domain.ports.images import Composer, ImageFetcher, ImagesRefused, ImageStore
 from domain.ports.providers import FaceSwapper, ImageEditor
 from domain.ports.storage import Examined, Storage, StorageOptions, StorageRefused
-from domain.ports.system import Clock, Entropy
-from domain.webhooks import Webhooks
+from domain.ports.system import Clock
 
 if TYPE_CHECKING:
     from adapters.s3.images import S3Images
@@ -62,86 +59,63 @@ if TYPE_CHECKING:
 _PROVIDER_TIMEOUT: Final = 300
 
 
-@dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a service is built from: its settings, and the adapter behind each port."""
+    """What a service is built from: its settings, and the adapter behind each port. Made by `wire`."""
 
-    settings: Settings
-    clock: Clock
-    entropy: Entropy
-    threads: ImageThreads
-    intake: ImageIntake
-    composer: Composer
-    editor: ImageEditor
-    face_swapper: FaceSwapper
-    fetcher: ImageFetcher
+    #: Opened by `wire`.
     storage: Storage
     images: ImageStore
-    #: ``None``: no webhook is configured.
-    webhooks: Webhooks | None
-    #: ``None``: open mode.
-    tokens: Tokens | None
-    lag: LoopLag
-    socket_server: Callable[["Sockets"], SocketServer]
+
+    def __init__(self, settings: Settings, clock: Clock = now) -> None:
+        """Raises `SettingsError`: a setting is wrong that only its adapter understands."""
+        self.settings = settings
+        self.clock = clock
+        self.entropy = SystemEntropy()
+        self.threads = ImageThreads()
+        self.intake = PillowIntake(self.threads)
+        self.composer: Composer = PillowComposer(self.threads)
+        web = UrlFetcher(self.intake, allow=settings.fetch_allow)
+        samples = f"{settings.public_url}/static/samples"
+        self.fetcher: ImageFetcher = SampleFetcher(self.intake, web, base=samples, folder=page.FOLDER / "samples")
+        self.editor = _editor(settings, self.threads, web)
+        self.face_swapper = _face_swapper(settings, self.threads)
+        #: ``None``: no webhook is configured.
+        self.webhook_sender = _webhook_sender(settings, clock)
+        #: ``None``: open mode.
+        self.tokens = _tokens(settings, clock)
+        self.lag = LoopLag(None if settings.max_lag_ms is None else settings.max_lag_ms / 1000)
+        #: Seconds.
+        self.auth_timeout = AUTH_TIMEOUT
+
+    def socket_server(self, sockets: "Sockets") -> SocketServer:
+        """A Socket.IO server with these handlers."""
+        return SocketServer(
+            on_connect=sockets.on_connect,
+            handlers=sockets.events,
+            on_disconnect=sockets.on_disconnect,
+            clock=self.clock,
+            auth_timeout=self.auth_timeout,
+            peers=None if self.storage.nodes is None else Peers(self.storage.nodes),
+        )
 
 
 async def wire(
-    settings: Settings,
-    *,
-    clock: Clock = now,
-    composer: Composer | None = None,
-    editor: ImageEditor | None = None,
-    face_swapper: FaceSwapper | None = None,
-    fetcher: ImageFetcher | None = None,
-    images: ImageStore | None = None,
-    storage: Storage | None = None,
-    auth_timeout: float = AUTH_TIMEOUT,
+    settings: Settings, *, clock: Clock = now, images: ImageStore | None = None, storage: Storage | None = None
 ) -> Parts:
-    """Build the parts that the settings ask for. The other arguments replace a part; `auth_timeout` is in seconds.
+    """The parts that the settings ask for, with these stores if they are given.
 
     Raises:
         SettingsError: a setting is wrong that only its adapter understands.
         StorageRefused, ImagesRefused
     """
-    threads = ImageThreads()
-    intake = PillowIntake(threads)
-    web = UrlFetcher(intake, allow=settings.fetch_allow)
-    # Before the log is opened: an operator's own factory may fail.
-    editor = editor or _editor(settings, threads, web)
-    face_swapper = face_swapper or _face_swapper(settings, threads)
-    sender = _webhook_sender(settings, clock)
-    tokens = _tokens(settings, clock)
-    storage = storage or await _open_storage(settings, clock)
+    parts = Parts(settings, clock)  # Before the log is opened: an operator's own factory may fail.
+    parts.storage = storage or await _open_storage(settings, clock)
     try:
-        images = images or await _open_images(settings, storage)
+        parts.images = images or await _open_images(settings, parts.storage)
     except BaseException:
-        await storage.close()
+        await parts.storage.close()
         raise
-    return Parts(
-        settings=settings,
-        clock=clock,
-        entropy=SystemEntropy(),
-        threads=threads,
-        intake=intake,
-        composer=composer or PillowComposer(threads),
-        editor=editor,
-        face_swapper=face_swapper,
-        fetcher=fetcher
-        or SampleFetcher(intake, web, base=f"{settings.public_url}/static/samples", folder=page.FOLDER / "samples"),
-        storage=storage,
-        images=images,
-        webhooks=None if sender is None else Webhooks(storage.log, storage.log, sender, random.random),
-        tokens=tokens,
-        lag=LoopLag(None if settings.max_lag_ms is None else settings.max_lag_ms / 1000),
-        socket_server=lambda sockets: SocketServer(
-            on_connect=sockets.on_connect,
-            handlers=sockets.events,
-            on_disconnect=sockets.on_disconnect,
-            clock=clock,
-            auth_timeout=auth_timeout,
-            peers=None if storage.nodes is None else Peers(storage.nodes),
-        ),
-    )
+    return parts
 
 
 class _Technology(NamedTuple):
@@ -309,14 +283,7 @@ def examine_stores(settings: Settings) -> Sequence[str]:
         SettingsError: a setting is wrong that only its adapter understands.
         StorageRefused, ImagesRefused
     """
-    threads = ImageThreads()
-    try:
-        _tokens(settings, now)
-        _editor(settings, threads, UrlFetcher(PillowIntake(threads), allow=settings.fetch_allow))
-        _face_swapper(settings, threads)
-        _webhook_sender(settings, now)
-    finally:
-        threads.close()
+    Parts(settings).threads.close()
     examined = _TECHNOLOGIES[_scheme(settings)]().examine(settings.log)
     if examined.damage and examined.epoch is None:
         pass  # It is not known whose the images should be.

@@ -1,12 +1,12 @@
 """Whether the service can take a start: what its readiness probe answers."""
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
-from domain.errors import Failure, Refusal
+from domain.errors import Failure, LogUnavailable, Refusal
+from domain.ports.images import ImageStore
+from domain.ports.log import EventLog
 from domain.supervisor import OK, Supervisor
 
 #: The parts without which nothing can be started.
@@ -20,27 +20,25 @@ NEEDED: Final = (LOG, FOLLOWER, RUNNER, IMAGES)
 _EVERY: Final = 1.0
 
 
-@dataclass
 class _Check:
     """A check that runs on request, at most once a second, and once for all callers that wait for it."""
 
-    check: Callable[[], Awaitable[object]]
-    #: What it fails with where it does not return in time.
-    late: Refusal | Failure
-    began: float = -math.inf
-    #: It goes on also when it is late: another one would only wait behind it.
-    running: asyncio.Task[bool] | None = None
+    def __init__(self, check: Callable[[], Awaitable[object]], late: Refusal | Failure) -> None:
+        self.check = check
+        #: What it fails with where it does not return in time.
+        self.late = late
+        self.began = float("-inf")
+        #: It goes on also when it is late: another one would only wait behind it.
+        self.running: asyncio.Task[bool] | None = None
 
 
 class Readiness:
     """The state of each part: of those that are tried, and of those that are supervised."""
 
-    def __init__(
-        self, supervisor: Supervisor, checks: Mapping[str, tuple[Callable[[], Awaitable[object]], Refusal | Failure]]
-    ) -> None:
-        """`checks` by part: what is tried, and what it fails with where it takes longer than a second."""
+    def __init__(self, supervisor: Supervisor, log: EventLog, images: ImageStore) -> None:
         self._supervisor = supervisor
-        self._checks = {name: _Check(*check) for name, check in checks.items()}
+        late = Failure("storage_failed")
+        self._checks = {LOG: _Check(log.probe, LogUnavailable()), IMAGES: _Check(images.probe, late)}
 
     async def parts(self) -> dict[str, str]:
         """Each part by name: ``ok``, or the code of what fails."""

@@ -31,8 +31,7 @@ from api import logs
 from api.app import create_service
 from api.service import Service
 from api.settings import load_settings
-from api.wiring import wire
-from support.harness import PHOTO, Phone, Reader, Running, flood
+from support.harness import PHOTO, Phone, Reader, Running, flood, wired
 from support.processes import allow_sockets
 from support.wire import JSON, Wire
 
@@ -267,7 +266,7 @@ class _Host:
         listener = socket.create_server(("127.0.0.1", settings.get("port", 0)), backlog=2_048)
         port = listener.getsockname()[1]
         replaced = {name: inside[name] for name in ("auth_timeout",) if name in inside}
-        service, app = create_service(await wire(load_settings({**settings, "port": port}), **replaced))
+        service, app = create_service(await wired(load_settings({**settings, "port": port}), **replaced))
         if "ping" in inside:
             service.sockets.eio.ping_interval, service.sockets.eio.ping_timeout = inside["ping"]
         ready = asyncio.Event()

@@ -19,9 +19,12 @@ from adapters.system import SystemEntropy, now
 from api.app import create_service
 from api.service import Service
 from api.settings import Settings
-from api.wiring import wire
+from api.wiring import Parts, wire
 from domain.events import Event, decode, encode, event_name, timestamp
+from domain.ports.images import ImageStore
 from domain.ports.log import Append, EventLog, History, Start
+from domain.ports.storage import Storage
+from domain.ports.system import Clock
 from domain.rehydrate import request_of
 from domain.requests import GenerationRequest
 from support.asyncapi import check_ack, check_message
@@ -248,6 +251,22 @@ class Running(Reader):
         await self.until_all_disconnected()
 
 
+async def wired(
+    settings: Settings,
+    *,
+    clock: Clock = now,
+    images: ImageStore | None = None,
+    storage: Storage | None = None,
+    **replaced: Any,
+) -> Parts:
+    """The parts of a service, some of them replaced by name."""
+    parts = await wire(settings, clock=clock, images=images, storage=storage)
+    for name, part in replaced.items():
+        assert hasattr(parts, name), name
+        setattr(parts, name, part)
+    return parts
+
+
 @asynccontextmanager
 async def running(images: Path | str, *, overrides: JSON | None = None, **settings: Any) -> AsyncIterator[Running]:
     """A service that is checked, once its clients are gone, and then stopped."""
@@ -255,7 +274,7 @@ async def running(images: Path | str, *, overrides: JSON | None = None, **settin
         port = listener.getsockname()[1]
         offline = {"editor": "local", "face_swap": "local", "local_seconds": 0, "max_lag_ms": "off"}
         chosen = {**offline, "images": images, "port": port, **settings}
-        service, app = create_service(await wire(Settings(_env_file=None, **chosen), **(overrides or {})))
+        service, app = create_service(await wired(Settings(_env_file=None, **chosen), **(overrides or {})))
         ready = asyncio.Event()
         server = Server(app, service.shutdown, ready.set)
         serving = asyncio.create_task(server.serve([listener]))

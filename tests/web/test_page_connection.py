@@ -19,12 +19,11 @@ from adapters.system import now
 from api.app import create_service
 from api.settings import Settings
 from api.web.page import CDN, FOLDER
-from api.wiring import wire
 from support.browser import Tab, axe_violations, needs_axe, needs_chromium, tabs
 from support.builders import SteppableClock, memory_storage
 from support.doubles import Pause
 from support.guarded import guarded, token
-from support.harness import Running, running
+from support.harness import Running, running, wired
 from support.node import needs_client
 from support.page import NETWORK, PromptedEditor, QuickComposer, logged
 
@@ -220,7 +219,7 @@ async def serving(images: Path, port: int, **overrides: Any) -> AsyncIterator[No
     """A service on this port, which shuts down at once at the end."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         settings = Settings(_env_file=None, port=port, images=images)
-        service, app = create_service(await wire(settings, editor=EDITOR, composer=QuickComposer(), **overrides))
+        service, app = create_service(await wired(settings, editor=EDITOR, composer=QuickComposer(), **overrides))
         ready = asyncio.Event()
         server = Server(app, service.shutdown, ready.set)
         task = asyncio.create_task(server.serve([listener]))
