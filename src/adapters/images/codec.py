@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import Final
 
-from PIL import Image, ImageChops
+from PIL import Image, ImageMath
 
 from domain.ports.images import Picture
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 
-#: Of a picture that is stored.
+#: Of a picture that is stored. Pillow opens pictures of up to twice its own limit.
 MAX_PIXELS: Final = 25_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
 #: The longest side of a JPEG, in pixels.
 _JPEG_SIDE: Final = 65_500
@@ -38,11 +39,11 @@ def reading() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise Unreadable from error
+        raise Unreadable(type(error).__name__) from error
 
 
 def opened(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Read the header of an image. Raises `Unreadable`."""
+    """Read the header of an image. Raises `Unreadable`, also if it has more than `MAX_PIXELS`."""
     with reading():
         return Image.open(BytesIO(data), formats=formats)
 
@@ -65,15 +66,14 @@ def plain(image: Image.Image, transparent_sample: int | None = None) -> Image.Im
     `transparent_sample`: the transparent value of a 16-bit greyscale image.
     """
     if image.mode == "I;16":
-        if transparent_sample is None:
-            # Pillow's own conversion clips at 255 instead of scaling.
-            return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
-        low, high = Image.frombytes("LA", image.size, image.tobytes()).split()
-        matches = [
-            band.point([255 * (value != wanted) for value in range(256)])
-            for band, wanted in ((low, transparent_sample & 255), (high, transparent_sample >> 8))
-        ]
-        image = Image.merge("LA", (high, ImageChops.lighter(*matches)))
+        samples = image
+        # Pillow's own conversion clips at 255 instead of scaling.
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+        if transparent_sample is not None:
+            opaque = ImageMath.lambda_eval(
+                lambda args: (args["samples"] != transparent_sample) * 255, samples=samples.convert("I")
+            )
+            image.putalpha(opaque.convert("L"))
     mode = "RGBA" if image.has_transparency_data else "RGB"
     if image.mode != mode:  # `convert` would copy it.
         image = image.convert(mode)

@@ -10,7 +10,7 @@ from typing import Final
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
 from adapters.images import codec
-from adapters.images.codec import MAX_PIXELS, Unreadable, opened, plain, reading
+from adapters.images.codec import Unreadable, opened, plain, reading
 from adapters.images.colour_profiles import SRGB
 from adapters.images.file_structure import PictureFile, orientation, read_jpeg, read_png
 from adapters.images.threads import GLANCE, ImageThreads
@@ -81,10 +81,7 @@ def _opened(data: bytes) -> tuple[PictureFile, Image.Image]:
     except Unreadable as unreadable:
         bomb = isinstance(unreadable.__cause__, Image.DecompressionBombError)
         raise (ImageTooLarge if bomb else InvalidImage) from None
-    pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
-        raise ImageTooLarge
-    if file.scans * pixels > _MAX_SCANNED:
+    if file.scans * image.width * image.height > _MAX_SCANNED:
         raise InvalidImage
     if kind == "WEBP":
         file.exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
@@ -104,12 +101,9 @@ def _admit(data: bytes) -> Picture:
 def _thumbnail(data: bytes, width: int) -> Picture:
     file, image = _opened(data)
     with reading():
-        turned = orientation(file.exif) in _TURNED
-        upright = image.size[::-1] if turned else image.size
-        scale = min(1, width / upright[0], _WEBP_SIDE / upright[1])
-        size = max(1, round(upright[0] * scale)), max(1, round(upright[1] * scale))
-        still = _still(file, image, size[::-1] if turned else size)
-        return codec.encode_webp(still.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0), quality=80)
+        still = _still(file, image, (1, width) if orientation(file.exif) in _TURNED else (width, 1))
+        still.thumbnail((width, _WEBP_SIDE), Image.Resampling.LANCZOS)
+        return codec.encode_webp(still, quality=80)
 
 
 def _still(file: PictureFile, image: Image.Image, near: tuple[int, int]) -> Image.Image:

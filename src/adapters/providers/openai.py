@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx2
 
+from adapters.images.codec import Unreadable
 from adapters.images.threads import ImageThreads
 from adapters.outbound.url_fetcher import UrlFetcher
 from adapters.providers import attempts
 from adapters.providers.attempts import Declined, attempt, broken, joined, provider_client, same_origin
-from adapters.providers.pictures import Found, Unusable, candidates, inline, preview, usable
+from adapters.providers.pictures import candidates, inline, preview, usable
 from domain.errors import Failure
 from domain.ports.images import Picture
 from domain.ports.providers import Report
@@ -136,7 +137,7 @@ class OpenAIEditor:
             # By the deadline or by the user. The call may be charged.
             self._log("gave up waiting", "", request_id)
             raise
-        except (APIError, httpx2.HTTPError, Unusable, ValueError, RecursionError) as error:
+        except (APIError, httpx2.HTTPError, Unreadable, ValueError, RecursionError) as error:
             outcome = _outcome(error)
             what = f"{type(error.__cause__ or error).__name__} {getattr(error, 'code', None) or ''}".strip()
             self._log(what, error, request_id or getattr(error, "request_id", None))
@@ -146,11 +147,11 @@ class OpenAIEditor:
     def _log(self, what: str, message: object, request_id: str | None) -> None:
         attempts.log_problem("OpenAI", what, message, request_id=request_id, secret=self.api_key)
 
-    async def _read(self, response: "AsyncAPIResponse[Any]", report: Report) -> list[Found | bytes]:
+    async def _read(self, response: "AsyncAPIResponse[Any]", report: Report) -> list[str | bytes]:
         """The candidates for the finished picture, best first. Reports partial pictures as previews."""
         from openai import APIError
 
-        found: list[Found | bytes] = []
+        found: list[str | bytes] = []
         previews = 0
         document: Any = None
         documents = _documents(response)
@@ -164,7 +165,7 @@ class OpenAIEditor:
                 if kind == "partial_image":
                     try:
                         shown = await self.threads.run(_preview, document)
-                    except Unusable:
+                    except Unreadable:
                         continue  # A bad preview must not fail a paid picture.
                     previews += 1
                     message = "The picture takes shape..." if previews == 1 else "Working on the details..."
@@ -189,27 +190,27 @@ class OpenAIEditor:
         if not found:
             # Only the keys: the values may repeat the prompt.
             names = ", ".join(document) if isinstance(document, dict) else ""
-            raise Unusable(f"no picture in an answer with {names or 'nothing'}. {_message(document)}")
+            raise Unreadable(f"no picture in an answer with {names or 'nothing'}. {_message(document)}")
         return found
 
     async def _picture(
-        self, found: Sequence[Found | bytes], base: httpx2.URL, report: Report, request_id: str | None
+        self, found: Sequence[str | bytes], base: httpx2.URL, report: Report, request_id: str | None
     ) -> Picture:
-        """The first candidate that is a picture. Raises `Unusable`."""
+        """The first candidate that is a picture. Raises `Unreadable`."""
         reasons = []
         for each in found[:_MAX_TRIED]:
             try:
                 if isinstance(each, bytes):
                     return await self.threads.run(usable, each, _MIN_SIDE)
-                with contextlib.suppress(Unusable):
-                    return await self.threads.run(_inline, each.text)
+                with contextlib.suppress(Unreadable):
+                    return await self.threads.run(_inline, each)
                 url = _url(each, base)
                 get = partial(self._get, url, partial(self._log, request_id=request_id))
                 data = await attempt(get, report, within=self.deadline, backoff=self.backoff)
                 return await self.threads.run(usable, data, _MIN_SIDE)
-            except (Unusable, Failure) as error:
+            except (Unreadable, Failure) as error:
                 reasons.append(each.decode(errors="replace") if isinstance(each, bytes) else str(error))
-        raise Unusable("; ".join(reasons))
+        raise Unreadable("; ".join(reasons))
 
     async def _get(self, url: httpx2.URL, log: attempts.Log) -> bytes:
         """The picture at this URL, fetched without the key.
@@ -223,7 +224,7 @@ class OpenAIEditor:
                 return response.content
             target = response.next_request.url
             if (url.scheme, target.scheme) == ("https", "http"):
-                raise Unusable("a redirect from https to http")
+                raise Unreadable("a redirect from https to http")
             url = target
         try:
             return await self.fetcher.download(str(url), MAX_ANSWER)
@@ -286,7 +287,7 @@ def _inline(text: str) -> Picture:
 
 
 def _preview(document: Mapping[str, object]) -> Picture:
-    encoded = document.get("partial_image_b64") or next((found.text for found in candidates(document)), "")
+    encoded = document.get("partial_image_b64") or next(candidates(document), "")
     return preview(inline(str(encoded)))
 
 
@@ -297,15 +298,15 @@ def _message(error: object) -> str:
     return _message(error.get("message") or error.get("error"))
 
 
-def _url(found: Found, base: httpx2.URL) -> httpx2.URL:
-    """The absolute URL of a candidate. Raises `Unusable`."""
-    text = found.text.strip()
-    if found.key not in ("url", "image_url") and not text[:8].lower().startswith(("http://", "https://")):
-        raise Unusable("no image")
+def _url(text: str, base: httpx2.URL) -> httpx2.URL:
+    """The absolute URL of a candidate. Raises `Unreadable`."""
+    text = text.strip()
+    if not text[:8].lower().startswith(("http://", "https://", "/", "../")):
+        raise Unreadable("no image")
     try:
         return base.join(text)
     except (httpx2.InvalidURL, ValueError):
-        raise Unusable("an invalid URL") from None
+        raise Unreadable("an invalid URL") from None
 
 
 def _outcome(error: Exception) -> Failure:

@@ -14,8 +14,9 @@ from operator import attrgetter
 from traceback import walk_tb
 from typing import Any, ClassVar
 
+from adapters.images.codec import Unreadable
 from adapters.images.threads import ImageThreads
-from adapters.providers.pictures import Unusable, usable
+from adapters.providers.pictures import usable
 from domain.errors import Failure, Refusal
 from domain.events import FaceSwapError
 from domain.ports.images import Picture
@@ -83,12 +84,12 @@ class _Own:
         try:
             picture = await getattr(self._provider, method)(*arguments, report_next)
             if not isinstance(picture, Picture) or not isinstance(picture.data, bytes):
-                raise Unusable(f"an object of the type {type(picture).__name__}")
+                raise Unreadable(f"an object of the type {type(picture).__name__}")
             return await self._threads.run(usable, picture.data)
         except (asyncio.CancelledError, GeneratorExit):
             raise
-        except Unusable as unusable:
-            logger.warning("%s returned no picture: %s", self._name, unusable)
+        except Unreadable as unreadable:
+            logger.warning("%s returned no picture: %s", self._name, unreadable)
             raise Failure("provider_unavailable") from None
         except BaseException as error:
             if refusal is not None:

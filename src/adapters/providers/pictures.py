@@ -2,12 +2,12 @@
 
 import binascii
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
-from adapters.images.codec import FORMATS, MAX_PIXELS, Unreadable, decoded, encode, opened
+from adapters.images.codec import FORMATS, Unreadable, decoded, encode, opened
 from domain.ports.images import Picture
 
 #: The formats that Pillow decodes by itself. EPS is excluded because it starts Ghostscript.
@@ -28,21 +28,10 @@ _WRAPPERS: Final = ("response", "item", "results", "choices", "message", "conten
 _URL_SAFE: Final = str.maketrans("-_", "+/")
 
 
-class Unusable(Exception):
-    """A successful response without a usable picture."""
-
-
-class Found(NamedTuple):
-    """A text that may be a picture, and its key."""
-
-    key: str
-    text: str
-
-
-def candidates(value: object, key: str = "") -> Iterator[Found]:
+def candidates(value: object, key: str = "") -> Iterator[str]:
     """Every text in this JSON value that may be a picture, best first."""
     if isinstance(value, str) and value and key in _KEYS:
-        yield Found(key, value)
+        yield value
     elif isinstance(value, list):
         for each in value:
             yield from candidates(each, key)
@@ -55,12 +44,12 @@ def inline(text: str) -> bytes:
     """Decode a data URL or base64, with either alphabet, and with or without line breaks and padding.
 
     Raises:
-        Unusable: it is neither.
+        Unreadable: it is neither.
     """
     head, comma, content = text.partition(",")
     in_base64 = head.rstrip().lower().endswith("base64")
     if comma and not (in_base64 or head.lstrip()[:5].lower() == "data:"):
-        raise Unusable("no base64")
+        raise Unreadable("no base64")
     try:
         if comma:
             data = unquote_to_bytes(content)
@@ -70,41 +59,24 @@ def inline(text: str) -> bytes:
         text = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
         return binascii.a2b_base64(text + "=" * (-len(text) % 4), strict_mode=True)
     except ValueError:
-        raise Unusable("no base64") from None
+        raise Unreadable("no base64") from None
 
 
 def usable(data: bytes, min_side: int = 1) -> Picture:
     """The picture, validated by decoding it: unchanged if browsers show its format, else as a PNG.
 
     Raises:
-        Unusable: it is not a picture, too large, or its shorter side has fewer than `min_side` pixels.
+        Unreadable: it is not a picture, too large, or its shorter side has fewer than `min_side` pixels.
     """
-    image = _opened(data)
+    image = opened(data, _FORMATS)
     if min(image.size) < min_side:
-        raise Unusable(f"an image of {image.width} × {image.height} pixels")
-    flat = _decoded(image)
+        raise Unreadable(f"an image of {image.width} × {image.height} pixels")
+    flat = decoded(image)
     return Picture(data, Image.MIME[image.format]) if image.format in FORMATS else encode(flat, lossless=True)
 
 
 def preview(data: bytes) -> Picture:
-    """A smaller version of the picture. Raises `Unusable`."""
-    image = _decoded(_opened(data), near=(_PREVIEW, _PREVIEW))
+    """A smaller version of the picture. Raises `Unreadable`."""
+    image = decoded(opened(data, _FORMATS), near=(_PREVIEW, _PREVIEW))
     image.thumbnail((_PREVIEW, _PREVIEW))
     return encode(image, quality=80)
-
-
-def _opened(data: bytes) -> Image.Image:
-    try:
-        image = opened(data, _FORMATS)
-    except Unreadable:
-        raise Unusable("no image") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise Unusable(f"an image of {image.width} × {image.height} pixels")
-    return image
-
-
-def _decoded(image: Image.Image, near: tuple[int, int] | None = None) -> Image.Image:
-    try:
-        return decoded(image, near)
-    except Unreadable:
-        raise Unusable("a broken image") from None

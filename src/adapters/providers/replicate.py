@@ -20,10 +20,11 @@ from typing import Annotated, Any, Final, TypeVar
 import httpx2
 from pydantic import AliasPath, BaseModel, Field, JsonValue, ValidationError
 
+from adapters.images.codec import Unreadable
 from adapters.images.threads import ImageThreads
 from adapters.providers import attempts
 from adapters.providers.attempts import Declined, attempt, broken, provider_client, same_origin
-from adapters.providers.pictures import Unusable, candidates, inline, usable
+from adapters.providers.pictures import candidates, inline, usable
 from domain.errors import Failure
 from domain.ports.images import Picture
 from domain.ports.providers import Report
@@ -171,7 +172,7 @@ class _Swap:
             except TimeoutError:
                 self._log(f"there was no result within {self.swapper.deadline} s")
                 raise Failure("provider_timeout") from None
-            except Unusable as error:
+            except Unreadable as error:
                 self._log("the output is no picture", error)
                 raise Failure("provider_unavailable") from None
             finally:
@@ -225,7 +226,7 @@ class _Swap:
         """The URL or data URL of the picture."""
         found = next(candidates(prediction.output, "output"), None)
         if prediction.status == "succeeded" and found is not None:
-            return found.text
+            return found
         message = prediction.error or prediction.output
         self._log(f"the prediction ended as {prediction.status!r} without a picture", message, prediction.id)
         if _NO_FACE.search(str(message)):
@@ -246,7 +247,7 @@ class _Swap:
             self._log("a prediction could not be cancelled in time, and may run on for a while")
 
     async def _downloaded(self, output: str) -> bytes:
-        with suppress(Unusable):
+        with suppress(Unreadable):
             return inline(output)
         async with provider_client(_STEP, MAX_OUTPUT, self.swapper.trust, check=self._check) as web:
             return (await attempts.download(web, output, self._log)).content
