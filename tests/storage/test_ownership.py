@@ -170,7 +170,7 @@ async def test_a_file_system_without_locks_is_refused_with_a_sentence(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(ImagesRefused, match="no file locks"):
+    with pytest.raises(ImagesRefused, match="No locks available"):
         ImageFolder(tmp_path, log="memory", epoch="e1")
 
 

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 #: A picture that is being written.
 _PART: Final = re.compile(rf"\.{NAME.pattern}\.([0-9a-f]{{8}}\.)?part")
-_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 #: Seconds in which nodes that share a folder mark it, one after the other.
 _MARKING: Final = 2
 
@@ -79,10 +78,6 @@ class ImageFolder:
                     raise ImagesRefused(f"The image folder {self._root} is in use by another process.") from None
                 fcntl.flock(self._lock, fcntl.LOCK_UN)  # Two that wait to write the mark would wait for each other.
                 time.sleep(secrets.randbelow(100) / 1000)
-            except OSError as error:
-                if error.errno in _NO_LOCKS:
-                    raise OSError(error.errno, "its file system has no file locks (flock)") from None
-                raise
 
     def _lock_and_mark(self, mark: Mark, shared: bool) -> float:
         """Raises BlockingIOError: another process holds the lock."""
@@ -120,22 +115,20 @@ class ImageFolder:
         return name
 
     async def load(self, name: str) -> Picture | None:
-        path = self._path(name)
-        if path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                return Picture(await asyncio.to_thread(path.read_bytes), media_type(name))
+        with contextlib.suppress(FileNotFoundError):
+            return Picture(await asyncio.to_thread(self._path(name).read_bytes), media_type(name))
         return None
 
     async def size(self, name: str) -> int:
-        path = self._path(name)
         with contextlib.suppress(FileNotFoundError):
-            return (await asyncio.to_thread(path.stat)).st_size if path else 0
+            return (await asyncio.to_thread(self._path(name).stat)).st_size
         return 0
 
     async def discard(self, name: str) -> None:
-        path = self._path(name)
-        if path is not None and self._held():
-            await asyncio.to_thread(_remove, path)
+        with contextlib.suppress(FileNotFoundError):
+            path = self._path(name)
+            if self._held():
+                await asyncio.to_thread(_remove, path)
 
     async def remove(self, generation_id: str) -> None:
         if ID.fullmatch(generation_id) and self._held():
@@ -172,9 +165,11 @@ class ImageFolder:
         if not self._held():
             raise FileNotFoundError(errno.ENOENT, "the folder was removed or replaced")
 
-    def _path(self, name: str) -> Path | None:
-        match = NAME.fullmatch(name)
-        return match and self._root / match[1] / name
+    def _path(self, name: str) -> Path:
+        """Raises FileNotFoundError: no picture has this name."""
+        if not (match := NAME.fullmatch(name)):
+            raise FileNotFoundError(name)
+        return self._root / match[1] / name
 
     def _write(self, generation_id: str, name: str, data: bytes) -> None:
         self._check_held()
@@ -221,9 +216,8 @@ def _refusing(root: Path) -> Iterator[None]:
     """Turn errors of the file system into `ImagesRefused`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or "its path is a loop of links"
-        raise ImagesRefused(f"The image folder {root} cannot be used: {reason}.") from None
+    except OSError as error:
+        raise ImagesRefused(f"The image folder {root} cannot be used: {error.strerror}.") from None
 
 
 def _create(part: Path) -> IO[bytes]:
