@@ -6,23 +6,22 @@ failed, and when it is due again, is in memory. So a restart loses nothing if th
 
 import asyncio
 import contextlib
+import itertools
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from pydantic_core import to_json
 
-from domain.errors import LogUnavailable
 from domain.events import decode
 from domain.feed import Logged
 from domain.ports.log import EventLog, Gap, Notice
 from domain.ports.webhook_outbox import CLAIM, WebhookOutbox
 from domain.rehydrate import UNREADABLE
-from domain.supervisor import RETRY_DELAY, being_cancelled, patiently
+from domain.supervisor import being_cancelled, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +60,6 @@ class Poster(Protocol):
         """
 
 
-class _Failed(NamedTuple):
-    """A message that was not accepted."""
-
-    attempts: int
-    #: When it is posted again, by the event loop's clock.
-    due: float
-
-
 @dataclass(eq=False)
 class Webhooks:
     """Posts every terminal event until the receiver accepts it: the oldest first, a few at once.
@@ -89,20 +80,23 @@ class Webhooks:
         #: By ``delivered`` and ``failed``.
         self.attempts: Counter[str] = Counter()
         self._gone = False
-        self._failed: dict[str, _Failed] = {}
-        #: By generation id: whether it has failed before.
-        self._under_way: dict[str, bool] = {}
+        #: By generation id: the messages that are posted, or wait for that.
+        self._deliveries: dict[str, asyncio.Task[None]] = {}
+        #: Those of them that have failed before.
+        self._failed: set[str] = set()
+        self._posts, self._repeats = asyncio.Semaphore(_PARALLEL), asyncio.Semaphore(_AGAIN_PARALLEL)
         self._woken = asyncio.Event()
         self._flushed = asyncio.Event()
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        async with self.log.follow(self._notice), asyncio.TaskGroup() as posts:
+        async with self.log.follow(self._notice), asyncio.TaskGroup() as tasks:
             while True:
                 self._woken.clear()
-                due = await self._begin(posts)
+                await self._begin(tasks)
+                # Look again in time to keep the claims, and to find those of other nodes that have ended.
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(due):
+                    async with asyncio.timeout(CLAIM / 4):
                         await self._woken.wait()
                 await asyncio.sleep(len(self._failed) / _READ)
 
@@ -115,83 +109,75 @@ class Webhooks:
             self._flushed.clear()
             self._woken.set()
 
-    async def _begin(self, posts: asyncio.TaskGroup) -> float | None:
-        """Begin to post what is due and has room. Return when to look again; ``None``: never."""
+    async def _begin(self, tasks: asyncio.TaskGroup) -> None:
+        """Begin to deliver what is new, and forget what has been removed."""
         if self._gone:
             self._flushed.set()
-            return None
-        clock = asyncio.get_running_loop().time
+            return
         # The log may still return what is accepted while it is read.
-        under_way = set(self._under_way)
-        try:
-            entries = await self.outbox.claim_undelivered(min(len(self._failed), _MOST_FAILED) + 2 * _PARALLEL)
-        except LogUnavailable:
-            return clock() + RETRY_DELAY
+        begun, failed = set(self._deliveries), set(self._failed)
+        most = min(len(failed), _MOST_FAILED) + 2 * _PARALLEL
+        entries = await patiently(partial(self.outbox.claim_undelivered, most))
         known = {entry.generation_id for entry in entries}
-        self._failed = {each: failed for each, failed in self._failed.items() if each in known}
-        if known <= self._failed.keys() and not self._woken.is_set():
+        for generation_id in failed & self._failed - known:
+            self._deliveries[generation_id].cancel()
+        if known <= self._failed and not self._woken.is_set():
             self._flushed.set()
-        now = clock()
-        due = now + CLAIM / 4  # Keeps the claims, and finds those of other nodes that have ended.
-        # First what was due first, as far as there is room for another attempt, and then what is new.
-        for entry in sorted(entries, key=self._due):
-            failed = self._failed.get(entry.generation_id)
-            if entry.generation_id in under_way:
-                continue
-            if failed is not None and failed.due > now:
-                due = min(due, failed.due)
-            elif self._has_room(again=failed is not None):
-                self._under_way[entry.generation_id] = failed is not None
-                posts.create_task(self._deliver(entry, 1 if failed is None else failed.attempts + 1))
-        return due
+        for entry in entries:
+            if entry.generation_id not in begun:
+                task = self._deliveries[entry.generation_id] = tasks.create_task(self._deliver(entry))
+                task.add_done_callback(partial(self._end, entry.generation_id))
 
-    def _due(self, entry: Logged) -> float:
-        failed = self._failed.get(entry.generation_id)
-        return math.inf if failed is None else failed.due
+    def _end(self, generation_id: str, _: object) -> None:
+        del self._deliveries[generation_id]
+        self._failed.discard(generation_id)
+        self._woken.set()
 
-    def _has_room(self, *, again: bool) -> bool:
-        if again and sum(self._under_way.values()) >= _AGAIN_PARALLEL:
-            return False
-        return len(self._under_way) < _PARALLEL
+    async def _deliver(self, entry: Logged) -> None:
+        for attempt in itertools.count(1):
+            async with self._repeats if attempt > 1 else contextlib.nullcontext(), self._posts:
+                pause = await self._attempt(entry, attempt)
+            if pause is None:
+                return
+            self._failed.add(entry.generation_id)
+            self._woken.set()
+            await asyncio.sleep(pause)
 
-    async def _deliver(self, entry: Logged, attempt: int) -> None:
+    async def _attempt(self, entry: Logged, attempt: int) -> float | None:
+        """Post the message once. Return the seconds until the next attempt; ``None``: there is none."""
+        if self._gone:
+            return None
+        asked = 0.0
         try:
-            if (message := self._encoded(entry)) is not None:
+            try:
+                message = message_of(entry)
+            except UNREADABLE as error:  # It leaves the outbox.
+                what = "webhook %s:%d is set aside: %s (internal)"
+                logger.error(what, entry.generation_id, entry.sequence, type(error).__name__)
+            else:
                 await self.poster.post(*message)
                 self.attempts["delivered"] += 1
             await patiently(partial(self.outbox.delivered, entry.generation_id))
+            return None
         except NotDelivered as failure:
             self.attempts["failed"] += 1
-            if not failure.gone:
-                self._put_off(entry, attempt, str(failure), failure.after or 0)
-            elif not self._gone:
-                self._gone = True
-                logger.error("webhooks are not sent any more until the service is restarted: the receiver %s", failure)
-                await patiently(self.outbox.receiver_gone)
+            if failure.gone:
+                if not self._gone:
+                    self._gone = True
+                    what = "webhooks are not sent any more until the service is restarted: the receiver %s"
+                    logger.error(what, failure)
+                    await patiently(self.outbox.receiver_gone)
+                return None
+            reason, asked = str(failure), min(failure.after or 0, _MOST_ASKED)
         except (Exception, asyncio.CancelledError) as error:
             if being_cancelled():
                 raise
-            self._put_off(entry, attempt, type(error).__name__, 0)
-        finally:
-            del self._under_way[entry.generation_id]
-            self._woken.set()
-
-    def _encoded(self, entry: Logged) -> tuple[str, bytes] | None:
-        """The message; ``None`` if the event cannot be read. It then leaves the outbox."""
-        try:
-            return message_of(entry)
-        except UNREADABLE as error:
-            what = "webhook %s:%d is set aside: %s (internal)"
-            logger.error(what, entry.generation_id, entry.sequence, type(error).__name__)
-            return None
-
-    def _put_off(self, entry: Logged, attempt: int, reason: str, asked: float) -> None:
-        pause = min(self.longest, self.backoff * 2 ** min(attempt - 1, 30)) * (1 - self.chance() / 2)
-        pause += min(asked, _MOST_ASKED)
-        self._failed[entry.generation_id] = _Failed(attempt, asyncio.get_running_loop().time() + pause)
+            reason = type(error).__name__
+        pause = min(self.longest, self.backoff * 2.0 ** min(attempt - 1, 30)) * (1 - self.chance() / 2) + asked
         if attempt.bit_count() == 1:  # Attempts 1, 2, 4, 8 …: there may be many.
             what = "webhook %s:%d was not delivered, attempt %d: %s; again in %.0f s"
             logger.warning(what, entry.generation_id, entry.sequence, attempt, reason, pause)
+        return pause
 
 
 def message_of(entry: Logged) -> tuple[str, bytes]:
