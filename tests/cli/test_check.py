@@ -90,7 +90,7 @@ async def test_check_exits_with_1_and_lists_damaged_generations_and_disputed_cre
         before = image(tmp_path)
         done = await run_main("check", **stores(tmp_path))
         assert (done.code, done.errors) == (1, "stagecast: damage was found: 1 finding.\n")
-        assert f"generation {generation_id} of user ada: an event cannot be read; a person has to decide" in done.output
+        assert f"generation {generation_id} of user ada is damaged; a person has to decide" in done.output
         assert PROMPT not in done.output
         assert image(tmp_path) == before
         stranger.execute("UPDATE events SET event = ? WHERE sequence = 2", (event,))

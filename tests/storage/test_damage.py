@@ -151,7 +151,7 @@ async def test_a_generation_that_cannot_be_read_counts_as_deleted_and_is_kept(
     assert rows(path, "SELECT count(*) FROM damaged_generations") == [(1,)]
     caplog.clear()
     [line] = examine(path).damage
-    assert ("set aside" in line, SECRET in line) == (True, False)
+    assert ("is damaged" in line, SECRET in line) == (True, False)
     async with opened(path) as life:
         assert caplog.records == []
         await forget(life)

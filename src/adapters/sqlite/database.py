@@ -67,7 +67,7 @@ class Database:
                 files.prepare(path, self._writer, schema)
                 self.epoch = files.epoch_of(path, self._writer) or epoch
                 self._writer.execute("INSERT INTO log SELECT ? WHERE NOT EXISTS (SELECT 1 FROM log)", (epoch,))
-                self.checker = DamageChecker(self.epoch)
+                self.checker = DamageChecker()
                 with self._writer:
                     self._writer.execute("BEGIN IMMEDIATE")
                     found = self.checker.begin(self._writer)

@@ -69,12 +69,10 @@ def _examine(path: Path, connection: sqlite3.Connection) -> Examined:
     epoch = epoch_of(path, connection)
     if epoch is None:
         return Examined()
-    if version == len(SCHEMA):
-        return Examined(damage.report(connection, epoch), epoch)
     with contextlib.closing(connect("")) as copy:  # A temporary file, which is removed when it is closed.
         connection.backup(copy)
         _migrate(copy, version)
-        return Examined(damage.report(copy, epoch), epoch)
+        return Examined(damage.report(copy), epoch)
 
 
 def connect(name: str, *, uri: bool = False) -> sqlite3.Connection:

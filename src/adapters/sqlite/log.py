@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 from adapters.sqlite import queries
-from adapters.sqlite.damage import DamageFound, log_damage
+from adapters.sqlite.damage import DamageFound, log_damage, set_aside
 from adapters.sqlite.database import Database, Operation, T
 from adapters.sqlite.values import is_text, microseconds
 from domain.append_rules import Known, decide
@@ -249,7 +249,7 @@ class SqliteLog:
             try:
                 return await self._database.read(query)
             except DamageFound as found:
-                await self._database.write(partial(self._database.checker.set_aside, keys=found.keys), log_damage)
+                await self._database.write(partial(set_aside, keys=found.args), log_damage)
 
     def _append(self, connection: sqlite3.Connection, entry: Append) -> tuple[Logged, bool]:
         """The entry, and whether it is new: not a retry of an append that was committed before."""
