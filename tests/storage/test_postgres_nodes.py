@@ -347,3 +347,16 @@ async def test_nodes_with_other_settings_keep_their_own_and_every_balance_holds(
         # What a node without a webhook ends, no node posts.
         assert [entry.generation_id for entry in await counts.log.claim_undelivered(9)] == [free.generation_id]
         assert await does_not.log.claim_undelivered(9) == []
+
+
+async def test_a_node_that_joins_is_known_to_the_others_before_their_next_heartbeat(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_node(url) as here:
+        assert here.nodes is not None
+        monkeypatch.setattr(postgres_nodes, "BEAT", 10.0)
+        await asyncio.sleep(1)  # The last heartbeat of before.
+        async with open_node(url) as there, asyncio.timeout(5):
+            assert there.nodes is not None
+            while there.nodes.id not in here.nodes.others:
+                await asyncio.sleep(0.01)

@@ -278,3 +278,18 @@ async def test_a_statement_that_is_given_up_between_two_of_its_messages_is_unava
                 with pytest.raises(LogUnavailable):
                     await log._database.fetch("SELECT 1")
         assert await log._database.fetchval("SELECT 1") == 1
+
+
+@pytest.mark.parametrize("text", ["a\x00b", "\ud800"])
+async def test_a_write_with_a_text_that_cannot_be_stored_fails_loudly(text: str) -> None:
+    async with fresh_database() as url, open_node(url) as storage:
+        database: Any = storage.log.__dict__["_database"]
+        idle = database._idle[0]
+        for write in (
+            storage.quotas.add_stored("edit_1_a", 1, text),
+            storage.quotas.admit_device(text, lambda: 1, 9),
+            storage.sessions.end_all(text),
+        ):
+            with pytest.raises(ValueError, match="cannot store"):
+                await write
+        assert not idle.is_closed()  # The server is not to blame.

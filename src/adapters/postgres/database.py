@@ -116,14 +116,18 @@ class Database:
         return Database(url, pooled=pooled, epoch=self.epoch)
 
     async def fetch(self, query: str, *arguments: object) -> Sequence[asyncpg.Record]:
-        """Run one statement. It goes on if the caller is cancelled. A text that cannot be stored matches nothing.
+        """Run one statement. It goes on if the caller is cancelled.
 
         Raises:
             LogUnavailable: it may or may not have been committed.
+            ValueError: PostgreSQL cannot store an argument.
         """
-        if not all(is_text(value) for value in arguments if isinstance(value, str)):
-            return []
         return await asyncio.shield(self.start(query, *arguments))
+
+    async def matching(self, query: str, *arguments: object) -> Sequence[asyncpg.Record]:
+        """As `fetch`, for texts that only choose rows: one that cannot be stored matches none."""
+        storable = all(is_text(value) for value in arguments if isinstance(value, str))
+        return await self.fetch(query, *arguments) if storable else []
 
     async def fetchrow(self, query: str, *arguments: object) -> asyncpg.Record | None:
         """The first row of `fetch`."""
@@ -209,6 +213,8 @@ class Database:
                 raise asyncpg.ConnectionDoesNotExistError
             self._reason = ""
             return rows
+        except asyncpg.DataError:
+            raise ValueError("PostgreSQL cannot store an argument") from None
         except FAILURES as error:
             if (reason := reason_of(error)) != self._reason:
                 self._reason = reason

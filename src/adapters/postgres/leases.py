@@ -8,7 +8,7 @@ from typing import Final
 
 from adapters.postgres.database import TIMEOUT, Database
 from adapters.postgres.nodes import Nodes
-from adapters.postgres.tail import CHANNEL, Tail
+from adapters.postgres.tail import WORK, Tail
 from domain.errors import LogUnavailable
 from domain.ports.leases import Counts
 
@@ -52,7 +52,7 @@ class PostgresLeases:
         self._database = database
         self._nodes = nodes
         self._work, self._fetches = _Line(), _Line()
-        tail.on_work.append(self._wake)
+        tail.channels[WORK] = self._wake
         self._draining = False
         #: Held by this node, and whether that is for fetching.
         self._held: dict[str, bool] = {}
@@ -96,7 +96,7 @@ class PostgresLeases:
         offered = await self._database.call("offer_v1", self._nodes.id, user_id, generation_id, fetching)
         if offered:
             self._wake()
-            self._database.notify(f"{CHANNEL}_work")
+            self._database.notify(WORK)
         return bool(offered)
 
     async def withdraw(self, generation_id: str) -> bool:

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from adapters.postgres.appends import Appends
-from adapters.postgres.database import Database
+from adapters.postgres.database import Database, is_text
 from adapters.postgres.nodes import Nodes
 from adapters.postgres.tail import CHANNEL, ENTRY, Tail, logged
 from domain.errors import CreditsOff, IdempotencyMismatch, LogUnavailable, NotFinished
@@ -170,7 +170,7 @@ class PostgresLog:
         return await self._generation(_SUMMARY_OF_ONE, generation_id)
 
     async def _generation(self, query: str, generation_id: str) -> History | None:
-        return next(iter(_histories(await self._database.fetch(query, generation_id))), None)
+        return next(iter(_histories(await self._database.matching(query, generation_id))), None)
 
     async def generations(
         self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
@@ -195,7 +195,7 @@ class PostgresLog:
             limit=limit + 1,
             events=_SUMMARY,
         )
-        rows = await self._database.fetch(query, *given.values())
+        rows = await self._database.matching(query, *given.values())
         numbers = list(dict.fromkeys(row["number"] for row in rows))
         return Listing(_histories(rows)[:limit], numbers[limit - 1] if len(numbers) > limit else None)
 
@@ -258,7 +258,7 @@ class PostgresLog:
         return [row["generation_id"] for row in rows]
 
     async def remove(self, generation_id: str, *, retention: bool) -> bool:
-        outcome = await self._database.call("remove_v1", generation_id, retention)
+        outcome = is_text(generation_id) and await self._database.call("remove_v1", generation_id, retention)
         if outcome == "unfinished":
             raise NotFinished
         self._tail.wake(removals=True)

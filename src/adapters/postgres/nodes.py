@@ -72,11 +72,15 @@ class Nodes:
 
     async def address(self, node: str) -> str | None:
         if node not in self._addresses:
-            self._hurry.set()
+            self.hurry()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * BEAT):
                     await self._beaten.wait()
         return self._addresses[node] if node in self.others else None
+
+    def hurry(self) -> None:
+        """Send the next heartbeat now, and see those of the others."""
+        self._hurry.set()
 
     async def run(self) -> None:
         """Send heartbeats until cancelled."""

@@ -30,15 +30,15 @@ class PostgresSessions:
         )
 
     async def load(self, pid: str, *, at: datetime) -> Session | None:
-        row = await self._database.fetchrow(
+        rows = await self._database.matching(
             "SELECT user_id, expires_at, service, live, event_id, seen, open_tombstones, head, tag"
             " FROM stagecast.sessions WHERE pid = $1 AND touched_at > $2",
             pid,
             at - self._retention,
         )
-        if row is None:
+        if not rows:
             return None
-        user_id, expires_at, service, live, event_id, seen, tombstones, head, tag = row
+        user_id, expires_at, service, live, event_id, seen, tombstones, head, tag = rows[0]
         identity = Identity(user_id, expires_at, service=service)
         return Session(identity, Cursor(live, event_id, seen, tuple(tombstones)), head, tag)
 
@@ -56,7 +56,7 @@ class PostgresSessions:
         return [row["pid"] for row in await self._database.fetch(query, self._database.node)]
 
     async def end(self, pid: str) -> None:
-        await self._database.fetch("DELETE FROM stagecast.sessions WHERE pid = $1", pid)
+        await self._database.matching("DELETE FROM stagecast.sessions WHERE pid = $1", pid)
 
     async def end_all(self, user_id: str) -> None:
         await self._database.fetch("DELETE FROM stagecast.sessions WHERE user_id = $1", user_id)

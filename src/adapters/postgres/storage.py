@@ -11,7 +11,7 @@ from adapters.postgres.log import PostgresLog
 from adapters.postgres.nodes import Nodes
 from adapters.postgres.quotas import PostgresQuotas
 from adapters.postgres.sessions import PostgresSessions
-from adapters.postgres.tail import Tail
+from adapters.postgres.tail import JOINED, Tail
 from domain.errors import LogUnavailable
 from domain.ports.storage import Examined, Storage, StorageOptions, StorageRefused
 
@@ -37,6 +37,8 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         await database.close()
         raise StorageRefused("The log cannot be opened: it does not take a heartbeat.") from None
     tail = Tail(listener, database.node)
+    tail.channels[JOINED] = nodes.hurry
+    database.notify(JOINED)
     leases = PostgresLeases(database, nodes, tail)
     quotas = PostgresQuotas(database)
     log = PostgresLog(database, tail, nodes, credits=options.credits, clock=options.clock, outbox=options.outbox)

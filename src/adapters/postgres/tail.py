@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -26,8 +26,10 @@ from domain.ports.log import Gap, Removed, UserRemoved
 
 logger = logging.getLogger(__name__)
 
-#: Notified after appends.
+#: Notified after appends, after an offer of work, and by a node that joins.
 CHANNEL: Final = "stagecast"
+WORK: Final = "stagecast_work"
+JOINED: Final = "stagecast_nodes"
 
 #: For `logged`; from the tables events, generations and users.
 ENTRY: Final = """users.user_id, events.position, events.event_id, generations.generation_id, events.sequence,
@@ -79,11 +81,11 @@ class Tail:
     def __init__(self, listener: Database, node: str) -> None:
         """`listener`: the database, past a pooler if there is one. `node`: this one, which wakes itself."""
         self.followers = Followers()
-        #: Called when another node has put work in a line.
-        self.on_work: list[Any] = []
         self._listener = listener
         self._node = node
         self._wake = asyncio.Event()
+        #: What is done when another node notifies a channel.
+        self.channels: dict[str, Callable[[], object]] = {CHANNEL: self._wake.set}
         self._waiters: list[asyncio.Future[None]] = []
         self._last: int | None = None
         #: The event id there: another one, or none, shows that the log has lost its end.
@@ -145,8 +147,8 @@ class Tail:
 
     async def _begin(self, connection: Connection) -> None:
         if not self._listener.pooled:
-            await connection.add_listener(CHANNEL, self._on_notification)
-            await connection.add_listener(f"{CHANNEL}_work", self._on_notification)
+            for channel in self.channels:
+                await connection.add_listener(channel, self._on_notification)
         if self._last is None:
             await self._restart(connection)
             return
@@ -163,13 +165,8 @@ class Tail:
         self._gaps = dict.fromkeys(missing)
 
     def _on_notification(self, connection: Any, pid: int, channel: str, sender: object) -> None:
-        if sender == self._node:
-            return
-        if channel == CHANNEL:
-            self._wake.set()
-        else:
-            for wake in self.on_work:
-                wake()
+        if sender != self._node:
+            self.channels[channel]()
 
     async def _follow(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
