@@ -23,8 +23,6 @@ from domain.ports.system import Clock
 _BATCH: Final = 64
 _CALLS: Final = 2
 
-_APPEND: Final = f"SELECT * FROM stagecast.append_v1({', '.join(f'${number}' for number in range(1, 23))})"
-
 #: Transactions of this node that wait for a synchronous standby. Those whose statement was given up wait on.
 _UNREPLICATED: Final = """
     SELECT count(*) FROM pg_stat_activity
@@ -99,7 +97,7 @@ class Appends:
         try:
             if self._given_up:
                 await self._check_standby()
-            rows = await self._database.fetch(_APPEND, *self._arguments(batch, wait=wait or len(batch) == 1))
+            rows = await self._database.rows("append_v1", *self._arguments(batch, wait=wait or len(batch) == 1))
             self._given_up = False
         except Exception as error:
             self._given_up = True

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Connection: TypeAlias = asyncpg.Connection
 
 #: Seconds after which a statement or a connection attempt is given up.
-TIMEOUT: Final = 2.0
+TIMEOUT: Final = 1.5
 
 #: Connections besides that of the follower.
 _CONNECTIONS: Final = 4
@@ -137,10 +137,14 @@ class Database:
         """The first value of `fetch`; ``None``: there is no row."""
         return next((row[0] for row in await self.fetch(query, *arguments)), None)
 
-    async def call(self, function: str, *arguments: object) -> Any:
-        """The value of one of our functions."""
+    async def rows(self, function: str, *arguments: object) -> Sequence[asyncpg.Record]:
+        """What one of our functions returns."""
         places = ", ".join(f"${number}" for number in range(1, len(arguments) + 1))
-        return await self.fetchval(f"SELECT stagecast.{function}({places})", *arguments)
+        return await self.fetch(f"SELECT * FROM stagecast.{function}({places})", *arguments)
+
+    async def call(self, function: str, *arguments: object) -> Any:
+        """The one value that one of our functions returns."""
+        return (await self.rows(function, *arguments))[0][0]
 
     def start(self, query: str, *arguments: object) -> asyncio.Task[Sequence[asyncpg.Record]]:
         """Start one statement. Nobody has to wait for it."""

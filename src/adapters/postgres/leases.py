@@ -22,18 +22,6 @@ _LOST_AFTER: Final = 2 * TIMEOUT
 #: Seconds for which counts and positions are good enough.
 _SEEN_FOR: Final = 1.0
 
-#: All leases. Those of users who fetch for as many as allowed rank last.
-_LOOK: Final = """
-    SELECT leases.generation_id, waiting, holder,
-        row_number() OVER (
-            PARTITION BY waiting, fetching ORDER BY fetching AND busy.many IS NOT NULL, turn, ticket
-        ) AS rank
-    FROM stagecast.leases LEFT JOIN (
-        SELECT user_id, true AS many FROM stagecast.leases WHERE holder IS NOT NULL AND (fetching OR waiting)
-        GROUP BY user_id HAVING count(*) >= $1
-    ) AS busy USING (user_id)
-"""
-
 
 class _Line:
     """The claims of this node that wait in one line."""
@@ -83,10 +71,9 @@ class PostgresLeases:
         loop = asyncio.get_running_loop()
         if self._seen is None or loop.time() > self._seen_at + _SEEN_FOR:
             self._seen_at = began = loop.time()
-            rows = await self._database.fetch(_LOOK, _FETCHING_PER_USER)
-            waiting = [row for row in rows if row["waiting"]]
-            counts = Counts(len(waiting), sum(row["holder"] is not None for row in rows))
-            seen = counts, {row["generation_id"]: row["rank"] for row in waiting}
+            rows = await self._database.rows("leases_v1", _FETCHING_PER_USER)
+            positions = {generation_id: rank for generation_id, waiting, _, rank in rows if waiting}
+            seen = Counts(len(positions), sum(holder is not None for _, _, holder, _ in rows)), positions
             if self._seen_at != began:
                 return seen
             self._seen = seen
@@ -139,8 +126,7 @@ class PostgresLeases:
         self._wake()
 
     async def abandoned(self) -> Collection[str]:
-        rows = await self._database.fetch("SELECT * FROM stagecast.abandoned_v1($1) AS id", self._nodes.dead)
-        return [row["id"] for row in rows]
+        return [generation_id for (generation_id,) in await self._database.rows("abandoned_v1", self._nodes.dead)]
 
     async def claim_chore(self, name: str, seconds: float) -> bool:
         return bool(await self._database.call("claim_chore_v1", self._nodes.id, name, seconds, self._nodes.dead))
@@ -160,21 +146,20 @@ class PostgresLeases:
             line.changed.set()
 
     async def _serve(self, line: _Line, *, fetching: bool) -> None:
-        query = "SELECT * FROM stagecast.claim_v1($1, $2, $3, $4) AS id"
         while True:
             line.changed.clear()
             line.claims = deque(claim for claim in line.claims if not claim.done())
             if (wanted := len(line.claims)) and not self._draining:
                 try:
-                    rows = await self._database.fetch(query, self._nodes.id, fetching, wanted, _FETCHING_PER_USER)
+                    rows = await self._database.rows("claim_v1", self._nodes.id, fetching, wanted, _FETCHING_PER_USER)
                 except LogUnavailable:
                     await asyncio.sleep(_AGAIN)
                     continue
-                for row in rows:
+                for (generation_id,) in rows:
                     # A claim may be lost with PostgreSQL, but not to this node: then it is claimed again.
-                    if self._held.get(row["id"]) not in (False, fetching):
-                        self._held[row["id"]] = fetching
-                        self._hand_out(line, row["id"])
+                    if self._held.get(generation_id) not in (False, fetching):
+                        self._held[generation_id] = fetching
+                        self._hand_out(line, generation_id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CLAIM_EVERY if line.claims else None):
                     await line.changed.wait()

@@ -8,7 +8,7 @@ from typing import Any, Final
 from adapters.postgres.appends import Appends
 from adapters.postgres.database import Database, is_text
 from adapters.postgres.nodes import Nodes
-from adapters.postgres.tail import CHANNEL, ENTRY, Tail, logged
+from adapters.postgres.tail import CHANNEL, Tail, logged
 from domain.errors import CreditsOff, IdempotencyMismatch, LogUnavailable, NotFinished
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.ports.ledger import Standing
@@ -23,16 +23,16 @@ _STALE: Final = 5.0
 _BEYOND: Final = 2**63 - 1
 
 #: The generations that a condition selects, in an order, with their events. One statement, and so one snapshot.
-_HISTORIES: Final = f"""
+_HISTORIES: Final = """
     WITH chosen AS MATERIALIZED (
-        SELECT generations.*, row_number() OVER (ORDER BY {{order}}) AS rank
-        FROM stagecast.generations WHERE NOT deleted AND {{condition}} ORDER BY {{order}} LIMIT {{limit}}
+        SELECT generations.*, row_number() OVER (ORDER BY {order}) AS rank
+        FROM stagecast.generations WHERE NOT deleted AND {condition} ORDER BY {order} LIMIT {limit}
     )
     SELECT chosen.id AS number, chosen.kind, chosen.request_json, chosen.free, chosen.end_position,
-        {ENTRY.replace("generations.", "chosen.")}
+        user_id, position, event_id, generation_id, sequence, name, event, first_position, images
     FROM chosen
     JOIN stagecast.users ON users.id = chosen.owner
-    JOIN stagecast.events ON events.generation = chosen.id {{events}}
+    JOIN stagecast.events ON events.generation = chosen.id {events}
     ORDER BY chosen.rank, events.sequence
 """
 _SUMMARY: Final = "AND events.sequence IN (1, chosen.last - 1, chosen.last)"
@@ -40,19 +40,7 @@ _WHOLE_ONE, _SUMMARY_OF_ONE = (
     _HISTORIES.format(condition="generation_id = $1", order="id", limit=1, events=events) for events in ("", _SUMMARY)
 )
 _UNFINISHED: Final = _HISTORIES.format(condition="end_position IS NULL", order="id", limit="ALL", events=_SUMMARY)
-_LISTS: Final = {
-    active: _HISTORIES.format(
-        condition=f"owner = (SELECT id FROM stagecast.users WHERE user_id = $1) AND first_position < $2 {condition}",
-        order="first_position DESC",
-        limit="$3",
-        events=_SUMMARY,
-    )
-    for active, condition in {
-        None: "",
-        True: "AND end_position IS NULL",
-        False: "AND end_position IS NOT NULL",
-    }.items()
-}
+_OF_USER: Final = "owner = (SELECT id FROM stagecast.users WHERE user_id = ${})"
 
 #: By status; any other one is that of the last event.
 _WITH_STATUS: Final[Mapping[str | None, str]] = {
@@ -71,28 +59,6 @@ _FAILURES: Final = """
     SELECT code, count(*) FROM stagecast.generations WHERE code IS NOT NULL AND ended_at >= $1 GROUP BY code
 """
 
-#: A user's feed after $2, with the event id and the open tombstones at the anchor $3.
-_FEED: Final = f"""
-    SELECT reader.head, reader.floor, reader.floor_id, reader.event_there, reader.deleted_spans, entry.*
-    FROM (
-        SELECT users.*,
-            (SELECT event_id FROM stagecast.events WHERE owner = users.id AND position = $3) AS event_there,
-            ARRAY(
-                SELECT first_position FROM stagecast.generations
-                WHERE owner = users.id AND deleted AND end_position > $3 AND first_position <= $3
-            ) AS deleted_spans
-        FROM stagecast.users WHERE user_id = $1
-        OFFSET 0  -- so that this is computed once
-    ) AS reader
-    LEFT JOIN LATERAL (
-        SELECT {ENTRY.replace("users.", "reader.")}, generations.end_position
-        FROM stagecast.events JOIN stagecast.generations ON generations.id = events.generation
-        WHERE events.owner = reader.id AND events.position > $2
-        ORDER BY events.position LIMIT $4
-    ) AS entry ON true
-    ORDER BY entry.position
-"""
-
 _HEAD: Final = """
     SELECT head, floor, floor_id,
         (SELECT event_id FROM stagecast.events WHERE owner = users.id AND position = head) AS head_id,
@@ -100,27 +66,6 @@ _HEAD: Final = """
             SELECT min(first_position) FROM stagecast.generations WHERE owner = users.id AND end_position IS NULL
         ) AS oldest
     FROM stagecast.users WHERE user_id = $1
-"""
-
-#: Claims the oldest undelivered ends for node $1 that no live node has claimed.
-_UNDELIVERED: Final = f"""
-    WITH claimed AS (
-        UPDATE stagecast.generations SET claimed_by = $1, claimed_until = clock_timestamp() + make_interval(secs => $2)
-        WHERE id IN (
-            SELECT id FROM stagecast.generations
-            WHERE undelivered AND NOT EXISTS (SELECT FROM stagecast.nodes WHERE webhook_gone AND id <> $1) AND (
-                claimed_by IS NULL OR claimed_by = $1 OR claimed_until < clock_timestamp()
-                OR claimed_by NOT IN (SELECT id FROM stagecast.nodes)
-            )
-            ORDER BY end_event LIMIT $3 FOR UPDATE SKIP LOCKED
-        )
-        RETURNING *
-    )
-    SELECT {ENTRY.replace("generations.", "claimed.")}, claimed.end_position
-    FROM claimed
-    JOIN stagecast.users ON users.id = claimed.owner
-    JOIN stagecast.events ON events.id = claimed.end_event
-    ORDER BY events.id
 """
 
 
@@ -157,9 +102,8 @@ class PostgresLog:
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
         row = await self._database.fetchrow(
             "SELECT generation_id, fingerprint FROM stagecast.generations"
-            " WHERE owner = (SELECT id FROM stagecast.users WHERE user_id = $1) AND idempotency_key = $2",
-            user_id,
-            key,
+            f" WHERE {_OF_USER.format(1)} AND idempotency_key = $2",
+            *(user_id, key),
         )
         return row and IdempotencyRecord(*row)
 
@@ -176,13 +120,16 @@ class PostgresLog:
         self, user_id: str, *, active: bool | None = None, before: int | None = None, limit: int
     ) -> Sequence[History]:
         before = _BEYOND if before is None else min(before, _BEYOND)
-        return _histories(await self._database.fetch(_LISTS[active], user_id, before, limit))
+        status = _WITH_STATUS[{None: None, True: "active", False: "finished"}[active]]
+        condition = f"{_OF_USER.format(1)} AND first_position < $2 AND {status}"
+        query = _HISTORIES.format(condition=condition, order="first_position DESC", limit="$3", events=_SUMMARY)
+        return _histories(await self._database.fetch(query, user_id, before, limit))
 
     async def listing(self, wanted: Filter, *, before: int | None = None, limit: int) -> Listing:
         given = {
             "id < ${}": _BEYOND if before is None else before,
             "generation_id = ${}": wanted.generation_id,
-            "owner = (SELECT id FROM stagecast.users WHERE user_id = ${})": wanted.user_id,
+            _OF_USER: wanted.user_id,
             "kind = ${}": wanted.kind,
             "code = ${}": wanted.code,
             _AT_STAGE: None if wanted.status in _WITH_STATUS else wanted.status,
@@ -213,7 +160,7 @@ class PostgresLog:
         return Cursor(head, floor_id if head == floor else head_id, head if oldest is None else oldest - 1)
 
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
-        rows = await self._database.fetch(_FEED, user_id, after, anchor, limit)
+        rows = await self._database.rows("feed_v1", user_id, after, anchor, limit)
         if not rows:
             return Feed([], 0, 0, 0, zero_id(self.epoch, user_id) if anchor == 0 else None, ())
         head, floor, floor_id, id_there, deleted_spans, *_ = rows[0]
@@ -240,14 +187,13 @@ class PostgresLog:
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         if self._credits is None:
             raise CreditsOff
-        row = await self._database.fetchrow(
-            "SELECT * FROM stagecast.grant_v1($1, $2, $3, $4, $5, $6, $7)",
-            *(user_id, zero_id(self.epoch, user_id), amount, key, at, until, self._credits),
+        zero = zero_id(self.epoch, user_id)
+        [(outcome, credit)] = await self._database.rows(
+            "grant_v1", *(user_id, zero, amount, key, at, until, self._credits)
         )
-        assert row is not None
-        if row["r_outcome"] == "mismatch":
+        if outcome == "mismatch":
             raise IdempotencyMismatch
-        return int(row["r_credit"])
+        return int(credit)
 
     async def finished_before(self, moment: datetime, limit: int) -> Sequence[str]:
         rows = await self._database.fetch(
@@ -286,7 +232,7 @@ class PostgresLog:
     async def claim_undelivered(self, limit: int) -> Sequence[Logged]:
         if not self._outbox:
             return []
-        rows = await self._database.fetch(_UNDELIVERED, self._nodes.id, CLAIM, limit)
+        rows = await self._database.rows("claim_undelivered_v1", self._nodes.id, CLAIM, limit)
         return [logged(row, end=row["end_position"]) for row in rows]
 
     async def receiver_gone(self) -> None:

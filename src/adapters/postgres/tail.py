@@ -31,27 +31,9 @@ CHANNEL: Final = "stagecast"
 WORK: Final = "stagecast_work"
 JOINED: Final = "stagecast_nodes"
 
-#: For `logged`; from the tables events, generations and users.
-ENTRY: Final = """users.user_id, events.position, events.event_id, generations.generation_id, events.sequence,
-    events.name, events.event, generations.first_position, events.images"""
 _PLACE: Final = itemgetter(
     "user_id", "position", "event_id", "generation_id", "sequence", "name", "event", "first_position"
 )
-
-#: The last id drawn, and the ids below it that are not there, or not yet.
-_START: Final = """
-    SELECT last.id, ARRAY(
-        SELECT generate_series(greatest(1, last.id - $1 + 1), last.id)
-        EXCEPT SELECT id FROM stagecast.events WHERE id > last.id - $1
-    ) AS missing
-    FROM (SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS id FROM stagecast.events_id_seq) AS last
-"""
-
-#: Removals are read again for a while, as they do not commit in the order of their ids either.
-_REMOVALS: Final = """
-    SELECT id, user_id, generation_id FROM stagecast.removals WHERE at > clock_timestamp() - interval '10 seconds'
-    ORDER BY id
-"""
 
 #: Entries in one read.
 _PAGE: Final = 500
@@ -160,7 +142,8 @@ class Tail:
 
     async def _restart(self, connection: Connection) -> None:
         """Begin at the newest entry."""
-        [(self._last, missing)] = await self._ask(connection, _START, _LOOK_BACK)
+        query = "SELECT * FROM stagecast.newest_v1($1)"
+        [(self._last, missing)] = await self._ask(connection, query, _LOOK_BACK)
         self._last_event = None
         self._gaps = dict.fromkeys(missing)
 
@@ -227,8 +210,9 @@ class Tail:
         if not now and present < self._next_removals:
             return ()
         self._next_removals = present + _REMOVALS_EVERY
-        rows = await self._ask(connection, _REMOVALS)
-        known, self._removals = self._removals, {row["id"] for row in rows}
+        # Read again for a while, as they do not commit in the order of their ids either.
+        rows = await self._ask(connection, "SELECT * FROM stagecast.removals_v1()")
+        known, self._removals = self._removals, {number for number, _, _ in rows}
         if known is None:
             return ()
         return [
@@ -270,5 +254,5 @@ class Tail:
 
 
 def logged(row: Any, *, end: int | None) -> Logged:
-    """The entry of a row that has the columns `ENTRY`."""
+    """The entry of a row."""
     return Logged._make((*_PLACE(row), end, json.loads(row["images"]) if row["images"] else {}))

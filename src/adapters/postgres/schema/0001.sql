@@ -321,6 +321,86 @@ BEGIN
 END $$;
 
 
+-- The last id drawn, and the ids below it that are not there, or not yet.
+CREATE FUNCTION stagecast.newest_v1(look_back integer) RETURNS TABLE (id bigint, missing bigint[])
+LANGUAGE sql STABLE AS $$
+    SELECT last.id, ARRAY(
+        SELECT generate_series(greatest(1, last.id - look_back + 1), last.id)
+        EXCEPT SELECT id FROM stagecast.events WHERE id > last.id - look_back
+    )
+    FROM (SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS id FROM stagecast.events_id_seq) AS last
+$$;
+
+
+CREATE FUNCTION stagecast.removals_v1() RETURNS TABLE (id bigint, user_id text, generation_id text)
+LANGUAGE sql STABLE AS $$
+    SELECT id, user_id, generation_id FROM stagecast.removals WHERE at > clock_timestamp() - interval '10 seconds'
+    ORDER BY id
+$$;
+
+
+-- A user's feed after a position, with the event id and the open tombstones at the anchor; at least one row for a user who
+-- is known, without an entry if there is none.
+CREATE FUNCTION stagecast.feed_v1(the_user text, after bigint, anchor bigint, most integer) RETURNS TABLE (
+    head bigint, floor bigint, floor_id bigint, event_there bigint, deleted_spans bigint[], user_id text,
+    "position" bigint, event_id bigint, generation_id text, sequence integer, name text, event bytea,
+    first_position bigint, images jsonb, end_position bigint
+) LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET jit = off
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    SELECT reader.head, reader.floor, reader.floor_id, reader.event_there, reader.deleted_spans, reader.user_id,
+        entry.position, entry.event_id, entry.generation_id, entry.sequence, entry.name, entry.event,
+        entry.first_position, entry.images, entry.end_position
+    FROM (
+        SELECT users.*,
+            (SELECT event_id FROM stagecast.events WHERE owner = users.id AND position = anchor) AS event_there,
+            ARRAY(
+                SELECT first_position FROM stagecast.generations
+                WHERE owner = users.id AND deleted AND end_position > anchor AND first_position <= anchor
+            ) AS deleted_spans
+        FROM stagecast.users WHERE user_id = the_user
+        OFFSET 0  -- so that this is computed once
+    ) AS reader
+    LEFT JOIN LATERAL (
+        SELECT events.*, generation_id, first_position, end_position
+        FROM stagecast.events JOIN stagecast.generations ON generations.id = events.generation
+        WHERE events.owner = reader.id AND events.position > after
+        ORDER BY events.position LIMIT most
+    ) AS entry ON true
+    ORDER BY entry.position;
+END $$;
+
+
+-- Claims the oldest undelivered ends for the node that no live node has claimed.
+CREATE FUNCTION stagecast.claim_undelivered_v1(node text, seconds double precision, most integer) RETURNS TABLE (
+    user_id text, "position" bigint, event_id bigint, generation_id text, sequence integer, name text, event bytea,
+    first_position bigint, images jsonb, end_position bigint
+) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    WITH claimed AS (
+        UPDATE stagecast.generations SET claimed_by = node, claimed_until = clock_timestamp() + make_interval(secs => seconds)
+        WHERE id IN (
+            SELECT id FROM stagecast.generations
+            WHERE undelivered AND NOT EXISTS (SELECT FROM stagecast.nodes WHERE webhook_gone AND id <> node) AND (
+                claimed_by IS NULL OR claimed_by = node OR claimed_until < clock_timestamp()
+                OR claimed_by NOT IN (SELECT id FROM stagecast.nodes)
+            )
+            ORDER BY end_event LIMIT most FOR UPDATE SKIP LOCKED
+        )
+        RETURNING *
+    )
+    SELECT user_id, position, event_id, generation_id, sequence, name, event, first_position, images, end_position
+    FROM claimed
+    JOIN stagecast.users ON users.id = claimed.owner
+    JOIN stagecast.events ON events.id = claimed.end_event
+    ORDER BY events.id;
+END $$;
+
+
 CREATE FUNCTION stagecast.grant_v1(
     the_user text, zero_id bigint, change bigint, key text, at timestamptz, key_until timestamptz, credits bigint
 ) RETURNS TABLE (r_outcome text, r_credit bigint) LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
@@ -504,6 +584,20 @@ BEGIN
     UPDATE stagecast.leases SET waiting = false, fetching = true WHERE generation_id = the_generation AND waiting;
     RETURN FOUND;
 END $$;
+
+
+-- All leases, with the rank of those that wait. Those of users who fetch for as many as allowed rank last.
+CREATE FUNCTION stagecast.leases_v1(most_fetching integer)
+RETURNS TABLE (r_generation text, r_waiting boolean, r_holder text, r_rank bigint) LANGUAGE sql STABLE AS $$
+    SELECT leases.generation_id, waiting, holder,
+        row_number() OVER (
+            PARTITION BY waiting, fetching ORDER BY fetching AND busy.many IS NOT NULL, turn, ticket
+        )
+    FROM stagecast.leases LEFT JOIN (
+        SELECT user_id, true AS many FROM stagecast.leases WHERE holder IS NOT NULL AND (fetching OR waiting)
+        GROUP BY user_id HAVING count(*) >= most_fetching
+    ) AS busy USING (user_id)
+$$;
 
 
 -- At most `most` generations of a line, in its order. A claim need not outlive a crash of the server: the append that
