@@ -184,7 +184,7 @@ class Runner:
             logger.error(what, job.generation.generation_id, extra={"repeat_key": what})
 
     async def _attempt(self, job: "_Job") -> Failure | None:
-        job.scope = scope = asyncio.timeout(self.deadline - job.worked)
+        job.scope = scope = asyncio.timeout(self.deadline - seconds_worked(job.history))
         try:
             async with scope:
                 await job.run()
@@ -217,16 +217,11 @@ class _Job:
         self.claimed = asyncio.get_running_loop().create_future()
         #: Ends the work at the deadline.
         self.scope = asyncio.timeout(None)
+        self.history = history
         self.generation = generation_of(history)
         #: The stages that it has entered since this node took it up; for a new one, from the first.
         self._entered = [self._entry] if self.generation.sequence == 1 else []
-        #: Seconds of work before this job.
-        self.worked = seconds_worked(history)
-        #: Whether the present stage may be repeated for free, or may not be repeated.
-        self._recorded_free, self._interrupted = history.free, was_interrupted(history)
         self._request = self.generation.request
-        named = (name for entry in history.events for name in entry.images.values())
-        self._known_names = (*self._request.images, *named)
         self._sheet: Picture | None = None
         #: The pictures of the image URLs, stored as long as this job.
         self._fetched: list[str] = []
@@ -247,11 +242,11 @@ class _Job:
 
     async def run(self) -> None:
         runner, generation_id = self._runner, self.generation.generation_id
-        if self._interrupted:
+        if was_interrupted(self.history):
             raise Failure("interrupted")
-        user_id = self.generation.user_id
-        await patiently(lambda: runner.images.count(generation_id, user_id, self._known_names))
-        if self._recorded_free and not self._free(self._stage):
+        names = [*self._request.images, *(name for entry in self.history.events for name in entry.images.values())]
+        await patiently(lambda: runner.images.count(generation_id, self.generation.user_id, names))
+        if self.history.free and not self._free(self._stage):
             # The stage was entered with a free provider, and is repeated with one that is not: only once.
             await patiently(lambda: runner.log.mark_paid(generation_id))
         while not self.generation.finished:

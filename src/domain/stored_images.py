@@ -45,7 +45,7 @@ class StoredImages:
             # A thread that writes cannot be cancelled, and nobody knows the name of its picture.
             await asyncio.wait([saving])
             if not saving.cancelled() and saving.exception() is None:
-                await self._discard(saving.result())
+                await self.discard(saving.result())
             raise
 
     async def _save(self, generation_id: str, picture: Picture, name: str | None, user_id: str | None) -> str:
@@ -64,24 +64,19 @@ class StoredImages:
         generation_id, thumbnail = name.rpartition("-")[0], thumbnail_name(name, width)
         await self.save(generation_id, picture, thumbnail)
         if generation_id in self._removing or not await self.store.size(name):
-            await self._discard(thumbnail)
+            await self.discard(thumbnail)
 
     async def discard(self, *names: str) -> None:
         """Remove these pictures, each before its thumbnails. Logs the failure of any."""
-        for name in names:
+        stored = [each for name in names for each in (name, *(thumbnail_name(name, width) for width in WIDTHS))]
+        for each in stored:
             try:
-                await self._discard(name)
-                for thumbnail in (thumbnail_name(name, width) for width in WIDTHS):
-                    if await self.store.size(thumbnail):
-                        await self._discard(thumbnail)
+                if size := await self.store.size(each):
+                    await self.store.discard(each)
+                    with suppress(LogUnavailable):
+                        await self.quotas.add_stored(each.rpartition("-")[0], -size)
             except Exception as error:
                 logger.error("a picture could not be discarded: %s", type(error).__name__)
-
-    async def _discard(self, name: str) -> None:
-        size = await self.store.size(name)
-        await self.store.discard(name)
-        with suppress(LogUnavailable):
-            await self.quotas.add_stored(name.rpartition("-")[0], -size)
 
     async def remove(self, generation_id: str) -> None:
         """Remove all pictures of one generation, also those that are being stored for work that was cancelled."""

@@ -35,13 +35,9 @@ class MemorySessions:
         return session
 
     async def touch(self, pids: Collection[str], *, at: datetime) -> None:
-        self._expire(at)
         for pid in pids:
-            if pid in self._sessions:
-                session, _ = self._sessions[pid]
-                self._sessions[pid] = session, at
-                self._sessions.move_to_end(pid)
-                self._pids[session.identity.user_id].move_to_end(pid)
+            if (session := await self.load(pid, at=at)) is not None:
+                await self.save(pid, session, at=at)
 
     async def taken_over(self) -> Collection[str]:
         return ()

@@ -16,7 +16,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 from obstore.store import S3Store
 
-from adapters.images.layout import ID, MARK, NAME, PROBE, PROBED, Mark, media_type, new_name, probe_name
+from adapters.images.layout import ID, MARK, NAME, PROBED, Mark, media_type, new_name
 from domain.errors import Failure
 from domain.ports.images import ImagesRefused, Picture
 
@@ -40,6 +40,8 @@ _REASONS: Final = {
     "redirect": "AWS_REGION is not the region of the bucket",
     "HTTP error": "the service cannot be reached",
 }
+#: The key under which nodes store a probe, and remove it again.
+_PROBE: Final = ".probe"
 _ALWAYS: Final = datetime.min.replace(tzinfo=UTC)
 
 
@@ -61,7 +63,6 @@ class S3Images:
     def __init__(self, url: str, mark: Mark) -> None:
         self._bucket = _connect(url)
         self._mark = mark
-        self._probed = probe_name()
         self._transfers = asyncio.Semaphore(_TRANSFERS)
         #: Pictures stored before `_since` are never reported as removable, those stored before `_claimed` always.
         self._since = self._claimed = _ALWAYS
@@ -132,8 +133,6 @@ class S3Images:
                         continue
                     if (match := NAME.fullmatch(name)) and match[1] == generation_id:
                         found.setdefault(generation_id, []).append(name)
-                    elif PROBE.fullmatch(each["path"]):
-                        await obstore.delete_async(self._bucket, name)
         return found
 
     async def probe(self) -> None:
@@ -142,8 +141,8 @@ class S3Images:
             await self._probe()
 
     async def _probe(self) -> None:
-        await obstore.put_async(self._bucket, self._probed, PROBED, use_multipart=False)
-        await obstore.delete_async(self._bucket, self._probed)
+        await obstore.put_async(self._bucket, _PROBE, PROBED, use_multipart=False)
+        await obstore.delete_async(self._bucket, _PROBE)
 
     async def _claim(self, place: str) -> None:
         while (found := await _read(self._bucket, MARK)).data != bytes(self._mark):

@@ -39,10 +39,6 @@ async def _nothing() -> None:
     pass
 
 
-async def _alone() -> bool:
-    return False
-
-
 class Log(EventLog, Overview, Ledger, Retention, WebhookOutbox, Protocol):
     """The event log, with everything that is derived from it."""
 
@@ -64,7 +60,7 @@ class Storage:
     #: Seconds since the log was last read for its followers; a log in this process is followed as it is written.
     age: Callable[[], float] = lambda: 0.0
     #: Whether other nodes use this storage now. It may take seconds, and raise `StorageRefused`.
-    has_other_nodes: Callable[[], Awaitable[bool]] = _alone
+    has_other_nodes: Callable[[], Awaitable[object]] = _nothing
     #: Finishes pending operations and releases everything. Nothing may be called afterwards.
     close: Callable[[], Awaitable[None]] = _nothing
 
