@@ -13,7 +13,7 @@ import pytest_asyncio
 from PIL import Image, ImageCms
 from playwright.async_api import Browser, FilePayload, Route, expect
 
-from adapters.images.colour_profiles import from_code_points
+from adapters.images.colour_profiles import SRGB, from_chromaticities
 from support.browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
 from support.doubles import ScriptedFaceSwapper
 from support.harness import Running, running
@@ -23,8 +23,15 @@ from support.pictures import BLUE, GREEN, ORANGE, RED, alike, colour_at, encoded
 
 pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
 
-#: The profile of Display P3.
-P3: Final = from_code_points(12, 13, 0, 1)
+
+def display_p3() -> bytes:
+    """The profile of Display P3: its primaries, and the curve of sRGB."""
+    srgb, profile = SRGB.tobytes(), from_chromaticities(1, (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06))
+    curve = srgb.index(b"para")
+    return profile[:curve] + srgb[curve : curve + 32] + profile[curve + 32 :]
+
+
+P3: Final = display_p3()
 #: 26 megapixels, of which few are left.
 LARGE_SIZE: Final = (26_000, 1_000)
 HEIC: Final = FilePayload(

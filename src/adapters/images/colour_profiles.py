@@ -11,33 +11,16 @@ _Vector = Sequence[float]
 
 SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
-#: White, red, green and blue as x and y (ITU-T H.273, colour primaries).
+#: The primaries of sRGB, as in `from_chromaticities`.
 _BT709: Final = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
-_PRIMARIES: Final = {
-    1: _BT709,
-    9: (0.3127, 0.329, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),
-    12: (0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
-}
-#: Display exponents (ITU-T H.273, transfer characteristics). Video is displayed with 2.4.
-_EXPONENTS: Final = {1: 2.4, 4: 2.2, 5: 2.8, 6: 2.4, 8: 1.0, 14: 2.4, 15: 2.4}
-_SRGB_CURVE: Final = 13
 
 #: The Bradford cone responses to X, Y and Z, and the white point of ICC profiles.
 _BRADFORD: Final = ((0.8951, -0.7502, 0.0389), (0.2664, 1.7135, -0.0685), (-0.1614, 0.0367, 1.0296))
 _D50: Final = (0.9642, 1.0, 0.8249)
 
 
-def from_code_points(primaries: int, transfer: int, matrix: int, full_range: int) -> bytes:
-    """The profile for the code points of a cICP chunk; empty if they are not supported."""
-    if primaries not in _PRIMARIES or matrix or full_range != 1:
-        return b""
-    if transfer == _SRGB_CURVE:
-        return from_chromaticities(None, _PRIMARIES[primaries])
-    return from_chromaticities(_EXPONENTS[transfer], _PRIMARIES[primaries]) if transfer in _EXPONENTS else b""
-
-
-def from_chromaticities(exponent: float | None, xy: _Vector | None) -> bytes:
-    """The profile for a gamma `exponent` and x and y of white, red, green and blue; ``None`` stands for sRGB's values.
+def from_chromaticities(exponent: float, xy: _Vector | None) -> bytes:
+    """The profile for a gamma `exponent` and x and y of white, red, green and blue; ``None`` stands for sRGB's.
 
     Empty if there is no such colour space.
     """
@@ -59,9 +42,8 @@ def from_chromaticities(exponent: float | None, xy: _Vector | None) -> bytes:
     for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True):
         (at,) = struct.unpack_from(">I", profile, tags[name] + 4)
         struct.pack_into(">3i", profile, at + 8, *map(_fixed, column))
-    if exponent is not None:
-        (at,) = struct.unpack_from(">I", profile, tags[b"rTRC"] + 4)
-        struct.pack_into(">5i", profile, at + 12, _fixed(exponent), _fixed(1), 0, 0, 0)
+    (at,) = struct.unpack_from(">I", profile, tags[b"rTRC"] + 4)
+    struct.pack_into(">5i", profile, at + 12, _fixed(exponent), _fixed(1), 0, 0, 0)
     return bytes(profile)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from adapters.images.codec import Unreadable
-from adapters.images.colour_profiles import from_chromaticities, from_code_points
+from adapters.images.colour_profiles import from_chromaticities
 
 #: Chunks of a PNG, segments of a JPEG, and stray bytes before the pixels of a JPEG. It limits the time of the parser.
 _MAX_CHUNKS: Final = 20_000
@@ -139,10 +139,7 @@ def _expanded(name: bytes, body: bytes, limit: int) -> bytes:
 
 
 def _png_profile(chunks: dict[bytes, bytes]) -> bytes:
-    """The ICC profile from the first usable of cICP, iCCP, sRGB, and gAMA with cHRM; empty for sRGB."""
-    code_points = chunks.get(b"cICP", b"")
-    if len(code_points) == 4 and (profile := from_code_points(*code_points)):
-        return profile
+    """The ICC profile from the first usable of iCCP, sRGB, and gAMA with cHRM; empty for sRGB."""
     if profile := chunks.get(b"iCCP", b""):
         return profile
     gamma = int.from_bytes(chunks.get(b"gAMA", b"")[:4])
