@@ -19,7 +19,6 @@ from adapters.images.threads import ImageThreads
 from adapters.memory import storage as memory_storage
 from adapters.offline.editor import LocalEditor
 from adapters.offline.face_swap import LocalFaceSwap
-from adapters.outbound.sample_fetcher import SampleFetcher
 from adapters.outbound.url_fetcher import UrlFetcher
 from adapters.outbound.webhook_sender import WebhookSender
 from adapters.providers import openai as openai_editor
@@ -74,9 +73,10 @@ class Parts:
         self.threads = ImageThreads()
         self.intake = PillowIntake(self.threads)
         self.composer: Composer = PillowComposer(self.threads)
-        web = UrlFetcher(self.intake, allow=settings.fetch_allow)
-        samples = f"{settings.public_url}/static/samples"
-        self.fetcher: ImageFetcher = SampleFetcher(self.intake, web, base=samples, folder=page.FOLDER / "samples")
+        samples = (page.FOLDER / "samples").iterdir()
+        files = {f"{settings.public_url}/static/samples/{file.name}": file for file in samples}
+        web = UrlFetcher(self.intake, allow=settings.fetch_allow, files=files)
+        self.fetcher: ImageFetcher = web
         self.editor = _editor(settings, self.threads, web)
         self.face_swapper = _face_swapper(settings, self.threads)
         #: ``None``: no webhook is configured.

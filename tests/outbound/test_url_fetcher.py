@@ -77,7 +77,6 @@ from support.sites import (
         "http://pictures.test:25/",
         "http://pictures.test:65536/",
         "http://pictures.test:99999999999999999999/",
-        "http://pictures.test/" + "a" * 2_048,
         "http://" + "ü" * 2_000 + "/",
         "http://" + "a." * 1_000,
         "http://[" + ":" * 2_000,

@@ -4,25 +4,24 @@ from pathlib import Path
 
 import pytest
 
-from adapters.images.intake import PillowIntake
-from adapters.outbound.sample_fetcher import SampleFetcher
+from adapters.outbound.url_fetcher import UrlFetcher
 from api.web.page import FOLDER
-from support.doubles import ScriptedFetcher
 from support.harness import running
-from support.pictures import THREADS, opened
+from support.pictures import opened
+from support.sites import FORBIDDEN, INTAKE, FakeResolver, refused
 
 BASE = "http://localhost:3000/static/samples"
 
 
 async def test_samples_are_read_from_disk_and_other_urls_are_fetched() -> None:
-    web = ScriptedFetcher()
-    fetcher = SampleFetcher(PillowIntake(THREADS), web, base=BASE, folder=FOLDER / "samples")
+    names = FakeResolver()
+    fetcher = UrlFetcher(INTAKE, resolve=names, files={f"{BASE}/face.webp": FOLDER / "samples" / "face.webp"})
     assert opened(await fetcher.fetch(f"{BASE}/face.webp")).width > 100
-    assert web.calls == []
+    assert names.asked == []
     others = [f"{BASE}/../app.js", f"{BASE}/face.webp?", f"{BASE}/nobody.webp", f"{BASE}/", "http://localhost:3000/"]
     for url in others:
-        await fetcher.fetch(url)
-    assert web.calls == others
+        assert (await refused(fetcher, url)).sentence.endswith(FORBIDDEN)
+    assert names.asked == ["localhost"] * len(others)
 
 
 @pytest.mark.parametrize("name", ["face.webp", "portrait.webp"])
