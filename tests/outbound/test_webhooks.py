@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 from standardwebhooks import Webhook
 
-from adapters.outbound.responses import retry_after
+from adapters.outbound.calls import retry_after
 from adapters.outbound.webhook_sender import WebhookSender
 from adapters.system import now
 from api import service as api_service

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.algorithms import RSAAlgorithm
 
-from adapters.outbound.tls import ssl_context
+from adapters.outbound.calls import ssl_context
 from adapters.tokens.jwt_tokens import JwksKeys, SecretKey, Tokens
 from domain.errors import Refusal
 from domain.identity import Identity, InvalidToken, KeysUnavailable, TokenExpired

@@ -13,7 +13,7 @@ import httpx2
 import socketio
 import websockets
 
-from adapters.outbound.tls import ssl_context
+from adapters.outbound.calls import ssl_context
 from adapters.serving.uvicorn_server import Server
 from adapters.system import SystemEntropy, now
 from api.app import create_service

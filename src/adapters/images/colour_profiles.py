@@ -25,10 +25,8 @@ def from_chromaticities(exponent: float, xy: _Vector | None) -> bytes:
     Empty if there is no such colour space.
     """
     xy = xy or _BT709
-    if not all(xy[1::2]):
-        return b""
-    white, *primaries = [(x / y, 1.0, (1 - x - y) / y) for x, y in zip(xy[::2], xy[1::2], strict=True)]
     try:
+        white, *primaries = [(x / y, 1.0, (1 - x - y) / y) for x, y in zip(xy[::2], xy[1::2], strict=True)]
         amounts = _amounts(primaries, white)
         columns = [
             _adapted([each * amount for each in primary], white)

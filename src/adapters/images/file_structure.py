@@ -171,7 +171,9 @@ def read_jpeg(data: bytes) -> PictureFile:
             kept.append(view[at:start])
         else:
             stray += start - at
-        if found is None or found[0][1] == _END_OF_IMAGE or stray > _MAX_CHUNKS:
+            if stray > _MAX_CHUNKS:
+                raise Unreadable
+        if found is None or found[0][1] == _END_OF_IMAGE:
             break
         marker, at = found[0][1], found.end()
         if marker in _BARE:
@@ -195,8 +197,6 @@ def read_jpeg(data: bytes) -> PictureFile:
             kept.append(view[start:end])
             unusual |= marker not in _BASELINE
     else:
-        raise Unreadable
-    if stray > _MAX_CHUNKS:
         raise Unreadable
     if found is None:
         if marker != _START_OF_SCAN or at >= len(data):

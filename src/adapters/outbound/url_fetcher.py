@@ -20,8 +20,7 @@ from typing import Final
 import httpcore2
 import httpx2
 
-from adapters.outbound.responses import TooLarge, bounded, compressions
-from adapters.outbound.tls import ssl_context
+from adapters.outbound.calls import TooLarge, bounded, compressions, ssl_context
 from domain.errors import Failure, ImageRefusal
 from domain.ports.images import ImageIntake, Picture
 

@@ -10,8 +10,7 @@ from typing import Final
 
 import httpx2
 
-from adapters.outbound.responses import bounded, retry_after
-from adapters.outbound.tls import ssl_context
+from adapters.outbound.calls import bounded, retry_after, ssl_context
 from domain.ports.system import Clock
 from domain.webhooks import NotDelivered
 

@@ -18,8 +18,7 @@ from typing import Final, TypeVar
 
 import httpx2
 
-from adapters.outbound.responses import bounded, compressions, retry_after
-from adapters.outbound.tls import ssl_context
+from adapters.outbound.calls import bounded, compressions, retry_after, ssl_context
 from domain.errors import Failure, FailureCode
 from domain.ports.providers import Report
 

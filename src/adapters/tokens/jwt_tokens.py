@@ -15,8 +15,7 @@ import httpx2
 import jwt
 from jwt.types import Options
 
-from adapters.outbound.responses import TooLarge, bounded
-from adapters.outbound.tls import ssl_context
+from adapters.outbound.calls import TooLarge, bounded, ssl_context
 from domain.identity import Identity, InvalidToken, InvalidUserId, KeysUnavailable, TokenExpired
 from domain.identity import user_id as valid_user_id
 from domain.ports.system import Clock

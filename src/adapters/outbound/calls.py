@@ -1,10 +1,12 @@
-"""Reads the responses of other servers: ``Retry-After``, ``Content-Encoding``, and bodies of limited size."""
+"""What calls to other servers share: TLS, ``Retry-After``, ``Content-Encoding``, and bodies of limited size."""
 
 import math
+import ssl
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Final
 
 import httpx2
@@ -13,6 +15,15 @@ import httpx2
 _COMPRESSIONS: Final = frozenset(
     ("aes128gcm", "br", "bzip2", "compress", "dcb", "dcz", "deflate", "exi", "gzip", "pack200-gzip", "xz", "zstd")
 )
+
+
+@cache
+def ssl_context() -> ssl.SSLContext:
+    """The shared context with httpx2's certificate authorities, or those in `SSL_CERT_FILE` and `SSL_CERT_DIR`.
+
+    Cached, because loading takes 50 ms. Do not modify it.
+    """
+    return httpx2.create_ssl_context()
 
 
 class TooLarge(httpx2.DecodingError):
