@@ -8,7 +8,7 @@ from pydantic_core import to_json
 from api.auth import PROBLEMS, StreamIdentity
 from api.rest import routes
 from api.rest.problems import documented
-from api.rest.schemas import LAST_EVENT_ID, STREAM, VARY, FeedPage, json_response, named
+from api.rest.schemas import STREAM, VARY, FeedPage, LastEventId, json_response, named
 from api.rest.state import Feeds, UseCases
 
 router: Final = routes.router("generations")
@@ -18,7 +18,6 @@ router: Final = routes.router("generations")
     "/events",
     response_model=FeedPage,
     responses={**STREAM, **documented("invalid_request", *PROBLEMS)},
-    openapi_extra=LAST_EVENT_ID,
 )
 async def get_feed(
     identity: StreamIdentity,
@@ -26,6 +25,7 @@ async def get_feed(
     feeds: Feeds,
     after: Annotated[str | None, Query(description="a cursor from this route or from Socket.IO")] = None,
     limit: Annotated[int, Query(ge=1, le=1_000)] = 200,
+    _: LastEventId = None,
 ) -> Response:
     """The events of all of the caller's generations after a cursor. Without one: the current generations.
 

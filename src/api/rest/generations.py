@@ -13,7 +13,7 @@ from api.rest import bodies, routes
 from api.rest.forms import form_body, read_form
 from api.rest.multipart import spool
 from api.rest.problems import documented
-from api.rest.schemas import LAST_EVENT_ID, STREAM, VARY, CancelOutcome, EventPage, GenerationPage, json_response, named
+from api.rest.schemas import STREAM, VARY, CancelOutcome, EventPage, GenerationPage, LastEventId, json_response, named
 from api.rest.state import UseCases
 from domain.errors import NotFound
 from domain.events import decode
@@ -140,10 +140,9 @@ async def get_generation(generation_id: GenerationId, caller: Caller, workflow: 
         },
         **documented("not_found", "invalid_request", *PROBLEMS),
     },
-    openapi_extra=LAST_EVENT_ID,
 )
 async def get_events(
-    generation_id: GenerationId, identity: StreamIdentity, workflow: UseCases, after: After = 0
+    generation_id: GenerationId, identity: StreamIdentity, workflow: UseCases, after: After = 0, _: LastEventId = None
 ) -> Response:
     """The generation's events, as they were sent live.
 

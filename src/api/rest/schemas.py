@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import Response
+from fastapi import Header, Response
 from pydantic import BaseModel, Field, RootModel, StrictInt
 
 from domain.events import CONTINUE, Event, Wire, event_name
@@ -111,7 +111,7 @@ class Health(Wire):
     ] = None
 
 
-def _stage_view(kind: Kind, status: str) -> StageView:
+def _stage_view(kind: Kind, status: str, times: StageTimes) -> StageView:
     stage = FLOWS[kind][status]
     onward = {move.status: move.via for move in moves(kind) if move.source == status != move.status}
     return StageView(
@@ -124,20 +124,13 @@ def _stage_view(kind: Kind, status: str) -> StageView:
         messages={to: via.message for to, via in onward.items() if via.message} or None,
         repeats=stage.repeats,
         terminal=stage.terminal,
+        typical_seconds=times.typical(kind, status),
     )
-
-
-_STAGES: Final = {kind: [_stage_view(kind, status) for status in flow] for kind, flow in FLOWS.items()}
 
 
 def stages(times: StageTimes) -> Stages:
     """The declared sequences, and how long their stages take."""
-    return Stages(
-        {
-            kind: [each.model_copy(update={"typical_seconds": times.typical(kind, each.status)}) for each in flow]
-            for kind, flow in _STAGES.items()
-        }
-    )
+    return Stages({kind: [_stage_view(kind, status, times) for status in flow] for kind, flow in FLOWS.items()})
 
 
 #: What OpenAPI says of a route that also answers with an event stream: its content, and the header of a reconnect.
@@ -148,16 +141,10 @@ STREAM: Final[dict[int | str, dict[str, Any]]] = {
         "headers": {"Vary": {"description": "Accept", "schema": {"type": "string"}}},
     }
 }
-LAST_EVENT_ID: Final = {
-    "parameters": [
-        {
-            "name": "Last-Event-ID",
-            "in": "header",
-            "description": "of a stream: the `id` of the last event received; it comes before `after`",
-            "schema": {"type": "string"},
-        }
-    ]
-}
+LastEventId = Annotated[
+    str | None,
+    Header(alias="Last-Event-ID", description="of a stream: the `id` of the last event; it comes before `after`"),
+]
 #: Of the JSON of such a route.
 VARY: Final = {"Vary": "Accept"}
 

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Final
 
-from fastapi import Header, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic_core import to_json
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -13,6 +13,7 @@ from api.realtime.sockets import welcome_of
 from api.rest import routes
 from api.rest.generations import After, GenerationId
 from api.rest.problems import is_temporary
+from api.rest.schemas import LastEventId
 from api.rest.state import Feeds, Streams, UseCases
 from api.sse.blocks import CURSOR_AS_ID, SEQUENCE_AS_ID, block
 from api.sse.streams import try_again
@@ -40,8 +41,6 @@ class _StreamRoute(routes.Route):
                 raise
             return try_again()
 
-
-LastEventId = Annotated[str | None, Header()]
 
 router: Final = routes.router(route_class=_StreamRoute, include_in_schema=False)
 
