@@ -51,7 +51,11 @@ class ConnectionTable:
 
     def add(self, transport: asyncio.Transport, host: str) -> None:
         """Count a new transport. Beyond a limit, it or another one is aborted. `host` is empty if unknown."""
-        self._place(transport, host)
+        address = self._addresses[transport] = _network(host)
+        group = self._groups.setdefault(address, {})
+        group[transport] = None
+        if host and len(group) > self._per_address and not any(ip_address(host) in each for each in self._proxies):
+            self._abort(transport, "the limit of connections per address is reached")
         self._make_room()
 
     def count_upload(self, transport: asyncio.Transport) -> None:
@@ -79,8 +83,8 @@ class ConnectionTable:
         Returns: whether it is still open. It is aborted if that host has too many.
         """
         if self._addresses.get(transport, _network(host)) != _network(host):
-            self._unplace(transport)
-            self._place(transport, host)
+            self.remove(transport)
+            self.add(transport, host)
         return not transport.is_closing()
 
     def extensions(self, transport: asyncio.Transport) -> dict[str, Any]:
@@ -91,9 +95,6 @@ class ConnectionTable:
     def remove(self, transport: asyncio.Transport) -> None:
         """Stop counting this transport, if it is counted."""
         self.end_upload(transport)
-        self._unplace(transport)
-
-    def _unplace(self, transport: asyncio.Transport) -> None:
         address = self._addresses.pop(transport, None)
         if address is not None:
             del self._groups[address][transport]
@@ -103,13 +104,6 @@ class ConnectionTable:
     def _make_room(self) -> None:
         while len(self._addresses) > self._most or len(self._addresses) + len(self._uploads) > self._descriptors:
             self._abort(self._least_needed(), "the limit of all connections is reached")
-
-    def _place(self, transport: asyncio.Transport, host: str) -> None:
-        address = self._addresses[transport] = _network(host)
-        group = self._groups.setdefault(address, {})
-        group[transport] = None
-        if host and len(group) > self._per_address and not any(ip_address(host) in each for each in self._proxies):
-            self._abort(transport, "the limit of connections per address is reached")
 
     def _least_needed(self) -> asyncio.Transport:
         group = max(self._groups.values(), key=len)

@@ -23,6 +23,7 @@ HEADERS: Final = {
     "X-Accel-Buffering": "no",  # nginx passes each event on at once.
     "Vary": "Accept",
 }
+_RAW_HEADERS: Final = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 #: Calls of `check_progress` between two comments: 15 seconds.
 _COMMENT_EVERY: Final = round(15 / PROGRESS_INTERVAL)
 #: Milliseconds after which the kernel gives up a client that acknowledges nothing, not even a comment.
@@ -63,7 +64,6 @@ class EventStream(Response):
     """One stream: it ends when its buffer is closed, its token expires, or its client leaves."""
 
     def __init__(self, streams: EventStreams, identity: Identity, join: Join) -> None:
-        self.init_headers(HEADERS)
         self.buffer = BoundedSendBuffer[bytes](len, self._abort)
         self.buffer.put(RETRY)
         self._streams = streams
@@ -77,7 +77,7 @@ class EventStream(Response):
         """Begin the stream; `StreamLayer` continues it."""
         self._transport = scope.get("extensions", {}).get(TRANSPORT)
         _limit_silence(self._transport)
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.start", "status": 200, "headers": _RAW_HEADERS})
         scope[_STREAM] = self
 
     async def run(self, receive: Receive, send: Send) -> None:
