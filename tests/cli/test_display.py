@@ -9,10 +9,6 @@ from api.cli.display import create_display, event_line
 from domain.stages import FLOWS
 from support.harness import JSON
 
-STAGES: dict[str, list[JSON]] = {
-    str(kind): [{"status": status, "progress": 0} for status in rows] for kind, rows in FLOWS.items()
-}
-
 
 def event(generation_id: str, status: str, **further: object) -> JSON:
     row = FLOWS["edit"][status]
@@ -40,7 +36,7 @@ class Screen(io.TextIOWrapper):
 def test_a_terminal_shows_a_line_per_generation_and_keeps_the_finished_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "24"}.items():
         monkeypatch.setenv(name, value)
-    with redirect_stdout(Screen()) as screen, create_display(STAGES) as display:
+    with redirect_stdout(Screen()) as screen, create_display() as display:
         display.show(event("edit_1", "composition"))
         display.show(event("edit_2", "started", message="[bold]as it is[/] \x1b[2J"))
         display.show(event("edit_3", "started"))
@@ -57,7 +53,7 @@ def test_a_terminal_shows_a_line_per_generation_and_keeps_the_finished_ones(monk
 
 
 def test_a_pipe_gets_a_line_per_event_with_the_generation(capsys: pytest.CaptureFixture[str]) -> None:
-    with create_display(STAGES) as display:
+    with create_display() as display:
         display.show(event("edit_1", "composition"))
         display.show(event("edit_2", "started"))
     assert capsys.readouterr().out.splitlines() == [

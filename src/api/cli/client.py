@@ -1,74 +1,60 @@
 """Calls to a running service, from the command line."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
-from api.settings import masked
+from api.settings import load_remote, masked
+from domain.identity import user_id
 
 if TYPE_CHECKING:
     import httpx2
+
+#: Seconds without a byte after which a connection counts as broken; a stream has a comment every 15.
+_SILENCE: Final = 40.0
 
 
 class Unavailable(Exception):
     """A port, a store or a service is not available. The text is one sentence."""
 
 
-def not_stagecast(url: str) -> Unavailable:
-    """The error for an address where no Stagecast service answers."""
-    return Unavailable(f"no Stagecast service answers on {masked(url)}; choose another with --url or STAGECAST_URL.")
-
-
 class Refused(Exception):
     """The service refused. The text is one sentence."""
 
 
-class Forbidden(Refused):
-    """The service refused because the token is not that of a service."""
-
-
-def request(
-    method: str, url: str, path: str, token: str | None, *, user: str | None = None, json: Any = None
-) -> dict[str, Any]:
-    """Send a request and return the JSON object of the response.
+@contextmanager
+def connect(remote: Mapping[str, Any], *, user: str | None = None) -> Iterator["httpx2.Client"]:
+    """An HTTP client for the service of these options, acting for this user. Read its responses within the context.
 
     Raises:
-        Unavailable: no Stagecast service answers at this URL.
-        Refused: the response is an error.
+        SettingsError, InvalidUserId: an option is not valid.
+        Unavailable: no service answers, or what answers is not Stagecast.
     """
     import httpx2  # --help and serve do not need it.
 
-    try:
-        with connect(token, user, timeout=30) as http:
-            return content_of(http.request(method, url.rstrip("/") + path, json=json), url)
-    except (httpx2.HTTPError, httpx2.InvalidURL):
-        raise not_stagecast(url) from None
-
-
-def connect(token: str | None, user: str | None, timeout: Any) -> "httpx2.Client":
-    """Return an HTTP client with this token, acting for this user."""
-    import httpx2
-
-    headers = {b"Authorization": f"Bearer {token}".encode()} if token else {}
-    if user is not None:
-        headers[b"X-User-Id"] = user.encode(errors="replace")
+    service = load_remote(remote)
+    headers = {} if user is None else {b"X-User-Id": user_id(user).encode()}
+    if service.token:
+        headers[b"Authorization"] = f"Bearer {service.token}".encode()
     # The token is sent instead of a password in the URL, which would take its place.
-    auth = (lambda request: request) if token else None
-    return httpx2.Client(trust_env=False, timeout=timeout, headers=headers, auth=auth)
+    auth = (lambda request: request) if service.token else None
+    timeout = httpx2.Timeout(30, read=_SILENCE)
+    try:
+        with httpx2.Client(base_url=service.url, trust_env=False, timeout=timeout, headers=headers, auth=auth) as http:
+            yield http
+    except (httpx2.HTTPError, httpx2.InvalidURL, KeyError, TypeError, ValueError):
+        sentence = f"no Stagecast service answers on {masked(service.url)}; choose another with --url or STAGECAST_URL."
+        raise Unavailable(sentence) from None
 
 
-def content_of(response: "httpx2.Response", url: str) -> dict[str, Any]:
-    """Return the JSON object of a response.
+def content_of(response: "httpx2.Response") -> Any:
+    """Return the JSON of a response.
 
     Raises:
-        Unavailable: it is not one of Stagecast.
-        Refused: it is an error.
+        Refused: it is an error of the service.
+        KeyError, TypeError, ValueError: it is not one of Stagecast.
     """
-    try:
-        content = response.json()
-    except ValueError:
-        raise not_stagecast(url) from None
-    if not isinstance(content, dict):
-        raise not_stagecast(url)
+    content = response.json()
     if not response.is_success:
-        refused = Forbidden if response.status_code == 403 else Refused
-        raise refused(str(content.get("detail", f"the service answered {response.status_code}")))
+        raise Refused(str(content["detail"]))
     return content

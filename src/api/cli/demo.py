@@ -1,6 +1,6 @@
 """``stagecast demo``: run one edit on a service of its own, over HTTP and Socket.IO, and watch it live.
 
-The service runs in a thread of this process and keeps nothing. It accepts only a token that is made for this
+The service runs in this process and keeps nothing. It accepts only a token that is made for this
 run, and may fetch image URLs only from itself, because the face comes by URL.
 """
 
@@ -10,13 +10,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from threading import Event, Thread
 from typing import Any, Final
 
 import aiohttp
@@ -94,35 +93,26 @@ def run(settings: Settings, listener: socket.socket, folder: Path) -> None:
     try:
         with TemporaryDirectory(prefix="stagecast-demo-", ignore_cleanup_errors=True) as store:
             settings = settings.model_copy(update={"public_url": url, "images": store})
-            with _serving(settings, listener):
-                asyncio.run(_run_edit(settings, folder))
+            asyncio.run(_serve_edit(settings, listener, folder))
     except (httpx2.HTTPError, SocketIOError, TimeoutError):
         raise Unavailable("the demo's service does not answer.") from None
 
 
-@contextmanager
-def _serving(settings: Settings, listener: socket.socket) -> Iterator[None]:
-    """Run the service in a thread until the end of the context."""
-    ready = Event()
-    server = create_server(asyncio.run(wire(settings)), ready=ready.set)
-
-    def serve() -> None:
-        try:
-            server.run(sockets=[listener])
-        finally:
-            ready.set()
-
-    thread = Thread(target=serve, name="service", daemon=True)
-    thread.start()
+async def _serve_edit(settings: Settings, listener: socket.socket, folder: Path) -> None:
+    """Run the service for as long as the edit takes."""
+    ready = asyncio.Event()
+    server = create_server(await wire(settings), ready=ready.set)
+    server.capture_signals = nullcontext  # type: ignore[assignment, method-assign]  # asyncio cancels this task instead.
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving.add_done_callback(lambda _: ready.set())
     try:
-        ready.wait()
+        await ready.wait()
         if not server.started:
             raise Unavailable("the demo's service did not start.")
-        yield
+        await _run_edit(settings, folder)
     finally:
-        if thread.is_alive():
-            server.handle_exit(signal.SIGINT, None)
-            thread.join(10)
+        server.begin_shutdown(now=True)
+        await serving
 
 
 async def _run_edit(settings: Settings, folder: Path) -> None:
@@ -143,17 +133,14 @@ async def _run_edit(settings: Settings, folder: Path) -> None:
         device.on("disconnect", lambda *_: events.put_nowait(None))
         try:
             # The client's handlers take one argument.
-            await device.connect(url, auth={"recovery": False}, wait_timeout=10)
-            ack = await device.call("authenticate", {"userId": DEFAULT_USER, "token": token}, timeout=10)
-            if not ack["ok"]:
-                raise Refused(ack["message"])
-            with create_display(content_of(await http.get("/stages"), url), detailed=True) as display:
+            await device.connect(url, auth={"token": token, "recovery": False}, wait_timeout=10)
+            with create_display(detailed=True) as display:
                 started = time.monotonic()
-                generation = content_of(await http.post("/generations/edit", files=_form(url)), url)
+                generation = content_of(await http.post("/generations/edit", files=_form(url)))
                 received, result = await _follow(events, http, folder, display)
                 seconds = time.monotonic() - started
             path = f"/generations/{generation['generationId']}/events"
-            logged = content_of(await http.get(path), url)["events"]
+            logged = content_of(await http.get(path))["events"]
         finally:
             await device.disconnect()
     if [item["data"] for item in logged] != received:

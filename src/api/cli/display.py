@@ -1,23 +1,19 @@
-"""Show the progress of generations: lines that a terminal redraws in place, or plain lines where there is none."""
+"""Show the progress of generations: bars that a terminal redraws in place, or plain lines where there is none."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from threading import Lock
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Self
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.spinner import Spinner
-from rich.table import Column, Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
-_REFRESH_RATE: Final = 10  # frames per second
 _MIN_WIDTH: Final = 46
 #: Rows of a generation with its stages.
-_DETAIL_ROWS: Final = 17
-_TERMINAL: Final = ("completed", "failed")
+_DETAIL_ROWS: Final = 11
+#: By the status of an event that ends a generation.
+_SIGNS: Final = {"completed": Text("✔", "green"), "failed": Text("✘", "red")}
 
 _JSON = Mapping[str, Any]
 
@@ -55,127 +51,88 @@ class Display:
         """Show a generation no longer."""
 
 
-def create_display(stages: Mapping[str, Sequence[_JSON]], *, detailed: bool = False) -> Display:
+def create_display(*, detailed: bool = False) -> Display:
     """Return the display that suits standard output.
 
-    Args:
-        stages: the stages of each kind, as ``GET /stages`` returns them.
-        detailed: only one generation is shown, with its stages where the terminal is large enough. Otherwise each
-            unfinished generation is a line, and finished ones move up.
+    `detailed`: only one generation is shown, with its stages where the terminal is large enough. Otherwise each
+    unfinished generation is a bar, and finished ones move up.
     """
     # Given explicitly, because rich takes a pipe for a terminal if the environment says so.
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
     capable = console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
     if not capable or not console.encoding.startswith("utf") or console.width < _MIN_WIDTH:
         return Display(detailed=detailed)
-    return _LiveDisplay(stages, console, detailed=detailed and console.height > _DETAIL_ROWS)
+    return _LiveDisplay(console, detailed=detailed and console.height > _DETAIL_ROWS)
+
+
+class _SignColumn(SpinnerColumn):
+    def render(self, task: Task) -> RenderableType:
+        return task.fields["sign"] or super().render(task)
+
+
+class _Bars(Progress):
+    """A bar for each task, below lines that stay."""
+
+    above: Sequence[RenderableType] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from self.above
+        yield from super().get_renderables() if self.tasks else [Text("Waiting for a generation to start…", "dim")]
 
 
 class _LiveDisplay(Display):
-    """Redraws the lines at the end of the terminal from a thread."""
+    """Bars at the end of the terminal, which a thread redraws."""
 
-    def __init__(self, stages: Mapping[str, Sequence[_JSON]], console: Console, *, detailed: bool) -> None:
+    def __init__(self, console: Console, *, detailed: bool) -> None:
         super().__init__(detailed=detailed)
-        self._stages = {kind: [row["status"] for row in rows if "progress" in row] for kind, rows in stages.items()}
-        self._console = console
-        self._lock = Lock()
-        self._generations: dict[str, _Generation] = {}
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=_REFRESH_RATE)
+        self._bars = _Bars(
+            _SignColumn(style="cyan"),
+            TimeElapsedColumn() if detailed else TextColumn("{task.description}", markup=False),
+            BarColumn(None, complete_style="cyan", finished_style="green", table_column=Column(ratio=1)),
+            TextColumn("{task.completed:3.0f} %"),
+            TextColumn("{task.fields[message]}", style="dim", markup=False, table_column=Column(ratio=2, no_wrap=True)),
+            console=console,
+            expand=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._stages: dict[str, RenderableType] = {}
 
     def __enter__(self) -> Self:
-        self._live.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        self._bars.stop()
 
     def show(self, event: _JSON) -> None:
-        with self._lock:
-            generation = self._generations.setdefault(event["generationId"], _Generation())
-            generation.update(event)
-            if self.detailed or event["status"] not in _TERMINAL:
-                return
-            del self._generations[event["generationId"]]
-        self._console.print(generation.line())
+        generation_id, sign = event["generationId"], _SIGNS.get(event["status"])
+        state: dict[str, Any] = {"sign": sign, "message": _message(event)}
+        if generation_id not in self._tasks:
+            self._tasks[generation_id] = self._bars.add_task(generation_id, **state)
+        if sign and not self.detailed:
+            ended = next(task for task in self._bars.tasks if task.id == self._tasks[generation_id])
+            self.remove(generation_id)
+            ended.completed, ended.fields = event["progress"], state
+            self._bars.console.print(self._bars.make_tasks_table([ended]))
+            return
+        self._bars.update(self._tasks[generation_id], completed=event["progress"], **state)
+        if self.detailed:
+            line = f" {event['status']:<26} {_message(event)}"
+            self._stages[event["status"]] = Text.assemble(sign or _SIGNS["completed"], line, no_wrap=True)
+            stages = list(self._stages.values())
+            self._bars.above = stages if sign else stages[:-1]
 
     def show_position(self, generation_id: str, position: int) -> None:
-        with self._lock:
-            if generation := self._generations.get(generation_id):
-                generation.event = {**generation.event, "queuePosition": position}
+        if generation_id in self._tasks:
+            self._bars.update(self._tasks[generation_id], message=_place({"queuePosition": position}))
 
     def remove(self, generation_id: str) -> None:
-        with self._lock:
-            self._generations.pop(generation_id, None)
-
-    def _render(self) -> RenderableType:
-        with self._lock:
-            if self.detailed:
-                return Group(*(each.details(self._stages[each.event["kind"]]) for each in self._generations.values()))
-            lines = [generation.line() for generation in self._generations.values()]
-            return Group(*lines) if lines else Text("Waiting for a generation to start…", "dim")
+        if generation_id in self._tasks:
+            self._bars.remove_task(self._tasks.pop(generation_id))
 
 
-class _Generation:
-    """What is shown of one generation."""
-
-    def __init__(self) -> None:
-        self.event: _JSON = {}
-        self._drawn = 0.0  # The progress of the bar, which moves smoothly to that of the event.
-        self._entered: dict[str, datetime] = {}
-        self._spinner = Spinner("dots", style="cyan")
-
-    def update(self, event: _JSON) -> None:
-        """Take an event or a snapshot."""
-        self.event = event
-        self._entered.setdefault(event["status"], datetime.fromisoformat(event.get("occurredAt") or event["updatedAt"]))
-
-    def line(self) -> RenderableType:
-        """One line: the id, the bar and the message."""
-        name, text = Column(no_wrap=True), Column(ratio=2, no_wrap=True, style="dim")
-        grid = _grid(Column(width=1), name, *_bar_columns(), text)
-        generation_id, message = Text(self.event["generationId"]), Text(self._message())
-        grid.add_row(self._sign(self.event["status"]), generation_id, *self._bar(), message)
-        return grid
-
-    def details(self, stages: Sequence[str]) -> RenderableType:
-        """The stages with the seconds at which they were entered, the message and the bar."""
-        grid = _grid(Column(width=1), Column(ratio=1), Column(justify="right", style="dim"))
-        current, started = self.event["status"], min(self._entered.values())
-        for status in stages if current != "failed" else [*stages, "failed"]:
-            entered = self._entered.get(status)
-            style = "dim" if entered is None else "bold" if status == current != "completed" else ""
-            seconds = f"{(entered - started).total_seconds():.1f} s" if entered else ""
-            grid.add_row(self._sign(status), Text(status, style), seconds)
-        bar = _grid(*_bar_columns())
-        bar.add_row(*self._bar())
-        return Group(grid, Text(f"\n{self._message()}", "dim", no_wrap=True, overflow="ellipsis"), bar)
-
-    def _sign(self, status: str) -> RenderableType:
-        current = self.event["status"]
-        if status == "failed":
-            return Text("✘", "red")
-        if status == current and status != "completed":
-            return self._spinner
-        if status in self._entered:
-            return Text("✔", "green")
-        return Text("–" if current in _TERMINAL else "○", "dim")
-
-    def _bar(self) -> tuple[RenderableType, str]:
-        progress = self.event["progress"]
-        shown = progress if self.event["status"] in _TERMINAL else self._drawn
-        self._drawn += (progress - self._drawn) * 0.4
-        return ProgressBar(completed=shown, complete_style="cyan", finished_style="green"), f"{shown:.0f} %"
-
-    def _message(self) -> str:
-        return _place(self.event) or _printable(self.event.get("error") or self.event["message"])
-
-
-def _grid(*columns: Column) -> Table:
-    return Table.grid(*columns, padding=(0, 1), expand=True)
-
-
-def _bar_columns() -> tuple[Column, Column]:
-    return Column(ratio=1), Column(width=5, justify="right")
+def _message(event: _JSON) -> str:
+    return _place(event) or _printable(event.get("error") or event["message"])
 
 
 def _place(event: _JSON) -> str:

@@ -17,13 +17,13 @@ from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, NoReturn
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 from api import logs
 from api.cli import client
-from api.cli.client import Refused, Unavailable
+from api.cli.client import Refused, Unavailable, content_of
 from api.loopback import is_loopback
-from api.settings import Setting, Settings, SettingsError, describe_settings, load_remote, load_settings, masked
+from api.settings import Setting, Settings, SettingsError, describe_settings, load_settings, masked
 from domain.identity import InvalidUserId, user_id
 from domain.ports.images import ImagesRefused
 from domain.ports.storage import StorageRefused
@@ -192,63 +192,47 @@ def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # 
 
 
 def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
-    """Change a user's balance on a running service and print it. It does not fall below 0."""
+    """Add credit to a user's balance on a running service, and print the new balance. It never falls below 0."""
     path = f"/users/{_segment(user_id(userId))}/credit"
-    service = load_remote(remote)
-    account = client.request("POST", service.url, path, service.token, json={"amount": amount})
-    try:
+    with client.connect(remote) as http:
+        account = content_of(http.post(path, json={"amount": amount}))
         print(f"{account['userId']}: {account['credit']}")
-    except KeyError:
-        raise client.not_stagecast(service.url) from None
 
 
 def list_(user: str | None, kind: str | None, status: str | None, limit: int, as_json: bool, **remote: Any) -> None:
     """Print generations of a running service, newest first: of all users with a service token, else your own."""
     from api.cli.display import event_line
 
-    service = load_remote(remote)
     given = {"user": user, "kind": kind, "status": status, "limit": limit}
-    query = urlencode({name: value for name, value in given.items() if value is not None}, errors="replace")
-    try:
-        page = client.request("GET", service.url, f"/admin/generations?{query}", service.token)
-    except client.Forbidden:
-        page = client.request("GET", service.url, f"/generations?{query}", service.token, user=user)
-    try:
-        for each in page["generations"]:
+    given = {name: value for name, value in given.items() if value is not None}
+    with client.connect(remote, user=user) as http:
+        response = http.get("/admin/generations", params=given)
+        if response.status_code == 403:
+            response = http.get("/generations", params=given)
+        for each in content_of(response)["generations"]:
             if kind in (None, each["kind"]):  # A user's own are not filtered by the service.
                 beginning = f"{each['createdAt']}  {each['generationId']}  {each['userId']}  "
                 print(json.dumps(each) if as_json else event_line(each, beginning))
-    except (KeyError, TypeError, ValueError):
-        raise client.not_stagecast(service.url) from None
 
 
 def cancel(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803
     """End a generation on a running service, unless it has ended, and refund its credit."""
-    service = load_remote(remote)
-    try:
+    segment, owner = _segment(generationId), list[tuple[bytes, bytes]]()
+    with client.connect(remote, user=user) as http:
         if user is None:
             with contextlib.suppress(Refused):  # Only a service has to find the owner.
-                query = urlencode({"id": generationId}, errors="replace")
-                page = client.request("GET", service.url, f"/admin/generations?{query}", service.token)
-                user = next((each["userId"] for each in page["generations"]), None)
-        path = f"/generations/{_segment(generationId)}/cancel"
-        print(client.request("POST", service.url, path, service.token, user=user)["outcome"])
-    except (KeyError, TypeError):
-        raise client.not_stagecast(service.url) from None
+                page = content_of(http.get(f"/admin/generations?id={segment}"))
+                owner = [(b"X-User-Id", each["userId"].encode()) for each in page["generations"]]
+        print(content_of(http.post(f"/generations/{segment}/cancel", headers=owner))["outcome"])
 
 
 def replay(generationId: str, user: str | None, as_json: bool, **remote: Any) -> None:  # noqa: N803
     """Print the events of a generation from a running service."""
     from api.cli.display import event_line
 
-    service = load_remote(remote)
-    path = f"/generations/{_segment(generationId)}/events"
-    page = client.request("GET", service.url, path, service.token, user=user)
-    try:
-        for item in page["events"]:
+    with client.connect(remote, user=user) as http:
+        for item in content_of(http.get(f"/generations/{_segment(generationId)}/events"))["events"]:
             print(json.dumps(item) if as_json else event_line(item["data"], f"{item['data']['occurredAt']}  "))
-    except (KeyError, TypeError, ValueError):
-        raise client.not_stagecast(service.url) from None
 
 
 def watch(generationId: str | None, user: str | None, **remote: Any) -> None:  # noqa: N803
@@ -258,9 +242,8 @@ def watch(generationId: str | None, user: str | None, **remote: Any) -> None:  #
     """
     from api.cli.watch import run
 
-    service = load_remote(remote)
-    path = None if generationId is None else f"/generations/{_segment(generationId)}"
-    run(service.url, service.token, user=user, path=path)
+    with client.connect(remote, user=user) as http:
+        run(http, "" if generationId is None else f"/generations/{_segment(generationId)}")
 
 
 def _segment(text: str) -> str:

@@ -3,18 +3,14 @@
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from math import inf
 from typing import Any, Final
 
 import httpx2
 
-from api.cli import client
-from api.cli.client import Refused
+from api.cli.client import Refused, content_of
 from api.cli.display import Display, create_display
 
-#: Seconds without a byte after which a stream counts as broken; the service sends a comment every 15.
-_SILENCE: Final = 40.0
 #: Seconds between two attempts to connect, and how long they are made without success.
 _RETRY: Final = 1.0
 _GIVE_UP = 60.0
@@ -25,29 +21,25 @@ _TERMINAL: Final = ("completed", "failed")
 _JSON = Mapping[str, Any]
 
 
-def run(url: str, token: str | None, *, user: str | None, path: str | None) -> None:
+def run(http: httpx2.Client, path: str) -> None:
     """Show events until the generation with this path has ended. Without a path: all, until interrupted.
 
     Raises:
-        Unavailable: no Stagecast service answers at this URL.
         Refused: the service refuses, or the generation failed.
+        httpx2.HTTPError: the service does not answer any more.
     """
-    stages = client.request("GET", url, "/stages", token, user=user)
-    with client.connect(token, user, timeout=httpx2.Timeout(30, read=_SILENCE)) as http:
-        try:
-            with create_display(stages, detailed=path is not None) as display:
-                end = _show_all(display, http, url.rstrip("/"), path or "")
-        except (KeyError, TypeError, ValueError):
-            raise client.not_stagecast(url) from None
+    content_of(http.get("/version"))  # Before a stream is retried.
+    with create_display(detailed=bool(path)) as display:
+        end = _show_all(display, http, path)
     if end.get("status") == "failed":
         raise Refused(str(end["error"]))
 
 
-def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JSON:
+def _show_all(display: Display, http: httpx2.Client, path: str) -> _JSON:
     """Show the events, and return the terminal one of the generation with this path, unless it was removed."""
     positions: dict[str, int] = {}
     unfinished: set[str] = set()
-    for name, data in _events(http, url, path):
+    for name, data in _events(http, path):
         if name == "authenticated":
             listed = {each["generationId"]: each for each in data["generations"]}
             positions = {key: each["queuePosition"] for key, each in listed.items() if "queuePosition" in each}
@@ -77,27 +69,28 @@ def _show_all(display: Display, http: httpx2.Client, url: str, path: str) -> _JS
     return {}
 
 
-def _events(http: httpx2.Client, url: str, path: str) -> Iterator[tuple[str, _JSON]]:
-    """The name and data of each event. A broken stream is opened again after the last one.
-
-    Raises:
-        Unavailable, Refused: as `client.request`.
-    """
+def _events(http: httpx2.Client, path: str) -> Iterator[tuple[str, _JSON]]:
+    """The name and data of each event. A broken stream is opened again after the last one. Raises as `run`."""
     position: dict[str, str] = {}
     give_up_at = inf
-    while time.monotonic() < give_up_at:
-        with suppress(httpx2.HTTPError), http.sse(f"{url}{path}/events", headers=position) as source:
-            if source.response.status_code == 204:
-                return
-            if source.response.status_code not in (200, *_RESTARTING):
-                source.response.read()
-                client.content_of(source.response, url)
-            for event in source:
-                give_up_at = inf
-                if event.id:
-                    position = {"Last-Event-ID": event.id}
-                if event.data:
-                    yield event.event, json.loads(event.data)
+    while True:
+        try:
+            with http.sse(f"{path}/events", headers=position) as source:
+                if source.response.status_code == 204:
+                    return
+                if source.response.status_code in _RESTARTING:
+                    source.response.raise_for_status()
+                if source.response.status_code != 200:
+                    source.response.read()
+                    content_of(source.response)
+                for event in source:
+                    give_up_at = inf
+                    if event.id:
+                        position = {"Last-Event-ID": event.id}
+                    if event.data:
+                        yield event.event, json.loads(event.data)
+        except httpx2.HTTPError:
+            if time.monotonic() > give_up_at:
+                raise
         give_up_at = min(give_up_at, time.monotonic() + _GIVE_UP)
         time.sleep(_RETRY)
-    raise client.not_stagecast(url)
