@@ -23,14 +23,11 @@ def run(settings: Settings) -> None:
         Refused: something is damaged. It has been printed.
         SettingsError, StorageRefused, ImagesRefused: as `examine_stores`.
     """
-    for line in _effective(settings):
-        print(line)
+    print(*_effective(settings), sep="\n")
     damage = examine_stores(settings)
-    for line in damage:
-        print(line)
+    print(*damage or ["No damage was found."], sep="\n")
     if damage:
         raise Refused(f"damage was found: {len(damage)} {'findings' if len(damage) > 1 else 'finding'}.")
-    print("No damage was found.")
 
 
 def _effective(settings: Settings) -> Iterator[str]:

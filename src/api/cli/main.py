@@ -13,10 +13,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, Literal, NoReturn
 from urllib.parse import quote
 
 from api import logs
@@ -192,7 +193,7 @@ def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # 
 
 
 def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
-    """Add credit to a user's balance on a running service, and print the new balance. It never falls below 0."""
+    """Change a user's balance on a running service and print it. It does not fall below 0."""
     path = f"/users/{_segment(user_id(userId))}/credit"
     with client.connect(remote) as http:
         account = content_of(http.post(path, json={"amount": amount}))
@@ -275,77 +276,72 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"stagecast {metadata.version('stagecast')}")
     settings = list(describe_settings())
+    width = min(shutil.get_terminal_size().columns, 100)
+    formatter: Any = partial(argparse.HelpFormatter, max_help_position=28, width=width)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def add(run: Callable[..., None], text: str) -> argparse.ArgumentParser:
-        """Add a command, described by the docstring of its function."""
+    def add(
+        run: Callable[..., None], text: str, shown: Iterable[Setting] = (), remote: Literal["owner", "service", ""] = ""
+    ) -> argparse.ArgumentParser:
+        """Add a command, described by the docstring of its function, with flags for these settings.
+
+        `remote`: with whose token it calls a service, if it calls one.
+        """
         command: argparse.ArgumentParser = commands.add_parser(
-            run.__name__.rstrip("_"), help=text, description=run.__doc__, allow_abbrev=False, formatter_class=_formatter
+            run.__name__.rstrip("_"), help=text, description=run.__doc__, allow_abbrev=False, formatter_class=formatter
         )
         command.set_defaults(run=run)
+        _add_settings(command, shown)
+        if remote:
+            _add_remote(command, of_owner=remote == "owner")
         return command
 
-    command = add(serve, "run the service")
+    command = add(serve, "run the service", settings)
     command.epilog = (
         "Each setting is also an environment variable or a line in .env: --local-seconds is STAGECAST_LOCAL_SECONDS. "
         "Flags come before variables, variables before .env. An empty value counts as not set. These have no flag: "
         f"{', '.join(setting.variable for setting in settings if setting.flag is None)}."
     )
-    _add_settings(command, settings)
 
-    command = add(demo, "run one edit and watch it")
-    text = "where the pictures are stored (var/demo)"
-    command.add_argument("--folder", type=Path, default=Path("var/demo"), metavar="PATH", help=text)
     own = {"--port": "any free one", "--editor": "local", "--face-swap": "local"}
     shown = [setting for setting in settings if setting.flag in {*own, "--local-seconds"}]
-    _add_settings(command, (each._replace(default=own.get(each.flag or "", each.default)) for each in shown))
+    shown = [setting._replace(default=own.get(setting.flag or "", setting.default)) for setting in shown]
+    argument = add(demo, "run one edit and watch it", shown).add_argument
+    argument("--folder", type=Path, default="var/demo", metavar="PATH", help="where the pictures are stored (var/demo)")
 
-    _add_settings(add(check, "validate the settings and the stores"), settings)
+    add(check, "validate the settings and the stores", settings)
 
-    command = add(migrate, "migrate the schema of the log in PostgreSQL")
+    shown = [setting for setting in settings if setting.variable == "STAGECAST_LOG"]
+    argument = add(migrate, "migrate the schema of the log in PostgreSQL", shown).add_argument
     text = "print the SQL that does it, for another role to run, and change nothing"
-    command.add_argument("--print", action="store_true", dest="print_only", help=text)
-    _add_settings(command, (setting for setting in settings if setting.variable == "STAGECAST_LOG"))
+    argument("--print", action="store_true", dest="print_only", help=text)
 
-    command = add(token, "make a token for a user")
-    command.add_argument("userId", help="the user that the token is for")
-    text = "the token may act for any user (scope stagecast:service)"
-    command.add_argument("--service", action="store_true", help=text)
-    text = "seconds until the token expires (3600)"
-    command.add_argument("--ttl", type=float, default=3600, metavar="SECONDS", help=text)
-    _add_settings(command, (setting for setting in settings if setting.variable.startswith("STAGECAST_JWT_")))
+    shown = [setting for setting in settings if setting.variable.startswith("STAGECAST_JWT_")]
+    argument = add(token, "make a token for a user", shown).add_argument
+    argument("userId", help="the user that the token is for")
+    argument("--service", action="store_true", help="the token may act for any user (scope stagecast:service)")
+    argument("--ttl", type=float, default=3600, metavar="SECONDS", help="seconds until the token expires (3600)")
 
-    command = add(credit, "change a user's balance")
-    command.add_argument("userId", help="the user")
-    command.add_argument("amount", type=int, help="the credits to add; a negative number takes them away")
-    _add_remote(command)
+    argument = add(credit, "change a user's balance", remote="service").add_argument
+    argument("userId", help="the user")
+    argument("amount", type=int, help="the credits to add; a negative number takes them away")
 
-    command = add(list_, "print generations")
-    command.add_argument("--user", metavar="ID", help="only those of this user")
-    command.add_argument("--kind", choices=tuple(FLOWS), help="only those of this kind")
-    text = "only those that are active, finished, or at this status"
-    command.add_argument("--status", metavar="STATUS", help=text)
-    command.add_argument("--limit", type=int, default=20, metavar="NUMBER", help="at most so many, up to 100 (20)")
-    _add_json(command)
-    _add_remote(command)
+    argument = add(list_, "print generations", remote="service").add_argument
+    argument("--user", metavar="ID", help="only those of this user")
+    argument("--kind", choices=tuple(FLOWS), help="only those of this kind")
+    argument("--status", metavar="STATUS", help="only those that are active, finished, or at this status")
+    argument("--limit", type=int, default=20, metavar="NUMBER", help="at most so many, up to 100 (20)")
+    argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
 
-    command = add(cancel, "end a generation")
-    command.add_argument("generationId", help="the generation")
-    _add_remote(command, of_owner=True)
+    add(cancel, "end a generation", remote="owner").add_argument("generationId", help="the generation")
 
-    command = add(replay, "print the events of a generation")
-    command.add_argument("generationId", help="the generation")
-    _add_json(command)
-    _add_remote(command, of_owner=True)
+    argument = add(replay, "print the events of a generation", remote="owner").add_argument
+    argument("generationId", help="the generation")
+    argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
 
-    command = add(watch, "show live progress")
-    command.add_argument("generationId", nargs="?", help="the generation; default: all")
-    _add_remote(command, of_owner=True)
+    argument = add(watch, "show live progress", remote="owner").add_argument
+    argument("generationId", nargs="?", help="the generation; default: all")
     return parser
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 100))
 
 
 def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting]) -> None:
@@ -360,11 +356,7 @@ def _add_settings(command: argparse.ArgumentParser, settings: Iterable[Setting])
             arguments.add_argument(setting.flag, **value, default=argparse.SUPPRESS, help=text)
 
 
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
-
-
-def _add_remote(command: argparse.ArgumentParser, *, of_owner: bool = False) -> None:
+def _add_remote(command: argparse.ArgumentParser, *, of_owner: bool) -> None:
     """Add the options of a command that calls a service; `of_owner`: it may be called with a token of the owner."""
     if of_owner:
         text = "the owner: in open mode (default: demo), or with a service token"
