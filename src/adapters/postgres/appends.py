@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from adapters.postgres.database import Database
@@ -158,23 +158,18 @@ class Appends:
 
 
 def _outcome(entry: Append, row: Any) -> Logged | Refusal:
-    match row["r_outcome"]:
-        case "accepted" | "again":
-            images = json.loads(row["r_images"]) if row["r_images"] else entry.images
-            place = entry.user_id, row["r_position"], entry.event_id, entry.generation_id, entry.sequence
-            event = row["r_event"] or entry.event  # It is sent back only if it is another one.
-            return Logged(*place, entry.name, event, row["r_first"], row["r_end"], images)
-        case "late":
-            return LogUnavailable()
-        case "mismatch":
-            return IdempotencyMismatch()
-        case "started":
-            return AlreadyStarted(row["r_begun"])
-        case "conflict":
-            return Conflict()
-        case "too_many":
-            return TooManyGenerations()
-        case "no_credit":
-            return InsufficientCredit()
-        case other:
-            raise AssertionError(other)
+    outcome = row["r_outcome"]
+    if outcome in ("accepted", "again"):
+        images = json.loads(row["r_images"]) if row["r_images"] else entry.images
+        place = entry.user_id, row["r_position"], entry.event_id, entry.generation_id, entry.sequence
+        event = row["r_event"] or entry.event  # It is sent back only if it is another one.
+        return Logged(*place, entry.name, event, row["r_first"], row["r_end"], images)
+    refusals: Mapping[str, Refusal] = {
+        "late": LogUnavailable(),
+        "mismatch": IdempotencyMismatch(),
+        "started": AlreadyStarted(row["r_begun"]),
+        "conflict": Conflict(),
+        "too_many": TooManyGenerations(),
+        "no_credit": InsufficientCredit(),
+    }
+    return refusals[outcome]

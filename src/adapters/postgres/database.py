@@ -54,16 +54,6 @@ SCHEMA: Final[Sequence[str]] = tuple(
     if file.name.endswith(".sql")
 )
 
-_LOG_TABLE: Final = """
-CREATE SCHEMA IF NOT EXISTS stagecast;
-CREATE TABLE stagecast.log (
-    epoch text NOT NULL,
-    version integer NOT NULL,
-    -- Known to all nodes and nobody else. Its 244 random bits come from the server, so that no output shows them.
-    secret text NOT NULL DEFAULT gen_random_uuid()::text || gen_random_uuid()
-);
-
-"""
 #: Held while the schema is migrated.
 _MIGRATION_LOCK: Final = 0x53746167  # "Stag"
 
@@ -330,7 +320,7 @@ def _script(kept: str | None, version: int, epoch: str) -> str:
     """The SQL that brings a schema of this version to the present one; empty if it is there."""
     steps = "".join(SCHEMA[version:])
     if kept is None:
-        return f"{_LOG_TABLE}{steps}INSERT INTO stagecast.log (epoch, version) VALUES ('{epoch}', {len(SCHEMA)});\n"
+        return f"{steps}INSERT INTO stagecast.log (epoch, version) VALUES ('{epoch}', {len(SCHEMA)});\n"
     return f"{steps}UPDATE stagecast.log SET version = {len(SCHEMA)};\n" if steps else ""
 
 
@@ -358,6 +348,13 @@ async def read_epoch(url: str) -> str | None:
     async with _connected(url) as (connection, _), transaction(connection):
         epoch, _ = await _state(connection)
         return epoch
+
+
+async def woken(event: asyncio.Event, seconds: float | None) -> None:
+    """Wait for the event, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def reason_of(error: Exception) -> str:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from adapters.postgres.database import TIMEOUT, Database
+from adapters.postgres.database import TIMEOUT, Database, woken
 from adapters.postgres.nodes import Nodes
 from adapters.postgres.tail import WORK, Tail
 from domain.errors import LogUnavailable
@@ -59,12 +59,10 @@ class PostgresLeases:
             tasks.create_task(self._serve(self._fetches, fetching=True))
 
     async def count(self) -> Counts:
-        counts, _ = await self._look()
-        return counts
+        return (await self._look())[0]
 
     async def positions(self) -> Mapping[str, int]:
-        _, positions = await self._look()
-        return positions
+        return (await self._look())[1]
 
     async def _look(self) -> tuple[Counts, Mapping[str, int]]:
         """The counts and the positions: at most a second old, and not older than what this node did last."""
@@ -160,9 +158,7 @@ class PostgresLeases:
                     if self._held.get(generation_id) not in (False, fetching):
                         self._held[generation_id] = fetching
                         self._hand_out(line, generation_id)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CLAIM_EVERY if line.claims else None):
-                    await line.changed.wait()
+            await woken(line.changed, _CLAIM_EVERY if line.claims else None)
 
     def _hand_out(self, line: _Line, generation_id: str) -> None:
         """Give a generation that this node holds to the next claim."""

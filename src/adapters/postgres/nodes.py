@@ -1,12 +1,11 @@
 """The nodes that share the database, and which of them are dead."""
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from adapters.postgres.database import Database
+from adapters.postgres.database import Database, woken
 from domain.errors import LogUnavailable
 from domain.ports.nodes import Load
 
@@ -73,9 +72,7 @@ class Nodes:
     async def address(self, node: str) -> str | None:
         if node not in self._addresses:
             self.hurry()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(2 * BEAT):
-                    await self._beaten.wait()
+            await woken(self._beaten, 2 * BEAT)
         return self._addresses[node] if node in self.others else None
 
     def hurry(self) -> None:
@@ -92,9 +89,7 @@ class Nodes:
             self._beaten.set()
             self._beaten = asyncio.Event()
             await asyncio.sleep(BEAT / 10)  # Forged ids do not make it faster than that.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.9 * BEAT):
-                    await self._hurry.wait()
+            await woken(self._hurry, 0.9 * BEAT)
             self._hurry.clear()
 
     async def beat(self) -> None:
@@ -121,11 +116,8 @@ class Nodes:
         """
 
         async def recent() -> dict[str, datetime]:
-            seen = {
-                row["r_id"]: row["r_seen"]
-                for row in await self._beat()
-                if row["r_now"] - row["r_seen"] < timedelta(seconds=LEASE)
-            }
+            oldest, rows = timedelta(seconds=LEASE), await self._beat()
+            seen = {row["r_id"]: row["r_seen"] for row in rows if row["r_now"] - row["r_seen"] < oldest}
             return {node: at for node, at in seen.items() if node != self.id}
 
         before = await recent()

@@ -60,10 +60,9 @@ class PostgresQuotas:
         await self._database.fetch("DELETE FROM stagecast.stored_images WHERE generation_id = $1", generation_id)
 
     async def owner(self, generation_id: str) -> str | None:
-        row = await self._database.fetchrow(
-            "SELECT user_id FROM stagecast.stored_images WHERE generation_id = $1", generation_id
-        )
-        return row and row["user_id"]
+        query = "SELECT user_id FROM stagecast.stored_images WHERE generation_id = $1"
+        owner: str | None = await self._database.fetchval(query, generation_id)
+        return owner
 
     async def stored(self, user_id: str, *, besides: str | None = None) -> int:
         query = (

@@ -10,7 +10,6 @@ A notification only shortens the wait for the next read. Through a pooler in tra
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import random
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
-from adapters.postgres.database import FAILURES, TIMEOUT, Connection, Database, reason_of, transaction
+from adapters.postgres.database import FAILURES, TIMEOUT, Connection, Database, reason_of, transaction, woken
 from domain.errors import LogUnavailable
 from domain.feed import Logged
 from domain.followers import Followers
@@ -174,9 +173,7 @@ class Tail:
                 if not waiter.done():
                     waiter.set_result(None)
             quick = self._listener.pooled and loop.time() < self._busy_until
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_POLL_QUICKLY if quick else _POLL):
-                    await self._wake.wait()
+            await woken(self._wake, _POLL_QUICKLY if quick else _POLL)
 
     async def _read(self, connection: Connection) -> bool:
         """Read and deliver once. Return whether there may be more already."""

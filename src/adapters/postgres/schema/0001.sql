@@ -1,6 +1,15 @@
 -- The tables of the log, and the functions that nodes call. A released step is never changed: a function that has to
 -- change gets a new version in its name, so that nodes of two adjacent versions can run together.
 
+CREATE SCHEMA IF NOT EXISTS stagecast;
+
+CREATE TABLE stagecast.log (
+    epoch text NOT NULL,
+    version integer NOT NULL,
+    -- Known to all nodes and nobody else. Its 244 random bits come from the server, so that no output shows them.
+    secret text NOT NULL DEFAULT gen_random_uuid()::text || gen_random_uuid()
+);
+
 CREATE TABLE stagecast.users (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     user_id text COLLATE "C" NOT NULL UNIQUE,
@@ -41,7 +50,6 @@ CREATE INDEX active_generations ON stagecast.generations (owner, first_position)
 CREATE INDEX deleted_generations ON stagecast.generations (owner, end_position) WHERE deleted;
 CREATE INDEX ended_generations ON stagecast.generations (ended_at, end_event) WHERE ended_at IS NOT NULL;
 CREATE INDEX undelivered_generations ON stagecast.generations (end_event) WHERE undelivered;
-CREATE INDEX unfinished_generations ON stagecast.generations (id) WHERE end_position IS NULL;
 CREATE INDEX generations_of_kind ON stagecast.generations (kind, id) WHERE NOT deleted;
 CREATE INDEX failed_generations ON stagecast.generations (id) INCLUDE (code) WHERE code IS NOT NULL;
 CREATE INDEX recent_failures ON stagecast.generations (ended_at) INCLUDE (code) WHERE code IS NOT NULL;
