@@ -78,8 +78,9 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
     """Writes a record that is repeated once per `REPEAT_INTERVAL`, with the number of repeats.
 
     Two records are the same if their attribute ``repeat_key`` (``extra={"repeat_key": …}``) or, without it, their
-    loggers, levels, texts and fields are equal. The first is written at once. Those that follow within the interval are
-    counted; the last of them is written when it ends, with the attribute ``repeats``, and begins the next interval.
+    loggers, levels, texts and fields are equal; with the key ``None``, never. The first is written at once. Those that
+    follow within the interval are counted; the last is written when it ends, with the attribute ``repeats``, and begins
+    the next interval.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -92,7 +93,10 @@ class RepeatHandler(logging.StreamHandler[TextIO]):
         """Write or count the record. The handler's lock is held."""
         record.request_id = REQUEST_ID.get()  # Repeats are written by another thread.
         same = (record.name, record.levelno, record.msg, record.args, getattr(record, "fields", None))
-        key = getattr(record, "repeat_key", repr(same))
+        key = record.repeat_key if hasattr(record, "repeat_key") else repr(same)
+        if key is None:
+            super().emit(record)
+            return
         interval = self._intervals.get(key)
         if interval is None:
             super().emit(record)
@@ -139,6 +143,7 @@ def _unhandled(hook: "threading.ExceptHookArgs | sys.UnraisableHookArgs") -> Non
 
 def configure(level: str = "warning", *, as_json: bool = False) -> None:
     """Log to standard error from this level on, also unhandled exceptions, without tracebacks."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # No line shows them.
     handler = RepeatHandler(sys.stderr)
     handler.setFormatter(OneLine(as_json=as_json))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

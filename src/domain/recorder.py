@@ -185,7 +185,7 @@ class Recorder:
         self.ends[generation.kind, code] += 1
         took = datetime.fromisoformat(generation.updated_at) - datetime.fromisoformat(generation.created_at)
         fields = {**log_fields(generation), "code": code, "seconds": took.total_seconds()}
-        logger.info("generation ended", extra={"fields": fields})
+        logger.info("generation ended", extra={"fields": fields, "repeat_key": None})
 
     async def _drop_lost_images(self, generation: Generation) -> None:
         if not generation.input_images:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from pydantic_core import to_json
@@ -83,9 +82,9 @@ class Workflow:
 
     def __post_init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
-        #: The tasks that start a generation, with their users, and those with an idempotency key by user and key.
-        self._starting: dict[asyncio.Task[Any], str] = {}
-        self._keys: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        #: The starts that are being accepted, with their users, and by user and idempotency key. Done when they end.
+        self._starting: dict[asyncio.Future[None], str] = {}
+        self._keys: dict[tuple[str, str], asyncio.Future[None]] = {}
         #: Limits the files that are in memory for a fingerprint or a copy.
         self._in_memory = asyncio.Semaphore(2)
         #: Requests that are being received, which `drain` ends, and images being decoded, which `close` ends.
@@ -103,7 +102,7 @@ class Workflow:
         uploads: Sequence[Upload] = (),
         key: str | None = None,
     ) -> Snapshot:
-        """Start a generation: its first event is in the log once this returns, also if the caller is cancelled.
+        """Start a generation: its first event is in the log once this returns.
 
         The request's images are copied: those of the user's own generations, finished or not. An idempotency key that
         was used before returns the generation that it started.
@@ -122,20 +121,24 @@ class Workflow:
             await asyncio.wait([first])  # A request with the same key is being accepted or refused.
         if self.draining:
             raise errors.Draining
-        starting = asyncio.create_task(self._start(user_id, kind, request, uploads, key))
-        self._starting[starting] = user_id
+        ended = asyncio.get_running_loop().create_future()
+        self._starting[ended] = user_id
         if key is not None:
-            self._keys[user_id, key] = starting
-        starting.add_done_callback(partial(self._started, user_id, key))
+            self._keys[user_id, key] = ended
         try:
-            return await asyncio.shield(starting)
+            return await self._start(user_id, kind, request, uploads, key)
         except errors.AlreadyStarted as started:
             return await self.snapshot(user_id, started.generation_id)
         except (errors.InsufficientCredit, errors.QueueFull, errors.StorageLimit, errors.TooManyGenerations):
             if key is None or await self.log.find_by_idempotency_key(user_id, key) is None:
                 raise
-            # Another node has accepted a request with this key meanwhile.
-            return await self.start(user_id, kind, request, uploads, key)
+        finally:
+            del self._starting[ended]
+            if key is not None:
+                del self._keys[user_id, key]
+            ended.set_result(None)
+        # Another node has accepted a request with this key meanwhile.
+        return await self.start(user_id, kind, request, uploads, key)
 
     async def arriving(self, user_id: str, key: str | None) -> AbstractContextManager[None]:
         """Count a request that starts a generation, and return the context in which it is to be received.
@@ -174,13 +177,6 @@ class Workflow:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _started(self, user_id: str, key: str | None, starting: asyncio.Task[Snapshot]) -> None:
-        del self._starting[starting]
-        if key is not None:
-            del self._keys[user_id, key]
-        if not starting.cancelled():
-            starting.exception()  # Retrieved, as the caller may be gone.
-
     async def _start(
         self, user_id: str, kind: Kind, request: GenerationRequest, uploads: Sequence[Upload], key: str | None
     ) -> Snapshot:
@@ -206,10 +202,10 @@ class Workflow:
             except errors.LogUnavailable:
                 self._reconcile(generation_id)
                 raise
-            except BaseException:
+            except Exception:  # If it is cancelled, which ends the process, the log may have the event.
                 await self.images.remove(generation_id)
                 raise
-            logger.info("generation started", extra={"fields": log_fields(generation)})
+            logger.info("generation started", extra={"fields": log_fields(generation), "repeat_key": None})
             try:
                 await self._offer(generation)
             except Exception:  # It is in the log, and so accepted.

@@ -10,8 +10,9 @@ import pytest
 from api.rest.forms import MAX_BODY, MAX_FILE, MAX_METADATA
 from domain.errors import LogUnavailable
 from domain.identity import InvalidUserId, user_id
+from domain.ports.images import Content, Picture
 from domain.stages import FLOWS
-from support.http_app import BROKEN, HUGE, PNG, Api, assert_problem, serve_api
+from support.http_app import BROKEN, HUGE, PNG, Api, FakeIntake, assert_problem, serve_api
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -32,6 +33,35 @@ async def test_a_start_is_accepted_with_its_location_and_the_generation(api_app:
     assert generation["metadata"] == {"album": 7, "none": None}
     assert "expiresAt" not in generation
     assert (await api_app.client.get(answer.headers["location"])).content == answer.content
+
+
+async def test_a_start_survives_the_disconnect_of_its_caller(api_app: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, gate = asyncio.Event(), asyncio.Event()
+
+    class SlowIntake(FakeIntake):
+        async def admit(self, content: Content) -> Picture:
+            reading.set()
+            await gate.wait()
+            return await super().admit(content)
+
+    monkeypatch.setattr(api_app.workflow, "intake", SlowIntake())
+    form = b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--B\r\n'
+    form += b'Content-Disposition: form-data; name="images"\r\n\r\n' + PNG + b"\r\n--B--\r\n"
+    head = b"POST /generations/edit HTTP/1.1\r\nHost: localhost\r\nX-User-Id: gone\r\nContent-Length: %d\r\n" % len(
+        form
+    )
+    _, writer = await asyncio.open_connection("127.0.0.1", api_app.port)
+    writer.write(head + b"Content-Type: multipart/form-data; boundary=B\r\n\r\n" + form)
+    async with asyncio.timeout(20):
+        await reading.wait()
+        writer.transport.abort()
+        await asyncio.sleep(0.05)  # The server sees the disconnect meanwhile.
+        gate.set()
+        while not await api_app.log.generations("gone", limit=1):
+            await asyncio.sleep(0.005)
+        await api_app.workflow.started("gone")
+    [started] = await api_app.log.generations("gone", limit=1)
+    assert (await api_app.client.get(f"/generations/{started.generation_id}", headers={"X-User-Id": "gone"})).is_success
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ USED = {
         "writable",
     },
     "api.rest.routes.Route": {"endpoint"},
+    "api.rest.schemas.Json": {"body", "raw_headers", "status_code"},
 }
 
 #: Private names of libraries that are imported, or used on an object other than ``self``.

@@ -302,8 +302,9 @@ class MemoryLog:
         return self._followers.follow(deliver)
 
     async def standing(self, user_id: str) -> Standing:
-        user = self._users.get(user_id) or self._new_user(user_id)
-        return Standing(None if self._credits is None else user.credit, len(user.active))
+        user = self._users.get(user_id)
+        credit = self._credits if user is None or self._credits is None else user.credit
+        return Standing(credit, len(user.active) if user else 0)
 
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:
         if self._credits is None:

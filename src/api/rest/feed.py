@@ -8,7 +8,7 @@ from pydantic_core import to_json
 from api.auth import PROBLEMS, StreamIdentity
 from api.rest import routes
 from api.rest.problems import documented
-from api.rest.schemas import STREAM, VARY, FeedPage, LastEventId, json_response, named
+from api.rest.schemas import STREAM, VARY, FeedPage, Json, LastEventId, json_response, named
 from api.rest.state import Feeds, UseCases
 
 router: Final = routes.router("generations")
@@ -36,6 +36,6 @@ async def get_feed(
     if page is None:
         cursor = await feeds.head_cursor(caller)  # Before the snapshots, so that nothing in between is missed.
         present = FeedPage(recovered=False, cursor=cursor, generations=list(await workflow.recent(caller)))
-        return json_response(present, headers=VARY)
+        return json_response(present, 200, VARY)
     body = b'{"recovered":true,"cursor":%b,"events":[%b]}' % (to_json(page.cursor), named(page.events))
-    return Response(body, headers=VARY, media_type="application/json")
+    return Json(body, 200, VARY)

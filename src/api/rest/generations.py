@@ -6,17 +6,26 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import Header, Path, Query, Request, Response
 from pydantic import AfterValidator
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from api.auth import PROBLEMS, Caller, Identified, StreamIdentity, require_service
 from api.rest import bodies, routes
 from api.rest.forms import form_body, read_form
 from api.rest.multipart import spool
 from api.rest.problems import documented
-from api.rest.schemas import STREAM, VARY, CancelOutcome, EventPage, GenerationPage, LastEventId, json_response, named
+from api.rest.schemas import (
+    STREAM,
+    VARY,
+    CancelOutcome,
+    EventPage,
+    GenerationPage,
+    Json,
+    LastEventId,
+    json_response,
+    named,
+)
 from api.rest.state import UseCases
 from domain.errors import NotFound
-from domain.events import decode
 from domain.generation import Snapshot
 from domain.identity import Identity
 from domain.stages import Kind
@@ -107,7 +116,7 @@ async def _start(
             wanted = await read_form(request, kind, files, external=runner is not None)
         snapshot = await workflow.start(identity.user_id, kind, *wanted, key)
     location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"
-    return json_response(snapshot, 202, {"Location": location})
+    return json_response(snapshot, 202, (b"location", location.encode()))
 
 
 @router.get("/generations", response_model=GenerationPage, responses=documented("invalid_request", *PROBLEMS))
@@ -149,13 +158,13 @@ async def get_events(
     With `Accept: text/event-stream`: a stream of these events and of those to come, which ends after the terminal one.
     """
     history = await workflow.history(identity.user_id, generation_id)
-    status = decode(history.events[-1].event or b"").status
+    status = from_json(history.events[-1].event or b"")["status"]
     body = b'{"generationId":%b,"status":%b,"events":[%b]}' % (
         to_json(generation_id),
         to_json(status),
         named(entry for entry in history.events if entry.sequence > after),
     )
-    return Response(body, headers=VARY, media_type="application/json")
+    return Json(body, 200, VARY)
 
 
 @router.post("/generations/{generation_id}/cancel", response_model=CancelOutcome, responses=_ONE)

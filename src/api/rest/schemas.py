@@ -145,8 +145,8 @@ LastEventId = Annotated[
     str | None,
     Header(alias="Last-Event-ID", description="of a stream: the `id` of the last event; it comes before `after`"),
 ]
-#: Of the JSON of such a route.
-VARY: Final = {"Vary": "Accept"}
+#: A header of the JSON of such a route.
+VARY: Final = (b"vary", b"Accept")
 
 
 def named(entries: Iterable[Logged]) -> bytes:
@@ -156,7 +156,17 @@ def named(entries: Iterable[Logged]) -> bytes:
     )
 
 
-def json_response(content: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+class Json(Response):
+    """JSON that is bytes already, with its headers as ASGI has them."""
+
+    background = None
+
+    def __init__(self, body: bytes, status: int = 200, *headers: tuple[bytes, bytes]) -> None:
+        self.body = body
+        self.status_code = status
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json"), *headers]
+
+
+def json_response(content: BaseModel, status: int = 200, *headers: tuple[bytes, bytes]) -> Response:
     """The model's JSON without absent values."""
-    body = content.__pydantic_serializer__.to_json(content, by_alias=True, exclude_none=True)
-    return Response(body, status, headers, "application/json")
+    return Json(content.__pydantic_serializer__.to_json(content, by_alias=True, exclude_none=True), status, *headers)

@@ -10,6 +10,7 @@ from api.rest import bodies, routes
 from api.rest.forms import HttpUrl
 from api.rest.generations import GenerationId
 from api.rest.problems import documented
+from api.rest.schemas import Json
 from api.rest.state import UseCases
 from domain.errors import FailureCode
 from domain.events import Event, FaceSwapError, Wire
@@ -58,4 +59,4 @@ async def report_transition(
     status, sequence = given.pop("status"), given.pop("sequence", None)
     content = report.model_dump_json(exclude_none=True).encode()
     entry = await workflow.report(caller, generation_id, status, given, content=content, sequence=sequence)
-    return Response(entry.event, media_type="application/json")
+    return Json(entry.event or b"")

@@ -132,13 +132,12 @@ class StreamLayer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        stream = await self._begin({**scope}, receive, send)
+        answered = {**scope}
+        await self._app(answered, receive, send)
+        stream: EventStream | None = answered.get(_STREAM)
+        del answered
         if stream is not None:
             await stream.run(receive, send)
-
-    async def _begin(self, scope: Scope, receive: Receive, send: Send) -> EventStream | None:
-        await self._app(scope, receive, send)
-        return scope.get(_STREAM)
 
 
 def try_again() -> Response:
