@@ -1,9 +1,9 @@
 """Leases in memory, for one process: users take turns (round robin)."""
 
 import asyncio
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from domain.ports.leases import Counts
 
@@ -11,34 +11,11 @@ from domain.ports.leases import Counts
 _FETCHING_PER_USER: Final = 2
 
 
-class _Line:
-    """A FIFO per user. The user at the front is served next and then goes to the back."""
+class _Place(NamedTuple):
+    """The place of a generation in its line: lower turns are first, and of the same turn, those offered first."""
 
-    def __init__(self) -> None:
-        self.users: OrderedDict[str, deque[str]] = OrderedDict()
-        #: Set when a generation may be claimed.
-        self.changed = asyncio.Event()
-
-    def remove(self, user_id: str, generation_id: str) -> None:
-        self.users[user_id].remove(generation_id)
-        if not self.users[user_id]:
-            del self.users[user_id]
-
-    def order(self, busy: Mapping[str, int]) -> list[str]:
-        """Everything that waits, next first, if nothing joins; `busy`: how many of each user are fetched for now."""
-        rounds = defaultdict[int, list[str]](list)
-        for user_id, waiting in self.users.items():
-            ahead = busy.get(user_id, 0)
-            for turn, generation_id in enumerate(waiting):
-                rounds[turn if turn + ahead < _FETCHING_PER_USER else turn + ahead].append(generation_id)
-        return [each for turn in sorted(rounds) for each in rounds[turn]]
-
-    def take(self, user_id: str) -> str:
-        waiting = self.users.pop(user_id)
-        generation_id = waiting.popleft()
-        if waiting:
-            self.users[user_id] = waiting
-        return generation_id
+    user_id: str
+    turn: int
 
 
 class MemoryLeases:
@@ -47,61 +24,63 @@ class MemoryLeases:
     shared = False
 
     def __init__(self) -> None:
-        self._work, self._fetches = _Line(), _Line()
-        #: The line and the user of each generation that waits.
-        self._waiting: dict[str, tuple[_Line, str]] = {}
+        #: What waits in the line of work and in that of fetching, by generation, in the order in which it was offered.
+        self._lines: tuple[dict[str, _Place], dict[str, _Place]] = {}, {}
+        #: Set when a generation of this line may be claimed.
+        self._changed = asyncio.Event(), asyncio.Event()
         #: The user of each generation that is held, and whether it is held for fetching.
         self._held: dict[str, tuple[str, bool]] = {}
         #: Set when a generation was withdrawn or released.
         self._removed = asyncio.Event()
 
     async def count(self) -> Counts:
-        return Counts(len(self._waiting), len(self._held))
+        return Counts(sum(map(len, self._lines)), len(self._held))
 
     async def positions(self) -> Mapping[str, int]:
-        lines = self._work.order(Counter()), self._fetches.order(self._busy())
-        return {each: rank for line in lines for rank, each in enumerate(line, 1)}
+        lines = [self._order(fetching=fetching) for fetching in (False, True)]
+        return {generation_id: rank for line in lines for rank, generation_id in enumerate(line, 1)}
+
+    def _order(self, *, fetching: bool) -> list[str]:
+        """What waits in this line, next first."""
+        line, busy = self._lines[fetching], self._busy() if fetching else set[str]()
+        return sorted(line, key=lambda each: (line[each].user_id in busy, line[each].turn))
+
+    def _busy(self) -> set[str]:
+        """The users who fetch for as many as allowed."""
+        counts = Counter(user_id for user_id, fetching in self._held.values() if fetching)
+        return {user_id for user_id, count in counts.items() if count >= _FETCHING_PER_USER}
 
     async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
         held = self._held.get(generation_id)
-        if generation_id in self._waiting or (held is not None and (fetching or held != (user_id, True))):
+        waits = any(generation_id in line for line in self._lines)
+        if waits or (held is not None and (fetching or held != (user_id, True))):
             return False
-        line = self._fetches if fetching else self._work
-        line.users.setdefault(user_id, deque()).append(generation_id)
-        self._waiting[generation_id] = line, user_id
-        line.changed.set()
+        places = self._lines[fetching].values()
+        own = max((place.turn + 1 for place in places if place.user_id == user_id), default=0)
+        first = min((place.turn for place in places), default=0)
+        self._lines[fetching][generation_id] = _Place(user_id, max(own, first))
+        self._changed[fetching].set()
         return True
 
     async def withdraw(self, generation_id: str) -> bool:
         self._removed.set()
-        line, user_id = self._waiting.pop(generation_id, (None, ""))
-        if line is not None:
-            line.remove(user_id, generation_id)
-        return line is not None
+        return any(line.pop(generation_id, None) for line in self._lines)
 
     async def claim(self, *, fetching: bool = False) -> str:
-        line = self._fetches if fetching else self._work
-        while (user_id := self._next_user(line)) is None:
-            line.changed.clear()
-            await line.changed.wait()
-        generation_id = line.take(user_id)
-        del self._waiting[generation_id]
+        line, changed = self._lines[fetching], self._changed[fetching]
+        while not line or (fetching and self._busy().issuperset(place.user_id for place in line.values())):
+            changed.clear()
+            await changed.wait()
+        generation_id = self._order(fetching=fetching)[0]
+        user_id, _ = line.pop(generation_id)
         self._let_go(generation_id)
         self._held[generation_id] = user_id, fetching
         return generation_id
 
-    def _busy(self) -> Counter[str]:
-        """How many generations of each user are held for fetching."""
-        return Counter(user_id for user_id, fetching in self._held.values() if fetching)
-
-    def _next_user(self, line: _Line) -> str | None:
-        busy = self._busy() if line is self._fetches else Counter[str]()
-        return next((user_id for user_id in line.users if busy[user_id] < _FETCHING_PER_USER), None)
-
     def _let_go(self, generation_id: str) -> None:
         _, fetching = self._held.pop(generation_id, ("", False))
         if fetching:
-            self._fetches.changed.set()
+            self._changed[True].set()
 
     async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
         return [each for each in generation_ids if each not in self._held]
@@ -117,6 +96,6 @@ class MemoryLeases:
         return True
 
     async def drain(self) -> None:
-        while self._waiting or self._held:
+        while any(self._lines) or self._held:
             self._removed.clear()
             await self._removed.wait()

@@ -1,6 +1,5 @@
 """Sessions in memory."""
 
-from collections import OrderedDict
 from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Final
@@ -17,14 +16,14 @@ class MemorySessions:
     def __init__(self, retention: timedelta) -> None:
         self._retention = retention
         #: In order of their last touch.
-        self._sessions: OrderedDict[str, tuple[Session, datetime]] = OrderedDict()
-        self._pids: dict[str, OrderedDict[str, None]] = {}
+        self._sessions: dict[str, tuple[Session, datetime]] = {}
+        self._pids: dict[str, dict[str, None]] = {}
 
     async def save(self, pid: str, session: Session, *, at: datetime) -> None:
         self._forget(pid)
         self._expire(at)
         self._sessions[pid] = session, at
-        pids = self._pids.setdefault(session.identity.user_id, OrderedDict())
+        pids = self._pids.setdefault(session.identity.user_id, {})
         pids[pid] = None
         if len(pids) > _PER_USER:
             self._forget(next(iter(pids)))
