@@ -69,9 +69,8 @@ class ImageThreads:
         self._lock = threading.Lock()
         self._waiting: list[_Turn] = []
         self._running: list[_Turn] = []
-        #: The virtual time (the work done per waiting user), and the tag of each user's last turn.
+        #: The virtual time: the work done per waiting user.
         self._now = 0.0
-        self._tags: dict[str, float] = {}
         self._closed = False
 
     async def run(self, function: Callable[[*Args], Result], *args: *Args) -> Result:
@@ -107,19 +106,14 @@ class ImageThreads:
                 turn.job.add_done_callback(lambda _: self._leave(turn))
 
     def close(self) -> None:
-        """Refuse the work that waits and all that comes, and end the threads after their current calls."""
-        with self._lock:
-            self._closed = True
-            for turn in self._waiting:
-                with contextlib.suppress(Exception):  # It was cancelled.
-                    turn.granted.set_exception(Draining())
-            self._waiting.clear()
+        """End the threads after their current calls. Work that waits or comes is refused when it gets its turn."""
+        self._closed = True
         self._pool.shutdown(wait=False)
 
     def _enter(self, user: str, cost: int) -> _Turn:
         with self._lock:
-            turn = _Turn(user, cost, max(self._now, self._tags.get(user, 0.0)) + cost)
-            self._tags[user] = turn.tag
+            tags = [turn.tag for turn in (*self._waiting, *self._running) if turn.user == user]
+            turn = _Turn(user, cost, max([self._now, *tags]) + cost)
             self._waiting.append(turn)
             self._grant()
         return turn
@@ -129,9 +123,6 @@ class ImageThreads:
             for turns in (self._running, self._waiting):
                 if turn in turns:
                     turns.remove(turn)
-            busy = self._waiting or self._running
-            self._tags = {user: tag for user, tag in self._tags.items() if busy and tag > self._now}
-            self._now = self._now if busy else 0.0
             self._grant()
 
     def _grant(self) -> None:
