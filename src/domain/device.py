@@ -120,7 +120,7 @@ class Device(Generic[F]):
     #: The name of the feed, in the texts of its cursors.
     feed: str = field(init=False)
     _cursor: Cursor = field(init=False)
-    #: The newest known position.
+    #: The newest known position, if it is beyond the cursor.
     _head: int = field(init=False)
     #: The log has to be read even if nothing beyond the cursor is known.
     _must_read: bool = True
@@ -182,13 +182,12 @@ class Device(Generic[F]):
         `after` is the cursor after it.
         """
         position, seen = after.seen, self._cursor.seen
-        if position > self._head:
-            self._head = position
         if not self._pulling and position == seen + 1 and self._put(encoded):
             self._cursor = after
             return
         self.sent -= 1
         if position > seen:
+            self._head = max(self._head, position)
             self._start_pull()
 
     def announce(self, name: str, data: bytes, waits: str | None) -> None:

@@ -202,14 +202,15 @@ class Generation:
 
     def after(self, event: Event, images: Mapping[str, str] = NONE) -> "Generation":
         """As it is after its next event, with the names of the pictures that this brings. Does not check either."""
-        given = _OUTCOME & event.model_fields_set
-        found = {name: value for name in given if (value := getattr(event, name)) is not None}
-        constant = self.generation_id, self.kind, self.user_id, self.request
-        stage = event.status, event.progress, event.sequence, event.message
-        times = self.created_at or event.occurred_at, event.occurred_at
-        outcome = {**self.outcome, **found} if found else self.outcome
-        images = {**self.images, **images} if images else self.images
-        return Generation(*constant, *stage, *times, outcome, images, event.input or self.input)
+        outcome = self.outcome
+        if given := _OUTCOME & event.model_fields_set:
+            outcome = {**outcome, **{name: value for name in given if (value := getattr(event, name)) is not None}}
+        return Generation(
+            self.generation_id, self.kind, self.user_id, self.request,
+            event.status, event.progress, event.sequence, event.message,
+            self.created_at or event.occurred_at, event.occurred_at,
+            outcome, {**self.images, **images} if images else self.images, event.input or self.input,
+        )  # fmt: skip
 
     def snapshot(self, expires_at: str | None = None, queue_position: int | None = None) -> Snapshot:
         """What clients get. `expires_at`: when a finished generation is removed."""
@@ -267,21 +268,22 @@ class Generation:
     def _draft(self, status: str, via: Via, occurred_at: str, fields: Mapping[str, Any]) -> Event:
         stage = FLOWS[self.kind][status]
         names = (*stage.fields, *via.fields)
-        return validated(
-            {
-                "progress": self.progress if stage.progress is None else stage.progress,
-                "message": via.message or stage.message,
-                **{name: value for name, value in self.outcome.items() if name in names},
-                **fields,
-                "generation_id": self.generation_id,
-                "kind": self.kind,
-                "sequence": self.sequence + 1,
-                "status": status,
-                "occurred_at": occurred_at,
-                "metadata": self.request.metadata,
-                "failed_stage": self.status if status == FAILED else None,
-            }
-        )
+        known = self.outcome and {name: value for name, value in self.outcome.items() if name in names}
+        event = {
+            "progress": self.progress if stage.progress is None else stage.progress,
+            "message": via.message or stage.message,
+            **known,
+            **fields,
+            "generation_id": self.generation_id,
+            "kind": self.kind,
+            "sequence": self.sequence + 1,
+            "status": status,
+            "occurred_at": occurred_at,
+            "metadata": self.request.metadata,
+        }
+        if status == FAILED:
+            event["failed_stage"] = self.status
+        return validated(event)
 
 
 #: What a `Snapshot` has just as its `Generation`.

@@ -158,13 +158,13 @@ class Recorder:
             at,
             stage.credit,
             stage.terminal,
-            images={field: name for field, name in after.images.items() if getattr(event, field) is not None},
+            images={name: after.images[name] for name in after.images if getattr(event, name) is not None},
             **rest,
         )
         loop = asyncio.get_running_loop()
-        give_up, attempts = loop.time() + patience, 0
+        began, attempts = loop.time(), 0
+        give_up = began + patience
         while True:
-            began = loop.time()
             try:
                 logged = await _within(_TIMEOUT, self._log.append(append))
                 self.append_seconds.observe(loop.time() - began)
@@ -174,7 +174,7 @@ class Recorder:
                 if loop.time() + pause > give_up:
                     raise LogUnavailable from None
             await asyncio.sleep(pause)
-            attempts += 1
+            began, attempts = loop.time(), attempts + 1
         if append.terminal:
             self._log_end(after)
             await self._drop_lost_images(after)

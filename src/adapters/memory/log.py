@@ -199,24 +199,25 @@ class MemoryLog:
             if entry.start.key is not None:
                 user.keys[entry.start.key] = IdempotencyRecord(entry.generation_id, entry.start.fingerprint)
         user.feed.append(record)
-        position, index = user.head, entry.sequence - 1
+        position, index, end = user.base + len(user.feed), entry.sequence - 1, None
         if (entry.images or record.images) and entry.images != record.images_at(index):
             record.images += ((index, *chain(*entry.images.items())),)
-        events = record.json()
-        events.append(accepted.event)
+        assert isinstance(record.events, list)
+        record.events.append(accepted.event)
         record.places.extend((position, entry.event_id))
         record.free = entry.free
         if entry.terminal:
+            end = position
             record.ended_at, record.end_name = entry.at, entry.name
             record.code = failure_code(entry.name, entry.event)
-            record.events = b"\n".join(events)
+            record.events = b"\n".join(record.events)
             del self._unfinished[entry.generation_id], user.active[entry.generation_id]
             self._finished[entry.generation_id] = record
             if self._outbox:
                 self._undelivered[entry.generation_id] = record
         logged = Logged(
             entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence, entry.name, accepted.event,
-            record.first, record.end, entry.images,
+            record.places[0], end, entry.images,
         )  # fmt: skip
         self._followers.deliver(logged)
         return logged

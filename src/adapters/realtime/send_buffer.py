@@ -69,7 +69,8 @@ class BoundedSendBuffer(Generic[F]):
         return len(self._frames)
 
     def offer(self, frame: F) -> bool:
-        if self.write is not None and self.write(frame):
+        write = self.write
+        if write is not None and write(frame):
             self._taken += 1
         elif self.closed:
             pass
