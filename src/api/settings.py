@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar, get_args
 from urllib.parse import urlsplit
 
@@ -32,6 +33,7 @@ class SettingsError(Exception):
 
 
 _Model = TypeVar("_Model", bound=BaseSettings)
+_inconsistent: Final = partial(PydanticCustomError, "inconsistent")
 
 
 class _Sources(BaseSettings):
@@ -216,25 +218,19 @@ class Settings(_Sources):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        rules = {
-            "OPENAI_API_KEY must be set where STAGECAST_EDITOR is openai.": (
-                self.editor != "openai" or self.openai_api_key
-            ),
-            "REPLICATE_API_TOKEN must be set where STAGECAST_FACE_SWAP is replicate.": (
-                self.face_swap != "replicate" or self.replicate_api_token
-            ),
-            "STAGECAST_JWT_SECRET must not be set together with STAGECAST_JWKS_URL: tokens have one key.": (
-                self.jwt_secret is None or self.jwks_url is None
-            ),
-            "STAGECAST_HOST must be a loopback address, since anybody may act for any user without a key; "
-            "set STAGECAST_JWT_SECRET or STAGECAST_JWKS_URL, or give --allow-open.": (
-                not self.open_mode or self.allow_open or is_loopback(self.host.lower())
-            ),
-            "STAGECAST_METRICS_ADDRESS must have another port.": self.port == 0 or self.port != self.metrics_port,
-        }
-        for sentence, holds in rules.items():
-            if not holds:
-                raise PydanticCustomError("inconsistent", sentence)
+        if self.editor == "openai" and not self.openai_api_key:
+            raise _inconsistent("OPENAI_API_KEY must be set where STAGECAST_EDITOR is openai.")
+        if self.face_swap == "replicate" and not self.replicate_api_token:
+            raise _inconsistent("REPLICATE_API_TOKEN must be set where STAGECAST_FACE_SWAP is replicate.")
+        if self.jwt_secret is not None and self.jwks_url is not None:
+            raise _inconsistent("STAGECAST_JWT_SECRET must not be set with STAGECAST_JWKS_URL: tokens have one key.")
+        if self.open_mode and not self.allow_open and not is_loopback(self.host.lower()):
+            raise _inconsistent(
+                "STAGECAST_HOST must be a loopback address, since anybody may act for any user without a key; "
+                "set STAGECAST_JWT_SECRET or STAGECAST_JWKS_URL, or give --allow-open."
+            )
+        if 0 != self.port == self.metrics_port:
+            raise _inconsistent("STAGECAST_METRICS_ADDRESS must have another port.")
         return self
 
 

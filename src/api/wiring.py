@@ -23,9 +23,7 @@ from adapters.outbound.url_fetcher import UrlFetcher
 from adapters.outbound.webhook_sender import WebhookSender
 from adapters.providers import openai as openai_editor
 from adapters.providers import replicate as replicate_face_swap
-from adapters.providers.openai import OpenAIEditor
 from adapters.providers.own_provider import OwnEditor, OwnFaceSwap
-from adapters.providers.replicate import ReplicateFaceSwap
 from adapters.realtime.connection import Answer as Answer
 from adapters.realtime.connection import Connection as Connection
 from adapters.realtime.connection import Handler as Handler
@@ -207,7 +205,7 @@ def _editor(settings: Settings, threads: ImageThreads, web: UrlFetcher) -> Image
         case "openai":
             assert settings.openai_api_key is not None
             with _refused_as("OPENAI_API_KEY must be a key: letters, digits and signs without spaces."):
-                return OpenAIEditor(
+                return openai_editor.OpenAIEditor(
                     threads,
                     web,
                     api_key=settings.openai_api_key.get_secret_value(),
@@ -227,7 +225,7 @@ def _face_swapper(settings: Settings, threads: ImageThreads) -> FaceSwapper:
         case "replicate":
             assert settings.replicate_api_token is not None
             with _refused_as("STAGECAST_REPLICATE_MODEL must be owner/name or owner/name:version."):
-                return ReplicateFaceSwap(
+                return replicate_face_swap.ReplicateFaceSwap(
                     threads,
                     settings.replicate_api_token.get_secret_value(),
                     settings.replicate_model or replicate_face_swap.DEFAULT_MODEL,

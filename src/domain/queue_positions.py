@@ -25,8 +25,6 @@ class QueuePositions:
     def __post_init__(self) -> None:
         #: By generation that has only been started: its user, and its position as the user knows it.
         self._waiting: dict[str, tuple[str, int | None]] = {}
-        #: Of those that are not in `_waiting`: they went on while the log was read.
-        self._begun: set[str] = set()
         self._missed_entries = True
 
     async def run(self) -> None:
@@ -34,7 +32,7 @@ class QueuePositions:
         async with self.log.follow(self._notice):
             self._missed_entries = True
             while True:
-                if self._missed_entries:
+                while self._missed_entries:
                     await self._read_log()
                 if self._waiting and self.hub.rooms:
                     await self._announce()
@@ -45,18 +43,17 @@ class QueuePositions:
             if notice.sequence == 1:
                 self._waiting[notice.generation_id] = notice.user_id, None
             elif notice.sequence == 2 and self._waiting.pop(notice.generation_id, None) is None:
-                self._begun.add(notice.generation_id)
+                self._missed_entries = True  # It went on while the log was read.
         elif isinstance(notice, Gap):
             self._missed_entries = True
 
     async def _read_log(self) -> None:
         self._missed_entries = False
-        known, self._waiting, self._begun = self._waiting, {}, set()
+        known, self._waiting = self._waiting, {}
         for history in await self.log.unfinished():
-            generation_id = history.generation_id
-            if len(history.events) == 1 and generation_id not in self._begun:
-                self._waiting[generation_id] = known.get(generation_id, (history.user_id, None))
-        self._begun.clear()
+            if len(history.events) == 1:
+                waiting = known.get(history.generation_id, (history.user_id, None))
+                self._waiting[history.generation_id] = waiting
 
     async def _announce(self) -> None:
         positions = await self.leases.positions()

@@ -64,8 +64,6 @@ class Tokens:
     user_claim: str = "sub"
     audience: str | None = None
     issuer: str | None = None
-    #: Whether a probable misconfiguration was logged.
-    _warned: bool = field(default=False, init=False)
 
     async def verify(self, token: str) -> Identity:
         """The identity in the token.
@@ -85,8 +83,7 @@ class Tokens:
                 raise InvalidToken
             claims = jwt.decode(token, key, [key.algorithm_name], _OPTIONS, audience=self.audience, issuer=self.issuer)
         except jwt.PyJWTError as error:
-            if isinstance(error, jwt.InvalidAudienceError) and self.audience is None and not self._warned:
-                self._warned = True
+            if isinstance(error, jwt.InvalidAudienceError) and self.audience is None:
                 logger.warning("a token that names an audience was refused, since no audience is configured")
             raise InvalidToken from None
         return self._identity(claims)
