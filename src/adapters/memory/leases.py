@@ -63,8 +63,15 @@ class MemoryLeases:
         return True
 
     async def withdraw(self, generation_id: str) -> bool:
+        line = next((line for line in self._lines if generation_id in line), None)
+        if line is None:
+            return False
+        user_id, turn = line.pop(generation_id)
+        for each, place in line.items():  # The user's later ones move up.
+            if place.user_id == user_id and place.turn > turn:
+                line[each] = _Place(user_id, place.turn - 1)
         self._removed.set()
-        return any(line.pop(generation_id, None) for line in self._lines)
+        return True
 
     async def claim(self, *, fetching: bool = False) -> str:
         line, changed = self._lines[fetching], self._changed[fetching]
