@@ -21,10 +21,9 @@ from domain.housekeeping import Housekeeping
 from domain.overview import Overview
 from domain.quarantine import Quarantine
 from domain.queue_positions import QueuePositions
-from domain.readiness import FOLLOWER, Readiness, why_not_ready
+from domain.readiness import FOLLOWER, RUNNER, Readiness, why_not_ready
 from domain.recorder import Recorder
 from domain.runner import Runner
-from domain.stage_times import StageTimes
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
 from domain.thumbnails import Thumbnails
@@ -87,7 +86,6 @@ class Service:
             supervisor=self.supervisor,
             sessions=self.sessions,
         )
-        self.stage_times = StageTimes()
         self.runner = Runner(
             supervisor=self.supervisor,
             quarantine=self._quarantine,
@@ -99,10 +97,10 @@ class Service:
             editor=parts.editor,
             face_swapper=parts.face_swapper,
             fetcher=parts.fetcher,
-            stage_times=self.stage_times,
             max_running=settings.max_running,
             deadline=settings.deadline,
         )
+        self.stage_times = self.runner.stage_times
         self.hub = Hub(self.log, self._quarantine, storage.quotas, settings.max_sockets_per_user)
         self._queue_positions = QueuePositions(self.log, self.leases, self.hub)
         self.authenticator = Authenticator(parts.tokens, self.clock)
@@ -123,33 +121,26 @@ class Service:
         self._readiness = Readiness(self.supervisor, self.log, self.images.store)
         #: Refused HTTP requests by code.
         self.refused: Counter[str] = Counter()
-        self._starting: asyncio.Task[None] | None = None
         self._work: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
         self._shutting_down = False
 
     async def startup(self) -> None:
-        """Resume unfinished work and start the background tasks, unless `shutdown` is called meanwhile."""
-        self._starting = asyncio.create_task(self._start())
-        await asyncio.wait([self._starting])
-        if not (self._shutting_down and self._starting.cancelled()):
-            self._starting.result()
-
-    async def _start(self) -> None:
-        await self.runner.resume()
+        """Start the background tasks, unless `shutdown` is called meanwhile."""
         if not self.log.durable:  # Nothing needs the pictures that are there.
             await self.supervisor.attempt("sweep", self._sweep)
-        self._work = asyncio.create_task(self.runner.run())
-        self._background = asyncio.create_task(self._run())
+        if not self._shutting_down:
+            self._work = asyncio.create_task(self.runner.run())
+            self._background = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        """Run all background tasks except the runner, which ends before the others."""
+        """Resume unfinished work, and run all background tasks except the runner, which ends before the others."""
         keep, every = self.supervisor.keep, self.supervisor.every
         pause = min(max(self.settings.retention / 10, 0.1), 60)
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(keep(RUNNER, self.runner.resume))
             tasks.create_task(keep(FOLLOWER, self.hub.run))
             tasks.create_task(keep("positions", self._queue_positions.run))
-            tasks.create_task(keep("quarantine", self._quarantine.run))
             tasks.create_task(keep("external", self.external.run))
             tasks.create_task(keep("examination", self.storage.examine))
             for name, work in self.storage.background.items():
@@ -180,7 +171,6 @@ class Service:
         self._shutting_down = True
         logger.info("shutdown: starts are refused, and running work is finished")
         self.workflow.drain()
-        await _cancel(self._starting)
         waits = [asyncio.create_task(self._drained()), asyncio.create_task(force.wait())]
         await asyncio.wait(waits, timeout=self.settings.drain, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(*waits)
@@ -194,7 +184,7 @@ class Service:
         self.sockets.close_all()
         self.streams.close_all()
         await _cancel(self._background)
-        await self._readiness.close()
+        self._readiness.close()
         await self.images.store.close()
         await self.storage.close()
         self._threads.close()

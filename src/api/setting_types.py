@@ -20,7 +20,6 @@ _ORIGIN: Final = (
     r"[a-z][a-z0-9+.-]*://((?:(?:[a-z0-9_*-]+\.)+[a-z0-9_-]+\.)?[a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
 )
 _PATH: Final = re.compile(r"(/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~!$&'()*+,;=:@-]+)*")
-_HOST: Final = r"[a-z0-9._-]+|[0-9a-f:.]+"
 _ADDRESS: Final = r"([a-z0-9._-]+|\[[0-9a-f:.]+\]):[0-9]{1,5}"
 #: A provider of the operator's own: ``package.module:factory``.
 _FACTORY: Final = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
@@ -169,11 +168,8 @@ Origins = Annotated[
         "ORIGINS",
     ),
 ]
-Hosts = Annotated[
-    tuple[Annotated[str, Field(pattern=f"^({_HOST})$")], ...],
-    *_List,
-    Allowed("host names without ports, separated by commas", "HOSTS"),
-]
+_Host = Annotated[str, Field(pattern=r"^([a-z0-9._-]+|[0-9a-f:.]+)$")]
+Hosts = Annotated[tuple[_Host, ...], *_List, Allowed("host names without ports, separated by commas", "HOSTS")]
 Networks = Annotated[
     tuple[IPv4Network | IPv6Network, ...],
     *_List,

@@ -21,19 +21,13 @@ class Quarantine:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._waiting: asyncio.Queue[tuple[str, str, BaseException]] = asyncio.Queue()
-        self._put: set[str] = set()
+        #: By the id of each generation that was put here.
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def put(self, generation_id: str, part: str, error: BaseException) -> None:
-        """Let `run` end the generation with which this part of the service fails. Repeated calls are ignored."""
-        if generation_id not in self._put:
-            self._put.add(generation_id)
-            self._waiting.put_nowait((generation_id, part, error))
-
-    async def run(self) -> None:
-        """End the generations that were put here until cancelled."""
-        while True:
-            await self.end(*await self._waiting.get())
+        """As `end`, without waiting. Repeated calls are ignored."""
+        if generation_id not in self._tasks:
+            self._tasks[generation_id] = asyncio.create_task(self.end(generation_id, part, error))
 
     async def end(self, generation_id: str, part: str, error: BaseException) -> None:
         """End the generation, as soon as the log answers."""

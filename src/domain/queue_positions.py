@@ -52,8 +52,7 @@ class QueuePositions:
         known, self._waiting = self._waiting, {}
         for history in await self.log.unfinished():
             if len(history.events) == 1:
-                waiting = known.get(history.generation_id, (history.user_id, None))
-                self._waiting[history.generation_id] = waiting
+                self._waiting[history.generation_id] = known.get(history.generation_id, (history.user_id, None))
 
     async def _announce(self) -> None:
         positions = await self.leases.positions()

@@ -45,12 +45,11 @@ class Readiness:
         await asyncio.gather(*(self._try(name, check) for name, check in self._checks.items()))
         return self._supervisor.parts
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Wait for no check any more."""
-        running = [check.running for check in self._checks.values() if check.running is not None]
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        for check in self._checks.values():
+            if check.running is not None:
+                check.running.cancel()
 
     async def _try(self, name: str, check: _Check) -> None:
         clock = asyncio.get_running_loop().time

@@ -31,7 +31,7 @@ from domain.requests import Options
 from domain.stage_times import Entered, StageTimes
 from domain.stages import FAILED, FLOWS, STARTED, Provider, Stage, ceiling
 from domain.stored_images import StoredImages
-from domain.supervisor import Supervisor, being_cancelled, patiently, reason_of
+from domain.supervisor import Supervisor, Work, being_cancelled, patiently
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,13 @@ class Runner:
     fetcher: ImageFetcher
     supervisor: Supervisor
     quarantine: Quarantine
-    stage_times: StageTimes
     max_running: int
     #: Seconds.
     deadline: float
 
     def __post_init__(self) -> None:
         self._jobs: dict[str, _Job] = {}
+        self.stage_times = StageTimes()
         #: The seconds of each stage by kind and status, and those that generations waited until their work began.
         self.stage_seconds: defaultdict[tuple[str, str], Histogram] = defaultdict(Histogram)
         self.queue_seconds = Histogram()
@@ -85,17 +85,18 @@ class Runner:
 
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
-        workers = [partial(self._worker, fetching=False)] * self.max_running
-        fetchers = [partial(self._worker, fetching=True)] * (_FETCHING * self.max_running)
-        await self.supervisor.keep(RUNNER, self._follow, self._hold, *workers, *fetchers)
+        works: list[Work] = [self._follow, self._hold]
+        works += [partial(self._worker, fetching=False)] * self.max_running
+        works += [partial(self._worker, fetching=True)] * (_FETCHING * self.max_running)
+        async with asyncio.TaskGroup() as tasks:
+            for work in works:
+                tasks.create_task(self.supervisor.keep(RUNNER, work))
 
     async def interrupt(self) -> None:
         """End everything that is unfinished with ``interrupted``. For a log that will not outlive the process."""
-        for history in await self.log.unfinished():
-            try:
-                await self.recorder.end(history.generation_id, Failure("interrupted"))
-            except Exception as error:
-                logger.error("generation %s could not be ended: %s", history.generation_id, reason_of(error))
+        unfinished = await self.log.unfinished()
+        ends = (self.recorder.end(history.generation_id, Failure("interrupted")) for history in unfinished)
+        await asyncio.gather(*ends, return_exceptions=True)
 
     async def _offer(self, history: History) -> None:
         """Offer an unfinished generation, unless it is external."""
@@ -332,7 +333,8 @@ class _Job:
         return {"generated_image_url": await self._make(self._runner.editor.generate)}
 
     async def _make(self, work: Callable[[Picture, str, Options, Report], Awaitable[Picture]]) -> str:
-        sheet, request = self._sheet or await self._known("composition_url"), self._request
+        request = self._request
+        sheet = self._sheet or await self._stored(self.generation.images["composition_url"])
         self._result = await self._counted("editor", work(sheet, request.prompt, request.options, self._report))
         return await self._keep(self._result, self._unnamed)
 
@@ -352,7 +354,7 @@ class _Job:
         index, urls = self._request.face_index, self._request.image_urls
         name = names[index] if index < len(names) else await self._fetch(urls[index - len(names)])
         face = await self._stored(name)
-        picture = self._result or await self._known("edited_image_url")
+        picture = self._result or await self._stored(self.generation.images["edited_image_url"])
         swapped = await self._counted("face_swapper", self._runner.face_swapper.swap(picture, face, self._report))
         return {"face_swap_url": await self._keep(swapped, self._unnamed)}
 
@@ -375,9 +377,6 @@ class _Job:
         name = await self._runner.images.save(generation.generation_id, picture, user_id=generation.user_id)
         among.append(name)
         return name
-
-    async def _known(self, field: str) -> Picture:
-        return await self._stored(self.generation.images[field])
 
     async def _stored(self, name: str) -> Picture:
         picture = await self._runner.images.store.load(name)

@@ -89,8 +89,6 @@ class Stage:
         return not self.next
 
 
-Flow = Mapping[str, Stage]
-
 _EDIT: Final = ("composition_url", "preview_url", "edited_image_url")
 _EDITED: Final = ("composition_url", "edited_image_url")
 _GENERATE: Final = ("composition_url", "preview_url")
@@ -98,7 +96,7 @@ _GENERATED: Final = ("composition_url", "generated_image_url")
 _SWAPPED: Final = ("face_swap_url",)
 _ENDED: Final = ("error", "code")
 
-FLOWS: Final[Mapping[Kind, Flow]] = {
+FLOWS: Final[Mapping[Kind, Mapping[str, Stage]]] = {
     "edit": {
         "started": Stage(0, "Image editing started...", {"composition": Via()}, ("input_image",), credit=-1),
         "composition": Stage(20, "Composing images...", {"composition_completed": Via()}, _EDIT, step="compose"),

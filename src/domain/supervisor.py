@@ -31,27 +31,14 @@ class Supervisor:
     def __init__(self) -> None:
         #: By part: the failures of its tasks in a row, and the code of the latest, by task.
         self._failing: dict[str, dict[object, tuple[int, str]]] = {}
-        #: By part: the codes that have been logged since it last worked.
-        self._logged: dict[str, set[str]] = {}
 
     @property
     def parts(self) -> dict[str, str]:
         """Each part by name: ``ok``, or the code of what fails."""
         return {name: next((code for _, code in failing.values()), OK) for name, failing in self._failing.items()}
 
-    async def keep(self, name: str, *works: Work) -> None:
-        """Run these works of one part side by side, each until it returns. One that fails is started again."""
-        async with asyncio.TaskGroup() as tasks:
-            for work in works:
-                tasks.create_task(self._keep(name, work))
-
-    async def every(self, seconds: float, name: str, work: Work) -> None:
-        """Do this work now, and again whenever so many seconds have passed."""
-        while True:
-            pause = seconds if await self.attempt(name, work) else self._pause(name)
-            await asyncio.sleep(pause)
-
-    async def _keep(self, name: str, work: Work) -> None:
+    async def keep(self, name: str, work: Work) -> None:
+        """Run this work of a part until it returns. Whenever it fails, it is started again."""
         task, loop = object(), asyncio.get_running_loop()
         while True:
             steady = loop.call_later(_STEADY, self._recovered, name, task)
@@ -61,6 +48,12 @@ class Supervisor:
             finally:
                 steady.cancel()
             await asyncio.sleep(self._pause(name, task))
+
+    async def every(self, seconds: float, name: str, work: Work) -> None:
+        """Do this work now, and again whenever so many seconds have passed."""
+        while True:
+            pause = seconds if await self.attempt(name, work) else self._pause(name)
+            await asyncio.sleep(pause)
 
     async def attempt(self, name: str, work: Work, task: object = None) -> bool:
         """Do this work of a part once, and return whether it succeeded. `task`: see `failed`."""
@@ -82,15 +75,13 @@ class Supervisor:
     def failed(self, name: str, error: BaseException, task: object = None) -> None:
         """Note that this task of a part (by default its only one) fails, until it succeeds."""
         failing, code = self._failing[name], code_of(error)
-        if code not in self._logged.setdefault(name, set()):
-            self._logged[name].add(code)
+        if code not in (known for _, known in failing.values()):
             logger.error("%s fails with %s (%s) and is tried again", name, code, reason_of(error))
         failures, _ = failing.pop(task, (0, ""))
         failing[task] = failures + 1, code
 
     def _recovered(self, name: str, task: object) -> None:
         if self._failing[name].pop(task, None) and not self._failing[name]:
-            del self._logged[name]
             logger.warning("%s works again", name)
 
 

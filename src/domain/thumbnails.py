@@ -28,8 +28,6 @@ class Thumbnails:
         if width is None:
             return await load(name)
         thumbnail = thumbnail_name(name, width)
-        if (stored := await load(thumbnail)) is not None:
-            return stored
         async with self._locks.setdefault(thumbnail, asyncio.Lock()):
             return await load(thumbnail) or await self._make(name, width)
 

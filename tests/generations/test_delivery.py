@@ -367,9 +367,8 @@ async def test_no_interleaving_leaves_a_gap_or_a_duplicate_in_the_stream_of_one_
 async def following(*readers: tuple[Reader, Plain]) -> AsyncIterator[MemoryLog]:
     """A log whose hub has these devices, all live. In the end each has taken everything."""
     log = MemoryLog(epoch="e", credits=None, clock=lambda: NOW)
-    quarantine = Quarantine(plain_recorder(log))
-    hub = Hub(log, quarantine)
-    tasks = [asyncio.create_task(work()) for work in (hub.run, quarantine.run)]
+    hub = Hub(log, Quarantine(plain_recorder(log)))
+    running = asyncio.create_task(hub.run())
     cursor = await log.head_cursor("u")
     devices = [hub.join("u", reader, encoder, StartPosition(cursor, False, 0, None)) for reader, encoder in readers]
     for device in devices:
@@ -380,9 +379,8 @@ async def following(*readers: tuple[Reader, Plain]) -> AsyncIterator[MemoryLog]:
         await reader.read()
         await device.flushed()
         device.close()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    running.cancel()
+    await asyncio.wait([running])
     assert hub.rooms == {}
 
 

@@ -31,7 +31,6 @@ from domain.recorder import Recorder
 from domain.rehydrate import generation_of
 from domain.requests import GenerationRequest, Options
 from domain.runner import Runner
-from domain.stage_times import StageTimes
 from domain.stages import Kind
 from domain.stored_images import StoredImages
 from domain.supervisor import OK, Supervisor
@@ -502,7 +501,6 @@ class InMemoryBackend:
             editor=self.editor,
             face_swapper=self.face_swapper,
             fetcher=self.fetcher,
-            stage_times=StageTimes(),
             max_running=self.max_running,
             deadline=self.deadline,
         )
