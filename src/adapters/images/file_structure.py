@@ -20,7 +20,7 @@ _MAX_CHUNKS: Final = 20_000
 _MAX_EXPANDED: Final = 16_000_000
 
 _PNG_MAGIC: Final = b"\x89PNG\r\n\x1a\n"
-_GREY, _COLOUR, _PALETTE, _GREY_ALPHA = 0, 2, 3, 4
+_GREY, _COLOUR, _PALETTE = 0, 2, 3
 
 _MARKER: Final = re.compile(rb"\xff[^\x00\xff]")
 _AFTER_SCAN: Final = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
@@ -50,8 +50,6 @@ class PictureFile:
     baseline: bool = False
     #: The number of scans, each of which decodes all pixels.
     scans: int = 1
-    #: Whether an ICC profile for greyscale applies.
-    grey: bool = False
     #: The transparent sample of a 16-bit greyscale PNG.
     transparent_sample: int | None = None
 
@@ -93,7 +91,7 @@ def read_png(data: bytes) -> PictureFile:
     if animated and b"fcTL" not in first and frames and frames[0][0][4:20] == header[8:16] + bytes(8):
         # IDAT is a fallback that is not part of the animation: take the first frame instead.
         pixels = frames[0][1] or pixels
-    file = PictureFile(b"", _png_profile(first), first.get(b"eXIf", b""), grey=colour_type in (_GREY, _GREY_ALPHA))
+    file = PictureFile(b"", _png_profile(first), first.get(b"eXIf", b""))
     chunks = [_PNG_MAGIC, header]
     if colour_type == _PALETTE:
         colours = first.get(b"PLTE", b"")[:768]
@@ -182,8 +180,6 @@ def read_jpeg(data: bytes) -> PictureFile:
         body = data[at + 2 : end] if marker in _APPLICATION else b""
         at = end
         file.scans += marker == _START_OF_SCAN
-        if 0xC0 <= marker < 0xC4:
-            file.grey = data[start + 9 : start + 10] == b"\1"
         if marker == _APP1 and body.startswith(b"Exif\0") and not file.exif:
             file.exif = body[6:]
         elif marker == _APP2 and body.startswith(_ICC) and len(body) > 14:

@@ -135,7 +135,8 @@ def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
         # Hide floating-point pipelines (D2Bx): LittleCMS may take minutes for them, and browsers ignore them too.
         profile = ImageCms.ImageCmsProfile(BytesIO(file.icc_profile.replace(b"D2B", b"\0\0\0")))
         space = profile.profile.xcolor_space.strip()
-        if (space == "CMYK") != (image.mode == "CMYK") or (space == "GRAY" and not file.grey):
+        is_grey = Image.getmodebase(image.mode) == "L"
+        if (space == "CMYK") != (image.mode == "CMYK") or (space == "GRAY" and not is_grey):
             return flat
         source = {"CMYK": image, "GRAY": flat.getchannel(0)}.get(space, flat)
         mode = "RGBA" if source.mode == "RGBA" else "RGB"

@@ -148,19 +148,16 @@ class _Swap:
 
     swapper: ReplicateFaceSwap
     report: Report
+    api: httpx2.AsyncClient = field(init=False)
     creating: asyncio.Task[_Prediction] | None = None
     #: Whether the prediction has ended.
     ended: bool = False
 
-    def __post_init__(self) -> None:
-        headers = {"Authorization": f"Bearer {self.swapper.token}"}
-        self.api = provider_client(
-            _STEP, _MAX_ANSWER, self.swapper.trust, base_url=self.swapper.base_url, headers=headers
-        )
-
     async def run(self, picture: Picture, face: Picture) -> Picture:
+        trust, base_url = self.swapper.trust, self.swapper.base_url
+        headers = {"Authorization": f"Bearer {self.swapper.token}"}
         picture_input, face_input = self.swapper.inputs
-        async with self.api:
+        async with provider_client(_STEP, _MAX_ANSWER, trust, base_url=base_url, headers=headers) as self.api:
             try:
                 async with asyncio.timeout(self.swapper.deadline):
                     sent = {picture_input: await self._input(picture), face_input: await self._input(face)}
