@@ -60,19 +60,14 @@ def decoded(image: Image.Image, near: tuple[int, int] | None = None) -> Image.Im
         return plain(image)
 
 
-def plain(image: Image.Image, transparent_sample: int | None = None) -> Image.Image:
-    """The image as ``RGB``, or as ``RGBA`` if any pixel is transparent.
-
-    `transparent_sample`: the transparent value of a 16-bit greyscale image.
-    """
+def plain(image: Image.Image) -> Image.Image:
+    """The image as ``RGB``, or as ``RGBA`` if any pixel is transparent."""
     if image.mode == "I;16":
-        samples = image
-        # Pillow's own conversion clips at 255 instead of scaling.
+        samples, transparent = image, image.info.pop("transparency", None)
+        # Pillow's own conversion clips at 255 instead of scaling, and ignores transparency.
         image = image.point(lambda value: value * (1 / 256)).convert("L")
-        if transparent_sample is not None:
-            opaque = ImageMath.lambda_eval(
-                lambda args: (args["samples"] != transparent_sample) * 255, samples=samples.convert("I")
-            )
+        if transparent is not None:
+            opaque = ImageMath.lambda_eval(lambda args: (args["it"] != transparent) * 255, it=samples.convert("I"))
             image.putalpha(opaque.convert("L"))
     mode = "RGBA" if image.has_transparency_data else "RGB"
     if image.mode != mode:  # `convert` would copy it.

@@ -50,8 +50,6 @@ class PictureFile:
     baseline: bool = False
     #: The number of scans, each of which decodes all pixels.
     scans: int = 1
-    #: The transparent sample of a 16-bit greyscale PNG.
-    transparent_sample: int | None = None
 
 
 def read_png(data: bytes) -> PictureFile:
@@ -104,12 +102,11 @@ def read_png(data: bytes) -> PictureFile:
     if colour_type == _PALETTE and len(transparency) <= 256:
         chunks.append(_chunk(b"tRNS", transparency))
     elif colour_type == _GREY and len(transparency) >= 2:
-        # Pillow compares with samples expanded to 8 bits, and ignores transparency with 16 bits.
+        # Pillow compares with samples expanded to 8 bits.
         sample, highest = int.from_bytes(transparency[:2]), (1 << depth) - 1
-        if depth == 16:
-            file.transparent_sample = sample
-        elif sample <= highest or depth == 8:
-            chunks.append(_chunk(b"tRNS", struct.pack(">H", (sample & 255) * 255 // highest)))
+        if sample <= highest or depth == 8:
+            expanded_sample = sample if depth == 16 else (sample & 255) * 255 // highest
+            chunks.append(_chunk(b"tRNS", struct.pack(">H", expanded_sample)))
     elif colour_type == _COLOUR and len(transparency) >= 6:
         # Pillow keeps the upper 8 of 16 bits.
         samples = [sample >> (depth - 8) for sample in struct.unpack(">3H", transparency[:6])]

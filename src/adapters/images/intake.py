@@ -128,7 +128,7 @@ def _is_complete(image: Image.Image, padded: bytes, near: tuple[int, int]) -> bo
 
 def _in_srgb(image: Image.Image, file: PictureFile) -> Image.Image:
     """The image as ``RGB`` or ``RGBA``, converted to sRGB if it has a usable profile."""
-    flat = plain(image, file.transparent_sample)
+    flat = plain(image)
     if not file.icc_profile:
         return flat
     try:
