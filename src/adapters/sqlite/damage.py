@@ -13,7 +13,7 @@ import logging
 import math
 import sqlite3
 from collections.abc import Collection, Iterable, Sequence
-from importlib import resources
+from pathlib import Path
 from typing import Any, Final
 
 from pydantic import TypeAdapter
@@ -105,11 +105,8 @@ class DamageChecker:
         #: All generations up to this row id have been checked, and these above it.
         self._checked = -math.inf
         self._also = set[int]()
-
-    @property
-    def done(self) -> bool:
-        """Whether everything has been checked."""
-        return self._checked == math.inf
+        #: Whether everything has been checked.
+        self.done = False
 
     def begin(self, connection: sqlite3.Connection) -> Sequence[str]:
         """Repair users, and set damaged unfinished generations aside. Return a line for each finding."""
@@ -139,7 +136,7 @@ class DamageChecker:
         query = "SELECT id FROM generations WHERE id > ? ORDER BY id LIMIT ?"
         keys = [key for (key,) in connection.execute(query, (self._checked, self._BATCH))]
         self.check(connection, keys)
-        self._checked = keys[-1] if len(keys) == self._BATCH else math.inf
+        self._checked, self.done = max(keys, default=math.inf), not keys
         self._also.difference_update(keys)
 
 
@@ -176,7 +173,7 @@ _ADD_MISSING_GENERATIONS: Final = """
 """
 
 #: Turns generations into tombstones, and keeps copies of their rows.
-_SET_ASIDE: Final = resources.files(__package__).joinpath("set_aside.sql").read_text("utf-8").split(";")
+_SET_ASIDE: Final = Path(__file__).with_name("set_aside.sql").read_text("utf-8").split(";")
 
 
 def set_aside(connection: sqlite3.Connection, keys: Collection[int]) -> Sequence[str]:

@@ -90,6 +90,8 @@ class Database:
         )
         read = partial(self._run, self._reader, "BEGIN")
         self._reading: BatchThread[Operation[Any]] = BatchThread("log-reader", read, most=_READS)
+        for thread in (self._writing, self._reading):  # Closed in reverse, and before the connections.
+            self._opened.callback(thread.close)
         self._closed = False
 
     async def write(self, operation: Operation[T], then: Callable[[T], None] | None = None) -> T:
@@ -115,26 +117,10 @@ class Database:
         """Write one statement. Raises `LogUnavailable`."""
         await self.write(lambda connection: connection.execute(query, parameters))
 
-    async def probe(self) -> None:
-        """Commit one row and read it. Raises `LogUnavailable`."""
-        await self.write(self._probe)
-        await self.read(lambda connection: connection.execute("SELECT epoch FROM log").fetchone())
-
-    def _probe(self, connection: sqlite3.Connection) -> None:
-        # Not an update to the same value, which SQLite would not write.
-        connection.execute("INSERT INTO log (epoch) VALUES ('')")
-        connection.execute("DELETE FROM log WHERE epoch = ''")
-
     async def close(self) -> None:
         """Finish pending operations and close the file."""
-        if not self._closed:
-            self._closed = True
-            await asyncio.to_thread(self._close)
-
-    def _close(self) -> None:
-        self._reading.close()
-        self._writing.close()
-        self._opened.close()
+        self._closed = True
+        await asyncio.to_thread(self._opened.close)
 
     def _write(self, operations: Sequence[Operation[Any]]) -> Sequence[object]:
         if not self._intact():

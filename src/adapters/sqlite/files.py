@@ -6,7 +6,6 @@ import os
 import re
 import sqlite3
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Final
 
@@ -14,11 +13,7 @@ from adapters.sqlite import damage
 from domain.ports.storage import Examined, StorageRefused
 
 #: Each step migrates from the version of its index to the next. A released step is never changed.
-SCHEMA: Final[Sequence[str]] = tuple(
-    file.read_text("utf-8")
-    for file in sorted(resources.files(__package__).joinpath("schema").iterdir(), key=lambda file: file.name)
-    if file.name.endswith(".sql")
-)
+SCHEMA: Final = tuple(file.read_text("utf-8") for file in sorted(Path(__file__).with_name("schema").glob("*.sql")))
 
 #: Distinguishes our files from other SQLite files: "Stag".
 _APPLICATION_ID: Final = 0x53746167
@@ -99,12 +94,7 @@ def lock(file: str, refusal: str) -> int:
 
 def _check_version(path: Path, connection: sqlite3.Connection, known: int) -> int:
     """Check that it is an intact log of a known version, and return the version."""
-    try:
-        (application_id,) = connection.execute("PRAGMA application_id").fetchone()
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
-            raise StorageRefused(f"{path} is not a log of Stagecast.") from None
-        raise
+    (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if application_id != _APPLICATION_ID and (application_id or version or objects):
@@ -149,8 +139,11 @@ def epoch_of(path: Path, connection: sqlite3.Connection) -> str | None:
 
 def refused(path: Path, error: Exception) -> StorageRefused:
     """What to raise when SQLite or the file system does not let the log be opened."""
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_CORRUPT:
         return LogDamaged(MALFORMED.format(path))
+    if code == sqlite3.SQLITE_NOTADB:
+        return StorageRefused(f"{path} is not a log of Stagecast.")
     return StorageRefused(f"The log {path} cannot be opened: {reason_of(error)}.")
 
 

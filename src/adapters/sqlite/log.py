@@ -155,8 +155,8 @@ class SqliteLog:
 
         def grant(connection: sqlite3.Connection) -> int:
             connection.execute("DELETE FROM grants WHERE until <= ?", (microseconds(at),))
-            row = connection.execute(f"SELECT id, {queries.CREDIT} FROM users WHERE user_id = ?", (user_id,)).fetchone()
-            user, kept = row or (None, None)
+            query = f"SELECT id, head, {queries.CREDIT} FROM users WHERE user_id = ?"
+            user, head, kept = connection.execute(query, (user_id,)).fetchone() or (None, 0, None)
             before = connection.execute(
                 "SELECT amount, credit FROM grants WHERE owner = ? AND idempotency_key = ?"
                 " AND typeof(amount) = 'integer' AND typeof(credit) = 'integer'",
@@ -167,10 +167,7 @@ class SqliteLog:
                     raise IdempotencyMismatch
                 return int(before[1])
             credit = max(0, (credits if kept is None else kept) + amount)
-            if user is None:
-                user = self._insert_user(connection, user_id, 0, credit)
-            else:
-                connection.execute("UPDATE users SET credit = ? WHERE id = ?", (credit, user))
+            user = self._save_user(connection, user, user_id, head, credit)
             if key is not None:
                 connection.execute(
                     "REPLACE INTO grants (owner, idempotency_key, amount, credit, until) VALUES (?, ?, ?, ?, ?)",
@@ -220,7 +217,8 @@ class SqliteLog:
             await asyncio.sleep(3 * (time.monotonic() - began))
 
     async def probe(self) -> None:
-        await self._database.probe()
+        await self._database.write(_write_row)
+        await self._database.read(lambda connection: connection.execute("SELECT epoch FROM log").fetchone())
 
     async def _rows(self, query: str, parameters: Sequence[object], generations: str | None = None) -> list[Any]:
         """The rows of the query. `generations` is as in `_read`; ``None``: it reads nothing that may be damaged."""
@@ -228,16 +226,14 @@ class SqliteLog:
         def read(connection: sqlite3.Connection) -> list[Any]:
             return connection.execute(query, parameters).fetchall()
 
-        if generations is None:
-            return await self._database.read(read)
         return await self._read(read, generations, parameters)
 
-    async def _read(self, query: Operation[T], rows: str, parameters: Sequence[object]) -> T:
+    async def _read(self, query: Operation[T], rows: str | None, parameters: Sequence[object]) -> T:
         """The query's result. First checks the generations that `rows` selects, and sets damaged ones aside."""
         checker = self._database.checker
 
         def read(connection: sqlite3.Connection) -> T:
-            if not checker.done:
+            if rows is not None and not checker.done:
                 checker.check(connection, (key for (key,) in connection.execute(rows, parameters)))
             return query(connection)
 
@@ -267,10 +263,7 @@ class SqliteLog:
             return _logged(row), False
         event, credit, reserved = accepted
         position, end = (head or 0) + 1, None
-        if user is None:
-            user = self._insert_user(connection, entry.user_id, position, credit)
-        else:
-            connection.execute("UPDATE users SET head = ?, credit = ? WHERE id = ?", (position, credit, user))
+        user = self._save_user(connection, user, entry.user_id, position, credit)
         if start is not None:
             first = position
             generation = connection.execute(
@@ -297,7 +290,13 @@ class SqliteLog:
         place = entry.user_id, position, entry.event_id, entry.generation_id, entry.sequence
         return Logged(*place, entry.name, event, first, end, entry.images), True
 
-    def _insert_user(self, connection: sqlite3.Connection, user_id: str, head: int, credit: int | None) -> int:
+    def _save_user(
+        self, connection: sqlite3.Connection, user: int | None, user_id: str, head: int, credit: int | None
+    ) -> int:
+        """Save the head and the balance; `user` is the id of the row, if there is one. Return it."""
+        if user is not None:
+            connection.execute("UPDATE users SET head = ?, credit = ? WHERE id = ?", (head, credit, user))
+            return user
         inserted = connection.execute(
             "INSERT INTO users (user_id, credit, head, floor, floor_id) VALUES (?, ?, ?, 0, ?)",
             (user_id, credit, head, zero_id(self.epoch, user_id)),
@@ -313,6 +312,12 @@ class SqliteLog:
     def _deliver_removed(self, removed: Sequence[Removed | UserRemoved] | None) -> None:
         for notice in removed or ():
             self._followers.deliver(notice)
+
+
+def _write_row(connection: sqlite3.Connection) -> None:
+    # Not an update to the same value, which SQLite would not write.
+    connection.execute("INSERT INTO log (epoch) VALUES ('')")
+    connection.execute("DELETE FROM log WHERE epoch = ''")
 
 
 def _logged(row: Sequence[Any]) -> Logged:

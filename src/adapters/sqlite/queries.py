@@ -65,14 +65,10 @@ ALL: Final = "events.generation IN (SELECT value FROM json_each(?))"
 SUMMARY: Final = f"""{ALL} AND (events.sequence = 1 OR events.sequence >=
     (SELECT max(sequence) FROM events AS ends WHERE ends.generation = generations.id) - 1)
 """
-_OF_USER: Final = (
-    "WHERE users.user_id = ? AND deleted = 0 AND first_position < ? {} ORDER BY first_position DESC LIMIT ?"
-)
-#: By whether they are active.
+#: A user's, by whether they are active.
 OF_USER: Final = {
-    None: _OF_USER.format(""),
-    True: _OF_USER.format("AND end_position IS NULL"),
-    False: _OF_USER.format("AND end_position IS NOT NULL"),
+    active: f"WHERE user_id = ? AND deleted = 0 AND first_position < ? {ended} ORDER BY first_position DESC LIMIT ?"
+    for active, ended in {None: "", True: "AND end_position IS NULL", False: "AND end_position IS NOT NULL"}.items()
 }
 #: The unary plus keeps SQLite from scanning the whole table in order of ids.
 UNFINISHED: Final = "WHERE end_position IS NULL ORDER BY +generations.id"
@@ -88,20 +84,14 @@ OF_KEY: Final = "FROM generations WHERE owner = (SELECT id FROM users WHERE user
 NAMED: Final = "SELECT id FROM generations WHERE generation_id = ?"
 #: Generations with events at or after a position of a feed.
 IN_FEED: Final = """
-    SELECT DISTINCT generations.id
-    FROM (
-        SELECT generation FROM events WHERE owner = (SELECT id FROM users WHERE user_id = ?) AND position >= ?
-        ORDER BY position LIMIT 1 + ?
-    ) JOIN generations ON generations.id = generation
+    SELECT generation FROM events WHERE owner = (SELECT id FROM users WHERE user_id = ?) AND position >= ?
+    ORDER BY position LIMIT 1 + ?
 """
 
 #: Generations with events at or after the start of the oldest active one.
 SINCE_OLDEST: Final = """
-    SELECT DISTINCT generations.id
-    FROM users
-    JOIN events ON events.owner = users.id AND position >=
+    SELECT generation FROM users JOIN events ON events.owner = users.id AND position >=
         coalesce((SELECT min(first_position) FROM generations WHERE owner = users.id AND end_position IS NULL), head)
-    JOIN generations ON generations.id = generation
     WHERE user_id = ?
 """
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Final
 
 from adapters.memory.leases import MemoryLeases
 from adapters.memory.quotas import MemoryQuotas
@@ -11,10 +12,12 @@ from adapters.sqlite.log import SqliteLog
 from adapters.sqlite.sessions import SqliteSessions
 from domain.ports.storage import Examined, Storage, StorageOptions
 
+_SCHEME: Final = "sqlite:///"
+
 
 async def open_storage(url: str, options: StorageOptions) -> Storage:
     """The storage in the file of this URL. Raises `StorageRefused`."""
-    opened = await asyncio.to_thread(Database, _path(url), epoch=options.epoch)
+    opened = await asyncio.to_thread(Database, Path(url.removeprefix(_SCHEME)), epoch=options.epoch)
     log = SqliteLog(opened, credits=options.credits, clock=options.clock, outbox=options.outbox)
     return Storage(
         log=log,
@@ -28,8 +31,4 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
 
 def examine(url: str) -> Examined:
     """Look for damage without changing anything; a service may have the file open. Raises `StorageRefused`."""
-    return files.examine(_path(url))
-
-
-def _path(url: str) -> Path:
-    return Path(url.removeprefix("sqlite:///"))
+    return files.examine(Path(url.removeprefix(_SCHEME)))

@@ -1,5 +1,6 @@
 """How values are stored in the durable log."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -8,11 +9,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 def is_text(value: str) -> bool:
     """Whether SQLite can store the text: it has no lone surrogate, as JSON strings may."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return re.search("[\ud800-\udfff]", value) is None
 
 
 def microseconds(moment: datetime) -> int:

@@ -47,12 +47,10 @@ def _shown(value: object) -> str:
             return _MASK
         case bool():
             return str(value).lower()
-        case ():
-            return "none"
         case float():
             return f"{value:.15g}"
         case tuple():
-            return ",".join(map(_shown, value))
+            return ",".join(map(_shown, value)) or "none"
         case _:
             text = _USER_INFO.sub(lambda found: f"{found[1]}:{_MASK}@" if found[1] else f"{_MASK}@", str(value))
             return _PARAMETER.sub(rf"\1{_MASK}", text)

@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-import aiohttp
 import httpx2
 import socketio
 from socketio.exceptions import SocketIOError
@@ -124,11 +123,10 @@ async def _run_edit(settings: Settings, folder: Path) -> None:
     print(f"Stagecast demo on {url} (editor: {settings.editor}, face swap: {settings.face_swap})")
     print(f"{PROMPT}\n", flush=True)
     async with (
-        aiohttp.ClientSession() as session,
         httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=60) as http,
         asyncio.timeout(settings.deadline + 60),
     ):
-        device = socketio.AsyncClient(reconnection=False, handle_sigint=False, http_session=session)
+        device = socketio.AsyncClient(reconnection=False, handle_sigint=False)
         device.on("*", lambda _, event: events.put_nowait(event) if "sequence" in event else None)
         device.on("disconnect", lambda *_: events.put_nowait(None))
         try:
@@ -136,7 +134,7 @@ async def _run_edit(settings: Settings, folder: Path) -> None:
             await device.connect(url, auth={"token": token, "recovery": False}, wait_timeout=10)
             with create_display(detailed=True) as display:
                 started = time.monotonic()
-                generation = content_of(await http.post("/generations/edit", files=_form(url)))
+                generation = content_of(await http.post("/generations/edit", **_form(url)))
                 received, result = await _follow(events, http, folder, display)
                 seconds = time.monotonic() - started
             path = f"/generations/{generation['generationId']}/events"
@@ -150,11 +148,10 @@ async def _run_edit(settings: Settings, folder: Path) -> None:
     print('To go on:     "stagecast serve", then open http://localhost:3000', flush=True)
 
 
-def _form(url: str) -> list[tuple[str, Any]]:
+def _form(url: str) -> dict[str, Any]:
     """The form of ``POST /generations/edit``, in low quality because the editor may charge for it."""
     fields = {"prompt": PROMPT, "imageUrls": f"{url}{_FACE}", "faceSwap": "true", "quality": "low"}
-    files = [("images", (name, (_SAMPLES / name).read_bytes(), "image/webp")) for name in _PHOTOGRAPHS]
-    return [*files, *((name, (None, value.encode())) for name, value in fields.items())]
+    return {"data": fields, "files": [("images", (name, (_SAMPLES / name).read_bytes())) for name in _PHOTOGRAPHS]}
 
 
 async def _follow(

@@ -9,7 +9,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, Text
 from rich.table import Column
 from rich.text import Text
 
-_MIN_WIDTH: Final = 46
 #: Rows of a generation with its stages.
 _DETAIL_ROWS: Final = 11
 #: By the status of an event that ends a generation.
@@ -59,8 +58,7 @@ def create_display(*, detailed: bool = False) -> Display:
     """
     # Given explicitly, because rich takes a pipe for a terminal if the environment says so.
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
-    capable = console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
-    if not capable or not console.encoding.startswith("utf") or console.width < _MIN_WIDTH:
+    if not console.is_terminal or console.is_dumb_terminal or not console.encoding.startswith("utf"):
         return Display(detailed=detailed)
     return _LiveDisplay(console, detailed=detailed and console.height > _DETAIL_ROWS)
 

@@ -90,7 +90,10 @@ def serve(**overrides: Any) -> None:
 
     def ready() -> None:
         collect_less()
-        _announce(settings)
+        try:
+            print(welcome(settings), flush=True)
+        except OSError:  # The service works without it.
+            _discard_output()
 
     async def serve() -> None:
         await create_server(await wire(settings), ready).serve(sockets=listeners)
@@ -160,13 +163,6 @@ def _listen(host: str, port: int, flag: str = "--port") -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise Unavailable(f"port {port} is taken; choose another with {flag}.") from None
         raise Unavailable(f"cannot listen on {host} port {port}: {error.strerror}.") from None
-
-
-def _announce(settings: Settings) -> None:
-    try:
-        print(welcome(settings), flush=True)
-    except OSError:  # The service works without it.
-        _discard_output()
 
 
 def welcome(settings: Settings) -> str:
