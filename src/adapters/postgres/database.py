@@ -119,10 +119,6 @@ class Database:
         storable = all(is_text(value) for value in arguments if isinstance(value, str))
         return await self.fetch(query, *arguments) if storable else []
 
-    async def fetchrow(self, query: str, *arguments: object) -> asyncpg.Record | None:
-        """The first row of `fetch`."""
-        return next(iter(await self.fetch(query, *arguments)), None)
-
     async def fetchval(self, query: str, *arguments: object) -> Any:
         """The first value of `fetch`; ``None``: there is no row."""
         return next((row[0] for row in await self.fetch(query, *arguments)), None)

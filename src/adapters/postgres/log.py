@@ -12,7 +12,7 @@ from adapters.postgres.tail import CHANNEL, Tail, logged
 from domain.errors import CreditsOff, IdempotencyMismatch, LogUnavailable, NotFinished
 from domain.feed import Cursor, Feed, Logged, zero_id
 from domain.ports.ledger import Standing
-from domain.ports.log import Append, Deliver, History, IdempotencyRecord
+from domain.ports.log import Deliver, History, IdempotencyRecord
 from domain.ports.overview import Filter, Listing
 from domain.ports.system import Clock
 from domain.ports.webhook_outbox import CLAIM
@@ -55,18 +55,6 @@ _AT_STAGE: Final = """end_position IS NULL AND ${} = (
     SELECT substring(convert_from(event, 'UTF8') FROM '"status":"([a-z_]+)"') FROM stagecast.events
     WHERE generation = generations.id AND sequence = generations.last
 )"""
-_FAILURES: Final = """
-    SELECT code, count(*) FROM stagecast.generations WHERE code IS NOT NULL AND ended_at >= $1 GROUP BY code
-"""
-
-_HEAD: Final = """
-    SELECT head, floor, floor_id,
-        (SELECT event_id FROM stagecast.events WHERE owner = users.id AND position = head) AS head_id,
-        (
-            SELECT min(first_position) FROM stagecast.generations WHERE owner = users.id AND end_position IS NULL
-        ) AS oldest
-    FROM stagecast.users WHERE user_id = $1
-"""
 
 
 class PostgresLog:
@@ -84,10 +72,7 @@ class PostgresLog:
         self._nodes = nodes
         self._credits = credits
         self._outbox = outbox
-        self._appends = Appends(database, credits=credits, clock=clock, outbox=outbox, appended=self._appended)
-
-    async def append(self, entry: Append) -> Logged:
-        return await self._appends.append(entry)
+        self.append = Appends(database, credits=credits, clock=clock, outbox=outbox, appended=self._appended).append
 
     def _appended(self) -> None:
         self._tail.wake()
@@ -100,12 +85,12 @@ class PostgresLog:
         )
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
-        row = await self._database.fetchrow(
+        rows = await self._database.fetch(
             "SELECT generation_id, fingerprint FROM stagecast.generations"
             f" WHERE {_OF_USER.format(1)} AND idempotency_key = $2",
             *(user_id, key),
         )
-        return row and IdempotencyRecord(*row)
+        return IdempotencyRecord(*rows[0]) if rows else None
 
     async def generation(self, generation_id: str) -> History | None:
         return await self._generation(_WHOLE_ONE, generation_id)
@@ -147,16 +132,19 @@ class PostgresLog:
         return Listing(_histories(rows)[:limit], numbers[limit - 1] if len(numbers) > limit else None)
 
     async def failures(self, since: datetime) -> Mapping[str, int]:
-        return dict(await self._database.fetch(_FAILURES, since))
+        query = (
+            "SELECT code, count(*) FROM stagecast.generations WHERE code IS NOT NULL AND ended_at >= $1 GROUP BY code"
+        )
+        return dict(await self._database.fetch(query, since))
 
     async def unfinished(self) -> Sequence[History]:
         return _histories(await self._database.fetch(_UNFINISHED))
 
     async def head_cursor(self, user_id: str) -> Cursor:
-        row = await self._database.fetchrow(_HEAD, user_id)
-        if row is None:
+        rows = await self._database.rows("head_v1", user_id)
+        if not rows:
             return Cursor(0, zero_id(self.epoch, user_id), 0)
-        head, floor, floor_id, head_id, oldest = row
+        head, floor, floor_id, head_id, oldest = rows[0]
         return Cursor(head, floor_id if head == floor else head_id, head if oldest is None else oldest - 1)
 
     async def feed(self, user_id: str, *, after: int, anchor: int, limit: int) -> Feed:
@@ -180,8 +168,8 @@ class PostgresLog:
             raise LogUnavailable
 
     async def standing(self, user_id: str) -> Standing:
-        row = await self._database.fetchrow("SELECT credit, active FROM stagecast.users WHERE user_id = $1", user_id)
-        credit, active = row or (None, 0)
+        rows = await self._database.fetch("SELECT credit, active FROM stagecast.users WHERE user_id = $1", user_id)
+        credit, active = rows[0] if rows else (None, 0)
         return Standing(self._credits if credit is None or self._credits is None else credit, active)
 
     async def grant(self, user_id: str, amount: int, *, key: str | None, at: datetime, until: datetime) -> int:

@@ -183,7 +183,11 @@ class Tail:
         oldest = rows[0]["oldest"]
         entries = [row for row in rows if row["id"] is not None]
         new = [row["id"] for row in entries if row["id"] > self._last]
-        if new and (new[-1] - self._last > _MOST_BEHIND or (len(new) == _PAGE and await self._is_behind(connection))):
+        newest = new[-1] if new else self._last
+        if len(new) == _PAGE:
+            query = "SELECT greatest($1, max(id)) FROM stagecast.events"
+            [(newest,)] = await self._ask(connection, query, newest)
+        if newest - self._last > _MOST_BEHIND:
             await self._restart(connection)
             self.followers.deliver(Gap())
             return True
@@ -217,11 +221,6 @@ class Tail:
             for number, user_id, generation_id in rows
             if number not in known
         ]
-
-    async def _is_behind(self, connection: Connection) -> bool:
-        assert self._last is not None
-        [(newest,)] = await self._ask(connection, "SELECT max(id) FROM stagecast.events")
-        return (newest or 0) - self._last > _MOST_BEHIND
 
     async def _set_barrier(self, connection: Connection) -> None:
         """Note for new gaps which transactions may fill them: those that have begun by now."""

@@ -347,6 +347,17 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 
+-- Where a user's feed ends, and the first position of the oldest unfinished generation.
+CREATE FUNCTION stagecast.head_v1(the_user text)
+RETURNS TABLE (r_head bigint, r_floor bigint, r_floor_id bigint, r_head_id bigint, r_oldest bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT head, floor, floor_id,
+        (SELECT event_id FROM stagecast.events WHERE owner = users.id AND position = head),
+        (SELECT min(first_position) FROM stagecast.generations WHERE owner = users.id AND end_position IS NULL)
+    FROM stagecast.users WHERE user_id = the_user
+$$;
+
+
 -- A user's feed after a position, with the event id and the open tombstones at the anchor; at least one row for a user who
 -- is known, without an entry if there is none.
 CREATE FUNCTION stagecast.feed_v1(the_user text, after bigint, anchor bigint, most integer) RETURNS TABLE (
