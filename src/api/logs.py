@@ -143,7 +143,9 @@ def _unhandled(hook: "threading.ExceptHookArgs | sys.UnraisableHookArgs") -> Non
 
 def configure(level: str = "warning", *, as_json: bool = False) -> None:
     """Log to standard error from this level on, also unhandled exceptions, without tracebacks."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # No line shows them.
+    # No line shows these, nor the place in the source.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # As its documentation advises.
     handler = RepeatHandler(sys.stderr)
     handler.setFormatter(OneLine(as_json=as_json))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -129,7 +129,7 @@ class Recorder:
             image_urls=list(request.image_urls),
             face_swap=request.face_swap if generation.kind == "edit" else None,
             face=request.face_index if request.face_swap else None,
-            **request.options.model_dump(),
+            **vars(request.options),
         )
 
     async def _append(

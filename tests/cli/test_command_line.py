@@ -471,6 +471,11 @@ async def test_passwords_in_urls_are_masked(given: str) -> None:
     assert "***@" in done.errors
 
 
+async def test_the_query_of_a_url_is_in_no_message() -> None:
+    done = await run_main("list", "--url", "http://127.0.0.1:9/?token=hunter2#hunter2", STAGECAST_TOKEN="t")
+    assert "hunter2" not in done.sentence(3)
+
+
 async def test_the_ready_line_masks_a_password(tmp_path: Path) -> None:
     settings = load_settings({"public_url": "https://ada:hunter2@pictures.example", "images": str(tmp_path)})
     assert "https://***@pictures.example" in welcome(settings)

@@ -5,6 +5,7 @@ classified here fails.
 """
 
 import asyncio
+import inspect
 import json
 import re
 from collections.abc import AsyncIterator, Iterable
@@ -102,7 +103,7 @@ def routes_of(service: Running) -> set[tuple[str, str]]:
     """Every method and path that the application has, in its description or not. HEAD is GET's."""
     http: Any = service.server.config.app
     while not isinstance(http, FastAPI):
-        http = getattr(http, "other_asgi_app", None) or http._app
+        http = getattr(http, "_app", None) or inspect.getclosurevars(http).nonlocals["other"]
     found = set()
     for context in iter_route_contexts(http.routes):
         if isinstance(context.original_route, Mount):

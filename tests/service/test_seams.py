@@ -116,7 +116,7 @@ USED = {
 }
 
 #: Private names of libraries that are imported, or used on an object other than ``self``.
-PRIVATE = {"_custom_headers"}
+PRIVATE = {"_custom_headers", "_srcfile"}
 
 #: Undocumented attributes of library objects that we hold, as their classes declare them.
 ATTRIBUTES: dict[type, set[str]] = {

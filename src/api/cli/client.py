@@ -1,5 +1,6 @@
 """Calls to a running service, from the command line."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -43,7 +44,8 @@ def connect(remote: Mapping[str, Any], *, user: str | None = None) -> Iterator["
         with httpx2.Client(base_url=service.url, trust_env=False, timeout=timeout, headers=headers, auth=auth) as http:
             yield http
     except (httpx2.HTTPError, httpx2.InvalidURL, KeyError, TypeError, ValueError):
-        sentence = f"no Stagecast service answers on {masked(service.url)}; choose another with --url or STAGECAST_URL."
+        address = re.split("[?#]", masked(service.url))[0]  # A query may have a token.
+        sentence = f"no Stagecast service answers on {address}; choose another with --url or STAGECAST_URL."
         raise Unavailable(sentence) from None
 
 
