@@ -8,11 +8,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import httpx2
 import socketio
 import websockets
 
+from adapters.images import composer
 from adapters.outbound.calls import ssl_context
 from adapters.serving.uvicorn_server import Server
 from adapters.system import SystemEntropy, now
@@ -269,8 +271,12 @@ async def wired(
 
 @asynccontextmanager
 async def running(images: Path | str, *, overrides: JSON | None = None, **settings: Any) -> AsyncIterator[Running]:
-    """A service that is checked, once its clients are gone, and then stopped."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    """A service that is checked, once its clients are gone, and then stopped.
+
+    Its sheets have a quarter of the real width and height: to compose and encode a whole one takes a tenth of a second.
+    """
+    small = patch.multiple(composer, SHEET=(620, 877), MARGIN=24, GUTTER=12)
+    with small, socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         offline = {"editor": "local", "face_swap": "local", "local_seconds": 0, "max_lag_ms": "off"}
         chosen = {**offline, "images": images, "port": port, **settings}
