@@ -26,7 +26,7 @@ from domain.ports.log import Append, Deliver, Gap, History, Notice, Start
 from domain.quarantine import Quarantine
 from support.doubles import plain_recorder
 
-ROUNDS = 625
+ROUNDS = 300
 FEED = feed_name("e", "u")
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 
@@ -343,7 +343,12 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_buffers")
 @pytest.mark.parametrize(
-    ("form", "part"), [*((Reader, part) for part in range(4)), (StreamReader, 4), (StreamReader, 5)]
+    ("form", "part"),
+    [
+        *((Reader, part) for part in range(4)),
+        *((StreamReader, part) for part in (4, 5)),
+        *(pytest.param(form, part, marks=pytest.mark.long) for form in (Reader, StreamReader) for part in range(6, 20)),
+    ],
 )
 async def test_no_interleaving_of_past_and_live_leaves_a_gap_or_a_duplicate(
     form: type[Reader | StreamReader], part: int

@@ -22,6 +22,7 @@ from schemathesis.specs.openapi import checks
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 from domain.rehydrate import request_of
+from support.builders import PROPERTY
 from support.harness import JSON, PHOTO, Running, running
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -93,8 +94,11 @@ def make_it_count(case: schemathesis.Case[Any], known: dict[str, str]) -> None:
         case.body["images"] = photos
 
 
+@pytest.mark.parametrize("examples", [15, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("label", OPERATIONS)
-async def test_answers_are_as_described_whatever_is_sent(service: Running, schema: OpenApiSchema, label: str) -> None:
+async def test_answers_are_as_described_whatever_is_sent(
+    service: Running, schema: OpenApiSchema, label: str, examples: int
+) -> None:
     operation = schema.find_operation_by_label(label)
     assert operation is not None
     described = {int(status) for status in operation.definition.raw["responses"] if status != "default"}
@@ -110,7 +114,7 @@ async def test_answers_are_as_described_whatever_is_sent(service: Running, schem
 
     answered = set[int]()
 
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(PROPERTY, max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(case=cases, known=st.booleans(), next_stage=st.booleans())
     def campaign(case: schemathesis.Case[Any], known: bool, next_stage: bool) -> None:
         if known:
