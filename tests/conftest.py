@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+import gc
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -34,6 +35,15 @@ _FIRST: Final = (
 )
 
 
+# Nothing that collection makes is garbage: it is not searched for garbage, neither meanwhile nor by the tests.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in _FIRST)
 
@@ -45,7 +55,7 @@ def _postgres() -> Iterator[None]:
     postgres.shared.release()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser() -> AsyncIterator[Browser]:
     async with chromium() as browser:
         yield browser

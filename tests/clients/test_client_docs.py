@@ -26,7 +26,7 @@ from support.node import needs_node
 from support.page import PromptedEditor, QuickComposer
 from support.proxy import Proxy
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 EDITOR: Final = PromptedEditor()
 EDIT: Final = "Make the hat red"
@@ -35,14 +35,14 @@ STEPS: Final = {"edit": [0, 20, 40, 60, 80, 100], "generate": [0, 20, 40, 60, 10
 needs_curl: Final = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     overrides = {"editor": EDITOR, "composer": QuickComposer()}
     async with running(tmp_path_factory.mktemp("images"), overrides=overrides) as service:
         yield service
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def proxy(service: Running) -> AsyncIterator[Proxy]:
     async with Proxy.open(service.port) as proxy:
         yield proxy

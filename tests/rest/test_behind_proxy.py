@@ -25,7 +25,7 @@ from support.http_app import assert_problem
 from support.node import ROOT, browsers, needs_client, needs_node
 from support.proxy import Proxy, forward
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 HOST: Final = "pictures.example.com"
 
@@ -42,7 +42,7 @@ async def behind(images: Path, *, strip: bool, path: str = "/cast") -> AsyncIter
             yield service, public_url
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["stripped", "kept"])
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=[True, False], ids=["stripped", "kept"])
 async def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[tuple[Running, str]]:
@@ -276,7 +276,7 @@ async def test_scheme_and_host_are_those_of_the_client(forwarded: JSON, scheme: 
     assert (await seen(forwarded, "10.0.0.0/8"))[1:] == (scheme, host)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def trusting(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Running, str]]:
     """A service whose proxy tells by headers that it was called by https and by another name."""
     headers = {"Host": "upstream", "X-Forwarded-Host": HOST, "X-Forwarded-Proto": "https", "X-Forwarded-For": "::1"}

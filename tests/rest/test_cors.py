@@ -22,7 +22,7 @@ from support.http_app import assert_problem
 from support.node import ROOT, needs_client
 from support.pictures import RED, solid
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 APP: Final = "http://app.example.com"
 PATTERN: Final = "http://*.preview.example.com"
@@ -59,7 +59,7 @@ _CONNECT: Final = """([url, options]) => new Promise((resolve) => {
 })"""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def port() -> AsyncIterator[int]:
     """The port of a server that has an empty page for every host name."""
 
@@ -76,7 +76,7 @@ async def port() -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory, port: int) -> AsyncIterator[Running]:
     live = (f"http://app.localhost:{port}", f"http://*.preview.localhost:{port}")
     origins = (*live, APP, PATTERN, "https://*-team.example.org", "null", *APPS)

@@ -26,18 +26,18 @@ from support.harness import JSON, TIMEOUT, Running, running
 from support.node import ROOT, TESTS, needs_node
 from support.proxy import Fault, Proxy, forward
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 needs_curl: Final = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     async with running(tmp_path_factory.mktemp("images")) as service:
         yield service
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def proxy(service: Running) -> AsyncIterator[Proxy]:
     async with Proxy.open(service.port) as proxy:
         yield proxy

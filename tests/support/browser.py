@@ -42,7 +42,7 @@ needs_axe: Final = pytest.mark.skipif(not _AXE.is_file() and not _CI, reason="ne
 PHOTO: Final = FilePayload(name="red.png", mimeType="image/png", buffer=solid(RED).data)
 
 # Long enough for slow machines: the timeout only ends what hangs.
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=60_000)
 
 State = Literal["empty", "active", "completed", "failed"]
 
@@ -172,7 +172,7 @@ async def tabs(
     """Tabs of one browser, connected as this user. Fails at the end if one of them had errors."""
     context: BrowserContext = await browser.new_context(**{"locale": "en-GB", "reduced_motion": "reduce", **options})
     try:
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(60_000)
         if user is not None:
             await context.add_init_script(f"sessionStorage['stagecast.user'] ??= {json.dumps(user)}")
         opened = [Tab(await context.new_page(), url, ignore) for _ in range(count)]

@@ -1,14 +1,17 @@
 """What the tests of the page share: providers that a test steers by prompt, and what the log says."""
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 from domain.ports.images import Load, Picture
 from domain.ports.providers import Report
 from domain.requests import Options
-from support.doubles import Act, Pause
-from support.harness import Running
-from support.pictures import RED, solid
+from support.doubles import Act, Pause, ScriptedFaceSwapper
+from support.harness import Running, running
+from support.pictures import GREEN, RED, solid
 
 
 class PromptedEditor:
@@ -41,6 +44,16 @@ class QuickComposer:
 
     async def compose(self, pictures: Sequence[Load]) -> Picture:
         return solid((250, 250, 250), (100, 140))
+
+
+@asynccontextmanager
+async def page_service(images: Path, editor: PromptedEditor, **settings: Any) -> AsyncIterator[Running]:
+    """A service with this editor, whose face swaps are green, and which fetches from this machine."""
+    face = ScriptedFaceSwapper()
+    face.result = solid(GREEN, (200, 300), "JPEG")
+    overrides = {"editor": editor, "composer": QuickComposer(), "face_swapper": face}
+    async with running(images, overrides=overrides, fetch_allow="127.0.0.0/8", **settings) as service:
+        yield service
 
 
 async def logged(service: Running, user: str) -> list[str]:

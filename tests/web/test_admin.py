@@ -15,7 +15,7 @@ from support.doubles import Pause, ScriptedEditor
 from support.guarded import SERVICE, ask, guarded, token
 from support.harness import Running, running
 
-pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_chromium, pytest.mark.asyncio(loop_scope="session")]
 
 USER = "Ünal <b>& Söhne</b>"
 

@@ -15,19 +15,19 @@ from support.browser import needs_chromium
 from support.harness import JSON, PHOTO, Running, running
 from support.node import ROOT
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 _VIEWER: Final = ROOT / "src/api/web/static/vendor/swagger-ui-bundle.js"
 _SPECIFICATION: Final = ROOT / "node_modules/@asyncapi/specs/schemas/3.0.0.json"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     async with running(tmp_path_factory.mktemp("images")) as service:
         yield service
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def document(service: Running) -> JSON:
     return await service.get("/asyncapi.json")
 

@@ -20,7 +20,7 @@ needs_browser_data: Final = pytest.mark.skipif(
     "CI" not in os.environ and not (ROOT / "node_modules" / "@mdn").is_dir(),
     reason="needs MDN's compatibility data: install npm, then `make test`",
 )
-pytestmark = [needs_node, needs_browser_data, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_node, needs_browser_data, pytest.mark.asyncio(loop_scope="session")]
 
 #: Deletes the APIs that the oldest browsers lack. Some cannot be deleted, as Chromium and Playwright need them.
 _DELETE: Final = """
@@ -36,7 +36,7 @@ def newer() -> str:
     return subprocess.run(["node", "-e", script], cwd=TESTS, check=True, capture_output=True, text=True).stdout
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     overrides = {"editor": PromptedEditor(), "composer": QuickComposer()}
     async with running(tmp_path_factory.mktemp("images"), overrides=overrides) as service:

@@ -27,7 +27,7 @@ from support.harness import Running, running, wired
 from support.node import needs_client
 from support.page import NETWORK, PromptedEditor, QuickComposer, logged
 
-pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="session")]
 
 EDITOR = PromptedEditor()
 
@@ -35,7 +35,7 @@ EDITOR = PromptedEditor()
 STOPPING = f"{NETWORK}|status of 503"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     overrides = {"editor": EDITOR, "composer": QuickComposer()}
     async with running(tmp_path_factory.mktemp("images"), overrides=overrides) as service:
@@ -134,7 +134,7 @@ async def test_a_rejected_user_id_is_reported(browser: Browser, service: Running
 # ---- Tokens --------------------------------------------------------------------------------------------------------
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     overrides = {"editor": EDITOR, "composer": QuickComposer()}
     async with guarded(tmp_path_factory.mktemp("images"), overrides=overrides) as service:

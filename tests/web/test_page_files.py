@@ -19,14 +19,14 @@ from support.harness import Running, running
 from support.node import needs_client
 from support.page import PromptedEditor, QuickComposer
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 DECODE: Final[dict[str | None, Callable[[bytes], bytes]]] = {"gzip": gzip.decompress, None: bytes}
 #: Bytes of text and scripts, compressed, that the page may take.
 BUDGET: Final = 100_000
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     overrides = {"editor": PromptedEditor(), "composer": QuickComposer()}
     async with running(tmp_path_factory.mktemp("images"), overrides=overrides) as service:

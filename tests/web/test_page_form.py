@@ -15,13 +15,12 @@ from playwright.async_api import Browser, FilePayload, Route, expect
 
 from adapters.images.colour_profiles import SRGB, from_chromaticities
 from support.browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
-from support.doubles import ScriptedFaceSwapper
-from support.harness import Running, running
+from support.harness import Running
 from support.node import needs_client
-from support.page import PromptedEditor, QuickComposer
+from support.page import PromptedEditor, page_service
 from support.pictures import BLUE, GREEN, ORANGE, RED, alike, colour_at, encoded, quarters, solid
 
-pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="session")]
 
 
 def display_p3() -> bytes:
@@ -57,13 +56,9 @@ async () => Promise.all(window.sent.filter(([, value]) => value instanceof Blob)
 """
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
-    swapper = ScriptedFaceSwapper()
-    swapper.result = solid(GREEN, (200, 300), "JPEG")
-    overrides = {"editor": PromptedEditor(), "composer": QuickComposer(), "face_swapper": swapper}
-    images = tmp_path_factory.mktemp("images")
-    async with running(images, overrides=overrides, fetch_allow="127.0.0.0/8") as service:
+    async with page_service(tmp_path_factory.mktemp("images"), PromptedEditor()) as service:
         yield service
 
 

@@ -15,7 +15,7 @@ from support.harness import Running, running
 from support.node import needs_client
 from support.page import PromptedEditor, QuickComposer
 
-pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="session")]
 
 EDITOR: Final = PromptedEditor()
 
@@ -30,7 +30,7 @@ SIZES: Final = (
 LONG: Final = "A portrait with this hat, by the lake at dusk, and " + "the reeds, the mist and the far hills, " * 60
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     images: Path = tmp_path_factory.mktemp("images")
     overrides = {"editor": EDITOR, "composer": QuickComposer()}

@@ -11,7 +11,7 @@ from support.harness import Running, running
 from support.node import needs_client
 from support.page import NETWORK, PromptedEditor, QuickComposer
 
-pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="session")]
 
 EDITOR = PromptedEditor()
 
@@ -19,7 +19,7 @@ PHONE, NARROW, LAPTOP = (390, 844), (320, 568), (1280, 720)
 LONG = "A portrait with this hat, by the lake at dusk, and " + "the reeds, the mist and the far hills, " * 60
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     overrides = {"editor": EDITOR, "composer": QuickComposer()}
     async with running(tmp_path_factory.mktemp("images"), overrides=overrides) as service:

@@ -16,14 +16,14 @@ from playwright.async_api import Browser, expect
 from domain.errors import FAILURE_CODES
 from domain.stages import FLOWS
 from support.browser import Tab, axe_violations, needs_axe, needs_chromium, tabs
-from support.doubles import ScriptedFaceSwapper, fails
+from support.doubles import fails
 from support.guarded import guarded, token
 from support.harness import JSON, Running, running
 from support.node import needs_client, needs_node, node_test
-from support.page import PromptedEditor, QuickComposer
+from support.page import PromptedEditor, QuickComposer, page_service
 from support.pictures import GREEN, RED, solid
 
-pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="session")]
 
 EDITOR: Final = PromptedEditor()
 PHONE: Final = {"width": 390, "height": 844}
@@ -42,13 +42,9 @@ REFUSALS: Final = (
 )
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
-    face = ScriptedFaceSwapper()
-    face.result = solid(GREEN, (200, 300), "JPEG")
-    overrides = {"editor": EDITOR, "composer": QuickComposer(), "face_swapper": face}
-    images: Path = tmp_path_factory.mktemp("images")
-    async with running(images, overrides=overrides, fetch_allow="127.0.0.0/8", max_per_user=100) as service:
+    async with page_service(tmp_path_factory.mktemp("images"), EDITOR, max_per_user=100) as service:
         yield service
 
 

@@ -3,20 +3,19 @@
 import json
 import re
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, FilePayload, Route, expect
 
 from support.browser import PHOTO, Tab, axe_violations, needs_axe, needs_chromium, tabs
-from support.doubles import ScriptedFaceSwapper, fails, reports
-from support.harness import Running, running
+from support.doubles import fails, reports
+from support.harness import Running
 from support.node import needs_client
-from support.page import PromptedEditor, QuickComposer, logged
-from support.pictures import GREEN, RED, solid
+from support.page import PromptedEditor, logged, page_service
+from support.pictures import RED, solid
 
-pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="session")]
 
 ATTACK = '<img src=x onerror="window.broken=1"><script>window.broken=1</script>\'"javascript:window.broken=1'
 
@@ -24,13 +23,9 @@ ATTACK = '<img src=x onerror="window.broken=1"><script>window.broken=1</script>\
 EDITOR = PromptedEditor()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
-    face = ScriptedFaceSwapper()
-    face.result = solid(GREEN, (200, 300), "JPEG")
-    overrides = {"editor": EDITOR, "composer": QuickComposer(), "face_swapper": face}
-    images: Path = tmp_path_factory.mktemp("images")
-    async with running(images, overrides=overrides, fetch_allow="127.0.0.0/8", max_per_user=100) as service:
+    async with page_service(tmp_path_factory.mktemp("images"), EDITOR, max_per_user=100) as service:
         yield service
 
 

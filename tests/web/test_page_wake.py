@@ -15,7 +15,7 @@ from support.node import needs_client
 from support.page import NETWORK, PromptedEditor, QuickComposer, logged
 from support.proxy import Proxy
 
-pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="session")]
 
 EDITOR = PromptedEditor()
 
@@ -36,7 +36,7 @@ POLLING = {
 }
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     overrides = {"editor": EDITOR, "composer": QuickComposer()}
     async with running(tmp_path_factory.mktemp("images"), overrides=overrides) as service:

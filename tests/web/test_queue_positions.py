@@ -14,10 +14,10 @@ from support.harness import PHOTO, Running, running
 from support.node import needs_client, needs_node, node_test
 from support.page import PromptedEditor, QuickComposer
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     """A service with one worker, which the prompt "hold" keeps busy once. Positions are sent soon."""
     monkeypatch.setattr(queue_positions, "_PAUSE", 0.05)
