@@ -159,9 +159,6 @@ _DAMAGED_USERS: Final = {
     "its balance cannot be read, and counts as 0": (
         "typeof(credit) NOT IN ('null', 'integer') OR credit NOT BETWEEN 0 AND 1000000000000000000"
     ),
-    "a record of a grant cannot be read": (
-        "id IN (SELECT owner FROM grants WHERE typeof(amount) != 'integer' OR typeof(credit) != 'integer')"
-    ),
     "the bounds of its feed are wrong": _WRONG_FEED,
 }
 #: Rows for events whose generation has none. INDEXED BY, or SQLite would scan the whole table.

@@ -50,9 +50,7 @@ def examine(path: Path) -> Examined:
                 return examined
     except FileNotFoundError:
         return Examined()
-    except LogDamaged as damaged:
-        return Examined([str(damaged)])
-    except (OSError, RuntimeError, sqlite3.Error) as error:
+    except (StorageRefused, OSError, RuntimeError, sqlite3.Error) as error:
         if isinstance(refusal := refused(path, error), LogDamaged):
             return Examined([str(refusal)])
         raise refusal from None
@@ -139,6 +137,8 @@ def epoch_of(path: Path, connection: sqlite3.Connection) -> str | None:
 
 def refused(path: Path, error: Exception) -> StorageRefused:
     """What to raise when SQLite or the file system does not let the log be opened."""
+    if isinstance(error, StorageRefused):
+        return error
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_CORRUPT:
         return LogDamaged(MALFORMED.format(path))

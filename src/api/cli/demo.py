@@ -49,9 +49,8 @@ def demo_settings(overrides: Mapping[str, Any]) -> Settings:
     Raises:
         SettingsError: a value is not valid.
     """
-    shared = ["local_seconds", "deadline"]
-    shared += ["openai_"] if overrides.get("editor") == "openai" else []
-    shared += ["replicate_"] if overrides.get("face_swap") == "replicate" else []
+    # The settings of a provider begin with its name.
+    shared = ("local_seconds", "deadline", *(f"{overrides.get(name)}_" for name in ("editor", "face_swap")))
     own = {
         "port": 0,
         "public_url": "http://127.0.0.1",
@@ -63,7 +62,7 @@ def demo_settings(overrides: Mapping[str, Any]) -> Settings:
     defaults = {
         name: field.get_default(call_default_factory=True, validated_data=own)
         for name, field in Settings.model_fields.items()
-        if not name.startswith(tuple(shared))
+        if not name.startswith(shared)
     }
     return load_settings({**defaults, **own, **overrides})
 

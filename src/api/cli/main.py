@@ -21,8 +21,7 @@ from typing import Any, Final, Literal, NoReturn
 from urllib.parse import quote
 
 from api import logs
-from api.cli import client
-from api.cli.client import Refused, Unavailable, content_of
+from api.cli.client import Refused, Unavailable, connect, content_of
 from api.loopback import is_loopback
 from api.settings import Setting, Settings, SettingsError, describe_settings, load_settings, masked
 from domain.identity import InvalidUserId, user_id
@@ -191,7 +190,7 @@ def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # 
 def credit(userId: str, amount: int, **remote: Any) -> None:  # noqa: N803
     """Change a user's balance on a running service and print it. It does not fall below 0."""
     path = f"/users/{_segment(user_id(userId))}/credit"
-    with client.connect(remote) as http:
+    with connect(remote) as http:
         account = content_of(http.post(path, json={"amount": amount}))
         print(f"{account['userId']}: {account['credit']}")
 
@@ -202,7 +201,7 @@ def list_(user: str | None, kind: str | None, status: str | None, limit: int, as
 
     given = {"user": user, "kind": kind, "status": status, "limit": limit}
     given = {name: value for name, value in given.items() if value is not None}
-    with client.connect(remote, user=user) as http:
+    with connect(remote, user=user) as http:
         response = http.get("/admin/generations", params=given)
         if response.status_code == 403:
             response = http.get("/generations", params=given)
@@ -215,7 +214,7 @@ def list_(user: str | None, kind: str | None, status: str | None, limit: int, as
 def cancel(generationId: str, user: str | None, **remote: Any) -> None:  # noqa: N803
     """End a generation on a running service, unless it has ended, and refund its credit."""
     segment, owner = _segment(generationId), list[tuple[bytes, bytes]]()
-    with client.connect(remote, user=user) as http:
+    with connect(remote, user=user) as http:
         if user is None:
             with contextlib.suppress(Refused):  # Only a service has to find the owner.
                 page = content_of(http.get(f"/admin/generations?id={segment}"))
@@ -227,7 +226,7 @@ def replay(generationId: str, user: str | None, as_json: bool, **remote: Any) ->
     """Print the events of a generation from a running service."""
     from api.cli.display import event_line
 
-    with client.connect(remote, user=user) as http:
+    with connect(remote, user=user) as http:
         for item in content_of(http.get(f"/generations/{_segment(generationId)}/events"))["events"]:
             print(json.dumps(item) if as_json else event_line(item["data"], f"{item['data']['occurredAt']}  "))
 
@@ -239,7 +238,7 @@ def watch(generationId: str | None, user: str | None, **remote: Any) -> None:  #
     """
     from api.cli.watch import run
 
-    with client.connect(remote, user=user) as http:
+    with connect(remote, user=user) as http:
         run(http, "" if generationId is None else f"/generations/{_segment(generationId)}")
 
 
