@@ -9,21 +9,10 @@ from pydantic import AfterValidator
 from pydantic_core import from_json, to_json
 
 from api.auth import PROBLEMS, Caller, Identified, StreamIdentity, require_service
-from api.rest import bodies, routes
+from api.rest import bodies, routes, schemas
 from api.rest.forms import form_body, read_form
 from api.rest.multipart import spool
 from api.rest.problems import documented
-from api.rest.schemas import (
-    STREAM,
-    VARY,
-    CancelOutcome,
-    EventPage,
-    GenerationPage,
-    Json,
-    LastEventId,
-    json_response,
-    named,
-)
 from api.rest.state import UseCases
 from domain.errors import NotFound
 from domain.generation import Snapshot
@@ -116,10 +105,10 @@ async def _start(
             wanted = await read_form(request, kind, files, external=runner is not None)
         snapshot = await workflow.start(identity.user_id, kind, *wanted, key)
     location = f"{request.scope['root_path']}/generations/{snapshot.generation_id}"
-    return json_response(snapshot, 202, (b"location", location.encode()))
+    return schemas.json_response(snapshot, 202, (b"location", location.encode()))
 
 
-@router.get("/generations", response_model=GenerationPage, responses=documented("invalid_request", *PROBLEMS))
+@router.get("/generations", response_model=schemas.GenerationPage, responses=documented("invalid_request", *PROBLEMS))
 async def list_generations(
     caller: Caller,
     workflow: UseCases,
@@ -130,20 +119,20 @@ async def list_generations(
     """The caller's generations, newest first."""
     active = None if status is None else status == "active"
     page = await workflow.page(caller, active=active, before=before, limit=limit)
-    return json_response(GenerationPage(**page._asdict()))
+    return schemas.json_response(schemas.GenerationPage(**page._asdict()))
 
 
 @router.get("/generations/{generation_id}", response_model=Snapshot, responses=_ONE)
 async def get_generation(generation_id: GenerationId, caller: Caller, workflow: UseCases) -> Response:
     """The generation as it is now."""
-    return json_response(await workflow.snapshot(caller, generation_id))
+    return schemas.json_response(await workflow.snapshot(caller, generation_id))
 
 
 @router.get(
     "/generations/{generation_id}/events",
-    response_model=EventPage,
+    response_model=schemas.EventPage,
     responses={
-        **STREAM,
+        **schemas.STREAM,
         204: {
             "description": "a stream was accepted, and there is nothing after the position: the generation has ended"
         },
@@ -151,7 +140,11 @@ async def get_generation(generation_id: GenerationId, caller: Caller, workflow: 
     },
 )
 async def get_events(
-    generation_id: GenerationId, identity: StreamIdentity, workflow: UseCases, after: After = 0, _: LastEventId = None
+    generation_id: GenerationId,
+    identity: StreamIdentity,
+    workflow: UseCases,
+    after: After = 0,
+    _: schemas.LastEventId = None,
 ) -> Response:
     """The generation's events, as they were sent live.
 
@@ -162,15 +155,15 @@ async def get_events(
     body = b'{"generationId":%b,"status":%b,"events":[%b]}' % (
         to_json(generation_id),
         to_json(status),
-        named(entry for entry in history.events if entry.sequence > after),
+        schemas.named(entry for entry in history.events if entry.sequence > after),
     )
-    return Json(body, 200, VARY)
+    return schemas.Json(body, 200, schemas.VARY)
 
 
-@router.post("/generations/{generation_id}/cancel", response_model=CancelOutcome, responses=_ONE)
+@router.post("/generations/{generation_id}/cancel", response_model=schemas.CancelOutcome, responses=_ONE)
 async def cancel_generation(generation_id: GenerationId, caller: Caller, workflow: UseCases) -> Response:
     """End the generation unless it has ended, and refund the credit."""
-    return json_response(CancelOutcome(outcome=await workflow.cancel(caller, generation_id)))
+    return schemas.json_response(schemas.CancelOutcome(outcome=await workflow.cancel(caller, generation_id)))
 
 
 @router.delete(

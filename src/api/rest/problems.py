@@ -37,29 +37,22 @@ _TEMPORARY: Final = (429, 503)
 _STATUS: Final = {
     code: status
     for status, codes in {
-        400: ("bad_request",),
-        401: ("invalid_token", "token_expired", "unauthenticated"),
-        402: ("insufficient_credit",),
-        403: ("forbidden", "host_not_allowed", "origin_not_allowed"),
-        404: ("not_found",),
-        405: ("method_not_allowed",),
-        408: ("request_timeout",),
-        409: ("conflict", "credits_off", "illegal_transition", "not_external", "not_finished"),
-        413: ("content_too_large",),
-        415: ("unsupported_image_type", "unsupported_media_type"),
-        422: (
-            "idempotency_mismatch",
-            "image_too_large",
-            "invalid_image",
-            "invalid_request",
-            "invalid_user_id",
-            "unknown_image",
-        ),
-        429: ("storage_limit", "too_many_generations", "too_many_starts"),
-        500: ("internal",),
-        503: ("draining", "log_unavailable", "overloaded", "queue_full", "storage_failed", "unavailable"),
+        400: "bad_request",
+        401: "invalid_token token_expired unauthenticated",
+        402: "insufficient_credit",
+        403: "forbidden host_not_allowed origin_not_allowed",
+        404: "not_found",
+        405: "method_not_allowed",
+        408: "request_timeout",
+        409: "conflict credits_off illegal_transition not_external not_finished",
+        413: "content_too_large",
+        415: "unsupported_image_type unsupported_media_type",
+        422: "idempotency_mismatch image_too_large invalid_image invalid_request invalid_user_id unknown_image",
+        429: "storage_limit too_many_generations too_many_starts",
+        500: "internal",
+        503: "draining log_unavailable overloaded queue_full storage_failed unavailable",
     }.items()
-    for code in codes
+    for code in codes.split()
 }
 
 #: The code and the default detail of the errors that FastAPI and Starlette raise, by status.
@@ -145,7 +138,6 @@ class Problems:
             return schema
 
         http.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI's own docs extend it
-
         self.template = self._routes.template
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
