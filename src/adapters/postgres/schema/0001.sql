@@ -201,8 +201,7 @@ CREATE FUNCTION stagecast.append_v1(
     frees boolean[], deadlines timestamptz[], kinds text[], orders bytea[], keys text[], fingerprints text[],
     limits integer[], externals boolean[], credits bigint, outbox boolean, wait boolean
 ) RETURNS TABLE (
-    r_outcome text, r_position bigint, r_first bigint, r_end bigint, r_event bytea, r_images text, r_begun text,
-    r_last integer
+    r_outcome text, r_position bigint, r_first bigint, r_end bigint, r_event bytea, r_images text, r_begun text
 ) LANGUAGE plpgsql SET lock_timeout = '1s' SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 DECLARE
@@ -237,7 +236,7 @@ BEGIN
     ), decided AS MATERIALIZED (
         SELECT entry.*, u.id AS owner, g.id AS generation, begun.generation_id AS begun, g.first_position AS first_there,
             g.end_position AS end_there, there.position AS position_there, there.event AS event_there,
-            there.images AS images_there, before.last, u.head + 1 AS position, decision.credit, decision.reserved,
+            there.images AS images_there, u.head + 1 AS position, decision.credit, decision.reserved,
             CASE WHEN u.id IS NULL AND (begins OR NOT wait) THEN 'busy' ELSE decision.outcome END AS outcome,
             CASE WHEN decision.shows_credit
                 THEN substring(content FROM 1 FOR length(content) - 1)
@@ -299,7 +298,7 @@ BEGIN
     SELECT outcome, CASE outcome WHEN 'again' THEN position_there ELSE position END,
         coalesce(first_there, position),
         CASE WHEN outcome = 'again' THEN end_there WHEN terminal THEN position END,
-        CASE outcome WHEN 'again' THEN event_there ELSE with_credit END, images_there::text, begun, last
+        CASE outcome WHEN 'again' THEN event_there ELSE with_credit END, images_there::text, begun
     FROM decided ORDER BY number;
 END $$;
 
