@@ -85,7 +85,7 @@ class Row:
         return (self.at_most is None or median <= self.at_most) and (self.at_least is None or median >= self.at_least)
 
 
-def alternating(names: Sequence[str], size: Size) -> Iterator[tuple[int, Sequence[str]]]:
+def alternating(names: Sequence[_Result], size: Size) -> Iterator[tuple[int, Sequence[_Result]]]:
     """Each repetition with the order in which its peers take turns: forwards, then backwards."""
     for repetition in range(size.repetitions):
         yield repetition, names if repetition % 2 == 0 else names[::-1]
