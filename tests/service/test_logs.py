@@ -64,6 +64,12 @@ def test_a_record_may_say_what_it_repeats(handler: RepeatHandler) -> None:
     assert [line.partition("user ")[2] for line in lines(handler)] == ["0", "9", "4 repeats=4"]
 
 
+def test_a_record_may_say_that_it_repeats_nothing(handler: RepeatHandler) -> None:
+    for _ in range(3):
+        logging.getLogger("repeats.one").warning("started", extra={"repeat_key": None})
+    assert len(lines(handler)) == 3
+
+
 @pytest.mark.parametrize("interval", [0.2], indirect=True)
 def test_while_it_repeats_one_line_is_written_per_interval(handler: RepeatHandler) -> None:
     began, sent = time.monotonic(), 0
