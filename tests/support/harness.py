@@ -35,6 +35,8 @@ from support.pictures import RED, solid
 
 JSON = dict[str, Any]
 
+#: In pixels: wider than every thumbnail, and in the shape of A4.
+SHEET: Final = (700, 990)
 TERMINAL: Final = ("generation_completed", "generation_failed")
 #: Seconds after which what is waited for counts as hung.
 TIMEOUT: Final = 30
@@ -273,9 +275,9 @@ async def wired(
 async def running(images: Path | str, *, overrides: JSON | None = None, **settings: Any) -> AsyncIterator[Running]:
     """A service that is checked, once its clients are gone, and then stopped.
 
-    Its sheets have a quarter of the real width and height: to compose and encode a whole one takes a tenth of a second.
+    Its sheets are small: to compose and encode one of the real size takes a tenth of a second.
     """
-    small = patch.multiple(composer, SHEET=(620, 877), MARGIN=24, GUTTER=12)
+    small = patch.multiple(composer, SHEET=SHEET, MARGIN=27, GUTTER=14)
     with small, socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         offline = {"editor": "local", "face_swap": "local", "local_seconds": 0, "max_lag_ms": "off"}

@@ -15,7 +15,7 @@ from api.settings import Settings
 from api.web.page import CDN, FOLDER, policy, render, without_comments
 from support.browser import chromium, needs_chromium, tabs
 from support.guarded import guarded
-from support.harness import running
+from support.harness import SHEET, running
 from support.http_app import assert_problem
 from support.node import ROOT, needs_client, needs_node
 
@@ -138,6 +138,6 @@ async def test_one_click_on_the_samples_makes_a_picture(tmp_path: Path) -> None:
         await expect(tab["#prompt"]).not_to_have_value("")
         await tab.shows("completed")
         await expect(tab["#after"]).to_have_js_property("naturalWidth", 1024)
-        await expect(tab["#before"]).to_have_js_property("naturalWidth", 2480)
+        await expect(tab["#before"]).to_have_js_property("naturalWidth", SHEET[0])
         await expect(tab["#history .tile"]).to_have_count(1)
         await expect(tab["#credit"]).to_have_text("99 credits")
