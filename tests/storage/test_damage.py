@@ -1,5 +1,6 @@
 """A log that is damaged: what cannot be read counts as deleted and is kept, and everybody else is served as before."""
 
+import asyncio
 import contextlib
 import random
 import re
@@ -117,6 +118,7 @@ ONE: Final = {
     "another's event": "UPDATE events SET owner = 2, position = 90 WHERE generation = {g} AND sequence = 2",
     "an end that is none": "UPDATE generations SET end_position = NULL WHERE id = {g}",
     "an impossible moment": "UPDATE generations SET ended_at = 1 << 62 WHERE id = {g}",
+    "invalid UTF-8 in a flag": "UPDATE generations SET free = CAST(x'ff' AS TEXT) WHERE id = {g}",
     "a flag that is none": "UPDATE generations SET reserved = 'x' WHERE id = {g}",
     "deleted with its events": "UPDATE generations SET deleted = 1 WHERE id = {g}",
 }
@@ -248,6 +250,24 @@ async def test_a_cursor_that_follows_a_damaged_generation_is_not_recovered(path:
             assert not known.usable(await life.log.feed("ada", after=live, anchor=live, limit=0))
         fresh = await life.log.head_cursor("ada")
         assert fresh.usable(await life.log.feed("ada", after=fresh.seen, anchor=fresh.live, limit=0))
+
+
+async def test_nobody_waits_for_generations_whose_user_id_is_not_utf_8(path: Path) -> None:
+    change(path, "UPDATE users SET user_id = CAST(x'ff' AS TEXT) WHERE id = 1")
+    async with opened(path, count=100) as life, asyncio.timeout(10):
+        assert [len(await shown(life, user)) for user in USERS] == [0, 4, 4]
+        await life.log.examine()
+        assert await life.log.finished_before(datetime(9000, 1, 1, tzinfo=UTC), 100)
+        await life.run_to_end("ada")
+
+
+async def test_a_deleted_generation_with_names_of_pictures_that_cannot_be_read_does_not_end_the_feed(
+    path: Path,
+) -> None:
+    change(path, "UPDATE events SET images = 'x' WHERE owner = 1 AND event IS NULL")
+    async with opened(path, count=100) as life:
+        assert len((await life.log.feed("ada", after=0, anchor=0, limit=1_000)).entries) > 8
+        await forget(life)
 
 
 @pytest.mark.parametrize("credit", ["-5", "'x'", "x'ff'", "1.5", "1 << 62"])

@@ -45,7 +45,8 @@ def _is_intact(connection: sqlite3.Connection, key: int) -> bool:
     cursor = connection.cursor()
     cursor.row_factory = sqlite3.Row
     owned = "generations LEFT JOIN users ON users.id = generations.owner"
-    generation = f"SELECT generations.*, user_id, {_NAMED} AS named, {_ENDED} AS ended FROM {owned}"
+    user = "iif(typeof(user_id) = 'text', CAST(user_id AS BLOB), x'') AS user"  # It may be no UTF-8.
+    generation = f"SELECT generations.*, {user}, {_NAMED} AS named, {_ENDED} AS ended FROM {owned}"
     events = f"SELECT events.*, {_PLACED} AS placed FROM {owned} JOIN events ON generation = generations.id"
     try:
         row = cursor.execute(f"{generation} WHERE generations.id = ?", (key,)).fetchone()
@@ -66,7 +67,9 @@ def _is_readable(row: Any, events: Sequence[Any]) -> bool:
     ended = row["ended"] and row["end_position"] == events[-1]["position"]
     match dict(row):
         case {"deleted": 1, "order_json": b""}:
-            return ended and all(each["event"] is None and isinstance(each["name"], str) for each in events)
+            return ended and all(
+                each["event"] is each["images"] is None and isinstance(each["name"], str) for each in events
+            )
         case {"deleted": 0, "order_json": bytes(), "fingerprint": str(), "reserved": 0 | 1, "undelivered": 0 | 1}:
             GenerationRequest.decode(row["order_json"])
         case _:
@@ -85,7 +88,7 @@ def _is_readable(row: Any, events: Sequence[Any]) -> bool:
         ended = ended and row["end_event"] == events[-1]["id"]
     else:
         ended = row["end_position"] is row["ended_at"] is row["end_event"] is None
-    return ended and not any(terminal[:-1]) and user_id(row["user_id"]) == row["user_id"]
+    return ended and not any(terminal[:-1]) and user_id(row["user"].decode()) == row["user"].decode()
 
 
 class DamageFound(Exception):

@@ -45,6 +45,6 @@ UPDATE generations SET
     ended_at = iif(
         typeof(ended_at) = 'integer' AND ended_at BETWEEN 0 AND unixepoch() * 1000000, ended_at, unixepoch() * 1000000
     ),
-    kind = 'edit', order_json = x'', idempotency_key = NULL, fingerprint = '', reserved = 0, deleted = 1,
+    kind = 'edit', order_json = x'', idempotency_key = NULL, fingerprint = '', reserved = 0, free = 0, deleted = 1,
     undelivered = 0, code = NULL, end_event = NULL
 WHERE id IN (SELECT value FROM json_each(:keys));
