@@ -84,7 +84,9 @@ def _opened(data: bytes) -> tuple[PictureFile, Image.Image]:
     if file.scans * image.width * image.height > _MAX_SCANNED:
         raise InvalidImage
     if kind == "WEBP":
-        file.exif = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        # Not left to Pillow, which raises where it cannot read them.
+        file.exif = image.info.pop("exif", b"").removeprefix(b"Exif\0\0")
+        image.info.pop("xmp", None)
         file.icc_profile = image.info.get("icc_profile", b"")
     return file, image
 
