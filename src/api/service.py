@@ -22,7 +22,7 @@ from domain.overview import Overview
 from domain.quarantine import Quarantine
 from domain.queue_positions import QueuePositions
 from domain.readiness import FOLLOWER, RUNNER, Readiness, why_not_ready
-from domain.recorder import Recorder
+from domain.recorder import ATTENTION, Recorder
 from domain.runner import Runner
 from domain.stored_images import StoredImages
 from domain.supervisor import Supervisor
@@ -123,22 +123,24 @@ class Service:
         self.refused: Counter[str] = Counter()
         self._work: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
+        self._resuming: asyncio.Task[None] | None = None
         self._shutting_down = False
 
     async def startup(self) -> None:
-        """Start the background tasks, unless `shutdown` is called meanwhile."""
+        """Start the background tasks, unless `shutdown` is called meanwhile, and end what was interrupted."""
         if not self.log.durable:  # Nothing needs the pictures that are there.
             await self.supervisor.attempt("sweep", self._sweep)
         if not self._shutting_down:
             self._work = asyncio.create_task(self.runner.run())
             self._background = asyncio.create_task(self._run())
+            self._resuming = asyncio.create_task(self.supervisor.keep(RUNNER, self.runner.resume))
+            await asyncio.wait([self._resuming], timeout=ATTENTION)
 
     async def _run(self) -> None:
-        """Resume unfinished work, and run all background tasks except the runner, which ends before the others."""
+        """Run all background tasks except the runner, which ends before the others."""
         keep, every = self.supervisor.keep, self.supervisor.every
         pause = min(max(self.settings.retention / 10, 0.1), 60)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(keep(RUNNER, self.runner.resume))
             tasks.create_task(keep(FOLLOWER, self.hub.run))
             tasks.create_task(keep("positions", self._queue_positions.run))
             tasks.create_task(keep("external", self.external.run))
@@ -171,6 +173,7 @@ class Service:
         self._shutting_down = True
         logger.info("shutdown: starts are refused, and running work is finished")
         self.workflow.drain()
+        await _cancel(self._resuming)
         waits = [asyncio.create_task(self._drained()), asyncio.create_task(force.wait())]
         await asyncio.wait(waits, timeout=self.settings.drain, return_when=asyncio.FIRST_COMPLETED)
         await _cancel(*waits)

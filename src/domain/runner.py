@@ -72,6 +72,9 @@ class Runner:
         self.queue_seconds = Histogram()
         #: By ``ok`` or the code of the failure.
         self.provider_calls: Counter[tuple[Provider, str]] = Counter()
+        #: Interrupted generations that were offered, until they have ended.
+        self._interrupted: set[str] = set()
+        self._interrupted_ended = asyncio.Event()
 
     @property
     def running(self) -> int:
@@ -79,9 +82,12 @@ class Runner:
         return len(self._jobs)
 
     async def resume(self) -> None:
-        """Offer all unfinished generations to all nodes, first those that were interrupted in a paid stage."""
+        """Offer all unfinished generations to all nodes, and return once those have ended that were interrupted."""
         for history in sorted(await self.log.unfinished(), key=was_interrupted, reverse=True):
             await self._offer(history)
+        while self._interrupted:
+            self._interrupted_ended.clear()
+            await self._interrupted_ended.wait()
 
     async def run(self) -> None:
         """Work until cancelled; then leave every generation where it stands."""
@@ -102,10 +108,13 @@ class Runner:
         """Offer an unfinished generation, unless it is external."""
         if is_external(history):
             return
-        fetching = was_interrupted(history)
+        fetching = interrupted = was_interrupted(history)
         with contextlib.suppress(*UNREADABLE):  # Whoever works on it sets it aside.
-            fetching = fetching or generation_of(history).needs_fetching
-        await self.leases.offer(history.user_id, history.generation_id, fetching=fetching)
+            fetching = interrupted or generation_of(history).needs_fetching
+        if interrupted:
+            self._interrupted.add(history.generation_id)
+        if not await self.leases.offer(history.user_id, history.generation_id, fetching=fetching):
+            self._interrupted.discard(history.generation_id)
 
     async def _follow(self) -> None:
         async with self.log.follow(self._notice):
@@ -114,6 +123,8 @@ class Runner:
     def _notice(self, entry: Notice) -> None:
         if not isinstance(entry, Logged) or entry.end != entry.position:
             return
+        self._interrupted.discard(entry.generation_id)
+        self._interrupted_ended.set()
         job = self._jobs.get(entry.generation_id)
         if job is not None and not job.ending:
             job.over = True
