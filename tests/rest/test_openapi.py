@@ -94,7 +94,7 @@ def make_it_count(case: schemathesis.Case[Any], known: dict[str, str]) -> None:
         case.body["images"] = photos
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [30, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("label", OPERATIONS)
 async def test_answers_are_as_described_whatever_is_sent(
     service: Running, schema: OpenApiSchema, label: str, examples: int
