@@ -133,8 +133,12 @@ class Service:
         if not self._shutting_down:
             self._work = asyncio.create_task(self.runner.run())
             self._background = asyncio.create_task(self._run())
-            self._resuming = asyncio.create_task(self.supervisor.keep(RUNNER, self.runner.resume))
+            self._resuming = asyncio.create_task(self._resume())
             await asyncio.wait([self._resuming], timeout=ATTENTION)
+
+    async def _resume(self) -> None:
+        await self.supervisor.keep(RUNNER, self.runner.resume)
+        await self.runner.resumed()
 
     async def _run(self) -> None:
         """Run all background tasks except the runner, which ends before the others."""

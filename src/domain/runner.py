@@ -82,9 +82,12 @@ class Runner:
         return len(self._jobs)
 
     async def resume(self) -> None:
-        """Offer all unfinished generations to all nodes, and return once those have ended that were interrupted."""
+        """Offer all unfinished generations to all nodes, first those that were interrupted in a paid stage."""
         for history in sorted(await self.log.unfinished(), key=was_interrupted, reverse=True):
             await self._offer(history)
+
+    async def resumed(self) -> None:
+        """Wait until the interrupted generations that were offered have ended."""
         while self._interrupted:
             self._interrupted_ended.clear()
             await self._interrupted_ended.wait()
