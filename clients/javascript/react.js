@@ -138,7 +138,7 @@ export function useGeneration(id) {
   const generation = useSyncExternalStore(subscribe, get, () => undefined);
   useEffect(() => {
     if (id === undefined) return;
-    let idle = true; // No request is on its way, and the service has not answered that there is none.
+    let idle = true; // False during a request, and after the answer that the generation does not exist.
     const load = () => {
       if (!idle || get()) return;
       idle = false;

@@ -41,7 +41,7 @@ _ENDED: Final = "typeof(ended_at) = 'integer' AND ended_at BETWEEN 0 AND 2534023
 
 
 def _is_intact(connection: sqlite3.Connection, key: int) -> bool:
-    """Whether the generation with this row id can be read, with all of its events; true if there is none."""
+    """Whether the generation with this row id can be read, with all of its events. A missing row counts as readable."""
     cursor = connection.cursor()
     cursor.row_factory = sqlite3.Row
     owned = "generations LEFT JOIN users ON users.id = generations.owner"
@@ -68,7 +68,7 @@ def _is_readable(row: Any, events: Sequence[Any]) -> bool:
     match dict(row):
         case {"deleted": 1, "order_json": b""}:
             return ended and all(
-                each["event"] is each["images"] is None and isinstance(each["name"], str) for each in events
+                each["event"] is None and each["images"] is None and isinstance(each["name"], str) for each in events
             )
         case {"deleted": 0, "order_json": bytes(), "fingerprint": str(), "reserved": 0 | 1, "undelivered": 0 | 1}:
             GenerationRequest.decode(row["order_json"])
@@ -87,7 +87,7 @@ def _is_readable(row: Any, events: Sequence[Any]) -> bool:
     if terminal[-1]:
         ended = ended and row["end_event"] == events[-1]["id"]
     else:
-        ended = row["end_position"] is row["ended_at"] is row["end_event"] is None
+        ended = all(row[name] is None for name in ("end_position", "ended_at", "end_event"))
     return ended and not any(terminal[:-1]) and user_id(row["user"].decode()) == row["user"].decode()
 
 

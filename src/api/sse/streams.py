@@ -135,7 +135,7 @@ class StreamLayer:
         answered = {**scope}
         await self._app(answered, receive, send)
         stream: EventStream | None = answered.get(_STREAM)
-        del answered
+        del answered  # A stream, which may run for hours, does not need the request.
         if stream is not None:
             await stream.run(receive, send)
 
