@@ -34,10 +34,10 @@ clients: .venv/installed node_modules/installed-dev
 	cd clients/javascript && npm pack --silent --pack-destination ../../dist
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist clients/python
 
-bench: .venv/installed
+bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks --write
 
-bench-quick: .venv/installed
+bench-quick: .venv/installed-dev
 	$(BIN)/python -m benchmarks --quick
 
 # The names of all dependencies, without their version bounds.
