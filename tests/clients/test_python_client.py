@@ -432,15 +432,21 @@ async def test_streams_go_on_after_a_restart(connect: Open, tmp_path: Path) -> N
 async def test_a_lost_history_is_raised_by_events_and_healed_by_watch(
     service: Running, proxy: Proxy, connect: Open, eve: str, tmp_path: Path
 ) -> None:
-    client, before = connect(proxy.url), set(service.service.streams.open)
-    one = asyncio.create_task(client.run("edit", prompt=f"wait for ever-{id(client)}", images=[PHOTO]))
-    following = asyncio.create_task(client.collect("events"))
+    client, read = connect(proxy.url), set[str]()
+
+    def note(name: str) -> bool:
+        read.add(name)
+        return False
+
+    run = client.run("edit", prompt=f"wait for ever-{id(client)}", images=[PHOTO], on_progress=lambda _: note("run"))
+    one = asyncio.create_task(run)
+    following = asyncio.create_task(client.collect("events", until=lambda _: note("events")))
     async with running(tmp_path) as other:
         kept = await other.start(eve)
         watching = asyncio.create_task(
-            client.collect("watch", until=lambda each: each.generation_id == kept and each.finished)
+            client.collect("watch", until=lambda each: note("watch") or (each.generation_id == kept and each.finished))
         )
-        await service.until(lambda: len(service.service.streams.open - before) == 3)
+        await service.until(lambda: len(read) == 3)  # Before it has read an event, a stream has nothing to lose.
         proxy.target = other.port
         proxy.strike("reset")
         with pytest.raises(HistoryLost):
