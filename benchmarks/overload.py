@@ -12,7 +12,7 @@ USERS: Final = 300
 #: Events per second of the work that goes on.
 PER_SECOND: Final = 200
 #: For the highest rate: each connection waits for its answer.
-CONNECTIONS: Final = 16
+CONNECTIONS: Final = 64
 _LIMITS: Final = {"STAGECAST_STARTS_PER_MINUTE": "off", "STAGECAST_MAX_PER_USER": "1000000"}
 
 

@@ -13,11 +13,15 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import count
-from typing import Final
+from typing import Final, cast
 
-#: Connections that are open at most; a start that finds none free is not sent.
-MOST: Final = 1_500
+import uvloop
+
+#: Connections that are open at most, each of which may use two descriptors of the service. A start that finds none free
+#: is not sent.
+MOST: Final = 8_000
 _FORM: Final = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--b--\r\n'
 _HEAD: Final = (
     "POST /generations/edit?runner=external HTTP/1.1\r\nHost: 127.0.0.1\r\nX-User-Id: s{}\r\n"
@@ -28,46 +32,52 @@ _NUMBERS: Final = count()
 
 
 class Connection(asyncio.Protocol):
-    """One kept connection."""
+    """One kept connection: it starts a generation as soon as it is open, and whenever it is asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, answered: Callable[["Connection", str], None]) -> None:
+        """`answered` is called with the status, or with the code of the problem."""
+        self._answered = answered
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[str] | None = None
+        self._waiting = False
         self._read = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no instance of it.
+        self.start()
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
         self._read += data
         head, separator, body = self._read.partition(b"\r\n\r\n")
         length = _LENGTH.search(head)
-        if not separator or length is None or len(body) < int(length[1]) or self._answer is None:
-            return
-        self._read = b""
-        status = head.split(b" ", 2)[1].decode()
-        self._answer.set_result(status if status == "202" else str(json.loads(body).get("code", status)))
+        if separator and length is not None and len(body) >= int(length[1]):
+            self._read = b""
+            if b"connection: close" in head.lower():
+                self._transport = None
+            status = head.split(b" ", 2)[1].decode()
+            self._end(status if status == "202" else str(json.loads(body).get("code", status)))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Called by the loop."""
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result("closed")
         self._transport = None
+        self._end("closed")
 
     @property
     def open(self) -> bool:
         """Whether another start can be sent."""
         return self._transport is not None
 
-    async def start(self) -> str:
-        """Start a generation: the status, or the code of the problem."""
+    def start(self) -> None:
+        """Start a generation."""
         assert self._transport is not None
-        self._answer = asyncio.get_running_loop().create_future()
+        self._waiting = True
         self._transport.write(_HEAD.format(next(_NUMBERS), len(_FORM)).encode() + _FORM)
-        return await self._answer
+
+    def _end(self, answer: str) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._answered(self, answer)
 
 
 class Starts:
@@ -78,16 +88,17 @@ class Starts:
         self._free: list[Connection] = []
         self._opened = 0
         self._answers: Counter[str] = Counter()
+        #: Starts that are not answered yet, and what is set when there are none.
+        self._waiting = 0
+        self._none_waits = asyncio.Event()
+        #: Until when an answered connection starts the next one.
+        self._repeat_until = 0.0
 
     async def closed(self, connections: str, seconds: str) -> None:
         """Each connection starts the next one once the last is answered."""
-        end = time.monotonic() + float(seconds)
-
-        async def repeat() -> None:
-            while time.monotonic() < end:
-                await self._one()
-
-        await asyncio.gather(*(repeat() for _ in range(int(connections))))
+        self._repeat_until = time.monotonic() + float(seconds)
+        await asyncio.gather(*(self._start() for _ in range(int(connections))))
+        await self._all_answered()
 
     async def open(self, rate: str, seconds: str) -> None:
         """Start so many a second."""
@@ -95,31 +106,51 @@ class Starts:
         async with asyncio.TaskGroup() as tasks:
             while sent < total:
                 due = min(int((time.monotonic() - begin) * float(rate)), total)
-                while sent < due:
-                    tasks.create_task(self._one())
-                    sent += 1
+                for _ in range(sent, due):
+                    if not self._start_on_free():
+                        tasks.create_task(self._start())
+                sent = due
                 await asyncio.sleep(0.002)
+        await self._all_answered()
 
-    async def _one(self) -> None:
-        while self._free and not self._free[-1].open:
-            self._free.pop()
-            self._opened -= 1
-        if self._free:
+    def _start_on_free(self) -> bool:
+        """Start on a free connection, unless there is none."""
+        while self._free:
             connection = self._free.pop()
-        elif self._opened >= MOST:
-            self._answers["not sent"] += 1
+            if connection.open:
+                self._waiting += 1
+                connection.start()
+                return True
+            self._opened -= 1
+        return False
+
+    async def _start(self) -> None:
+        if self._start_on_free():
             return
-        else:
-            self._opened += 1
+        if self._opened >= MOST:
+            return
+        self._opened += 1
+        self._waiting += 1
+        try:
             loop = asyncio.get_running_loop()
-            try:
-                _, connection = await loop.create_connection(Connection, "127.0.0.1", self._port)
-            except OSError:
-                self._opened -= 1
-                self._answers["not connected"] += 1
-                return
-        self._answers[await connection.start()] += 1
+            await loop.create_connection(lambda: Connection(self._end), "127.0.0.1", self._port)
+        except OSError:
+            self._end(Connection(self._end), "not connected")
+
+    def _end(self, connection: Connection, answer: str) -> None:
+        self._answers[answer] += 1
+        if connection.open and time.monotonic() < self._repeat_until:
+            connection.start()
+            return
         self._free.append(connection)
+        self._waiting -= 1
+        if not self._waiting:
+            self._none_waits.set()
+
+    async def _all_answered(self) -> None:
+        while self._waiting:
+            self._none_waits.clear()
+            await self._none_waits.wait()
 
     async def obey(self) -> None:
         """Obey until stdin ends."""
@@ -134,4 +165,4 @@ class Starts:
 
 
 if __name__ == "__main__":
-    asyncio.run(Starts(int(sys.argv[1])).obey())
+    uvloop.run(Starts(int(sys.argv[1])).obey())

@@ -22,7 +22,7 @@ Drain = Callable[[asyncio.Event], Awaitable[None]]
 #: Seconds without progress after which a connection with unsent data is aborted, and seconds between two checks.
 SEND_TIMEOUT = 30.0
 _CHECK_INTERVAL: Final = 0.5
-#: The kernel's queue of connections to accept, and how many asyncio accepts in a row: few, so that connections beyond
+#: The kernel's queue of connections to accept, and how many are accepted in a row: few, so that connections beyond
 #: the limit are closed before descriptors run out.
 _BACKLOG: Final = 2048
 _ACCEPTED_AT_ONCE: Final = 8
@@ -75,6 +75,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Called once by uvicorn, within the loop."""
         self._loop = asyncio.get_running_loop()
+        if sockets and not isinstance(self._loop, asyncio.BaseEventLoop):
+            # uvloop accepts one connection of each listener in a pass: in a busy service, all others would wait.
+            sockets += [listener.dup() for listener in sockets for _ in range(_ACCEPTED_AT_ONCE - 1)]
         await super().startup(sockets)
         for listener in sockets or []:
             listener.listen(_BACKLOG)  # Not uvicorn's `backlog`: asyncio also accepts that many in a row.
