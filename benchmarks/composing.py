@@ -1,13 +1,16 @@
 """Composing: its time beside sharp, and how late the events of other users are meanwhile."""
 
+import json
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from PIL import Image, ImageChops
 
@@ -19,6 +22,8 @@ SHARP: Final = "Node sharp"
 #: Of the events of the other user.
 PER_SECOND: Final = 200
 WINDOWS: Final = 3
+#: Where files are kept in memory; ``None``: in the folder for temporary files.
+IN_MEMORY: Final = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 _BOUNDARY: Final = "boundary"
 
 
@@ -47,18 +52,15 @@ def compose(name: str, pictures: list[Path]) -> float:
 
 
 class Edits:
-    """A user whose edits of these pictures are done one after the other, until `stop`."""
+    """A user whose edits of these pictures are done one after the other, until `stop`.
+
+    They are uploaded before that: the packets of uploads on this machine delay everybody's, whoever sends them.
+    """
 
     def __init__(self, port: int, pictures: list[Path]) -> None:
         self._http = HTTPConnection("127.0.0.1", port, timeout=60)
-        head = 'Content-Disposition: form-data; name="'
-        parts = [f'{head}prompt"\r\n\r\nx'.encode()]
-        parts += [
-            f'{head}images"; filename="{path.name}"\r\nContent-Type: image/jpeg\r\n\r\n'.encode() + path.read_bytes()
-            for path in pictures
-        ]
-        mark = f"--{_BOUNDARY}".encode()
-        self._form = b"".join(b"%b\r\n%b\r\n" % (mark, part) for part in parts) + mark + b"--\r\n"
+        uploads = [(f'images"; filename="{path.name}', path.read_bytes()) for path in pictures]
+        self._stored: list[str] = self._edit(uploads)["input"]["images"]
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.error = ""
@@ -74,22 +76,27 @@ class Edits:
     def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                self._edit()
+                self._edit([("imageNames", url.encode()) for url in self._stored])
         except (OSError, HTTPException, BenchmarkError) as error:
             self.error = repr(error)
 
-    def _edit(self) -> None:
+    def _edit(self, fields: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
+        """Start one, wait for its end, and return it. Raises `BenchmarkError` if it was refused."""
+        mark, head = f"--{_BOUNDARY}".encode(), 'Content-Disposition: form-data; name="'
+        parts = [f'{head}{name}"\r\n\r\n'.encode() + value for name, value in [("prompt", b"x"), *fields]]
+        form = b"".join(b"%b\r\n%b\r\n" % (mark, part) for part in parts) + mark + b"--\r\n"
         kind = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}", "X-User-Id": "editor"}
-        self._http.request("POST", "/generations/edit", self._form, kind)
+        self._http.request("POST", "/generations/edit", form, kind)
         answer = self._http.getresponse()
-        if answer.read() and answer.status != 202:
-            raise BenchmarkError(f"it was answered with {answer.status}")
-        location, composed = answer.headers["Location"], False
-        while not composed:
+        started: dict[str, Any] = json.loads(answer.read())
+        if answer.status != 202:
+            raise BenchmarkError(f"it was answered with {started}")
+        path, edit = f"/generations/{started['generationId']}", started
+        while edit["status"] not in ("completed", "failed"):
             time.sleep(0.05)
-            self._http.request("GET", location, headers={"X-User-Id": "editor"})
-            text = self._http.getresponse().read()
-            composed = b'"completed"' in text or b'"failed"' in text
+            self._http.request("GET", path, headers={"X-User-Id": "editor"})
+            edit = json.loads(self._http.getresponse().read())
+        return edit
 
 
 def lateness(size: Size, pictures: list[Path]) -> tuple[float, float]:
@@ -98,30 +105,33 @@ def lateness(size: Size, pictures: list[Path]) -> tuple[float, float]:
     Both are medians over `WINDOWS` that take turns, as whatever else the machine does changes within seconds.
     """
     seconds = size.seconds(2)
-    env = {"STAGECAST_LOCAL_SECONDS": "0"}
-    with Process([sys.executable, "-m", "benchmarks.servers.product", "1"], cores(), env=env) as server:
+    with ExitStack() as stack:
+        # Not on a disk: while a virtual machine writes to one, its host may take a core from it.
+        images = stack.enter_context(tempfile.TemporaryDirectory(dir=IN_MEMORY))
+        env = {"STAGECAST_LOCAL_SECONDS": "0", "STAGECAST_IMAGES": images}
+        product = [sys.executable, "-m", "benchmarks.servers.product", "1"]
+        server = stack.enter_context(Process(product, cores(), env=env))
         port = server.answer(60)["port"]
-        with clients(STAGECAST, port, 1, 1) as load:
-            load.answer(60)
+        load = stack.enter_context(clients(STAGECAST, port, 1, 1))
+        load.answer(60)
 
-            def p99() -> float:
-                load.ask("arm", 60)
-                sent = server.ask(f"rate append {PER_SECOND} {seconds}", 10 * seconds + 30)["sent"]
-                answer = load.ask(f"until {sent} 30", 40)
-                if answer["count"] != sent:
-                    raise load.failed(f"{sent} events were emitted, {answer}")
-                return float(answer["p99"]) / 1e3
+        def p99() -> float:
+            load.ask("arm", 60)
+            sent = server.ask(f"rate append {PER_SECOND} {seconds}", 10 * seconds + 30)["sent"]
+            answer = load.ask(f"until {sent} 30", 40)
+            if answer["count"] != sent:
+                raise load.failed(f"{sent} events were emitted, {answer}")
+            return float(answer["p99"]) / 1e3
 
-            alone, meanwhile = [], []
-            for _ in range(WINDOWS):
-                alone.append(p99())
-                edits = Edits(port, pictures)
-                time.sleep(0.5)
-                try:
-                    meanwhile.append(p99())
-                finally:
-                    edits.stop()
-            return statistics.median(alone), statistics.median(meanwhile)
+        alone, meanwhile = [], []
+        for _ in range(WINDOWS):
+            alone.append(p99())
+            edits = Edits(port, pictures)
+            try:
+                meanwhile.append(p99())
+            finally:
+                edits.stop()
+        return statistics.median(alone), statistics.median(meanwhile)
 
 
 def run(size: Size) -> list[Row]:
