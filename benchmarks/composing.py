@@ -23,7 +23,7 @@ SHARP: Final = "Node sharp"
 PER_SECOND: Final = 200
 WINDOWS: Final = 3
 #: Where files are kept in memory; ``None``: in the folder for temporary files.
-IN_MEMORY: Final = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
+IN_MEMORY: Final = "/dev/shm" if Path("/dev/shm").is_dir() else None
 _BOUNDARY: Final = "boundary"
 
 

@@ -1,8 +1,8 @@
 """The SQLite database of the durable log: locking, migrations, and threads for writing and reading.
 
-One thread writes. It runs all pending operations in one transaction with one fsync (group commit); each has a
-savepoint, so a failed operation undoes only its own changes. A second thread reads snapshots, and is not blocked by
-writes (WAL mode). The event loop never waits for the disk.
+One thread writes. It runs all pending operations in one transaction with one fsync (group commit); a failed operation
+undoes only its own changes. A second thread reads snapshots, and is not blocked by writes (WAL mode). The event loop
+never waits for the disk.
 
 A write returns after fsync: it survives a killed process, and a power failure if the disk honours the sync.
 
@@ -40,6 +40,14 @@ _CHECKPOINT_TIMEOUT: Final = 0.1
 
 #: Bytes of the WAL at which it is checkpointed, if the writer thread has not been idle before.
 _WAL_LIMIT: Final = 4_000_000
+
+
+class _HalfDone(Exception):
+    """An operation has changed something and then raised."""
+
+    def __init__(self, outcome: Exception) -> None:
+        super().__init__()
+        self.outcome = outcome
 
 
 class Database:
@@ -134,23 +142,42 @@ class Database:
     def _run(
         self, connection: sqlite3.Connection, begin: str, operations: Sequence[Operation[Any]]
     ) -> Sequence[object]:
-        """Run the operations in one transaction: their results, or what they raise."""
-        try:
-            with connection:
-                connection.execute(begin)
-                return [self._run_one(connection, operation) for operation in operations]
-        except sqlite3.Error as error:
-            return [self._unavailable(error) for _ in operations]
+        """Run the operations in one transaction: their results, or what they raise.
 
-    def _run_one(self, connection: sqlite3.Connection, operation: Operation[Any]) -> object:
-        connection.execute("SAVEPOINT operation")
+        A savepoint for each takes a tenth of an append. So they are set only once an operation has raised after it had
+        changed something.
+        """
+        for run in (self._attempt, self._attempt_undoably):
+            try:
+                with connection:
+                    connection.execute(begin)
+                    return [run(connection, operation) for operation in operations]
+            except _HalfDone:
+                continue
+            except sqlite3.Error as error:
+                return [self._unavailable(error) for _ in operations]
+        raise AssertionError
+
+    def _attempt(self, connection: sqlite3.Connection, operation: Operation[Any]) -> object:
+        """The operation's result, or what it raises. Raises `_HalfDone` if there is something to undo."""
+        before = connection.total_changes
         try:
-            outcome = operation(connection)
+            return operation(connection)
         except Exception as error:
             if not connection.in_transaction:
                 raise  # SQLite has undone the whole transaction.
-            connection.execute("ROLLBACK TO operation")
             outcome = self._unavailable(error) if isinstance(error, sqlite3.Error) else error
+            if connection.total_changes != before:
+                raise _HalfDone(outcome) from error
+            return outcome
+
+    def _attempt_undoably(self, connection: sqlite3.Connection, operation: Operation[Any]) -> object:
+        connection.execute("SAVEPOINT operation")
+        try:
+            outcome = self._attempt(connection, operation)
+        except _HalfDone as half:
+            connection.execute("ROLLBACK TO operation")
+            outcome = half.outcome
         connection.execute("RELEASE operation")
         return outcome
 
