@@ -80,10 +80,8 @@ class NotFinished(Refusal, code="not_finished"):
 class IllegalTransition(Refusal, code="illegal_transition"):
     """This status may not follow the present one."""
 
-    def __init__(self, present: str, proposed: str, allowed: tuple[str, ...]) -> None:
-        super().__init__(present, proposed, allowed)
-        self.present = present
-        self.proposed = proposed
+    def __init__(self, allowed: tuple[str, ...] = ()) -> None:
+        super().__init__(allowed)
         #: The statuses that may follow the present one.
         self.allowed = allowed
 
@@ -91,8 +89,8 @@ class IllegalTransition(Refusal, code="illegal_transition"):
 class InvalidEventField(IllegalTransition, code="invalid_request"):
     """This status may follow, but not with this."""
 
-    def __init__(self, present: str, proposed: str, allowed: tuple[str, ...], field: str, reason: str) -> None:
-        super().__init__(present, proposed, allowed)
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__()
         #: Its name in `domain.events.Event`, and what is wrong with it, as a sentence for people.
         self.field = field
         self.reason = reason

@@ -148,11 +148,11 @@ class Generation:
         """Refuse fields that the table does not declare for an event of this status. Raises as `propose`."""
         via = self._via(status)
         if via is None or not self._allows(status, via, None):
-            raise IllegalTransition(self.status, status, self.allowed)
+            raise IllegalTransition(self.allowed)
         declared = {"message", "progress", *FLOWS[self.kind][status].fields, *via.fields}
         for name in names:
             if name not in declared:
-                raise InvalidEventField(self.status, status, self.allowed, name, f"This is not a field of {status}")
+                raise InvalidEventField(name, f"This is not a field of {status}")
 
     def onward(self, fields: Mapping[str, Any]) -> str:
         """The status that follows once the work of the present stage has succeeded with these fields."""
@@ -162,7 +162,7 @@ class Generation:
                 continue
             if self._allows(status, via, self._draft(status, via, "", fields)):
                 return status
-        raise IllegalTransition(self.status, "", self.allowed)
+        raise IllegalTransition(self.allowed)
 
     def propose(
         self, status: str, at: datetime, images: Mapping[str, str] = NONE, **fields: Any
@@ -178,15 +178,15 @@ class Generation:
         """
         via = self._via(status)
         if via is None:
-            raise IllegalTransition(self.status, status, self.allowed)
+            raise IllegalTransition(self.allowed)
         if "progress" in fields and status != self.status:
             self._check_progress(status, fields["progress"])
         event = self._draft(status, via, timestamp(at), fields)
         if not self._allows(status, via, event):
             guard = GUARDS[via.guard] if via.guard else None
             if guard and guard.field:
-                raise InvalidEventField(self.status, status, self.allowed, guard.field, guard.requirement)
-            raise IllegalTransition(self.status, status, self.allowed)
+                raise InvalidEventField(guard.field, guard.requirement)
+            raise IllegalTransition(self.allowed)
         return event, self.after(event, images)
 
     def ending(self, failure: Failure) -> tuple[str, dict[str, Any]]:
@@ -263,7 +263,7 @@ class Generation:
         high = low if stage.terminal else ceiling(self.kind, status) - 1
         if not low <= progress <= high:
             reason = f"This has to be {low}" if low == high else f"This has to be from {low} to {high}"
-            raise InvalidEventField(self.status, status, self.allowed, "progress", reason)
+            raise InvalidEventField("progress", reason)
 
     def _draft(self, status: str, via: Via, occurred_at: str, fields: Mapping[str, Any]) -> Event:
         stage = FLOWS[self.kind][status]

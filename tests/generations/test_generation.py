@@ -187,7 +187,6 @@ def test_every_illegal_move_raises_and_changes_nothing(kind: Kind, face_swap: bo
         else:
             with pytest.raises(IllegalTransition) as refusal:
                 given_.propose(target, NOON, **stage_fields(kind, target))
-            assert (refusal.value.present, refusal.value.proposed) == (source, target)
             assert refusal.value.allowed == given_.allowed
             refused += 1
         assert state(given_) == before
