@@ -1,8 +1,10 @@
 """A PostgreSQL server that is killed, stopped, or cannot keep what the log promises."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import asyncpg
@@ -34,6 +36,21 @@ async def execute(url: str, *statements: str) -> None:
     for statement in statements:
         await connection.execute(statement)
     await connection.close()
+
+
+@asynccontextmanager
+async def without_standby(server: Server) -> AsyncIterator[None]:
+    """The server waits for a standby that does not exist, before it acknowledges a commit."""
+    await execute(server.url(), "ALTER SYSTEM SET synchronous_standby_names = 'ghost'", "SELECT pg_reload_conf()")
+    connection = await asyncpg.connect(server.url())
+    try:
+        with contextlib.suppress(TimeoutError):
+            while True:  # It takes a moment until the server waits.
+                await connection.execute("CREATE TABLE probe (); DROP TABLE probe", timeout=1)
+        yield
+    finally:
+        connection.terminate()
+        await execute(server.url(), "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()")
 
 
 @pytest.fixture
@@ -125,8 +142,7 @@ async def test_appends_that_no_standby_confirms_leave_few_connections_behind(
         recorder = EventRecorder(log, SteppableClock())
         await recorder.start()
         appends = [recorder.prepare_start(f"user{number}")[0] for number in range(12)]
-        await execute(server.url(), "ALTER SYSTEM SET synchronous_standby_names = 'ghost'", "SELECT pg_reload_conf()")
-        try:
+        async with without_standby(server):
             monkeypatch.setattr(postgres_database, "TIMEOUT", 0.3)
             for append in appends:
                 with pytest.raises(LogUnavailable):
@@ -137,8 +153,6 @@ async def test_appends_that_no_standby_confirms_leave_few_connections_behind(
             )
             await admin.close()
             assert 1 <= waiting <= 3
-        finally:
-            await execute(server.url(), "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()")
         monkeypatch.undo()
         for append in appends:
             await patiently(log, append)
@@ -153,9 +167,8 @@ async def test_an_append_that_no_standby_has_is_not_acknowledged(
         recorder = EventRecorder(log, SteppableClock())
         await recorder.start()
         append, _ = recorder.prepare_start()
-        await execute(server.url(), "ALTER SYSTEM SET synchronous_standby_names = 'ghost'", "SELECT pg_reload_conf()")
         admin = await asyncpg.connect(server.url())
-        try:
+        async with without_standby(server):
             for _ in range(2):  # The retry waits for the standby, too.
                 with pytest.raises(LogUnavailable):
                     await log.append(append)
@@ -174,9 +187,7 @@ async def test_an_append_that_no_standby_has_is_not_acknowledged(
                     await asyncio.sleep(0.01)
                 with pytest.raises(LogUnavailable):  # The server says that it is committed, with a warning.
                     await waiting
-        finally:
-            await execute(server.url(), "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()")
-            await admin.close()
+        await admin.close()
         await patiently(log, append)
         assert (await log.feed("ada", after=0, anchor=0, limit=9)).head == 2
 
