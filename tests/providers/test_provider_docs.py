@@ -140,9 +140,14 @@ async def test_demo_makes_one_image_with_the_key(checkout: Path) -> None:
     ("file", "variables", "paid"),
     [
         ("", {"OPENAI_API_KEY": KEY, "REPLICATE_API_TOKEN": TOKEN}, False),
-        (f"OPENAI_API_KEY={KEY}\nSTAGECAST_EDITOR=''\n", {}, False),
+        pytest.param(f"OPENAI_API_KEY={KEY}\nSTAGECAST_EDITOR=''\n", {}, False, marks=pytest.mark.long),
         (f'OPENAI_API_KEY={KEY}\nexport STAGECAST_EDITOR = "openai"\n', {}, True),
-        (f"OPENAI_API_KEY={KEY}\nSTAGECAST_EDITOR=openai\n", {"STAGECAST_EDITOR": "local"}, False),
+        pytest.param(
+            f"OPENAI_API_KEY={KEY}\nSTAGECAST_EDITOR=openai\n",
+            {"STAGECAST_EDITOR": "local"},
+            False,
+            marks=pytest.mark.long,
+        ),
     ],
 )
 async def test_make_run_is_free_unless_configured_otherwise(

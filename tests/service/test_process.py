@@ -79,7 +79,7 @@ async def test_sigterm_waits_for_external_work(tmp_path: Path) -> None:
     ("flags", "signals"),
     [
         pytest.param(["--drain", "0.2"], [signal.SIGTERM], id="the drain is over"),
-        pytest.param([], [signal.SIGTERM, signal.SIGTERM], id="a second signal"),
+        pytest.param([], [signal.SIGTERM, signal.SIGTERM], id="a second signal", marks=pytest.mark.long),
         pytest.param([], [signal.SIGINT], id="SIGINT"),
     ],
 )

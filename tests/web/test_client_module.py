@@ -12,7 +12,8 @@ from support.doubles import ScriptedComposer
 from support.harness import PHOTO, running
 from support.node import ROOT, needs_client, needs_node, node_test
 
-LIVE: Final = tuple(f"client_{name}.mjs" for name in ("live", "polling", "stream", "wake", "tokens", "http"))
+SLOW: Final = ("stream", "wake")
+LIVE: Final = ("live", "polling", "tokens", "http", *(pytest.param(each, marks=pytest.mark.long) for each in SLOW))
 
 
 @needs_node
@@ -21,10 +22,10 @@ async def test_the_reducer_accepts_updates_in_any_order() -> None:
 
 
 @needs_node
-@pytest.mark.parametrize("program", LIVE)
-async def test_the_client_emits_each_event_once_whatever_the_network_does(tmp_path: Path, program: str) -> None:
+@pytest.mark.parametrize("name", LIVE)
+async def test_the_client_emits_each_event_once_whatever_the_network_does(tmp_path: Path, name: str) -> None:
     async with services_for_node(tmp_path) as services:
-        await node_test(program, services=services)
+        await node_test(f"client_{name}.mjs", services=services)
 
 
 @needs_node

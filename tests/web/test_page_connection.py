@@ -32,7 +32,7 @@ pytestmark = [needs_chromium, needs_client, pytest.mark.asyncio(loop_scope="sess
 EDITOR = PromptedEditor()
 
 #: A service that stops may refuse thumbnails.
-STOPPING = f"{NETWORK}|status of 503"
+STOPPING = f"{NETWORK}|status of 503|^WebSocket is already in CLOSING or CLOSED"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

@@ -380,7 +380,7 @@ async def test_computers_do_not_offer_a_camera(browser: Browser, service: Runnin
 
 
 @needs_axe
-@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.parametrize("width", [320, pytest.param(390, marks=pytest.mark.long), 1280])
 async def test_the_whole_form_fits_and_has_no_violations(
     browser: Browser, service: Running, eve: str, width: int
 ) -> None:

@@ -286,7 +286,7 @@ async def test_every_state_fits_every_size(
             assert not await is_covered(tab[button]), button
 
 
-@pytest.mark.parametrize("size", [DESKTOP, (640, 600), PHONE])
+@pytest.mark.parametrize("size", [DESKTOP, pytest.param((640, 600), marks=pytest.mark.long), PHONE])
 async def test_the_connection_stays_in_view(browser: Browser, service: Running, size: tuple[int, int]) -> None:
     await history_of(service, f"far {size}", *({"prompt": f"hat {number}"} for number in range(8)))
     async with tabs(browser, service.url, user=f"far {size}", viewport=viewport(size)) as [tab]:

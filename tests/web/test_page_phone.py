@@ -48,7 +48,7 @@ async def fits(tab: Tab) -> bool:
 
 
 @pytest.mark.parametrize("size", [PHONE, NARROW, LAPTOP])
-@pytest.mark.parametrize("locale", ["en-GB", "tr-TR"])
+@pytest.mark.parametrize("locale", ["tr-TR", pytest.param("en-GB", marks=pytest.mark.long)])
 async def test_the_header_has_room_for_the_name_of_the_user(
     browser: Browser, service: Running, size: tuple[int, int], locale: str
 ) -> None:
@@ -124,7 +124,7 @@ async def test_the_strip_is_readable_and_shows_that_the_page_is_offline(browser:
         pause.released.set()
 
 
-@pytest.mark.parametrize("size", [PHONE, LAPTOP])
+@pytest.mark.parametrize("size", [PHONE, pytest.param(LAPTOP, marks=pytest.mark.long)])
 async def test_the_samples_start_with_one_click(browser: Browser, service: Running, size: tuple[int, int]) -> None:
     user = f"samples {size[0]}"
     async with tabs(browser, service.url, user=user, viewport=viewport(size), locale="tr-TR") as [tab]:
@@ -161,7 +161,7 @@ async def test_errors_do_not_show_api_field_names(browser: Browser, service: Run
         await expect(tab["#prompt"]).to_be_focused()
 
 
-@pytest.mark.parametrize("size", [NARROW, LAPTOP])
+@pytest.mark.parametrize("size", [NARROW, pytest.param(LAPTOP, marks=pytest.mark.long)])
 async def test_a_long_prompt_can_be_expanded(browser: Browser, service: Running, size: tuple[int, int]) -> None:
     user = f"long {size[0]}"
     async with tabs(browser, service.url, user=user, viewport=viewport(size)) as [tab]:

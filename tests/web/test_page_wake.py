@@ -84,6 +84,7 @@ async def test_a_dead_connection_is_replaced_after(browser: Browser, service: Ru
         await expect(tab["#notice"]).to_contain_text("Back: 2 events you missed.")
 
 
+@pytest.mark.long
 async def test_a_dead_connection_is_replaced_when_the_page_is_used(browser: Browser, service: Running) -> None:
     async with half_open(browser, service, "used") as (tab, _):
         await tab.is_connected("live")
