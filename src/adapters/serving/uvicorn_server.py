@@ -24,7 +24,7 @@ SEND_TIMEOUT = 30.0
 _CHECK_INTERVAL: Final = 0.5
 #: The kernel's queue of connections to accept, and how many are accepted in a row: few, so that connections beyond
 #: the limit are closed before descriptors run out.
-_BACKLOG: Final = 2048
+_BACKLOG: Final = 4096
 _ACCEPTED_AT_ONCE: Final = 8
 #: Seconds that open connections have to close at shutdown, and then that their tasks have to notice it.
 _CLOSE_GRACE: Final = 0.15
