@@ -54,7 +54,7 @@ def compose(name: str, pictures: list[Path]) -> float:
 class Edits:
     """A user whose edits of these pictures are done one after the other, until `stop`.
 
-    They are uploaded before that: the packets of uploads on this machine delay everybody's, whoever sends them.
+    The pictures are uploaded once, before that: on one machine, the packets of an upload delay those of all others.
     """
 
     def __init__(self, port: int, pictures: list[Path]) -> None:

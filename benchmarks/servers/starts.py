@@ -88,8 +88,9 @@ class Starts:
         self._free: list[Connection] = []
         self._opened = 0
         self._answers: Counter[str] = Counter()
-        #: Starts that are not answered yet, and what is set when there are none.
+        #: How many starts wait for an answer.
         self._waiting = 0
+        #: Set when none waits any more.
         self._none_waits = asyncio.Event()
         #: Until when an answered connection starts the next one.
         self._repeat_until = 0.0
@@ -114,7 +115,7 @@ class Starts:
         await self._all_answered()
 
     def _start_on_free(self) -> bool:
-        """Start on a free connection, unless there is none."""
+        """Start on a free connection. False: there is none, and nothing is started."""
         while self._free:
             connection = self._free.pop()
             if connection.open:
