@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,18 @@ async def test_an_exception_of_the_work_is_raised() -> None:
     threads = ImageThreads()
     with pytest.raises(ZeroDivisionError):
         await threads.run(divmod, 1, 0)
+    threads.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/sched").exists(), reason="the kernel does not tell priorities in /proc")
+async def test_everything_else_goes_first_on_a_shared_core() -> None:
+    threads = ImageThreads()
+    text = await threads.run(Path("/proc/thread-self/sched").read_text)
+    shown = {name: int(value) for name, value in re.findall(r"^(\S+) +: +(\d+)$", text, re.MULTILINE)}
+    own = 120 + os.getpriority(os.PRIO_PROCESS, 0)
+    assert shown["prio"] > own
+    if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 12):
+        assert shown["se.slice"] == 100_000_000
     threads.close()
 
 

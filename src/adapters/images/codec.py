@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import Final
 
-from PIL import Image, ImageMath
+from PIL import Image, ImageFile, ImageMath
 
 from domain.ports.images import Picture
 
@@ -18,6 +18,9 @@ FORMATS: Final = ("PNG", "JPEG", "WEBP")
 #: Of a picture that is stored. Pillow opens pictures of up to twice its own limit.
 MAX_PIXELS: Final = 25_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+
+#: Bytes that Pillow encodes or decodes at a time. It keeps the GIL for as long while it encodes.
+ImageFile.MAXBLOCK = 16 * 1024
 
 #: The longest side of a JPEG, in pixels.
 _JPEG_SIDE: Final = 65_500

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -10,9 +11,14 @@ from typing import Any, Final
 #: Little here is cyclic garbage: Python's default of 700 would look for it during every few events.
 _THRESHOLDS: Final = (10_000, 50, 100)
 
+#: Seconds after which a thread that does not release the GIL has to pass it on. Events wait for the image threads that
+#: long, and by Python's default five times as long.
+_SWITCH_INTERVAL: Final = 0.001
+
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run on uvloop where it is installed, which costs less per event and connection; else on asyncio's own loop."""
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None
     with contextlib.suppress(ImportError):
         from uvloop import new_event_loop as new_loop
