@@ -246,7 +246,8 @@ class HttpProtocol(HttpToolsProtocol):
                 cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
 
-        uploads = any(name in _BODY for name, _ in scope["headers"])
+        # A request without a body is complete by now.
+        uploads = cycle.more_body or cycle.body
         answer: Awaitable[None] = app(scope, receive_counted if uploads else receive, send_corrected)
         return answer
 

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.rest import headers
 from api.rest.problems import problem
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -25,17 +26,12 @@ _MIN_RATE: Final = 1_000
 BODY_WINDOW = 20.0
 BODY_TIMEOUT = 900.0
 #: A request has a body only if it has one of these.
-_BODY_HEADERS: Final = (b"content-length", b"transfer-encoding")
-
-
-def header(scope: Scope, name: bytes) -> str:
-    """The first value of a header; empty if there is none. Starlette's class takes as long as the whole of a layer."""
-    return next((value for each, value in scope["headers"] if each == name), b"").decode("latin-1")
+_BODY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 async def read_body(request: Request, size: int, sentence: str) -> AsyncIterator[bytes]:
     """The body in pieces, of at most `size` bytes, declared or not: else 413 with this sentence."""
-    declared = header(request.scope, b"content-length")
+    declared = headers.value(request.scope, b"content-length")
     if declared.isdigit() and int(declared) > size:
         raise HTTPException(413, sentence)
     received, more = 0, True
@@ -83,7 +79,7 @@ class BodyTimeout:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Handle one request or connection."""
-        has_body = scope["type"] == "http" and any(name in _BODY_HEADERS for name, _ in scope["headers"])
+        has_body = scope["type"] == "http" and not _BODY_HEADERS.isdisjoint(dict(scope["headers"]))
         return (self._with_body if has_body else self._app)(scope, receive, send)
 
     async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:

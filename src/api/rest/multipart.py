@@ -16,7 +16,8 @@ from python_multipart.multipart import MultipartParser, MultipartState, parse_op
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from api.rest.bodies import header, read_body
+from api.rest import headers
+from api.rest.bodies import read_body
 from domain.errors import Failure
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ async def read_multipart(
         HTTPException: 400, 413, 415: the body is not a form, or is beyond a limit.
         Failure: ``storage_failed``: the disk is full.
     """
-    content_type = header(request.scope, b"content-type")
+    content_type = headers.value(request.scope, b"content-type")
     if len(content_type) > _MAX_CONTENT_TYPE:
         raise HTTPException(400, "The content type is too long.")
     media_type, options = _options(content_type)

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from typing import Final
 
-from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.loopback import HOST, is_loopback
+from api.rest import headers
 from api.rest.problems import problem
 
 _DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}
@@ -52,11 +52,11 @@ class OriginGuard:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        origins = headers.getlist("origin")
-        allowed = not origins or self._origins_allowed(origins, scope["scheme"], headers)
-        preflight = bool(origins) and scope.get("method") == "OPTIONS" and "access-control-request-method" in headers
-        answer = self._refusal(headers, allowed, preflight) or (_preflight(headers) if preflight else self._app)
+        origins = headers.values(scope, b"origin")
+        allowed = not origins or self._origins_allowed(origins, scope)
+        asks = bool(origins) and scope.get("method") == "OPTIONS"
+        preflight = asks and bool(headers.values(scope, b"access-control-request-method"))
+        answer = self._refusal(scope, allowed, preflight) or (_preflight(scope) if preflight else self._app)
         if scope["type"] == "websocket":
             await answer(scope, receive, send)
             return
@@ -77,8 +77,8 @@ class OriginGuard:
 
         await answer(scope, receive, send_with_cors)
 
-    def _refusal(self, headers: Headers, origin_allowed: bool, preflight: bool) -> Response | None:
-        if self._open_mode and not self._host_allowed(headers):
+    def _refusal(self, scope: Scope, origin_allowed: bool, preflight: bool) -> Response | None:
+        if self._open_mode and not self._host_allowed(scope):
             detail = "This host name is not allowed. Add it to STAGECAST_ALLOWED_HOSTS to allow it."
             return problem("host_not_allowed", detail)
         if (self._open_mode or preflight) and not origin_allowed:
@@ -86,28 +86,29 @@ class OriginGuard:
             return problem("origin_not_allowed", detail)
         return None
 
-    def _host_allowed(self, headers: Headers) -> bool:
+    def _host_allowed(self, scope: Scope) -> bool:
         if self._hosts is None:
             return True
-        hosts = headers.getlist("host")
+        hosts = headers.values(scope, b"host")
         name = _name(hosts[0]) if len(hosts) == 1 else None
         return name is not None and (name in self._hosts or is_loopback(name))
 
-    def _origins_allowed(self, origins: list[str], scheme: str, headers: Headers) -> bool:
+    def _origins_allowed(self, origins: list[str], scope: Scope) -> bool:
         """Whether the request has one origin, which is allowed."""
         if len(origins) > 1:
             return False
         origin = _without_default_port(origins[0].lower())
-        same = _without_default_port(f"{scheme.replace('ws', 'http')}://{headers.get('host', '').lower()}")
+        scheme, host = scope["scheme"].replace("ws", "http"), headers.value(scope, b"host").lower()
+        same = _without_default_port(f"{scheme}://{host}")
         origin_scheme, _, host = origin.partition("://")
         name = _name(host) if origin_scheme in _DEFAULT_PORTS else None
         loopback = self._open_mode and name is not None and is_loopback(name)
         return loopback or origin == same or self._origins.fullmatch(origin) is not None
 
 
-def _preflight(headers: Headers) -> Response:
+def _preflight(scope: Scope) -> Response:
     """The answer to a preflight of an allowed origin: what it requests is allowed, except the denied headers."""
-    requested = ",".join(headers.getlist("access-control-request-headers")).split(",")
+    requested = ",".join(headers.values(scope, b"access-control-request-headers")).split(",")
     names = [name for each in requested if _HEADER.fullmatch(name := each.strip()) and not _DENIED.fullmatch(name)]
     allowed = {"Access-Control-Allow-Methods": _METHODS, "Access-Control-Allow-Headers": ", ".join(names)}
     return Response(headers={**allowed, "Access-Control-Max-Age": "600"})

@@ -6,10 +6,10 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.loopback import HOST
+from api.rest import headers
 
 #: An entry of X-Forwarded-For with a port or brackets.
 _HOP: Final = re.compile(r"\[(.*)\](?::[0-9]+)?|([^:]*):[0-9]+")
@@ -62,9 +62,8 @@ class ForwardedHeaders:
 
     def _apply(self, scope: Scope) -> None:
         """Each proxy has appended what it saw: the client is the rightmost address that is no trusted proxy's."""
-        headers = Headers(scope=scope)
         proxies = 0
-        for hop in reversed(_values(headers, "x-forwarded-for")):
+        for hop in reversed(_elements(scope, b"x-forwarded-for")):
             address, trusted = self._resolve(hop)
             if address:
                 scope["client"] = (address, 0)
@@ -72,21 +71,22 @@ class ForwardedHeaders:
                 break
             proxies += 1
 
-        def seen(name: str) -> str:
+        def seen(name: bytes) -> str:
             """What the proxy nearest to the client says; the only value if there is one for all proxies."""
-            values = _values(headers, name)
+            values = _elements(scope, name)
             return values[-min(proxies + 1, len(values))].lower() if values else ""
 
-        if seen("x-forwarded-proto") in ("https", "wss"):
+        if seen(b"x-forwarded-proto") in ("https", "wss"):
             scope["scheme"] = "wss" if scope["type"] == "websocket" else "https"
-        host = HOST.fullmatch(seen("x-forwarded-host")) or HOST.fullmatch(",".join(headers.getlist("host")).lower())
+        own = ",".join(headers.values(scope, b"host")).lower()
+        host = HOST.fullmatch(seen(b"x-forwarded-host")) or HOST.fullmatch(own)
         if host is not None:
-            port = seen("x-forwarded-port")
+            port = seen(b"x-forwarded-port")
             name = f"{host[0]}:{port}" if host[3] is None and _PORT.fullmatch(port) else host[0]
             others = [header for header in scope["headers"] if header[0] != b"host"]
             scope["headers"] = [*others, (b"host", name.encode())]
 
 
-def _values(headers: Headers, name: str) -> list[str]:
-    """The values of a list header, in order."""
-    return [value for part in ",".join(headers.getlist(name)).split(",") if (value := part.strip())]
+def _elements(scope: Scope, name: bytes) -> list[str]:
+    """The elements of a list header, in order."""
+    return [value for part in ",".join(headers.values(scope, name)).split(",") if (value := part.strip())]

@@ -5,12 +5,11 @@ from typing import Annotated, Final
 
 from fastapi import Query, Request, Response
 from pydantic_core import to_json
-from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from api.auth import StreamIdentity
 from api.realtime.sockets import welcome_of
-from api.rest import routes
+from api.rest import headers, routes
 from api.rest.generations import After, GenerationId
 from api.rest.problems import is_temporary
 from api.rest.schemas import LastEventId
@@ -30,7 +29,7 @@ class _StreamRoute(routes.Route):
     """Matches only requests that accept an event stream; the others go to the route of the same path."""
 
     def accepts(self, scope: Scope) -> bool:
-        return any(map(_STREAM.fullmatch, ",".join(Headers(scope=scope).getlist("accept")).split(",")))
+        return any(map(_STREAM.fullmatch, ",".join(headers.values(scope, b"accept")).split(",")))
 
     async def answer(self, request: Request) -> Response:
         """The stream; an empty one, after which the client tries again, if the service refuses for a while."""
