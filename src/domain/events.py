@@ -110,7 +110,7 @@ def event_name(status: str) -> str:
 
 def validated(fields: Mapping[str, object]) -> Event:
     """The event with these fields. Raises `pydantic.ValidationError`."""
-    event: Event = Event.__pydantic_validator__.validate_python(fields)
+    event: Event = Event.__pydantic_validator__.validate_python(fields, by_alias=False, by_name=True)
     return event
 
 

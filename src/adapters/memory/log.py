@@ -7,7 +7,7 @@ list of generations by position. Once a generation has ended, an event takes les
 import bisect
 from array import array
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -63,15 +63,21 @@ class _Record:
         return None if self.ended_at is None else self.last
 
     def json(self) -> list[bytes]:
-        return self.events.split(b"\n") if isinstance(self.events, bytes) else self.events
+        """The JSON of each event; nothing if the generation is deleted."""
+        return self.events.splitlines() if isinstance(self.events, bytes) else self.events
 
-    def entry(self, index: int, event: bytes | None) -> Logged:
-        places, end = self.places, self.end
-        position = places[2 * index]
-        name = self.end_name if position == end else CONTINUE if index else NAMES["started"]
-        images = self.images_at(index) if self.images else NO_IMAGES
-        place = self.user.user_id, position, places[2 * index + 1], self.generation_id, index + 1
-        return Logged(*place, name, event, places[0], end, images)
+    def entries(self, indexes: Iterable[int], events: Sequence[bytes]) -> list[Logged]:
+        """The entries at these indexes; `events` is what `json` returns."""
+        places, end, user_id = self.places, self.end, self.user.user_id
+        return [
+            Logged(
+                user_id, position := places[2 * index], places[2 * index + 1], self.generation_id, index + 1,
+                self.end_name if position == end else CONTINUE if index else NAMES["started"],
+                events[index] if events else None,
+                places[0], end, self.images_at(index) if self.images else NO_IMAGES,
+            )
+            for index in indexes
+        ]  # fmt: skip
 
     def images_at(self, index: int) -> Mapping[str, str]:
         for start, *names in reversed(self.images):
@@ -84,8 +90,7 @@ class _Record:
 
     def at(self, position: int, events: Sequence[bytes]) -> Logged:
         """The entry at this position; `events` is what `json` returns."""
-        index = self.index_at(position)
-        return self.entry(index, None if self.deleted else events[index])
+        return self.entries([self.index_at(position)], events)[0]
 
     def matches(self, wanted: Filter) -> bool:
         stated = self.generation_id, self.user.user_id, self.start.kind, wanted.status, self.code
@@ -101,7 +106,7 @@ class _Record:
         events = self.json()
         count = len(events)
         indexes = sorted({0, max(count - 2, 0), count - 1}) if summary else range(count)
-        entries = [self.entry(index, events[index]) for index in indexes]
+        entries = self.entries(indexes, events)
         return History(self.user.user_id, self.generation_id, self.start.kind, self.start.request, entries, self.free)
 
 
@@ -186,7 +191,7 @@ class MemoryLog:
         accepted = decide(entry, self._known(entry, user, record), credits=self._credits, clock=self._clock)
         if accepted is None:
             assert record is not None
-            return record.entry(entry.sequence - 1, record.json()[entry.sequence - 1])
+            return record.entries([entry.sequence - 1], record.json())[0]
         user.credit = accepted.credit or 0
         if record is None:
             assert entry.start is not None
