@@ -34,7 +34,7 @@ async def open_sqlite_sessions(retention: timedelta) -> AsyncIterator[Sessions]:
 
 @asynccontextmanager
 async def open_postgres_sessions(retention: timedelta) -> AsyncIterator[Sessions]:
-    with patch.object(postgres_sessions, "_PER_USER", 100):  # It costs some milliseconds to save one.
+    with patch.object(postgres_sessions, "PER_USER", 100):  # It costs some milliseconds to save one.
         async with fresh_database() as url, open_node(url, retention=retention) as storage:
             yield storage.sessions
 

@@ -3,12 +3,9 @@
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from domain.ports.leases import Counts
-
-#: How many generations of a user may fetch images at once.
-_FETCHING_PER_USER: Final = 2
+from domain.ports.leases import FETCHING_PER_USER, Counts
 
 
 class _Place(NamedTuple):
@@ -48,7 +45,7 @@ class MemoryLeases:
     def _busy(self) -> set[str]:
         """The users who fetch for as many as allowed."""
         counts = Counter(user_id for user_id, fetching in self._held.values() if fetching)
-        return {user_id for user_id, count in counts.items() if count >= _FETCHING_PER_USER}
+        return {user_id for user_id, count in counts.items() if count >= FETCHING_PER_USER}
 
     async def offer(self, user_id: str, generation_id: str, *, fetching: bool = False) -> bool:
         held = self._held.get(generation_id)

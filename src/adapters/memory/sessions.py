@@ -2,12 +2,8 @@
 
 from collections.abc import Collection
 from datetime import datetime, timedelta
-from typing import Final
 
-from domain.ports.sessions import Session
-
-#: Sessions of one user; beyond them, the least recently used are removed.
-_PER_USER: Final = 1_000
+from domain.ports.sessions import PER_USER, Session
 
 
 class MemorySessions:
@@ -25,7 +21,7 @@ class MemorySessions:
         self._sessions[pid] = session, at
         pids = self._pids.setdefault(session.identity.user_id, {})
         pids[pid] = None
-        if len(pids) > _PER_USER:
+        if len(pids) > PER_USER:
             self._forget(next(iter(pids)))
 
     async def load(self, pid: str, *, at: datetime) -> Session | None:

@@ -10,10 +10,8 @@ from adapters.postgres.database import TIMEOUT, Database, woken
 from adapters.postgres.nodes import Nodes
 from adapters.postgres.tail import WORK, Tail
 from domain.errors import LogUnavailable
-from domain.ports.leases import Counts
+from domain.ports.leases import FETCHING_PER_USER, Counts
 
-#: How many generations of a user may fetch images at once.
-_FETCHING_PER_USER: Final = 2
 #: Seconds between two claims, if nothing is heard of a line, and after a database that did not answer.
 _CLAIM_EVERY: Final = 0.5
 _AGAIN: Final = 0.2
@@ -69,7 +67,7 @@ class PostgresLeases:
         loop = asyncio.get_running_loop()
         if self._seen is None or loop.time() > self._seen_at + _SEEN_FOR:
             self._seen_at = began = loop.time()
-            rows = await self._database.rows("leases_v1", _FETCHING_PER_USER)
+            rows = await self._database.rows("leases_v1", FETCHING_PER_USER)
             positions = {generation_id: rank for generation_id, waiting, _, rank in rows if waiting}
             seen = Counts(len(positions), sum(holder is not None for _, _, holder, _ in rows)), positions
             if self._seen_at != began:
@@ -149,7 +147,7 @@ class PostgresLeases:
             line.claims = deque(claim for claim in line.claims if not claim.done())
             if (wanted := len(line.claims)) and not self._draining:
                 try:
-                    rows = await self._database.rows("claim_v1", self._nodes.id, fetching, wanted, _FETCHING_PER_USER)
+                    rows = await self._database.rows("claim_v1", self._nodes.id, fetching, wanted, FETCHING_PER_USER)
                 except LogUnavailable:
                     await asyncio.sleep(_AGAIN)
                     continue

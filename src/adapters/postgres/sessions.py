@@ -2,15 +2,11 @@
 
 from collections.abc import Collection
 from datetime import datetime, timedelta
-from typing import Final
 
 from adapters.postgres.database import Database, is_text
 from domain.feed import Cursor
 from domain.identity import Identity
-from domain.ports.sessions import Session
-
-#: Sessions of one user; beyond them, the least recently used are removed.
-_PER_USER: Final = 1_000
+from domain.ports.sessions import PER_USER, Session
 
 
 class PostgresSessions:
@@ -26,7 +22,7 @@ class PostgresSessions:
         await self._database.call(
             "save_session_v1",
             *(pid, user_id, expires_at, service, live, event_id, seen, tombstones, session.head, session.tag, at),
-            *(at - self._retention, _PER_USER, self._database.node),
+            *(at - self._retention, PER_USER, self._database.node),
         )
 
     async def load(self, pid: str, *, at: datetime) -> Session | None:

@@ -147,16 +147,19 @@ class Database:
         A savepoint for each takes a tenth of an append. So they are set only once an operation has raised after it had
         changed something.
         """
-        for run in (self._attempt, self._attempt_undoably):
+
+        def transaction(run: Callable[[sqlite3.Connection, Operation[Any]], object]) -> Sequence[object]:
+            with connection:
+                connection.execute(begin)
+                return [run(connection, operation) for operation in operations]
+
+        try:
             try:
-                with connection:
-                    connection.execute(begin)
-                    return [run(connection, operation) for operation in operations]
+                return transaction(self._attempt)
             except _HalfDone:
-                continue
-            except sqlite3.Error as error:
-                return [self._unavailable(error) for _ in operations]
-        raise AssertionError
+                return transaction(self._attempt_undoably)
+        except sqlite3.Error as error:
+            return [self._unavailable(error) for _ in operations]
 
     def _attempt(self, connection: sqlite3.Connection, operation: Operation[Any]) -> object:
         """The operation's result, or what it raises. Raises `_HalfDone` if there is something to undo."""

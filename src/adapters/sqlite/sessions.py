@@ -10,10 +10,7 @@ from adapters.sqlite.database import Database
 from adapters.sqlite.values import is_text, microseconds, moment
 from domain.feed import Cursor
 from domain.identity import Identity
-from domain.ports.sessions import Session
-
-#: Sessions of one user; beyond them, the least recently used are removed.
-_PER_USER: Final = 1_000
+from domain.ports.sessions import PER_USER, Session
 
 #: Expired sessions that one save removes: more than it adds, and few enough to be fast.
 _EXPIRED: Final = 100
@@ -46,7 +43,7 @@ class SqliteSessions:
             connection.execute(
                 "DELETE FROM sessions WHERE id IN"
                 " (SELECT id FROM sessions WHERE user_id = ? ORDER BY touched_at DESC, id DESC LIMIT -1 OFFSET ?)",
-                (user_id, _PER_USER),
+                (user_id, PER_USER),
             )
 
         await self._database.write(save)

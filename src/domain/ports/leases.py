@@ -1,7 +1,10 @@
 """Leases: which node works on which generation, and which node does which chore."""
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
+
+#: How many generations of a user may fetch images at once.
+FETCHING_PER_USER: Final = 2
 
 
 class Counts(NamedTuple):

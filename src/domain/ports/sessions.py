@@ -2,10 +2,13 @@
 
 from collections.abc import Collection
 from datetime import datetime
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from domain.feed import Cursor
 from domain.identity import Identity
+
+#: Sessions of one user; beyond them, the least recently used are removed.
+PER_USER: Final = 1_000
 
 
 class Session(NamedTuple):
