@@ -24,7 +24,7 @@ _NICENESS: Final = 10
 #: Nanoseconds for which an image thread asks to compute at a time. Since version 6.12, Linux lets a waking thread that
 #: asks for less go first at once; otherwise that may wait for milliseconds. Shares of the core stay the same.
 _SLICE: Final = 100_000_000
-#: The number of Linux' ``sched_setattr(2)``, for which Python has no function, by machine.
+#: The number of Linux' ``sched_setattr(2)``, for which Python has no function, in 64-bit processes by machine.
 _SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
 
 #: Costs of work, in pixels times passes over them: of reading a header, and by default.
@@ -151,7 +151,8 @@ def _lower_priority() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        if number := _SCHED_SETATTR.get(os.uname().machine):
+        number = _SCHED_SETATTR.get(os.uname().machine)
+        if number is not None and sys.maxsize > 1 << 32:
             # Its size, policy, flags, niceness, priority, slice, deadline and period. Older kernels ignore the slice.
             attributes = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, _NICENESS, 0, _SLICE, 0, 0)
             ctypes.CDLL(None).syscall(number, 0, attributes, 0)
