@@ -4,11 +4,9 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from functools import partial
-from types import coroutine
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
 from domain.events import URL_FIELDS, Input, encode, event_name
@@ -20,10 +18,9 @@ from domain.ports.system import Clock, Entropy
 from domain.rehydrate import UNREADABLE, generation_of, readable_part_of
 from domain.stages import FLOWS, STARTED
 from domain.stored_images import StoredImages
+from domain.timeouts import within
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 #: Seconds after which one append counts as unanswered.
 _TIMEOUT: Final = 2.0
@@ -166,7 +163,7 @@ class Recorder:
         give_up = began + patience
         while True:
             try:
-                logged = await _within(_TIMEOUT, self._log.append(append))
+                logged = await within(_TIMEOUT, self._log.append(append))
                 self.append_seconds.observe(loop.time() - began)
                 break
             except (LogUnavailable, TimeoutError):
@@ -195,31 +192,3 @@ class Recorder:
 def log_fields(generation: Generation) -> dict[str, Any]:
     """What a line of the log says of a generation."""
     return {"generationId": generation.generation_id, "kind": generation.kind, "user": generation.user_id}
-
-
-async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, and cancel it after these seconds.
-
-    If it does not wait at all, no timer is set: that would cost as much as an append in memory.
-    """
-    try:
-        awaited = work.send(None)
-    except StopIteration as done:
-        return cast(T, done.value)
-    async with asyncio.timeout(seconds):
-        return await _resume(work, awaited)
-
-
-@coroutine
-def _resume(work: Coroutine[Any, Any, T], awaited: object) -> Generator[object, None, T]:
-    """Go on with `work`, which waits for `awaited`."""
-    while True:
-        step = partial(work.send, None)
-        try:
-            yield awaited
-        except BaseException as error:
-            step = partial(work.throw, error)
-        try:
-            awaited = step()
-        except StopIteration as done:
-            return cast(T, done.value)

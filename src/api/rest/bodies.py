@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.rest import headers
 from api.rest.problems import problem
+from domain.timeouts import within
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -115,8 +116,7 @@ class _Body:
         """Wait for the next part."""
         began = self._now()
         try:
-            async with asyncio.timeout_at(self._limit(began)):
-                message = await self._receive()
+            message = await within(self._limit(began), self._receive())
         except TimeoutError:
             if self.answered:
                 return await self._receive()
@@ -133,6 +133,7 @@ class _Body:
         return message
 
     def _limit(self, now: float) -> float | None:
+        """The seconds in which the next part must arrive, if there is a limit."""
         if self._whole or self.answered:
             return None
-        return min(self._ends, now + self._marks[0][0] + BODY_WINDOW - self._waited)
+        return min(self._ends - now, self._marks[0][0] + BODY_WINDOW - self._waited)
