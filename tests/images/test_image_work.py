@@ -32,8 +32,7 @@ async def test_everything_else_goes_first_on_a_shared_core() -> None:
     threads = ImageThreads()
     text = await threads.run(Path("/proc/thread-self/sched").read_text)
     shown = {name: int(value) for name, value in re.findall(r"^(\S+) +: +(\d+)$", text, re.MULTILINE)}
-    own = 120 + os.getpriority(os.PRIO_PROCESS, 0)
-    assert shown["prio"] > own
+    assert shown["prio"] >= 120 + 10
     if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 12):
         assert shown["se.slice"] == 100_000_000
     threads.close()

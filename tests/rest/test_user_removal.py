@@ -1,6 +1,7 @@
 """`DELETE /users/<userId>`: a user is removed with everything that was stored."""
 
 import asyncio
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import Any, Final
@@ -86,7 +87,7 @@ async def test_nothing_of_a_removed_user_is_left(tmp_path: Path, log_setting: st
         await until_gone(service)
     if log_setting.startswith("sqlite"):
         file = log_setting.removeprefix("sqlite:///")
-        with sqlite3.connect(file) as database:
+        with contextlib.closing(sqlite3.connect(file)) as database:
             for table in ("users", "sessions"):
                 assert database.execute(f"SELECT count(*) FROM {table} WHERE user_id = 'eve'").fetchone() == (0,)
             for table in ("generations", "events", "grants"):

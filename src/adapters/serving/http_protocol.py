@@ -266,7 +266,8 @@ class _Response:
         if self.holds:
             self._held, self.holds = data, False
         else:
-            self._transport.writelines((self._held, data) if self._held else (data,))
+            # Not `writelines`: in Python 3.12 and 3.13, asyncio's pauses nobody, and never gets rid of empty data.
+            self._transport.write(self._held + data)
             self._held = b""
 
     def close(self) -> None:
