@@ -198,13 +198,14 @@ async def test_one_thread_is_kept_free_for_small_work() -> None:
     threads.close()
 
 
-async def test_a_cancelled_turn_keeps_its_thread_until_its_work_ends() -> None:
-    work = Work(ImageThreads(1))
-    first = work.begin("ada", "first", 10)
+@pytest.mark.parametrize("cost", [10, 25_000_000])
+async def test_a_cancelled_turn_keeps_its_thread_until_its_work_ends(cost: int) -> None:
+    work = Work(ImageThreads(2 if cost > 10 else 1))  # Only one thread does large work.
+    first = work.begin("ada", "first", cost)
     await work.until("first")
     first.cancel()
     await asyncio.wait([first])
-    second = work.begin("bob", "second", 10)
+    second = work.begin("bob", "second", cost)
     await asyncio.sleep(0.05)
     assert work.order == ["first"]
     work.go["first"].set()

@@ -104,12 +104,8 @@ class ImageThreads:
         finally:
             if turn.job is None:
                 self._leave(turn)
-            else:
-                if _TRIM is not None and cost >= _USUAL:
-                    with contextlib.suppress(RuntimeError):  # The threads are closed.
-                        turn.job = self._pool.submit(_TRIM, 0)
-                # After a cancellation, the thread still runs.
-                turn.job.add_done_callback(lambda _: self._leave(turn))
+            else:  # After a cancellation, the thread still runs.
+                turn.job.add_done_callback(lambda _: self._end(turn))
 
     def close(self) -> None:
         """End the threads after their current calls. Work that waits or comes is refused when it gets its turn."""
@@ -123,6 +119,14 @@ class ImageThreads:
             self._waiting.append(turn)
             self._grant()
         return turn
+
+    def _end(self, turn: _Turn) -> None:
+        """Leave, on a thread and after the memory is returned if the work was not small."""
+        if _TRIM is not None and turn.cost >= _USUAL:
+            with contextlib.suppress(RuntimeError):  # The threads are closed.
+                self._pool.submit(_TRIM, 0).add_done_callback(lambda _: self._leave(turn))
+                return
+        self._leave(turn)
 
     def _leave(self, turn: _Turn) -> None:
         with self._lock:
