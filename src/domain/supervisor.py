@@ -51,8 +51,9 @@ class Supervisor:
 
     async def every(self, seconds: float, name: str, work: Work) -> None:
         """Do this work now, and again whenever so many seconds have passed."""
+        task = object()
         while True:
-            pause = seconds if await self.attempt(name, work) else self._pause(name)
+            pause = seconds if await self.attempt(name, work, task) else self._pause(name, task)
             await asyncio.sleep(pause)
 
     async def attempt(self, name: str, work: Work, task: object = None) -> bool:
@@ -68,7 +69,7 @@ class Supervisor:
         self._recovered(name, task)
         return True
 
-    def _pause(self, name: str, task: object = None) -> float:
+    def _pause(self, name: str, task: object) -> float:
         failures, _ = self._failing[name][task]
         return min(_LONGEST, _BACKOFF * 2.0 ** min(failures - 1, 10))
 

@@ -251,3 +251,16 @@ async def test_a_probe_of_a_writable_store_succeeds_and_leaves_no_file(store: Im
     for _ in range(2):
         await store.probe()
     assert await store.names(older_than=now() + timedelta(hours=1)) == {}
+
+
+async def test_a_picture_that_cannot_be_read_is_a_failure_of_the_store(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = folder(tmp_path)
+    name = await store.save(ID, PNG)
+    (tmp_path / ID / name).unlink()
+    (tmp_path / ID / name).mkdir()
+    with pytest.raises(Failure, match="storage_failed"):
+        await store.load(name)
+    assert caplog.messages == [f"a picture of {ID} cannot be read: Is a directory"]
+    await store.close()

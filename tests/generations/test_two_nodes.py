@@ -22,6 +22,7 @@ from domain.webhooks import Webhooks
 from support.builders import CountedEntropy, EventWriter, SteppableClock, memory_storage, statuses
 from support.doubles import (
     FACE_URL,
+    ForwardingLog,
     InMemoryBackend,
     InMemoryImages,
     Pause,
@@ -199,6 +200,24 @@ async def test_the_deadline_of_external_work_is_kept_by_another_node_when_one_di
         for each in keeping:
             each.cancel()
         await asyncio.wait(keeping)
+
+
+async def test_external_work_that_ends_while_the_deadline_of_other_work_is_checked_disturbs_nothing() -> None:
+    backend = InMemoryBackend(line=ForwardingLog, deadline=1)
+    keeping = asyncio.create_task(backend.supervisor.keep("external", backend.external.run))
+    await asyncio.sleep(0)
+    first, second = [await backend.start(start_arguments(external=True)) for _ in range(2)]
+    assert isinstance(backend.log, ForwardingLog)
+    backend.log.overtake = lambda: backend.cancel(second)  # Just before the end of the first one is appended.
+    backend.clock.step(5)
+    async with asyncio.timeout(10):
+        while len(await backend.events(first)) < 2:
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    assert [(await backend.events(each))[-1]["code"] for each in (first, second)] == ["deadline_exceeded", "cancelled"]
+    assert backend.supervisor.parts == {"external": "ok"}
+    keeping.cancel()
+    await asyncio.wait([keeping])
 
 
 # --- pictures ----------------------------------------------------------------------------------------------

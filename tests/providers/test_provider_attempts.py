@@ -10,6 +10,7 @@ from typing import Final
 import httpx2
 import pytest
 
+from adapters.outbound.calls import retry_after
 from adapters.providers.attempts import PROMPT, Declined, answered, attempt, broken, log_problem
 from domain.errors import Failure, FailureCode
 from domain.ports.images import Picture
@@ -94,6 +95,11 @@ async def test_retry_waits_at_least_for_retry_after() -> None:
 
     asyncio.get_running_loop().call_later(0.1, passed.set)
     assert await attempt(call, Reports(), within=60, backoff=0.001) == "done"
+
+
+@pytest.mark.parametrize("header", ["", "soon", "nan", "inf", "Mon, 01 Jan 2026 00:00:00 +99999999999999"])
+def test_a_retry_after_that_names_no_moment_is_ignored(header: str) -> None:
+    assert retry_after(header) is None
 
 
 async def test_backoff_is_random_up_to_a_bound_that_doubles(monkeypatch: pytest.MonkeyPatch) -> None:

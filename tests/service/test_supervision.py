@@ -336,3 +336,26 @@ async def test_the_supervisor_logs_each_failure_once_and_counts_a_steady_task_as
         "work fails with storage_failed (OSError: No space left on device) and is tried again",
         "work works again",
     ]
+
+
+async def test_two_tasks_of_a_part_fail_and_work_independently(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor, rounds = Supervisor(), 0
+    enough = asyncio.Event()
+
+    async def fails() -> None:
+        raise OSError(5, "Input/output error")
+
+    async def works() -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 20:
+            enough.set()
+
+    rounds_of = [supervisor.every(60, "part", fails), supervisor.every(0, "part", works)]
+    tasks = [*map(asyncio.create_task, rounds_of)]
+    await enough.wait()
+    assert supervisor.parts == {"part": "storage_failed"}
+    assert len(caplog.records) == 1
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)

@@ -32,8 +32,8 @@ class ImageFolder:
     """`domain.ports.images.ImageStore` under `root`, which nobody else may change meanwhile.
 
     It belongs to one process, which holds an exclusive lock on its mark; or, if shared, to all nodes of one log, which
-    hold a shared lock. Files with other names than our pictures' are neither served nor removed. Nothing is written or
-    removed while the folder is missing or replaced by another.
+    hold a shared lock. Files with other names than our pictures' are not served, and only removed with the folder of
+    their generation. Nothing is written or removed while the folder is missing or replaced by another.
     """
 
     def __init__(self, root: Path, *, log: str, epoch: str, shared: bool = False) -> None:
@@ -107,20 +107,17 @@ class ImageFolder:
 
     async def save(self, generation_id: str, picture: Picture, name: str | None = None) -> str:
         name = name or new_name(generation_id, picture)
-        try:
+        with _failing("a picture of %s cannot be stored: %s", generation_id):
             await asyncio.to_thread(self._write, generation_id, name, picture.data)
-        except OSError as error:
-            _log(logging.ERROR, "a picture of %s cannot be stored: %s", generation_id, error)
-            raise Failure("storage_failed") from error
         return name
 
     async def load(self, name: str) -> Picture | None:
-        with contextlib.suppress(FileNotFoundError):
+        with _reading(name):
             return Picture(await asyncio.to_thread(self._path(name).read_bytes), media_type(name))
         return None
 
     async def size(self, name: str) -> int:
-        with contextlib.suppress(FileNotFoundError):
+        with _reading(name):
             return (await asyncio.to_thread(self._path(name).stat)).st_size
         return 0
 
@@ -209,6 +206,26 @@ def _write_synced(file: IO[bytes], data: bytes) -> None:
         file.flush()
         # Otherwise a power failure could leave an incomplete file.
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _failing(what: str, generation_id: str) -> Iterator[None]:
+    """Turn errors of the file system into `Failure`, and log the reason."""
+    try:
+        yield
+    except OSError as error:
+        _log(logging.ERROR, what, generation_id, error)
+        raise Failure("storage_failed") from error
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """The same for a picture that is read, or may not be there."""
+    with (
+        _failing("a picture of %s cannot be read: %s", name.rpartition("-")[0]),
+        contextlib.suppress(FileNotFoundError),
+    ):
+        yield
 
 
 @contextlib.contextmanager

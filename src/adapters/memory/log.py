@@ -164,7 +164,7 @@ class _Grant(NamedTuple):
 
 
 class MemoryLog:
-    """The ports `EventLog`, `Ledger`, `Retention` and `WebhookOutbox` in memory."""
+    """The ports `EventLog`, `Ledger`, `Retention`, `Overview` and `WebhookOutbox` in memory."""
 
     durable = False
 

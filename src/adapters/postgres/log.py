@@ -58,7 +58,7 @@ _AT_STAGE: Final = """end_position IS NULL AND ${} = (
 
 
 class PostgresLog:
-    """The ports `EventLog`, `Ledger`, `Retention` and `WebhookOutbox` in PostgreSQL."""
+    """The ports `EventLog`, `Ledger`, `Retention`, `Overview` and `WebhookOutbox` in PostgreSQL."""
 
     durable = True
 

@@ -33,7 +33,7 @@ _BEYOND: Final = 2**63 - 1
 
 
 class SqliteLog:
-    """The ports `EventLog`, `Ledger`, `Retention` and `WebhookOutbox` in a SQLite file, for one process."""
+    """The ports `EventLog`, `Ledger`, `Retention`, `Overview` and `WebhookOutbox` in a SQLite file, for one process."""
 
     durable = True
 
