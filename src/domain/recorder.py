@@ -5,11 +5,12 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from domain.errors import Conflict, Failure, LogUnavailable
-from domain.events import URL_FIELDS, Input, encode, event_name
+from domain.events import CONTINUE, URL_FIELDS, Input, encode, event_name
 from domain.feed import Logged
 from domain.generation import NONE, Generation
 from domain.histogram import MOMENTS, Histogram
@@ -117,6 +118,18 @@ class Recorder:
                 continue  # It has just moved on: end it where it is now.
             return True
         return False
+
+    async def settle(self, user_id: str, generation_id: str) -> None:
+        """Return once each append of this user that was not answered is in the log, or never will be.
+
+        Raises:
+            LogUnavailable: the log did not answer.
+        """
+        # No event has this number, so the log refuses it, after what it was asked to append for the user before.
+        with suppress(Conflict):
+            await self._log.append(
+                Append(user_id, generation_id, 0, self._entropy.event_id(), b"", CONTINUE, self._clock())
+            )
 
     def _input(self, generation: Generation) -> Input:
         request = generation.request

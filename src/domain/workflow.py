@@ -1,6 +1,6 @@
 """The use cases: start, cancel, delete and read generations.
 
-`Workflow.history` alone checks the owner: an unknown generation and another user's are the same `NotFound`.
+`_owned` alone checks the owner: an unknown generation and another user's are the same `NotFound`.
 """
 
 import asyncio
@@ -200,7 +200,7 @@ class Workflow:
                 start = Start(kind, to_json(request), key, fingerprint, self.limits.max_per_user, request.external)
                 generation = await self.recorder.start(Generation(generation_id, kind, user_id, request), start)
             except errors.LogUnavailable:
-                self._reconcile(generation_id)
+                self._reconcile(user_id, generation_id)
                 raise
             except Exception:  # If it is cancelled, which ends the process, the log may have the event.
                 await self.images.remove(generation_id)
@@ -209,17 +209,18 @@ class Workflow:
             try:
                 await self._offer(generation)
             except Exception:  # It is in the log, and so accepted.
-                self._reconcile(generation_id)
+                self._reconcile(user_id, generation_id)
             return await self._show_one(generation)
 
     async def _offer(self, generation: Generation) -> None:
         if not generation.request.external:
             await self.leases.offer(generation.user_id, generation.generation_id, fetching=generation.needs_fetching)
 
-    def _reconcile(self, generation_id: str) -> None:
+    def _reconcile(self, user_id: str, generation_id: str) -> None:
         """As soon as the log answers, offer the generation if the log has it, else remove its pictures."""
 
         async def reconcile() -> None:
+            await self.recorder.settle(user_id, generation_id)
             history = await self.log.summary(generation_id)
             if history is None:
                 await self.images.remove(generation_id)

@@ -135,9 +135,11 @@ async def test_nothing_follows_the_terminal_event(recorder: EventRecorder, log: 
 async def test_an_event_without_a_start_is_refused(recorder: EventRecorder, log: WholeLog) -> None:
     _, unborn = recorder.prepare_start()
     append, _ = recorder.prepare(unborn, "composition")
-    for sequence in (1, 2):
+    for sequence in (0, 1, 2):
         with pytest.raises(Conflict):
             await log.append(append._replace(sequence=sequence))
+    with pytest.raises(Conflict):
+        await log.append(append._replace(sequence=0, event=b""))
     assert await log.generation(unborn.generation_id) is None
     assert (await full_feed(log)).head == 0
 

@@ -2,10 +2,13 @@
 
 import asyncio
 import re
+import threading
 from datetime import timedelta
 
 import pytest
 
+from adapters.memory.quotas import MemoryQuotas
+from adapters.sqlite.log import SqliteLog
 from domain.errors import (
     Draining,
     Failure,
@@ -20,11 +23,13 @@ from domain.errors import (
     TooManyGenerations,
 )
 from domain.events import timestamp
+from domain.feed import Logged
 from domain.generation import Snapshot
+from domain.ports.log import Append
 from domain.rehydrate import generation_of
 from domain.requests import GenerationRequest
 from domain.stages import Kind
-from support.builders import NOON, EventRecorder
+from support.builders import NOON, EventRecorder, SteppableClock, statuses, temporary_database
 from support.doubles import (
     FACE_URL,
     FlakyLog,
@@ -232,7 +237,7 @@ async def test_racing_starts_with_one_key_and_two_requests_are_one_generation_an
 
 
 async def test_a_start_that_the_log_never_received_is_refused_and_leaves_nothing() -> None:
-    backend = InMemoryBackend(line=lambda log: FlakyLog(log, ["before"] * 100))
+    backend = InMemoryBackend(line=lambda log: FlakyLog(log, ["before"] * 10))
     with pytest.raises(LogUnavailable):
         await backend.start()
     async with asyncio.timeout(20):
@@ -252,6 +257,41 @@ async def test_a_start_whose_reply_was_lost_runs_or_was_never_made() -> None:
             assert await backend.memory.generations("ada", limit=1) == []
         await backend.settled()
         await backend.check()
+
+
+async def test_a_start_that_is_committed_after_its_503_runs_with_its_pictures() -> None:
+    arrived = asyncio.Event()
+
+    class Watched(ForwardingLog):
+        async def append(self, entry: Append) -> Logged:
+            arrived.set()
+            return await super().append(entry)
+
+    async with temporary_database() as database:
+        clock = SteppableClock()
+        log = SqliteLog(database, credits=10, clock=clock)
+        backend = InMemoryBackend(line=lambda _: Watched(log), clock=clock)
+        async with backend.open(), asyncio.timeout(20):
+            # The start and what holds the disk up are written in one transaction, after what comes first.
+            first, disk = threading.Event(), threading.Event()
+            writing = [asyncio.create_task(database.write(lambda _: first.wait(20)))]
+            starting = asyncio.create_task(backend.start(key="k"))
+            await arrived.wait()
+            await asyncio.sleep(0)  # It is passed on a moment later.
+            await asyncio.sleep(0)
+            writing.append(asyncio.create_task(database.write(lambda _: disk.wait(20))))
+            await asyncio.sleep(0)
+            first.set()
+            with pytest.raises(LogUnavailable):
+                await starting
+            assert await log.generations("ada", limit=1) == []
+            disk.set()
+            await asyncio.gather(*writing)
+            while not (histories := await log.generations("ada", active=False, limit=1)):
+                await asyncio.sleep(0.01)
+            assert statuses(histories[0])[-1] == "completed"
+            assert (await backend.start(key="k")).generation_id == histories[0].generation_id
+            assert {name.rpartition("-")[0] for name in backend.images.kept} == {histories[0].generation_id}
 
 
 # --- cancel ----------------------------------------------------------------------------------------------
