@@ -8,7 +8,7 @@ from domain.events import decode
 from domain.generation import Generation
 from domain.ports.log import History
 from domain.requests import GenerationRequest
-from domain.stages import FLOWS
+from domain.stages import FLOWS, STARTED
 
 #: What is raised if a stored request or event cannot be read.
 UNREADABLE: Final = (ValueError, LookupError, TypeError)
@@ -30,6 +30,7 @@ def is_external(history: History) -> bool:
 def readable_part_of(history: History) -> Generation:
     """As much of the generation as can be read: enough to end it."""
     generation = _before(history, GenerationRequest(prompt="-"))
+    generation.status = STARTED  # As every first event has it.
     with contextlib.suppress(*UNREADABLE):
         generation.request = request_of(history)
     for entry in history.events:

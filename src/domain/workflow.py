@@ -322,14 +322,14 @@ class Workflow:
         found = await self.log.generations(user_id, active=active, before=before, limit=limit + 1)
         shown = found[:limit]
         following = shown[-1].events[0].position if len(found) > limit else None
-        return Page(await self.show([*map(generation_of, shown)]), following)
+        return Page(await self.show([*map(readable_part_of, shown)]), following)
 
     async def recent(self, user_id: str) -> Sequence[Snapshot]:
         """All active generations and the last finished ones, newest first, without `input`."""
         active = await self.log.generations(user_id, active=True, limit=1_000)
         finished = await self.log.generations(user_id, active=False, limit=RECENT)
         histories = sorted([*active, *finished], key=lambda history: -history.events[0].position)
-        generations = [*map(generation_of, histories)]
+        generations = [*map(readable_part_of, histories)]
         for generation in generations:
             generation.input = None
         return await self.show(generations)
