@@ -84,7 +84,8 @@ class StoredImages:
         try:
             while saving := [task for task, owner in self._saving.items() if owner == generation_id]:
                 await asyncio.wait(saving)
-            await self.quotas.forget_stored(generation_id)
             await self.store.remove(generation_id)
+            with suppress(LogUnavailable):
+                await self.quotas.forget_stored(generation_id)
         finally:
             self._removing.discard(generation_id)

@@ -280,10 +280,12 @@ class Workflow:
         return await self.external.report(history, status, fields, content=content, sequence=sequence)
 
     async def delete(self, user_id: str, generation_id: str) -> None:
-        """Remove a finished generation: its history and its pictures. Raises `NotFound`, `NotFinished`."""
-        await self._summary(user_id, generation_id)
+        """Remove a finished generation: its pictures and its history. Raises `NotFound`, `NotFinished`."""
+        history = await self._summary(user_id, generation_id)
+        if history.events[-1].end is None:
+            raise errors.NotFinished
+        await self.images.remove(generation_id)  # First: if the log then does not answer, it can be tried again.
         await self.retention.remove(generation_id, retention=False)
-        await self.images.remove(generation_id)
 
     async def remove_user(self, user_id: str) -> None:
         """Remove a user with everything that is stored of it; unfinished work is cancelled.
@@ -401,8 +403,8 @@ class _Interruptible:
         self._scopes.add(self)
 
     def end(self) -> None:
-        """Cancel what runs in the context."""
-        self._ended = self._task.cancel()
+        """Cancel what runs in the context, once."""
+        self._ended = self._ended or self._task.cancel()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._scopes.discard(self)

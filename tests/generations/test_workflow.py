@@ -474,3 +474,79 @@ async def test_a_failed_generation_gives_the_credit_back_for_the_next() -> None:
         for _ in range(3):
             assert (await backend.make()).status == "failed"
         await backend.check()
+
+
+# --- what cannot be read, and counts that fail -------------------------------------------------------------
+
+
+async def test_a_generation_of_which_nothing_can_be_read_is_listed_and_can_be_cancelled() -> None:
+    backend = InMemoryBackend()
+    start, _ = EventRecorder(backend.memory).prepare_start()
+    await backend.memory.append(start._replace(event=b'{"generationId": broken', credit=None))
+    generation_id = start.generation_id
+    assert [each.generation_id for each in await backend.workflow.recent("ada")] == [generation_id]
+    page = await backend.workflow.page("ada", active=None, before=None, limit=5)
+    assert [each.status for each in page.generations] == ["started"]
+    assert await backend.workflow.cancel("ada", generation_id) == "cancelled"
+    assert (await backend.memory.standing("ada")).unfinished == 0
+    assert [each.code for each in await backend.workflow.recent("ada")] == ["cancelled"]
+
+
+class UncountableQuotas(MemoryQuotas):
+    async def forget_stored(self, generation_id: str) -> None:
+        raise LogUnavailable
+
+
+@pytest.mark.parametrize("whole", [False, True])
+async def test_pictures_are_removed_although_their_bytes_cannot_be_discounted(whole: bool) -> None:
+    backend = InMemoryBackend()
+    async with backend.open():
+        begun = await backend.make()
+        assert backend.images.kept
+        backend.stored.quotas = UncountableQuotas()
+        if whole:
+            await backend.workflow.remove_user("ada")
+        else:
+            await backend.workflow.delete("ada", begun.generation_id)
+    assert not backend.images.kept
+    assert await backend.memory.generation(begun.generation_id) is None
+
+
+async def test_a_deletion_that_the_log_did_not_answer_can_be_repeated() -> None:
+    backend = InMemoryBackend()
+    async with backend.open():
+        begun = await backend.make()
+        remove = backend.memory.remove
+
+        async def unavailable(generation_id: str, *, retention: bool) -> bool:
+            backend.memory.remove = remove  # type: ignore[method-assign]
+            raise LogUnavailable
+
+        backend.memory.remove = unavailable  # type: ignore[method-assign]
+        with pytest.raises(LogUnavailable):
+            await backend.workflow.delete("ada", begun.generation_id)
+        await backend.workflow.delete("ada", begun.generation_id)
+    assert not backend.images.kept
+    assert await backend.memory.generation(begun.generation_id) is None
+
+
+async def test_a_request_that_is_received_while_the_service_drains_and_then_closes_is_refused() -> None:
+    backend = InMemoryBackend()
+    receiving, cleaned_up = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> None:
+        with await backend.workflow.arriving("ada", None):
+            try:
+                receiving.set()
+                await asyncio.get_running_loop().create_future()
+            finally:
+                await cleaned_up.wait()
+
+    request = asyncio.create_task(receive())
+    await receiving.wait()
+    backend.workflow.drain()
+    await asyncio.sleep(0)
+    await backend.workflow.close()
+    cleaned_up.set()
+    with pytest.raises(Draining):
+        await request
