@@ -115,7 +115,9 @@ class Workflow:
             if (known := await self.log.find_by_idempotency_key(user_id, key)) is not None:
                 if known.fingerprint != await self._fingerprint(kind, request, uploads):
                     raise errors.IdempotencyMismatch
-                return await self.snapshot(user_id, known.generation_id)
+                with suppress(errors.NotFound):  # Removed since, and the key with it.
+                    return await self.snapshot(user_id, known.generation_id)
+                continue
             if (first := self._keys.get((user_id, key))) is None:
                 break
             await asyncio.wait([first])  # A request with the same key is being accepted or refused.
@@ -128,7 +130,8 @@ class Workflow:
         try:
             return await self._start(user_id, kind, request, uploads, key)
         except errors.AlreadyStarted as started:
-            return await self.snapshot(user_id, started.generation_id)
+            with suppress(errors.NotFound):
+                return await self.snapshot(user_id, started.generation_id)
         except (errors.InsufficientCredit, errors.QueueFull, errors.StorageLimit, errors.TooManyGenerations):
             if key is None or await self.log.find_by_idempotency_key(user_id, key) is None:
                 raise
@@ -137,7 +140,7 @@ class Workflow:
             if key is not None:
                 del self._keys[user_id, key]
             ended.set_result(None)
-        # Another node has accepted a request with this key meanwhile.
+        # Another node has accepted a request with this key meanwhile, or its generation was removed.
         return await self.start(user_id, kind, request, uploads, key)
 
     async def arriving(self, user_id: str, key: str | None) -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from domain.errors import (
 from domain.events import timestamp
 from domain.feed import Logged
 from domain.generation import Snapshot
-from domain.ports.log import Append
+from domain.ports.log import Append, IdempotencyRecord
 from domain.rehydrate import generation_of
 from domain.requests import GenerationRequest
 from domain.stages import Kind
@@ -292,6 +292,27 @@ async def test_a_start_that_is_committed_after_its_503_runs_with_its_pictures() 
             assert statuses(histories[0])[-1] == "completed"
             assert (await backend.start(key="k")).generation_id == histories[0].generation_id
             assert {name.rpartition("-")[0] for name in backend.images.kept} == {histories[0].generation_id}
+
+
+async def test_a_key_whose_generation_is_removed_meanwhile_starts_a_new_one() -> None:
+    class Removing(ForwardingLog):
+        armed = False
+
+        async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
+            known = await super().find_by_idempotency_key(user_id, key)
+            if known is not None and self.armed:
+                await self.inner.remove(known.generation_id, retention=False)
+            return known
+
+    backend = InMemoryBackend(line=Removing)
+    async with backend.open():
+        first = await backend.start(key="k")
+        await backend.settled()
+        assert isinstance(backend.log, Removing)
+        backend.log.armed = True
+        again = await backend.start(key="k")
+        assert again.status == "started"
+        assert again.generation_id != first.generation_id
 
 
 # --- cancel ----------------------------------------------------------------------------------------------

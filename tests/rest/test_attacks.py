@@ -81,6 +81,9 @@ async def test_malformed_multipart_is_rejected(attacked: AttackedService) -> Non
         "a part with 9 headers": (bad, form(PROMPT, part("images", PHOTO, b"a", *[b"X: y"] * 9)), FORM),
         "a header of 10 kB": (bad, form(PROMPT, part("images", PHOTO, b"a", b"X: " + b"y" * 10_000)), FORM),
         "a header without a name": (bad, form(PROMPT, part("images", PHOTO, b"a", b": y")), FORM),
+        "a header of 3 kB": (bad, form(PROMPT, part("images", PHOTO, b'a"' + b';"' * 1_500)), FORM),
+        "three texts of over 1 MB": (large, form(FILE, *[part("prompt", b"x" * 400_000)] * 3), FORM),
+        "a hundred JSON texts": (large, form(FILE, *[part("prompt", b"[" + b"[]," * 100_000 + b"[]]")] * 100), FORM),
         "a field of over 1 MB": (large, form(part("prompt", b"x" * (MEGABYTE + 1)), FILE), FORM),
         "a name that is not UTF-8": (
             invalid,
@@ -156,6 +159,9 @@ async def test_json_in_fields_is_bounded(attacked: AttackedService) -> None:
         "a URL with a surrogate": ("imageUrls", b'["http://a/\\ud800"]'),
         "a URL of a file": ("imageUrls", b'["file:///etc/passwd"]'),
         "a URL of 1 MB": ("imageUrls", b"http://" + b"a" * 1_000_000),
+        "an array of 70 kB": ("imageUrls", b"[" + b" " * 70_000 + b"]"),
+        "a URL that ends in a space": ("imageUrls", b"http://" + b"a" * 2_030 + b" "),
+        "a name of 1 MB": ("imageNames", b"%C3" * 330_000),
         "six URLs": ("imageUrls", b"[" + b",".join([b'"' + url + b'"'] * 6) + b"]"),
     }
     attacks: Table = {}

@@ -30,11 +30,15 @@ MAX_FILE: Final = 10 * 1024 * 1024
 MAX_BODY: Final = MAX_IMAGES * MAX_FILE + 64 * 1024
 MAX_METADATA: Final = 2 * 1024
 _MAX_METADATA_DEPTH: Final = 32
+#: Characters of JSON that are parsed: white space and escapes included.
+_MAX_JSON: Final = 64 * 1024
+#: Characters of a URL, or of the name of an image.
+_MAX_URL: Final = 2048
 #: Invalid fields in one answer, so that it is not much longer than the request.
 _MAX_ERRORS: Final = 20
 #: The letters that names of stored images have.
 _IMAGE_NAME: Final = re.compile(r"[a-z0-9_-]+\.[a-z]+")
-_HTTP_URL: Final = re.compile(r"https?://[^\x00-\x20\x7f/?#]+[^\x00-\x20\x7f]*", re.IGNORECASE)
+_HTTP_URL: Final = re.compile(r"https?://[^\x00-\x20\x7f/?#][^\x00-\x20\x7f]*", re.IGNORECASE)
 
 
 def _upload(value: object) -> FormFile:
@@ -54,12 +58,19 @@ def _visible(value: str) -> str:
     return value
 
 
+def _parsed(value: str) -> Any:
+    """The value of JSON that is not too long. Raises `ValueError`."""
+    if len(value) > _MAX_JSON:
+        raise ValueError
+    return from_json(value, allow_inf_nan=False)
+
+
 def _list(values: object) -> object:
     """The values of a field that is repeated, or sent once with a JSON array."""
     first = values[0] if isinstance(values, list) and len(values) == 1 else None
     if isinstance(first, str) and first.lstrip().startswith("["):
         try:
-            values = from_json(first)
+            values = _parsed(first)
         except ValueError:
             raise PydanticCustomError("json", "This must be a JSON array, or the field repeated") from None
     if isinstance(values, list) and len(values) > MAX_IMAGES:
@@ -87,7 +98,7 @@ def _integer(value: object) -> object:
 
 def _metadata(value: object) -> object:
     try:
-        parsed = from_json(value, allow_inf_nan=False) if isinstance(value, str) else None
+        parsed = _parsed(value) if isinstance(value, str) else None
         size = len(json.dumps(parsed, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
     except ValueError:
         parsed = None
@@ -105,7 +116,7 @@ def _depth(value: JsonValue) -> int:
 
 _Files = list[Annotated[Any, BeforeValidator(_upload), WithJsonSchema({"type": "string", "format": "binary"})]]
 #: An http or https URL.
-HttpUrl = Annotated[str, Field(max_length=2048, json_schema_extra={"format": "uri"}), AfterValidator(_http_url)]
+HttpUrl = Annotated[str, Field(max_length=_MAX_URL, json_schema_extra={"format": "uri"}), AfterValidator(_http_url)]
 
 
 def _several(description: str, **options: Any) -> Any:
@@ -133,7 +144,7 @@ class GenerateForm(Options):
         _several("PNG, JPEG or WebP, each at most 10 MB and 25 megapixels; with the two below 1 to 5 in all"),
     ]
     image_names: Annotated[
-        list[Annotated[str, AfterValidator(_image_name)]],
+        list[Annotated[str, Field(max_length=_MAX_URL), AfterValidator(_image_name)]],
         BeforeValidator(_list),
         _several(
             "stored images of your own generations, which are copied: each the name or the URL of one;"

@@ -5,6 +5,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Collection
+from contextlib import suppress
 from functools import lru_cache, partial
 from tempfile import SpooledTemporaryFile
 from typing import Final
@@ -24,9 +25,11 @@ logger = logging.getLogger(__name__)
 
 #: Characters, as parsing the header's parameters takes quadratic time.
 _MAX_CONTENT_TYPE: Final = 1_000
-#: Parts of a form, and bytes of a text.
+#: Bytes of a header of a part, for the same reason.
+_MAX_HEADER: Final = 2_000
+#: Parts of a form, and bytes of all its texts.
 _MAX_PARTS: Final = 1_000
-_MAX_TEXT: Final = 1024 * 1024
+_MAX_TEXTS: Final = 1024 * 1024
 #: The accepted charsets, by Python's names. Others are rare, slow or not for texts.
 _CHARSETS: Final = re.compile(r"utf-8|iso8859-[0-9]+|cp125[0-9]")
 #: Bytes that distinguish PNG, JPEG and WebP from text: one of them is NUL or not UTF-8.
@@ -89,8 +92,6 @@ class _Text:
     def append(self, data: bytes) -> None:
         """Add to its content."""
         self._content += data
-        if len(self._content) > _MAX_TEXT:
-            raise HTTPException(413, "A text of the form may have 1 MB at most.")
 
     def __str__(self) -> str:
         text = _decoded(bytes(self._content), self._charset)
@@ -148,11 +149,12 @@ class _Parts:
         #: Of the next part; and the name and the value of its next header, which may arrive in pieces.
         self._headers: dict[bytes, bytes] = {}
         self._name = self._value = b""
+        self._text_size = 0
         self.found: list[tuple[str, _Text | FormFile]] = []
 
     def parser(self, boundary: bytes) -> MultipartParser:
         """A parser of a form with this boundary, which adds the parts."""
-        parser = MultipartParser(boundary)
+        parser = MultipartParser(boundary, max_header_size=_MAX_HEADER)
         # So what precedes the first delimiter is the content of a part that nobody reads.
         parser.write(b"--%b\r\n\r\n\r\n" % boundary)
         parser.callbacks = {
@@ -194,8 +196,14 @@ class _Parts:
         self.found.append((name, part))
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self.found:
-            self.found[-1][1].append(data[start:end])
+        if not self.found:
+            return
+        _, part = self.found[-1]
+        if isinstance(part, _Text):
+            self._text_size += end - start
+            if self._text_size > _MAX_TEXTS:
+                raise HTTPException(413, "The texts of the form may have 1 MB at most.")
+        part.append(data[start:end])
 
 
 @lru_cache(256)
@@ -219,8 +227,7 @@ def _decoded(data: bytes, charset: str) -> str:
 
 def _unwrapped(text: str) -> str:
     """The value of a JSON string; any other text as it is."""
-    try:
-        value = from_json(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, str) else text
+    if text.lstrip().startswith('"'):
+        with suppress(ValueError):
+            return str(from_json(text))
+    return text
