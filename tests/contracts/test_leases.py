@@ -152,6 +152,18 @@ async def test_a_withdrawn_job_is_not_claimed_and_makes_room(leases: Leases) -> 
     assert (await leases.count()).waiting == 0
 
 
+@pytest.mark.parametrize("fetching", [False, True])
+async def test_the_later_jobs_of_a_user_move_up_when_one_is_withdrawn(leases: Leases, fetching: bool) -> None:
+    for name in ("a1", "a2", "a3", "a4"):
+        await leases.offer("ada", name, fetching=fetching)
+    for name in ("b1", "b2", "b3"):
+        await leases.offer("bob", name, fetching=fetching)
+    await leases.offer("ada", "x1", fetching=not fetching)
+    await leases.withdraw("a1")
+    await leases.withdraw("a3")
+    assert await leases.positions() == {"a2": 1, "b1": 2, "a4": 3, "b2": 4, "b3": 5, "x1": 1}
+
+
 async def test_a_job_that_does_not_wait_cannot_be_withdrawn(leases: Leases) -> None:
     await leases.offer("ada", "a1")
     assert await claim(leases) == "a1"
@@ -375,6 +387,16 @@ async def test_a_fetched_job_frees_its_fetch_slot_once_it_is_claimed_for_work(le
     assert await leases.count() == (0, 3)
     await leases.release(first)
     assert (await leases.count()).held == 2
+
+
+async def test_later_jobs_move_up_when_one_that_has_fetched_is_withdrawn(leases: Leases) -> None:
+    await leases.offer("ada", "a1", fetching=True)
+    await leases.offer("ada", await claim_fetch(leases))
+    for user_id, name in (("ada", "a2"), ("ada", "a3"), ("bob", "b1"), ("bob", "b2")):
+        await leases.offer(user_id, name)
+    assert await leases.withdraw("a1") is True
+    assert await leases.count() == (4, 1)
+    assert [await claim(leases) for _ in range(4)] == ["a2", "b1", "a3", "b2"]
 
 
 async def test_the_positions_of_each_line_are_its_own(leases: Leases) -> None:

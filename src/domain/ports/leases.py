@@ -45,7 +45,7 @@ class Leases(Protocol):
         """
 
     async def withdraw(self, generation_id: str) -> bool:
-        """Take a generation out of its line. False: it does not wait."""
+        """Take a generation out of its line, in which its user's later ones move up. False: it does not wait."""
 
     async def claim(self, *, fetching: bool = False) -> str:
         """Wait for the next generation in this line, and hold it.

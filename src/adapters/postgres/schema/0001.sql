@@ -591,16 +591,23 @@ BEGIN
 END $$;
 
 
+-- Takes a generation out of its line, where its user's later ones move up: not during a claim, which would skip them.
 CREATE FUNCTION stagecast.withdraw_v1(the_generation text) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+DECLARE
+    place record;
 BEGIN
     PERFORM set_config('synchronous_commit', 'off', true);
-    DELETE FROM stagecast.leases WHERE generation_id = the_generation AND waiting AND holder IS NULL;
-    IF FOUND THEN
-        RETURN true;
+    PERFORM pg_advisory_xact_lock(hashtext('stagecast.claim'));
+    SELECT leases.* INTO place FROM stagecast.leases WHERE generation_id = the_generation AND waiting FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN false;
     END IF;
-    UPDATE stagecast.leases SET waiting = false, fetching = true WHERE generation_id = the_generation AND waiting;
-    RETURN FOUND;
+    DELETE FROM stagecast.leases WHERE generation_id = the_generation AND holder IS NULL;
+    UPDATE stagecast.leases SET waiting = false, fetching = true WHERE generation_id = the_generation;
+    UPDATE stagecast.leases SET turn = turn - 1
+        WHERE user_id = place.user_id AND fetching = place.fetching AND waiting AND turn > place.turn;
+    RETURN true;
 END $$;
 
 
