@@ -47,8 +47,11 @@ _POLL_QUICKLY: Final = 0.02
 #: Seconds for which a log is busy after an entry.
 _BUSY: Final = 1.0
 
-#: Seconds between two reads of removals.
+#: Seconds between two reads of removals. Each reads those of the last ten, as they do not commit in the order of their
+#: ids either.
 _REMOVALS_EVERY: Final = 1.0
+#: Seconds between two such reads beyond which one may be in neither: less than ten, as it commits after it is dated.
+_REMOVALS_WITHIN: Final = 8.0
 
 #: Seconds between two looks for gaps that will not be filled.
 _GIVE_UP_EVERY: Final = 1.0
@@ -74,8 +77,9 @@ class Tail:
         #: Ids below the last one, each with the transaction id that all that might fill it are below, once known.
         self._gaps: dict[int, int | None] = {}
         self._next_barrier = 0.0
-        #: The ids of the removals that were read last.
-        self._removals: set[int] | None = None
+        #: The ids of the removals that were read last, and when.
+        self._removals: set[int] = set()
+        self._removals_read_at = float("-inf")
         self._next_removals = 0.0
         self._busy_until = 0.0
         self._read_at = asyncio.get_running_loop().time()
@@ -158,13 +162,11 @@ class Tail:
             self._wake.clear()
             waiters, self._waiters = self._waiters, []
             try:
-                removed = await self._read_removals(connection, now=bool(waiters))
+                await self._read_removals(connection, now=bool(waiters))
                 full = await self._read(connection)
             except BaseException:
                 self._waiters += waiters
                 raise
-            for removal in removed:  # After its entries, which were committed before it.
-                self.followers.deliver(removal)
             self._read_at = loop.time()
             if full:
                 self._waiters += waiters
@@ -182,6 +184,9 @@ class Tail:
         rows = await self._ask(connection, query, self._last, list(self._gaps), _PAGE)
         oldest = rows[0]["oldest"]
         entries = [row for row in rows if row["id"] is not None]
+        if any(row["position"] == 1 for row in entries):
+            # The user may have been removed before. Devices would take the new entries for those they were sent.
+            await self._read_removals(connection, now=True)
         new = [row["id"] for row in entries if row["id"] > self._last]
         newest = new[-1] if new else self._last
         if len(new) == _PAGE:
@@ -205,22 +210,26 @@ class Tail:
         await self._set_barrier(connection)
         return len(new) == _PAGE
 
-    async def _read_removals(self, connection: Connection, *, now: bool) -> Sequence[Removed | UserRemoved]:
-        """The new removals, if it is time to look for them."""
-        present = asyncio.get_running_loop().time()
+    async def _read_removals(self, connection: Connection, *, now: bool) -> None:
+        """Read and deliver the new removals, if it is time to look for them.
+
+        What was removed has no entry with an event any more, so that none is read afterwards.
+        """
+        loop = asyncio.get_running_loop()
+        present = loop.time()
         if not now and present < self._next_removals:
-            return ()
+            return
         self._next_removals = present + _REMOVALS_EVERY
-        # Read again for a while, as they do not commit in the order of their ids either.
         rows = await self._ask(connection, "SELECT * FROM stagecast.removals_v1()")
         known, self._removals = self._removals, {number for number, _, _ in rows}
-        if known is None:
-            return ()
-        return [
-            UserRemoved(user_id) if generation_id is None else Removed(user_id, generation_id)
-            for number, user_id, generation_id in rows
-            if number not in known
-        ]
+        last, self._removals_read_at = self._removals_read_at, present
+        if loop.time() > last + _REMOVALS_WITHIN:
+            self.followers.deliver(Gap())
+        for number, user_id, generation_id in rows:
+            if number not in known:
+                self.followers.deliver(
+                    UserRemoved(user_id) if generation_id is None else Removed(user_id, generation_id)
+                )
 
     async def _set_barrier(self, connection: Connection) -> None:
         """Note for new gaps which transactions may fill them: those that have begun by now."""

@@ -339,6 +339,7 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 
+-- The removals of the last ten seconds. A follower that has not read them for almost as long reads everything again.
 CREATE FUNCTION stagecast.removals_v1() RETURNS TABLE (id bigint, user_id text, generation_id text)
 LANGUAGE sql STABLE AS $$
     SELECT id, user_id, generation_id FROM stagecast.removals WHERE at > clock_timestamp() - interval '10 seconds'
