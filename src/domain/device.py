@@ -150,6 +150,10 @@ class Device(Generic[F]):
         """The text of the present cursor."""
         return self._cursor.text(self.feed)
 
+    def encode_with(self, encoder: Encoder[F]) -> None:
+        """Send frames of this form from now on."""
+        self._encoder = encoder
+
     def start(self) -> None:
         """Begin to send. Nothing that came since the device joined its room is missed."""
         self._task = asyncio.create_task(self._pull())

@@ -139,6 +139,21 @@ async def test_a_client_without_recovery_has_no_usable_pid(harness: RecoveryHarn
         assert client.pid is None
 
 
+async def test_recovery_may_also_be_refused_once_the_handshake_has_named_the_user(harness: RecoveryHarness) -> None:
+    user = harness.user()
+    async with wire(harness, userId=user) as client:
+        assert (await client.next())[0] == "authenticated"
+        running = await harness.recorder.start(user)
+        assert len(await client.next()) == 3  # With the cursor as an argument of its own.
+        assert (await client.authenticate(userId=user, recovery=False))["ok"] is True
+        await harness.recorder.move(running, "composition")
+        _, event = await client.next()
+        assert event["cursor"] == await harness.cursor(user, 2)
+        pid = client.pid
+    async with wire(harness, pid=pid) as client:
+        assert client.pid != pid
+
+
 @both_ways
 async def test_a_requested_replay_is_not_resumed_and_does_not_move_the_cursor_back(
     harness: RecoveryHarness, way: str, monkeypatch: pytest.MonkeyPatch

@@ -124,7 +124,11 @@ class Sockets:
             recovery = fields.recovery and connection.recovery
             return await self._open(connection, identity, fields.cursor, recovery=recovery)
         generations = await self.workflow.recent(identity.user_id)
-        if connection.pid is not None and identity != connection.identity:
+        if not fields.recovery:
+            device.encode_with(connection.encoder(recovery=False))
+            if connection.pid is not None:
+                await self.feed_sessions.close(connection.pid, permanent=True)
+        elif connection.pid is not None and identity != connection.identity:
             await self.feed_sessions.renew(connection.pid, identity)
         connection.identity = identity
         return welcome_of(device, identity, generations), lambda: None
