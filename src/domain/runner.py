@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from domain.errors import Conflict, Failure, LogUnavailable
+from domain.errors import Conflict, Failure, IllegalTransition, LogUnavailable
 from domain.feed import Logged
 from domain.histogram import Histogram
 from domain.identity import WORKING_FOR
@@ -241,7 +241,7 @@ class _Job:
         #: The pictures of the image URLs, stored as long as this job.
         self._fetched: list[str] = []
         self._result: Picture | None = None
-        #: Pictures stored for an event that the log does not have yet.
+        #: Stored pictures that are named by no event, neither in the log nor on its way there.
         self._unnamed: list[str] = []
         #: The terminal event is on its way into the log, from here.
         self.ending = False
@@ -287,8 +287,14 @@ class _Job:
 
     async def _record(self, status: str, fields: Mapping[str, Any], *, free: bool) -> None:
         before = self.generation.status
-        self.generation = await self._runner.recorder.move(self.generation, status, fields, free=free)
-        self._unnamed.clear()
+        named = [name for name in self._unnamed if name in fields.values()]
+        # From here on the log may have the event, even if its answer is not awaited or does not come.
+        self._unnamed = [name for name in self._unnamed if name not in named]
+        try:
+            self.generation = await self._runner.recorder.move(self.generation, status, fields, free=free)
+        except (Conflict, IllegalTransition):
+            self._unnamed += named
+            raise
         self.over = self.generation.finished
         if status != before:
             if self._entered:
@@ -315,7 +321,7 @@ class _Job:
         self.task.cancel()
 
     async def clean_up(self) -> None:
-        """Remove what no event names."""
+        """Remove what no event can name. If an event is lost on its way, the sweep removes its pictures."""
         await self._runner.images.discard(*self._unnamed, *self._fetched)
 
     async def compose(self) -> dict[str, Any]:

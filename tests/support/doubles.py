@@ -461,7 +461,7 @@ class InMemoryBackend:
     face_swapper: ScriptedFaceSwapper = field(default_factory=ScriptedFaceSwapper)
     fetcher: ScriptedFetcher = field(default_factory=ScriptedFetcher)
     #: Those of several backends, if there are several.
-    shared_log: MemoryLog | None = None
+    shared_log: WholeLog | None = None
     shared_leases: Leases | None = None
 
     def __post_init__(self) -> None:
