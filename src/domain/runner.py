@@ -21,7 +21,7 @@ from domain.histogram import Histogram
 from domain.identity import WORKING_FOR
 from domain.ports.images import Composer, ImageFetcher, Picture
 from domain.ports.leases import Leases
-from domain.ports.log import EventLog, History, Notice
+from domain.ports.log import EventLog, Gap, History, Notice, Removed
 from domain.ports.providers import FaceSwapper, ImageEditor, Report
 from domain.quarantine import Quarantine
 from domain.readiness import RUNNER
@@ -75,6 +75,8 @@ class Runner:
         #: Interrupted generations that were offered, until they have ended.
         self._interrupted: set[str] = set()
         self._interrupted_ended = asyncio.Event()
+        #: Set while generations may have ended unnoticed.
+        self._missed_entries = asyncio.Event()
 
     @property
     def running(self) -> int:
@@ -120,16 +122,29 @@ class Runner:
             self._interrupted.discard(history.generation_id)
 
     async def _follow(self) -> None:
+        """Notice how generations end. Look up what may have been missed, also while this task did not run."""
         async with self.log.follow(self._notice):
-            await asyncio.get_running_loop().create_future()
+            while True:
+                self._missed_entries.clear()
+                for generation_id in {*self._jobs, *self._interrupted}:
+                    history = await patiently(partial(self.log.summary, generation_id))
+                    if history is None or history.events[-1].end is not None:
+                        self._ended(generation_id)
+                await self._missed_entries.wait()
 
     def _notice(self, entry: Notice) -> None:
-        if not isinstance(entry, Logged) or entry.end != entry.position:
-            return
-        self._interrupted.discard(entry.generation_id)
+        if isinstance(entry, Gap):
+            self._missed_entries.set()
+        elif isinstance(entry, Removed) or (isinstance(entry, Logged) and entry.end == entry.position):
+            # What another node has removed right after its end may be gone before this node reads the end.
+            self._ended(entry.generation_id)
+
+    def _ended(self, generation_id: str) -> None:
+        """Stop working on a generation that has ended or was removed."""
+        self._interrupted.discard(generation_id)
         self._interrupted_ended.set()
-        job = self._jobs.get(entry.generation_id)
-        if job is not None and not job.ending:
+        job = self._jobs.get(generation_id)
+        if job is not None and not (job.ending or job.over):
             job.over = True
             job.task.cancel()
 
