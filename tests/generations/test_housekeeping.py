@@ -3,9 +3,10 @@
 from datetime import timedelta
 from pathlib import Path
 
+from domain.errors import LogUnavailable
 from domain.housekeeping import Housekeeping
 from support.builders import SteppableClock
-from support.doubles import InMemoryBackend, Pause, ScriptedEditor, png
+from support.doubles import ForwardingLog, InMemoryBackend, Pause, ScriptedEditor, png
 from support.harness import PHOTO, running
 
 
@@ -50,6 +51,21 @@ async def test_finished_generations_go_with_their_pictures_when_retention_ends_a
         assert await backend.log.generation(running_one.generation_id) is not None
         pause.released.set()
         await backend.settled()
+
+
+async def test_on_a_full_disk_retention_removes_pictures_so_that_the_log_can_remove_the_history() -> None:
+    class Full(ForwardingLog):
+        async def remove(self, generation_id: str, *, retention: bool) -> bool:
+            if backend.images.kept:
+                raise LogUnavailable
+            return await super().remove(generation_id, retention=retention)
+
+    backend = InMemoryBackend(line=Full, clock=SteppableClock())
+    async with backend.open():
+        done = await backend.make()
+        await Housekeeping(backend.log, backend.log, backend.stored).purge(ended_before=backend.clock.step())
+    assert not backend.images.kept
+    assert await backend.memory.generation(done.generation_id) is None
 
 
 async def test_the_service_removes_stray_and_expired_pictures_after_a_kill(tmp_path: Path) -> None:
