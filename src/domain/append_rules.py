@@ -19,7 +19,7 @@ class Known(NamedTuple):
     #: The id of the event at the sequence of the append, if there is one.
     event_id: int | None = None
     #: What the idempotency key of the append stands for.
-    begun: IdempotencyRecord | None = None
+    idempotency_record: IdempotencyRecord | None = None
     #: How many unfinished generations the user has.
     unfinished: int = 0
     #: The user's balance; ``None`` if none has been kept.
@@ -51,10 +51,10 @@ def decide(entry: Append, known: Known, *, credits: int | None, clock: Clock) ->
         return None
     if entry.not_after is not None and clock() > entry.not_after:
         raise errors.LogUnavailable
-    if start is not None and known.begun is not None:
-        if known.begun.fingerprint != start.fingerprint:
+    if start is not None and known.idempotency_record is not None:
+        if known.idempotency_record.fingerprint != start.fingerprint:
             raise errors.IdempotencyMismatch
-        raise errors.AlreadyStarted(known.begun.generation_id)
+        raise errors.AlreadyStarted(known.idempotency_record.generation_id)
     # Tombstones keep the id of a deleted generation taken.
     if entry.sequence != known.sequence + 1 or known.exists == (start is not None) or known.ended:
         raise errors.Conflict

@@ -41,9 +41,9 @@ def start_with(faults: set[str]) -> tuple[Append, Known]:
     if "late" in faults:
         entry = entry._replace(not_after=NOON)
     if "key used" in faults:
-        known = known._replace(begun=IdempotencyRecord("edit_1_b", "same"))
+        known = known._replace(idempotency_record=IdempotencyRecord("edit_1_b", "same"))
     if "key with another request" in faults:
-        known = known._replace(begun=IdempotencyRecord("edit_1_b", "other"))
+        known = known._replace(idempotency_record=IdempotencyRecord("edit_1_b", "other"))
     if "sequence" in faults:
         entry = entry._replace(sequence=3)
     if "exists" in faults:

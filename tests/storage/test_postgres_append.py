@@ -41,7 +41,7 @@ knowns = st.builds(
     ended=st.booleans(),
     sequence=small,
     event_id=st.none() | small,
-    begun=st.none() | st.builds(IdempotencyRecord, st.just("edit_1_b"), st.sampled_from(["one", "two"])),
+    idempotency_record=st.none() | st.builds(IdempotencyRecord, st.just("edit_1_b"), st.sampled_from(["one", "two"])),
     unfinished=small,
     credit=st.none() | small,
     reserved=st.booleans(),
@@ -80,7 +80,7 @@ async def test_the_database_decides_as_the_domain_does(decider: asyncpg.Connecti
     clock = SteppableClock()
     clock.step()
     for entry, known, credits, late in cases:
-        begun = known.begun or (None, None)
+        begun = known.idempotency_record or (None, None)
         start = entry.start
         row = await statement.fetchrow(
             *(known.exists, known.ended, known.sequence, known.event_id, *begun, known.unfinished, known.credit),

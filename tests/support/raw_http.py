@@ -42,7 +42,7 @@ async def stream(scope: Any, receive: Any, send: Any) -> None:
 async def serving(app: Any, **options: Any) -> AsyncIterator[int]:
     """The port of our server with this application."""
 
-    async def leave(hurry: asyncio.Event) -> None:
+    async def leave(force: asyncio.Event) -> None:
         pass
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

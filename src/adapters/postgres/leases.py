@@ -57,12 +57,12 @@ class PostgresLeases:
             tasks.create_task(self._serve(self._fetches, fetching=True))
 
     async def count(self) -> Counts:
-        return (await self._look())[0]
+        return (await self._counted())[0]
 
     async def positions(self) -> Mapping[str, int]:
-        return (await self._look())[1]
+        return (await self._counted())[1]
 
-    async def _look(self) -> tuple[Counts, Mapping[str, int]]:
+    async def _counted(self) -> tuple[Counts, Mapping[str, int]]:
         """The counts and the positions: at most a second old, and not older than what this node did last."""
         loop = asyncio.get_running_loop()
         if self._seen is None or loop.time() > self._seen_at + _SEEN_FOR:

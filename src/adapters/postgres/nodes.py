@@ -34,7 +34,7 @@ class Nodes:
         #: How many sockets and streams this node has.
         self.load: Callable[[], tuple[int, int]] = lambda: (0, 0)
         #: Ends the wait for the next heartbeat; and is set at its end.
-        self._hurry, self._beaten = asyncio.Event(), asyncio.Event()
+        self._beat_now, self._beaten = asyncio.Event(), asyncio.Event()
         #: The last heartbeat of each node, and since when this node sees it.
         self._seen: dict[str, tuple[datetime, float]] = {}
         self._beat_at = float("-inf")
@@ -71,13 +71,13 @@ class Nodes:
 
     async def address(self, node: str) -> str | None:
         if node not in self._addresses:
-            self.hurry()
+            self.beat_soon()
             await woken(self._beaten, 2 * BEAT)
         return self._addresses[node] if node in self.others else None
 
-    def hurry(self) -> None:
+    def beat_soon(self) -> None:
         """Send the next heartbeat now, and see those of the others."""
-        self._hurry.set()
+        self._beat_now.set()
 
     async def run(self) -> None:
         """Send heartbeats until cancelled."""
@@ -89,8 +89,8 @@ class Nodes:
             self._beaten.set()
             self._beaten = asyncio.Event()
             await asyncio.sleep(BEAT / 10)  # Forged ids do not make it faster than that.
-            await woken(self._hurry, 0.9 * BEAT)
-            self._hurry.clear()
+            await woken(self._beat_now, 0.9 * BEAT)
+            self._beat_now.clear()
 
     async def beat(self) -> None:
         """Send one heartbeat, and see those of the others. Raises `LogUnavailable`."""

@@ -7,7 +7,7 @@ from typing import Final
 from adapters.postgres.database import Database
 from domain.errors import LogUnavailable
 
-#: Seconds before a database that did not answer is told again.
+#: Seconds before a database that did not answer is notified again.
 _AGAIN: Final = 0.2
 
 
@@ -19,11 +19,11 @@ class PostgresQuotas:
         #: Users who have fewer devices here than the database knows, and how many they have.
         self._left: dict[str, Callable[[], int]] = {}
         self._woken = asyncio.Event()
-        #: Held while devices are counted and the database is told.
+        #: Held while devices are counted and the database is notified.
         self._counting = asyncio.Lock()
 
     async def run(self) -> None:
-        """Tell the database of devices that have left, until cancelled."""
+        """Notify the database of devices that have left, until cancelled."""
         while True:
             await self._woken.wait()
             async with self._counting:

@@ -37,7 +37,7 @@ async def open_storage(url: str, options: StorageOptions) -> Storage:
         await database.close()
         raise StorageRefused("The log cannot be opened: it does not take a heartbeat.") from None
     tail = Tail(listener, database.node)
-    tail.channels[JOINED] = nodes.hurry
+    tail.channels[JOINED] = nodes.beat_soon
     database.notify(JOINED)
     leases = PostgresLeases(database, nodes, tail)
     quotas = PostgresQuotas(database)

@@ -37,7 +37,7 @@ _PLACE: Final = itemgetter(
 #: Entries in one read.
 _PAGE: Final = 500
 #: Beyond so many unread entries, followers read the log again instead.
-_MOST_BEHIND: Final = 5_000
+_MAX_BACKLOG: Final = 5_000
 #: How many of the last ids may still be open when the tail begins.
 _LOOK_BACK: Final = 5_000
 
@@ -192,7 +192,7 @@ class Tail:
         if len(new) == _PAGE:
             query = "SELECT greatest($1, max(id)) FROM stagecast.events"
             [(newest,)] = await self._ask(connection, query, newest)
-        if newest - self._last > _MOST_BEHIND:
+        if newest - self._last > _MAX_BACKLOG:
             await self._restart(connection)
             self.followers.deliver(Gap())
             return True

@@ -58,7 +58,9 @@ class SqliteLog:
 
     async def find_by_idempotency_key(self, user_id: str, key: str) -> IdempotencyRecord | None:
         return await self._read(
-            lambda connection: _begun(connection, user_id, key), f"SELECT id {queries.OF_KEY}", (user_id, key)
+            lambda connection: _by_key(connection, user_id, key),
+            f"SELECT id {queries.OF_KEY}",
+            (user_id, key),
         )
 
     async def generation(self, generation_id: str) -> History | None:
@@ -255,7 +257,7 @@ class SqliteLog:
         user, head, generation, first, free, *state = connection.execute(queries.KNOWN, parameters).fetchone()
         known = Known._make(state)
         if start is not None and start.key is not None:
-            known = known._replace(begun=_begun(connection, entry.user_id, start.key))
+            known = known._replace(idempotency_record=_by_key(connection, entry.user_id, start.key))
         accepted = decide(entry, known, credits=self._credits, clock=self._clock)
         if accepted is None:
             where = "WHERE events.generation = ? AND events.sequence = ?"
@@ -339,7 +341,7 @@ def _histories(
     ]
 
 
-def _begun(connection: sqlite3.Connection, user_id: str, key: str) -> IdempotencyRecord | None:
+def _by_key(connection: sqlite3.Connection, user_id: str, key: str) -> IdempotencyRecord | None:
     row = connection.execute(f"SELECT generation_id, fingerprint {queries.OF_KEY}", (user_id, key)).fetchone()
     return row and IdempotencyRecord(*row)
 
