@@ -417,6 +417,9 @@ async def test_every_exception_or_return_value_ends_with_a_documented_code(
     assert SECRET not in caplog.text
     assert "Traceback" not in caplog.text
     assert str(Path(__file__).parent) not in caplog.text
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    if prompts in (("rejects",), ("busy",)):
+        assert warnings == [f"{MODULE}:Provider: edit failed with {code}"]
     if "value" in prompts:
         assert re.search(rf"{MODULE}:Provider: ValueError in line \d+ of {MODULE}$", caplog.text, re.MULTILINE)
 

@@ -95,6 +95,7 @@ class _Own:
             if refusal is not None:
                 raise refusal from None
             if isinstance(error, Failure) and _is_fit(error):
+                logger.warning("%s: %s failed with %s", self._name, method, error.code)
                 raise
             logger.error("%s: %s", self._name, self._describe(error))
             raise Failure("internal") from None
