@@ -55,6 +55,7 @@ class Authenticator:
             if scheme.lower() != "bearer" or not token.strip():
                 raise Unauthenticated
             identity = await self._tokens.verify(token.strip())
+            CALLER.set(identity.user_id)  # Also where the next line refuses.
         if acting_for is not None:
             require_service(identity)
             identity = Identity(user_id(_decoded(acting_for)), identity.expires_at, service=True)

@@ -69,6 +69,7 @@ async def test_every_line_at_debug_is_json_with_the_facts_and_nothing_private(tm
             await http.get(f"{service.url}/generations/{failed}x", headers=mine)
             await http.post(f"{service.url}/generations/edit", files=parts(""), headers=mine)
             await http.post(f"{service.url}/users/bob/credit", json={"amount": 1}, headers=mine)
+            await http.get(f"{service.url}/generations", headers={**mine, "X-User-Id": "bob"})
             await http.get(f"{service.url}/nowhere/{PROMPT}")
             service.process.terminate()
             code, errors = await service.ended()
@@ -93,6 +94,7 @@ async def test_every_line_at_debug_is_json_with_the_facts_and_nothing_private(tm
         {"method": "GET", "route": "/generations/{generation_id}", "status": 404, "code": "not_found", "user": "ada"},
         {"method": "POST", "route": "/generations/edit", "status": 422, "code": "invalid_request", "user": "ada"},
         {"method": "POST", "route": "/users/{user_id}/credit", "status": 403, "code": "forbidden", "user": "ada"},
+        {"method": "GET", "route": "/generations", "status": 403, "code": "forbidden", "user": "ada"},
         {"method": "GET", "route": "unknown", "status": 404, "code": "not_found"},
     ]
     for each in requests:
