@@ -219,7 +219,10 @@ async def test_the_python_package(
     ],
 )
 async def test_clients_that_only_listen(service: Running, proxy: Proxy, folder: Path, document: str, mark: str) -> None:
-    async with output(sys.executable, "-c", placed(snippet(document, "python", mark), proxy), cwd=folder) as printed:
+    code = placed(snippet(document, "python", mark), proxy)
+    delay = "__import__('time').sleep((100 - data.get('progress', 100)) / 200)"  # Earlier events take longer.
+    code = code.replace('    print(f"{name}', f'    {delay}\n    print(f"{{name}}')
+    async with output(sys.executable, "-c", code, cwd=folder) as printed:
         await printed("authenticated")
         pause = EDITOR.pause(EDIT)
         await service.start("123", prompt=EDIT)
