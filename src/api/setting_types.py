@@ -56,7 +56,7 @@ def _is_url(value: str) -> bool:
 def _base_url(value: str) -> str:
     parts = urlsplit(value)
     path_valid = _PATH.fullmatch(parts.path.rstrip("/"))
-    if not _is_url(value) or parts.query or parts.fragment or "*" in parts.netloc or not path_valid:
+    if not _is_url(value) or parts.query or parts.fragment or re.search("[*@]", parts.netloc) or not path_valid:
         raise ValueError
     return value.rstrip("/")
 
@@ -149,13 +149,15 @@ Images = Annotated[
 ]
 
 Url = Annotated[str | None, _valid(_is_url), Allowed("an http or https URL", "URL")]
-ServiceUrl = Annotated[str, Field(default_factory=_default_url), Allowed("an http or https URL", "URL")]
+ServiceUrl = Annotated[
+    str, _valid(_is_url), Field(default_factory=_default_url), Allowed("an http or https URL", "URL")
+]
 BaseUrl = Annotated[
     str,
     AfterValidator(_base_url),
     Field(default_factory=_default_url),
     Allowed(
-        "an http or https URL without query and fragment, and without percent signs in its path",
+        "an http or https URL without user name, query and fragment, and without percent signs in its path",
         "URL",
         "http://localhost:<port>",
     ),

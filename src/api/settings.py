@@ -6,7 +6,6 @@ invalid value are made from its type, its `Allowed` and the text below it.
 
 import difflib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar, get_args
@@ -192,7 +191,7 @@ class Settings(_Sources):
     def origins(self) -> tuple[str, ...]:
         """The origins from which browsers may call, besides the one that they call; with that of the public URL."""
         public = urlsplit(self.public_url)
-        return (*self.cors_origins, f"{public.scheme}://{public.netloc.rpartition('@')[2]}".lower())
+        return (*self.cors_origins, f"{public.scheme}://{public.netloc}".lower())
 
     @property
     def path_prefix(self) -> str:
@@ -287,11 +286,6 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
 def load_remote(overrides: Mapping[str, Any]) -> Remote:
     """The service to call, from the same sources. Raises `SettingsError`."""
     return _load(Remote, overrides)
-
-
-def masked(url: str) -> str:
-    """The URL without its user name and password, for output. It need not be valid."""
-    return re.sub(r"^([a-z][a-z0-9+.-]*:/*)?.*@", r"\1***@", url, flags=re.IGNORECASE | re.DOTALL)
 
 
 def _load(model: type[_Model], overrides: Mapping[str, Any]) -> _Model:

@@ -129,6 +129,8 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("public_url", "https://example.com/../a"),
         ("public_url", "https://example.com/a/."),
         ("public_url", "https://*.example.com"),
+        ("public_url", "https://ada:hunter2@example.com"),
+        ("public_url", "https://ada@example.com"),
         ("allowed_hosts", "example.com:80"),
         ("editor", "magic"),
         ("face_swap", "magic"),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from api.settings import load_remote, masked
+from api.settings import load_remote
 from domain.identity import user_id
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def connect(remote: Mapping[str, Any], *, user: str | None = None) -> Iterator["
         with httpx2.Client(base_url=service.url, trust_env=False, timeout=timeout, headers=headers, auth=auth) as http:
             yield http
     except (httpx2.HTTPError, httpx2.InvalidURL, KeyError, TypeError, ValueError):
-        address = re.split("[?#]", masked(service.url))[0]  # A query may have a token.
+        # Without a password, and without a query, which may have a token.
+        address = re.split("[?#]", re.sub("(?s)//.*@", "//***@", service.url))[0]
         sentence = f"no Stagecast service answers on {address}; choose another with --url or STAGECAST_URL."
         raise Unavailable(sentence) from None
 

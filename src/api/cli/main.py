@@ -23,7 +23,7 @@ from urllib.parse import quote
 from api import logs
 from api.cli.client import Refused, Unavailable, connect, content_of
 from api.loopback import is_loopback
-from api.settings import Setting, Settings, SettingsError, describe_settings, load_settings, masked
+from api.settings import Setting, Settings, SettingsError, describe_settings, load_settings
 from domain.identity import InvalidUserId, user_id
 from domain.ports.images import ImagesRefused
 from domain.ports.storage import StorageRefused
@@ -171,7 +171,7 @@ def welcome(settings: Settings) -> str:
     editor, face_swap = (
         "local, an offline preview" if name == "local" else name for name in (settings.editor, settings.face_swap)
     )
-    return f"Stagecast is ready on {masked(settings.public_url)} ({reach}; editor: {editor}; face swap: {face_swap})"
+    return f"Stagecast is ready on {settings.public_url} ({reach}; editor: {editor}; face swap: {face_swap})"
 
 
 def token(userId: str, service: bool, ttl: float, **overrides: Any) -> None:  # noqa: N803 (as --help shows it)
