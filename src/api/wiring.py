@@ -127,7 +127,7 @@ def _postgres() -> ModuleType:
     try:
         from adapters.postgres import storage
     except ModuleNotFoundError:
-        raise StorageRefused("a log in PostgreSQL needs an extra: pip install 'stagecast[postgres]'.") from None
+        raise StorageRefused("a log in PostgreSQL needs an extra: .venv/bin/pip install -e '.[postgres]'.") from None
     return storage
 
 
@@ -162,7 +162,7 @@ def _s3_images() -> "type[S3Images]":
     try:
         from adapters.s3.images import S3Images
     except ModuleNotFoundError:
-        raise ImagesRefused("images in S3 need an extra: pip install 'stagecast[s3]'.") from None
+        raise ImagesRefused("images in S3 need an extra: .venv/bin/pip install -e '.[s3]'.") from None
     return S3Images
 
 

@@ -223,7 +223,7 @@ async def test_without_the_extra_the_start_says_how_to_install_it(monkeypatch: p
     monkeypatch.setitem(sys.modules, "obstore", None)
     monkeypatch.delitem(sys.modules, "adapters.s3.images")
     done = await run_main("serve", "--port", "0", "--images", "s3://bucket/prefix")
-    assert "pip install 'stagecast[s3]'" in done.sentence(3)
+    assert ".venv/bin/pip install -e '.[s3]'" in done.sentence(3)
 
 
 async def test_credentials_that_may_only_read_end_the_start(s3: S3) -> None:
