@@ -65,6 +65,7 @@ async def test_the_example_is_built_and_shows_a_bar_that_moves_through_a_cut(tmp
             await page.click("text=Start")
             await page.click("text=Cancel")
             await expect(page.locator("li").first).to_contain_text("cancelled")
+            await expect(page.locator("li a")).to_have_count(2)
             await page.close()
     assert errors == []
     run(["npm", "run", "--silent", "build:server"], application)
@@ -90,4 +91,10 @@ async def test_the_commands_of_the_page_lead_from_an_empty_folder_to_a_bar(tmp_p
             await page.click("text=Start")
             await expect(page.locator("progress")).to_have_js_property("value", 100)
             await expect(page.locator("a")).to_have_text("Picture")
+            await service.start("demo", "generate", prompt="A quiet sea")
+            await expect(page.locator("a")).to_have_count(2)
+            await service.start("demo", "edit?runner=external")
+            await page.click("text=Cancel")
+            await expect(page.locator("p").first).to_contain_text("cancelled")
+            await expect(page.locator("p button")).to_have_count(0)
             await page.close()

@@ -44,8 +44,8 @@ function List() {
 function Row({ id, onCancel }) {
   const generation = useGeneration(id);
   if (!generation) return null;
-  const { progress, message, error, faceSwapUrl, editedImageUrl } = generation;
-  const picture = faceSwapUrl ?? editedImageUrl;
+  const { progress, message, error, faceSwapUrl, editedImageUrl, generatedImageUrl } = generation;
+  const picture = faceSwapUrl ?? editedImageUrl ?? generatedImageUrl;
   return (
     <li>
       {error ?? message} <progress max={100} value={progress} />
