@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, expect
 
+from api.auth import DEFAULT_USER
 from support.browser import PHOTO as CHOSEN
 from support.browser import needs_chromium
 from support.client_services import served
@@ -112,7 +113,11 @@ async def cut_in_the_middle(proxy: Proxy, prompt: str) -> None:
     [("README.md", "stagecast-client", EDIT), ("docs/javascript.md", "openAsBlob", EDIT)],
     ids=["readme", "javascript"],
 )
-async def test_the_module_in_node(proxy: Proxy, installed: Path, document: str, mark: str, prompt: str) -> None:
+async def test_the_module_in_node(
+    service: Running, proxy: Proxy, installed: Path, document: str, mark: str, prompt: str
+) -> None:
+    user = DEFAULT_USER if document == "README.md" else "123"
+    before = (await service.get("/me", user))["credit"]
     code = placed(snippet(document, "js", mark), proxy)
     if "const photo" not in code and "openAsBlob" not in code:
         code = 'const photo = await (await import("node:fs")).openAsBlob("photo.jpg");\n' + code
@@ -122,6 +127,7 @@ async def test_the_module_in_node(proxy: Proxy, installed: Path, document: str, 
         await cutting
         text = await printed("")
     assert percentages(text) == STEPS["edit"]
+    assert (await service.get("/me", user))["credit"] == before - 1
 
 
 @needs_node
@@ -206,7 +212,8 @@ async def test_the_python_package(
         assert len(text.splitlines()) == len(STEPS[kind]) + 1
     else:
         assert percentages(text) == STEPS[kind]
-    [generation, *_] = (await service.get("/generations", "123"))["generations"]
+    user = DEFAULT_USER if document == "README.md" else "123"  # The page next to the README's snippets shows that one.
+    [generation, *_] = (await service.get("/generations", user))["generations"]
     assert generation["message"] in text
     assert kind == "generate" or text.splitlines()[-1] == generation["editedImageUrl"]
 
