@@ -84,7 +84,7 @@ async def test_the_demo_completes_an_edit_whatever_is_set_for_other_commands(tmp
     lines = re.findall(r"^ *(\d+) %  (\w+) +(.+)$", done.output, re.MULTILINE)
     assert lines == [(str(FLOWS["edit"][status].progress), status, FLOWS["edit"][status].message) for status in STAGES]
     assert f"{len(STAGES)} events in " in done.output
-    assert "stagecast serve" in done.output
+    assert 'To go on:     "make run", then open http://localhost:3000\n' in done.output
     folder = tmp_path / "var" / "demo"
     [path, url] = re.findall(r"\S+face-swapped\.jpg", done.output)
     assert (path, url) == (str(folder / "face-swapped.jpg"), (folder / "face-swapped.jpg").as_uri())

@@ -143,7 +143,7 @@ async def test_a_port_in_use_exits_with_3_and_one_sentence(tmp_path: Path) -> No
         process = await stagecast("serve", "--port", str(port), "--images", str(tmp_path))
         _, errors = await process.communicate()
         assert process.returncode == 3
-        assert errors.decode() == f"stagecast: port {port} is taken; choose another with --port.\n"
+        assert errors.decode() == f"stagecast: port {port} is taken; choose another with --port or STAGECAST_PORT.\n"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "LOCALHOST"])

@@ -144,7 +144,7 @@ async def _run_edit(settings: Settings, folder: Path) -> None:
         raise Refused("the events that came live are not those in the log.")
     print(f"\n{len(received)} events in {seconds:.1f} s, live over Socket.IO; the log has the same {len(logged)}.")
     print(f"The picture:  {result}\n{'':13} {result.as_uri()}")
-    print('To go on:     "stagecast serve", then open http://localhost:3000', flush=True)
+    print('To go on:     "make run", then open http://localhost:3000', flush=True)
 
 
 def _form(url: str) -> dict[str, Any]:

@@ -70,10 +70,11 @@ def serve(**overrides: Any) -> None:
     settings = load_settings(overrides)
     _raise_descriptor_limit()
     _make_folder(settings)
-    listeners = [_listen(settings.host, settings.port)]
+    listeners = [_listen(settings.host, settings.port, "--port or STAGECAST_PORT")]
     if settings.metrics_address is not None:
         host, _, port = settings.metrics_address.rpartition(":")
-        listeners.append(_listen(host.strip("[]"), int(port), "--metrics-address"))
+        where = "--metrics-address or STAGECAST_METRICS_ADDRESS"
+        listeners.append(_listen(host.strip("[]"), int(port), where))
         overrides["metrics_address"] = f"{host}:{listeners[1].getsockname()[1]}"
     settings = load_settings({**overrides, "port": listeners[0].getsockname()[1]})
     announced = (settings.node_address or "localhost:").rpartition(":")[0].strip("[]")
@@ -108,7 +109,7 @@ def demo(folder: Path, **overrides: Any) -> None:
     from api.cli.demo import demo_settings, run
 
     settings = demo_settings(overrides)
-    with _listen(settings.host, settings.port) as listener:
+    with _listen(settings.host, settings.port, "--port") as listener:
         run(settings, listener, folder)
 
 
@@ -154,13 +155,14 @@ def _make_folder(settings: Settings) -> None:
         raise SettingsError("STAGECAST_IMAGES must be a folder that can be read and written.")
 
 
-def _listen(host: str, port: int, flag: str = "--port") -> socket.socket:
+def _listen(host: str, port: int, setting: str) -> socket.socket:
+    """Listen. `setting`: with what another port is chosen. Raises `Unavailable`."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise Unavailable(f"port {port} is taken; choose another with {flag}.") from None
+            raise Unavailable(f"port {port} is taken; choose another with {setting}.") from None
         raise Unavailable(f"cannot listen on {host} port {port}: {error.strerror}.") from None
 
 
