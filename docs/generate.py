@@ -83,9 +83,9 @@ def settings_table() -> str:
         "value counts as not set. A variable with the prefix `STAGECAST_` that is not on this page is refused, and so",
         "is a wrong value: exit code 2. Secrets have no flags.",
         "",
-        "`stagecast credit` and `stagecast replay` call a running service. `STAGECAST_URL` is its address, by default",
-        "`http://localhost` and `STAGECAST_PORT`; `STAGECAST_TOKEN` is the token that they send. Other commands ignore",
-        "both.",
+        "`stagecast list`, `watch`, `replay`, `cancel` and `credit` call a running service. `STAGECAST_URL` is its",
+        "address, by default `http://localhost` and `STAGECAST_PORT`; `STAGECAST_TOKEN` is the token that they send.",
+        "Other commands ignore both.",
         "",
     ]
     for topic, settings in groupby(describe_settings(), key=lambda setting: setting.topic):

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from domain.housekeeping import Housekeeping
 from domain.ports.log import Deliver
 from domain.stored_images import StoredImages
 from support.builders import memory_storage
+from support.documents import ROOT
 from support.doubles import ForwardingLog
 from support.harness import JSON, Running, running
 
@@ -48,10 +50,10 @@ async def fails_with(service: Running, code: str, part: str) -> None:
 async def test_every_background_task_is_listed(tmp_path: Path) -> None:
     async with running(tmp_path, webhook_url="http://127.0.0.1:9/") as service:
         status, body = await ready(service)
-        names = {"log", "follower", "runner", "images", "external", "retention", "sweep", "webhooks"}
-        names |= {"sessions", "sockets", "streams"}
         assert (status, body["status"]) == (200, "ready")
-        assert names <= body["parts"].keys()
+        table = (ROOT / "docs/http.md").read_text().partition("| part | |\n")[2].partition("\n\n")[0]
+        names = set(re.findall("`([a-z]+)`", table)) - {"starts", "tail", "heartbeat", "lines", "devices"}
+        assert body["parts"].keys() == names
         assert set(body["parts"].values()) == {"ok"}
 
 
