@@ -27,6 +27,8 @@ def main(photo: str, prompt: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit('usage: python edit.py photo.jpg "Make the hat red"')
     try:
         main(*sys.argv[1:])
     except GenerationFailed as failure:

@@ -82,6 +82,9 @@ async def test_the_example_shows_a_bar_and_saves_the_picture(service: Running, f
         _, errors = await asyncio.wait_for(process.communicate(), TIMEOUT)
     assert process.returncode == 1
     assert b"(invalid_request)" in errors
+    async with program(service, folder, example, "photo.jpg") as process:
+        _, errors = await asyncio.wait_for(process.communicate(), TIMEOUT)
+    assert (process.returncode, errors) == (1, b'usage: python edit.py photo.jpg "Make the hat red"\n')
 
 
 async def test_an_interrupted_program_ends_and_the_generation_goes_on(service: Running, folder: Path) -> None:
