@@ -387,7 +387,7 @@ class Operations:
         return outcome
 
     def delete(self, generation_id: str) -> Operation[Any, None]:
-        """Delete a finished generation with its history and its images, for good."""
+        """Delete a finished generation permanently, with its history and its images."""
         yield from self._request("DELETE", _path(generation_id))
 
     def transition(self, generation_id: str, status: str, **fields: Unpack[TransitionFields]) -> Operation[Any, Event]:

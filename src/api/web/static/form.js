@@ -14,7 +14,7 @@ import { uploading } from "./upload.js";
 
 /** @typedef {import("./stagecast.js").StagecastError} StagecastError */
 
-/** Bytes of JSON; the service accepts 2,000. */
+/** Bytes of JSON; the service accepts 2,048. */
 const MAX_METADATA = 1_900;
 const SAMPLES = ["portrait", "hat", "lake"];
 /** The fields below "More". */
