@@ -19,6 +19,7 @@ from aiohttp import web
 from api.settings import describe_settings
 from domain.errors import Failure
 from support.command_line import COMMANDS, MODULE, SERVE, Run, other_server, run_main, stagecast
+from support.documents import ROOT
 from support.doubles import ScriptedEditor, raises
 from support.guarded import MISSING, SECRET, SERVICE, ask, guarded, token
 from support.harness import JSON, Running, running
@@ -83,6 +84,18 @@ async def test_help_of_a_command_describes_each_argument(command: str, arguments
     for argument in arguments:
         # Its name, its value if it takes one, and words, on this line or on the next.
         assert re.search(rf"^  {argument}( [A-Z]+)?\s+\w+", done.output, re.MULTILINE), argument
+
+
+async def test_the_settings_page_names_the_commands_that_call_a_service() -> None:
+    commands = re.findall(r"^    ([a-z]+) ", (await run_main("--help")).output, re.MULTILINE)
+    calling = {name for name in commands if "--url URL" in (await run_main(name, "--help")).output}
+    sentence = (ROOT / "docs/settings.md").read_text().partition(" call a running service.")[0].rpartition("\n\n")[2]
+    assert set(re.findall("`(?:stagecast )?([a-z]+)`", sentence)) == calling
+
+
+async def test_help_of_list_says_which_statuses_need_a_service_token() -> None:
+    text = " ".join((await run_main("list", "--help")).output.split())
+    assert "only those that are active or finished; with a service token also those at this status" in text
 
 
 async def test_help_shows_defaults_and_no_configured_values() -> None:

@@ -326,7 +326,8 @@ def _parser() -> argparse.ArgumentParser:
     argument = add(list_, "print generations", remote="service").add_argument
     argument("--user", metavar="ID", help="only those of this user")
     argument("--kind", choices=tuple(FLOWS), help="only those of this kind")
-    argument("--status", metavar="STATUS", help="only those that are active, finished, or at this status")
+    statuses = "only those that are active or finished; with a service token also those at this status"
+    argument("--status", metavar="STATUS", help=statuses)
     argument("--limit", type=int, default=20, metavar="NUMBER", help="at most so many, up to 100 (20)")
     argument("--json", action="store_true", dest="as_json", help="one JSON object per line")
 
