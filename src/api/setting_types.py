@@ -56,9 +56,10 @@ def _is_url(value: str) -> bool:
 def _base_url(value: str) -> str:
     parts = urlsplit(value)
     path_valid = _PATH.fullmatch(parts.path.rstrip("/"))
-    if not _is_url(value) or parts.query or parts.fragment or re.search("[*@]", parts.netloc) or not path_valid:
+    if not _is_url(value) or parts.query or parts.fragment or "*" in parts.netloc or not path_valid:
         raise ValueError
-    return value.rstrip("/")
+    # Everybody sees it: without user name and password.
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
 
 
 def _is_address(value: str) -> bool:
@@ -157,7 +158,7 @@ BaseUrl = Annotated[
     AfterValidator(_base_url),
     Field(default_factory=_default_url),
     Allowed(
-        "an http or https URL without user name, query and fragment, and without percent signs in its path",
+        "an http or https URL without query and fragment, and without percent signs in its path",
         "URL",
         "http://localhost:<port>",
     ),
