@@ -70,8 +70,10 @@ class Housekeeping:
         return set(failed)
 
     async def _purge(self, generation_id: str) -> None:
-        await self._images.remove(generation_id)  # First: on a full disk, only that makes room for the log.
-        await self._retention.remove(generation_id, retention=True)
+        try:
+            await self._images.remove(generation_id)  # First: on a full disk, only that makes room for the log.
+        finally:
+            await self._retention.remove(generation_id, retention=True)
 
     async def _sweep(self, generation_id: str, names: Sequence[str]) -> None:
         history = await self._log.summary(generation_id)

@@ -161,7 +161,6 @@ async def test_json_in_fields_is_bounded(attacked: AttackedService) -> None:
         "a URL of 1 MB": ("imageUrls", b"http://" + b"a" * 1_000_000),
         "an array of 70 kB": ("imageUrls", b"[" + b" " * 70_000 + b"]"),
         "a URL that ends in a space": ("imageUrls", b"http://" + b"a" * 2_030 + b" "),
-        "a name of 1 MB": ("imageNames", b"%C3" * 330_000),
         "six URLs": ("imageUrls", b"[" + b",".join([b'"' + url + b'"'] * 6) + b"]"),
     }
     attacks: Table = {}

@@ -86,7 +86,7 @@ def _http_url(value: str) -> str:
 
 def _image_name(value: str) -> str:
     """The name in an image URL: its last path segment. ``""``, which no image has, if that cannot be a name."""
-    name = unquote(re.split("[?#]", value)[0].rpartition("/")[2])
+    name = unquote(re.split("[?#]", value)[0].rpartition("/")[2]) if len(value) <= _MAX_URL else ""
     return name if _IMAGE_NAME.fullmatch(name) else ""
 
 
@@ -144,7 +144,7 @@ class GenerateForm(Options):
         _several("PNG, JPEG or WebP, each at most 10 MB and 25 megapixels; with the two below 1 to 5 in all"),
     ]
     image_names: Annotated[
-        list[Annotated[str, Field(max_length=_MAX_URL), AfterValidator(_image_name)]],
+        list[Annotated[str, AfterValidator(_image_name)]],
         BeforeValidator(_list),
         _several(
             "stored images of your own generations, which are copied: each the name or the URL of one;"

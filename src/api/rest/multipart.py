@@ -23,10 +23,8 @@ from domain.errors import Failure
 
 logger = logging.getLogger(__name__)
 
-#: Characters, as parsing the header's parameters takes quadratic time.
-_MAX_CONTENT_TYPE: Final = 1_000
-#: Bytes of a header of a part, for the same reason.
-_MAX_HEADER: Final = 2_000
+#: Semicolons in a header, as parsing its parameters takes quadratic time.
+_MAX_PARAMETERS: Final = 100
 #: Parts of a form, and bytes of all its texts.
 _MAX_PARTS: Final = 1_000
 _MAX_TEXTS: Final = 1024 * 1024
@@ -39,8 +37,6 @@ _IN_MEMORY: Final = 256 * 1024
 
 #: A temporary file for all files of one form, one after the other, so that they use one descriptor.
 spool: Final = partial(SpooledTemporaryFile[bytes], _IN_MEMORY)
-#: Cached, as clients repeat the headers of their parts.
-_options: Final = lru_cache(256)(parse_options_header)
 
 
 class FormFile:
@@ -109,10 +105,7 @@ async def read_multipart(
         HTTPException: 400, 413, 415: the body is not a form, or is beyond a limit.
         Failure: ``storage_failed``: the disk is full.
     """
-    content_type = headers.value(request.scope, b"content-type")
-    if len(content_type) > _MAX_CONTENT_TYPE:
-        raise HTTPException(400, "The content type is too long.")
-    media_type, options = _options(content_type)
+    media_type, options = _options(headers.value(request.scope, b"content-type").encode("latin-1"))
     if media_type != b"multipart/form-data":
         raise HTTPException(415, "The content type must be multipart/form-data.")
     if not options.get(b"boundary"):
@@ -154,7 +147,7 @@ class _Parts:
 
     def parser(self, boundary: bytes) -> MultipartParser:
         """A parser of a form with this boundary, which adds the parts."""
-        parser = MultipartParser(boundary, max_header_size=_MAX_HEADER)
+        parser = MultipartParser(boundary)
         # So what precedes the first delimiter is the content of a part that nobody reads.
         parser.write(b"--%b\r\n\r\n\r\n" % boundary)
         parser.callbacks = {
@@ -180,7 +173,7 @@ class _Parts:
         headers, self._headers = self._headers, {}
         if len(self.found) == _MAX_PARTS:
             raise HTTPException(413, "The form has too many fields.")
-        _, options = _options(headers.get(b"content-disposition"))
+        _, options = _options(headers.get(b"content-disposition", b""))
         if b"name" not in options:
             raise HTTPException(400, "A part of the form names no field.")
         if headers.get(b"content-transfer-encoding", b"binary").lower() not in (b"7bit", b"8bit", b"binary"):
@@ -188,7 +181,7 @@ class _Parts:
         name = _decoded(options[b"name"], self._charset)
         part: _Text | FormFile
         if name in self._texts:
-            media_type, parameters = _options(headers.get(b"content-type"))
+            media_type, parameters = _options(headers.get(b"content-type", b""))
             charset = parameters.get(b"charset")
             part = _Text(_codec(charset) if charset else self._charset, media_type == b"application/json")
         else:
@@ -204,6 +197,14 @@ class _Parts:
             if self._text_size > _MAX_TEXTS:
                 raise HTTPException(413, "The texts of the form may have 1 MB at most.")
         part.append(data[start:end])
+
+
+@lru_cache(256)  # Clients repeat the headers of their parts.
+def _options(header: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    """The value of a header, and its parameters."""
+    if header.count(b";") > _MAX_PARAMETERS:
+        raise HTTPException(400, "A header has too many parameters.")
+    return parse_options_header(header)
 
 
 @lru_cache(256)
