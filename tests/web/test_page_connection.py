@@ -88,6 +88,29 @@ async def test_after_a_network_loss_nothing_is_missed(browser: Browser, service:
         assert await tab.timeline() == await logged(service, "ben")
 
 
+async def test_a_reconnect_keeps_a_generation_that_a_fast_clock_has_dated(browser: Browser, tmp_path: Path) -> None:
+    clock = SteppableClock(now())
+    overrides = {"editor": EDITOR, "composer": QuickComposer(), "clock": clock}
+    async with running(tmp_path, overrides=overrides) as service:
+        clock.step(60)
+        early = await service.start("hal", prompt="an early hat")
+        await service.service.leases.drain()
+        clock.step(-60)
+        async with tabs(browser, service.url, user="hal") as [tab]:
+            await tab.shows("completed", "an early hat")
+            for _ in range(2):  # Twenty in all, of which the service lists the newest ones.
+                for _ in range(10):
+                    await service.start("hal", prompt="a late hat")
+                await service.service.leases.drain()
+            await expect(tab["#history .tile[data-state=completed]"]).to_have_count(20)
+            await tab.cut()
+            async with tab.page.expect_response(f"**/generations/{early}") as asked:
+                await tab["#cut"].click()
+            assert (await asked.value).ok
+            await expect(tab["#notice"]).to_contain_text("Back. You missed nothing.")
+            await tab.shows("completed", "an early hat")
+
+
 async def test_without_the_socket_io_client_the_page_polls_and_shows_a_notice(
     browser: Browser, service: Running
 ) -> None:

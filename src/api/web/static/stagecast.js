@@ -627,7 +627,9 @@ function openSession(options, emit) {
       const ids = new Set(generations.map(({ generationId }) => generationId));
       for (const id of entries.keys()) if (!ids.has(id)) entries.delete(id);
     } else if (synced) {
-      for (const id of missingFrom(generations)) forget(id);
+      for (const id of missingFrom(generations)) {
+        http.generation(id).catch(({ code }) => code === "not_found" && forget(id));
+      }
     }
     recovered &&= snapshot.recovered;
     cursor = snapshot.cursor;
@@ -648,7 +650,12 @@ function openSession(options, emit) {
     return expected;
   }
 
-  /** The finished generations that the service would list if it still had them. @param {Generation[]} listed */
+  /**
+   * The finished generations that the service may have removed: newer than those that it lists. It lists by position in
+   * the feed, which may differ from `createdAt`.
+   *
+   * @param {Generation[]} listed
+   */
   function missingFrom(listed) {
     const ids = new Set(listed.map(({ generationId }) => generationId));
     const finished = listed.filter(isFinished).map(({ createdAt }) => createdAt).sort();
