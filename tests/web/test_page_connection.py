@@ -216,13 +216,55 @@ async def test_after_its_token_expired_a_user_signs_in_again_and_continues(brows
         await tab["#token"].fill(token("eva", exp=clock().timestamp() + 1))
         await tab["#token"].press("Enter")
         await tab.is_connected()
+        await tab["#prompt"].fill("a fresh hat")
         clock.step(2)
         await expect(tab["#token-problem"]).to_have_text("This token has expired.")
         await tab["#token"].fill(token("eva"))
         await tab["#token"].press("Enter")
         await tab.is_connected()
+        await expect(tab["#prompt"]).to_have_value("a fresh hat")
         await tab.start("a fresh hat")
         await tab.shows("completed", "a fresh hat")
+
+
+async def test_after_its_token_expired_nothing_of_a_user_is_shown_to_the_next_one(
+    browser: Browser, tmp_path: Path
+) -> None:
+    clock = SteppableClock(now())
+    overrides = {"editor": EDITOR, "composer": QuickComposer(), "clock": clock}
+    options: dict[str, Any] = {"viewport": {"width": 390, "height": 500}, "ignore": f"{NETWORK}|status of 401"}
+    async with (
+        guarded(tmp_path, overrides=overrides) as keyed,
+        tabs(browser, keyed.url, open_page=False, **options) as [tab],
+    ):
+        await tab.goto()
+        await tab["#token"].fill(token("fay", exp=clock().timestamp() + 1))
+        await tab["#token"].press("Enter")
+        await tab.is_connected()
+        pause = await started(tab, "a private hat")
+        await expect(tab.page).to_have_title("60% · Editing · a private hat · Stagecast")
+        await tab["#composer"].evaluate("(composer) => (composer.open = true)")
+        await tab["#prompt"].fill("a next hat")
+        await expect(tab["#tray li"]).to_have_count(1)
+        await tab.page.evaluate("location.hash = document.querySelector('#generation-id').textContent")
+        await tab["footer"].scroll_into_view_if_needed()
+        await expect(tab["#strip"]).to_be_visible()
+        clock.step(2)
+        await expect(tab["#token-problem"]).to_have_text("This token has expired.")
+        await expect(tab["#strip"]).to_be_hidden()
+        await expect(tab.page).to_have_title("Stagecast")
+        await expect(tab["link[rel=icon]"]).to_have_attribute("href", re.compile(r"icon\.svg$"))
+        await tab["#token"].fill("ey.no.token")
+        await tab["#token"].press("Enter")
+        await expect(tab["#token-problem"]).to_have_text("The service does not accept this token.")
+        await tab["#token"].fill(token("gus"))
+        await tab["#token"].press("Enter")
+        await tab.shows("empty")
+        await expect(tab["#prompt"]).to_have_value("")
+        await expect(tab["#tray li"]).to_have_count(0)
+        await expect(tab.page).to_have_url(f"{keyed.url}/")
+        pause.released.set()
+        await keyed.service.leases.drain()
 
 
 # ---- The service restarts -------------------------------------------------------------------------------------------

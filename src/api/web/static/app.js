@@ -45,6 +45,8 @@ const stagecast = connect({ ...user, url: BASE, io: await socketIo });
 let stages = {};
 /** Whether the page has not been connected yet. */
 let firstConnection = true;
+/** The user whose token was refused, until a new token is accepted. @type {{userId?: string} | undefined} */
+let refusedUser;
 /** When the stages were requested. */
 let stagesAt = 0;
 /** What was submitted in this tab, by generation, for "Try again". @type {Map<string, form.Submission>} */
@@ -115,6 +117,13 @@ function select(/** @type {string} */ id) {
   byId("stage").scrollIntoView({ block: "nearest" });
 }
 
+/** Clears what a user has entered and selected, for another user. */
+function clear() {
+  select("");
+  form.clear();
+  submissions.clear();
+}
+
 // ---- Events --------------------------------------------------------------------------------------------------------
 
 stagecast.on("change", render);
@@ -130,11 +139,17 @@ stagecast.on("event", (event, generation) => {
 stagecast.on("state", async (state, reason) => {
   render();
   if (state === "live" || state === "polling") {
+    // A client that polls does not know its user.
+    if (refusedUser && (!stagecast.userId || stagecast.userId !== refusedUser.userId)) clear();
+    refusedUser = undefined;
     if (firstConnection && stagecast.generations.length) form.collapseIfNarrow();
     firstConnection = false;
     loadStages();
   }
-  if (state === "refused" && identity.tokenRequired) stagecast.switchUser(await identity.askForNewToken(reason));
+  if (state === "refused" && identity.tokenRequired) {
+    if (!firstConnection) refusedUser ??= { userId: stagecast.userId };
+    stagecast.switchUser(await identity.askForNewToken(reason));
+  }
 });
 
 connection.init(stagecast);
@@ -150,9 +165,7 @@ result.init(stagecast, { start, submissionOf: ({ generationId }) => submissions.
 strip.init(stagecast);
 form.init(start);
 identity.init((next) => {
-  select("");
-  form.clear();
-  submissions.clear();
+  clear();
   stagecast.switchUser(next);
 });
 byId("language").addEventListener("click", () => {

@@ -56,9 +56,10 @@ function setIcon(state) {
 /** @param {Stagecast} stagecast */
 export function render(stagecast) {
   const { generations, state } = stagecast;
-  if (ended && !stagecast.get(ended.generationId)) ended = undefined;
-  const current = selected(stagecast);
-  const running = current && !isFinished(current) ? current : generations.find((it) => !isFinished(it));
+  const refused = state === "refused"; // Whoever signs in next may be another user.
+  if (ended && (refused || !stagecast.get(ended.generationId))) ended = undefined;
+  const unfinished = refused ? [] : generations.filter((it) => !isFinished(it));
+  const running = unfinished.find((it) => it === selected(stagecast)) ?? unfinished[0];
   const end = document.hidden || !running ? ended : undefined;
   const stale = !["live", "polling"].includes(state);
   const words = /** @type {string[]} */ ([]);

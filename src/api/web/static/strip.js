@@ -18,7 +18,7 @@ let followed = "";
 /** @param {Stagecast} stagecast */
 export function render(stagecast) {
   const strip = byId("strip");
-  const generation = selected(stagecast);
+  const generation = stagecast.state === "refused" ? undefined : selected(stagecast);
   if (headingVisible || followed !== generation?.generationId) followed = "";
   if (!headingVisible && generation && !isFinished(generation)) followed = generation.generationId;
   strip.classList.toggle("shown", followed !== "");
