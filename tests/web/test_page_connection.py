@@ -164,6 +164,18 @@ async def keyed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runni
         yield service
 
 
+async def test_the_language_can_be_changed_before_signing_in(browser: Browser, keyed: Running) -> None:
+    async with tabs(browser, keyed.url, open_page=False) as [tab]:
+        await tab.goto()
+        await tab["#token"].fill("no token at all")
+        await tab["#token"].press("Enter")
+        await expect(tab["#token-problem"]).to_have_text("This is not a token.")
+        await tab["#language"].click()
+        await expect(tab["html"]).to_have_attribute("lang", "tr")
+        await expect(tab["#language"]).to_have_text("English")
+        await expect(tab["#token-problem"]).to_have_attribute("lang", "en")
+
+
 @needs_axe
 async def test_with_a_key_configured_each_tab_signs_in_by_token(browser: Browser, keyed: Running) -> None:
     async with tabs(browser, keyed.url, 2, open_page=False) as [other, tab]:

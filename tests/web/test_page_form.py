@@ -374,6 +374,15 @@ async def test_a_picture_of_the_history_is_dragged_onto_the_form(browser: Browse
         await expect(tab["#tray img"]).to_have_attribute("src", re.compile(rf"/images/{started}-\w+\.\w+\?width=320$"))
 
 
+async def test_a_problem_that_stays_in_the_other_language_says_so(browser: Browser, service: Running, eve: str) -> None:
+    async with tabs(browser, service.url, user=eve) as [tab]:
+        await tab["#start"].click()
+        await expect(tab["#problem"]).not_to_be_empty()
+        await tab["#language"].click()
+        await expect(tab["html"]).to_have_attribute("lang", "tr")
+        await expect(tab["#problem"]).to_have_attribute("lang", "en")
+
+
 async def test_computers_do_not_offer_a_camera(browser: Browser, service: Running, eve: str) -> None:
     async with tabs(browser, service.url, user=eve) as [tab]:
         await expect(tab["#camera"]).to_be_hidden()

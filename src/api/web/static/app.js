@@ -37,6 +37,15 @@ async function loadSocketIo() {
 
 usePreferredLanguage();
 byId("language").textContent = t("otherLanguage");
+byId("language").addEventListener("click", () => {
+  switchLanguage();
+  byId("language").textContent = t("otherLanguage");
+});
+document.querySelector(".skip")?.addEventListener("click", (event) => {
+  event.preventDefault(); // The address keeps the generation that is shown.
+  byId("stage").scrollIntoView();
+  byId("stage").focus({ preventScroll: true });
+});
 const socketIo = loadSocketIo();
 const user = await identity.identify();
 const stagecast = connect({ ...user, url: BASE, io: await socketIo });
@@ -169,15 +178,8 @@ identity.init((next) => {
   stagecast.switchUser(next);
 });
 byId("language").addEventListener("click", () => {
-  switchLanguage();
-  byId("language").textContent = t("otherLanguage");
   form.render();
   renderNow(true);
-});
-document.querySelector(".skip")?.addEventListener("click", (event) => {
-  event.preventDefault(); // The address keeps the generation that is shown.
-  byId("stage").scrollIntoView();
-  byId("stage").focus({ preventScroll: true });
 });
 addEventListener("hashchange", () => {
   render();

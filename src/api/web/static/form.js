@@ -8,7 +8,7 @@
  */
 
 import { byId, setProgress } from "./dom.js";
-import { formatPercent, showMessage, t, translate } from "./i18n.js";
+import { formatPercent, showMessage, showText, t, translate } from "./i18n.js";
 import * as tray from "./tray.js";
 import { uploading } from "./upload.js";
 
@@ -28,7 +28,7 @@ let idempotencyKey = "";
 /** Cancels the upload. @type {AbortController | undefined} */
 let upload;
 
-const showProblem = (text = "") => (byId("problem").textContent = text);
+const showProblem = (text = "") => showText(byId("problem"), text);
 const field = (/** @type {string} */ name) => byId("start-form").elements[name];
 
 /** Fills the form with the sample pictures. Returns whether they could be loaded. */

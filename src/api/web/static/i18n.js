@@ -83,6 +83,12 @@ export function translate(message, code) {
   return { text: translated ?? message, lang: translated || language === "en" ? "" : "en" };
 }
 
+/** Shows a text in an element, and marks its language: it may stay after a change of language. */
+export function showText(/** @type {HTMLElement} */ element, /** @type {string} */ text) {
+  element.textContent = text;
+  element.lang = language;
+}
+
 /**
  * Shows a message of the service in an element, and marks the language it is in.
  *

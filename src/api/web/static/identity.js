@@ -5,7 +5,7 @@
  */
 
 import { BASE, byId } from "./dom.js";
-import { t } from "./i18n.js";
+import { showText, t } from "./i18n.js";
 
 export const tokenRequired = document.documentElement.dataset.callers === "token";
 
@@ -35,13 +35,13 @@ function showSignedIn(/** @type {boolean} */ signedIn) {
 /** Shows the sign-in form until a token is entered. @returns {Promise<Identity>} */
 function askForToken(problem = "") {
   showSignedIn(false);
-  byId("token-problem").textContent = problem;
+  showText(byId("token-problem"), problem);
   byId("token").focus();
   return new Promise((resolve) => {
     byId("token-form").onsubmit = (/** @type {Event} */ event) => {
       event.preventDefault();
       const token = byId("token").value.trim().replace(/^Bearer\s+/i, "");
-      if (!/^[\w.~+/-]+=*$/.test(token)) return (byId("token-problem").textContent = t("notToken"));
+      if (!/^[\w.~+/-]+=*$/.test(token)) return showText(byId("token-problem"), t("notToken"));
       byId("token").value = "";
       store(TOKEN, token);
       showSignedIn(true);
