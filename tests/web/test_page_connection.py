@@ -111,6 +111,24 @@ async def test_a_reconnect_keeps_a_generation_that_a_fast_clock_has_dated(browse
             await tab.shows("completed", "an early hat")
 
 
+async def test_pictures_that_could_not_be_loaded_are_loaded_after_a_reconnect(
+    browser: Browser, service: Running
+) -> None:
+    async with tabs(browser, service.url, user="ida", ignore=NETWORK) as [tab]:
+        await tab.page.route("**/images/**", lambda route: route.abort())
+        await tab.start("a hidden hat")
+        await tab.shows("completed", "a hidden hat")
+        pictures = [tab["#after"], tab["#history .tile img"]]
+        for picture in pictures:
+            await expect(picture).to_be_hidden()
+        await tab.page.unroute("**/images/**")
+        await tab.cut()
+        await tab["#cut"].click()
+        for picture in pictures:
+            await expect(picture).to_have_js_property("naturalWidth", 200)
+            await expect(picture).to_be_visible()
+
+
 async def test_without_the_socket_io_client_the_page_polls_and_shows_a_notice(
     browser: Browser, service: Running
 ) -> None:

@@ -154,6 +154,7 @@ stagecast.on("state", async (state, reason) => {
     if (firstConnection && stagecast.generations.length) form.collapseIfNarrow();
     firstConnection = false;
     loadStages();
+    renderNow(true); // Loads pictures again that could not be loaded.
   }
   if (state === "refused" && identity.tokenRequired) {
     if (!firstConnection) refusedUser ??= { userId: stagecast.userId };

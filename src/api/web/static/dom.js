@@ -28,7 +28,10 @@ export function setImage(/** @type {HTMLImageElement} */ img, /** @type {string 
     img.hidden = true;
     img.removeAttribute("src");
   } else if (img.getAttribute("src") !== src) {
-    img.onerror = () => (img.hidden = true); // Deleted meanwhile, or not an image.
+    img.onerror = () => { // Deleted meanwhile, not an image, or the service does not answer: the next call tries again.
+      img.hidden = true;
+      img.removeAttribute("src");
+    };
     img.hidden = false;
     img.src = src;
   }
