@@ -161,6 +161,21 @@ async def test_errors_do_not_show_api_field_names(browser: Browser, service: Run
         await expect(tab["#prompt"]).to_be_focused()
 
 
+async def test_the_whole_prompt_is_shown_by_one_click_also_of_a_second_generation(
+    browser: Browser, service: Running
+) -> None:
+    for _ in range(2):
+        await service.start("longs", prompt=LONG)
+    await service.service.leases.drain()
+    async with tabs(browser, service.url, user="longs", viewport=viewport(LAPTOP)) as [tab]:
+        for tile in (tab["#history .tile a"].first, tab["#history .tile a"].last):
+            await tile.click()
+            await expect(tile).to_have_attribute("aria-current", "true")
+            await expect(tab["#whole"]).to_have_attribute("aria-expanded", "false")
+            await tab["#whole"].click()
+            await expect(tab["#whole"]).to_have_attribute("aria-expanded", "true")
+
+
 @pytest.mark.parametrize("size", [NARROW, pytest.param(LAPTOP, marks=pytest.mark.long)])
 async def test_a_long_prompt_can_be_expanded(browser: Browser, service: Running, size: tuple[int, int]) -> None:
     user = f"long {size[0]}"

@@ -183,7 +183,7 @@ export function init(stagecast, page) {
   apiPanel.init(stagecast);
   byId("whole").addEventListener("click", () => {
     if (!shown) return;
-    expanded = expanded ? "" : shown.generationId;
+    expanded = expanded === shown.generationId ? "" : shown.generationId;
     renderTitle(shown);
   });
   byId("show-newest").addEventListener("click", page.showNewest);
