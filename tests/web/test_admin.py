@@ -108,6 +108,37 @@ async def test_with_a_key_it_shows_nothing_without_a_service_token(browser: Brow
         await service.http.post(f"/generations/{generation_id}/cancel", headers={"X-User-Id": "ada"})
 
 
+async def test_a_pasted_token_is_checked_and_may_have_its_scheme(browser: Browser, tmp_path: Path) -> None:
+    async with guarded(tmp_path) as service, opened(browser, service) as page:
+        for wrong in ("abc…def", "two words"):
+            await page.get_by_label("Service token").fill(wrong)
+            await page.keyboard.press("Enter")
+            await expect(page.get_by_role("alert").first).to_have_text("This is not a token.")
+            await page.get_by_label("Service token").fill("ey.no.token")
+            await page.keyboard.press("Enter")
+            await expect(page.get_by_role("alert").first).not_to_have_text("This is not a token.")
+        await page.get_by_label("Service token").fill(f" Bearer {SERVICE}\n")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#main")).to_be_visible()
+        await expect(page.locator("#state")).to_contain_text("as of")
+
+
+async def test_requests_that_fail_leave_the_rest_of_the_page_usable(browser: Browser, tmp_path: Path) -> None:
+    async with running(tmp_path) as service:
+        generation_id = await service.start("ada")
+        await service.service.leases.drain()
+        async with opened(browser, service) as page:
+            await page.route("**/stages", lambda route: route.abort(), times=1)
+            await page.reload()
+            await expect(page.locator("[name=kind] option")).to_have_text(["all", "edit", "generate"])
+            await page.get_by_role("button", name=f"Timeline of {generation_id}").click()
+            await expect(page.locator("#events tr").first).to_contain_text("started")
+            await service.http.delete(f"/generations/{generation_id}", headers={"X-User-Id": "ada"})
+            await expect(page.locator("#timeline-problem")).not_to_be_empty()
+            await expect(page.locator("#none")).to_be_visible()
+            await expect(page.locator("#state")).to_contain_text("as of")
+
+
 async def test_it_fits_on_a_phone_and_works_below_a_path(browser: Browser, tmp_path: Path) -> None:
     async with running(tmp_path, public_url="http://localhost/cast") as service:
         ids = [await service.start(), await start(service, "m" * 128)]

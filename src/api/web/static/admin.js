@@ -1,6 +1,6 @@
 /** The operator's page: it reads the service every two seconds, shows the timeline of a generation, and can cancel it. */
 
-import { BASE, byId, setChildren, setText } from "./dom.js";
+import { BASE, byId, parseToken, setChildren, setText } from "./dom.js";
 
 const EVERY = 2000;
 const TOKEN = "stagecast.service-token";
@@ -16,6 +16,8 @@ let open;
 let before;
 let next;
 let timer;
+/** The request that fills the filter. */
+let stages;
 
 /** The answer's JSON. Throws its problem. `user`: on behalf of this user. */
 async function call(path, { method = "GET", user } = {}) {
@@ -142,7 +144,16 @@ async function refresh() {
   next = page.next;
   byId("older").hidden = !next;
   byId("newest").hidden = !before;
-  if (byId("timeline").open) await showTimeline();
+  if (byId("timeline").open) await showTimeline().catch(showTimelineProblem);
+}
+
+/** Offers the kinds and statuses in the filter. */
+async function loadStages() {
+  const sequences = await call("/stages");
+  for (const kind of Object.keys(sequences)) select("kind").append(element("option", kind));
+  for (const status of new Set(Object.values(sequences).flat().map((stage) => stage.status))) {
+    select("status").append(element("option", status));
+  }
 }
 
 /** Reads everything now, and again every two seconds while the page is visible. */
@@ -155,6 +166,10 @@ async function poll() {
     byId("state").className = "";
     setText(byId("list-problem"), "");
     showSignIn(false);
+    await (stages ??= loadStages().catch((error) => {
+      stages = undefined;
+      throw error;
+    }));
   } catch (error) {
     if (error.status === 401 || error.status === 403) {
       return showSignIn(true, sessionStorage.getItem(TOKEN) ? error.message : "");
@@ -181,7 +196,9 @@ function showSignIn(needed, problem = "") {
 
 byId("sign-in").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(TOKEN, byId("token").value.trim());
+  const token = parseToken(byId("token").value);
+  if (!token) return setText(byId("token-problem"), "This is not a token.");
+  sessionStorage.setItem(TOKEN, token);
   byId("token").value = "";
   poll();
 });
@@ -204,9 +221,4 @@ document.addEventListener("visibilitychange", poll);
 
 const select = (name) => byId("filter").elements[name];
 for (const code of CODES) select("code").append(element("option", code));
-const stages = await (await fetch(`${BASE}/stages`)).json();
-for (const kind of Object.keys(stages)) select("kind").append(element("option", kind));
-for (const status of new Set(Object.values(stages).flat().map((stage) => stage.status))) {
-  select("status").append(element("option", status));
-}
 poll();

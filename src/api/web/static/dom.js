@@ -10,6 +10,12 @@ export function parseUrl(text) {
   try { return text ? new URL(text) : undefined; } catch {} // Not a URL.
 }
 
+/** The token in a text that was pasted, without `Bearer`; undefined if it is not a token. @param {string} text */
+export function parseToken(text) {
+  const token = text.trim().replace(/^Bearer\s+/i, "");
+  return /^[\w.~+/-]+=*$/.test(token) ? token : undefined;
+}
+
 /** Clones the root element of a template. `part` finds an element in the clone. */
 export function cloneTemplate(/** @type {string} */ template) {
   const root = byId(template).content.firstElementChild.cloneNode(true);

@@ -4,7 +4,7 @@
  * @typedef {import("./stagecast.js").Identity} Identity
  */
 
-import { BASE, byId } from "./dom.js";
+import { BASE, byId, parseToken } from "./dom.js";
 import { showText, t } from "./i18n.js";
 
 export const tokenRequired = document.documentElement.dataset.callers === "token";
@@ -40,8 +40,8 @@ function askForToken(problem = "") {
   return new Promise((resolve) => {
     byId("token-form").onsubmit = (/** @type {Event} */ event) => {
       event.preventDefault();
-      const token = byId("token").value.trim().replace(/^Bearer\s+/i, "");
-      if (!/^[\w.~+/-]+=*$/.test(token)) return showText(byId("token-problem"), t("notToken"));
+      const token = parseToken(byId("token").value);
+      if (!token) return showText(byId("token-problem"), t("notToken"));
       byId("token").value = "";
       store(TOKEN, token);
       showSignedIn(true);
