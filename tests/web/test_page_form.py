@@ -374,6 +374,26 @@ async def test_a_picture_of_the_history_is_dragged_onto_the_form(browser: Browse
         await expect(tab["#tray img"]).to_have_attribute("src", re.compile(rf"/images/{started}-\w+\.\w+\?width=320$"))
 
 
+async def test_a_stored_picture_is_known_by_its_public_url(browser: Browser, service: Running, eve: str) -> None:
+    started = await service.start(eve)
+    await service.service.leases.drain()
+    url = (await service.get(f"/generations/{started}", eve))["editedImageUrl"]
+    assert not url.startswith(service.url)
+    async with tabs(browser, service.url, user=eve) as [tab]:
+        await tab["#url"].fill(url)
+        await tab["#add-url"].click()
+        await tab["#drop"].evaluate(
+            """(drop, url) => {
+              const dataTransfer = new DataTransfer();
+              dataTransfer.setData("text/uri-list", url);
+              dataTransfer.items.add(new File(["as browsers add it"], "thumbnail.webp"));
+              drop.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+            }""",
+            url,
+        )
+        await expect(tab["#tray li[data-list=imageNames]"]).to_have_count(2)
+
+
 async def test_a_problem_that_stays_in_the_other_language_says_so(browser: Browser, service: Running, eve: str) -> None:
     async with tabs(browser, service.url, user=eve) as [tab]:
         await tab["#start"].click()

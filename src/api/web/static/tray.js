@@ -17,6 +17,8 @@ const MAX_IMAGES = 5;
 const LISTS = ["images", "imageNames", "imageUrls"];
 /** The URL of the sample face. Its host may differ from the one in the browser's address bar. */
 const { face: sampleFace } = document.documentElement.dataset;
+/** How the URLs of stored pictures begin: below the page's own URL, and below the public one. */
+const STORED = [BASE, sampleFace?.replace("/static/samples/face.webp", "")].map((base) => `${base}/images/`);
 const HTTP_URL = /^https?:\/\/[^\s/?#]+\S*$/i;
 
 let items = /** @type {Item[]} */ ([]);
@@ -123,6 +125,8 @@ export async function addFiles(/** @type {Iterable<File>} */ added) {
 /** @param {string} name the name or the URL of a picture that the service has stored @returns {Item} */
 const stored = (name) => ({ list: "imageNames", value: name.replace(/[?#].*$/, "").replace(/^.*\//, "") });
 
+const isStored = (/** @type {string} */ url) => STORED.some((beginning) => url.startsWith(beginning));
+
 /** Adds pictures that the service has stored, by name or by URL. */
 export const addStored = (/** @type {string[]} */ names) => add(names.map(stored));
 
@@ -130,7 +134,7 @@ export const addStored = (/** @type {string[]} */ names) => add(names.map(stored
 export function addUrls(/** @type {string} */ text) {
   const words = text.trim().split(/\s+/);
   if (!words.every((word) => HTTP_URL.test(word) && parseUrl(word))) return false;
-  add(words.map((value) => (value.startsWith(`${BASE}/images/`) ? stored(value) : { list: "imageUrls", value })));
+  add(words.map((value) => (isStored(value) ? stored(value) : { list: "imageUrls", value })));
   return true;
 }
 
@@ -259,7 +263,7 @@ export function init(changed) {
       if (name !== "drop") return;
       const links = event.dataTransfer.getData("text/uri-list").replace(/^#.*$/gm, "");
       byId("composer").open = true;
-      if (links.startsWith(`${BASE}/images/`)) addUrls(links); // The file that comes with it may be a thumbnail.
+      if (isStored(links)) addUrls(links); // The file that comes with it may be a thumbnail.
       else if (files.length) take([...files]);
       else if (!addUrls(links)) onChange(t("notUrl"));
     });
