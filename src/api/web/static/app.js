@@ -8,6 +8,7 @@
 
 import * as connection from "./connection.js";
 import { BASE, announce, byId, setText } from "./dom.js";
+import * as expiry from "./expiry.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import { switchLanguage, t, titleOf, translate, usePreferredLanguage } from "./i18n.js";
@@ -165,6 +166,7 @@ stagecast.on("state", async (state, reason) => {
 connection.init(stagecast);
 timeline.init(stagecast, render);
 gallery.init(stagecast);
+expiry.init(stagecast);
 link.init(stagecast, render);
 notify.init(stagecast);
 stage.init(stagecast, {
