@@ -86,9 +86,12 @@ async def test_the_title_and_the_icon_show_progress_and_the_end(browser: Browser
         await pause.reached.wait()
         await expect(tab.page).to_have_title("60% · Editing · a far hat · Stagecast")
         await icon_has(tab.page, 'stroke-dasharray="60 100"')
+        icon = await tab["link[rel=icon]"].get_attribute("href")
         await tab.cut()
         await expect(tab.page).to_have_title("Offline · 60% · Editing · a far hat · Stagecast")
         await icon_has(tab.page, "#8b8f8d")
+        # The browser may load an icon late.
+        assert await tab.page.evaluate("(src) => Object.assign(new Image(), { src }).decode().then(() => true)", icon)
         await tab["#cut"].click()
         await tab.is_connected()
         await tab.page.evaluate("hide(true)")

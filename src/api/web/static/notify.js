@@ -14,6 +14,8 @@ import { selected } from "./stage.js";
 import { isFinished } from "./stagecast.js";
 
 const STORAGE_KEY = "stagecast.notify";
+/** Milliseconds for which the browser may load an icon after the next one has replaced it. */
+const REVOKE_DELAY = 60_000;
 
 /** The generation that ended last, until the page is used. @type {Generation | undefined} */
 let ended;
@@ -49,7 +51,8 @@ function setIcon(state) {
   if (svg === icon) return;
   icon = svg;
   const link = /** @type {HTMLLinkElement} */ (document.querySelector("link[rel=icon]"));
-  if (link.href.startsWith("blob:")) URL.revokeObjectURL(link.href);
+  // Later: the browser may still be about to load it.
+  if (link.href.startsWith("blob:")) setTimeout(URL.revokeObjectURL, REVOKE_DELAY, link.href);
   link.href = svg ? URL.createObjectURL(new Blob([svg], { type: "image/svg+xml" })) : ownIcon;
 }
 
