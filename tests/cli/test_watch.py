@@ -120,14 +120,14 @@ async def test_a_generation_whose_end_was_missed_is_shown_as_ended(
     generation = await writer.start(eve, "generate")
     lost = await writer.move(lost, "composition")
     async with Proxy.open(service.port) as proxy:
-        watching = asyncio.create_task(watched(proxy.url, eve, "20 %", "100 %"))
-        await service.until(lambda: bool(service.service.streams.open))
-        await service.until(lambda: not any(len(each.buffer) for each in service.service.streams.open))
+        lines: list[str] = []
+        watching = asyncio.create_task(watched(proxy.url, eve, "20 %", "100 %", lines=lines))
+        await service.until(lambda: "20 %" in "".join(lines))
         proxy.strike("reset")
         await writer.finish(lost)
         await service.service.storage.log.remove(lost.generation_id, retention=False)
         await writer.finish(generation)
-        lines = await watching
+        await watching
     assert [int(line.split()[1]) for line in lines] == [0, 0, 20, 100], "each event is shown once"
     assert generation.generation_id in lines[-1]
 
