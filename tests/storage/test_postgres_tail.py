@@ -184,7 +184,7 @@ async def test_a_log_that_lost_its_end_and_one_that_ran_ahead_are_read_again(
     async with node(url) as here:
         await here.recorder.run_to_end("ada")
         await here.follower.until(lambda entries: len(entries) == 6)
-        monkeypatch.setattr(postgres_tail, "_MOST_BEHIND", 3)
+        monkeypatch.setattr(postgres_tail, "_MAX_BACKLOG", 3)
         monkeypatch.setattr(postgres_tail, "_PAGE", 3)
         admin = await asyncpg.connect(url)
         async with here.log.follow(got.append):
