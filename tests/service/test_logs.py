@@ -2,6 +2,8 @@
 
 import io
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -111,3 +113,16 @@ def test_repeats_of_exceptions_name_their_type_and_keep_nothing_else(handler: Re
         "ERROR repeats.one: it failed error=ValueError",
         "ERROR repeats.one: it failed error=ValueError repeats=1",
     ]
+
+
+def test_a_request_that_a_shutdown_cuts_off_is_no_error() -> None:
+    program = """
+import asyncio, logging
+from api import logs
+logs.configure()
+for error in (asyncio.CancelledError(), LookupError()):
+    logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    [line] = done.stderr.splitlines()
+    assert line.endswith("Exception in ASGI application error=LookupError")
