@@ -1,5 +1,6 @@
 """What is removed without anybody asking."""
 
+import asyncio
 from datetime import timedelta
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from domain.errors import LogUnavailable
 from domain.housekeeping import Housekeeping
 from support.builders import SteppableClock
 from support.doubles import ForwardingLog, InMemoryBackend, Pause, ScriptedEditor, png
-from support.harness import PHOTO, running
+from support.harness import PHOTO, TIMEOUT, running
 
 
 async def test_a_sweep_removes_only_pictures_that_no_event_names() -> None:
@@ -76,6 +77,9 @@ async def test_the_service_removes_stray_and_expired_pictures_after_a_kill(tmp_p
     async with running(tmp_path, retention=0.5) as service:
         assert not left.exists()
         generation_id = await service.start("ada")
+        async with asyncio.timeout(TIMEOUT):
+            while (await service.get("/generations"))["generations"]:
+                await asyncio.sleep(0.02)
         await service.until(lambda: not any(each.is_dir() for each in tmp_path.iterdir()))
         answer = await service.http.get(f"/generations/{generation_id}", headers={"X-User-Id": "ada"})
         assert answer.status_code == 404
