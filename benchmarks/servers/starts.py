@@ -115,7 +115,7 @@ class Starts:
         await self._all_answered()
 
     def _start_on_free(self) -> bool:
-        """Start on a free connection. False: there is none, and nothing is started."""
+        """Start a generation on a free connection. False if no connection is free."""
         while self._free:
             connection = self._free.pop()
             if connection.open:

@@ -5,7 +5,6 @@ image name or file path is logged, at any level. Libraries log what clients and 
 their warnings are.
 """
 
-import asyncio
 import copy
 import json
 import logging
@@ -137,11 +136,6 @@ def _without_details(record: logging.LogRecord) -> bool:
     return True
 
 
-def _not_cancelled(record: logging.LogRecord) -> bool:
-    """Drop uvicorn's error about a request that was cut off at the end of a shutdown."""
-    return not record.exc_info or record.exc_info[0] is not asyncio.CancelledError
-
-
 def _unhandled(hook: "threading.ExceptHookArgs | sys.UnraisableHookArgs") -> None:
     if hook.exc_type is not SystemExit:
         logger.error("Unhandled exception: %s", hook.exc_type.__name__)
@@ -160,7 +154,6 @@ def configure(level: str = "warning", *, as_json: bool = False) -> None:
     # It warns about each write to a closed connection.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.getLogger("asyncio").addFilter(_without_details)
-    logging.getLogger("uvicorn.error").addFilter(_not_cancelled)
     threading.excepthook = sys.unraisablehook = _unhandled
     # Its warnings quote what clients sent.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)

@@ -111,8 +111,9 @@ class ExternalWork:
                 history = again  # A concurrent report was faster: try again after it.
 
     async def _check(self, generation_id: str) -> None:
-        if self._due.pop(generation_id, None) is None:  # An event that is appended from now on sets it again.
-            return  # It has ended while others were checked.
+        # The next event sets it again. Without it, the generation has ended while others were checked.
+        if self._due.pop(generation_id, None) is None:
+            return
         try:
             history = await self.log.summary(generation_id)
             if history is None or (generation := generation_of(history)).finished or not request_of(history).external:

@@ -115,14 +115,36 @@ def test_repeats_of_exceptions_name_their_type_and_keep_nothing_else(handler: Re
     ]
 
 
-def test_a_request_that_a_shutdown_cuts_off_is_no_error() -> None:
-    program = """
-import asyncio, logging
+@pytest.mark.parametrize(("ends", "logged"), [("server.begin_shutdown(now=True)", 0), ("request.cancel()", 1)])
+def test_only_a_request_that_a_shutdown_cancels_is_no_error(ends: str, logged: int) -> None:
+    program = f"""
+import asyncio, socket
+from adapters.serving.uvicorn_server import Server
 from api import logs
 logs.configure()
-for error in (asyncio.CancelledError(), LookupError()):
-    logging.getLogger("uvicorn.error").error("Exception in ASGI application", exc_info=error)
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        while True:
+            await send({{"type": (await receive())["type"] + ".complete"}})
+    request = asyncio.current_task()
+    asyncio.get_running_loop().call_later(0.05, lambda: {ends})
+    asyncio.get_running_loop().call_later(0.2, lambda: server.begin_shutdown(now=True))
+    await asyncio.get_running_loop().create_future()
+
+async def drain(force):
+    pass
+
+async def main():
+    global server
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    client.send(b"GET / HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+    server = Server(app, drain, lambda: None)
+    await server.serve(sockets=[listener])
+
+asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    [line] = done.stderr.splitlines()
-    assert line.endswith("Exception in ASGI application error=LookupError")
+    lines = [line for line in done.stderr.splitlines() if "Exception in ASGI application" in line]
+    assert len(lines) == logged, done.stderr

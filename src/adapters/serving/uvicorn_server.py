@@ -28,6 +28,17 @@ _BACKLOG: Final = 4096
 _ACCEPTED_AT_ONCE: Final = 8
 #: Seconds that open connections have to close at shutdown, and then that their tasks have to notice it.
 _CLOSE_GRACE: Final = 0.15
+#: The reason with which the tasks of requests that remain then are cancelled.
+_SHUTDOWN: Final = "the server shuts down"
+
+
+def _is_no_shutdown(record: logging.LogRecord) -> bool:
+    """Drop uvicorn's error about a request that a shutdown has cancelled: it is no fault of the application."""
+    error = record.exc_info and record.exc_info[1]
+    return not (isinstance(error, asyncio.CancelledError) and error.args == (_SHUTDOWN,))
+
+
+logging.getLogger("uvicorn.error").addFilter(_is_no_shutdown)
 
 
 class Server(uvicorn.Server):
@@ -138,4 +149,4 @@ class Server(uvicorn.Server):
         # Only then cancel tasks, so that those of aborted connections see the disconnect first.
         await asyncio.sleep(_CLOSE_GRACE)
         for task in self.server_state.tasks:
-            task.cancel()
+            task.cancel(_SHUTDOWN)

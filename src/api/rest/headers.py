@@ -9,5 +9,5 @@ def values(scope: Scope, name: bytes) -> list[str]:
 
 
 def value(scope: Scope, name: bytes) -> str:
-    """The first value of a header; empty if there is none."""
+    """The first value of a header, or an empty text."""
     return next(iter(values(scope, name)), "")

@@ -170,18 +170,18 @@ class _Parts:
         self._name = self._value = b""
 
     def _on_headers_finished(self) -> None:
-        headers, self._headers = self._headers, {}
+        given, self._headers = self._headers, {}
         if len(self.found) == _MAX_PARTS:
             raise HTTPException(413, "The form has too many fields.")
-        _, options = _options(headers.get(b"content-disposition", b""))
+        _, options = _options(given.get(b"content-disposition", b""))
         if b"name" not in options:
             raise HTTPException(400, "A part of the form names no field.")
-        if headers.get(b"content-transfer-encoding", b"binary").lower() not in (b"7bit", b"8bit", b"binary"):
+        if given.get(b"content-transfer-encoding", b"binary").lower() not in (b"7bit", b"8bit", b"binary"):
             raise HTTPException(415, "The parts of a form must be sent as they are, without a transfer encoding.")
         name = _decoded(options[b"name"], self._charset)
         part: _Text | FormFile
         if name in self._texts:
-            media_type, parameters = _options(headers.get(b"content-type", b""))
+            media_type, parameters = _options(given.get(b"content-type", b""))
             charset = parameters.get(b"charset")
             part = _Text(_codec(charset) if charset else self._charset, media_type == b"application/json")
         else:
