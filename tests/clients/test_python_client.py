@@ -244,15 +244,18 @@ async def test_events_are_those_of_the_log_after_any_number_of_bytes(
 async def test_the_feed_goes_on_after_a_cursor_in_another_process(
     service: Running, proxy: Proxy, connect: Open, eve: str
 ) -> None:
-    first = await service.start(eve)
-    before = await connect(service.url).collect("events", until=lambda event: event.sequence == 4)
-    second = await service.start(eve, "generate")
-    received = list[Event]()
+    client = connect(service.url)
+    async with gate(service, f"feed-{eve}-{id(client)}") as prompt:
+        first = await service.start(eve, prompt=prompt)
+        before = await client.collect("events", until=lambda event: event.sequence == 4)
+        second = await service.start(eve, "generate")
+    received, unfinished = list[Event](), {first, second}
     async with aclosing(connect(proxy.url).iterate("events", after=before[-1].cursor)) as events:
         async for event in events:
             received.append(event)
             proxy.strike("reset")
-            if event.generation_id == second and event.finished:
+            unfinished -= {event.generation_id} if event.finished else set()
+            if not unfinished:
                 break
     feed = [Event.from_json(data) for each in (first, second) for data in await service.events(each, eve)]
     assert sorted(map(place, before + received)) == sorted(map(place, feed))
