@@ -249,6 +249,29 @@ async def test_nodes_announce_where_they_are_reached(url: str) -> None:
         assert await one.nodes.address("abcdef") is None
 
 
+async def test_the_address_of_a_node_that_joins_during_a_heartbeat_is_found(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_node(url) as one:
+        nodes: Any = one.nodes
+        beat, seen, joined = nodes._beat, asyncio.Event(), asyncio.Event()
+
+        async def beat_and_wait() -> Any:
+            rows = await beat()
+            seen.set()
+            await joined.wait()
+            return rows
+
+        monkeypatch.setattr(nodes, "_beat", beat_and_wait)
+        await seen.wait()
+        async with open_node(url, address=":7") as two:
+            assert two.nodes is not None
+            address = asyncio.create_task(nodes.address(two.nodes.id))
+            await asyncio.sleep(0)
+            joined.set()
+            assert await address == "127.0.0.1:7"
+
+
 @pytest.mark.usefixtures("short_lease")
 async def test_an_outage_of_the_database_ends_no_node_and_a_death_ends_one(
     url: str, monkeypatch: pytest.MonkeyPatch

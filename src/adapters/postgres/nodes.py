@@ -33,7 +33,7 @@ class Nodes:
         self._loads: dict[str, Load] = {}
         #: How many sockets and streams this node has.
         self.load: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        #: Ends the wait for the next heartbeat; and is set at its end.
+        #: Ends the wait for the next heartbeat; and is set at the end of the next one that begins.
         self._beat_now, self._beaten = asyncio.Event(), asyncio.Event()
         #: The last heartbeat of each node, and since when this node sees it.
         self._seen: dict[str, tuple[datetime, float]] = {}
@@ -72,7 +72,7 @@ class Nodes:
     async def address(self, node: str) -> str | None:
         if node not in self._addresses:
             self.beat_soon()
-            await woken(self._beaten, 2 * BEAT)
+            await woken(self._beaten, 4 * BEAT)
         return self._addresses[node] if node in self.others else None
 
     def beat_soon(self) -> None:
@@ -82,15 +82,15 @@ class Nodes:
     async def run(self) -> None:
         """Send heartbeats until cancelled."""
         while True:
+            beaten, self._beaten = self._beaten, asyncio.Event()
+            self._beat_now.clear()
             try:
                 await self.beat()
             except LogUnavailable:
                 self._seen.clear()
-            self._beaten.set()
-            self._beaten = asyncio.Event()
+            beaten.set()
             await asyncio.sleep(BEAT / 10)  # Forged ids do not make it faster than that.
             await woken(self._beat_now, 0.9 * BEAT)
-            self._beat_now.clear()
 
     async def beat(self) -> None:
         """Send one heartbeat, and see those of the others. Raises `LogUnavailable`."""
