@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -184,9 +184,10 @@ class Tail:
         rows = await self._ask(connection, query, self._last, list(self._gaps), _PAGE)
         oldest = rows[0]["oldest"]
         entries = [row for row in rows if row["id"] is not None]
+        removed: Collection[str] = ()
         if any(row["position"] == 1 for row in entries):
             # The user may have been removed before. Devices would take the new entries for those they were sent.
-            await self._read_removals(connection, now=True)
+            removed = await self._read_removals(connection, now=True)
         new = [row["id"] for row in entries if row["id"] > self._last]
         newest = new[-1] if new else self._last
         if len(new) == _PAGE:
@@ -206,30 +207,29 @@ class Tail:
         for gap in over:
             del self._gaps[gap]
         for row in entries:
-            self._deliver_row(row)
+            self._deliver_row(row, removed)
         await self._set_barrier(connection)
         return len(new) == _PAGE
 
-    async def _read_removals(self, connection: Connection, *, now: bool) -> None:
-        """Read and deliver the new removals, if it is time to look for them.
+    async def _read_removals(self, connection: Connection, *, now: bool) -> Collection[str]:
+        """Read and deliver the new removals, if it is time to look for them. Return whose they are: ids of either kind.
 
         What was removed has no entry with an event any more, so that none is read afterwards.
         """
         loop = asyncio.get_running_loop()
         present = loop.time()
         if not now and present < self._next_removals:
-            return
+            return ()
         self._next_removals = present + _REMOVALS_EVERY
         rows = await self._ask(connection, "SELECT * FROM stagecast.removals_v1()")
         known, self._removals = self._removals, {number for number, _, _ in rows}
         last, self._removals_read_at = self._removals_read_at, present
         if loop.time() > last + _REMOVALS_WITHIN:
             self.followers.deliver(Gap())
-        for number, user_id, generation_id in rows:
-            if number not in known:
-                self.followers.deliver(
-                    UserRemoved(user_id) if generation_id is None else Removed(user_id, generation_id)
-                )
+        new = [(user_id, generation_id) for number, user_id, generation_id in rows if number not in known]
+        for user_id, generation_id in new:
+            self.followers.deliver(UserRemoved(user_id) if generation_id is None else Removed(user_id, generation_id))
+        return {generation_id or user_id for user_id, generation_id in new}
 
     async def _set_barrier(self, connection: Connection) -> None:
         """Note for new gaps which transactions may fill them: those that have begun by now."""
@@ -248,9 +248,10 @@ class Tail:
         finally:
             watchdog.cancel()
 
-    def _deliver_row(self, row: Any) -> None:
+    def _deliver_row(self, row: Any, removed: Collection[str]) -> None:
+        """`removed`: what was removed before this, and perhaps after the row was read."""
         self._busy_until = asyncio.get_running_loop().time() + _BUSY
-        if row["event"] is None:  # It was removed before it was read.
+        if row["event"] is None or not {row["user_id"], row["generation_id"]}.isdisjoint(removed):
             self.followers.deliver(Gap())
         else:
             # As it was when it was appended.
