@@ -43,15 +43,15 @@ class BatchThread(Generic[W]):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    async def submit(self, work: W, then: Callable[[Any], None] | None = None) -> Any:
-        """Return the work's value or raise its exception. Work cancelled before it starts is skipped.
+    def submit(self, work: W, then: Callable[[Any], None] | None = None) -> "asyncio.Future[Any]":
+        """The work's value or exception, later. Work cancelled before it starts is skipped.
 
         `then` is called first with the value, on the event loop, in the order of submission, even if the caller was
         cancelled meanwhile.
         """
         future = asyncio.get_running_loop().create_future()
         self._requests.put(_Request(work, then, future))
-        return await future
+        return future
 
     def close(self) -> None:
         """Finish all submitted work and end the thread. Nothing may be submitted afterwards."""

@@ -187,7 +187,7 @@ class Database:
     def _write_back(self, idle: bool) -> None:
         """Checkpoint and truncate the WAL, if the thread is idle or the WAL has reached its limit."""
         try:
-            if not self._intact() or not ((idle and self._wal_size) or self._wal_size >= self._wal_limit):
+            if (not idle and self._wal_size < self._wal_limit) or not self._intact() or not self._wal_size:
                 return
             self._writer.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_TIMEOUT * 1000:.0f}")
             try:
