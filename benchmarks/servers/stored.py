@@ -6,6 +6,7 @@
 
 ``memory``: bytes of this process per event and of the event's JSON. The others: appends per second of `WRITERS` at once
 in the log of a file, and of the same rows that are written to the same tables without any check, `WRITERS` in a batch.
+Those two run as the service does: on its event loop, and with its garbage collection.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +26,7 @@ from adapters.memory.quotas import MemoryQuotas
 from adapters.sqlite.database import Database
 from adapters.sqlite.log import SqliteLog
 from adapters.system import SystemEntropy, now
+from api.wiring import collect_less, run
 from benchmarks.servers import control
 from benchmarks.servers.product import REQUEST, START
 from domain.events import Event, encode, event_name, timestamp
@@ -109,6 +112,7 @@ def appends(user_id: str) -> Iterator[Append]:
 
 async def sqlite(seconds: float) -> None:
     """Append with the log of a file."""
+    collect_less()
     database = Database(Path("log.db"), epoch="benchmark")
     log = SqliteLog(database, credits=10**9, clock=now)
     count, end = 0, time.monotonic() + seconds
@@ -128,6 +132,7 @@ async def sqlite(seconds: float) -> None:
 
 async def rows(seconds: float) -> None:
     """Write what the log would, as fast as SQLite can."""
+    collect_less()
     await Database(Path("log.db"), epoch="benchmark").close()  # Creates the tables.
     connection = sqlite3.connect("log.db", isolation_level=None)
     connection.execute("PRAGMA synchronous = FULL")
@@ -172,4 +177,4 @@ if __name__ == "__main__":
     if what == "memory":
         asyncio.run(memory(int(amount)))
     else:
-        asyncio.run((sqlite if what == "sqlite" else rows)(float(amount)))
+        run(partial(sqlite if what == "sqlite" else rows, float(amount)))
