@@ -42,6 +42,7 @@ def _show_all(display: Display, http: httpx2.Client, path: str) -> _JSON:
     for name, data in _events(http, path):
         if name == "authenticated":
             listed = {each["generationId"]: each for each in data["generations"]}
+            before = positions
             positions = {key: each["queuePosition"] for key, each in listed.items() if "queuePosition" in each}
             if not data["recovered"]:  # All events of unfinished generations follow. The others are only listed.
                 for generation_id in unfinished:
@@ -51,17 +52,20 @@ def _show_all(display: Display, http: httpx2.Client, path: str) -> _JSON:
                     elif snapshot["status"] in _TERMINAL:
                         display.show(snapshot)
                 unfinished.clear()
-            for generation_id in unfinished & positions.keys():
-                display.show_position(generation_id, positions[generation_id])
+            for generation_id, position in positions.items() - before.items():
+                if generation_id in unfinished:
+                    display.show_position(generation_id, position)
         elif name == "queue_position":
-            positions[data["generationId"]] = data["queuePosition"]
-            display.show_position(data["generationId"], data["queuePosition"])
+            generation_id, position = data["generationId"], data["queuePosition"]
+            if positions.get(generation_id) != position:
+                positions[generation_id] = position
+                display.show_position(generation_id, position)
         elif name == "generation_removed":
             display.remove(data["generationId"])
         elif "progress" in data:
             unfinished.add(data["generationId"])
-            position = positions.get(data["generationId"]) if data["status"] == "started" else None
-            display.show(data if position is None else {**data, "queuePosition": position})
+            place = positions.get(data["generationId"]) if data["status"] == "started" else None
+            display.show(data if place is None else {**data, "queuePosition": place})
             if data["status"] in _TERMINAL:
                 unfinished.remove(data["generationId"])
                 if path:
