@@ -42,6 +42,9 @@ _ID_PREFIX: Final[dict[Kind, str]] = {"edit": "edit", "generate": "gen"}
 #: How many finished generations `Workflow.recent` returns.
 RECENT: Final = 20
 
+#: Generations of a user that are read at a time to be removed.
+_REMOVED_AT_ONCE: Final = 100
+
 
 class Upload(Protocol):
     """A file that came with a request."""
@@ -299,16 +302,21 @@ class Workflow:
             LogUnavailable: some of it may have been removed. Try again.
         """
         await self.started(user_id)
-        generation_ids: Sequence[str] | None = None
-        while generation_ids is None:
-            for history in await self.log.generations(user_id, active=True, limit=1_000):
-                await self.recorder.end(history.generation_id, errors.Failure("cancelled"))
-                await self.leases.withdraw(history.generation_id)
+        removed: Sequence[str] | None = None
+        while removed is None:
+            before: int | None = None
+            while found := await self.log.generations(user_id, before=before, limit=_REMOVED_AT_ONCE):
+                for history in found:
+                    if history.events[-1].end is None:
+                        await self.recorder.end(history.generation_id, errors.Failure("cancelled"))
+                        await self.leases.withdraw(history.generation_id)
+                    await self.images.remove(history.generation_id)  # First, as in `delete`.
+                before = found[-1].events[0].position
             with suppress(errors.NotFinished):  # It has started since.
-                generation_ids = await self.retention.remove_user(user_id)
+                removed = await self.retention.remove_user(user_id)
         await self.sessions.end_all(user_id)
         await self.images.quotas.forget_starts(user_id)
-        for generation_id in generation_ids:
+        for generation_id in removed:  # What work that was cancelled has stored since.
             await self.images.remove(generation_id)
 
     async def history(self, user_id: str, generation_id: str) -> History:

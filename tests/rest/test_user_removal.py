@@ -231,14 +231,18 @@ async def test_a_provider_that_cannot_be_stopped_leaves_no_picture(tmp_path: Pat
         assert await service.service.images.quotas.stored("eve") == 0
 
 
+@pytest.mark.parametrize("removed", [False, True])
 async def test_a_log_that_does_not_answer_is_told_and_the_removal_can_be_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: bool
 ) -> None:
     async with running(tmp_path) as service:
         await service.start("eve")
         await service.service.leases.drain()
+        remove_user = service.service.storage.log.remove_user
 
         async def unavailable(user_id: str) -> None:
+            if removed:
+                await remove_user(user_id)
             raise LogUnavailable
 
         with monkeypatch.context() as patch:
