@@ -265,26 +265,17 @@ async def test_removals_on_other_nodes_arrive_once_and_after_the_entries(url: st
             assert [each for each in heard if isinstance(each, Removed)] == heard[-1:]
 
 
-async def test_a_user_is_removed_before_the_entries_of_the_feed_that_begins_again(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_user_is_removed_before_the_entries_of_the_feed_that_begins_again(url: str) -> None:
     got: list[Notice] = []
     async with node(url, 1) as one, node(url, 2) as two:
         generation = await one.recorder.start_and_fail("ada")
         await two.follower.until(lambda entries: len(entries) == 2)
         async with two.log.follow(got.append):
-            monkeypatch.setattr(postgres_tail, "_REMOVALS_EVERY", 3_600)
-            await two.log._tail.caught_up()  # The next read of removals is an hour away.
             await one.log.remove_user("ada")
             await one.recorder.start_and_fail("ada")
-            async with asyncio.timeout(20):
-                while len(got) < 3:
-                    await asyncio.sleep(0.01)
             await two.log._tail.caught_up()
-            # A read does not show whether its entries are those of the feed that has ended.
             assert got[:2] == [Removed("ada", generation.generation_id), UserRemoved("ada")]
-            assert got[2] == Gap()
-            assert [each.position for each in got if isinstance(each, Logged)] in ([], [2])
+            assert [each.position for each in got[2:] if isinstance(each, Logged)] == [1, 2]
 
 
 @pytest.mark.parametrize("user_too", [False, True])
@@ -315,8 +306,8 @@ async def test_no_entry_follows_a_removal_between_two_reads(
             generation = await one.recorder.start_and_fail("ada")
             appended.set()
             await two.log._tail.caught_up()
-            users = [UserRemoved("ada")] if user_too else []
-            assert got == [Removed("ada", generation.generation_id), *users, Gap(), Gap()]
+            assert [each.position for each in got[:2] if isinstance(each, Logged)] == [1, 2]
+            assert got[2:] == [Removed("ada", generation.generation_id), *[UserRemoved("ada")] * user_too]
 
 
 async def test_a_removal_arrives_although_the_connection_breaks_after_it_was_read(
@@ -327,7 +318,7 @@ async def test_a_removal_arrives_although_the_connection_breaks_after_it_was_rea
 
         async def ask_and_break(connection: Any, query: str, *arguments: object) -> Any:
             rows = await ask(connection, query, *arguments)
-            if "removals" in query and rows:
+            if "read_v1" in query and rows[0]["id"] is not None:
                 connection.terminate()
                 monkeypatch.undo()
             return rows
@@ -339,6 +330,46 @@ async def test_a_removal_arrives_although_the_connection_breaks_after_it_was_rea
         await two.follower.until(lambda _: bool(two.follower.removed))
         await two.log._tail.caught_up()
         assert two.follower.removed == [Removed("ada", generation.generation_id)]
+
+
+async def test_a_removal_arrives_however_late_it_is_committed(url: str) -> None:
+    """As it waits for a synchronous standby that is down."""
+    got: list[Notice] = []
+    async with node(url) as here:
+        generation = await here.recorder.start_and_fail("ada")
+        await here.follower.until(lambda entries: len(entries) == 2)
+        async with here.log.follow(got.append):
+            admin = await asyncpg.connect(url)
+            await admin.execute("BEGIN")
+            await admin.fetchval("SELECT stagecast.remove_user_v1('ada')")
+            await admin.execute("UPDATE stagecast.removals SET at = at - interval '20 minutes'")
+            await here.recorder.run_to_end("bob")
+            await here.log._tail.caught_up()
+            await admin.execute("COMMIT")
+            await admin.close()
+            await here.recorder.start_and_fail("ada")
+            await here.log._tail.caught_up()
+            assert got[6:8] == [Removed("ada", generation.generation_id), UserRemoved("ada")]
+            assert [each.position for each in got[8:] if isinstance(each, Logged)] == [1, 2]
+
+
+async def test_removals_are_read_in_their_places_among_many_entries(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[Notice] = []
+    monkeypatch.setattr(postgres_tail, "_PAGE", 2)
+    async with node(url) as here, here.log.follow(got.append):
+        admin = await asyncpg.connect(url)
+        await admin.execute("BEGIN")
+        removed = []
+        for _ in range(3):
+            start, generation = here.recorder.prepare_start("ada")
+            await stranger_appends(admin, start)
+            await stranger_appends(admin, here.recorder.prepare(generation, "failed")[0])
+            await admin.fetchval("SELECT stagecast.remove_v1($1, false)", generation.generation_id)
+            removed.append(Removed("ada", generation.generation_id))
+        await admin.execute("COMMIT")
+        await admin.close()
+        await here.log._tail.caught_up()
+        assert got == [each for removal in removed for each in (Gap(), Gap(), removal)]
 
 
 class Client:
@@ -374,7 +405,7 @@ class Client:
 async def test_a_device_whose_user_was_removed_in_a_long_break_of_the_follower_starts_fresh(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the removal is too old to be read afterwards. A device that had been sent nothing is sent the new feed."""
+    """Where the removal is forgotten by then. A device that had been sent nothing is sent the new feed."""
     async with node(url, 1) as one, node(url, 2) as two, asyncio.timeout(20):
         await one.recorder.start_and_fail("ada")
         await one.recorder.start("bob")  # The last entry, by which the follower goes on, is another user's.
@@ -394,7 +425,7 @@ async def test_a_device_whose_user_was_removed_in_a_long_break_of_the_follower_s
                 return await listener.connect()
 
             monkeypatch.setattr(tail, "_listener", SimpleNamespace(pooled=False, connect=connect))
-            monkeypatch.setattr(postgres_tail, "_REMOVALS_WITHIN", 0.5)
+            monkeypatch.setattr(postgres_tail, "_MAX_BREAK", 0.5)
             await admin.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", listener.name
             )
@@ -404,7 +435,7 @@ async def test_a_device_whose_user_was_removed_in_a_long_break_of_the_follower_s
             for user_id in clients:
                 await one.log.remove_user(user_id)
                 await one.recorder.start_and_fail(user_id)
-            await admin.execute("UPDATE stagecast.removals SET at = at - interval '11 seconds'")
+            await admin.execute("DELETE FROM stagecast.removals")
             await admin.close()
             back.set()
             await clients["ada"].ended.wait()

@@ -195,7 +195,7 @@ class PostgresLog:
         outcome = is_text(generation_id) and await self._database.call("remove_v1", generation_id, retention)
         if outcome == "unfinished":
             raise NotFinished
-        self._tail.wake(removals=True)
+        self._tail.wake()
         return bool(outcome == "removed")
 
     async def images(self, generation_id: str) -> Collection[str]:
@@ -211,7 +211,7 @@ class PostgresLog:
         removed: Sequence[str] | None = await self._database.call("remove_user_v1", user_id)
         if removed is None:
             raise NotFinished
-        self._tail.wake(removals=True)
+        self._tail.wake()
         return removed
 
     async def set_aside(self, generation_id: str) -> bool:

@@ -4,7 +4,8 @@ Ids are drawn in order, but their transactions commit in another one. So ids tha
 are kept as gaps, and asked for again in every read. A gap is given up once every transaction that had begun when it was
 found is over, because then its own was rolled back. Nothing waits for a slow transaction, and nothing is missed.
 
-Of one user, ids are in the order of the feed: the lock on the user's row is held until the commit.
+Of one user, ids are in the order of the feed: the lock on the user's row is held until the commit. Removals have ids
+of the same kind, so that no entry is read after its removal.
 
 A notification only shortens the wait for the next read. Through a pooler in transaction mode none arrives.
 """
@@ -13,7 +14,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -47,11 +48,8 @@ _POLL_QUICKLY: Final = 0.02
 #: Seconds for which a log is busy after an entry.
 _BUSY: Final = 1.0
 
-#: Seconds between two reads of removals. Each reads those of the last ten, as they do not commit in the order of their
-#: ids either.
-_REMOVALS_EVERY: Final = 1.0
-#: Seconds between two such reads beyond which one may be in neither: less than ten, as it commits after it is dated.
-_REMOVALS_WITHIN: Final = 8.0
+#: Seconds without a read beyond which everything is read again: less than the hour for which removals are kept.
+_MAX_BREAK: Final = 600.0
 
 #: Seconds between two looks for gaps that will not be filled.
 _GIVE_UP_EVERY: Final = 1.0
@@ -77,19 +75,13 @@ class Tail:
         #: Ids below the last one, each with the transaction id that all that might fill it are below, once known.
         self._gaps: dict[int, int | None] = {}
         self._next_barrier = 0.0
-        #: The ids of the removals that were read last, and when.
-        self._removals: set[int] = set()
-        self._removals_read_at = float("-inf")
-        self._next_removals = 0.0
         self._busy_until = 0.0
         self._read_at = asyncio.get_running_loop().time()
         #: Connections in a row that did not read anything.
         self._failures = 0
 
-    def wake(self, *, removals: bool = False) -> None:
-        """Read now: entries, or removals too."""
-        if removals:
-            self._next_removals = 0.0
+    def wake(self) -> None:
+        """Read now."""
         self._wake.set()
 
     def age(self) -> float:
@@ -137,7 +129,10 @@ class Tail:
         if self._last is None:
             await self._restart(connection)
             return
-        query = "SELECT event_id FROM stagecast.events WHERE id = $1"
+        query = (
+            "SELECT event_id FROM stagecast.events WHERE id = $1"
+            " UNION ALL SELECT event_id FROM stagecast.removals WHERE id = $1"
+        )
         row = await self._ask(connection, query, self._last)
         if not row or row[0]["event_id"] != self._last_event:
             await self._restart(connection)
@@ -162,7 +157,6 @@ class Tail:
             self._wake.clear()
             waiters, self._waiters = self._waiters, []
             try:
-                await self._read_removals(connection, now=bool(waiters))
                 full = await self._read(connection)
             except BaseException:
                 self._waiters += waiters
@@ -184,16 +178,14 @@ class Tail:
         rows = await self._ask(connection, query, self._last, list(self._gaps), _PAGE)
         oldest = rows[0]["oldest"]
         entries = [row for row in rows if row["id"] is not None]
-        removed: Collection[str] = ()
-        if any(row["position"] == 1 for row in entries):
-            # The user may have been removed before. Devices would take the new entries for those they were sent.
-            removed = await self._read_removals(connection, now=True)
         new = [row["id"] for row in entries if row["id"] > self._last]
+        # Of more, either the events or the removals are not all there.
+        del entries[len(entries) - len(new) + _PAGE :], new[_PAGE:]
         newest = new[-1] if new else self._last
         if len(new) == _PAGE:
             query = "SELECT greatest($1, max(id)) FROM stagecast.events"
             [(newest,)] = await self._ask(connection, query, newest)
-        if newest - self._last > _MAX_BACKLOG:
+        if newest - self._last > _MAX_BACKLOG or self.age() > _MAX_BREAK:
             await self._restart(connection)
             self.followers.deliver(Gap())
             return True
@@ -207,29 +199,9 @@ class Tail:
         for gap in over:
             del self._gaps[gap]
         for row in entries:
-            self._deliver_row(row, removed)
+            self._deliver_row(row)
         await self._set_barrier(connection)
         return len(new) == _PAGE
-
-    async def _read_removals(self, connection: Connection, *, now: bool) -> Collection[str]:
-        """Read and deliver the new removals, if it is time to look for them. Return whose they are: ids of either kind.
-
-        What was removed has no entry with an event any more, so that none is read afterwards.
-        """
-        loop = asyncio.get_running_loop()
-        present = loop.time()
-        if not now and present < self._next_removals:
-            return ()
-        self._next_removals = present + _REMOVALS_EVERY
-        rows = await self._ask(connection, "SELECT * FROM stagecast.removals_v1()")
-        known, self._removals = self._removals, {number for number, _, _ in rows}
-        last, self._removals_read_at = self._removals_read_at, present
-        if loop.time() > last + _REMOVALS_WITHIN:
-            self.followers.deliver(Gap())
-        new = [(user_id, generation_id) for number, user_id, generation_id in rows if number not in known]
-        for user_id, generation_id in new:
-            self.followers.deliver(UserRemoved(user_id) if generation_id is None else Removed(user_id, generation_id))
-        return {generation_id or user_id for user_id, generation_id in new}
 
     async def _set_barrier(self, connection: Connection) -> None:
         """Note for new gaps which transactions may fill them: those that have begun by now."""
@@ -248,10 +220,12 @@ class Tail:
         finally:
             watchdog.cancel()
 
-    def _deliver_row(self, row: Any, removed: Collection[str]) -> None:
-        """`removed`: what was removed before this, and perhaps after the row was read."""
+    def _deliver_row(self, row: Any) -> None:
         self._busy_until = asyncio.get_running_loop().time() + _BUSY
-        if row["event"] is None or not {row["user_id"], row["generation_id"]}.isdisjoint(removed):
+        user_id, generation_id = row["user_id"], row["generation_id"]
+        if row["name"] is None:
+            self.followers.deliver(Removed(user_id, generation_id) if generation_id else UserRemoved(user_id))
+        elif row["event"] is None:
             self.followers.deliver(Gap())
         else:
             # As it was when it was appended.

@@ -97,9 +97,10 @@ CREATE TABLE stagecast.sessions (
 CREATE INDEX sessions_of_user ON stagecast.sessions (user_id, touched_at, id);
 CREATE INDEX expiring_sessions ON stagecast.sessions (touched_at);
 
--- What was removed in the last minute, for the followers of all nodes.
+-- What was removed in the last hour, for the followers of all nodes, who read it as entries of the log.
 CREATE TABLE stagecast.removals (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    id bigint PRIMARY KEY DEFAULT nextval('stagecast.events_id_seq'),
+    event_id bigint NOT NULL DEFAULT (random() * 9e18)::bigint,
     user_id text NOT NULL,
     generation_id text,                     -- NULL: all that was stored of the user
     at timestamptz NOT NULL DEFAULT clock_timestamp()
@@ -304,7 +305,7 @@ END $$;
 
 
 -- The entries after an id, and those of gaps that have been filled, in the order of ids; at least one row, without an
--- entry if there is none. `oldest`: the oldest open transaction.
+-- entry if there is none. Removals are among them, without a name. `oldest`: the oldest open transaction.
 CREATE FUNCTION stagecast.read_v1(after bigint, gaps bigint[], most integer) RETURNS TABLE (
     oldest bigint, id bigint, user_id text, "position" bigint, event_id bigint, generation_id text, sequence integer,
     name text, event bytea, first_position bigint, images jsonb, end_position bigint
@@ -323,6 +324,12 @@ BEGIN
         ) AS events
         JOIN stagecast.generations ON generations.id = events.generation
         JOIN stagecast.users ON users.id = events.owner
+        UNION ALL
+        SELECT id, user_id, NULL, event_id, generation_id, NULL, NULL, NULL, NULL, NULL, NULL
+        FROM (
+            (SELECT * FROM stagecast.removals WHERE id > after ORDER BY id LIMIT most)
+            UNION ALL SELECT * FROM stagecast.removals WHERE id = ANY (gaps)
+        ) AS removals
     ) AS entry ON true
     ORDER BY entry.id;
 END $$;
@@ -334,16 +341,9 @@ LANGUAGE sql STABLE AS $$
     SELECT last.id, ARRAY(
         SELECT generate_series(greatest(1, last.id - look_back + 1), last.id)
         EXCEPT SELECT id FROM stagecast.events WHERE id > last.id - look_back
+        EXCEPT SELECT id FROM stagecast.removals WHERE id > last.id - look_back
     )
     FROM (SELECT CASE WHEN is_called THEN last_value ELSE 0 END AS id FROM stagecast.events_id_seq) AS last
-$$;
-
-
--- The removals of the last ten seconds. A follower that has not read them for almost as long reads everything again.
-CREATE FUNCTION stagecast.removals_v1() RETURNS TABLE (id bigint, user_id text, generation_id text)
-LANGUAGE sql STABLE AS $$
-    SELECT id, user_id, generation_id FROM stagecast.removals WHERE at > clock_timestamp() - interval '10 seconds'
-    ORDER BY id
 $$;
 
 
@@ -451,12 +451,13 @@ BEGIN
 END $$;
 
 
--- Notes removals for the followers, and forgets some that all followers have read.
+-- Notes removals for the followers, and forgets some that are old: a follower that has not read for so long reads
+-- everything again.
 CREATE FUNCTION stagecast.note_removals_v1(the_user text, generation_ids text[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO stagecast.removals (user_id, generation_id) SELECT the_user, unnest(generation_ids);
     DELETE FROM stagecast.removals WHERE id IN (
-        SELECT id FROM stagecast.removals WHERE at < clock_timestamp() - interval '1 minute'
+        SELECT id FROM stagecast.removals WHERE at < clock_timestamp() - interval '1 hour'
             LIMIT 2 * cardinality(generation_ids) FOR UPDATE SKIP LOCKED
     );
 END $$;
