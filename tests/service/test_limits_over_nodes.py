@@ -9,6 +9,7 @@ import asyncpg
 import httpx2
 import pytest
 
+from domain.errors import LogUnavailable
 from support.builders import EventRecorder
 from support.doubles import InMemoryImages, ScriptedComposer, ScriptedEditor, ScriptedFetcher
 from support.event_stream import open_stream
@@ -81,6 +82,26 @@ async def test_a_session_that_is_resumed_on_another_node_does_not_count_twice() 
         await first.until_gone(20)
         assert not second.gone.is_set()
         second.abort()
+
+
+async def test_a_socket_whose_admission_was_not_answered_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two_nodes(max_sockets_per_user=1) as (one, two):
+        quotas: Any = one.service.storage.quotas
+        call = quotas._database.call
+
+        async def unanswered(function: str, *arguments: Any) -> Any:
+            answer = await call(function, *arguments)
+            if function == "admit_device_v1":
+                raise LogUnavailable
+            return answer
+
+        monkeypatch.setattr(quotas._database, "call", unanswered)
+        assert await is_refused(one)
+
+        async def admitted() -> bool:
+            return not await is_refused(two)
+
+        await until(admitted)
 
 
 async def test_starts_per_minute_are_counted_over_all_nodes() -> None:

@@ -47,7 +47,12 @@ class PostgresQuotas:
 
     async def admit_device(self, user_id: str, here: Callable[[], int], most: int) -> bool:
         async with self._counting:
-            return bool(await self._database.call("admit_device_v1", self._database.node, user_id, here() + 1, most))
+            counted = self._database.node, user_id, here() + 1, most
+            try:
+                return bool(await self._database.call("admit_device_v1", *counted))
+            except LogUnavailable:
+                self.device_left(user_id, here)  # It may have been admitted.
+                raise
 
     def device_left(self, user_id: str, here: Callable[[], int]) -> None:
         self._left[user_id] = here
