@@ -339,6 +339,18 @@ async def test_what_a_node_holds_without_knowing_it_goes_back_into_the_line(
         assert await here.leases.renew(["a1"]) == ["a1"]
 
 
+async def test_counts_are_at_most_a_second_old_for_everybody_who_asks_at_once(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_leases, "_SEEN_FOR", 0.1)
+    async with open_node(url) as one, open_node(url) as two:
+        await one.leases.offer("ada", "edit_1_a")
+        assert await two.leases.count() == (1, 0)
+        assert await one.leases.withdraw("edit_1_a")
+        await asyncio.sleep(0.2)
+        assert await asyncio.gather(*(two.leases.count() for _ in range(3))) == [(0, 0)] * 3
+
+
 async def test_of_fifty_appends_with_one_sequence_from_three_nodes_one_wins(url: str) -> None:
     async with open_node(url) as one, open_node(url) as two, open_node(url) as three:
         nodes: Any = [one, two, three]

@@ -66,7 +66,7 @@ class PostgresLeases:
         """The counts and the positions: at most a second old, and not older than what this node did last."""
         loop = asyncio.get_running_loop()
         if self._seen is None or loop.time() > self._seen_at + _SEEN_FOR:
-            self._seen_at = began = loop.time()
+            self._seen, self._seen_at = None, (began := loop.time())
             rows = await self._database.rows("leases_v1", FETCHING_PER_USER)
             positions = {generation_id: rank for generation_id, waiting, _, rank in rows if waiting}
             seen = Counts(len(positions), sum(holder is not None for _, _, holder, _ in rows)), positions
