@@ -149,16 +149,18 @@ class Runner:
             job.task.cancel()
 
     async def _hold(self) -> None:
+        await asyncio.sleep(_RENEW)
+        await self.supervisor.every(_RENEW, RUNNER, self._renew)
+
+    async def _renew(self) -> None:
         """Renew the leases. Stop working on what this node has lost, and offer what another node has abandoned."""
-        while True:
-            await asyncio.sleep(_RENEW)
-            for generation_id in await self.leases.renew(list(self._jobs)):
-                if generation_id in self._jobs:
-                    self._jobs[generation_id].abandon()
-            for generation_id in await self.leases.abandoned():
-                history = await self.log.summary(generation_id)
-                if history is not None and history.events[-1].end is None:
-                    await self._offer(history)
+        for generation_id in await self.leases.renew(list(self._jobs)):
+            if generation_id in self._jobs:
+                self._jobs[generation_id].abandon()
+        for generation_id in await self.leases.abandoned():
+            history = await self.log.summary(generation_id)
+            if history is not None and history.events[-1].end is None:
+                await self._offer(history)
 
     async def _worker(self, *, fetching: bool) -> None:
         while True:

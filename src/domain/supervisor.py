@@ -16,8 +16,8 @@ OK: Final = "ok"
 #: Seconds before the first new attempt, twice as many before each further one, and at most.
 _BACKOFF: Final = 0.1
 _LONGEST: Final = 5.0
-#: Seconds after which a task without rounds counts as working again.
-_STEADY: Final = 1.0
+#: Seconds after which a task without rounds counts as working again: longer than a log may take to fail.
+_STEADY: Final = 2.0
 
 #: Seconds before a log that did not answer is asked again.
 RETRY_DELAY: Final = 0.2
@@ -50,11 +50,11 @@ class Supervisor:
             await asyncio.sleep(self._pause(name, task))
 
     async def every(self, seconds: float, name: str, work: Work) -> None:
-        """Do this work now, and again whenever so many seconds have passed."""
+        """Do this work now, and again whenever so many seconds have passed, or fewer if it failed."""
         task = object()
         while True:
-            pause = seconds if await self.attempt(name, work, task) else self._pause(name, task)
-            await asyncio.sleep(pause)
+            failed = not await self.attempt(name, work, task)
+            await asyncio.sleep(min(seconds, self._pause(name, task)) if failed else seconds)
 
     async def attempt(self, name: str, work: Work, task: object = None) -> bool:
         """Do this work of a part once, and return whether it succeeded. `task`: see `failed`."""

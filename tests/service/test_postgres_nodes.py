@@ -116,6 +116,22 @@ async def _outage(server: Server, tmp_path: Path, pause: Pause) -> None:
                 await asyncio.sleep(0.05)
 
 
+async def test_nothing_works_again_before_postgres_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def lines(end: str) -> list[str]:
+        return [each for each in caplog.messages if each.endswith(end)]
+
+    with new_server() as server:
+        async with running(tmp_path, log=server.url(), shared_images=True) as service:
+            await asyncio.to_thread(server.stop)
+            await asyncio.sleep(4)
+            assert lines(" works again") == []
+            failing = lines(" is tried again")
+            assert len(failing) == len({each.split()[0] for each in failing}) >= 2
+            await asyncio.to_thread(server.start)
+            await service.until(lambda: set(service.service.supervisor.parts.values()) == {"ok"})
+            assert len(lines(" works again")) == len(lines(" is tried again"))
+
+
 async def test_migrate_prints_or_makes_the_schema_and_check_reads_it(tmp_path: Path, url: str) -> None:
     variables: dict[str, Any] = {"STAGECAST_LOG": url, "STAGECAST_IMAGES": f"{tmp_path}/images"}
     assert (await run_main("check", **variables)).code == 0
