@@ -341,7 +341,8 @@ class Workflow:
         """All active generations and the last finished ones, newest first, without `input`."""
         active = await self.log.generations(user_id, active=True, limit=1_000)
         finished = await self.log.generations(user_id, active=False, limit=RECENT)
-        histories = sorted([*active, *finished], key=lambda history: -history.events[0].position)
+        found = {history.generation_id: history for history in (*active, *finished)}  # One may have ended in between.
+        histories = sorted(found.values(), key=lambda history: -history.events[0].position)
         generations = [*map(readable_part_of, histories)]
         for generation in generations:
             generation.input = None

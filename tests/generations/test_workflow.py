@@ -3,7 +3,9 @@
 import asyncio
 import re
 import threading
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ from domain.errors import (
 from domain.events import timestamp
 from domain.feed import Logged
 from domain.generation import Snapshot
-from domain.ports.log import Append, IdempotencyRecord
+from domain.ports.log import Append, History, IdempotencyRecord
 from domain.rehydrate import generation_of
 from domain.requests import GenerationRequest
 from domain.stages import Kind
@@ -448,6 +450,22 @@ async def test_recent_has_all_running_and_the_last_twenty_ended_generations() ->
     ids = [snapshot.generation_id for snapshot in recent]
     assert (ids[0], ids[-1], len(ids)) == (newest.generation_id, oldest.generation_id, 22)
     assert ids == sorted(ids, reverse=True)
+
+
+async def test_recent_has_a_generation_once_that_ends_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = InMemoryBackend()
+    begun, log = await backend.start(), backend.workflow.log
+    generations = log.generations
+
+    async def read_and_end(user_id: str, *, active: bool | None = None, **page: Any) -> Sequence[History]:
+        found = await generations(user_id, active=active, **page)
+        monkeypatch.undo()
+        await backend.cancel(begun)
+        return found
+
+    monkeypatch.setattr(log, "generations", read_and_end)
+    recent = await backend.workflow.recent("ada")
+    assert [(each.generation_id, each.status) for each in recent] == [(begun.generation_id, "failed")]
 
 
 async def test_without_balances_no_start_is_refused_for_credit() -> None:
