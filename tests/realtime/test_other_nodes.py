@@ -416,6 +416,25 @@ async def test_an_owner_that_accepts_and_never_answers_counts_as_dead_once_it_do
     assert line.split(" ")[2:5] == ["get", sid.lower(), "abx:y".replace(":", "")]
 
 
+async def test_an_owner_that_beats_and_never_answers_is_given_up(
+    nodes: list[Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the network between two nodes drops all packets: even a poll is answered once a ping is due."""
+    monkeypatch.setattr(peers, "_CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(peers, "_TIMEOUT", peers._TIMEOUT.__class__(total=(peers._TIMEOUT.total or 3_600) / 200))
+    given_up = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            await reader.read()
+        given_up.set()
+        writer.close()
+
+    async with in_place_of(nodes[1], silent) as name, asyncio.timeout(10):
+        assert (await nodes[1].http.get(f"{PATH}&sid={name}-{'A' * 20}")).json() == UNKNOWN
+        await given_up.wait()
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -32,8 +32,10 @@ _VALID: Final = 30
 #: process refuses connections at once; a busy one may take a while.
 _CONNECT_TIMEOUT: Final = 5.0
 _UPGRADE_TIMEOUT: Final = 6.0
-#: Seconds between two checks whether a node that has not answered still lives.
+#: Seconds between two checks whether a node that has not answered still lives, and in which one that lives must answer:
+#: a poll is answered when the next ping is due, after 25 seconds.
 _CHECK_INTERVAL: Final = 2.0
+_ANSWER_TIMEOUT: Final = 60.0
 #: Bytes of an answer or a message of another node, and of what the kernel keeps for a client that reads slowly.
 _MAX_ANSWER: Final = 16 * 1024 * 1024
 _MAX_UNREAD: Final = 128 * 1024
@@ -161,7 +163,7 @@ class Peers:
                 raise Unreachable
 
 
-_TIMEOUT: Final = aiohttp.ClientTimeout(connect=_CONNECT_TIMEOUT)
+_TIMEOUT: Final = aiohttp.ClientTimeout(total=_ANSWER_TIMEOUT, connect=_CONNECT_TIMEOUT)
 _CLOSE: Final = aiohttp.ClientWSTimeout(ws_close=1.0)
 
 
