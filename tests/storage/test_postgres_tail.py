@@ -167,6 +167,33 @@ async def test_a_node_that_lost_its_connection_goes_on_where_it_was(url: str) ->
         await admin.close()
 
 
+async def test_a_connection_that_falls_silent_before_it_listens_is_given_up(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with node(url) as here:
+        await here.recorder.start("ada")
+        await here.follower.until(lambda entries: len(entries) == 1)
+        listener, silent = here.log._tail._listener, asyncio.Event()
+
+        async def connect() -> asyncpg.Connection:
+            connection = await listener.connect()
+            if not silent.is_set():
+                silent.set()
+                connection._transport.pause_reading()
+            return connection
+
+        monkeypatch.setattr(here.log._tail, "_listener", SimpleNamespace(pooled=False, connect=connect))
+        admin = await asyncpg.connect(url)
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1 AND query ~ 'read_v1'",
+            listener.name,
+        )
+        await admin.close()
+        await silent.wait()
+        await here.recorder.start("ada")
+        await here.follower.until(lambda entries: len(entries) == 2)
+
+
 async def patiently(log: Any, append: Append) -> None:
     async with asyncio.timeout(20):
         while True:

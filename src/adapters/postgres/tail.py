@@ -14,7 +14,8 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, Final
 
@@ -125,7 +126,8 @@ class Tail:
     async def _begin(self, connection: Connection) -> None:
         if not self._listener.pooled:
             for channel in self.channels:
-                await connection.add_listener(channel, self._on_notification)
+                with _limited(connection):
+                    await connection.add_listener(channel, self._on_notification)
         if self._last is None:
             await self._restart(connection)
             return
@@ -213,12 +215,9 @@ class Tail:
         self._gaps = {gap: barrier if known is None else known for gap, known in self._gaps.items()}
 
     async def _ask(self, connection: Connection, query: str, *arguments: object) -> Sequence[Any]:
-        watchdog = asyncio.get_running_loop().call_later(TIMEOUT, connection.terminate)
-        try:
+        with _limited(connection):
             async with transaction(connection, needed=self._listener.pooled):
                 return await connection.fetch(query, *arguments)  # type: ignore[no-any-return]
-        finally:
-            watchdog.cancel()
 
     def _deliver_row(self, row: Any) -> None:
         self._busy_until = asyncio.get_running_loop().time() + _BUSY
@@ -231,6 +230,16 @@ class Tail:
             # As it was when it was appended.
             ended = row["end_position"] == row["position"]
             self.followers.deliver(logged(row, end=row["position"] if ended else None))
+
+
+@contextmanager
+def _limited(connection: Connection) -> Iterator[None]:
+    """End the connection if what is done with it here takes too long."""
+    watchdog = asyncio.get_running_loop().call_later(TIMEOUT, connection.terminate)
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 def logged(row: Any, *, end: int | None) -> Logged:
