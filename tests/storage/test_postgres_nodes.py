@@ -215,6 +215,20 @@ async def test_a_draining_node_claims_nothing_and_waits_for_what_it_holds(url: s
         waiting.cancel()
 
 
+async def test_a_draining_node_works_on_what_it_has_fetched_for(url: str) -> None:
+    async with open_node(url) as here, open_node(url) as there, asyncio.timeout(20):
+        await here.leases.offer("ada", "a1", fetching=True)
+        assert await here.leases.claim(fetching=True) == "a1"
+        drained = asyncio.create_task(here.leases.drain())
+        await asyncio.sleep(0)
+        await here.leases.offer("bob", "b1")
+        assert await here.leases.offer("ada", "a1")
+        assert await here.leases.claim() == "a1"
+        assert await there.leases.claim() == "b1"
+        await here.leases.release("a1")
+        await drained
+
+
 async def test_a_stale_heartbeat_or_tail_fails_the_probe(url: str) -> None:
     async with open_node(url) as here:
         log: Any = here.log
@@ -328,7 +342,7 @@ async def test_what_a_node_holds_without_knowing_it_goes_back_into_the_line(
         await here.leases.offer("ada", "a1")
         connection = await asyncpg.connect(url)
         # The answer to this claim is lost.
-        await connection.execute("SELECT stagecast.claim_v1($1, false, 1, 2)", log._nodes.id)
+        await connection.execute("SELECT stagecast.claim_v1($1, false, 1, 2, false)", log._nodes.id)
         await connection.close()
         claimed = asyncio.create_task(there.leases.claim())
         async with asyncio.timeout(20):

@@ -145,9 +145,12 @@ class PostgresLeases:
         while True:
             line.changed.clear()
             line.claims = deque(claim for claim in line.claims if not claim.done())
-            if (wanted := len(line.claims)) and not self._draining:
+            if wanted := len(line.claims):
+                own_only = self._draining
                 try:
-                    rows = await self._database.rows("claim_v1", self._nodes.id, fetching, wanted, FETCHING_PER_USER)
+                    rows = await self._database.rows(
+                        "claim_v1", self._nodes.id, fetching, wanted, FETCHING_PER_USER, own_only
+                    )
                 except LogUnavailable:
                     await asyncio.sleep(_AGAIN)
                     continue

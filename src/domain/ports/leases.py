@@ -72,5 +72,6 @@ class Leases(Protocol):
     async def drain(self) -> None:
         """Wait until this node has nothing left to do, for shutdown.
 
-        Where nodes share the leases, it claims nothing from now on; otherwise it does all that waits.
+        Where nodes share the leases, it claims nothing new from now on, only what it has fetched for; otherwise it does
+        all that waits.
         """

@@ -627,10 +627,11 @@ RETURNS TABLE (r_generation text, r_waiting boolean, r_holder text, r_rank bigin
 $$;
 
 
--- At most `most` generations of a line, in its order. A claim need not outlive a crash of the server: the append that
--- comes before any paid work is flushed after it.
-CREATE FUNCTION stagecast.claim_v1(node text, for_fetching boolean, most integer, most_fetching integer)
-RETURNS SETOF text LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
+-- At most `most` generations of a line, in its order; `own_only`: of those that the node has fetched for. A claim need not
+-- outlive a crash of the server: the append that comes before any paid work is flushed after it.
+CREATE FUNCTION stagecast.claim_v1(
+    node text, for_fetching boolean, most integer, most_fetching integer, own_only boolean
+) RETURNS SETOF text LANGUAGE plpgsql SET lock_timeout = '1s' AS $$
 DECLARE
     found_id text;
 BEGIN
@@ -639,7 +640,7 @@ BEGIN
     FOR round IN 1..most LOOP
         UPDATE stagecast.leases SET waiting = false, holder = node WHERE generation_id = (
             SELECT generation_id FROM stagecast.leases AS line
-            WHERE waiting AND fetching = for_fetching AND (holder IS NULL OR holder = node) AND (
+            WHERE waiting AND fetching = for_fetching AND (holder = node OR holder IS NULL AND NOT own_only) AND (
                 NOT for_fetching OR most_fetching > (
                     SELECT count(*) FROM stagecast.leases AS held
                     WHERE held.user_id = line.user_id AND held.holder IS NOT NULL AND (held.fetching OR held.waiting)
