@@ -8,7 +8,7 @@ from domain.delivery import Hub
 from domain.events import QUEUE_POSITION
 from domain.feed import Logged
 from domain.ports.leases import Leases
-from domain.ports.log import EventLog, Gap, Notice
+from domain.ports.log import EventLog, Gap, Notice, Removed
 
 #: Seconds between two looks at the lines: devices get at most one position of a generation a second.
 _PAUSE: Final = 1.1
@@ -44,6 +44,8 @@ class QueuePositions:
                 self._waiting[notice.generation_id] = notice.user_id, None
             elif notice.sequence == 2 and self._waiting.pop(notice.generation_id, None) is None:
                 self._missed_entries = True  # It went on while the log was read.
+        elif isinstance(notice, Removed):
+            self._waiting.pop(notice.generation_id, None)
         elif isinstance(notice, Gap):
             self._missed_entries = True
 

@@ -18,7 +18,7 @@ from domain.feed import Feed
 from domain.feed_sessions import StartPosition
 from domain.generation import Snapshot
 from domain.ports.leases import Leases
-from domain.ports.log import Gap
+from domain.ports.log import Gap, Removed
 from domain.queue_positions import QueuePositions
 from domain.rehydrate import generation_of
 from support.builders import PROPERTY, WholeLog
@@ -266,3 +266,11 @@ async def test_no_position_follows_the_event_with_which_a_generation_leaves_the_
         log.open.set()
         assert await line.received() == {ids[1]: 1}
         assert ids[0] not in dict(ada.sent)
+
+
+async def test_a_generation_whose_end_was_removed_before_it_was_read_waits_no_longer() -> None:
+    """As on another node, where a user is removed together with the generation that still waited."""
+    async with Line().open() as line:
+        begun = await line.backend.start()
+        line.positions._notice(Removed("ada", begun.generation_id))
+        assert line.positions._waiting == {}
