@@ -353,6 +353,27 @@ async def test_what_a_node_holds_without_knowing_it_goes_back_into_the_line(
         assert await here.leases.renew(["a1"]) == ["a1"]
 
 
+async def test_what_a_node_holds_again_is_not_released_late(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has offered what it had fetched for, and neither the answer to that nor its release came through."""
+    async with open_node(url) as here, asyncio.timeout(20):
+        leases: Any = here.leases
+        generation_id = (await recorder(here).start("ada")).generation_id
+        await leases.offer("ada", generation_id, fetching=True)
+        assert await leases.claim(fetching=True) == generation_id
+        assert await leases.offer("ada", generation_id)
+
+        async def unavailable(*_: object) -> None:
+            raise LogUnavailable
+
+        with monkeypatch.context() as patch:
+            patch.setattr(leases._database, "call", unavailable)
+            await leases.release(generation_id)
+        assert await leases.claim() == generation_id
+        for known in ([], [generation_id]):  # Its work begins once its history has been read.
+            assert await leases.renew(known) == []
+        assert await leases.abandoned() == []
+
+
 async def test_counts_are_at_most_a_second_old_for_everybody_who_asks_at_once(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

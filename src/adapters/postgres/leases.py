@@ -100,8 +100,9 @@ class PostgresLeases:
             raise
 
     async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
-        for generation_id in self._to_release - set(generation_ids):
-            await self.release(generation_id)
+        for generation_id in list(self._to_release):
+            if generation_id not in self._held:  # It may have been claimed again, also meanwhile.
+                await self.release(generation_id)
         query = "SELECT generation_id FROM stagecast.leases WHERE holder = $1"
         held = {row["generation_id"] for row in await self._database.fetch(query, self._nodes.id)}
         now = asyncio.get_running_loop().time()
