@@ -268,7 +268,8 @@ class Workflow:
         await self._summary(user_id, generation_id)
         if not await self.recorder.end(generation_id, errors.Failure("cancelled")):
             return "already_finished"
-        await self.leases.withdraw(generation_id)
+        with suppress(errors.LogUnavailable):  # Whoever claims it finds that it has ended.
+            await self.leases.withdraw(generation_id)
         return "cancelled"
 
     async def report(

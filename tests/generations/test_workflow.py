@@ -501,6 +501,23 @@ async def test_a_cancelled_generation_in_the_queue_blocks_no_other() -> None:
         await backend.check()
 
 
+async def test_a_cancellation_in_the_log_is_told_although_the_queue_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = InMemoryBackend()
+
+    async def unavailable(generation_id: str) -> bool:
+        raise LogUnavailable
+
+    begun = await backend.start()
+    monkeypatch.setattr(backend.workflow.leases, "withdraw", unavailable)
+    assert await backend.cancel(begun) == "cancelled"
+    assert (await backend.statuses(begun))[-1] == "failed"
+    async with backend.open():  # Whoever claims it finds that it has ended.
+        await backend.make()
+        await backend.check()
+
+
 async def test_a_cancelled_waiting_generation_makes_room_in_the_queue() -> None:
     backend = InMemoryBackend(max_waiting=1)
     await backend.cancel(await backend.start())
