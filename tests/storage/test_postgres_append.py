@@ -103,15 +103,17 @@ async def test_the_database_decides_as_the_domain_does(decider: asyncpg.Connecti
 async def test_appends_of_other_users_do_not_wait_for_a_locked_one() -> None:
     async with fresh_database() as url, open_node(url) as storage:
         recorder = EventRecorder(storage.log, SteppableClock())
-        for user_id in ("ada", "bob"):
+        for user_id in ("ada", "cy", "dee", "bob"):
             await recorder.start(user_id)
         stranger = await asyncpg.connect(url)
         async with stranger.transaction():
-            await stranger.execute("SELECT FROM stagecast.users WHERE user_id = 'ada' FOR UPDATE")
+            await stranger.execute("SELECT FROM stagecast.users WHERE user_id <> 'bob' FOR UPDATE")
             locked = [asyncio.create_task(recorder.start("ada")) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            others = [asyncio.create_task(recorder.start(user_id)) for user_id in ("cy", "dee")]
             await asyncio.gather(*(recorder.start("bob") for _ in range(20)))
-            assert not any(task.done() for task in locked)
-        await asyncio.gather(*locked)
+            assert not any(task.done() for task in locked + others)
+        await asyncio.gather(*locked, *others)
         assert (await storage.log.feed("ada", after=0, anchor=0, limit=9)).head == 4
         await stranger.close()
 

@@ -19,7 +19,7 @@ from domain.feed import Logged, zero_id
 from domain.ports.log import Append
 from domain.ports.system import Clock
 
-#: Appends in one call, and calls at once.
+#: Appends in one call, and calls at once. Besides these, one call waits for the lock of a user.
 _BATCH: Final = 64
 _CALLS: Final = 2
 
@@ -48,6 +48,9 @@ class Appends:
         self._waiting: list[_Request] = []
         self._users: set[str] = set()
         self._calls: set[asyncio.Task[None]] = set()
+        #: Appends whose user another node has locked, and the call that waits for one of them.
+        self._locked: list[_Request] = []
+        self._waits: set[asyncio.Task[None]] = set()
         self._scheduled = False
         #: The last call was given up.
         self._given_up = False
@@ -69,13 +72,16 @@ class Appends:
         self._scheduled = False
         while self._waiting and len(self._calls) < _CALLS and (batch := self._next_batch()):
             self._start(batch, wait=False)
+        while self._locked and not self._waits:
+            self._start([self._locked.pop(0)], wait=True)
 
     def _start(self, batch: Sequence[_Request], *, wait: bool) -> None:
         users = {entry.user_id for entry, _ in batch}
         self._users |= users
         task = asyncio.create_task(self._call(batch, users, wait=wait))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        calls = self._waits if wait else self._calls
+        calls.add(task)
+        task.add_done_callback(calls.discard)
         task.add_done_callback(lambda _: self._schedule())
 
     def _next_batch(self) -> list[_Request]:
@@ -97,7 +103,7 @@ class Appends:
         try:
             if self._given_up:
                 await self._check_standby()
-            rows = await self._database.rows("append_v1", *self._arguments(batch, wait=wait or len(batch) == 1))
+            rows = await self._database.rows("append_v1", *self._arguments(batch, wait=wait))
             self._given_up = False
         except Exception as error:
             self._given_up = True
@@ -113,7 +119,8 @@ class Appends:
             entry, future = request
             if row["r_outcome"] == "busy":
                 # Another node has locked the user's row. Only this user's appends wait for it.
-                self._start([request], wait=True)
+                self._locked.append(request)
+                self._users.add(entry.user_id)
                 continue
             outcome = _outcome(entry, row)
             if future.done():
