@@ -5,10 +5,11 @@ Nothing is counted for this: the parts of the service keep plain numbers, which 
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from itertools import accumulate
+from itertools import accumulate, chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
@@ -25,23 +26,14 @@ if TYPE_CHECKING:
 _ENDS: Final = [(kind, code) for kind in FLOWS for code in ("completed", *FAILURE_CODES)]
 
 
-class _Families:
-    """A collector that yields these families once."""
-
-    def __init__(self, families: Iterator[Metric]) -> None:
-        self.collect = lambda: families
-
-
 async def render(service: "Service") -> Response:
     """The metrics of this node."""
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
     try:
         waiting = (await service.leases.count()).waiting
     except LogUnavailable:
         waiting = None
-    registry.register(_Families(_families(service, waiting)))
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    families = chain(ProcessCollector(registry=None).collect(), _families(service, waiting))
+    return Response(generate_latest(SimpleNamespace(collect=lambda: families)), media_type=CONTENT_TYPE_LATEST)
 
 
 def _families(service: "Service", waiting: int | None) -> Iterator[Metric]:
