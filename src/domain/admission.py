@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, NamedTuple
 
@@ -38,22 +39,17 @@ class _Reserved:
         self.changed = asyncio.Event()
 
 
+@dataclass(eq=False)
 class Admission:
     """Admits starts by all limits. Reservations are those of this process; the append decides."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        leases: Leases,
-        quotas: Quotas,
-        limits: Limits,
-        overloaded: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._ledger = ledger
-        self._leases = leases
-        self._quotas = quotas
-        self._limits = limits
-        self._overloaded = overloaded
+    ledger: Ledger
+    leases: Leases
+    quotas: Quotas
+    limits: Limits
+    overloaded: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
         self._reserved: dict[str, _Reserved] = {}
         #: Starts of all users that are about to wait for a worker.
         self._joining = 0
@@ -66,10 +62,10 @@ class Admission:
         Raises:
             Overloaded, TooManyStarts, LogUnavailable
         """
-        if self._overloaded():
+        if self.overloaded():
             raise Overloaded
-        most = self._limits.starts_per_minute
-        if most is not None and (wait := await self._quotas.count_start(user_id, most)) is not None:
+        most = self.limits.starts_per_minute
+        if most is not None and (wait := await self.quotas.count_start(user_id, most)) is not None:
             raise TooManyStarts(math.ceil(wait))
 
     async def check_stored(self, user_id: str, size: int, generation_id: str) -> None:
@@ -82,8 +78,8 @@ class Admission:
             raise StorageLimit
 
     async def _room(self, user_id: str, *, besides: str | None = None) -> float:
-        most = self._limits.max_stored_per_user
-        return math.inf if most is None else most - await self._quotas.stored(user_id, besides=besides)
+        most = self.limits.max_stored_per_user
+        return math.inf if most is None else most - await self.quotas.stored(user_id, besides=besides)
 
     async def reserve(self, user_id: str, *, size: int, external: bool) -> AbstractContextManager[None]:
         """Reserve a credit, a place and `size` bytes for a start, until the returned context ends.
@@ -134,9 +130,9 @@ class Admission:
     async def _what_to_wait_for(
         self, user_id: str, reserved: _Reserved, size: int, external: bool
     ) -> asyncio.Event | None:
-        changed, joined, limits = reserved.changed, self._joined, self._limits
-        places = math.inf if external else limits.max_waiting - (await self._leases.count()).waiting
-        standing = await self._ledger.standing(user_id)
+        changed, joined, limits = reserved.changed, self._joined, self.limits
+        places = math.inf if external else limits.max_waiting - (await self.leases.count()).waiting
+        standing = await self.ledger.standing(user_id)
         if places <= 0:
             raise QueueFull
         if standing.unfinished >= limits.max_per_user:

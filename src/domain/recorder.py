@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -32,32 +33,23 @@ _PAUSES: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 ATTENTION: Final = 2.0
 
 
+@dataclass(eq=False)
 class Recorder:
     """The only writer of events. It tries an unanswered append again as the same event.
 
     A generation that ends as `started` loses its input images.
     """
 
-    def __init__(
-        self,
-        log: EventLog,
-        clock: Clock,
-        entropy: Entropy,
-        images: StoredImages,
-        image_url: Callable[[str], str],
-        *,
-        patience: float = math.inf,
-    ) -> None:
-        """`image_url`: the URL of a stored picture, by its name. This is the only place where URLs are made.
+    log: EventLog
+    clock: Clock
+    entropy: Entropy
+    images: StoredImages
+    #: The URL of a stored picture, by its name. This is the only place where URLs are made.
+    image_url: Callable[[str], str]
+    #: The seconds for which an append is tried again if no caller waits for it.
+    patience: float = math.inf
 
-        `patience`: the seconds for which an append is tried again if no caller waits for it.
-        """
-        self._log = log
-        self._clock = clock
-        self._entropy = entropy
-        self._images = images
-        self._image_url = image_url
-        self._patience = patience
+    def __post_init__(self) -> None:
         #: The generations that have ended here by kind and code, ``completed`` or that of the failure.
         self.ends: Counter[tuple[str, str]] = Counter()
         #: The seconds that the log took for an append.
@@ -70,7 +62,7 @@ class Recorder:
         """
         urls = generation.request.image_urls
         fields = {"input": self._input(generation), **({"input_image": urls[0]} if urls else {})}
-        not_after = self._clock() + timedelta(seconds=ATTENTION)
+        not_after = self.clock() + timedelta(seconds=ATTENTION)
         _, after = await self._append(generation, STARTED, fields, ATTENTION, start=start, not_after=not_after)
         return after
 
@@ -87,7 +79,7 @@ class Recorder:
             LogUnavailable: the log did not answer, however often it was asked.
         """
         images = {field: name for field, name in fields.items() if field in URL_FIELDS}
-        _, after = await self._append(generation, status, fields, self._patience, images, free=free)
+        _, after = await self._append(generation, status, fields, self.patience, images, free=free)
         return after
 
     async def report(self, generation: Generation, status: str, fields: Mapping[str, Any], event_id: int) -> Logged:
@@ -104,7 +96,7 @@ class Recorder:
         Raises:
             LogUnavailable: the log did not answer in time.
         """
-        while history := await self._log.summary(generation_id):
+        while history := await self.log.summary(generation_id):
             try:
                 generation = generation_of(history)
             except UNREADABLE:
@@ -127,15 +119,15 @@ class Recorder:
         """
         # No event has this number, so the log refuses it, after what it was asked to append for the user before.
         with suppress(Conflict):
-            await self._log.append(
-                Append(user_id, generation_id, 0, self._entropy.event_id(), b"", CONTINUE, self._clock())
+            await self.log.append(
+                Append(user_id, generation_id, 0, self.entropy.event_id(), b"", CONTINUE, self.clock())
             )
 
     def _input(self, generation: Generation) -> Input:
         request = generation.request
         return Input(
             prompt=request.prompt,
-            images=[self._image_url(name) for name in request.images],
+            images=[self.image_url(name) for name in request.images],
             image_urls=list(request.image_urls),
             face_swap=request.face_swap if generation.kind == "edit" else None,
             face=request.face_index if request.face_swap else None,
@@ -153,16 +145,16 @@ class Recorder:
         **rest: Any,
     ) -> tuple[Logged, Generation]:
         """Append the next event; `rest` are further fields of `Append`. Return it, and the generation after it."""
-        at = self._clock()
+        at = self.clock()
         if images:
-            fields = {**fields, **{field: self._image_url(name) for field, name in images.items()}}
+            fields = {**fields, **{field: self.image_url(name) for field, name in images.items()}}
         event, after = generation.propose(status, at, images, **fields)
         stage = FLOWS[generation.kind][status]
         append = Append(
             generation.user_id,
             generation.generation_id,
             event.sequence,
-            self._entropy.event_id() if event_id is None else event_id,
+            self.entropy.event_id() if event_id is None else event_id,
             encode(event),
             event_name(status),
             at,
@@ -176,7 +168,7 @@ class Recorder:
         give_up = began + patience
         while True:
             try:
-                logged = await within(_TIMEOUT, self._log.append(append))
+                logged = await within(_TIMEOUT, self.log.append(append))
                 self.append_seconds.observe(loop.time() - began)
                 break
             except (LogUnavailable, TimeoutError):
@@ -199,7 +191,7 @@ class Recorder:
 
     async def _drop_lost_images(self, generation: Generation) -> None:
         if not generation.input_images:
-            await self._images.discard(*generation.request.images)
+            await self.images.discard(*generation.request.images)
 
 
 def log_fields(generation: Generation) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 W = TypeVar("W")
@@ -19,28 +20,21 @@ class _Request(NamedTuple, Generic[W]):
     future: "asyncio.Future[Any]"
 
 
+@dataclass(eq=False)
 class BatchThread(Generic[W]):
     """Runs work from one event loop, in the order of submission."""
 
-    def __init__(
-        self,
-        name: str,
-        do: Callable[[Sequence[W]], Sequence[object]],
-        *,
-        most: int,
-        afterwards: Callable[[bool], None] = lambda idle: None,
-    ) -> None:
-        """`do` runs a batch of at most `most` works, and returns for each its value or the exception to raise.
+    name: str
+    #: Runs a batch of at most `most` works, and returns for each its value or the exception to raise.
+    do: Callable[[Sequence[W]], Sequence[object]]
+    most: int
+    #: Called on the thread after each batch with False, and every second while idle with True. It must not raise.
+    afterwards: Callable[[bool], None] = lambda idle: None
 
-        `afterwards` is called on the thread after each batch with False, and every second while idle with True. It must
-        not raise.
-        """
-        self._do = do
-        self._most = most
-        self._afterwards = afterwards
+    def __post_init__(self) -> None:
         self._requests: queue.SimpleQueue[_Request[W] | None] = queue.SimpleQueue()
         # A daemon, so that the process can exit without `close`.
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
 
     def submit(self, work: W, then: Callable[[Any], None] | None = None) -> "asyncio.Future[Any]":
@@ -64,18 +58,18 @@ class BatchThread(Generic[W]):
             batch, running = self._gather()
             if batch:
                 try:
-                    outcomes = self._do([request.work for request in batch])
+                    outcomes = self.do([request.work for request in batch])
                 except Exception as error:
                     outcomes = [error for _ in batch]
                 with contextlib.suppress(RuntimeError):  # The event loop has been closed.
                     batch[0].future.get_loop().call_soon_threadsafe(_resolve, batch, outcomes)
-            self._afterwards(not batch)
+            self.afterwards(not batch)
 
     def _gather(self) -> tuple[list[_Request[W]], bool]:
         """The next batch, empty when idle, and whether the thread goes on."""
         batch: list[_Request[W]] = []
         with contextlib.suppress(queue.Empty):
-            while len(batch) < self._most:
+            while len(batch) < self.most:
                 request = self._requests.get(block=not batch, timeout=_IDLE_AFTER)
                 if request is None:
                     return batch, False
