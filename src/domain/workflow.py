@@ -18,7 +18,6 @@ from domain import errors
 from domain.admission import Admission, Limits
 from domain.events import timestamp
 from domain.external import ExternalWork
-from domain.feed import Logged
 from domain.generation import Generation, Snapshot
 from domain.identity import WORKING_FOR
 from domain.ports.images import ImageIntake
@@ -265,30 +264,16 @@ class Workflow:
 
     async def cancel(self, user_id: str, generation_id: str) -> Literal["cancelled", "already_finished"]:
         """End a generation unless it has ended, whoever works on it. Raises `NotFound`."""
-        await self._summary(user_id, generation_id)
+        await self.summary(user_id, generation_id)
         if not await self.recorder.end(generation_id, errors.Failure("cancelled")):
             return "already_finished"
         with suppress(errors.LogUnavailable):  # Whoever claims it finds that it has ended.
             await self.leases.withdraw(generation_id)
         return "cancelled"
 
-    async def report(
-        self,
-        user_id: str,
-        generation_id: str,
-        status: str,
-        fields: Mapping[str, Any],
-        *,
-        content: bytes,
-        sequence: int | None = None,
-    ) -> Logged:
-        """Append the next event of an external generation. Raises `NotFound`, and as `ExternalWork.report`."""
-        history = await self._summary(user_id, generation_id)
-        return await self.external.report(history, status, fields, content=content, sequence=sequence)
-
     async def delete(self, user_id: str, generation_id: str) -> None:
         """Remove a finished generation: its pictures and its history. Raises `NotFound`, `NotFinished`."""
-        history = await self._summary(user_id, generation_id)
+        history = await self.summary(user_id, generation_id)
         if history.events[-1].end is None:
             raise errors.NotFinished
         await self.images.remove(generation_id)  # First: if the log then does not answer, it can be tried again.
@@ -324,12 +309,13 @@ class Workflow:
         """This user's generation with all its events. Raises `NotFound`."""
         return _owned(await self.log.generation(generation_id), user_id)
 
-    async def _summary(self, user_id: str, generation_id: str) -> History:
+    async def summary(self, user_id: str, generation_id: str) -> History:
+        """This user's generation as a summary. Raises `NotFound`."""
         return _owned(await self.log.summary(generation_id), user_id)
 
     async def snapshot(self, user_id: str, generation_id: str) -> Snapshot:
         """The generation as it is now. Raises `NotFound`."""
-        return await self._show_one(generation_of(await self._summary(user_id, generation_id)))
+        return await self._show_one(generation_of(await self.summary(user_id, generation_id)))
 
     async def page(self, user_id: str, *, active: bool | None, before: int | None, limit: int) -> Page:
         """At most `limit` of this user's generations, newest first, that started before this feed position."""

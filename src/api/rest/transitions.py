@@ -58,5 +58,6 @@ async def report_transition(
     given = {name: value for name, value in vars(report).items() if value is not None}
     status, sequence = given.pop("status"), given.pop("sequence", None)
     content = report.model_dump_json(exclude_none=True).encode()
-    entry = await workflow.report(caller, generation_id, status, given, content=content, sequence=sequence)
+    history = await workflow.summary(caller, generation_id)
+    entry = await workflow.external.report(history, status, given, content=content, sequence=sequence)
     return Json(entry.event or b"")
