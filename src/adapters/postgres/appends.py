@@ -6,15 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from adapters.postgres.database import Database
-from domain.errors import (
-    AlreadyStarted,
-    Conflict,
-    IdempotencyMismatch,
-    InsufficientCredit,
-    LogUnavailable,
-    Refusal,
-    TooManyGenerations,
-)
+from domain import errors
 from domain.feed import Logged, zero_id
 from domain.ports.log import Append
 from domain.ports.system import Clock
@@ -109,7 +101,7 @@ class Appends:
             self._given_up = True
             for _, future in batch:
                 if not future.done():
-                    future.set_exception(LogUnavailable() if isinstance(error, LogUnavailable) else error)
+                    future.set_exception(errors.LogUnavailable() if isinstance(error, errors.LogUnavailable) else error)
             return
         finally:
             self._users -= users
@@ -125,7 +117,7 @@ class Appends:
             outcome = _outcome(entry, row)
             if future.done():
                 continue
-            if isinstance(outcome, Refusal):
+            if isinstance(outcome, errors.Refusal):
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
@@ -133,7 +125,7 @@ class Appends:
     async def _check_standby(self) -> None:
         """Raise `LogUnavailable` while no more transactions may wait for a standby: each has a connection."""
         if await self._database.fetchval(_UNREPLICATED, self._database.name) > _MAX_UNREPLICATED:
-            raise LogUnavailable
+            raise errors.LogUnavailable
 
     def _arguments(self, batch: Sequence[_Request], *, wait: bool) -> Sequence[Any]:
         columns: Sequence[Sequence[Any]] = list(zip(*(self._row(entry) for entry, _ in batch), strict=True))
@@ -164,19 +156,19 @@ class Appends:
         )
 
 
-def _outcome(entry: Append, row: Any) -> Logged | Refusal:
+def _outcome(entry: Append, row: Any) -> Logged | errors.Refusal:
     outcome = row["r_outcome"]
     if outcome in ("accepted", "again"):
         images = json.loads(row["r_images"]) if row["r_images"] else entry.images
         place = entry.user_id, row["r_position"], entry.event_id, entry.generation_id, entry.sequence
         event = row["r_event"] or entry.event  # It is sent back only if it is another one.
         return Logged(*place, entry.name, event, row["r_first"], row["r_end"], images)
-    refusals: Mapping[str, Refusal] = {
-        "late": LogUnavailable(),
-        "mismatch": IdempotencyMismatch(),
-        "started": AlreadyStarted(row["r_begun"]),
-        "conflict": Conflict(),
-        "too_many": TooManyGenerations(),
-        "no_credit": InsufficientCredit(),
+    refusals: Mapping[str, errors.Refusal] = {
+        "late": errors.LogUnavailable(),
+        "mismatch": errors.IdempotencyMismatch(),
+        "started": errors.AlreadyStarted(row["r_begun"]),
+        "conflict": errors.Conflict(),
+        "too_many": errors.TooManyGenerations(),
+        "no_credit": errors.InsufficientCredit(),
     }
     return refusals[outcome]
