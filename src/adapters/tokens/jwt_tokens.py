@@ -65,7 +65,7 @@ class Tokens:
     audience: str | None = None
     issuer: str | None = None
 
-    async def verify(self, token: str) -> Identity:
+    async def verify(self, token: object) -> Identity:
         """The identity in the token.
 
         Raises:
