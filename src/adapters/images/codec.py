@@ -85,16 +85,12 @@ def encode(image: Image.Image, *, quality: int = 90, fine: bool = False, lossles
     `fine`: no chroma subsampling, for drawings. `lossless`: always a PNG.
     """
     if lossless or image.mode == "RGBA" or max(image.size) > _JPEG_SIDE:
-        return _saved(image, "PNG", compress_level=1)
-    return _saved(image, "JPEG", quality=quality, subsampling=0 if fine else 2)
+        return saved(image, "PNG", compress_level=1)
+    return saved(image, "JPEG", quality=quality, subsampling=0 if fine else 2)
 
 
-def encode_webp(image: Image.Image, *, quality: int) -> Picture:
-    """Encode as WebP, without metadata."""
-    return _saved(image, "WEBP", quality=quality)
-
-
-def _saved(image: Image.Image, kind: str, **options: int) -> Picture:
+def saved(image: Image.Image, kind: str, **options: int) -> Picture:
+    """Encode in this format with Pillow's options, without metadata."""
     image.info.clear()
     file = BytesIO()
     image.save(file, kind, **options)

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Final
 
-from adapters.images.layout import ID, MARK, NAME, PROBE, PROBED, Mark, media_type, new_name, probe_name
+from adapters.images.layout import ID, MARK, NAME, PROBED, Mark, media_type, new_name
 from domain.errors import Failure
 from domain.ports.images import ImagesRefused, Picture
 
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: A picture that is being written.
 _PART: Final = re.compile(rf"\.{NAME.pattern}\.([0-9a-f]{{8}}\.)?part")
+#: What `ImageFolder.probe` has written.
+_PROBE: Final = re.compile(r"\.probe-[0-9a-f]{16}")
 #: Seconds in which nodes that share a folder mark it, one after the other.
 _MARKING: Final = 2
 
@@ -45,7 +47,8 @@ class ImageFolder:
             ImagesRefused: another process uses it, it belongs to another durable log, or it cannot be used.
         """
         self._root = root
-        self._probed = root / probe_name()
+        #: One per process; the sweep removes that of a killed process.
+        self._probed = root / f".probe-{secrets.token_hex(8)}"
         self._lost = False
         with _refusing(root):
             root.mkdir(parents=True, exist_ok=True)
@@ -135,10 +138,8 @@ class ImageFolder:
         return await asyncio.to_thread(self._scan, older_than.timestamp())
 
     async def probe(self) -> None:
-        try:
+        with _failing("no picture can be stored: %s"):
             await asyncio.to_thread(self._probe)
-        except OSError as error:
-            raise Failure("storage_failed") from error
 
     def _probe(self) -> None:
         self._check_held()
@@ -186,7 +187,7 @@ class ImageFolder:
         if not self._held():
             return found
         for folder in _entries(self._root):
-            if PROBE.fullmatch(folder.name) and _stored(folder) < max(moment, self._claimed):
+            if _PROBE.fullmatch(folder.name) and _stored(folder) < max(moment, self._claimed):
                 Path(folder.path).unlink(missing_ok=True)
             if not ID.fullmatch(folder.name):
                 continue
@@ -209,12 +210,12 @@ def _write_synced(file: IO[bytes], data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _failing(what: str, generation_id: str) -> Iterator[None]:
+def _failing(what: str, *of: str) -> Iterator[None]:
     """Turn errors of the file system into `Failure`, and log the reason."""
     try:
         yield
     except OSError as error:
-        _log(logging.ERROR, what, generation_id, error)
+        _log(logging.ERROR, what, *of, error=error)
         raise Failure("storage_failed") from error
 
 
@@ -247,8 +248,8 @@ def _create(part: Path) -> IO[bytes]:
     raise FileNotFoundError(part)
 
 
-def _log(level: int, what: str, generation_id: str, error: OSError) -> None:
-    logger.log(level, what, generation_id, error.strerror, extra={"repeat_key": (what, error.strerror)})
+def _log(level: int, what: str, *of: str, error: OSError) -> None:
+    logger.log(level, what, *of, error.strerror, extra={"repeat_key": (what, error.strerror)})
 
 
 def _remove(file: Path) -> None:
@@ -256,7 +257,7 @@ def _remove(file: Path) -> None:
     try:
         file.unlink(missing_ok=True)
     except OSError as error:
-        _log(logging.WARNING, "a picture of %s cannot be removed: %s", file.parent.name, error)
+        _log(logging.WARNING, "a picture of %s cannot be removed: %s", file.parent.name, error=error)
     with contextlib.suppress(OSError):
         file.parent.rmdir()
 

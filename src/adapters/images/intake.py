@@ -105,7 +105,7 @@ def _thumbnail(data: bytes, width: int) -> Picture:
     with reading():
         still = _still(file, image, (1, width) if orientation(file.exif) in _TURNED else (width, 1))
         still.thumbnail((width, _WEBP_SIDE), Image.Resampling.LANCZOS)
-        return codec.encode_webp(still, quality=80)
+        return codec.saved(still, "WEBP", quality=80)
 
 
 def _still(file: PictureFile, image: Image.Image, near: tuple[int, int]) -> Image.Image:

@@ -14,8 +14,7 @@ MEDIA_TYPES: Final = {suffix: media_type for media_type, suffix in _SUFFIXES.ite
 ID: Final = re.compile(r"[a-z]{1,16}_[0-9]{1,20}_[a-z0-9]{1,64}")
 #: The name of a picture; with a width, that of its thumbnail.
 NAME: Final = re.compile(rf"({ID.pattern})-[0-9a-f]{{32}}\.({'|'.join(MEDIA_TYPES)})(\.[0-9]{{1,4}}\.webp)?")
-#: What `ImageStore.probe` writes, and the name under which it does.
-PROBE: Final = re.compile(r"\.probe-[0-9a-f]{16}")
+#: What `ImageStore.probe` writes.
 PROBED: Final = bytes(4096)
 
 
@@ -29,11 +28,6 @@ def new_name(generation_id: str, picture: Picture) -> str:
 def media_type(name: str) -> str:
     """The media type of the picture of this name."""
     return MEDIA_TYPES[name.rpartition(".")[2]]
-
-
-def probe_name() -> str:
-    """A name for what `ImageStore.probe` writes. One per process; the sweep removes that of a killed process."""
-    return f".probe-{secrets.token_hex(8)}"
 
 
 class Mark(NamedTuple):
