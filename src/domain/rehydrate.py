@@ -29,7 +29,7 @@ def is_external(history: History) -> bool:
 
 def readable_part_of(history: History) -> Generation:
     """As much of the generation as can be read: enough to end it."""
-    generation = _before(history, GenerationRequest(prompt="-"))
+    generation = Generation(history.generation_id, history.kind, history.user_id, GenerationRequest(prompt="-"))
     generation.status = STARTED  # As every first event has it.
     with contextlib.suppress(*UNREADABLE):
         generation.request = request_of(history)
@@ -46,7 +46,7 @@ def generation_of(history: History) -> Generation:
     An event repeats what was known before it, apart from a failure, so the first and the last two make the same fold.
     """
     entries = history.events if len(history.events) <= 3 else [history.events[0], *history.events[-2:]]
-    generation = _before(history, request_of(history))
+    generation = Generation(history.generation_id, history.kind, history.user_id, request_of(history))
     for entry in entries:
         generation = generation.after(decode(entry.event or b""), entry.images)
     return generation
@@ -73,7 +73,3 @@ def seconds_worked(history: History) -> float:
         if entry.event is not None
     ]
     return (times[1] - times[0]).total_seconds() if len(times) == 2 else 0.0
-
-
-def _before(history: History, request: GenerationRequest) -> Generation:
-    return Generation(history.generation_id, history.kind, history.user_id, request)
