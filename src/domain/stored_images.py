@@ -54,11 +54,6 @@ class StoredImages:
             await self.quotas.add_stored(generation_id, len(picture.data), user_id)
         return name
 
-    async def copy(self, name: str, generation_id: str, user_id: str) -> str | None:
-        """Store the picture of this name once more, for this generation. ``None`` where there is none."""
-        picture = await self.store.load(name)
-        return None if picture is None else await self.save(generation_id, picture, user_id=user_id)
-
     async def save_thumbnail(self, name: str, width: int, picture: Picture) -> None:
         """Store a thumbnail of this picture, unless the picture is removed meanwhile. Raises `Failure`."""
         generation_id, thumbnail = name.rpartition("-")[0], thumbnail_name(name, width)

@@ -257,10 +257,10 @@ class Workflow:
 
     async def _copy(self, user_id: str, generation_id: str, index: int, name: str) -> str:
         async with self._in_memory:
-            copy = await self.images.copy(name, generation_id, user_id)
-        if copy is None:  # Removed in the meantime.
-            raise errors.UnknownImage(index)
-        return copy
+            picture = await self.images.store.load(name)
+            if picture is None:  # Removed in the meantime.
+                raise errors.UnknownImage(index)
+            return await self.images.save(generation_id, picture, user_id=user_id)
 
     async def cancel(self, user_id: str, generation_id: str) -> Literal["cancelled", "already_finished"]:
         """End a generation unless it has ended, whoever works on it. Raises `NotFound`."""
