@@ -87,14 +87,8 @@ class Parts:
 
     def socket_server(self, sockets: "Sockets") -> SocketServer:
         """A Socket.IO server with these handlers."""
-        return SocketServer(
-            on_connect=sockets.on_connect,
-            handlers=sockets.events,
-            on_disconnect=sockets.on_disconnect,
-            clock=self.clock,
-            auth_timeout=self.auth_timeout,
-            peers=None if self.storage.nodes is None else Peers(self.storage.nodes),
-        )
+        peers = None if self.storage.nodes is None else Peers(self.storage.nodes)
+        return SocketServer(sockets, self.clock, self.auth_timeout, peers)
 
 
 async def wire(

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -508,9 +509,7 @@ async def test_a_slow_reader_that_resumes_gets_every_event(
 async def test_emit_and_rooms_of_the_library_are_not_available() -> None:
     from adapters.realtime.socketio_server import SocketServer
 
-    async def nobody(*_: Any) -> Any: ...
-
-    server = SocketServer(on_connect=nobody, handlers={}, on_disconnect=nobody, clock=now)
+    server = SocketServer(SimpleNamespace(events={}), now)
     for attempt in (server.emit("x", {}, to=""), server.enter_room("sid", "user:")):
         with pytest.raises(NotImplementedError):
             await attempt

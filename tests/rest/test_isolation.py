@@ -352,7 +352,7 @@ async def test_an_invalid_id_of_any_shape_is_not_found(world: World) -> None:
 
 async def test_every_declared_event_is_classified(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
-        assert set(service.service.sockets._handlers) == set(EVENTS), "a new event: say in EVENTS what it may name"
+        assert set(service.service.sockets._events) == set(EVENTS), "a new event: say in EVENTS what it may name"
 
 
 def filled(argument: dict[str, object], **values: str) -> dict[str, object]:

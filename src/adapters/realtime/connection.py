@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from socketio import packet as wire
 
@@ -52,3 +52,17 @@ class Connection:
 Answer = tuple[Mapping[str, Any], Callable[[], None]]
 #: Called with a connection and the event's one argument, or the handshake's ``auth``. A `Refusal` refuses.
 Handler = Callable[[Connection, Any], Awaitable[Answer]]
+
+
+class Handlers(Protocol):
+    """What is called for what clients send."""
+
+    @property
+    def events(self) -> Mapping[str, Handler]:
+        """The handlers by event."""
+
+    async def on_connect(self, connection: Connection, auth: Any) -> Answer:
+        """The handler of the handshake."""
+
+    async def on_disconnect(self, connection: Connection, permanent: bool) -> None:
+        """Called once a connection with a pid has ended; `permanent` if its client sent DISCONNECT."""

@@ -13,7 +13,7 @@ handlers itself:
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -21,7 +21,7 @@ import socketio
 from socketio import packet as wire
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapters.realtime.connection import Answer, Connection, Handler
+from adapters.realtime.connection import Answer, Connection, Handlers
 from adapters.realtime.engineio_server import EngineServer
 from adapters.realtime.engineio_socket import EngineSocket
 from adapters.realtime.frames import message, parse
@@ -58,19 +58,9 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
     eio: EngineServer
 
     def __init__(
-        self,
-        *,
-        on_connect: Handler,
-        handlers: Mapping[str, Handler],
-        on_disconnect: Callable[[Connection, bool], Coroutine[Any, Any, None]],
-        clock: Clock,
-        auth_timeout: float = AUTH_TIMEOUT,
-        peers: Peers | None = None,
+        self, handlers: Handlers, clock: Clock, auth_timeout: float = AUTH_TIMEOUT, peers: Peers | None = None
     ) -> None:
-        """`on_disconnect` gets each connection with a pid that ends, and whether its client sent DISCONNECT.
-
-        `peers`: the other nodes, if this service has any.
-        """
+        """`peers`: the other nodes, if this service has any."""
         # The libraries log what clients sent, tracebacks included: their loggers are silenced.
         silent = logging.getLogger(f"{__name__}.library")
         silent.setLevel(logging.CRITICAL + 1)
@@ -86,9 +76,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         self.eio.on("connect", self._on_open)
         self.eio.on("message", self._on_message)
         self.eio.on("disconnect", self._on_close)
-        self._on_connect = on_connect
-        self._handlers = handlers
-        self._on_disconnect = on_disconnect
+        self._handlers, self._events = handlers, handlers.events
         self._clock = clock
         self._auth_timeout = auth_timeout
         self.sessions: dict[EngineSocket, _Session] = {}
@@ -96,7 +84,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         self._by_pid: dict[str, Connection] = {}
         #: The sessions that are not authenticated, the oldest first.
         self._unauthenticated: dict[_Session, None] = {}
-        #: Running calls of `on_disconnect`.
+        #: Running calls of `Handlers.on_disconnect`.
         self._tasks: set[asyncio.Task[None]] = set()
 
     def app(self, other: ASGIApp, path: str) -> ASGIApp:
@@ -176,7 +164,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
     async def _connect(self, session: _Session, auth: Any) -> None:
         connection = Connection(self.eio.generate_id(), session.socket)
         try:
-            welcome, then = await self._on_connect(connection, auth)
+            welcome, then = await self._handlers.on_connect(connection, auth)
         except (LogUnavailable, KeysUnavailable):
             raise  # Nothing is wrong with this client. It should come back, so its transport is closed.
         except Refusal as refusal:
@@ -214,7 +202,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
         self._set_expiry(session, connection)
 
     async def _answer(self, connection: Connection, name: str, arguments: list[Any]) -> Answer:
-        handler = self._handlers.get(name)
+        handler = self._events.get(name)
         if handler is None:
             return _nack("bad_request", "There is no such event.")
         if len(arguments) != 1:
@@ -237,7 +225,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
             connection.device.close()
         if connection.pid is not None and self._by_pid.get(connection.pid) is connection:
             del self._by_pid[connection.pid]
-            task = asyncio.create_task(self._on_disconnect(connection, permanent))
+            task = asyncio.create_task(self._handlers.on_disconnect(connection, permanent))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
