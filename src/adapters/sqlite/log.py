@@ -224,11 +224,7 @@ class SqliteLog:
 
     async def _rows(self, query: str, parameters: Sequence[object], generations: str | None = None) -> list[Any]:
         """The rows of the query. `generations` is as in `_read`; ``None``: it reads nothing that may be damaged."""
-
-        def read(connection: sqlite3.Connection) -> list[Any]:
-            return connection.execute(query, parameters).fetchall()
-
-        return await self._read(read, generations, parameters)
+        return await self._read(lambda opened: opened.execute(query, parameters).fetchall(), generations, parameters)
 
     async def _read(self, query: Operation[T], rows: str | None, parameters: Sequence[object]) -> T:
         """The query's result. First checks the generations that `rows` selects, and sets damaged ones aside."""
