@@ -153,7 +153,7 @@ class Service:
                 tasks.create_task(keep(name, work))
             tasks.create_task(self._chore(pause, "retention", self._purge))
             tasks.create_task(self._chore(_SWEEP_EVERY, "sweep", self._sweep))
-            tasks.create_task(every(pause, "sessions", self._touch))
+            tasks.create_task(every(pause, "sessions", lambda: self.sessions.touch(self.sockets.pids, at=self.clock())))
             tasks.create_task(every(_TAKEN_OVER_EVERY, "sessions", self._close_taken_over))
             tasks.create_task(keep("lag", self.lag.run))
             tasks.create_task(every(PROGRESS_INTERVAL, "sockets", self.sockets.eio.check_progress))
@@ -221,9 +221,6 @@ class Service:
     async def _close_taken_over(self) -> None:
         for pid in await self.sessions.taken_over():
             self.sockets.close(pid)
-
-    async def _touch(self) -> None:
-        await self.sessions.touch(self.sockets.pids, at=self.clock())
 
 
 async def _at_most(seconds: float, *waits: Awaitable[object]) -> None:

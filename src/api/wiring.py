@@ -73,9 +73,8 @@ class Parts:
         self.composer: Composer = PillowComposer(self.threads)
         samples = (page.FOLDER / "samples").iterdir()
         files = {f"{settings.public_url}/static/samples/{file.name}": file for file in samples}
-        web = UrlFetcher(self.intake, allow=settings.fetch_allow, files=files)
-        self.fetcher: ImageFetcher = web
-        self.editor = _editor(settings, self.threads, web)
+        self.fetcher: ImageFetcher = UrlFetcher(self.intake, allow=settings.fetch_allow, files=files)
+        self.editor = _editor(settings, self.threads, self.fetcher)
         self.face_swapper = _face_swapper(settings, self.threads)
         #: ``None``: no webhook is configured.
         self.webhook_sender = _webhook_sender(settings, clock)
