@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from types import MappingProxyType, SimpleNamespace
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
 from pydantic import Field, JsonValue
-from transitions import Machine, Transition
+from transitions import Machine
 
 from domain.errors import Failure, IllegalTransition, InvalidEventField
 from domain.events import Event, FaceSwapError, Input, Outcome, Wire, timestamp, validated
@@ -16,27 +16,14 @@ from domain.requests import GenerationRequest
 from domain.stages import FAILED, FLOWS, GUARDS, INITIAL, STARTED, Kind, Via, ceiling, moves
 
 
-class _Transition(Transition):
-    """A transition that knows its move in the table."""
-
-    def __init__(self, *args: Any, via: Via, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.via = via
-
-
-class _Machine(Machine):
-    transition_cls = _Transition
-
-
 def _machine(kind: Kind) -> Machine:
     """The rules for one kind, shared by all its generations. A move's trigger is the status it leads to."""
-    return _Machine(
+    return Machine(
         model=None,
         states=[INITIAL, *FLOWS[kind]],
         initial=INITIAL,
         transitions=[
-            {"trigger": to, "source": source, "dest": to, "conditions": via.guard, "via": via}
-            for source, to, via in moves(kind)
+            {"trigger": to, "source": source, "dest": to, "conditions": via.guard} for source, to, via in moves(kind)
         ],
         auto_transitions=False,
         model_attribute="status",
@@ -47,17 +34,11 @@ def _machine(kind: Kind) -> Machine:
 NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 _MACHINES: Final[Mapping[Kind, Machine]] = {kind: _machine(kind) for kind in FLOWS}
+#: How its machine reaches one status from another.
+_VIAS: Final = {kind: {(source, to): via for source, to, via in moves(kind)} for kind in FLOWS}
 
 #: The fields of an event that `Generation.outcome` keeps.
 _OUTCOME: Final = frozenset(Outcome.model_fields)
-
-
-@cache
-def _via(kind: Kind, source: str, status: str) -> Via | None:
-    """How the machine reaches one status from another. ``None``: it has no such move."""
-    event = _MACHINES[kind].events.get(status)
-    found = event and event.transitions.get(source)
-    return cast(_Transition, found[0]).via if found else None
 
 
 @cache
@@ -249,7 +230,7 @@ class Generation:
 
     def _via(self, status: str) -> Via | None:
         """How this status is reached from the present one. ``None``: there is no such move."""
-        return _via(self.kind, self.status, status) if status in FLOWS[self.kind] else None
+        return _VIAS[self.kind].get((self.status, status))
 
     def _allows(self, status: str, via: Via, event: Event | None) -> bool:
         """Whether the machine makes this move with this event."""

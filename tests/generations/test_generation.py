@@ -490,7 +490,7 @@ def test_every_status_is_carried_by_its_socket_event() -> None:
 def test_the_remembered_answers_are_those_of_the_machine(kind: Kind, guards: bool) -> None:
     machine = generation_module._MACHINES[kind]
     for source, status in product([INITIAL, *FLOWS[kind]], FLOWS[kind]):
-        via = generation_module._via(kind, source, status)
+        via = generation_module._VIAS[kind].get((source, status))
         model = SimpleNamespace(status=source, **{guard: lambda: guards for guard in GUARDS})
         if via is None:
             with pytest.raises(MachineError):
