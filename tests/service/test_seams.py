@@ -38,7 +38,6 @@ LIBRARIES = {"engineio", "socketio", "uvicorn", "starlette", "openai"}
 OVERRIDDEN = {
     "adapters.realtime.engineio_server.EngineServer": {
         "generate_id": "(self)",
-        "handle_request": "(self, *args, **kwargs)",
     },
     "adapters.realtime.socketio_server.SocketServer": {
         "_engineio_server_class": "(self)",

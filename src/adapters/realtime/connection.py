@@ -8,7 +8,6 @@ from socketio import packet as wire
 
 from adapters.realtime.engineio_socket import EngineSocket
 from adapters.realtime.frames import CURSOR_AS_ARGUMENT, CURSOR_AS_KEY, message
-from adapters.realtime.send_buffer import BoundedSendBuffer
 from domain.device import Device, Encoder
 from domain.identity import Identity
 
@@ -29,23 +28,13 @@ class Connection:
     #: The client's cursor in a session that cannot be resumed.
     offset: object = None
 
-    @property
-    def buffer(self) -> BoundedSendBuffer[bytes]:
-        """The frames that wait to be sent."""
-        return self.socket.buffer
-
-    @property
-    def gone(self) -> bool:
-        """Whether the transport is closed; a device can no longer be made for it."""
-        return self.socket.gone
-
     def encoder(self, *, recovery: bool) -> Encoder[bytes]:
         """The form of its events: with the cursor as an argument (`recovery`) or as a key."""
         return CURSOR_AS_ARGUMENT if recovery else CURSOR_AS_KEY
 
     def emit(self, name: str, data: Mapping[str, Any]) -> None:
         """Send one event to this client alone."""
-        self.buffer.put(message(wire.Packet(wire.EVENT, data=[name, dict(data)])))
+        self.socket.buffer.put(message(wire.Packet(wire.EVENT, data=[name, dict(data)])))
 
 
 #: The ack, and what is done once it is queued.

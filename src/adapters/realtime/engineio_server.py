@@ -45,13 +45,10 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
         super().__init__(*args, **kwargs)
         #: How many clients were disconnected because they did not read.
         self.slow_readers = 0
-        self._compressed = GZipMiddleware(
+        #: Handles one request or WebSocket: whatever it sends, it is answered.
+        self.app = GZipMiddleware(
             partial(self._respond, self._answer), minimum_size=self.compression_threshold, compresslevel=6
         )
-
-    async def handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request or WebSocket. Whatever it sends, it is answered."""
-        await self._compressed(scope, receive, send)
 
     def for_nodes(self, app: ASGIApp) -> ASGIApp:
         """The ASGI application that answers what other nodes pass on, and everything else by `app`."""
@@ -71,7 +68,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
     def generate_id(self) -> str:
         """A new session id. It begins with the node's if there may be others."""
         own: str = super().generate_id()
-        return own if self.peers is None else f"{self.peers.node}-{own}"
+        return own if self.peers is None else f"{self.peers.nodes.id}-{own}"
 
     async def check_progress(self) -> None:
         """Called every `send_buffer.PROGRESS_INTERVAL`: disconnect clients that have a backlog and read nothing."""
@@ -171,7 +168,7 @@ class EngineServer(engineio.AsyncServer):  # type: ignore[misc]  # python-engine
 
     def _open(self, *, upgrades: bool) -> EngineSocket:
         socket = self._add(self.generate_id())
-        if upgrades and self.peers is not None and self.peers.exist:
+        if upgrades and self.peers is not None and self.peers.nodes.others:
             socket.hold_back()
         opening = {
             "sid": socket.sid,

@@ -65,19 +65,9 @@ class Peers:
     """The other nodes."""
 
     def __init__(self, nodes: Nodes) -> None:
-        self._nodes = nodes
+        self.nodes = nodes
         #: Nodes that live and could not be reached: each is logged once.
         self._unreachable: set[str] = set()
-
-    @property
-    def node(self) -> str:
-        """The id of this node, with which the ids of its sessions begin."""
-        return self._nodes.id
-
-    @property
-    def exist(self) -> bool:
-        """Whether another node lives."""
-        return bool(self._nodes.others)
 
     def forwarded(self, scope: Scope) -> Forwarded | None:
         """What another node asks by this request. ``None``: its signature is missing, wrong or too old."""
@@ -85,7 +75,7 @@ class Peers:
         if not hmac.compare_digest(self._signature(text).encode(), signature.encode("latin-1")):
             return None
         expires, method, sid, tag = text.split(" ")
-        valid = float(expires) > self._nodes.time and (method == WEBSOCKET) is (scope["type"] == "websocket")
+        valid = float(expires) > self.nodes.time and (method == WEBSOCKET) is (scope["type"] == "websocket")
         return Forwarded(method, sid, tag) if valid else None
 
     async def ask(self, method: str, sid: str, tag: str, body: bytes) -> tuple[int, bytes]:
@@ -139,11 +129,11 @@ class Peers:
     async def _node_of(self, method: str, sid: str, tag: str = "") -> AsyncIterator[tuple[str, str, Mapping[str, str]]]:
         """The node of a session, its URL, and the headers of a request; failures are raised as `Unreachable`."""
         found = _SID.fullmatch(sid)
-        node = found[1] if found else self.node
-        address = None if node == self.node else await self._nodes.address(node)
+        node = found[1] if found else self.nodes.id
+        address = None if node == self.nodes.id else await self.nodes.address(node)
         if address is None:
             raise Unreachable
-        text = f"{self._nodes.time + _VALID} {method} {sid} {_NOT_IN_TAGS.sub('', tag)[:64]}"
+        text = f"{self.nodes.time + _VALID} {method} {sid} {_NOT_IN_TAGS.sub('', tag)[:64]}"
         try:
             yield node, f"http://{address}/", {FORWARDED: f"{text} {self._signature(text)}"}
         except _FAILURES as error:
@@ -154,12 +144,12 @@ class Peers:
         self._unreachable.discard(node)
 
     def _signature(self, text: str) -> str:
-        return hmac.new(self._nodes.secret.encode(), text.encode("latin-1"), "sha256").hexdigest()
+        return hmac.new(self.nodes.secret.encode(), text.encode("latin-1"), "sha256").hexdigest()
 
     async def _wait(self, node: str, *tasks: asyncio.Task[Any]) -> None:
         """Wait until one of these is done. Raises `Unreachable` if their node dies first."""
         while not (await asyncio.wait(tasks, timeout=_CHECK_INTERVAL, return_when=asyncio.FIRST_COMPLETED))[0]:
-            if node not in self._nodes.others:
+            if node not in self.nodes.others:
                 raise Unreachable
 
 

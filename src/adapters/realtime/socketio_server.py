@@ -93,7 +93,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
 
         def answer(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
             own = scope["type"] != "lifespan" and f"{scope['path']}/".startswith(beginning)
-            return (self.eio.handle_request if own else other)(scope, receive, send)
+            return (self.eio.app if own else other)(scope, receive, send)
 
         return answer
 
@@ -171,7 +171,7 @@ class SocketServer(socketio.AsyncServer):  # type: ignore[misc]  # python-socket
             refused = {"message": str(refusal), "data": {"code": refusal.code}}
             session.send(wire.Packet(wire.CONNECT_ERROR, data=refused))
             return
-        if connection.gone:
+        if connection.socket.gone:
             return  # The handler has made no device then.
         session.connection = connection
         ids = {"sid": connection.sid}

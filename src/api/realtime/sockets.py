@@ -159,14 +159,14 @@ class Sockets:
             else:
                 await self.feed_sessions.close(connection.pid, permanent=True)
         if not await self.hub.admit(user, replaces=replaces):
-            connection.buffer.abort()
+            connection.socket.buffer.abort()
             return _NOTHING
-        if connection.gone:
+        if connection.socket.gone:  # A device can no longer be made for it.
             self.hub.leave(user)
             return _NOTHING
         if connection.device is not None:
             connection.device.close()
-        device = self.hub.join(user, connection.buffer, connection.encoder(recovery=recovery), start)
+        device = self.hub.join(user, connection.socket.buffer, connection.encoder(recovery=recovery), start)
         connection.device, connection.identity, connection.offset = device, identity, None
         return welcome_of(device, identity, generations) if welcome else {}, device.start
 
