@@ -1,7 +1,6 @@
 """The contract of `support.builders.WholeLog`: every adapter of it passes this suite."""
 
 import asyncio
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -300,8 +299,8 @@ async def test_checks_are_made_in_the_declared_order(opener: LogOpener) -> None:
     await log.append(first)
     assert first.start is not None
     late = recorder.clock() - timedelta(seconds=1)
-    mismatch = replace(first.start, fingerprint="two", max_unfinished=1)
-    keyless = replace(mismatch, key=None)
+    mismatch = first.start._replace(fingerprint="two", max_unfinished=1)
+    keyless = mismatch._replace(key=None)
 
     # Everything is wrong at once, and then one thing less at a time.
     wrong = from_another_writer(first, 5)._replace(sequence=9, not_after=late, start=mismatch)
@@ -311,14 +310,14 @@ async def test_checks_are_made_in_the_declared_order(opener: LogOpener) -> None:
     with pytest.raises(IdempotencyMismatch):
         await log.append(wrong._replace(not_after=None))
     with pytest.raises(AlreadyStarted):
-        await log.append(wrong._replace(not_after=None, start=replace(mismatch, fingerprint="one")))
+        await log.append(wrong._replace(not_after=None, start=mismatch._replace(fingerprint="one")))
     with pytest.raises(Conflict):
         await log.append(wrong._replace(not_after=None, start=keyless))
     fresh = wrong._replace(not_after=None, start=keyless, generation_id="edit_1_fresh", sequence=1)
     with pytest.raises(TooManyGenerations):
         await log.append(fresh)
     with pytest.raises(InsufficientCredit):
-        await log.append(fresh._replace(start=replace(keyless, max_unfinished=2)))
+        await log.append(fresh._replace(start=keyless._replace(max_unfinished=2)))
     assert await image(log, "ada", first.generation_id) == before
     assert await log.generation("edit_1_fresh") is None
 

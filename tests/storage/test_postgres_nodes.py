@@ -138,8 +138,7 @@ async def test_external_generations_are_not_abandoned(url: str) -> None:
     async with open_node(url) as here:
         append, _ = recorder(here).prepare_start()
         assert append.start is not None
-        object.__setattr__(append.start, "external", True)
-        await here.log.append(append)
+        await here.log.append(append._replace(start=append.start._replace(external=True)))
         assert await here.leases.abandoned() == []
 
 

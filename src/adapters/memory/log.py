@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple
@@ -344,7 +344,7 @@ class MemoryLog:
             self._undelivered.pop(generation_id, None)
             record.events = b""
             record.images = ()
-            record.start = replace(record.start, request=b"")
+            record.start = record.start._replace(request=b"")
             user.deleted.append(record)
             self._followers.deliver(Removed(user.user_id, generation_id))
         if retention and record.last > user.floor:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from adapters.postgres.database import Database
 from domain import errors
 from domain.feed import Logged, zero_id
-from domain.ports.log import Append
+from domain.ports.log import Append, Start
 from domain.ports.system import Clock
 
 #: Appends in one call, and calls at once. Besides these, one call waits for the lock of a user.
@@ -148,11 +148,8 @@ class Appends:
             entry.free,
             # By the server's clock: a statement that is stuck on its way is late, too.
             late and self._database.now + (late - self._clock()),
-            *(
-                (start.kind, start.request, start.key, start.fingerprint, start.max_unfinished, start.external)
-                if start
-                else (None,) * 6
-            ),
+            # Its fields are in the order of the function's parameters.
+            *(start or [None] * len(Start._fields)),
         )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
@@ -10,8 +9,7 @@ from domain.feed import NO_IMAGES, Cursor, Feed, Logged
 from domain.stages import Kind
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """What the first append of a generation carries besides its event."""
 
     kind: Kind
