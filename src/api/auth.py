@@ -133,14 +133,10 @@ def _caller(identity: Annotated[Identity, Depends(_identity)]) -> str:
     return identity.user_id
 
 
-def require_service(identity: Identity) -> None:
+def require_service(identity: Annotated[Identity, Depends(_identity)]) -> None:
     """Raise `Forbidden` unless this caller may act for any user."""
     if not identity.service:
         raise Forbidden
-
-
-def _service(identity: Annotated[Identity, Depends(_identity)]) -> None:
-    require_service(identity)
 
 
 #: The codes of the problems that a route with a caller may return.
@@ -161,4 +157,4 @@ StreamIdentity = Annotated[Identity, Depends(_stream_identity)]
 #: The id of the calling user.
 Caller = Annotated[str, Depends(_caller)]
 #: For `dependencies`: only a service may call.
-service_only = Depends(_service)
+service_only = Depends(require_service)
