@@ -9,7 +9,6 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.rest import headers
@@ -35,13 +34,9 @@ async def read_body(request: Request, size: int, sentence: str) -> AsyncIterator
     declared = headers.value(request.scope, b"content-length")
     if declared.isdigit() and int(declared) > size:
         raise HTTPException(413, sentence)
-    received, more = 0, True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        body = message.get("body", b"")
-        received, more = received + len(body), message.get("more_body", False)
+    received = 0
+    async for body in request.stream():
+        received += len(body)
         if received > size:
             raise HTTPException(413, sentence)
         yield body
