@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -367,8 +368,4 @@ def reason_of(error: Exception) -> str:
 
 def is_text(value: str) -> bool:
     """Whether PostgreSQL can store the text: it has no NUL and no lone surrogate, as JSON strings may."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in value
+    return re.search("[\0\ud800-\udfff]", value) is None

@@ -12,7 +12,7 @@ import logging
 import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import aiohttp
 from starlette.datastructures import Headers
@@ -52,15 +52,6 @@ class Unreachable(Exception):
     """The node of a session has ended, or does not answer."""
 
 
-class Forwarded(NamedTuple):
-    """What another node asks."""
-
-    method: str
-    sid: str
-    #: What distinguishes a poll from the one before it, if the client says so.
-    tag: str
-
-
 class Peers:
     """The other nodes."""
 
@@ -69,14 +60,18 @@ class Peers:
         #: Nodes that live and could not be reached: each is logged once.
         self._unreachable: set[str] = set()
 
-    def forwarded(self, scope: Scope) -> Forwarded | None:
-        """What another node asks by this request. ``None``: its signature is missing, wrong or too old."""
+    def forwarded(self, scope: Scope) -> tuple[str, str, str] | None:
+        """What another node asks by this request: the method, the session's id, and the tag of a poll.
+
+        The tag distinguishes it from the poll before it, if the client says so. ``None``: the signature is missing,
+        wrong or too old.
+        """
         text, _, signature = Headers(scope=scope).get(FORWARDED, "").rpartition(" ")
         if not hmac.compare_digest(self._signature(text).encode(), signature.encode("latin-1")):
             return None
         expires, method, sid, tag = text.split(" ")
         valid = float(expires) > self.nodes.time and (method == WEBSOCKET) is (scope["type"] == "websocket")
-        return Forwarded(method, sid, tag) if valid else None
+        return (method, sid, tag) if valid else None
 
     async def ask(self, method: str, sid: str, tag: str, body: bytes) -> tuple[int, bytes]:
         """The status and body with which its node answers a polling request for this session. Raises `Unreachable`."""

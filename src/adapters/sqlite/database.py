@@ -43,11 +43,7 @@ _WAL_LIMIT: Final = 4_000_000
 
 
 class _HalfDone(Exception):
-    """An operation has changed something and then raised."""
-
-    def __init__(self, outcome: Exception) -> None:
-        super().__init__()
-        self.outcome = outcome
+    """An operation has changed something and then raised the exception that is the argument."""
 
 
 class Database:
@@ -180,7 +176,7 @@ class Database:
             outcome = self._attempt(connection, operation)
         except _HalfDone as half:
             connection.execute("ROLLBACK TO operation")
-            outcome = half.outcome
+            outcome = half.args[0]
         connection.execute("RELEASE operation")
         return outcome
 
