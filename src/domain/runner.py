@@ -315,16 +315,13 @@ class _Job:
         self.over = self.generation.finished
         if status != before:
             if self._entered:
-                self._measure(self._entered[-1], self._entry)
+                seconds = (self._entry.at - self._entered[-1].at).total_seconds()
+                self._runner.stage_seconds[self.generation.kind, before].observe(seconds)
+                if before == STARTED:
+                    self._runner.queue_seconds.observe(seconds)
             self._entered.append(self._entry)
         if self.over and status != FAILED:
             self._runner.stage_times.add(self.generation.kind, self._entered)
-
-    def _measure(self, stage: Entered, following: Entered) -> None:
-        seconds = (following.at - stage.at).total_seconds()
-        self._runner.stage_seconds[self.generation.kind, stage.status].observe(seconds)
-        if stage.status == STARTED:
-            self._runner.queue_seconds.observe(seconds)
 
     @property
     def _entry(self) -> Entered:

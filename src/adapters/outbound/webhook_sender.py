@@ -50,7 +50,12 @@ class WebhookSender:
         self._trust = trust or ssl_context()
 
     async def post(self, message_id: str, body: bytes) -> None:
-        headers = {**self._headers, **self._signed(message_id, body)}
+        timestamp = str(int(self._clock().timestamp()))
+        headers = {**self._headers, "webhook-id": message_id, "webhook-timestamp": timestamp}
+        if self._key is not None:
+            content = f"{message_id}.{timestamp}.".encode() + body
+            signature = hmac.digest(self._key, content, hashlib.sha256)
+            headers["webhook-signature"] = f"v1,{base64.b64encode(signature).decode()}"
         request = httpx2.Request("POST", self._url, headers=headers, content=body)
         # Not an `AsyncClient`: it follows redirects, keeps cookies, and logs the whole URL.
         async with httpx2.AsyncHTTPTransport(verify=self._trust, trust_env=False) as transport:
@@ -69,13 +74,3 @@ class WebhookSender:
         if not response.is_success:
             after = retry_after(response.headers.get("retry-after", "")) if status in (429, 503) else None
             raise NotDelivered(f"answered with {status}", after=after, gone=status == 410)
-
-    def _signed(self, message_id: str, body: bytes) -> dict[str, str]:
-        """The headers of one attempt: id, timestamp, and signature if there is a secret."""
-        timestamp = str(int(self._clock().timestamp()))
-        headers = {"webhook-id": message_id, "webhook-timestamp": timestamp}
-        if self._key is not None:
-            content = f"{message_id}.{timestamp}.".encode() + body
-            signature = hmac.digest(self._key, content, hashlib.sha256)
-            headers["webhook-signature"] = f"v1,{base64.b64encode(signature).decode()}"
-        return headers
