@@ -57,8 +57,7 @@ class QueuePositions:
                 self._waiting[history.generation_id] = known.get(history.generation_id, (history.user_id, None))
 
     async def _announce(self) -> None:
-        positions = await self.leases.positions()
-        for generation_id, position in positions.items():
+        for generation_id, position in (await self.leases.positions()).items():
             user_id, known = self._waiting.get(generation_id, ("", position))
             if position != known:
                 self._waiting[generation_id] = user_id, position

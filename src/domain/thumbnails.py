@@ -24,12 +24,11 @@ class Thumbnails:
         Raises:
             Failure: ``storage_failed``: the stored picture is damaged, so that it has no thumbnail.
         """
-        load = self._images.store.load
         if width is None:
-            return await load(name)
+            return await self._images.store.load(name)
         thumbnail = thumbnail_name(name, width)
         async with self._locks.setdefault(thumbnail, asyncio.Lock()):
-            return await load(thumbnail) or await self._make(name, width)
+            return await self._images.store.load(thumbnail) or await self._make(name, width)
 
     async def _make(self, name: str, width: int) -> Picture | None:
         async def read() -> bytes:
