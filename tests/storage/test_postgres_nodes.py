@@ -228,6 +228,20 @@ async def test_a_draining_node_works_on_what_it_has_fetched_for(url: str) -> Non
         await drained
 
 
+@pytest.mark.usefixtures("short_lease")
+async def test_a_node_that_asks_more_than_the_database_answers_lives_and_gets_answers(url: str) -> None:
+    async with open_node(url) as here, open_node(url) as there:
+        nodes: Any = there.nodes
+        log: Any = here.log
+        asked = []
+        for _ in range(30):
+            asked += [log._database.start("SELECT pg_sleep(0.1)") for _ in range(10)]
+            await asyncio.sleep(0.1)
+            assert nodes.dead == []
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(not isinstance(each, LogUnavailable) for each in answers) > 80  # At most 40 a second can be.
+
+
 async def test_a_stale_heartbeat_or_tail_fails_the_probe(url: str) -> None:
     async with open_node(url) as here:
         log: Any = here.log

@@ -28,8 +28,10 @@ Connection: TypeAlias = asyncpg.Connection
 #: Seconds after which a statement or a connection attempt is given up.
 TIMEOUT: Final = 1.5
 
-#: Connections besides that of the follower.
+#: Connections besides those of the follower and of heartbeats.
 _CONNECTIONS: Final = 4
+#: Seconds that are left for a statement at least, once it has waited for a connection.
+_AT_LEAST: Final = 0.3
 
 #: The oldest PostgreSQL: `pg_current_snapshot`.
 _OLDEST: Final = 13
@@ -73,7 +75,7 @@ class Database:
         self._url = url
         #: Behind a pooler in transaction mode, which gives each transaction another connection of its own.
         self.pooled = pooled
-        self._slots = asyncio.Semaphore(_CONNECTIONS)
+        self._slots, self._urgent_slot = asyncio.Semaphore(_CONNECTIONS), asyncio.Semaphore(1)
         self._idle: list[Connection] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         #: The last reason that was logged, until a statement succeeds.
@@ -133,9 +135,9 @@ class Database:
         """The one value that one of our functions returns."""
         return (await self.rows(function, *arguments))[0][0]
 
-    def start(self, query: str, *arguments: object) -> asyncio.Task[Sequence[asyncpg.Record]]:
-        """Start one statement. Nobody has to wait for it."""
-        task = asyncio.create_task(self._fetch(query, *arguments))
+    def start(self, query: str, *arguments: object, urgent: bool = False) -> asyncio.Task[Sequence[asyncpg.Record]]:
+        """Start one statement. Nobody has to wait for it. `urgent`: it waits for no other than such statements."""
+        task = asyncio.create_task(self._fetch(self._urgent_slot if urgent else self._slots, query, *arguments))
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task
@@ -183,14 +185,14 @@ class Database:
         if not task.cancelled():
             task.exception()  # The caller may have been cancelled.
 
-    async def _fetch(self, query: str, *arguments: object) -> Sequence[asyncpg.Record]:
+    async def _fetch(self, slots: asyncio.Semaphore, query: str, *arguments: object) -> Sequence[asyncpg.Record]:
         if self._closed:
             raise LogUnavailable
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TIMEOUT
         try:
-            async with asyncio.timeout_at(give_up):
-                await self._slots.acquire()
+            async with asyncio.timeout_at(give_up - _AT_LEAST):
+                await slots.acquire()
         except TimeoutError:
             raise LogUnavailable from None
         connection = watchdog = None
@@ -220,7 +222,7 @@ class Database:
                 watchdog.cancel()
             if connection is not None:
                 self._idle.append(connection)
-            self._slots.release()
+            slots.release()
 
 
 @asynccontextmanager

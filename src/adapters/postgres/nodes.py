@@ -131,7 +131,8 @@ class Nodes:
 
     async def _beat(self) -> Sequence[Any]:
         query = "SELECT * FROM stagecast.beat_v1($1, $2, $3, $4)"
-        self._beating = self._database.start(query, self.id, self._address, *self.load())
+        # Else a node that has much to ask would count as dead.
+        self._beating = self._database.start(query, self.id, self._address, *self.load(), urgent=True)
         return await asyncio.shield(self._beating)
 
     async def leave(self) -> None:
