@@ -118,6 +118,30 @@ async def test_appends_of_other_users_do_not_wait_for_a_locked_one() -> None:
         await stranger.close()
 
 
+async def test_who_has_given_up_waits_for_no_lock() -> None:
+    """An append that is cancelled while others wait for their locks, and that is tried again once its own is free."""
+    async with fresh_database() as url, open_node(url) as storage:
+        recorder = EventRecorder(storage.log, SteppableClock())
+        for user_id in ("ada", "bob"):
+            await recorder.start(user_id)
+        ada, bob = await asyncpg.connect(url), await asyncpg.connect(url)
+        async with ada.transaction():
+            await ada.execute("SELECT FROM stagecast.users WHERE user_id = 'ada' FOR UPDATE")
+            locked = asyncio.create_task(recorder.start("ada"))
+            async with bob.transaction():
+                await bob.execute("SELECT FROM stagecast.users WHERE user_id = 'bob' FOR UPDATE")
+                await asyncio.sleep(0.05)
+                append, _ = recorder.prepare_start("bob")
+                given_up = asyncio.create_task(storage.log.append(append))
+                await asyncio.sleep(0.05)
+                given_up.cancel()
+            await storage.log.append(append)
+            assert not locked.done()
+        await locked
+        for connection in (ada, bob):
+            await connection.close()
+
+
 async def test_a_locked_user_is_given_up_in_time_and_a_retry_succeeds_once() -> None:
     async with fresh_database() as url, open_node(url) as storage:
         recorder = EventRecorder(storage.log, SteppableClock())

@@ -62,10 +62,13 @@ class Appends:
 
     def _begin(self) -> None:
         self._scheduled = False
+        # Not those whose callers have been cancelled, as in `_next_batch`: what these ask for again is tried at once.
+        self._users -= {entry.user_id for entry, future in self._locked if future.done()}
+        self._locked = [request for request in self._locked if not request[1].done()]
+        if self._locked and not self._waits:
+            self._start([self._locked.pop(0)], wait=True)
         while self._waiting and len(self._calls) < _CALLS and (batch := self._next_batch()):
             self._start(batch, wait=False)
-        while self._locked and not self._waits:
-            self._start([self._locked.pop(0)], wait=True)
 
     def _start(self, batch: Sequence[_Request], *, wait: bool) -> None:
         users = {entry.user_id for entry, _ in batch}
