@@ -4,8 +4,8 @@ Ids are drawn in order, but their transactions commit in another one. So ids tha
 are kept as gaps, and asked for again in every read. A gap is given up once every transaction that had begun when it was
 found is over, because then its own was rolled back. Nothing waits for a slow transaction, and nothing is missed.
 
-Of one user, ids are in the order of the feed: the lock on the user's row is held until the commit. Removals have ids
-of the same kind, so that no entry is read after its removal.
+Of one user, ids are in the order of the feed: the lock on the user's row is held until the commit. Removals draw theirs
+from the same source under the same lock, so that no entry is read after its removal.
 
 A notification only shortens the wait for the next read. Through a pooler in transaction mode none arrives.
 """
@@ -181,7 +181,7 @@ class Tail:
         oldest = rows[0]["oldest"]
         entries = [row for row in rows if row["id"] is not None]
         new = [row["id"] for row in entries if row["id"] > self._last]
-        # Of more, either the events or the removals are not all there.
+        # `most` limits events and removals separately: beyond a page, some of one or the other may be missing.
         del entries[len(entries) - len(new) + _PAGE :], new[_PAGE:]
         newest = new[-1] if new else self._last
         if len(new) == _PAGE:

@@ -156,8 +156,8 @@ class EventLog(Protocol):
 
         Also delivers `Removed`, after the generation's entries, for every generation that is removed and had not been
         deleted before, and `UserRemoved` after those of the user's generations and before the entries of the feed that
-        begins again. Removals on other nodes arrive within 3 seconds, if nothing fails meanwhile. Where they may have
-        been missed, `Gap` is delivered.
+        begins again. Removals on other nodes arrive as their entries do. Where they may have been missed, `Gap` is
+        delivered.
 
         `deliver` must not block. What it raises is logged and undoes nothing.
         """
