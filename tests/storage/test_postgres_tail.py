@@ -369,7 +369,6 @@ async def test_a_removal_arrives_however_late_it_is_committed(url: str) -> None:
             admin = await asyncpg.connect(url)
             await admin.execute("BEGIN")
             await admin.fetchval("SELECT stagecast.remove_user_v1('ada')")
-            await admin.execute("UPDATE stagecast.removals SET at = at - interval '20 minutes'")
             await here.recorder.run_to_end("bob")
             await here.log._tail.caught_up()
             await admin.execute("COMMIT")
@@ -378,6 +377,25 @@ async def test_a_removal_arrives_however_late_it_is_committed(url: str) -> None:
             await here.log._tail.caught_up()
             assert got[6:8] == [Removed("ada", generation.generation_id), UserRemoved("ada")]
             assert [each.position for each in got[8:] if isinstance(each, Logged)] == [1, 2]
+
+
+async def test_the_removal_of_many_generations_is_no_backlog(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres_tail, "_MAX_BACKLOG", 2)
+    got: list[Notice] = []
+    async with node(url) as here:
+        generations = [(await here.recorder.start_and_fail("ada")).generation_id for _ in range(4)]
+        await here.follower.until(lambda entries: len(entries) == 8)
+        async with here.log.follow(got.append):
+            admin = await asyncpg.connect(url)
+            await admin.execute("BEGIN")
+            await admin.fetchval("SELECT stagecast.remove_user_v1('ada')")
+            await here.recorder.start("bob")
+            await here.follower.until(lambda entries: entries[-1].user_id == "bob")
+            await admin.execute("COMMIT")
+            await admin.close()
+            await here.log._tail.caught_up()
+        assert got[1:] == [*(Removed("ada", each) for each in generations), UserRemoved("ada")]
+        assert isinstance(got[0], Logged)
 
 
 async def test_removals_are_read_in_their_places_among_many_entries(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,9 +221,12 @@ class Tail:
 
     def _deliver_row(self, row: Any) -> None:
         self._busy_until = asyncio.get_running_loop().time() + _BUSY
-        user_id, generation_id = row["user_id"], row["generation_id"]
-        if row["name"] is None:
-            self.followers.deliver(Removed(user_id, generation_id) if generation_id else UserRemoved(user_id))
+        if row["removed"]:
+            user_id = row["user_id"]
+            for generation_id in row["removed"]:
+                self.followers.deliver(
+                    UserRemoved(user_id) if generation_id is None else Removed(user_id, generation_id)
+                )
         elif row["event"] is None:
             self.followers.deliver(Gap())
         else:

@@ -102,7 +102,7 @@ CREATE TABLE stagecast.removals (
     id bigint PRIMARY KEY DEFAULT nextval('stagecast.events_id_seq'),
     event_id bigint NOT NULL DEFAULT (random() * 9e18)::bigint,
     user_id text NOT NULL,
-    generation_id text,                     -- NULL: all that was stored of the user
+    generation_ids text[] NOT NULL,         -- NULL in it: all that was stored of the user
     at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX removals_by_time ON stagecast.removals (at);
@@ -305,10 +305,10 @@ END $$;
 
 
 -- The entries after an id, and those of gaps that have been filled, in the order of ids; at least one row, without an
--- entry if there is none. Removals are among them, without a name. `oldest`: the oldest open transaction.
+-- entry if there is none. Removals are among them, with what was removed. `oldest`: the oldest open transaction.
 CREATE FUNCTION stagecast.read_v1(after bigint, gaps bigint[], most integer) RETURNS TABLE (
     oldest bigint, id bigint, user_id text, "position" bigint, event_id bigint, generation_id text, sequence integer,
-    name text, event bytea, first_position bigint, images jsonb, end_position bigint
+    name text, event bytea, first_position bigint, images jsonb, end_position bigint, removed text[]
 ) LANGUAGE plpgsql STABLE SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
 #variable_conflict use_column
@@ -317,7 +317,7 @@ BEGIN
     SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, entry.*
     FROM (SELECT) AS once LEFT JOIN (
         SELECT events.id, user_id, position, event_id, generation_id, sequence, name, event, first_position, images,
-            end_position
+            end_position, NULL
         FROM (
             (SELECT * FROM stagecast.events WHERE id > after ORDER BY id LIMIT most)
             UNION ALL SELECT * FROM stagecast.events WHERE id = ANY (gaps)
@@ -325,7 +325,7 @@ BEGIN
         JOIN stagecast.generations ON generations.id = events.generation
         JOIN stagecast.users ON users.id = events.owner
         UNION ALL
-        SELECT id, user_id, NULL, event_id, generation_id, NULL, NULL, NULL, NULL, NULL, NULL
+        SELECT id, user_id, NULL, event_id, NULL, NULL, NULL, NULL, NULL, NULL, NULL, generation_ids
         FROM (
             (SELECT * FROM stagecast.removals WHERE id > after ORDER BY id LIMIT most)
             UNION ALL SELECT * FROM stagecast.removals WHERE id = ANY (gaps)
@@ -451,14 +451,14 @@ BEGIN
 END $$;
 
 
--- Notes removals for the followers, and forgets some that are old: a follower that has not read for so long reads
+-- Notes a removal for the followers, and forgets some that are old: a follower that has not read for so long reads
 -- everything again.
-CREATE FUNCTION stagecast.note_removals_v1(the_user text, generation_ids text[]) RETURNS void LANGUAGE plpgsql AS $$
+CREATE FUNCTION stagecast.note_removal_v1(the_user text, generation_ids text[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO stagecast.removals (user_id, generation_id) SELECT the_user, unnest(generation_ids);
+    INSERT INTO stagecast.removals (user_id, generation_ids) VALUES (the_user, generation_ids);
     DELETE FROM stagecast.removals WHERE id IN (
         SELECT id FROM stagecast.removals WHERE at < clock_timestamp() - interval '1 hour'
-            LIMIT 2 * cardinality(generation_ids) FOR UPDATE SKIP LOCKED
+            LIMIT 2 FOR UPDATE SKIP LOCKED
     );
 END $$;
 
@@ -488,7 +488,7 @@ BEGIN
             WHERE id = u.id;
     END IF;
     IF NOT g.deleted THEN
-        PERFORM stagecast.note_removals_v1(u.user_id, ARRAY[the_generation]);
+        PERFORM stagecast.note_removal_v1(u.user_id, ARRAY[the_generation]);
     END IF;
     DELETE FROM stagecast.stored_images WHERE generation_id = the_generation;
     UPDATE stagecast.generations SET deleted = true, request_json = '', idempotency_key = NULL, fingerprint = '',
@@ -518,7 +518,7 @@ BEGIN
         RETURN NULL;
     END IF;
     SELECT coalesce(array_agg(generation_id), '{}') INTO removed FROM stagecast.generations WHERE owner = u.id;
-    PERFORM stagecast.note_removals_v1(
+    PERFORM stagecast.note_removal_v1(
         the_user,
         ARRAY(SELECT generation_id FROM stagecast.generations WHERE owner = u.id AND NOT deleted ORDER BY id)
             || NULL::text
