@@ -367,7 +367,10 @@ async def test_what_a_node_holds_without_knowing_it_goes_back_into_the_line(
 
 
 async def test_what_a_node_holds_again_is_not_released_late(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has offered what it had fetched for, and neither the answer to that nor its release came through."""
+    """It has offered what it had fetched for, and neither the answer to that nor its release came through.
+
+    The answer to its new claim comes after the renewal has begun.
+    """
     async with open_node(url) as here, asyncio.timeout(20):
         leases: Any = here.leases
         generation_id = (await recorder(here).start("ada")).generation_id
@@ -381,7 +384,23 @@ async def test_what_a_node_holds_again_is_not_released_late(url: str, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(leases._database, "call", unavailable)
             await leases.release(generation_id)
-        assert await leases.claim() == generation_id
+        rows, claimed, answer = leases._database.rows, asyncio.Event(), asyncio.Event()
+
+        async def slow(function: str, *arguments: object) -> Any:
+            found = await rows(function, *arguments)
+            if function == "claim_v1" and found:
+                claimed.set()
+                await answer.wait()
+            return found
+
+        monkeypatch.setattr(leases._database, "rows", slow)
+        claim = asyncio.create_task(leases.claim())
+        await claimed.wait()
+        renewal = asyncio.create_task(leases.renew([]))
+        await asyncio.wait([renewal], timeout=0.1)
+        answer.set()
+        assert await claim == generation_id
+        assert await renewal == []
         for known in ([], [generation_id]):  # Its work begins once its history has been read.
             assert await leases.renew(known) == []
         assert await leases.abandoned() == []

@@ -40,6 +40,8 @@ class PostgresLeases:
         self._work, self._fetches = _Line(), _Line()
         tail.channels[WORK] = self._wake
         self._draining = False
+        #: Held from a claim until its answer is known, and during a late release, which would undo the claim.
+        self._claiming = asyncio.Lock()
         #: Held by this node, and whether that is for fetching.
         self._held: dict[str, bool] = {}
         #: Held by this node in the database only, and since when: the answer to a claim was lost.
@@ -101,8 +103,9 @@ class PostgresLeases:
 
     async def renew(self, generation_ids: Collection[str]) -> Collection[str]:
         for generation_id in list(self._to_release):
-            if generation_id not in self._held:  # It may have been claimed again, also meanwhile.
-                await self.release(generation_id)
+            async with self._claiming:
+                if generation_id not in self._held:  # It may have been claimed again.
+                    await self.release(generation_id)
         query = "SELECT generation_id FROM stagecast.leases WHERE holder = $1"
         held = {row["generation_id"] for row in await self._database.fetch(query, self._nodes.id)}
         now = asyncio.get_running_loop().time()
@@ -147,20 +150,21 @@ class PostgresLeases:
             line.changed.clear()
             line.claims = deque(claim for claim in line.claims if not claim.done())
             if wanted := len(line.claims):
-                own_only = self._draining
                 try:
-                    rows = await self._database.rows(
-                        "claim_v1", self._nodes.id, fetching, wanted, FETCHING_PER_USER, own_only
-                    )
+                    await self._claim(line, wanted, fetching=fetching)
                 except LogUnavailable:
                     await asyncio.sleep(_AGAIN)
                     continue
-                for (generation_id,) in rows:
-                    # A claim may be lost with PostgreSQL, but not to this node: then it is claimed again.
-                    if self._held.get(generation_id) not in (False, fetching):
-                        self._held[generation_id] = fetching
-                        self._hand_out(line, generation_id)
             await woken(line.changed, _CLAIM_EVERY if line.claims else None)
+
+    async def _claim(self, line: _Line, wanted: int, *, fetching: bool) -> None:
+        async with self._claiming:
+            arguments = self._nodes.id, fetching, wanted, FETCHING_PER_USER, self._draining
+            for (generation_id,) in await self._database.rows("claim_v1", *arguments):
+                # A claim may be lost with PostgreSQL, but not to this node: then it is claimed again.
+                if self._held.get(generation_id) not in (False, fetching):
+                    self._held[generation_id] = fetching
+                    self._hand_out(line, generation_id)
 
     def _hand_out(self, line: _Line, generation_id: str) -> None:
         """Give a generation that this node holds to the next claim."""
