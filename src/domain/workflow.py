@@ -288,6 +288,7 @@ class Workflow:
             LogUnavailable: some of it may have been removed. Try again.
         """
         await self.started(user_id)
+        gone = set[str]()
         removed: Sequence[str] | None = None
         while removed is None:
             before: int | None = None
@@ -296,13 +297,15 @@ class Workflow:
                     if history.events[-1].end is None:
                         await self.recorder.end(history.generation_id, errors.Failure("cancelled"))
                         await self.leases.withdraw(history.generation_id)
+                    else:
+                        gone.add(history.generation_id)
                     await self.images.remove(history.generation_id)  # First, as in `delete`.
                 before = found[-1].events[0].position
             with suppress(errors.NotFinished):  # It has started since.
                 removed = await self.retention.remove_user(user_id)
         await self.sessions.end_all(user_id)
         await self.images.quotas.forget_starts(user_id)
-        for generation_id in removed:  # What work that was cancelled has stored since.
+        for generation_id in {*removed} - gone:  # Their work may have stored more since.
             await self.images.remove(generation_id)
 
     async def history(self, user_id: str, generation_id: str) -> History:
