@@ -33,8 +33,10 @@ class Nodes:
         self._loads: dict[str, Load] = {}
         #: How many sockets and streams this node has.
         self.load: Callable[[], tuple[int, int]] = lambda: (0, 0)
-        #: Ends the wait for the next heartbeat; and is set at the end of the next one that begins.
-        self._beat_now, self._beaten = asyncio.Event(), asyncio.Event()
+        #: Ends the wait for the next heartbeat.
+        self._beat_now = asyncio.Event()
+        #: Set at the end of the next heartbeat that begins.
+        self._beaten = asyncio.Event()
         #: The last heartbeat of each node, and since when this node sees it.
         self._seen: dict[str, tuple[datetime, float]] = {}
         self._beat_at = float("-inf")

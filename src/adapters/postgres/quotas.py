@@ -50,7 +50,7 @@ class PostgresQuotas:
             counted = self._database.node, user_id, here() + 1, most
             try:
                 return bool(await self._database.call("admit_device_v1", *counted))
-            except LogUnavailable:
+            except BaseException:
                 self.device_left(user_id, here)  # It may have been admitted.
                 raise
 

@@ -32,9 +32,9 @@ _VALID: Final = 30
 #: process refuses connections at once; a busy one may take a while.
 _CONNECT_TIMEOUT: Final = 5.0
 _UPGRADE_TIMEOUT: Final = 6.0
-#: Seconds between two checks whether a node that has not answered still lives, and in which one that lives must answer:
-#: a poll is answered when the next ping is due, after 25 seconds.
+#: Seconds between two checks whether a node that has not answered still lives.
 _CHECK_INTERVAL: Final = 2.0
+#: Seconds in which a node that lives must answer: to a poll it does when the next ping is due, after 25.
 _ANSWER_TIMEOUT: Final = 60.0
 #: Bytes of an answer or a message of another node, and of what the kernel keeps for a client that reads slowly.
 _MAX_ANSWER: Final = 16 * 1024 * 1024

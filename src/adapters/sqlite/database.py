@@ -43,7 +43,7 @@ _WAL_LIMIT: Final = 4_000_000
 
 
 class _HalfDone(Exception):
-    """An operation has changed something and then raised the exception that is the argument."""
+    """An operation has changed something, and then raised the exception in `args`."""
 
 
 class Database:
@@ -183,7 +183,8 @@ class Database:
     def _write_back(self, idle: bool) -> None:
         """Checkpoint and truncate the WAL, if the thread is idle or the WAL has reached its limit."""
         try:
-            if (not idle and self._wal_size < self._wal_limit) or not self._intact() or not self._wal_size:
+            due = idle or self._wal_size >= self._wal_limit
+            if not due or not self._intact() or not self._wal_size:
                 return
             self._writer.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_TIMEOUT * 1000:.0f}")
             try:
