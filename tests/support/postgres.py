@@ -198,19 +198,23 @@ class SharedServer:
             if not users:
                 Server(self._folder).stop()
                 shutil.rmtree(self._folder)
-        if not users:
-            self._users.unlink()
 
     @contextmanager
     def _count(self) -> Iterator[list[str]]:
-        """The processes that use it, while no other one looks."""
-        with self._users.open("a+") as file:
+        """The processes that use it, while no other one looks. The file is removed with the last one."""
+        with ExitStack() as stack:
+            file = stack.enter_context(self._users.open("a+"))
             fcntl.flock(file, fcntl.LOCK_EX)
+            while not os.fstat(file.fileno()).st_nlink:  # It was removed while this process waited.
+                file = stack.enter_context(self._users.open("a+"))
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             users = file.read().split()
             yield users
             file.truncate(0)
             file.write("\n".join(users))
+            if not users:
+                self._users.unlink()
 
 
 #: The tables of a log, apart from those of the schema's state.
