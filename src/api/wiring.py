@@ -159,6 +159,10 @@ def _s3_images() -> "type[S3Images]":
     return S3Images
 
 
+def _in_bucket(settings: Settings) -> bool:
+    return "://" in settings.images
+
+
 async def _open_images(settings: Settings, storage: Storage) -> ImageStore:
     """The images, claimed for this log.
 
@@ -168,7 +172,7 @@ async def _open_images(settings: Settings, storage: Storage) -> ImageStore:
         StorageRefused: it cannot be asked whether there are other nodes.
     """
     log, epoch = _scheme(settings) if storage.log.durable else "memory", storage.log.epoch
-    if "://" in settings.images:
+    if _in_bucket(settings):
         return await _s3_images().open(settings.images, log=log, epoch=epoch)
     if not settings.shared_images and await storage.has_other_nodes():
         raise SettingsError(
@@ -274,7 +278,7 @@ def examine_stores(settings: Settings) -> Sequence[str]:
     examined = _TECHNOLOGIES[_scheme(settings)]().examine(settings.log)
     if examined.damage and examined.epoch is None:
         pass  # It is not known whose the images should be.
-    elif "://" in settings.images:
+    elif _in_bucket(settings):
         _s3_images().examine(settings.images, log=_scheme(settings), epoch=examined.epoch)
     else:
         ImageFolder.examine(Path(settings.images), log=_scheme(settings), epoch=examined.epoch)
