@@ -216,8 +216,9 @@ class Running(Reader):
                 generation_id = snapshot["generationId"]
                 answer = await self.get_response(f"/generations/{generation_id}/events", user)
                 history = await log.generation(generation_id)
-                if history is None:
-                    continue  # Retention has removed it since it was listed.
+                if history is None:  # Retention has removed it since it was listed.
+                    assert generation_id not in (await self.get_response("/generations?limit=100", user)).text
+                    continue
                 assert answer.status_code == 200, answer.text
                 generations.append((snapshot, [item["data"] for item in answer.json()["events"]], history))
             balance = (await self.get("/me", user)).get("credit")
