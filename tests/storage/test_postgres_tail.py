@@ -359,6 +359,16 @@ async def test_a_removal_arrives_although_the_connection_breaks_after_it_was_rea
         assert two.follower.removed == [Removed("ada", generation.generation_id)]
 
 
+@asynccontextmanager
+async def ada_being_removed(url: str) -> AsyncIterator[None]:
+    """The user is removed in a transaction that is committed at the end."""
+    admin = await asyncpg.connect(url)
+    async with admin.transaction():
+        await admin.fetchval("SELECT stagecast.remove_user_v1('ada')")
+        yield
+    await admin.close()
+
+
 async def test_a_removal_arrives_however_late_it_is_committed(url: str) -> None:
     """As it waits for a synchronous standby that is down."""
     got: list[Notice] = []
@@ -366,13 +376,9 @@ async def test_a_removal_arrives_however_late_it_is_committed(url: str) -> None:
         generation = await here.recorder.start_and_fail("ada")
         await here.follower.until(lambda entries: len(entries) == 2)
         async with here.log.follow(got.append):
-            admin = await asyncpg.connect(url)
-            await admin.execute("BEGIN")
-            await admin.fetchval("SELECT stagecast.remove_user_v1('ada')")
-            await here.recorder.run_to_end("bob")
-            await here.log._tail.caught_up()
-            await admin.execute("COMMIT")
-            await admin.close()
+            async with ada_being_removed(url):
+                await here.recorder.run_to_end("bob")
+                await here.log._tail.caught_up()
             await here.recorder.start_and_fail("ada")
             await here.log._tail.caught_up()
             assert got[6:8] == [Removed("ada", generation.generation_id), UserRemoved("ada")]
@@ -386,13 +392,9 @@ async def test_the_removal_of_many_generations_is_no_backlog(url: str, monkeypat
         generations = [(await here.recorder.start_and_fail("ada")).generation_id for _ in range(4)]
         await here.follower.until(lambda entries: len(entries) == 8)
         async with here.log.follow(got.append):
-            admin = await asyncpg.connect(url)
-            await admin.execute("BEGIN")
-            await admin.fetchval("SELECT stagecast.remove_user_v1('ada')")
-            await here.recorder.start("bob")
-            await here.follower.until(lambda entries: entries[-1].user_id == "bob")
-            await admin.execute("COMMIT")
-            await admin.close()
+            async with ada_being_removed(url):
+                await here.recorder.start("bob")
+                await here.follower.until(lambda entries: entries[-1].user_id == "bob")
             await here.log._tail.caught_up()
         assert got[1:] == [*(Removed("ada", each) for each in generations), UserRemoved("ada")]
         assert isinstance(got[0], Logged)

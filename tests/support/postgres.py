@@ -203,11 +203,11 @@ class SharedServer:
     def _count(self) -> Iterator[list[str]]:
         """The processes that use it, while no other one looks. The file is removed with the last one."""
         with ExitStack() as stack:
-            file = stack.enter_context(self._users.open("a+"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-            while not os.fstat(file.fileno()).st_nlink:  # It was removed while this process waited.
+            while True:
                 file = stack.enter_context(self._users.open("a+"))
                 fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_nlink:  # It was not removed while this process waited.
+                    break
             file.seek(0)
             users = file.read().split()
             yield users
