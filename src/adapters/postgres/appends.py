@@ -113,7 +113,7 @@ class Appends:
         for request, row in zip(batch, rows, strict=True):
             entry, future = request
             if row["r_outcome"] == "busy":
-                # Another node has locked the user's row. Only this user's appends wait for it.
+                # Another transaction has locked the user's row, or the user is not there any more.
                 self._locked.append(request)
                 self._users.add(entry.user_id)
                 continue
